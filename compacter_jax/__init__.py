@@ -1,0 +1,49 @@
+"""Compacter and other parameter-efficient fine-tuning methods for JAX and Flax.
+
+Everything public is here: `import compacter_jax as cj`.
+"""
+
+from compacter_jax.adapters import Bottleneck, PHMLinear
+from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter
+from compacter_jax.config import (
+    BottleneckConfig,
+    FullFineTuningConfig,
+    MethodConfig,
+    PHMBottleneckConfig,
+    preset,
+    presets,
+)
+from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.models.bert import Bert, BertConfig
+from compacter_jax.models.convert import Backbone, load_backbone
+from compacter_jax.params import count, label_params, merge, optimizer, partition
+from compacter_jax.phm import kronecker_sum, kronecker_sum_matmul
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Adapted",
+    "Backbone",
+    "Bert",
+    "BertConfig",
+    "Bottleneck",
+    "BottleneckConfig",
+    "FullFineTuningConfig",
+    "MethodConfig",
+    "PHMBottleneckConfig",
+    "PHMLinear",
+    "count",
+    "init_adapters",
+    "kronecker_sum",
+    "kronecker_sum_matmul",
+    "label_params",
+    "load_adapter",
+    "load_backbone",
+    "merge",
+    "optimizer",
+    "partition",
+    "preset",
+    "presets",
+    "read_adapter_config",
+    "save_adapter",
+]

@@ -1,0 +1,72 @@
+"""Activation functions by the names that Hugging Face configurations use."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+ActivationFn = Callable[[Array], Array]
+
+
+def _gelu_exact(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _clipped_gelu(x: Array) -> Array:
+    return jnp.clip(_gelu_exact(x), -10, 10)
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+ACTIVATIONS: dict[str, ActivationFn] = {
+    "gelu": _gelu_exact,
+    "gelu_10": _clipped_gelu,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu_exact,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": _identity,
+    "mish": jax.nn.mish,
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""Every entry computes what `transformers.activations.ACT2FN` computes under the same name."""
+
+
+def get_activation(name: str) -> ActivationFn:
+    """The activation function of that name.
+
+    Args:
+      name: a key of `ACTIVATIONS`, for instance "gelu" (the exact one) or "gelu_new" (by tanh).
+
+    Returns:
+      An elementwise function; shape and dtype of its result are those of its argument.
+
+    Raises:
+      ValueError: if there is no such name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {name!r}; known activations: {', '.join(sorted(ACTIVATIONS))}"
+        )
+    return ACTIVATIONS[name]

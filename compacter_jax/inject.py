@@ -1,0 +1,218 @@
+"""`Adapted`: an `nn.intercept_methods` hook that runs a layer at each site of a backbone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compacter_jax.activations import get_activation
+from compacter_jax.adapters import Bottleneck, Dtype, shared_params
+from compacter_jax.config import ADAPTER, BottleneckConfig, MethodConfig, PHMBottleneckConfig
+
+
+class HasParams(Protocol):
+    """Anything with a tree of parameters: `Backbone`, or a model of another library."""
+
+    @property
+    def params(self) -> Any: ...
+
+
+class Adapted(nn.Module):
+    """`backbone` with a layer of `method` after every module whose path is one of its sites.
+
+    The parameters are the backbone's under their own names, each adapter under its host as
+    `…/adapter/…`, and what adapters share at the top. It is called as the backbone is, and
+    returns what the backbone returns. `deterministic=False`, where the backbone takes it, turns
+    on the adapters' dropout too.
+
+    Enter it inside the traced function: a function jitted before, outside, ignores the hook.
+
+    Attributes:
+      backbone: a linen module.
+      method: what to insert.
+      sites: site name -> regular expression that fully matches `/`-joined paths of host modules,
+        with a group `layer`. By default the backbone's own table, its class attribute `sites`.
+      param_dtype: of the adapters' parameters; they compute in their host's dtype.
+
+    Raises:
+      ValueError: when constructed, for an unknown site or activation; when called, if a site or a
+        layer to leave out was never met, or a host does not return an array.
+    """
+
+    backbone: nn.Module
+    method: MethodConfig
+    sites: Mapping[str, str] | None = None
+    param_dtype: Dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.method, BottleneckConfig):
+            get_activation(self.method.non_linearity)
+            table = self._table()
+            for site in self.method.sites:
+                if site not in table:
+                    raise ValueError(
+                        f"unknown site {site!r}; {type(self.backbone).__name__} has "
+                        f"{', '.join(table)}"
+                    )
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.backbone)
+        self.shared = {}
+        if isinstance(self.method, PHMBottleneckConfig):
+            config = getattr(self.backbone, "config", None)
+            width = getattr(config, "hidden_size", None)
+            self.shared = shared_params(self.param, self.method, width, self.param_dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the backbone with its own arguments, adapters inserted."""
+        if not isinstance(self.method, BottleneckConfig):
+            return self.backbone(*args, **kwargs)
+        hook = _Hook(
+            self.method,
+            {site: re.compile(self._table()[site]) for site in self.method.sites},
+            depth=len(self.path),
+            # Arrays, not modules: closing over a module breaks under remat.
+            call={**self.shared, "deterministic": kwargs.get("deterministic", True)},
+            param_dtype=self.param_dtype,
+        )
+        with nn.intercept_methods(hook):
+            y = self.backbone(*args, **kwargs)
+        hook.check()
+        return y
+
+    def _table(self) -> Mapping[str, str]:
+        table = self.sites if self.sites is not None else getattr(self.backbone, "sites", None)
+        if table is None:
+            raise ValueError(
+                f"{type(self.backbone).__name__} has no table of sites; pass "
+                "sites={name: regular expression of host paths}"
+            )
+        return table
+
+
+class _Hook:
+    """The interceptor: runs the host, then the adapter inside the host's scope."""
+
+    def __init__(
+        self,
+        method: BottleneckConfig,
+        patterns: dict[str, re.Pattern[str]],
+        *,
+        depth: int,
+        call: dict[str, Any],
+        param_dtype: Dtype,
+    ):
+        self.method, self.patterns, self.depth, self.call = method, patterns, depth, call
+        self.param_dtype = param_dtype
+        self.met: dict[str, set[int]] = {site: set() for site in patterns}
+        self.pushed: dict[Any, nn.Module] = {}
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = next_fun(*args, **kwargs)  # host first: its rng counters and names stay as they were
+        if context.method_name != "__call__":
+            return y
+        path = "/".join(context.module.path[self.depth :])
+        if not self._wants(path):
+            return y
+        if not isinstance(y, jax.Array):
+            raise ValueError(
+                f"the host {path} returns {type(y).__name__}, not an array; choose as site the "
+                "module that returns the hidden states alone"
+            )
+        return self._layer(context, y.dtype)(y, **self.call)
+
+    def _wants(self, path: str) -> bool:
+        """Whether `path` is a host; notes the layer, left out or not."""
+        for site, pattern in self.patterns.items():
+            if match := pattern.fullmatch(path):
+                layer = int(match["layer"])
+                self.met[site].add(layer)
+                return layer not in self.method.leave_out
+        return False
+
+    def _layer(self, context: Any, dtype: Dtype) -> nn.Module:
+        host = context.module
+        settings = {"dtype": dtype, "param_dtype": self.param_dtype}
+        if hasattr(context.orig_method, "compact"):
+            return Bottleneck(self.method, name=ADAPTER, **settings)
+        # A setup-style host allows no submodules in its call, so the scope is made by hand: once
+        # for each host, since a second call of the same host shares its parameters.
+        if host.scope not in self.pushed:
+            scope = host.scope.push(ADAPTER)
+            self.pushed[host.scope] = Bottleneck(self.method, parent=scope, **settings)
+        return self.pushed[host.scope]
+
+    def check(self) -> None:
+        """ValueError if a site met no module or a layer to leave out does not exist."""
+        for site, layers in self.met.items():
+            if not layers:
+                raise ValueError(
+                    f"site {site!r} matched no module: no path matches "
+                    f"{self.patterns[site].pattern!r} in full"
+                )
+            absent = sorted(set(self.method.leave_out) - layers)
+            if absent:
+                raise ValueError(
+                    f"leave_out has {absent}, but site {site!r} has layers {min(layers)} to "
+                    f"{max(layers)}"
+                )
+            if layers <= set(self.method.leave_out):
+                raise ValueError(f"leave_out leaves no layer of site {site!r} to adapt")
+
+
+def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: Any) -> Any:
+    """The backbone's parameters with freshly initialised adapters beside them.
+
+    Args:
+      model: the adapted module.
+      backbone: what has the backbone's `params`; they are taken as they are, not copied.
+      key: of the adapters' initial values.
+      *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
+
+    Returns:
+      A nested dict of arrays.
+
+    Raises:
+      ValueError: if `backbone.params` is not what `model.backbone` would initialise, or as
+        `Adapted` does.
+    """
+    if not inputs:
+        if not hasattr(model.backbone, "dummy_inputs"):
+            raise ValueError(
+                f"{type(model.backbone).__name__} has no dummy_inputs(); pass example inputs: "
+                "init_adapters(model, backbone, key, input_ids, attention_mask)"
+            )
+        inputs = model.backbone.dummy_inputs()
+    given = flatten_dict(backbone.params, sep="/")
+    wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
+    _check_backbone(given, flatten_dict(wanted, sep="/"))
+
+    @jax.jit  # what is not returned is not computed: the backbone is not initialised
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
+        return {path: leaf for path, leaf in flat.items() if path not in given}
+
+    return unflatten_dict({**given, **init(key)}, sep="/")
+
+
+def _check_backbone(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    left_over = [path for path in given if path not in wanted]
+    missing = [path for path in wanted if path not in given]
+    shapes = [
+        f"{path}: {given[path].shape} given, {wanted[path].shape} wanted"
+        for path in given
+        if path in wanted and given[path].shape != wanted[path].shape
+    ]
+    if left_over or missing or shapes:
+        raise ValueError(
+            "the parameters are not those of the backbone; "
+            f"missing: {missing or 'none'}; left over: {left_over or 'none'}; "
+            f"of another shape: {shapes or 'none'}"
+        )

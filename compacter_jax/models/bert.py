@@ -1,0 +1,468 @@
+"""BERT in Flax linen; parameters carry their Hugging Face names, without the `bert.` prefix."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+from jax import Array
+
+from compacter_jax.activations import get_activation
+
+Dtype = Any
+
+HEADS = (
+    None,
+    "sequence_classification",
+    "token_classification",
+    "masked_lm",
+    "question_answering",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """What `Bert` needs to know of a checkpoint; names and defaults are those of transformers.
+
+    Raises:
+      ValueError: if a value is out of range, `hidden_act` is unknown or `num_attention_heads` does
+        not divide `hidden_size`.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
+        if self.hidden_size % self.num_attention_heads:
+            divisors = [h for h in range(1, self.hidden_size + 1) if self.hidden_size % h == 0]
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide "
+                f"hidden_size={self.hidden_size}; use one of {', '.join(map(str, divisors))}"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"{name}={rate} is not a dropout rate; use 0 <= {name} < 1")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps={self.layer_norm_eps} is not positive; use 1e-12")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range={self.initializer_range} is negative; use 0.02")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} is not in the vocabulary; use None or "
+                f"0 <= pad_token_id < vocab_size={self.vocab_size}"
+            )
+        get_activation(self.hidden_act)
+
+
+@flax.struct.dataclass
+class BertOutput:
+    """What `Bert` without a head returns.
+
+    Attributes:
+      last_hidden_state: `[batch, length, hidden]`.
+      pooler_output: `[batch, hidden]`, the first token's state through a dense layer and tanh.
+    """
+
+    last_hidden_state: Array
+    pooler_output: Array
+
+
+class _BertModule(nn.Module):
+    """What every part below is told, and the three hosts built from it."""
+
+    config: BertConfig
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    def dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializers.normal(self.config.initializer_range),
+            name=name,
+        )
+
+    def embed(self, num_embeddings: int, name: str) -> nn.Embed:
+        return nn.Embed(
+            num_embeddings,
+            self.config.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=initializers.normal(self.config.initializer_range),
+            name=name,
+        )
+
+    def layer_norm(self) -> nn.LayerNorm:
+        # The fast variance, E[x^2] - E[x]^2, cancels in float32: states of BERT have a few
+        # entries much larger than the rest.
+        return nn.LayerNorm(
+            epsilon=self.config.layer_norm_eps,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_fast_variance=False,
+            name="LayerNorm",
+        )
+
+    def part(self, module: type["_BertModule"], name: str) -> "_BertModule":
+        return module(self.config, self.dtype, self.param_dtype, name=name)
+
+
+class BertEmbeddings(_BertModule):
+    """Sum of word, token type and position embeddings, normalised."""
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Array, token_type_ids: Array, position_ids: Array, deterministic: bool
+    ) -> Array:  # [batch, length] each -> [batch, length, hidden]
+        config = self.config
+        x = self.embed(config.vocab_size, "word_embeddings")(input_ids)
+        if config.pad_token_id is not None:
+            # PyTorch's padding_idx: looking up the padding token sends its embedding no gradient.
+            x = jnp.where(
+                (input_ids == config.pad_token_id)[..., None], jax.lax.stop_gradient(x), x
+            )
+        x += self.embed(config.type_vocab_size, "token_type_embeddings")(token_type_ids)
+        x += self.embed(config.max_position_embeddings, "position_embeddings")(position_ids)
+        x = self.layer_norm()(x)
+        return nn.Dropout(config.hidden_dropout_prob, name="dropout")(x, deterministic)
+
+    def word_table(self) -> Array:
+        """`[vocab, hidden]` word embeddings, as they are stored."""
+        return self.variables["params"]["word_embeddings"]["embedding"]
+
+
+class BertSelfAttention(_BertModule):
+    """Multi-head attention of a sequence to itself, before the output projection."""
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+        config = self.config
+        heads = config.num_attention_heads
+        head_size = config.hidden_size // heads
+
+        def project(name: str) -> Array:  # [batch, length, hidden] -> [batch, length, heads, size]
+            y = self.dense(config.hidden_size, name)(x)
+            return y.reshape(*y.shape[:-1], heads, head_size)
+
+        query, key, value = project("query"), project("key"), project("value")
+        at_least_float32 = jnp.promote_types(query.dtype, jnp.float32)
+        scores = jnp.einsum(
+            "bqhd,bkhd->bhqk", query, key, preferred_element_type=at_least_float32
+        ) / math.sqrt(head_size)
+        if bias is not None:
+            scores += bias
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        probabilities = nn.Dropout(config.attention_probs_dropout_prob, name="dropout")(
+            probabilities, deterministic
+        )
+        return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value).reshape(x.shape)
+
+
+class BertResidual(_BertModule):
+    """Projection to the hidden size, dropout, residual, layer normalisation."""
+
+    @nn.compact
+    def __call__(self, x: Array, residual: Array, deterministic: bool) -> Array:
+        x = self.dense(self.config.hidden_size, "dense")(x)
+        x = nn.Dropout(self.config.hidden_dropout_prob, name="dropout")(x, deterministic)
+        return self.layer_norm()(x + residual)
+
+
+class BertAttention(_BertModule):
+    """Self-attention with its output projection and residual."""
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+        y = self.part(BertSelfAttention, "self")(x, bias, deterministic)
+        return self.part(BertResidual, "output")(y, x, deterministic)
+
+
+class BertIntermediate(_BertModule):
+    """First layer of the feed-forward network, with its activation."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        activation = get_activation(self.config.hidden_act)
+        return activation(self.dense(self.config.intermediate_size, "dense")(x))
+
+
+class BertLayer(_BertModule):
+    """Attention and feed-forward network."""
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+        x = self.part(BertAttention, "attention")(x, bias, deterministic)
+        y = self.part(BertIntermediate, "intermediate")(x)
+        return self.part(BertResidual, "output")(y, x, deterministic)
+
+
+class BertLayers(_BertModule):
+    """The layers one after the other, named "0", "1", ..."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+        # `deterministic` is argument 3 of BertLayer.__call__, self counted.
+        layer = nn.remat(BertLayer, static_argnums=(3,)) if self.remat else BertLayer
+        for i in range(self.config.num_hidden_layers):
+            x = self.part(layer, str(i))(x, bias, deterministic)
+        return x
+
+
+class BertEncoder(_BertModule):
+    """The level `encoder` of the parameter names."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+        layers = BertLayers(
+            self.config, self.dtype, self.param_dtype, remat=self.remat, name="layer"
+        )
+        return layers(x, bias, deterministic)
+
+
+class BertPooler(_BertModule):
+    """The first token's state through a dense layer and tanh."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [batch, length, hidden] -> [batch, hidden]
+        return jnp.tanh(self.dense(self.config.hidden_size, "dense")(x[:, 0]))
+
+
+class BertTransform(_BertModule):
+    """Dense layer, activation and layer normalisation before the vocabulary projection."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = self.dense(self.config.hidden_size, "dense")(x)
+        return self.layer_norm()(get_activation(self.config.hidden_act)(x))
+
+
+class BertPredictions(_BertModule):
+    """Logits over the vocabulary."""
+
+    @nn.compact
+    def __call__(self, x: Array, word_table: Array) -> Array:
+        vocab_size = self.config.vocab_size
+        x = self.part(BertTransform, "transform")(x)
+        # The bias belongs to `predictions`, not to `decoder`: that is its Hugging Face name.
+        bias = self.param("bias", initializers.zeros, (vocab_size,), self.param_dtype)
+        if self.config.tie_word_embeddings:
+            x, table, bias = nn.dtypes.promote_dtype(x, word_table, bias, dtype=self.dtype)
+            return x @ table.T + bias
+        decoder = nn.Dense(
+            vocab_size,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializers.normal(self.config.initializer_range),
+            name="decoder",
+        )
+        x, bias = nn.dtypes.promote_dtype(decoder(x), bias, dtype=self.dtype)
+        return x + bias
+
+
+class BertMaskedLM(_BertModule):
+    """The level `cls` of the parameter names."""
+
+    @nn.compact
+    def __call__(self, x: Array, word_table: Array) -> Array:
+        return self.part(BertPredictions, "predictions")(x, word_table)
+
+
+class Bert(nn.Module):
+    """BERT with one of five endings.
+
+    The pooler exists where transformers has it: without a head and for sequence classification.
+
+    Attributes:
+      config: sizes, activation and dropout rates.
+      head: None (hidden states), "sequence_classification" (regression is `num_labels=1`),
+        "token_classification", "masked_lm" or "question_answering".
+      num_labels: width of the two classifiers; the other heads do not read it.
+      dtype: of the computation; None promotes inputs and parameters as flax does. The softmax of
+        the attention and the statistics of layer norms are computed in float32 at least.
+      param_dtype: of the parameters.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+
+    Raises:
+      ValueError: if `head` is unknown or `num_labels` is not positive.
+
+    References:
+      Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for Language
+      Understanding, NAACL 2019, arXiv:1810.04805.
+    """
+
+    config: BertConfig
+    head: str | None = None
+    num_labels: int = 2
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    sites: ClassVar[Mapping[str, str]] = {
+        "attention": r"encoder/layer/(?P<layer>\d+)/attention/output/dense",
+        "feed_forward": r"encoder/layer/(?P<layer>\d+)/output/dense",
+    }
+    """Site name -> regular expression that the `/`-joined path of a host matches in full."""
+
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"unknown head {self.head!r}; use one of {HEADS}")
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels={self.num_labels} is not positive; use 1 or more")
+        super().__post_init__()
+
+    @property
+    def has_pooler(self) -> bool:
+        return self.head in (None, "sequence_classification")
+
+    @nn.nowrap
+    def dummy_inputs(self) -> tuple[Array, Array]:
+        """Arguments for `init`: `input_ids` and `attention_mask`, `[1, 1]` int32 each."""
+        return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Array | BertOutput:
+        """Logits of the head, or hidden states without one.
+
+        Args:
+          input_ids: `[batch, length]` integers.
+          attention_mask: `[batch, length]` integers or booleans, zero at padding; None attends to
+            everything. A row of nothing but padding attends to all its positions alike.
+          token_type_ids: `[batch, length]` integers; None means 0 everywhere.
+          position_ids: `[batch, length]` or `[1, length]` integers; None counts from 0.
+          deterministic: a Python bool; False drops out and needs `rngs={"dropout": key}`.
+
+        Returns:
+          For "sequence_classification" `[batch, num_labels]`, for "token_classification"
+          `[batch, length, num_labels]`, for "masked_lm" `[batch, length, vocab]`, for
+          "question_answering" `[batch, length, 2]` (start, end), all in the dtype of the
+          computation; without a head a `BertOutput`.
+
+        Raises:
+          ValueError: if the sequence is longer than `max_position_embeddings`, a shape does not
+            fit `input_ids`, or a mask is of a floating-point type.
+        """
+        config = self.config
+        batch_and_length = self._check_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids
+        )
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros(batch_and_length, jnp.int32)
+        if position_ids is None:
+            position_ids = jnp.arange(batch_and_length[1])[None]
+
+        args = (config, self.dtype, self.param_dtype)
+        embeddings = BertEmbeddings(*args, name="embeddings")
+        x = embeddings(input_ids, token_type_ids, position_ids, deterministic)
+        encoder = BertEncoder(*args, remat=self.remat, name="encoder")
+        x = encoder(x, _attention_bias(attention_mask, x.dtype), deterministic)
+
+        if self.head == "masked_lm":
+            return BertMaskedLM(*args, name="cls")(x, embeddings.word_table())
+        if self.has_pooler:
+            pooled = BertPooler(*args, name="pooler")(x)
+            if self.head is None:
+                return BertOutput(last_hidden_state=x, pooler_output=pooled)
+            x = pooled
+        if self.head == "question_answering":
+            name, width = "qa_outputs", 2
+        else:
+            name, width = "classifier", self.num_labels
+            rate = config.classifier_dropout
+            rate = config.hidden_dropout_prob if rate is None else rate
+            x = nn.Dropout(rate, name="dropout")(x, deterministic)
+        return nn.Dense(
+            width,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializers.normal(config.initializer_range),
+            name=name,
+        )(x)
+
+    @nn.nowrap
+    def _check_inputs(self, input_ids, attention_mask, token_type_ids, position_ids):
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {input_ids.shape}; it must be [batch, length]")
+        batch, length = input_ids.shape
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids is {length} tokens long, and the model has "
+                f"max_position_embeddings={self.config.max_position_embeddings}; truncate to that"
+            )
+        for name, array in (
+            ("attention_mask", attention_mask),
+            ("token_type_ids", token_type_ids),
+        ):
+            if array is not None and array.shape != (batch, length):
+                raise ValueError(
+                    f"{name} has shape {array.shape}; it must be that of input_ids, "
+                    f"{(batch, length)}"
+                )
+        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"position_ids has shape {position_ids.shape}; it must be {(batch, length)} or "
+                f"{(1, length)}"
+            )
+        if attention_mask is not None and jnp.issubdtype(attention_mask.dtype, jnp.floating):
+            # It might be an additive mask, 0 to attend and -inf to leave out: the very opposite.
+            raise ValueError(
+                f"attention_mask is {attention_mask.dtype}; it must be integers or booleans, "
+                "1 at tokens and 0 at padding"
+            )
+        return batch, length
+
+
+def _attention_bias(attention_mask: Array | None, dtype: Dtype) -> Array | None:
+    """`[batch, length]` mask -> `[batch, 1, 1, length]`, added to the scores before the softmax.
+
+    The least finite number, not -inf: of a row that is all padding, the softmax is uniform and
+    not NaN. Added, not selected, so that such a row has the gradient that PyTorch gives it.
+    """
+    if attention_mask is None:
+        return None
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    bias = jnp.where(attention_mask != 0, 0, jnp.finfo(dtype).min).astype(dtype)
+    return bias[:, None, None, :]

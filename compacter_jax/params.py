@@ -1,0 +1,178 @@
+"""What is trained and what is frozen: labels by path, partition, merge, counts, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from flax.traverse_util import flatten_dict, path_aware_map
+
+from compacter_jax.config import ADAPTER, FullFineTuningConfig, MethodConfig, PHMBottleneckConfig
+
+Params = Any
+Labels = Any
+
+TRAIN, FREEZE = "train", "freeze"
+
+# Group of parameters -> regular expression over whole `/`-joined paths; the first match wins.
+GROUPS: dict[str, str] = {
+    "rule": r"(.*/)?phm_rule(_left|_right)?",
+    "adapters": rf"(.*/)?{ADAPTER}/.*|phm_(down|up)_.*",
+    "layer norms": r"(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
+    "head": r"(classifier|qa_outputs)/.*",
+    "pooler": r"pooler/.*",
+    "backbone": r".*",
+}
+
+
+def group_of(path: str) -> str:
+    """The group of `GROUPS` that a `/`-joined path belongs to."""
+    return next(name for name, pattern in GROUPS.items() if re.fullmatch(pattern, path))
+
+
+def label_params(
+    params: Params, method: MethodConfig, rules: Sequence[tuple[str, str]] = ()
+) -> Labels:
+    """Labels each leaf "train" or "freeze", as `method` wants it.
+
+    Args:
+      params: nested dict of arrays (or of their shapes).
+      method: says which of `GROUPS` are trained.
+      rules: `(pattern, label)` pairs that come before the method's; a pattern is a regular
+        expression over the whole `/`-joined path, and the first match wins.
+
+    Returns:
+      A tree of `params`' structure with a string at each leaf.
+
+    Raises:
+      ValueError: if a rule matches no path or has another label, or the method trains a group
+        that the parameters do not have.
+    """
+    paths = list(flatten_dict(params, sep="/"))
+    present = {group_of(path) for path in paths}
+    trained = trained_groups(method)
+    for group in sorted(trained - present - _optional_groups(method)):
+        raise ValueError(
+            f"method {method.kind!r} trains the {group}, but no parameter is one: "
+            f"no path matches {GROUPS[group]!r}"
+        )
+    for pattern, label in rules:
+        if label not in (TRAIN, FREEZE):
+            raise ValueError(f"label {label!r} of pattern {pattern!r} must be 'train' or 'freeze'")
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise ValueError(f"pattern {pattern!r} matches no parameter")
+
+    def label(path: tuple[str, ...], _: Any) -> str:
+        joined = "/".join(path)
+        for pattern, chosen in rules:
+            if re.fullmatch(pattern, joined):
+                return chosen
+        return TRAIN if group_of(joined) in trained else FREEZE
+
+    return path_aware_map(label, params)
+
+
+def trained_groups(method: MethodConfig) -> set[str]:
+    """The groups of `GROUPS` that `method` trains."""
+    full = isinstance(method, FullFineTuningConfig)
+    choices = {
+        "rule": isinstance(method, PHMBottleneckConfig) and method.learn_phm,
+        "adapters": not full,
+        "layer norms": method.train_layer_norms,
+        "head": method.train_head,
+        "pooler": method.train_pooler,
+        "backbone": full,
+    }
+    return {group for group, chosen in choices.items() if chosen}
+
+
+def _optional_groups(method: MethodConfig) -> set[str]:
+    """Groups a backbone may lack without that being a mistake."""
+    return {"head", "pooler"} if isinstance(method, FullFineTuningConfig) else {"head"}
+
+
+def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
+    """Splits `params` into `(trained, frozen)`, each with None in place of the other's leaves.
+
+    JAX sees no leaf where None stands: gradients, norms, optimizer state and all-reduces of the
+    trained half are those of the trained leaves alone.
+    """
+    trained = jax.tree.map(lambda label, leaf: leaf if label == TRAIN else None, labels, params)
+    frozen = jax.tree.map(lambda label, leaf: None if label == TRAIN else leaf, labels, params)
+    return trained, frozen
+
+
+def merge(trained: Params, frozen: Params) -> Params:
+    """Inverse of `partition`.
+
+    Raises:
+      ValueError: if a leaf is in both halves or in neither.
+    """
+
+    def choose(path: Any, a: Any, b: Any) -> Any:
+        if (a is None) == (b is None):
+            where = "neither half" if a is None else "both halves"
+            raise ValueError(f"{jax.tree_util.keystr(path)} is in {where}")
+        return b if a is None else a
+
+    return jax.tree_util.tree_map_with_path(choose, trained, frozen, is_leaf=lambda x: x is None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Numbers of parameters.
+
+    Attributes:
+      trained: all that are trained.
+      total: all.
+      groups: group -> (trained, total), for the groups that the parameters have.
+    """
+
+    trained: int
+    total: int
+    groups: Mapping[str, tuple[int, int]]
+
+
+def count(params: Params, labels: Labels) -> Count:
+    """Counts parameters by group, trained and in all; `params` may be arrays or shapes."""
+    flat, flat_labels = flatten_dict(params, sep="/"), flatten_dict(labels, sep="/")
+    groups = dict.fromkeys(GROUPS, (0, 0))
+    for path, leaf in flat.items():
+        group = group_of(path)
+        trained, total = groups[group]
+        groups[group] = (
+            trained + (leaf.size if flat_labels[path] == TRAIN else 0),
+            total + leaf.size,
+        )
+    groups = {group: sizes for group, sizes in groups.items() if sizes[1]}
+    return Count(
+        trained=sum(trained for trained, _ in groups.values()),
+        total=sum(total for _, total in groups.values()),
+        groups=groups,
+    )
+
+
+def optimizer(
+    tx: optax.GradientTransformation, labels: Labels
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` on the trained leaves, zero updates and no state for the frozen ones.
+
+    It takes whole trees as well as the trained half of `partition`. Put clipping inside `tx`:
+    there it reads the gradients of trained leaves only.
+
+    Args:
+      tx: any optax transformation.
+      labels: of `label_params`.
+    """
+
+    def labels_of(tree: Any) -> Any:
+        # The trained half has None, no leaf at all, where a label says "freeze".
+        return jax.tree.map(
+            lambda label, leaf: None if leaf is None else label, labels, tree
+        )
+
+    return optax.partition({TRAIN: tx, FREEZE: optax.set_to_zero()}, labels_of)

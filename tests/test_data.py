@@ -1,0 +1,300 @@
+"""train.data: a tokenizer that fits, what it makes of sentences, and the batches made of them."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from train import data
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "##s", "a", "b"]
+
+
+def save_tokenizer(folder, words=WORDS, **special):
+    """A WordPiece tokenizer that joins sentences as BERT does."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")],
+    )
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | special
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def load(folder, vocab_size=10, max_position_embeddings=64, max_length=64):
+    return data.load_tokenizer(
+        folder,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        max_length=max_length,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), pad_token="[PAD]")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load(folder)
+
+
+def test_a_padded_vocabulary_and_relative_positions_fit(folder):
+    assert len(load(folder, vocab_size=128)) == 10
+    assert len(load(str(folder), max_position_embeddings=None, max_length=4096)) == 10
+
+
+def test_tokenizers_that_do_not_fit(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"does not fit the backbone: it has 10 .* embedding 9;"):
+        load(folder, vocab_size=9)
+    with pytest.raises(ValueError, match="max_length=65 exceeds the backbone's 64 positions"):
+        load(folder, max_length=65)
+    with pytest.raises(ValueError, match="max_length=2 leaves no room for a word; use 3 or more"):
+        load(folder, max_length=2)
+    with pytest.raises(ValueError, match="has no padding token"):
+        load(save_tokenizer(tmp_path / "unpadded"))
+
+
+def test_tokenizers_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    for source, reason in [
+        (tmp_path / "none", "none: no such folder"),
+        (tmp_path / "empty", "cannot load a tokenizer from '.*empty': "),
+        (tmp_path / "broken", "cannot load a tokenizer from '.*broken': "),
+        ("no/such/place", "cannot load a tokenizer from 'no/such/place': "),
+        ("nobody/nothing-of-this-name", "cannot load a tokenizer from 'nobody/nothing"),
+    ]:
+        with pytest.raises(ValueError, match=reason) as caught:
+            load(source)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
+
+
+def test_a_folder_without_a_vocabulary(tmp_path):
+    # transformers 5 loads a tokenizer of special tokens alone from it; 4 raises a TypeError.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json or vocab\.txt"):
+        load(tmp_path)
+
+
+def test_token_ids_of_single_sentences(tokenizer):
+    rows = {"sentence": ["Good films", "bad x", "a"], "label": [1, 0, 1], "id": [7, 8, 9]}
+    encoded = data.tokenize(datasets.Dataset.from_dict(rows), tokenizer, 8)
+    assert len(encoded) == 3
+    assert encoded.input_ids.tolist() == [2, 4, 6, 7, 3, 2, 5, 1, 3, 2, 8, 3]
+    assert encoded.token_type_ids.tolist() == [0] * 12
+    assert encoded.offsets.tolist() == [0, 5, 9, 12]
+    assert encoded.targets.tolist() == [1, 0, 1]
+    assert (encoded.input_ids.dtype, encoded.targets.dtype) == (np.int32, np.int32)
+    assert (encoded.num_truncated, encoded.max_length, encoded.pad_token_id) == (0, 8, 0)
+
+
+def test_token_ids_of_pairs(tokenizer):
+    rows = {"sentence": ["good films", "a a a a"], "sentence2": ["bad", "b"], "score": [0.5, -1]}
+    encoded = data.tokenize(rows, tokenizer, 6)
+    first, second = np.split(encoded.input_ids, encoded.offsets[1:-1])
+    assert first.tolist() == [2, 4, 6, 3, 5, 3]  # the longer sentence is cut
+    assert second.tolist() == [2, 8, 8, 3, 9, 3]
+    assert encoded.token_type_ids.tolist() == [0, 0, 0, 0, 1, 1] * 2
+    assert encoded.targets.tolist() == [0.5, -1]
+    assert encoded.targets.dtype == np.float32
+    assert encoded.num_truncated == 2
+
+
+def test_truncation_is_counted_and_leaves_a_word(tokenizer):
+    encoded = data.tokenize({"sentence": ["a", "a b", "a " * 5000]}, tokenizer, 3)
+    assert encoded.input_ids.tolist() == [2, 8, 3] * 3
+    assert encoded.num_truncated == 2
+    assert encoded.targets is None
+    with pytest.raises(ValueError, match="max_length=4 leaves no room for a word; use 5 or more"):
+        data.tokenize({"sentence": ["a"], "sentence2": ["b"]}, tokenizer, 4)
+
+
+def test_more_examples_than_are_tokenised_at_once(tokenizer):
+    sentences = ["a " * (1 + i % 5) for i in range(2500)]
+    encoded = data.tokenize({"sentence": sentences}, tokenizer, 16)
+    assert np.diff(encoded.offsets).tolist() == [3 + i % 5 for i in range(2500)]
+    assert len(encoded.input_ids) == encoded.offsets[-1]
+
+
+def test_bucket_lengths():
+    assert data.bucket_lengths(512) == (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    assert data.bucket_lengths(100) == (16, 32, 48, 64, 96, 100)
+    assert data.bucket_lengths(16) == (16,)
+    assert data.bucket_lengths(3) == (3,)
+    assert data.bucket_lengths(64, multiple=8) == (8, 16, 24, 32, 48, 64)
+    with pytest.raises(ValueError, match="max_length=0"):
+        data.bucket_lengths(0)
+
+
+def make(lengths, targets=None, max_length=128):
+    """Examples of the given lengths; every token of example `i` is `i + 1`."""
+    lengths = np.asarray(lengths, np.int64)
+    return data.Encoded(
+        input_ids=np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths),
+        token_type_ids=np.ones(lengths.sum(), np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        targets=targets,
+        max_length=max_length,
+        pad_token_id=99999,
+        num_truncated=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def thousand():
+    """1000 examples, few of them long, as sentences are."""
+    lengths = np.minimum(3 + np.random.default_rng(0).geometric(0.06, 1000), 128)
+    return make(lengths, targets=np.arange(1000, dtype=np.int32))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 8, 24, 1000, 4096])
+def test_every_example_comes_once_and_whole(thousand, shuffle, batch_size):
+    seen = []
+    for batch in data.batches(thousand, batch_size, shuffle=shuffle, seed=5):
+        length = batch["input_ids"].shape[1]
+        assert length in data.bucket_lengths(128)
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            assert batch[name].shape == (batch_size, length)
+            assert batch[name].dtype == np.int32
+        real = batch["indices"] >= 0
+        seen += batch["indices"][real].tolist()
+        expected = np.diff(thousand.offsets)[batch["indices"][real]]
+        mask = batch["attention_mask"]
+        np.testing.assert_array_equal(mask[real].sum(1), expected)
+        np.testing.assert_array_equal(
+            mask[real], np.arange(length) < expected[:, None]
+        )  # padding is at the right
+        values = batch["indices"][:, None] + 1
+        np.testing.assert_array_equal(batch["input_ids"][real], np.where(mask, values, 99999)[real])
+        np.testing.assert_array_equal(batch["token_type_ids"][real], mask[real])
+        np.testing.assert_array_equal(batch["labels"], np.where(real, batch["indices"], 0))
+        np.testing.assert_array_equal(batch["weights"], real.astype(np.float32))
+        assert (mask[~real].sum(1) == 1).all()
+        assert batch["weights"].dtype == np.float32
+        assert (batch["labels"].dtype, batch["indices"].dtype) == (np.int32, np.int32)
+    assert sorted(seen) == list(range(1000))
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 257, 1000])
+def test_number_of_batches_is_that_of_every_epoch(size):
+    generator = np.random.default_rng(size)
+    encoded = make(generator.integers(1, 129, size))
+    expected = -(-size // 8)
+    assert data.num_batches(size, 8) == expected
+    for epoch in range(5):
+        assert len(list(data.batches(encoded, 8, shuffle=True, seed=0, epoch=epoch))) == expected
+    assert len(list(data.batches(encoded, 8, shuffle=False))) == expected
+
+
+def order(encoded, **keywords):
+    return [batch["indices"].tolist() for batch in data.batches(encoded, 8, **keywords)]
+
+
+def test_order_depends_on_seed_and_epoch_alone(thousand):
+    first = order(thousand, shuffle=True, seed=1, epoch=2)
+    assert first == order(thousand, shuffle=True, seed=1, epoch=2)
+    for seed, epoch in [(1, 3), (2, 2), (2, 1)]:
+        other = order(thousand, shuffle=True, seed=seed, epoch=epoch)
+        assert first != other
+        assert {frozenset(row) for row in first} != {frozenset(row) for row in other}
+
+
+def test_order_is_the_same_in_every_version():
+    # A resumed run must meet the rest of its epoch: this order may not change with NumPy.
+    encoded = make([4, 40, 5, 41, 6, 42, 7])
+    batches = data.batches(encoded, 2, shuffle=True, seed=0, epoch=1)
+    assert [batch["indices"].tolist() for batch in batches] == [[4, 2], [5, -1], [6, 0], [1, 3]]
+
+
+@pytest.mark.parametrize("keywords", [{"shuffle": True, "seed": 3, "epoch": 1}, {"shuffle": False}])
+def test_start_resumes_at_the_exact_batch(thousand, keywords):
+    whole = order(thousand, **keywords)
+    for start in (0, 1, 77, len(whole)):
+        assert order(thousand, start=start, **keywords) == whole[start:]
+    with pytest.raises(ValueError, match="start=126 is not within the 125 batches of an epoch"):
+        data.batches(thousand, 8, start=126, **keywords)
+
+
+def test_evaluation_order_is_by_bucket_then_position(thousand):
+    rows = np.concatenate(order(thousand, shuffle=False))
+    buckets = np.searchsorted(data.bucket_lengths(128), np.diff(thousand.offsets))[rows]
+    assert (np.diff(buckets) >= 0).all()
+    for bucket in np.unique(buckets):
+        assert (np.diff(rows[buckets == bucket]) > 0).all()
+
+
+def test_batches_are_alike_in_length_and_come_in_random_order(thousand):
+    shapes, mixed = [], 0
+    for batch in data.batches(thousand, 8, shuffle=True, seed=0):
+        own = np.searchsorted(data.bucket_lengths(128), batch["attention_mask"].sum(1))
+        mixed += len(set(own.tolist())) > 1
+        shapes.append(batch["input_ids"].shape[1])
+    # Per window of 32 batches at most one batch between any two neighbouring buckets.
+    assert mixed <= 4 * (len(set(shapes)) - 1)
+    assert sorted(shapes) != shapes
+    real = np.diff(thousand.offsets).sum()
+    padded = 8 * sum(shapes)
+    assert real / padded > 0.6
+    assert real / (8 * 125 * 128) < 0.2  # what it would be, always padded to the longest
+
+
+def test_a_bucket_with_one_example():
+    encoded = make([5] * 30 + [128])
+    lengths = [batch["input_ids"].shape[1] for batch in data.batches(encoded, 8, shuffle=False)]
+    assert lengths == [16, 16, 16, 128]
+
+
+def test_unknown_and_real_valued_targets():
+    (batch,) = data.batches(make([3, 4]), 4, shuffle=False)
+    assert batch["labels"].dtype == np.int32
+    assert batch["labels"].tolist() == [0, 0, 0, 0]
+    scores = np.array([0.5, -2], np.float32)
+    (batch,) = data.batches(make([3, 4], scores), 4, shuffle=False)
+    assert batch["labels"].dtype == np.float32
+    assert batch["labels"].tolist() == [0.5, -2, 0, 0]
+
+
+def test_no_examples_no_batches():
+    assert data.num_batches(0, 8) == 0
+    assert list(data.batches(make([]), 8, shuffle=True, seed=0)) == []
+
+
+def test_batches_refuse_bad_arguments(thousand):
+    with pytest.raises(ValueError, match="batch_size=0; want 1 or more"):
+        data.batches(thousand, 0, shuffle=False)
+    with pytest.raises(ValueError, match="shuffling wants seed and epoch of 0 or more, got None"):
+        data.batches(thousand, 8, shuffle=True)
+    with pytest.raises(ValueError, match="got -1 and 0"):
+        data.batches(thousand, 8, shuffle=True, seed=-1)
+
+
+def test_shard():
+    (batch,) = data.batches(make(range(1, 9)), 8, shuffle=False)
+    shards = data.shard(batch, 4)
+    assert {name: array.shape for name, array in shards.items()} == {
+        "input_ids": (4, 2, 16),
+        "attention_mask": (4, 2, 16),
+        "token_type_ids": (4, 2, 16),
+        "labels": (4, 2),
+        "weights": (4, 2),
+        "indices": (4, 2),
+    }
+    assert shards["indices"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="3 devices cannot share a batch of 8; use 6 or 9"):
+        data.shard(batch, 3)
+    with pytest.raises(ValueError, match="16 devices cannot share a batch of 8; use 16"):
+        data.shard(batch, 16)

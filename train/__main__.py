@@ -1,0 +1,116 @@
+"""The command line: `python -m train fit|evaluate|predict|params`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from train import options
+
+USAGE = """usage: python -m train COMMAND [OPTIONS]
+
+Fine-tune a pre-trained transformer by training a few thousand numbers.
+
+commands:
+  fit       fine-tune on a task and save the adapter of the best epoch
+  evaluate  metrics of a saved adapter on a split
+  predict   predictions of a saved adapter for every row of a file
+  params    what a method would train on a backbone
+
+`python -m train COMMAND --help` lists the options of a command. For example:
+
+  python -m train fit --backbone DIR --method compacter++ --task movie --output-dir runs/movie
+  python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
+"""
+
+
+def fit(arguments: options.FitOptions) -> None:
+    """Runs the command `fit`."""
+    from train import loop  # noqa: PLC0415 - help and bad flags should not wait for JAX
+
+    loop.fit(arguments)
+
+
+def evaluate(arguments: options.EvaluateOptions) -> None:
+    """Runs the command `evaluate`."""
+    from train import inference  # noqa: PLC0415
+
+    inference.evaluate(arguments)
+
+
+def predict(arguments: options.PredictOptions) -> None:
+    """Runs the command `predict`."""
+    from train import inference  # noqa: PLC0415
+
+    inference.predict(arguments)
+
+
+def params(arguments: options.ParamsOptions) -> None:
+    """Runs the command `params`."""
+    import jax  # noqa: PLC0415
+
+    import compacter_jax as cj  # noqa: PLC0415
+    from train import report  # noqa: PLC0415
+
+    method = options.method_of(arguments.method, arguments.method_options)
+    backbone = cj.load_backbone(
+        arguments.backbone, head="sequence_classification", num_labels=arguments.num_labels
+    )
+    model = cj.Adapted(backbone.module, method)
+    shapes = jax.eval_shape(
+        lambda: cj.init_adapters(model, backbone, jax.random.key(0))  # shapes alone are wanted
+    )
+    count = cj.count(shapes, cj.label_params(shapes, method))
+    if not arguments.json:
+        print(report.parameter_table(count, method))
+        return
+    groups = {name: {"trained": t, "total": n} for name, (t, n) in count.groups.items()}
+    print(json.dumps({"trained": count.trained, "total": count.total, "groups": groups}, indent=2))
+
+
+COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
+    "fit": (fit, options.FitOptions),
+    "evaluate": (evaluate, options.EvaluateOptions),
+    "predict": (predict, options.PredictOptions),
+    "params": (params, options.ParamsOptions),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 if interrupted, else 1."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; use one of {', '.join(COMMANDS)}", 2)
+    run, options_class = COMMANDS[name]
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        flags = options.expand_config(rest) if name == "fit" else rest
+        run(tyro.cli(options_class, args=flags, prog=f"python -m train {name}"))
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except RuntimeError as error:
+        if type(error).__module__ != "train.loop":
+            raise
+        return _fail(str(error), 130 if "Interrupted" in type(error).__name__ else 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))

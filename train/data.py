@@ -1,0 +1,382 @@
+"""From files to batches: rows, token ids, buckets of length, order of examples."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Parquet stays an Arrow table, so that its types survive being written back; text formats are
+# records, so that a key that is missing and one that is null stay different.
+Rows: TypeAlias = pa.Table | list[dict[str, Any]]
+Batch: TypeAlias = dict[str, np.ndarray]
+
+# Bounds what a quotation mark that is never closed can swallow.
+_LONGEST_FIELD = 16 * 2**20
+_TOKENIZED_AT_ONCE = 1024
+# Shuffled examples are sorted by length within windows of this many batches: long enough for
+# batches of one bucket, short enough that most of the shuffle remains.
+_WINDOW_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples, one after the other.
+
+    Attributes:
+      input_ids: `[tokens]` int32, without padding.
+      token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair.
+      offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
+      targets: `[examples]` int32 labels or float32 scores; None where unknown.
+      max_length: limit that the examples were cut to.
+      pad_token_id: what padding is filled with.
+      num_truncated: how many examples were cut.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    offsets: np.ndarray
+    targets: np.ndarray | None
+    max_length: int
+    pad_token_id: int
+    num_truncated: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
+    """Streams a .parquet, .jsonl, .csv or .tsv file, at most `chunk_rows` rows at a time.
+
+    Yields:
+      A `pyarrow.Table` of parquet, a list of dicts of the other formats.
+
+    Raises:
+      ValueError: if the file is not what its suffix says, or not UTF-8.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_tables(path, chunk_rows)
+            return
+        records = _json_records(path) if suffix == ".jsonl" else _csv_records(path)
+        while rows := list(itertools.islice(records, chunk_rows)):
+            yield rows
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8"
+        ) from error
+
+
+def load_tokenizer(
+    path_or_hub_id: str | Path,
+    *,
+    vocab_size: int,
+    max_position_embeddings: int | None,
+    max_length: int,
+) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer and checks that it fits the backbone.
+
+    Args:
+      path_or_hub_id: folder of a tokenizer, or its name on the Hugging Face hub.
+      vocab_size: rows of the backbone's token embedding; may exceed the tokenizer's.
+      max_position_embeddings: the backbone's longest input; None if positions are relative.
+      max_length: the longest input wanted.
+
+    Raises:
+      ValueError: if there is no such tokenizer, it is not a fast one, has no padding token or more
+        tokens than `vocab_size`, or `max_length` is below 3 or above `max_position_embeddings`.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    if max_length < 3:
+        raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
+    if max_position_embeddings is not None and max_length > max_position_embeddings:
+        raise ValueError(
+            f"max_length={max_length} exceeds the backbone's {max_position_embeddings} positions; "
+            f"use {max_position_embeddings} or less"
+        )
+    source = str(path_or_hub_id)
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise ValueError(f"{source}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the kinds differ between versions and file formats
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise ValueError(
+            f"cannot load a tokenizer from {source!r}: {reason} (it wants a folder with "
+            "tokenizer.json or vocab.txt, or a name on the hub, which must be reachable or cached)"
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) <= len(
+        tokenizer.all_special_tokens
+    ):  # what transformers 5 makes of no files
+        raise ValueError(
+            f"the tokenizer of {source!r} knows no words; it wants tokenizer.json or vocab.txt"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {source!r} is a slow one; save its tokenizer.json")
+    size = max(len(tokenizer), 1 + max(vocabulary.values()))
+    if size > vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source!r} does not fit the backbone: it has {size} tokens, "
+            f"the backbone's embedding {vocab_size}; use the backbone's own tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {source!r} has no padding token; set its pad_token")
+    return tokenizer
+
+
+def tokenize(
+    dataset: Dataset | Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Encoded:
+    """Tokenises every example once, pairs as the tokenizer joins them.
+
+    Args:
+      dataset: columns `sentence`, maybe `sentence2`, and `label`, `score` or neither of them.
+      tokenizer: a fast tokenizer.
+      max_length: longer inputs are cut, of a pair the longer sentence first.
+
+    Raises:
+      ValueError: if `max_length` leaves less than one token for each sentence.
+    """
+    sentences = dataset["sentence"][:]
+    columns = dataset if isinstance(dataset, Mapping) else dataset.column_names
+    pairs = dataset["sentence2"][:] if "sentence2" in columns else None
+    per_input = 1 if pairs is None else 2
+    least = tokenizer.num_special_tokens_to_add(pair=per_input == 2) + per_input
+    if max_length < least:
+        raise ValueError(f"max_length={max_length} leaves no room for a word; use {least} or more")
+    input_ids, token_type_ids, lengths, num_truncated = [], [], [0], 0
+    for start in range(0, len(sentences), _TOKENIZED_AT_ONCE):
+        chunk = slice(start, start + _TOKENIZED_AT_ONCE)
+        encodings = tokenizer(
+            sentences[chunk],
+            None if pairs is None else pairs[chunk],
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=True,
+        )
+        input_ids += [np.array(ids, np.int32) for ids in encodings["input_ids"]]
+        token_type_ids += [np.array(ids, np.int32) for ids in encodings["token_type_ids"]]
+        lengths += [len(ids) for ids in encodings["input_ids"]]
+        num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
+    targets = None
+    if "label" in columns:
+        targets = np.array(dataset["label"][:], np.int32)
+    elif "score" in columns:
+        targets = np.array(dataset["score"][:], np.float32)
+    return Encoded(
+        input_ids=np.concatenate(input_ids or [np.zeros(0, np.int32)]),
+        token_type_ids=np.concatenate(token_type_ids or [np.zeros(0, np.int32)]),
+        offsets=np.cumsum(lengths, dtype=np.int64),
+        targets=targets,
+        max_length=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        num_truncated=num_truncated,
+    )
+
+
+def bucket_lengths(max_length: int, multiple: int = 16) -> tuple[int, ...]:
+    """The lengths that inputs are padded to, few so that XLA compiles few shapes.
+
+    `multiple` times 1, 2, 3, 4, 6, 8, 12, …: less than half of a long input is padding.
+    The last is `max_length` itself.
+    """
+    if max_length < 1 or multiple < 1:
+        raise ValueError(f"max_length={max_length} and multiple={multiple}; want 1 or more")
+    lengths, power = [multiple], 2
+    while lengths[-1] < max_length:
+        lengths += [power * multiple, power * multiple * 3 // 2]
+        power *= 2
+    return (*(length for length in lengths if length < max_length), max_length)
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """Batches of a shuffled epoch, the same for every one: `ceil(num_examples / batch_size)`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; want 1 or more")
+    return -(-num_examples // batch_size)
+
+
+def batches(
+    encoded: Encoded,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int | None = None,
+    epoch: int = 0,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """Every example once, in batches of inputs of like length.
+
+    Shuffled order depends on `seed` and `epoch` alone. Without shuffling, inputs come by bucket,
+    within one in the order of the data, and every input is padded to its own bucket.
+
+    Args:
+      encoded: the examples.
+      batch_size: rows of every batch; the last is filled up with rows of weight 0.
+      shuffle: whether to shuffle, for training.
+      seed: of the shuffle.
+      epoch: of the shuffle.
+      start: how many batches to leave out at the beginning, to resume.
+
+    Yields:
+      `input_ids`, `attention_mask`, `token_type_ids`: `[batch_size, length]` int32, where `length`
+      is a bucket. `labels`: `[batch_size]` int32 or float32, 0 where unknown. `weights`:
+      `[batch_size]` float32, 1 or, in a filling row, 0. `indices`: `[batch_size]` int32, position
+      in `encoded`, or -1. A filling row attends to one token, so that its softmax is finite.
+
+    Raises:
+      ValueError: if `shuffle` has no `seed`, or `start` or `batch_size` is out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; want 1 or more")
+    lengths = bucket_lengths(encoded.max_length)
+    buckets = np.searchsorted(lengths, np.diff(encoded.offsets))
+    if shuffle:
+        if seed is None or seed < 0 or epoch < 0:
+            raise ValueError(f"shuffling wants seed and epoch of 0 or more, got {seed} and {epoch}")
+        rows = _shuffled(buckets, batch_size, np.random.default_rng([seed, epoch]))
+    else:
+        # Buckets are not mixed: what is computed for a row must not depend on its neighbours.
+        positions = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
+        rows = [row for of_bucket in positions for row in _sliced(of_bucket, batch_size)]
+    if not 0 <= start <= len(rows):
+        raise ValueError(f"start={start} is not within the {len(rows)} batches of an epoch")
+    return (_batch(encoded, row, batch_size, lengths[buckets[row].max()]) for row in rows[start:])
+
+
+def shard(batch: Mapping[str, np.ndarray], num_devices: int) -> Batch:
+    """Splits the leading axis: `[B, …]` -> `[num_devices, B / num_devices, …]`.
+
+    Raises:
+      ValueError: if `num_devices` does not divide the batch.
+    """
+    size = len(next(iter(batch.values())))
+    if size % num_devices:
+        above = -(-size // num_devices) * num_devices
+        works = " or ".join(str(n) for n in (above - num_devices, above) if n)
+        raise ValueError(f"{num_devices} devices cannot share a batch of {size}; use {works}")
+    return {
+        name: array.reshape(num_devices, size // num_devices, *array.shape[1:])
+        for name, array in batch.items()
+    }
+
+
+def _parquet_tables(path: Path, chunk_rows: int) -> Iterator[pa.Table]:
+    try:
+        # A buffer instead of whole column chunks, so that one huge row group streams as well.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError("two columns have one name")
+            for batch in file.iter_batches(chunk_rows):
+                batch.validate(full=True)  # text that is not UTF-8 passes the reader
+                if batch.num_rows:
+                    yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a readable parquet file: {reason}") from error
+
+
+def _json_records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {line}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {line}: not an object: {text.strip():.40}")
+            yield record
+
+
+def _csv_records(path: Path) -> Iterator[dict[str, str]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        fields = _csv_fields(path, csv.reader(file, delimiter=delimiter, strict=True))
+        header = next(fields, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}: two columns of the header have one name: {header!r:.200}")
+        for row, values in enumerate(fields, 1):
+            if len(values) != len(header):
+                raise ValueError(
+                    f"{path}, row {row}: {len(values)} fields, but {len(header)} in the header; "
+                    "quote fields that hold the delimiter"
+                )
+            yield dict(zip(header, values, strict=True))
+
+
+def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
+    """Lines that are not blank. The limit on a field, global to the process, is put back."""
+    while True:
+        line = reader.line_num + 1
+        previous = csv.field_size_limit(_LONGEST_FIELD)
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {line}: {error}; a field that begins with a quotation mark must end "
+                "with one, and those inside it be doubled"
+            ) from error
+        finally:
+            csv.field_size_limit(previous)
+        if values is None:
+            return
+        if values:
+            yield values
+
+
+def _sliced(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _shuffled(
+    buckets: np.ndarray, batch_size: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Positions, batch by batch. Windows are whole batches, so only the last can be short."""
+    windows = _sliced(generator.permutation(len(buckets)), batch_size * _WINDOW_BATCHES)
+    order = [window[np.argsort(buckets[window], kind="stable")] for window in windows]
+    rows = _sliced(np.concatenate(order), batch_size) if order else []
+    return [rows[i] for i in generator.permutation(len(rows))]
+
+
+def _batch(encoded: Encoded, positions: np.ndarray, batch_size: int, length: int) -> Batch:
+    batch: Batch = {
+        "input_ids": np.full((batch_size, length), encoded.pad_token_id, np.int32),
+        "attention_mask": np.zeros((batch_size, length), np.int32),
+        "token_type_ids": np.zeros((batch_size, length), np.int32),
+        "labels": np.zeros(batch_size, np.int32),
+        "weights": np.zeros(batch_size, np.float32),
+        "indices": np.full(batch_size, -1, np.int32),
+    }
+    for row, position in enumerate(positions):
+        tokens = slice(encoded.offsets[position], encoded.offsets[position + 1])
+        end = tokens.stop - tokens.start
+        batch["input_ids"][row, :end] = encoded.input_ids[tokens]
+        batch["token_type_ids"][row, :end] = encoded.token_type_ids[tokens]
+        batch["attention_mask"][row, :end] = 1
+    batch["attention_mask"][len(positions) :, 0] = 1
+    if encoded.targets is not None:
+        batch["labels"] = np.zeros(batch_size, encoded.targets.dtype)
+        batch["labels"][: len(positions)] = encoded.targets[positions]
+    batch["weights"][: len(positions)] = 1
+    batch["indices"][: len(positions)] = positions
+    return batch

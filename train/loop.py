@@ -1,0 +1,450 @@
+"""The command `fit`: data, steps, evaluation, checkpoints, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+import compacter_jax as cj
+from train import data, inference, metrics, report, step, tasks
+from train.options import FitOptions
+
+RUN_NAME = "run.json"
+# What may differ between an interrupted run and the one that resumes it.
+_NOT_RUN = ("output_dir", "config", "resume", "overwrite", "checkpoint_steps")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient of a step is not finite."""
+
+
+class InterruptedRunError(RuntimeError):
+    """The user or the system asked the run to stop; a checkpoint has been written."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; together with `step.TrainState` all that resuming needs.
+
+    Attributes:
+      epoch: the epoch under way.
+      batch: its next batch.
+      losses: of the steps of this epoch so far.
+      seconds: spent on them.
+      best_epoch: number of the best finished epoch, -1 before the first.
+      best: its validation metric.
+      history: a record of every finished epoch.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    best_epoch: int = -1
+    best: float = -math.inf
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything `fit` has read and checked before it writes anything."""
+
+    options: FitOptions
+    task: tasks.Task
+    encoded: dict[str, data.Encoded]
+    backbone: cj.Backbone
+    model: cj.Adapted
+    params: Any
+    labels: Any
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in one pass over the training data."""
+        return data.num_batches(len(self.encoded["train"]), self.options.batch_size)
+
+
+def fit(options: FitOptions) -> dict[str, Any]:
+    """Fine-tunes, keeps the best epoch's adapter, evaluates it, reports; returns `metrics.json`.
+
+    Raises:
+      ValueError, OSError: for input that does not fit, before anything is written.
+      NonFiniteLossError: names the step; the last checkpoint stays.
+      InterruptedRunError: after a signal; `resume` goes on from there, to the same bits.
+    """
+    options.check()
+    job = prepare(options)
+    count = cj.count(job.params, job.labels)
+    print(report.parameter_table(count, job.model.method), flush=True)
+    open_run(options)
+    trainer = Trainer(job)
+    with trainer.checkpoints:
+        progress = trainer.run()
+    result = _final_result(job, progress, count)
+    inference.write_json(options.output_dir / "metrics.json", result)
+    report.plot_curves(result, options.output_dir / "curves.png")
+    report.write_report(result, options, count, options.output_dir / "report.md")
+    print(report.result_text(result, options.output_dir))
+    return result
+
+
+def prepare(options: FitOptions) -> Job:
+    """Reads and checks task, tokenizer, backbone and method."""
+    method = options.method_config()
+    _check_batch_size(options)
+    task = tasks.load_task(
+        options.task,
+        regression=options.regression,
+        train_file=options.train_file,
+        validation_file=options.validation_file,
+        test_file=options.test_file,
+    )
+    for split in ("train", "validation"):
+        if split not in task.splits:
+            raise ValueError(f"fit needs a {split} split; give --{split}-file")
+    splits = dict(task.splits)
+    if options.train_size is not None:
+        splits["train"] = tasks.subsample(splits["train"], options.train_size, options.seed)
+    backbone = cj.load_backbone(
+        options.backbone,
+        head="sequence_classification",
+        num_labels=task.num_labels,
+        dropout_rate=options.backbone_dropout,
+        dtype=jnp.dtype(options.dtype),
+        remat=options.remat,
+        seed=options.seed,
+    )
+    tokenizer = data.load_tokenizer(
+        options.backbone,
+        vocab_size=backbone.config.vocab_size,
+        max_position_embeddings=backbone.config.max_position_embeddings,
+        max_length=options.max_length,
+    )
+    model = cj.Adapted(backbone.module, method)
+    params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
+    encoded = {s: data.tokenize(rows, tokenizer, options.max_length) for s, rows in splits.items()}
+    for split, examples in encoded.items():
+        if examples.num_truncated:
+            print(
+                f"{examples.num_truncated} of {len(examples)} {split} examples are cut to "
+                f"max_length={options.max_length} tokens"
+            )
+    return Job(options, task, encoded, backbone, model, params, cj.label_params(params, method))
+
+
+def open_run(options: FitOptions) -> None:
+    """Makes the output folder this run's own.
+
+    Raises:
+      ValueError: if it holds a run already and neither `resume` nor `overwrite` is set, or the run
+        to resume has other settings.
+      OSError: if it cannot be written.
+    """
+    folder, settings = options.output_dir, _run_settings(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_file = folder / RUN_NAME
+    if run_file.exists() and options.resume:
+        saved = json.loads(run_file.read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {saved.get(name)!r}, now {settings.get(name)!r}"
+            for name in sorted(saved.keys() | settings.keys())
+            if saved.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"the run in {folder} has other settings: {'; '.join(changed)}; resume with the "
+                "same, or start anew with --overwrite"
+            )
+        return
+    if run_file.exists():
+        if not options.overwrite:
+            raise ValueError(
+                f"{folder} already holds a run; go on with --resume, replace it with --overwrite, "
+                "or choose another --output-dir"
+            )
+        for name in ("adapter", "checkpoints"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.json", "curves.png", "report.md", RUN_NAME):
+            (folder / name).unlink(missing_ok=True)
+    inference.write_json(run_file, settings)
+
+
+class Trainer:
+    """Runs the epochs of a job; `run` may start anywhere, from a checkpoint."""
+
+    def __init__(self, job: Job):
+        self.job, self.options = job, job.options
+        options = job.options
+        total_steps = options.epochs * job.steps_per_epoch
+        self.schedule = step.linear_schedule(
+            options.peak_learning_rate(), round(options.warmup_fraction * total_steps), total_steps
+        )
+        adamw = optax.adamw(self.schedule, weight_decay=options.weight_decay)
+        if options.clip_norm:
+            adamw = optax.chain(optax.clip_by_global_norm(options.clip_norm), adamw)
+        trained, frozen = cj.partition(job.params, job.labels)
+        self.compute = step.make_compute(
+            inference.apply_function(job.model),
+            step.loss_function(job.task.kind),
+            cj.optimizer(adamw, job.labels),
+            seed=options.seed,
+            accumulation_steps=options.accumulation_steps,
+        )
+        self.frozen = self.compute.place(frozen)
+        self.state = self.compute.init_state(trained)
+        self.progress = Progress()
+        self.checkpoints = ocp.CheckpointManager(
+            (options.output_dir / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, enable_async_checkpointing=False, create=True
+            ),
+        )
+
+    def run(self) -> Progress:
+        """Trains until the last epoch is done; returns the history."""
+        if self.options.resume:
+            self._restore()
+        with _stop_requested() as stop:
+            while self.progress.epoch < self.options.epochs:
+                self._train_epoch(stop)
+                self._finish_epoch()
+        return self.progress
+
+    def _train_epoch(self, stop: list[str]) -> None:
+        """The batches of this epoch from the next one on."""
+        options, progress = self.options, self.progress
+        rows = len(self.job.encoded["train"])
+        start, seconds = time.perf_counter(), progress.seconds
+        label = f"epoch {progress.epoch + 1}/{options.epochs}"
+        pending: step.StepMetrics | None = None
+        bar = tqdm(total=rows, initial=min(progress.batch * options.batch_size, rows), desc=label)
+        bar.unit = "ex"
+        if not progress.losses:
+            bar.set_postfix_str("compiling for each new length of input")
+        for batch in data.batches(
+            self.job.encoded["train"],
+            options.batch_size,
+            shuffle=True,
+            seed=options.seed,
+            epoch=progress.epoch,
+            start=progress.batch,
+        ):
+            self.state, current = self.compute.step(self.state, self.frozen, batch)
+            # Reading the loss waits for it: read the one before, while this step computes.
+            self._note(pending, bar)
+            pending = current
+            progress.batch += 1
+            bar.update(int(batch["weights"].sum()))
+            finished = progress.batch == self.job.steps_per_epoch
+            every = options.checkpoint_steps
+            due = every and int(self._step_number()) % every == 0
+            if (stop or due) and not finished:
+                self._note(pending, bar)
+                pending = None
+                progress.seconds = seconds + time.perf_counter() - start
+                self._save()
+                if stop:
+                    bar.close()
+                    raise InterruptedRunError(
+                        f"{stop[0]} at step {self._step_number()}; the training state is in "
+                        f"{options.output_dir / 'checkpoints'}, go on with --resume"
+                    )
+        self._note(pending, bar)
+        progress.seconds = seconds + time.perf_counter() - start
+        bar.close()
+
+    def _step_number(self) -> int:
+        return self.progress.epoch * self.job.steps_per_epoch + self.progress.batch
+
+    def _note(self, pending: step.StepMetrics | None, bar: Any) -> None:
+        """Records the metrics of the step before; NonFiniteLossError if they are not numbers."""
+        if pending is None:
+            return
+        loss, norm = float(pending.loss), float(pending.gradient_norm)
+        number = self.progress.epoch * self.job.steps_per_epoch + len(self.progress.losses) + 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            bar.close()
+            latest = self.checkpoints.latest_step()
+            kept = "no checkpoint had been written" if latest is None else (
+                f"the checkpoint of step {latest} is kept"
+            )
+            raise NonFiniteLossError(
+                f"step {number}: loss {loss}, gradient norm {norm}; {kept}. Try a smaller "
+                "--learning-rate, more --warmup-fraction, or --dtype float32"
+            )
+        self.progress.losses.append(loss)
+        bar.set_postfix(loss=f"{np.mean(self.progress.losses[-20:]):.4f}", refresh=False)
+
+    def _finish_epoch(self) -> None:
+        """Validates, keeps the adapter if it is the best, moves on to the next epoch."""
+        progress, kind = self.progress, self.job.task.kind
+        encoded = self.job.encoded["validation"]
+        logits = inference.split_logits(
+            lambda batch: self.compute.logits(self.state.trained, self.frozen, batch),
+            encoded,
+            self.options.eval_batch_size,
+            description="validation",
+        )
+        values = metrics.compute_metrics(kind, logits, encoded.targets)
+        validation_loss = float(
+            jnp.mean(step.loss_function(kind)(jnp.asarray(logits), jnp.asarray(encoded.targets)))
+        )
+        progress.history.append(
+            {
+                "epoch": progress.epoch + 1,
+                "train_loss": float(np.mean(progress.losses)),
+                "validation_loss": validation_loss,
+                **values,
+                "examples_per_second": len(self.job.encoded["train"]) / progress.seconds,
+            }
+        )
+        name = self.job.task.metric
+        tqdm.write(
+            f"epoch {progress.epoch + 1}: train loss {np.mean(progress.losses):.4f}, "
+            f"validation loss {validation_loss:.4f}, {name} {values[name]:.4f}"
+        )
+        if values[name] > progress.best:
+            progress.best, progress.best_epoch = values[name], progress.epoch + 1
+            self._save_adapter()
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.losses, progress.seconds = [], 0.0
+        self._save()
+
+    def _save_adapter(self) -> None:
+        job, options = self.job, self.options
+        trained = jax.device_get(self.compute.host_state(self.state).trained)
+        _, frozen = cj.partition(job.params, job.labels)
+        cj.save_adapter(
+            options.output_dir / "adapter",
+            job.model,
+            jax.tree.map(jnp.asarray, cj.merge(trained, frozen)),
+            metadata={
+                "backbone": job.backbone.name,
+                "dtype": options.dtype,
+                "task": job.task.name,
+                "kind": job.task.kind,
+                "label_names": list(job.task.label_names),
+                "max_length": options.max_length,
+            },
+        )
+
+    def _save(self) -> None:
+        self.checkpoints.save(
+            self._step_number(),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(self.compute.host_state(self.state)._asdict()),
+                progress=ocp.args.JsonSave(dataclasses.asdict(self.progress)),
+            ),
+            force=True,
+        )
+
+    def _restore(self) -> None:
+        """Takes up the latest checkpoint, if there is one."""
+        latest = self.checkpoints.latest_step()
+        if latest is None:
+            print("no checkpoint to resume from; starting from the beginning")
+            return
+        host = self.compute.host_state(self.state)
+        restored = self.checkpoints.restore(
+            latest,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(host._asdict()), progress=ocp.args.JsonRestore()
+            ),
+        )
+        self.state = self.compute.place_state(step.TrainState(**restored.state))
+        self.progress = Progress(**restored.progress)
+        print(f"resumed at step {latest}, epoch {self.progress.epoch + 1}")
+
+
+@contextmanager
+def _stop_requested() -> Iterator[list[str]]:
+    """Collects SIGINT and SIGTERM, to be answered between steps; a second SIGINT is at once."""
+    caught: list[str] = []
+
+    def note(number: int, _: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append("interrupted" if number == signal.SIGINT else "terminated")
+        tqdm.write("stopping after this step")
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check_batch_size(options: FitOptions) -> None:
+    devices = jax.local_device_count()
+    parts = devices * options.accumulation_steps
+    if options.batch_size % parts:
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of {parts} ({devices} devices x "
+            f"{options.accumulation_steps} accumulation steps)"
+        )
+    if options.eval_batch_size % devices:
+        raise ValueError(
+            f"eval_batch_size={options.eval_batch_size} must be a multiple of the {devices} devices"
+        )
+
+
+def _run_settings(options: FitOptions) -> dict[str, Any]:
+    """What a resumed run must share with the run it resumes, as JSON-ready values."""
+    values = dataclasses.asdict(options)
+    method_options = values.pop("method_options")
+    values = {key: value for key, value in values.items() if key not in _NOT_RUN}
+    values |= {f"method_{key}": v for key, v in method_options.items() if v is not None}
+    values["num_devices"] = jax.local_device_count()
+    return json.loads(json.dumps(values, default=str))
+
+
+def _final_result(job: Job, progress: Progress, count: cj.params.Count) -> dict[str, Any]:
+    """Evaluates the best adapter as it was written to disk."""
+    options, folder = job.options, job.options.output_dir / "adapter"
+    model, params = cj.load_adapter(folder, job.backbone)
+    apply = inference.apply_function(model)
+    forward = jax.jit(lambda params, batch: apply(params, batch, None).astype(jnp.float32))
+    scores = {}
+    for split in ("validation", "test"):
+        if split in job.encoded:
+            logits = inference.split_logits(
+                lambda batch: np.asarray(forward(params, batch)),
+                job.encoded[split],
+                options.eval_batch_size,
+                description=split,
+            )
+            scores[split] = metrics.compute_metrics(
+                job.task.kind, logits, job.encoded[split].targets
+            )
+    return {
+        "task": job.task.name,
+        "kind": job.task.kind,
+        "metric": job.task.metric,
+        "method": options.method,
+        "learning_rate": options.peak_learning_rate(),
+        "seed": options.seed,
+        "train_examples": len(job.encoded["train"]),
+        "steps": options.epochs * job.steps_per_epoch,
+        "best_epoch": progress.best_epoch,
+        **scores,
+        "trained_parameters": count.trained,
+        "total_parameters": count.total,
+        "trained_groups": {group: trained for group, (trained, _) in count.groups.items()},
+        "adapter_bytes": sum(f.stat().st_size for f in Path(folder).iterdir()),
+        "history": progress.history,
+    }

@@ -1,0 +1,83 @@
+"""Metrics of a whole split, from logits; the references are scikit-learn and SciPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+from sklearn import metrics
+
+
+def compute_metrics(
+    kind: Literal["classification", "regression"], logits: np.ndarray, targets: np.ndarray
+) -> dict[str, float]:
+    """Compares the predictions of a split with its targets.
+
+    Args:
+      kind: of the task.
+      logits: `[examples, num_labels]`; for regression `[examples]` or `[examples, 1]`.
+      targets: `[examples]` labels or scores.
+
+    Returns:
+      For classification `accuracy`, `macro_f1` (over the classes that occur among targets or
+      predictions), `matthews_correlation` and, with two labels, `f1` of label 1. For regression
+      `pearson`, `spearman`, `mse` and `mae`. A correlation with a constant is 0.
+
+    Raises:
+      ValueError: if there are no examples, the shapes do not fit or a logit is not finite.
+    """
+    logits, targets = np.asarray(logits), np.asarray(targets)
+    if kind == "regression" and logits.shape == (len(targets), 1):
+        logits = logits[:, 0]
+    if (
+        targets.ndim != 1
+        or len(logits) != len(targets)
+        or logits.ndim != (1 if kind == "regression" else 2)
+    ):
+        raise ValueError(f"logits {logits.shape} and targets {targets.shape} do not fit {kind}")
+    if not len(targets):
+        raise ValueError("no examples to evaluate on")
+    if not np.isfinite(logits).all():
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} logits are not finite; "
+            "training has diverged, try a smaller learning rate"
+        )
+    if kind == "regression":
+        return _regression(logits.astype(np.float64), targets.astype(np.float64))
+    return _classification(logits.argmax(-1), targets, logits.shape[1])
+
+
+def _classification(
+    predictions: np.ndarray, targets: np.ndarray, num_labels: int
+) -> dict[str, float]:
+    values = {
+        "accuracy": metrics.accuracy_score(targets, predictions),
+        "macro_f1": metrics.f1_score(targets, predictions, average="macro", zero_division=0.0),
+        "matthews_correlation": 0.0,
+    }
+    # Undefined for one class on either side; scikit-learn gives 0, in some cases with a warning.
+    if len(np.unique(predictions)) > 1 and len(np.unique(targets)) > 1:
+        values["matthews_correlation"] = metrics.matthews_corrcoef(targets, predictions)
+    if num_labels == 2:
+        values["f1"] = metrics.f1_score(targets, predictions, pos_label=1, zero_division=0.0)
+    return {name: float(value) for name, value in values.items()}
+
+
+def _regression(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    return {
+        "pearson": _correlation(stats.pearsonr, predictions, targets),
+        "spearman": _correlation(stats.spearmanr, predictions, targets),
+        "mse": float(np.mean((predictions - targets) ** 2)),
+        "mae": float(np.mean(np.abs(predictions - targets))),
+    }
+
+
+def _correlation(function: Callable, predictions: np.ndarray, targets: np.ndarray) -> float:
+    for values in (predictions, targets):
+        # Up to rounding: SciPy warns of a spread below 1e-13 of the mean.
+        if np.ptp(values) <= 1e-12 * np.abs(values).max():
+            return 0.0
+    # A correlation of exactly two points may come out a rounding error beyond 1.
+    return float(np.clip(function(predictions, targets).statistic, -1.0, 1.0))

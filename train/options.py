@@ -1,0 +1,296 @@
+"""The flags of every subcommand, as dataclasses that tyro draws the command line from."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import docstring_parser
+import tyro
+
+from compacter_jax import config
+
+# Measured on the demo backbone, see the README; the paper's for T5-base are in `config.preset`.
+DEFAULT_LEARNING_RATES = {"full": 5e-5, "bottleneck": 1e-3, "phm_bottleneck": 3e-3}
+
+
+def _method_options() -> type:
+    """A dataclass of every method's fields, None where the preset's value stands."""
+    fields = {}
+    for cls in config.METHODS.values():
+        hints, texts = typing.get_type_hints(cls), _documented(cls)
+        for field in dataclasses.fields(cls):
+            fields[field.name] = (hints[field.name], texts[field.name])
+    made = [
+        (
+            name,
+            Annotated[hint | None, tyro.conf.arg(help=text, metavar=_metavar(hint))],
+            dataclasses.field(default=None),
+        )
+        for name, (hint, text) in fields.items()
+    ]
+    return dataclasses.make_dataclass("MethodOptions", made, frozen=True, kw_only=True)
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """Field -> its explanation in the docstring of the class that declares it."""
+    texts = {}
+    for base in reversed(cls.__mro__):
+        for attribute in docstring_parser.parse(base.__doc__ or "").params:
+            for name in attribute.arg_name.split(", "):
+                texts[name] = " ".join((attribute.description or "").replace("`", "").split())
+    return texts
+
+
+def _metavar(hint: Any) -> str:
+    if hint is bool:
+        return "{True,False}"
+    if typing.get_origin(hint) is tuple:
+        return f"{typing.get_args(hint)[0].__name__.upper()} [...]"
+    return hint.__name__.upper()
+
+
+MethodOptions = _method_options()
+
+
+def method_of(name: str, options: Any) -> config.MethodConfig:
+    """The preset with the options that were given."""
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    return config.preset(name, **given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneOptions:
+    """Which backbone, and how it computes.
+
+    Attributes:
+      backbone: folder of a Hugging Face checkpoint, or its id on the hub.
+      dtype: what matrix products compute in; parameters stay float32.
+    """
+
+    backbone: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """What to learn.
+
+    Attributes:
+      task: movie, product, tweet or editorial; or any name for your own files.
+      train_file: .parquet, .jsonl, .csv or .tsv with the columns sentence, maybe sentence2, and
+        label or score.
+      validation_file: the same; the best epoch is chosen on it.
+      test_file: the same.
+      regression: predict the column score instead of label.
+      max_length: longest input in tokens; what is longer is cut, and counted.
+    """
+
+    task: str = "custom"
+    train_file: Path | None = None
+    validation_file: Path | None = None
+    test_file: Path | None = None
+    regression: bool = False
+    max_length: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions(TaskOptions, BackboneOptions):
+    """Fine-tune a backbone on a task and save the adapter of the best epoch.
+
+    Attributes:
+      output_dir: where adapter/, metrics.json, curves.png, report.md and checkpoints/ go.
+      method: preset of the method: compacter++, compacter, phm, houlsby or full.
+      config: a TOML file of flags (`learning_rate = 3e-3`); flags on the command line win.
+      train_size: train on a random sample of this size.
+      seed: of initial values, order of the data and dropout.
+      epochs: passes over the training data.
+      batch_size: examples per update, over all devices.
+      accumulation_steps: parts to divide a device's share of a batch into, to save memory.
+      eval_batch_size: examples per batch of evaluation.
+      learning_rate: peak of the schedule; by default 3e-3 for the PHM methods, 1e-3 for dense
+        bottlenecks, 5e-5 for full fine-tuning.
+      warmup_fraction: part of all steps in which the learning rate rises from 0.
+      weight_decay: of AdamW, on every trained parameter.
+      clip_norm: largest norm of the gradient of the trained parameters; 0 does not clip.
+      backbone_dropout: rate in the backbone, in place of its configuration's.
+      remat: recompute layers in the backward pass, to save memory.
+      checkpoint_steps: save the training state every so many steps as well as every epoch; 0 does
+        not.
+      resume: go on where an interrupted run in output_dir stopped.
+      overwrite: replace the run in output_dir.
+      method_options: changes to the preset, where not None.
+    """
+
+    output_dir: Path
+    method: str = "compacter++"
+    config: Path | None = None
+    train_size: int | None = None
+    seed: int = 0
+    epochs: int = 10
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    eval_batch_size: int = 64
+    learning_rate: float | None = None
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    backbone_dropout: float | None = None
+    remat: bool = False
+    checkpoint_steps: int = 500
+    resume: bool = False
+    overwrite: bool = False
+    method_options: tyro.conf.OmitArgPrefixes[MethodOptions] = dataclasses.field(  # type: ignore[valid-type]
+        default_factory=MethodOptions
+    )
+
+    def check(self) -> None:
+        """ValueError for a number that cannot work."""
+        wanted = {
+            "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
+            "seed": (0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "accumulation_steps": (self.accumulation_steps >= 1, "at least 1"),
+            "eval_batch_size": (self.eval_batch_size >= 1, "at least 1"),
+            "learning_rate": (
+                self.learning_rate is None or 0 < self.learning_rate < float("inf"),
+                "above 0",
+            ),
+            "warmup_fraction": (0 <= self.warmup_fraction < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < float("inf"), "at least 0"),
+            "clip_norm": (0 <= self.clip_norm < float("inf"), "at least 0"),
+            "backbone_dropout": (
+                self.backbone_dropout is None or 0 <= self.backbone_dropout < 1,
+                "in [0, 1)",
+            ),
+            "checkpoint_steps": (self.checkpoint_steps >= 0, "at least 0"),
+        }
+        for name, (holds, want) in wanted.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} must be {want}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite contradict each other; give one")
+
+    def method_config(self) -> config.MethodConfig:
+        """The preset with this run's changes."""
+        return method_of(self.method, self.method_options)
+
+    def peak_learning_rate(self) -> float:
+        """The learning rate given, or the method's default."""
+        return self.learning_rate or DEFAULT_LEARNING_RATES[self.method_config().kind]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """A saved adapter and its backbone.
+
+    Attributes:
+      adapter: folder that `fit` wrote.
+      backbone: the backbone it was trained with; by default where it was then.
+      dtype: what matrix products compute in; by default as in training.
+      eval_batch_size: examples per batch.
+    """
+
+    adapter: Path
+    backbone: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    eval_batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(AdapterOptions):
+    """Evaluate a saved adapter on a split of a task.
+
+    Attributes:
+      task: movie, product, tweet or editorial; or any name for your own files.
+      split: which split.
+      train_file: as for fit.
+      validation_file: as for fit.
+      test_file: as for fit.
+      output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's
+        folder.
+    """
+
+    task: str = "custom"
+    split: Literal["train", "validation", "test"] = "test"
+    train_file: Path | None = None
+    validation_file: Path | None = None
+    test_file: Path | None = None
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOptions(AdapterOptions):
+    """Predict every row of a file with a saved adapter.
+
+    Attributes:
+      input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2.
+      output: file of one of these formats: the input's columns, prediction, label_id, probability.
+      logits: add the column logits too.
+    """
+
+    input: Path
+    output: Path
+    logits: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParamsOptions(BackboneOptions):
+    """Print what a method trains on a backbone, by group.
+
+    Attributes:
+      method: preset of the method: compacter++, compacter, phm, houlsby or full.
+      num_labels: width of the classification head.
+      json: print JSON instead of a table.
+      method_options: changes to the preset, where not None.
+    """
+
+    method: str = "compacter++"
+    num_labels: int = 2
+    json: bool = False
+    method_options: tyro.conf.OmitArgPrefixes[MethodOptions] = dataclasses.field(  # type: ignore[valid-type]
+        default_factory=MethodOptions
+    )
+
+
+def expand_config(arguments: Sequence[str]) -> list[str]:
+    """Puts the flags of `--config FILE.toml` before those of the command line, so that these win.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is no TOML, or has a key that is no flag of `fit`.
+    """
+    path = None
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            path = Path(arguments[i + 1])
+        elif argument.startswith("--config="):
+            path = Path(argument.removeprefix("--config="))
+    if path is None:
+        return list(arguments)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    known = {field.name for field in dataclasses.fields(FitOptions)} - {"method_options", "config"}
+    own = {field.name for field in dataclasses.fields(MethodOptions)}
+    flags: list[str] = []
+    for key, value in values.items():
+        if key not in known | own:
+            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+        flags += _flag(key, value, toggle=key in known)
+    return [*flags, *arguments]
+
+
+def _flag(key: str, value: Any, *, toggle: bool) -> list[str]:
+    name = key.replace("_", "-")
+    if isinstance(value, bool) and toggle:
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", str(value)]

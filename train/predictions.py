@@ -1,0 +1,362 @@
+"""Rows of the user's files, streamed in, checked, and streamed out with predictions beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from train.data import Rows, read_chunks
+
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+
+PredictChunk: TypeAlias = Callable[[list[str], list[str] | None], np.ndarray]
+
+
+def predict_file(
+    input_path: str | Path,
+    output_path: str | Path,
+    predict_chunk: PredictChunk,
+    *,
+    label_names: Sequence[str],
+    write_logits: bool = False,
+    progress: Callable[[int], object] | None = None,
+    chunk_rows: int = 1024,
+    max_characters: int = 100_000,
+) -> int:
+    """Copies a file with predictions added, a chunk at a time.
+
+    After the input's columns come `prediction` (the label's name; for regression the number),
+    `label_id` and `probability` (not for regression) and, if asked for, `logits`. The formats of
+    input and output may differ.
+
+    Args:
+      input_path: .parquet, .jsonl, .csv or .tsv, as `read_rows` takes it.
+      output_path: one of the same formats; it appears, or is replaced, only when complete.
+      predict_chunk: sentences and, for pairs, second sentences -> logits `[rows, num_labels]`.
+      label_names: one name per class; empty for regression, which has one logit.
+      write_logits: whether to add the column `logits`.
+      progress: called after each chunk with the number of its rows.
+      chunk_rows: most rows to hold at a time.
+      max_characters: limit on the length of one sentence.
+
+    Returns:
+      The number of rows.
+
+    Raises:
+      FileNotFoundError: if the input does not exist.
+      ValueError: if `read_rows` or `write_rows` raises it, input and output are one file, the input
+        has one of the added columns, or the logits do not have their shape or are not finite.
+    """
+    input_path, output_path = Path(input_path), Path(output_path)
+    if output_path.exists() and input_path.exists() and output_path.samefile(input_path):
+        raise ValueError(f"{output_path}: is the input file; give the output another name")
+    added = _added_names(label_names, write_logits)
+    num_rows, pairs = 0, False
+    with write_rows(output_path) as write:
+        for rows in read_rows(input_path, chunk_rows, max_characters):
+            columns = column_names(rows)
+            if taken := [name for name in added if name in columns]:
+                raise ValueError(
+                    f"{input_path}: already has a column {taken[0]!r}, which predictions need; "
+                    "rename or remove it"
+                )
+            pairs = pairs or "sentence2" in columns
+            sentences2 = column_values(rows, "sentence2") if pairs else None
+            logits = predict_chunk(column_values(rows, "sentence"), sentences2)
+            logits = np.asarray(logits, np.float64)
+            _check_logits(logits, len(rows), len(label_names) or 1)
+            write(_add_columns(rows, _added_columns(logits, label_names, added)))
+            num_rows += len(rows)
+            if progress is not None:
+                progress(len(rows))
+    return num_rows
+
+
+def read_rows(
+    path: str | Path, chunk_rows: int = 1024, max_characters: int = 100_000
+) -> Iterator[Rows]:
+    """Streams a .parquet, .jsonl, .csv or .tsv file whose sentences have been checked.
+
+    Every value of a .csv or .tsv file is text, exactly as it stands in the file. Fields are quoted
+    with `"`, doubled inside a field, in both. Blank lines are skipped and not counted as rows.
+
+    Args:
+      path: the file; it needs a column `sentence`, and may have `sentence2`.
+      chunk_rows: most rows to hold at a time.
+      max_characters: limit on the length of one sentence.
+
+    Yields:
+      At most `chunk_rows` rows: a `pyarrow.Table` of parquet, a list of dicts of the other formats.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it cannot be read, has no rows or no column `sentence`, or if a sentence is
+        null, not text, empty or too long; the message names the file and the row, counted from 1.
+    """
+    path = Path(path)
+    _check_file(path)
+    first_row, pairs = 1, False
+    for rows in read_chunks(path, chunk_rows):
+        columns = column_names(rows)
+        if first_row == 1:
+            require_column(path, columns, "sentence")
+            pairs = "sentence2" in columns
+        elif not pairs and "sentence2" in columns:
+            raise ValueError(
+                f"{path}: there is a sentence2 after row {first_row - 1}, but none before"
+            )
+        for name in ("sentence", "sentence2")[: 1 + pairs]:
+            _check_sentences(path, name, column_values(rows, name), first_row, max_characters)
+        yield rows
+        first_row += len(rows)
+    if first_row == 1:
+        raise ValueError(f"{path}: has no rows")
+
+
+def column_names(rows: Rows) -> list[str]:
+    """Names of the columns; for records, of all keys in the order of their first appearance."""
+    if isinstance(rows, pa.Table):
+        return rows.column_names
+    return list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+
+
+def column_values(rows: Rows, name: str) -> list[Any]:
+    """One column as Python values; None where a record does not have it."""
+    if isinstance(rows, pa.Table):
+        return rows.column(name).to_pylist()
+    return [row.get(name) for row in rows]
+
+
+def require_column(path: Path, columns: Sequence[str], name: str) -> None:
+    """Raises ValueError, listing the columns of `path`, if `name` is not one of them."""
+    if name not in columns:
+        raise ValueError(f"{path}: no column {name!r}; its columns are {', '.join(columns)}")
+
+
+def _check_suffix(path: Path) -> str:
+    """The suffix in lower case; ValueError if it names none of the formats."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        hint = "; write one JSON object per line, as .jsonl" if suffix == ".json" else ""
+        raise ValueError(
+            f"{path}: unsupported file type {suffix!r}; use {', '.join(SUFFIXES)}{hint}"
+        )
+    return suffix
+
+
+@contextlib.contextmanager
+def write_rows(path: str | Path) -> Iterator[Callable[[Rows], None]]:
+    """Opens a .parquet, .jsonl, .csv or .tsv file for writing chunk by chunk.
+
+    The rows go to a temporary file in the same folder, which takes the name `path` when the block
+    ends; if the block raises, it is removed and whatever was at `path` stays as it was. The first
+    chunk sets the columns (and, for parquet, their types) of all formats but .jsonl. In .csv and
+    .tsv, null is an empty field, and numbers, lists and objects are JSON.
+
+    Yields:
+      A function that writes one chunk.
+
+    Raises:
+      ValueError: if `path` is a folder, has an unsupported suffix or cannot be written, or if a
+        chunk does not fit the first.
+    """
+    path = Path(path)
+    suffix = _check_suffix(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory, not a file")
+    partial = path.parent / f".{secrets.token_hex(8)}.partial"
+    try:
+        file = partial.open("xb")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write to its folder: {error.strerror}") from error
+    try:
+        with file:
+            with contextlib.closing(_WRITERS[suffix](file, path)) as writer:
+                yield writer.write
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory, not a file")
+    _check_suffix(path)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty (0 bytes)")
+
+
+def _check_sentences(
+    path: Path, name: str, values: list[Any], first_row: int, max_characters: int
+) -> None:
+    for row, value in enumerate(values, first_row):
+        if isinstance(value, str) and value.strip() and len(value) <= max_characters:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{path}, row {row}: {name} holds half a surrogate pair, which is no character"
+                ) from None
+        elif isinstance(value, str) and value.strip():
+            raise ValueError(
+                f"{path}, row {row}: {name} has {len(value)} characters, over the limit of "
+                f"{max_characters}; shorten or split it, or raise max_characters"
+            )
+        elif value is None or isinstance(value, str):
+            state = "missing (null)" if value is None else "empty"
+            raise ValueError(f"{path}, row {row}: {name} is {state}; remove or fill the row")
+        else:
+            raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
+
+
+def _added_names(label_names: Sequence[str], write_logits: bool) -> list[str]:
+    names = ["prediction", "label_id", "probability"] if label_names else ["prediction"]
+    return names + ["logits"] * write_logits
+
+
+def _check_logits(logits: np.ndarray, num_rows: int, num_labels: int) -> None:
+    if logits.shape != (num_rows, num_labels):
+        raise ValueError(f"logits have shape {logits.shape}, not {(num_rows, num_labels)}")
+    if not np.isfinite(logits).all():
+        raise ValueError("logits are not finite; the adapter or the backbone is damaged")
+
+
+def _added_columns(
+    logits: np.ndarray, label_names: Sequence[str], added: Sequence[str]
+) -> dict[str, pa.Array]:
+    """The columns named in `added`, from `[rows, num_labels]` float64 logits."""
+    values = {"logits": pa.array(list(logits.astype(np.float32)), pa.list_(pa.float32()))}
+    if label_names:
+        exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+        label_ids = logits.argmax(-1)
+        values["prediction"] = pa.array([label_names[i] for i in label_ids], pa.string())
+        values["label_id"] = pa.array(label_ids, pa.int64())
+        values["probability"] = pa.array(exponentials.max(-1) / exponentials.sum(-1), pa.float64())
+    else:
+        values["prediction"] = pa.array(logits[:, 0], pa.float64())
+    return {name: values[name] for name in added}
+
+
+def _add_columns(rows: Rows, added: dict[str, pa.Array]) -> Rows:
+    if isinstance(rows, pa.Table):
+        for name, values in added.items():
+            rows = rows.append_column(name, values)
+        return rows
+    new = pa.table(added).to_pylist()
+    return [row | values for row, values in zip(rows, new, strict=True)]
+
+
+class _Writer:
+    """Writes chunks to an open binary file; `path` is what errors call it."""
+
+    def __init__(self, file: IO[bytes], path: Path):
+        self.file, self.path = file, path
+        self.names: list[str] = []  # of the first chunk's columns
+
+    def write(self, rows: Rows) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Writes what the format has at its end."""
+
+    def check_names(self, names: list[str]) -> None:
+        self.names = self.names or names
+        if new := [name for name in names if name not in self.names]:
+            raise ValueError(
+                f"{self.path}: column {new[0]!r} is not in the first rows; write .jsonl instead"
+            )
+
+
+class _ParquetWriter(_Writer):
+    writer: pq.ParquetWriter | None = None
+
+    def write(self, rows: Rows) -> None:
+        self.check_names(column_names(rows))
+        try:
+            table = rows if isinstance(rows, pa.Table) else self.table(rows)
+            if self.writer is None:
+                self.writer = pq.ParquetWriter(self.file, table.schema)
+            self.writer.write_table(table)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            reason = str(error).partition("\n")[0].rstrip(": ")
+            raise ValueError(
+                f"{self.path}: the rows do not fit in parquet: {reason}; write .jsonl instead"
+            ) from error
+
+    def table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        """Types as Arrow infers them; made to fit those of the first rows, values would be lost."""
+        columns = {name: pa.array(column_values(rows, name)) for name in self.names}
+        for field in self.writer.schema if self.writer is not None else ():
+            if pa.types.is_null(columns[field.name].type):
+                columns[field.name] = pa.nulls(len(rows), field.type)
+        return pa.table(columns)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class _JsonWriter(_Writer):
+    def write(self, rows: Rows) -> None:
+        for record in _records(rows):
+            line = json.dumps(record, ensure_ascii=False, default=str)
+            try:
+                self.file.write(line.encode() + b"\n")
+            except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+                self.file.write(json.dumps(record, default=str).encode() + b"\n")
+
+
+class _CsvWriter(_Writer):
+    def write(self, rows: Rows) -> None:
+        header = not self.names
+        self.check_names(column_names(rows))
+        if header:
+            self.write_line(self.names)
+        for record in _records(rows):
+            self.write_line([_cell(record.get(name)) for name in self.names])
+
+    def write_line(self, fields: list[str]) -> None:
+        # The csv module leaves a lone carriage return unquoted, and then reads it as a new row.
+        delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
+        special = (delimiter, '"', "\r", "\n")
+        quoted = (
+            '"' + field.replace('"', '""') + '"'
+            if any(mark in field for mark in special)
+            else field
+            for field in fields
+        )
+        self.file.write((delimiter.join(quoted) + "\n").encode())
+
+
+_WRITERS: dict[str, type[_Writer]] = {
+    ".parquet": _ParquetWriter,
+    ".jsonl": _JsonWriter,
+    ".csv": _CsvWriter,
+    ".tsv": _CsvWriter,
+}
+
+
+def _records(rows: Rows) -> list[dict[str, Any]]:
+    return rows if isinstance(rows, list) else rows.to_pylist()
+
+
+def _cell(value: Any) -> str:
+    """A value as the text of a .csv or .tsv field."""
+    if isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else str(value)

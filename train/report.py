@@ -1,0 +1,142 @@
+"""What a run shows: the table of parameters, the curves, the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compacter_jax.checkpoint import replace_file
+from compacter_jax.config import MethodConfig, to_dict
+from compacter_jax.params import Count
+
+
+def parameter_rows(count: Count) -> list[tuple[str, str, str, str]]:
+    """Rows `(group, trained, all, trained in percent of all parameters)`, the sum last."""
+
+    def row(name: str, trained: int, total: int) -> tuple[str, str, str, str]:
+        return name, f"{trained:,}", f"{total:,}", f"{100 * trained / count.total:.4f} %"
+
+    rows = [row(group, *sizes) for group, sizes in count.groups.items()]
+    return [*rows, row("sum", count.trained, count.total)]
+
+
+def parameter_table(count: Count, method: MethodConfig) -> str:
+    """The table of what is trained, for the console."""
+    rows = [("group", "trained", "parameters", "of all"), *parameter_rows(count)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 4))])
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join([f"method: {method.kind}", lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def result_text(result: dict[str, Any], folder: Path) -> str:
+    """The last lines that `fit` prints."""
+    metric = result["metric"]
+    lines = [
+        f"{split} {metric}: {result[split][metric]:.4f}"
+        for split in ("validation", "test")
+        if split in result
+    ]
+    return "\n".join(
+        [
+            f"best epoch: {result['best_epoch']} of {len(result['history'])}",
+            *lines,
+            f"trained parameters: {result['trained_parameters']:,} of "
+            f"{result['total_parameters']:,} "
+            f"({100 * result['trained_parameters'] / result['total_parameters']:.3f} %)",
+            f"adapter: {folder / 'adapter'} ({result['adapter_bytes']:,} bytes)",
+            f"curves: {folder / 'curves.png'}",
+            f"report: {folder / 'report.md'}",
+        ]
+    )
+
+
+def plot_curves(result: dict[str, Any], path: Path) -> None:
+    """Loss and validation metric by epoch, the best epoch marked, as PNG."""
+    import matplotlib  # noqa: PLC0415 - slow to import, and needed only here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    history, metric = result["history"], result["metric"]
+    epochs = [record["epoch"] for record in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(epochs, [record["train_loss"] for record in history], "o-", label="train")
+    left.plot(epochs, [record["validation_loss"] for record in history], "s--", label="validation")
+    left.set(xlabel="epoch", ylabel="loss", title="Loss")
+    left.legend()
+    right.plot(epochs, [record[metric] for record in history], "s-", color="C1", label="validation")
+    best = result["best_epoch"]
+    right.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
+    if "test" in result:
+        right.plot(
+            [best], [result["test"][metric]], "*", color="C2", markersize=14, label="test, at best"
+        )
+    right.set(xlabel="epoch", ylabel=metric, title=metric.capitalize())
+    right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    percent = 100 * result["trained_parameters"] / result["total_parameters"]
+    figure.suptitle(
+        f"{result['method']} on {result['task']}: {result['trained_parameters']:,} trained "
+        f"parameters ({percent:.3f} %)"
+    )
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+def write_report(result: dict[str, Any], options: Any, count: Count, path: Path) -> None:
+    """The run in Markdown: settings, what is trained, results, curves, how to use the adapter."""
+    metric_names = list(result["validation"])
+    splits = [split for split in ("validation", "test") if split in result]
+    settings = {
+        "backbone": options.backbone,
+        "task": result["task"],
+        "training examples": result["train_examples"],
+        "method": options.method,
+        "epochs": options.epochs,
+        "batch size": options.batch_size,
+        "learning rate": result["learning_rate"],
+        "seed": options.seed,
+        "dtype": options.dtype,
+    }
+    settings |= {f"method: {k}": v for k, v in to_dict(options.method_config()).items()}
+    sections = [
+        f"# {options.method} on {result['task']}",
+        "![curves](curves.png)",
+        "## Result",
+        f"Best of {len(result['history'])} epochs by validation {result['metric']}: epoch "
+        f"{result['best_epoch']}.",
+        _table(
+            ["metric", *splits],
+            [[name, *(f"{result[s][name]:.4f}" for s in splits)] for name in metric_names],
+        ),
+        "## What is trained",
+        _table(["group", "trained", "parameters", "of all"], parameter_rows(count)),
+        f"The adapter takes {result['adapter_bytes']:,} bytes on disk.",
+        "## Use it",
+        "```\npython -m train predict --adapter adapter --input FILE --output FILE\n```",
+        "## Settings",
+        _table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
+        "## Epochs",
+        _table(
+            list(result["history"][0]),
+            [
+                [f"{v:.4f}" if isinstance(v, float) else str(v) for v in record.values()]
+                for record in result["history"]
+            ],
+        ),
+    ]
+    with replace_file(path) as temporary:
+        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _table(header: list[str], rows: Any) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
