@@ -190,7 +190,15 @@ class Bottleneck(nn.Module):
         return x + config.scaling * h
 
     def _layer_norm(self, name: str) -> nn.LayerNorm:
-        return nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        # As PyTorch's, which the reference implementation uses; the fast variance cancels where
+        # hidden states have a few large entries.
+        return nn.LayerNorm(
+            epsilon=1e-5,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
 
     def _projection(
         self, features: int, name: str, x: Array, rule: Array | None, blocks: phm.Blocks | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is not hint:
         raise ValueError(f"{name}={value!r} must be of type {hint.__name__}")
-    if hint is float and value != value:
-        raise ValueError(f"{name} is NaN")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite")
     return value
 
 
@@ -137,6 +138,9 @@ class BottleneckConfig(MethodConfig):
         super().__post_init__()
         if not self.sites:
             raise ValueError("sites is empty; name at least one, 'feed_forward' for example")
+        for site in self.sites:
+            if self.sites.count(site) > 1:
+                raise ValueError(f"sites names {site!r} twice; name each site once")
         _require(self.reduction_factor >= 1, "reduction_factor", self.reduction_factor, "at least 1")
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         _require(self.w_init_range > 0, "w_init_range", self.w_init_range, "above 0")
@@ -280,6 +284,6 @@ def from_dict(values: Mapping[str, Any]) -> MethodConfig:
     """Inverse of `to_dict`; ValueError for an unknown kind, field or value."""
     fields = dict(values)
     kind = fields.pop("kind", None)
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise ValueError(f"unknown kind of method {kind!r}; known are {', '.join(METHODS)}")
     return METHODS[kind]().replace(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -61,6 +62,11 @@ class Adapted(nn.Module):
                         f"unknown site {site!r}; {type(self.backbone).__name__} has "
                         f"{', '.join(table)}"
                     )
+                if "layer" not in re.compile(table[site]).groupindex:
+                    raise ValueError(
+                        f"the pattern {table[site]!r} of site {site!r} has no group that is the "
+                        r"layer's index; write it as (?P<layer>\d+)"
+                    )
 
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)
@@ -79,13 +85,20 @@ class Adapted(nn.Module):
             {site: re.compile(self._table()[site]) for site in self.method.sites},
             depth=len(self.path),
             # Arrays, not modules: closing over a module breaks under remat.
-            call={**self.shared, "deterministic": kwargs.get("deterministic", True)},
+            call={**self.shared, "deterministic": self._deterministic(args, kwargs)},
             param_dtype=self.param_dtype,
         )
         with nn.intercept_methods(hook):
             y = self.backbone(*args, **kwargs)
         hook.check()
         return y
+
+    def _deterministic(self, args: Any, kwargs: Any) -> bool:
+        """What the backbone is told, by position or by name; True if it takes no such thing."""
+        bound = inspect.signature(self.backbone.__call__).bind(*args, **kwargs)
+        bound.apply_defaults()
+        value = kwargs.get("deterministic", bound.arguments.get("deterministic"))
+        return True if value is None else value
 
     def _table(self) -> Mapping[str, str]:
         table = self.sites if self.sites is not None else getattr(self.backbone, "sites", None)
@@ -113,20 +126,27 @@ class _Hook:
         self.param_dtype = param_dtype
         self.met: dict[str, set[int]] = {site: set() for site in patterns}
         self.pushed: dict[Any, nn.Module] = {}
+        self.running: set[int] = set()
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        y = next_fun(*args, **kwargs)  # host first: its rng counters and names stay as they were
-        if context.method_name != "__call__":
-            return y
-        path = "/".join(context.module.path[self.depth :])
-        if not self._wants(path):
-            return y
+        host = context.module
+        path = "/".join(host.path[self.depth :])
+        # A class that calls super().__call__ comes twice: the outer call is the host's.
+        nested = id(host) in self.running
+        if nested or context.method_name != "__call__" or not self._wants(path):
+            return next_fun(*args, **kwargs)
+        self.running.add(id(host))
+        try:
+            # Host first: its rng counters and names stay as they were.
+            y = next_fun(*args, **kwargs)
+        finally:
+            self.running.remove(id(host))
         if not isinstance(y, jax.Array):
             raise ValueError(
                 f"the host {path} returns {type(y).__name__}, not an array; choose as site the "
                 "module that returns the hidden states alone"
             )
-        return self._layer(context, y.dtype)(y, **self.call)
+        return self._layer(context, path, y.dtype)(y, **self.call)
 
     def _wants(self, path: str) -> bool:
         """Whether `path` is a host; notes the layer, left out or not."""
@@ -137,16 +157,22 @@ class _Hook:
                 return layer not in self.method.leave_out
         return False
 
-    def _layer(self, context: Any, dtype: Dtype) -> nn.Module:
+    def _layer(self, context: Any, path: str, dtype: Dtype) -> nn.Module:
         host = context.module
+        # A second call of the same host shares its adapter's parameters.
+        if host.scope in self.pushed:
+            return self.pushed[host.scope]
+        if host.scope.name_reserved(ADAPTER):
+            raise ValueError(
+                f"the host {path} has something of its own named {ADAPTER!r}; choose another "
+                "module as site"
+            )
         settings = {"dtype": dtype, "param_dtype": self.param_dtype}
         if hasattr(context.orig_method, "compact"):
             return Bottleneck(self.method, name=ADAPTER, **settings)
-        # A setup-style host allows no submodules in its call, so the scope is made by hand: once
-        # for each host, since a second call of the same host shares its parameters.
-        if host.scope not in self.pushed:
-            scope = host.scope.push(ADAPTER)
-            self.pushed[host.scope] = Bottleneck(self.method, parent=scope, **settings)
+        # A setup-style host allows no submodules in its call, so the scope is made by hand.
+        scope = host.scope.push(ADAPTER)
+        self.pushed[host.scope] = Bottleneck(self.method, parent=scope, **settings)
         return self.pushed[host.scope]
 
     def check(self) -> None:

@@ -107,7 +107,7 @@ def factored_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
         y = jnp.einsum("...bnr,nrq->...bq", mixed, blocks[1])
     else:
         y = jnp.einsum("...anq,nab->...bq", mixed, rule)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
 
 
 def blocks_init(w_init: str, init_range: float) -> Initializer:

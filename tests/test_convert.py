@@ -146,48 +146,68 @@ def test_prefix_or_none_old_names_and_buffers_mean_the_same(tmp_path):
 # --- heads that are missing or in excess --------------------------------------------------------
 
 
+@dataclasses.dataclass
+class Change:
+    stored: str | None
+    asked: str | None
+    new: set[str]
+    left_out: set[str]
+
+
 @pytest.mark.parametrize(
-    ("stored", "asked", "new", "left_out"),
+    "change",
     [
-        (None, "sequence_classification", {"classifier"}, set()),
-        (None, "masked_lm", {"cls"}, {"pooler"}),
-        (None, "question_answering", {"qa_outputs"}, {"pooler"}),
-        ("masked_lm", None, {"pooler"}, {"cls"}),
-        ("masked_lm", "sequence_classification", {"pooler", "classifier"}, {"cls"}),
-        ("sequence_classification", "masked_lm", {"cls"}, {"pooler", "classifier"}),
-        # The classifiers have one name and one shape, but not one task.
-        ("sequence_classification", "token_classification", {"classifier"}, {"pooler", "classifier"}),
-        ("token_classification", "sequence_classification", {"pooler", "classifier"}, {"classifier"}),
-        ("question_answering", "token_classification", {"classifier"}, {"qa_outputs"}),
+        Change(None, "sequence_classification", {"classifier"}, set()),
+        Change(None, "masked_lm", {"cls"}, {"pooler"}),
+        Change(None, "question_answering", {"qa_outputs"}, {"pooler"}),
+        Change("masked_lm", None, {"pooler"}, {"cls"}),
+        Change("masked_lm", "sequence_classification", {"pooler", "classifier"}, {"cls"}),
+        Change("sequence_classification", "masked_lm", {"cls"}, {"pooler", "classifier"}),
+        # The two classifiers have one name and one shape, but not one task.
+        Change(
+            "sequence_classification",
+            "token_classification",
+            new={"classifier"},
+            left_out={"pooler", "classifier"},
+        ),
+        Change(
+            "token_classification",
+            "sequence_classification",
+            new={"pooler", "classifier"},
+            left_out={"classifier"},
+        ),
+        Change("question_answering", "token_classification", {"classifier"}, {"qa_outputs"}),
     ],
-)  # fmt: skip
-def test_another_head_is_initialised_and_said_so(tmp_path, caplog, stored, asked, new, left_out):
-    folder, params = written(tmp_path / "bert", stored)
+    ids=lambda change: f"{change.stored}-{change.asked}",
+)
+def test_another_head_is_initialised_and_said_so(tmp_path, caplog, change):
+    folder, params = written(tmp_path / "bert", change.stored)
     with caplog.at_level(logging.INFO, logger="compacter_jax"):
-        backbone = load_backbone(folder, head=asked, seed=5)
-    assert {path.split("/")[0] for path in backbone.new_parameters} == new
-    flat = flatten_dict(backbone.params, sep="/")
-    assert set(backbone.new_parameters) == {p for p in flat if p.split("/")[0] in new}
+        backbone = load_backbone(folder, head=change.asked, seed=5)
+    paths = flatten_dict(backbone.params, sep="/")
+    new = {path for path in paths if path.split("/")[0] in change.new}
+    assert new
+    assert set(backbone.new_parameters) == new
 
-    messages = {
-        level: " ".join(r.getMessage() for r in caplog.records if r.levelno == level)
-        for level in (logging.INFO, logging.WARNING)
-    }
-    for path in backbone.new_parameters:
-        assert path in messages[logging.WARNING]
-    assert {
-        m for m in re.findall(r"(\w+)/[\w/]+", messages[logging.INFO].split(": ")[-1])
-    } <= left_out
-    assert bool(left_out) == bool(messages[logging.INFO])
-    assert all(part in messages[logging.INFO] for part in left_out)
+    def logged(level):
+        messages = [r.getMessage() for r in caplog.records if r.levelno == level]
+        return set(re.findall(r"(\w+(?:/\w+)+)", " ".join(messages).replace(str(folder), "")))
 
-    module = backbone.module
-    initial = module.init(jax.random.key(5), *module.dummy_inputs())["params"]
-    for top, tree in backbone.params.items():
-        if top in new:
-            assert_equal_trees(tree, initial[top])
-        else:
-            assert_equal_trees(tree, params[top])
+    assert logged(logging.WARNING) == new
+    assert {path.split("/")[0] for path in logged(logging.INFO)} == change.left_out
+
+    def initial(key):
+        tree = backbone.module.init(key, *backbone.module.dummy_inputs())["params"]
+        return {top: tree[top] for top in change.new}
+
+    # Not to the last bit: functions compiled apart may round the same normal numbers differently.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        {top: backbone.params[top] for top in change.new},
+        jax.jit(initial, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(5)),
+    )
+    for top in backbone.params.keys() - change.new:
+        assert_equal_trees(backbone.params[top], params[top])
 
 
 def test_the_seed_decides_new_parameters(tmp_path):
@@ -437,9 +457,9 @@ def test_quantised_weights_are_refused(tmp_path):
 
 
 def test_places_that_are_no_checkpoint(tmp_path):
-    for place in (tmp_path / "missing", "./missing", "a/b/c", ""):
+    for place in (tmp_path / "missing", "./missing", "a/b/c"):
         with pytest.raises(ValueError, match=r"is not a folder, and not the id of a repository"):
-            load_backbone(place) if place else load_backbone("\n")
+            load_backbone(place)
     # The tests run with HF_HUB_OFFLINE=1, so no such id can be reached.
     with pytest.raises(OSError, match=r"'nobody/nothing' is not a folder.*give their folder"):
         load_backbone("nobody/nothing")

@@ -197,7 +197,6 @@ def test_number_of_batches_is_that_of_every_epoch(size):
     assert data.num_batches(size, 8) == expected
     for epoch in range(5):
         assert len(list(data.batches(encoded, 8, shuffle=True, seed=0, epoch=epoch))) == expected
-    assert len(list(data.batches(encoded, 8, shuffle=False))) == expected
 
 
 def order(encoded, **keywords):
@@ -225,12 +224,22 @@ def test_start_resumes_at_the_exact_batch(thousand, keywords):
     whole = order(thousand, **keywords)
     for start in (0, 1, 77, len(whole)):
         assert order(thousand, start=start, **keywords) == whole[start:]
-    with pytest.raises(ValueError, match="start=126 is not within the 125 batches of an epoch"):
-        data.batches(thousand, 8, start=126, **keywords)
+    past = len(whole) + 1
+    with pytest.raises(ValueError, match=f"start={past} is not within the {len(whole)} batches"):
+        data.batches(thousand, 8, start=past, **keywords)
+
+
+def test_evaluation_pads_every_input_to_its_own_bucket(thousand):
+    for batch in data.batches(thousand, 8, shuffle=False):
+        own = np.searchsorted(data.bucket_lengths(128), batch["attention_mask"].sum(1))
+        real = batch["weights"] > 0
+        assert set(np.array(data.bucket_lengths(128))[own[real]]) == {batch["input_ids"].shape[1]}
 
 
 def test_evaluation_order_is_by_bucket_then_position(thousand):
     rows = np.concatenate(order(thousand, shuffle=False))
+    rows = rows[rows >= 0]
+    assert sorted(rows) == list(range(len(thousand)))
     buckets = np.searchsorted(data.bucket_lengths(128), np.diff(thousand.offsets))[rows]
     assert (np.diff(buckets) >= 0).all()
     for bucket in np.unique(buckets):
@@ -255,7 +264,7 @@ def test_batches_are_alike_in_length_and_come_in_random_order(thousand):
 def test_a_bucket_with_one_example():
     encoded = make([5] * 30 + [128])
     lengths = [batch["input_ids"].shape[1] for batch in data.batches(encoded, 8, shuffle=False)]
-    assert lengths == [16, 16, 16, 128]
+    assert lengths == [16, 16, 16, 16, 128]
 
 
 def test_unknown_and_real_valued_targets():

@@ -157,7 +157,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 def predict(options: PredictOptions) -> int:
     """The command `predict`: a file with predictions added, streamed; returns its rows."""
-    predictions.check_output(options.input, options.output)
+    predictions.check_files(options.input, options.output)
     adapter = load(options)
 
     def predict_chunk(sentences: list[str], sentences2: list[str] | None) -> np.ndarray:

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import compacter_jax as cj
+from compacter_jax.params import Count
 from train import data, inference, metrics, report, step, tasks
 from train.options import FitOptions
 
@@ -94,7 +95,7 @@ def fit(options: FitOptions) -> dict[str, Any]:
     trainer = Trainer(job)
     with trainer.checkpoints:
         progress = trainer.run()
-    result = _final_result(job, progress, count)
+    result = _final_result(trainer, progress, count)
     inference.write_json(options.output_dir / "metrics.json", result)
     report.plot_curves(result, options.output_dir / "curves.png")
     report.write_report(result, options, count, options.output_dir / "report.md")
@@ -292,16 +293,11 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Validates, keeps the adapter if it is the best, moves on to the next epoch."""
         progress, kind = self.progress, self.job.task.kind
-        encoded = self.job.encoded["validation"]
-        logits = inference.split_logits(
-            lambda batch: self.compute.logits(self.state.trained, self.frozen, batch),
-            encoded,
-            self.options.eval_batch_size,
-            description="validation",
-        )
-        values = metrics.compute_metrics(kind, logits, encoded.targets)
+        targets = self.job.encoded["validation"].targets
+        logits = self.logits("validation", self.state.trained, self.frozen)
+        values = metrics.compute_metrics(kind, logits, targets)
         validation_loss = float(
-            jnp.mean(step.loss_function(kind)(jnp.asarray(logits), jnp.asarray(encoded.targets)))
+            jnp.mean(step.loss_function(kind)(jnp.asarray(logits), jnp.asarray(targets)))
         )
         progress.history.append(
             {
@@ -323,6 +319,15 @@ class Trainer:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.losses, progress.seconds = [], 0.0
         self._save()
+
+    def logits(self, split: str, trained: Any, frozen: Any) -> np.ndarray:
+        """Logits of a split, `[examples, num_labels]`; both halves placed on the devices."""
+        return inference.split_logits(
+            lambda batch: self.compute.logits(trained, frozen, batch),
+            self.job.encoded[split],
+            self.options.eval_batch_size,
+            description=split,
+        )
 
     def _save_adapter(self) -> None:
         job, options = self.job, self.options
@@ -413,21 +418,16 @@ def _run_settings(options: FitOptions) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def _final_result(job: Job, progress: Progress, count: cj.params.Count) -> dict[str, Any]:
+def _final_result(trainer: Trainer, progress: Progress, count: Count) -> dict[str, Any]:
     """Evaluates the best adapter as it was written to disk."""
-    options, folder = job.options, job.options.output_dir / "adapter"
-    model, params = cj.load_adapter(folder, job.backbone)
-    apply = inference.apply_function(model)
-    forward = jax.jit(lambda params, batch: apply(params, batch, None).astype(jnp.float32))
+    job, options = trainer.job, trainer.options
+    folder = options.output_dir / "adapter"
+    _, params = cj.load_adapter(folder, job.backbone)
+    trained, frozen = map(trainer.compute.place, cj.partition(params, job.labels))
     scores = {}
     for split in ("validation", "test"):
         if split in job.encoded:
-            logits = inference.split_logits(
-                lambda batch: np.asarray(forward(params, batch)),
-                job.encoded[split],
-                options.eval_batch_size,
-                description=split,
-            )
+            logits = trainer.logits(split, trained, frozen)
             scores[split] = metrics.compute_metrics(
                 job.task.kind, logits, job.encoded[split].targets
             )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from compacter_jax.checkpoint import replace_file
 from train.data import Rows, read_chunks
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
@@ -58,8 +57,7 @@ def predict_file(
         has one of the added columns, or the logits do not have their shape or are not finite.
     """
     input_path, output_path = Path(input_path), Path(output_path)
-    if output_path.exists() and input_path.exists() and output_path.samefile(input_path):
-        raise ValueError(f"{output_path}: is the input file; give the output another name")
+    check_files(input_path, output_path)
     added = _added_names(label_names, write_logits)
     num_rows, pairs = 0, False
     with write_rows(output_path) as write:
@@ -80,6 +78,24 @@ def predict_file(
             if progress is not None:
                 progress(len(rows))
     return num_rows
+
+
+def check_files(input_path: Path, output_path: Path) -> None:
+    """Looks at the names of input and output before anything slow happens.
+
+    Raises:
+      FileNotFoundError: if the input does not exist.
+      ValueError: if a file is a folder or of an unsupported type, the input is empty, both are the
+        same file, or there is no folder for the output.
+    """
+    _check_file(input_path)
+    _check_suffix(output_path)
+    if output_path.is_dir():
+        raise ValueError(f"{output_path}: is a directory, not a file")
+    if output_path.exists() and output_path.samefile(input_path):
+        raise ValueError(f"{output_path}: is the input file; give the output another name")
+    if not output_path.parent.is_dir():
+        raise ValueError(f"{output_path}: there is no folder {output_path.parent}")
 
 
 def read_rows(
@@ -174,21 +190,13 @@ def write_rows(path: str | Path) -> Iterator[Callable[[Rows], None]]:
     suffix = _check_suffix(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a directory, not a file")
-    partial = path.parent / f".{secrets.token_hex(8)}.partial"
-    try:
-        file = partial.open("xb")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot write to its folder: {error.strerror}") from error
-    try:
-        with file:
-            with contextlib.closing(_WRITERS[suffix](file, path)) as writer:
-                yield writer.write
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replace_file(path) as temporary:
+        try:
+            file = temporary.open("xb")
+        except OSError as error:
+            raise ValueError(f"{path}: cannot write to its folder: {error.strerror}") from error
+        with file, contextlib.closing(_WRITERS[suffix](file, path)) as writer:
+            yield writer.write
 
 
 def _check_file(path: Path) -> None:
@@ -215,7 +223,7 @@ def _check_sentences(
         elif isinstance(value, str) and value.strip():
             raise ValueError(
                 f"{path}, row {row}: {name} has {len(value)} characters, over the limit of "
-                f"{max_characters}; shorten or split it, or raise max_characters"
+                f"{max_characters}; shorten or split it"
             )
         elif value is None or isinstance(value, str):
             state = "missing (null)" if value is None else "empty"

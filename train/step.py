@@ -117,7 +117,7 @@ def loss_and_update(
         value, gradient = jax.lax.pmean((value, gradient), axis_name)
     updates, opt_state = tx.update(gradient, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = StepMetrics(value, optax.global_norm(gradient))
+    metrics = StepMetrics(value, optax.tree.norm(gradient))
     return TrainState(state.step + 1, trained, opt_state), metrics
 
 

@@ -1,0 +1,221 @@
+"""One small adapter, its float64 oracle, and a small backbone: what several test files share."""
+
+import math
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compacter_jax.adapters import Bottleneck, shared_params
+from compacter_jax.config import BottleneckConfig, PHMBottleneckConfig, preset
+from compacter_jax.models.bert import BertConfig
+
+WIDTH = 12
+# A bottleneck of 6 beside a width of 12.
+SMALL = {"reduction_factor": 2, "phm_dim": 3}
+
+
+class Model(nn.Module):
+    """One adapter, and at the top what a model of many would share."""
+
+    config: BottleneckConfig
+    width: int = WIDTH
+    dtype: object = None
+    param_dtype: object = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        shared = {}
+        if isinstance(self.config, PHMBottleneckConfig):
+            shared = shared_params(self.param, self.config, self.width, self.param_dtype)
+        adapter = Bottleneck(self.config, self.dtype, self.param_dtype, name="adapter")
+        return adapter(x, **shared, deterministic=deterministic)
+
+
+def shapes_of(model):
+    x = jax.ShapeDtypeStruct((1, model.width), jnp.float32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x)["params"], sep="/")
+
+
+def random_params(model, seed=0):
+    """`/`-joined path -> float32 values large enough that each of them has a say."""
+    rng = np.random.default_rng(seed)
+    return {
+        path: np.float32(path.endswith("scale") + 0.5 * rng.standard_normal(leaf.shape))
+        for path, leaf in shapes_of(model).items()
+    }
+
+
+ACTIVATIONS = {
+    "gelu": np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2)))),
+    "gelu_new": lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    "relu": lambda v: np.maximum(v, 0),
+    "silu": lambda v: v / (1 + np.exp(-v)),
+    "tanh": np.tanh,
+}
+
+
+def projection(params, x, name):
+    """`x W + b` by the names of the parameters alone; `W` is dense or a sum of `np.kron`."""
+
+    def stored(*places):
+        return next((params[place] for place in places if place in params), None)
+
+    own = f"adapter/{name}/"
+    weight = stored(f"{own}kernel")
+    if weight is None:
+        blocks = stored(f"{own}blocks", f"phm_{name}_blocks")
+        if blocks is None:
+            left = stored(f"{own}left", f"phm_{name}_left")
+            blocks = left @ stored(f"{own}right", f"phm_{name}_right")
+        rule = stored(f"{own}phm_rule", "phm_rule")
+        if rule is None:
+            left = stored(f"{own}phm_rule_left", "phm_rule_left")
+            rule = left @ stored(f"{own}phm_rule_right", "phm_rule_right")
+        weight = sum(np.kron(A, B) for A, B in zip(rule, blocks, strict=True))
+    return x @ weight + params[f"{own}bias"]
+
+
+def layer_norm(params, x, name):
+    centred = x - x.mean(-1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return normal * params[f"adapter/{name}/scale"] + params[f"adapter/{name}/bias"]
+
+
+def expected_output(config, params, x):
+    h = layer_norm(params, x, "layer_norm_before") if config.layer_norm_before else x
+    h = ACTIVATIONS[config.non_linearity](projection(params, h, "down"))
+    h = projection(params, h, "up")
+    h = layer_norm(params, h, "layer_norm_after") if config.layer_norm_after else h
+    return x + config.scaling * h
+
+
+def expected_gradients(config, params, x, cotangent):
+    """Central differences in float64, one entry of one parameter at a time."""
+    step = 1e-5
+
+    def objective(operands):
+        return np.sum(cotangent * expected_output(config, operands, operands["x"]))
+
+    operands = {path: np.float64(value) for path, value in (*params.items(), ("x", x))}
+    gradients = {path: np.zeros(value.shape) for path, value in operands.items()}
+    for path, value in operands.items():
+        for index in np.ndindex(value.shape):
+            there = {}
+            for sign in (1, -1):
+                moved = value.copy()
+                moved[index] += sign * step
+                there[sign] = objective({**operands, path: moved})
+            gradients[path][index] = (there[1] - there[-1]) / (2 * step)
+    return gradients
+
+
+KNOBS = {
+    "dense": ("houlsby", {}),
+    "dense, reduction of 3, relu": ("houlsby", {"reduction_factor": 3, "non_linearity": "relu"}),
+    "dense, layer norms": ("houlsby", {"layer_norm_before": True, "layer_norm_after": True}),
+    "compacter": ("compacter", {}),
+    "rank three": ("compacter", {"phm_rank": 3}),
+    "exact gelu": ("compacter", {"non_linearity": "gelu"}),
+    "silu": ("compacter", {"non_linearity": "silu"}),
+    "scaled": ("compacter", {"scaling": -0.7, "non_linearity": "tanh"}),
+    "layer norm before": ("compacter", {"layer_norm_before": True}),
+    "layer norm after, scaled": ("compacter", {"layer_norm_after": True, "scaling": 0.3}),
+    "full blocks, shared rule": ("compacter", {"factorized_phm_W": False}),
+    "own rules": ("compacter", {"shared_phm_rule": False}),
+    "own rules, factorized": ("compacter", {"shared_phm_rule": False, "factorized_phm_rule": True}),
+    "shared rule, factorized": ("compacter", {"factorized_phm_rule": True}),
+    "shared blocks": ("compacter", {"shared_W_phm": True}),
+    "shared full blocks": ("compacter", {"shared_W_phm": True, "factorized_phm_W": False}),
+    "shared blocks, own rules": ("compacter", {"shared_W_phm": True, "shared_phm_rule": False}),
+    "PHM-Adapter": ("phm", {}),
+    # Says what is trained, not what is computed.
+    "rule not learned": ("compacter", {"learn_phm": False}),
+}
+
+
+def method_of(knob):
+    name, overrides = KNOBS[knob]
+    small = SMALL if name != "houlsby" else {"reduction_factor": 2}
+    return preset(name, **(small | overrides))
+
+
+def random_states(seed):
+    return np.float32(np.random.default_rng(seed).standard_normal((2, 2, WIDTH)))
+
+
+def output_and_gradients(model, params, x, cotangent):
+    """The output, and gradients by path, that to the input as "x"."""
+
+    @jax.jit
+    def run(params, x):
+        def apply(params, x):
+            return model.apply({"params": unflatten_dict(params, sep="/")}, x)
+
+        y, pull_back = jax.vjp(apply, params, x)
+        return y, *pull_back(cotangent)
+
+    y, gradients, x_gradient = run(params, x)
+    return y, {**gradients, "x": x_gradient}
+
+
+def assert_equal_to_rounding(actual, expected):
+    """Float32 against float64.
+
+    Each entry is a sum of at most some 50 products. They may cancel, so the bound is in terms of
+    the array's largest entry; gradients come through twice as many sums.
+    """
+    (y, gradients), (expected_y, expected) = actual, expected
+    np.testing.assert_allclose(y, expected_y, rtol=0, atol=1e-5 * np.abs(expected_y).max())
+    assert gradients.keys() == expected.keys()
+    for path, gradient in gradients.items():
+        scale = np.abs(expected[path]).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(
+            gradient, expected[path], rtol=0, atol=3e-5 * scale, err_msg=path
+        )
+
+
+TINY_BERT = BertConfig(
+    vocab_size=17,
+    hidden_size=WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=10,
+    max_position_embeddings=9,
+    hidden_act="gelu",
+    # Large enough that attention is not uniform and every parameter has a say.
+    initializer_range=0.3,
+)
+IDS = np.array([[3, 5, 1, 7, 2], [4, 4, 6, 9, 12]])
+MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+
+def random_tree(shapes, seed=0):
+    """Normal values for a tree of shapes; scales about 1."""
+    flat = flatten_dict(shapes, sep="/")
+    rng = np.random.default_rng(seed)
+    return unflatten_dict(
+        {
+            path: jnp.asarray(
+                path.endswith("scale") + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype
+            )
+            for path, leaf in flat.items()
+        },
+        sep="/",
+    )
+
+
+def backbone_of(module, seed=0):
+    """`module` with random parameters, as `init_adapters` and `load_adapter` take it."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *module.dummy_inputs())["params"]
+    return types.SimpleNamespace(module=module, params=random_tree(shapes, seed))
+
+
+def adapted_shapes(model):
+    """Shapes of the parameters of an `Adapted`."""
+    inputs = model.backbone.dummy_inputs()
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
