@@ -38,12 +38,12 @@ find = $(shell for v in $(1); do \
 
 help:
 	@echo "make demo         set up, then fine-tune a small BERT on film reviews; see train/configs/demo.toml"
-	@echo "make test         set up, then all of the following"
+	@echo "make test         set up, then lint, test-wheel, test-newest and test-main"
 	@echo "make lint         ruff and mypy"
 	@echo "make test-wheel   build wheel and sdist, and use the wheel in an empty environment"
 	@echo "make test-newest  the fast tests on the newest Python, JAX and transformers found"
-	@echo "make test-oldest  the fast tests on every lower bound in pyproject.toml"
 	@echo "make test-main    every test"
+	@echo "make test-oldest  the fast tests on every lower bound in pyproject.toml; not part of make test"
 	@echo "make clean        remove the environments and what was built"
 	@echo "PYTHON=python3.12, TORCH=, PYTEST_ARGS='-k phm' and DEMO_ARGS='--epochs 1' change what runs."
 
@@ -52,7 +52,7 @@ demo: $(MAIN)/train.stamp
 	@$(MAIN)/bin/python -m train fit --config train/configs/demo.toml \
 	  --backbone "$$($(MAIN)/bin/python -c '$(MINILM_PATH)')" --output-dir runs/demo --overwrite $(DEMO_ARGS)
 
-test: lint test-wheel test-newest test-oldest test-main  # test-main last: its summary ends the output
+test: lint test-wheel test-newest test-main  # test-main last: its summary ends the output
 
 lint: $(MAIN)/test.stamp
 	@echo "== ruff and mypy"

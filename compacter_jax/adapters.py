@@ -45,15 +45,16 @@ def blocks_params(
     phm_dim: int,
     rank: int | None,
     init: phm.Initializer,
-    dtype: Dtype,
     *,
+    dtype: Dtype,
     prefix: str = "",
 ) -> phm.Blocks:
     """Creates blocks `[n, in / n, out / n]` as `blocks`, or factors of `rank` as `left`, `right`.
 
     Args:
       param: the owner's `param` method.
-      in_features, features: of the weight that the blocks and a rule `[n, n, n]` make.
+      in_features: rows of the weight that the blocks and a rule `[n, n, n]` make.
+      features: its columns.
       phm_dim: `n`.
       rank: rank of each block, or None for full blocks.
       init: initialiser of the blocks, or of each factor.
@@ -108,7 +109,7 @@ class PHMLinear(nn.Module):
     def __call__(
         self, x: Array, rule: Array | None = None, blocks: phm.Blocks | None = None
     ) -> Array:
-        """`[..., in] -> [..., features]`; `rule` `[n, n, n]`, `blocks` as in `phm.kronecker_sum`."""
+        """`[..., in] -> [..., features]`; `rule` `[n, n, n]`, `blocks` as `phm.kronecker_sum`'s."""
         if rule is None:
             rule = rule_params(
                 self.param,
@@ -125,14 +126,17 @@ class PHMLinear(nn.Module):
                 self.phm_dim,
                 self.phm_rank,
                 self.blocks_init,
-                self.param_dtype,
+                dtype=self.param_dtype,
             )
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        factors = blocks if isinstance(blocks, tuple) else (blocks,)
-        x, rule, bias, *factors = promote_dtype(x, rule, bias, *factors, dtype=self.dtype)
-        y = phm.kronecker_sum_matmul(x, rule, tuple(factors) if len(factors) > 1 else factors[0])
+        if isinstance(blocks, tuple):
+            x, rule, bias, left, right = promote_dtype(x, rule, bias, *blocks, dtype=self.dtype)
+            blocks = (left, right)
+        else:
+            x, rule, bias, blocks = promote_dtype(x, rule, bias, blocks, dtype=self.dtype)
+        y = phm.kronecker_sum_matmul(x, rule, blocks)
         return y if bias is None else y + bias
 
 
@@ -167,7 +171,8 @@ class Bottleneck(nn.Module):
         Args:
           x: `[..., width]`.
           rule: `[n, n, n]`, where the model shares one.
-          down_blocks, up_blocks: blocks of the two projections, where the model shares them.
+          down_blocks: blocks of the projection `down`, where the model shares them.
+          up_blocks: those of `up`.
           deterministic: no dropout; otherwise the rng stream `dropout` is used.
 
         Returns:
@@ -269,7 +274,7 @@ def shared_params(
                 config.phm_dim,
                 rank,
                 init,
-                param_dtype,
+                dtype=param_dtype,
                 prefix=f"phm_{name}_",
             )
     return shared

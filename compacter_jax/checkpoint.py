@@ -1,4 +1,4 @@
-"""Adapters on disk: safetensors for the numbers, JSON for what they mean, nothing of the backbone."""
+"""Adapters on disk: safetensors for the numbers, JSON for the rest, nothing of the backbone."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def save_adapter(
         label names; `read_adapter_config` gives them back.
 
     Raises:
+      TypeError: if `metadata` is no JSON; nothing is written then.
       ValueError: if `metadata` has a key that the library writes itself.
       OSError: if the directory cannot be written.
     """
@@ -66,9 +67,9 @@ def save_adapter(
     metadata = dict(metadata or {})
     if clash := sorted(own.keys() & metadata.keys()):
         raise ValueError(f"metadata may not name {clash}, which save_adapter writes itself")
+    text = json.dumps({**own, **metadata}, indent=2, sort_keys=True, ensure_ascii=False)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**own, **metadata}, indent=2, sort_keys=True, ensure_ascii=False)
     with replace_file(directory / WEIGHTS_NAME) as temporary:
         temporary.write_bytes(data)
     with replace_file(directory / CONFIG_NAME) as temporary:
@@ -181,7 +182,8 @@ def replace_file(path: Path) -> Iterator[Path]:
 def _split(params: Any, method: config.MethodConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Flat `(stored, left to the backbone's own checkpoint)`."""
     labels = flatten_dict(label_params(params, method), sep="/")
-    stored, left = {}, {}
+    stored: dict[str, Any] = {}
+    left: dict[str, Any] = {}
     for path, leaf in flatten_dict(params, sep="/").items():
         frozen = labels[path] == FREEZE and group_of(path) not in _ALWAYS_SAVED
         (left if frozen else stored)[path] = leaf
@@ -199,7 +201,8 @@ def _read_weights(directory: Path, sha256: str) -> dict[str, jax.Array]:
         raise FileNotFoundError(f"{path} does not exist")
     data = path.read_bytes()
     try:
-        stored = safetensors.flax.load(data)
+        # Not `safetensors.flax.load`, which reads no bfloat16 from bytes.
+        stored = safetensors.flax.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
     if hashlib.sha256(data).hexdigest() != sha256:

@@ -25,7 +25,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return tuple(_typed(name, item, element) for item in value)
     if hint is float and type(value) is int:
         return float(value)
-    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is not hint:
+    if (
+        isinstance(hint, type)
+        and not isinstance(hint, types.GenericAlias)
+        and type(value) is not hint
+    ):
         raise ValueError(f"{name}={value!r} must be of type {hint.__name__}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} must be finite")
@@ -141,7 +145,9 @@ class BottleneckConfig(MethodConfig):
         for site in self.sites:
             if self.sites.count(site) > 1:
                 raise ValueError(f"sites names {site!r} twice; name each site once")
-        _require(self.reduction_factor >= 1, "reduction_factor", self.reduction_factor, "at least 1")
+        _require(
+            self.reduction_factor >= 1, "reduction_factor", self.reduction_factor, "at least 1"
+        )
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         _require(self.w_init_range > 0, "w_init_range", self.w_init_range, "above 0")
         _choose("w_init", self.w_init, WEIGHT_INITS)
@@ -282,6 +288,8 @@ def to_dict(method: MethodConfig) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> MethodConfig:
     """Inverse of `to_dict`; ValueError for an unknown kind, field or value."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a method must be a mapping of its fields, not {values!r}")
     fields = dict(values)
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in METHODS:

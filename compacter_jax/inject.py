@@ -107,6 +107,10 @@ class Adapted(nn.Module):
                 f"{type(self.backbone).__name__} has no table of sites; pass "
                 "sites={name: regular expression of host paths}"
             )
+        if not isinstance(table, Mapping):
+            raise ValueError(
+                f"sites={table!r} must be a mapping, {{name: regular expression of host paths}}"
+            )
         return table
 
 
@@ -181,7 +185,8 @@ class _Hook:
             if not layers:
                 raise ValueError(
                     f"site {site!r} matched no module: no path matches "
-                    f"{self.patterns[site].pattern!r} in full"
+                    f"{self.patterns[site].pattern!r} in full (and under nn.jit, what was "
+                    "traced before runs without adapters: take nn.jit out of the backbone)"
                 )
             absent = sorted(set(self.method.leave_out) - layers)
             if absent:

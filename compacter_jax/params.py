@@ -60,13 +60,13 @@ def label_params(
             f"method {method.kind!r} trains the {group}, but no parameter is one: "
             f"no path matches {GROUPS[group]!r}"
         )
-    for pattern, label in rules:
-        if label not in (TRAIN, FREEZE):
-            raise ValueError(f"label {label!r} of pattern {pattern!r} must be 'train' or 'freeze'")
+    for pattern, chosen in rules:
+        if chosen not in (TRAIN, FREEZE):
+            raise ValueError(f"label {chosen!r} of pattern {pattern!r} must be 'train' or 'freeze'")
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise ValueError(f"pattern {pattern!r} matches no parameter")
 
-    def label(path: tuple[str, ...], _: Any) -> str:
+    def label(path: tuple[Any, ...], _: Any) -> str:
         joined = "/".join(path)
         for pattern, chosen in rules:
             if re.fullmatch(pattern, joined):
@@ -171,8 +171,6 @@ def optimizer(
 
     def labels_of(tree: Any) -> Any:
         # The trained half has None, no leaf at all, where a label says "freeze".
-        return jax.tree.map(
-            lambda label, leaf: None if leaf is None else label, labels, tree
-        )
+        return jax.tree.map(lambda label, leaf: None if leaf is None else label, labels, tree)
 
     return optax.partition({TRAIN: tx, FREEZE: optax.set_to_zero()}, labels_of)

@@ -14,7 +14,10 @@ os.environ["XLA_FLAGS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-WORDS = "a the film plot is was very not good bad dull fine great awful we it loved hated".split()
+WORDS = (
+    *("a", "the", "film", "plot", "is", "was", "very", "not", "it", "we"),
+    *("good", "fine", "great", "loved", "bad", "dull", "awful", "hated"),
+)
 
 
 def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
@@ -37,6 +40,8 @@ def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
     )
     module = Bert(config)
     params = module.init(jax.random.key(seed), *module.dummy_inputs())["params"]
+    # Wider than an untrained BERT's, so that the hidden states depend on the words.
+    params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim == 2 else leaf, params)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(bert_to_hugging_face(params), folder / "model.safetensors")
     settings = {

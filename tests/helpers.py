@@ -1,5 +1,7 @@
 """One small adapter, its float64 oracle, and a small backbone: what several test files share."""
 
+import dataclasses
+import functools
 import math
 import types
 
@@ -190,6 +192,7 @@ TINY_BERT = BertConfig(
     # Large enough that attention is not uniform and every parameter has a say.
     initializer_range=0.3,
 )
+ONE_LAYER = dataclasses.replace(TINY_BERT, num_hidden_layers=1)
 IDS = np.array([[3, 5, 1, 7, 2], [4, 4, 6, 9, 12]])
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
@@ -219,3 +222,12 @@ def adapted_shapes(model):
     """Shapes of the parameters of an `Adapted`."""
     inputs = model.backbone.dummy_inputs()
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+# Tests compile much and run little.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def quick_key(seed):
+    """A key whose draws compile in a fraction of the default's time."""
+    return jax.random.key(seed, impl="unsafe_rbg")

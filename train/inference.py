@@ -67,6 +67,13 @@ def split_logits(
     return rows
 
 
+def score(kind: tasks.Kind, logits: np.ndarray, encoded: data.Encoded) -> dict[str, float]:
+    """Metrics of a split from its logits; ValueError if it has no targets."""
+    if encoded.targets is None:
+        raise ValueError("these examples have no label and no score to compare predictions with")
+    return metrics.compute_metrics(kind, logits, encoded.targets)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
     """An adapter on its backbone, ready to compute.
@@ -139,17 +146,18 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     logits = split_logits(
         adapter.logits, encoded, options.eval_batch_size, description=options.split
     )
+    scores = score(kind, logits, encoded)
     result = {
         "adapter": str(options.adapter),
         "task": options.task,
         "split": options.split,
         "examples": len(encoded),
         "truncated": encoded.num_truncated,
-        "metrics": metrics.compute_metrics(kind, logits, encoded.targets),
+        "metrics": scores,
     }
     output = options.output or options.adapter / f"evaluation_{options.task}_{options.split}.json"
     write_json(output, result)
-    for name, value in result["metrics"].items():
+    for name, value in scores.items():
         print(f"{options.split} {name}: {value:.4f}")
     print(f"written to {output}")
     return result

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.params import Count
-from train import data, inference, metrics, report, step, tasks
+from train import data, inference, report, step, tasks
 from train.options import FitOptions
 
 RUN_NAME = "run.json"
@@ -280,8 +280,10 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bar.close()
             latest = self.checkpoints.latest_step()
-            kept = "no checkpoint had been written" if latest is None else (
-                f"the checkpoint of step {latest} is kept"
+            kept = (
+                "no checkpoint had been written"
+                if latest is None
+                else (f"the checkpoint of step {latest} is kept")
             )
             raise NonFiniteLossError(
                 f"step {number}: loss {loss}, gradient norm {norm}; {kept}. Try a smaller "
@@ -293,11 +295,11 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Validates, keeps the adapter if it is the best, moves on to the next epoch."""
         progress, kind = self.progress, self.job.task.kind
-        targets = self.job.encoded["validation"].targets
+        encoded = self.job.encoded["validation"]
         logits = self.logits("validation", self.state.trained, self.frozen)
-        values = metrics.compute_metrics(kind, logits, targets)
+        values = inference.score(kind, logits, encoded)
         validation_loss = float(
-            jnp.mean(step.loss_function(kind)(jnp.asarray(logits), jnp.asarray(targets)))
+            jnp.mean(step.loss_function(kind)(jnp.asarray(logits), jnp.asarray(encoded.targets)))
         )
         progress.history.append(
             {
@@ -424,13 +426,11 @@ def _final_result(trainer: Trainer, progress: Progress, count: Count) -> dict[st
     folder = options.output_dir / "adapter"
     _, params = cj.load_adapter(folder, job.backbone)
     trained, frozen = map(trainer.compute.place, cj.partition(params, job.labels))
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
     for split in ("validation", "test"):
         if split in job.encoded:
             logits = trainer.logits(split, trained, frozen)
-            scores[split] = metrics.compute_metrics(
-                job.task.kind, logits, job.encoded[split].targets
-            )
+            scores[split] = inference.score(job.task.kind, logits, job.encoded[split])
     return {
         "task": job.task.name,
         "kind": job.task.kind,

@@ -7,21 +7,21 @@ import tomllib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import docstring_parser
 import tyro
 
-from compacter_jax import config
+from compacter_jax.config import METHODS, MethodConfig, preset
 
-# Measured on the demo backbone, see the README; the paper's for T5-base are in `config.preset`.
+# Measured on the demo backbone, see the README; `compacter_jax.preset` has the paper's.
 DEFAULT_LEARNING_RATES = {"full": 5e-5, "bottleneck": 1e-3, "phm_bottleneck": 3e-3}
 
 
 def _method_options() -> type:
     """A dataclass of every method's fields, None where the preset's value stands."""
     fields = {}
-    for cls in config.METHODS.values():
+    for cls in METHODS.values():
         hints, texts = typing.get_type_hints(cls), _documented(cls)
         for field in dataclasses.fields(cls):
             fields[field.name] = (hints[field.name], texts[field.name])
@@ -55,12 +55,13 @@ def _metavar(hint: Any) -> str:
 
 
 MethodOptions = _method_options()
+MethodFlags: TypeAlias = tyro.conf.OmitArgPrefixes[MethodOptions]  # type: ignore[valid-type]
 
 
-def method_of(name: str, options: Any) -> config.MethodConfig:
+def method_of(name: str, options: Any) -> MethodConfig:
     """The preset with the options that were given."""
     given = {key: value for key, value in vars(options).items() if value is not None}
-    return config.preset(name, **given)
+    return preset(name, **given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,9 +145,7 @@ class FitOptions(TaskOptions, BackboneOptions):
     checkpoint_steps: int = 500
     resume: bool = False
     overwrite: bool = False
-    method_options: tyro.conf.OmitArgPrefixes[MethodOptions] = dataclasses.field(  # type: ignore[valid-type]
-        default_factory=MethodOptions
-    )
+    method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
     def check(self) -> None:
         """ValueError for a number that cannot work."""
@@ -176,7 +175,7 @@ class FitOptions(TaskOptions, BackboneOptions):
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one")
 
-    def method_config(self) -> config.MethodConfig:
+    def method_config(self) -> MethodConfig:
         """The preset with this run's changes."""
         return method_of(self.method, self.method_options)
 
@@ -253,9 +252,7 @@ class ParamsOptions(BackboneOptions):
     method: str = "compacter++"
     num_labels: int = 2
     json: bool = False
-    method_options: tyro.conf.OmitArgPrefixes[MethodOptions] = dataclasses.field(  # type: ignore[valid-type]
-        default_factory=MethodOptions
-    )
+    method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
 
 def expand_config(arguments: Sequence[str]) -> list[str]:

@@ -166,8 +166,11 @@ def make_compute(
     """Compiles `loss_and_update` and the forward pass for the given devices.
 
     Args:
-      apply, loss, tx, accumulation_steps: as for `loss_and_update`.
+      apply: as for `loss_and_update`, and so are `loss`, `tx` and `accumulation_steps`.
+      loss: see there.
+      tx: see there.
       seed: of the dropout masks.
+      accumulation_steps: see there.
       devices: by default all local ones. With several, a batch's rows are divided among them.
     """
     devices = list(devices or jax.local_devices())
@@ -202,9 +205,7 @@ def make_compute(
         place, host = lambda tree: jax.device_put(tree, devices[0]), lambda tree: tree
         split = lambda batch: jax.device_put(dict(batch), devices[0])  # noqa: E731
 
-    def run_step(
-        state: TrainState, frozen: Params, batch: Batch
-    ) -> tuple[TrainState, StepMetrics]:
+    def run_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         state, metrics = step(state, frozen, split(batch))
         return state, host(metrics)
 

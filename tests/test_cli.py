@@ -1,0 +1,418 @@
+"""The command line, end to end: fit, evaluate, predict, params, interruption and bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WORDS, write_backbone
+
+from train.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+GOOD, BAD = WORDS[10:14], WORDS[14:18]
+ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
+
+
+def write_examples(path, rows, *, seed, score=False):
+    """Sentences whose label is whether their words are good ones."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, rows)
+    columns = {
+        "sentence": [
+            " ".join(generator.choice(GOOD if label else BAD, generator.integers(2, 30)))
+            for label in labels
+        ],
+        "label": labels,
+    }
+    if score:
+        columns["score"] = columns.pop("label") * 2.0 - 1.0
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
+        for seed, (split, rows) in enumerate({"train": 120, "validation": 44, "test": 43}.items())
+    }
+
+
+def fit_flags(backbone, files, output, **flags):
+    flags = {
+        "backbone": backbone,
+        "output-dir": output,
+        **{f"{split}-file": path for split, path in files.items()},
+        "reduction-factor": 2,
+        "max-length": 40,
+        "batch-size": 8,
+        "eval-batch-size": 16,
+        "epochs": 2,
+        "learning-rate": 1e-2,
+        **flags,
+    }
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def run(*arguments, **keywords):
+    """A command in a process of its own, on one device."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "train", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **keywords
+    )
+
+
+def start(*arguments):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "train", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def adapter_bytes(output):
+    return {name: (output / "adapter" / name).read_bytes() for name in ADAPTER_FILES}
+
+
+def refusal(capsys, *arguments):
+    """The one line of a command that must fail with exit code 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_backbone, files, tmp_path_factory):
+    """The folder of a finished run, on the four devices of the tests."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["fit", *fit_flags(tiny_backbone, files, output, epochs=4)]) == 0
+    return output
+
+
+def test_fit_learns_and_writes_everything(fitted):
+    result = json.loads((fitted / "metrics.json").read_text())
+    assert result["test"]["accuracy"] >= 0.9
+    assert result["best_epoch"] in range(1, 5)
+    best = result["history"][result["best_epoch"] - 1]
+    assert best["accuracy"] == max(record["accuracy"] for record in result["history"])
+    assert result["validation"]["accuracy"] == best["accuracy"]
+    # Bottleneck 12, n = 4: two layers of (24 + 12) + 12 + (12 + 24) + 24, a rule of 64.
+    assert result["trained_groups"]["adapters"] == 2 * (24 + 12 + 12 + 12 + 24 + 24)
+    assert result["trained_groups"]["rule"] == 64
+    size = sum(path.stat().st_size for path in (fitted / "adapter").iterdir())
+    assert result["adapter_bytes"] == size
+    assert (fitted / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (fitted / "report.md").read_text()
+    assert f"{result['test']['accuracy']:.4f}" in report
+    assert not list(fitted.rglob("*.tmp"))
+    settings = json.loads((fitted / "adapter" / "adapter_config.json").read_text())
+    assert settings["label_names"] == ["0", "1"]
+    assert settings["max_length"] == 40
+
+
+def test_evaluate_gives_the_metrics_of_fit(fitted, files, capsys, tmp_path):
+    output = tmp_path / "metrics.json"
+    flags = ["--adapter", fitted / "adapter", "--test-file", files["test"], "--output", output]
+    assert main(["evaluate", *map(str, flags)]) == 0
+    assert "test accuracy: " in capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert written["metrics"] == json.loads((fitted / "metrics.json").read_text())["test"]
+    assert written["examples"] == 43
+
+
+FIT_AND_KEEP_LOGITS = """
+import sys
+import numpy as np
+import tyro
+from train import loop, options
+path, *flags = sys.argv[1:]
+job = loop.prepare(tyro.cli(options.FitOptions, args=flags))
+loop.open_run(job.options)
+trainer = loop.Trainer(job)
+trainer.run()
+np.save(path, trainer.logits("test", trainer.state.trained, trainer.frozen))
+"""
+
+
+@pytest.mark.slow
+def test_predict_in_a_new_process_gives_the_logits_of_the_run(tiny_backbone, files, tmp_path):
+    flags = fit_flags(tiny_backbone, files, tmp_path / "run", epochs=1)
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FIT_AND_KEEP_LOGITS, tmp_path / "logits.npy", *flags]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-m", "train", "predict", "--logits"]
+    command += ["--adapter", tmp_path / "run" / "adapter", "--eval-batch-size", "16"]
+    command += ["--input", files["test"], "--output", tmp_path / "out.parquet"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
+    table = pq.read_table(tmp_path / "out.parquet")
+    logits = np.array(table["logits"].to_pylist(), np.float32)
+    np.testing.assert_array_equal(logits, np.load(tmp_path / "logits.npy"))
+    assert table["sentence"].to_pylist() == pq.read_table(files["test"])["sentence"].to_pylist()
+    np.testing.assert_array_equal(table["label_id"], logits.argmax(-1))
+    exponentials = np.exp(logits.astype(np.float64))
+    np.testing.assert_allclose(
+        table["probability"], exponentials.max(-1) / exponentials.sum(-1), rtol=1e-12
+    )
+
+
+def test_predict_keeps_the_columns_of_a_csv(fitted, tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text('id,sentence,note\n007,"the film, it was great",NA\n8,awful plot,\n')
+    flags = ["--adapter", fitted / "adapter", "--input", source, "--output", target]
+    assert main(["predict", *map(str, flags)]) == 0
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prediction"] for row in rows] == ["1", "0"]
+    assert [(row["id"], row["note"]) for row in rows] == [("007", "NA"), ("8", "")]
+    assert rows[0]["sentence"] == "the film, it was great"
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_regression(tiny_backbone, tmp_path):
+    paths = {
+        split: write_examples(tmp_path / f"{split}.parquet", rows, seed=seed, score=True)
+        for seed, (split, rows) in enumerate({"train": 120, "validation": 40}.items())
+    }
+    flags = fit_flags(tiny_backbone, paths, tmp_path / "run", epochs=4)
+    assert main(["fit", *flags, "--regression"]) == 0
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert result["validation"]["pearson"] > 0.8
+    assert "test" not in result
+
+
+def test_params_prints_the_counts(tiny_backbone, capsys):
+    flags = ["params", "--backbone", str(tiny_backbone), "--reduction-factor", "2"]
+    assert main(flags) == 0
+    table = capsys.readouterr().out
+    assert main([*flags, "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["groups"]["adapters"] == {"trained": 264, "total": 264}
+    assert counts["groups"]["pooler"]["trained"] == 0
+    assert f"{counts['trained']:,}" in table.splitlines()[-1]
+    assert counts["trained"] == 264 + 64 + 5 * 48 + 50
+
+
+def test_a_config_file_gives_flags_and_the_command_line_wins(tiny_backbone, files, tmp_path):
+    config = tmp_path / "run.toml"
+    values = [f'{split}_file = "{path}"' for split, path in files.items()]
+    values += ["epochs = 1", "learning_rate = 0.5", "sites = ['attention', 'feed_forward']"]
+    values += ["batch_size = 8", "eval_batch_size = 16", "reduction_factor = 2", "remat = true"]
+    config.write_text("\n".join(values))
+    flags = ["--config", config, "--backbone", tiny_backbone, "--output-dir", tmp_path / "run"]
+    flags += ["--learning-rate", "1e-3", "--max-length", "40", "--train-size", "16"]
+    assert main(["fit", *map(str, flags)]) == 0
+    run_settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run_settings["learning_rate"] == 1e-3
+    assert run_settings["method_sites"] == ["attention", "feed_forward"]
+    assert run_settings["remat"] is True
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_examples"] == 16
+
+
+def wait_for_checkpoint(process, folder, number):
+    """Returns when a checkpoint of step `number` or later is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read().decode()
+        if any(path.name.isdigit() and int(path.name) >= number for path in folder.glob("*")):
+            return
+        time.sleep(0.005)
+    raise TimeoutError(folder)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_backbone, files, tmp_path):
+    keywords = {"epochs": 3, "checkpoint-steps": 1, "backbone-dropout": 0.1}
+    whole = run("fit", *fit_flags(tiny_backbone, files, tmp_path / "whole", **keywords))
+    assert whole.returncode == 0, whole.stderr
+    flags = fit_flags(tiny_backbone, files, tmp_path / "killed", **keywords)
+    # 15 steps an epoch: in the first epoch, in the second, and by Ctrl-C in the third.
+    for i, (step, sent) in enumerate(
+        [(4, signal.SIGKILL), (20, signal.SIGKILL), (33, signal.SIGINT)]
+    ):
+        process = start("fit", *flags, *["--resume"][:i])
+        wait_for_checkpoint(process, tmp_path / "killed" / "checkpoints", step)
+        process.send_signal(sent)
+        output = process.communicate(timeout=120)[0].decode()
+        assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert "interrupted at step" in output
+    assert "--resume" in output
+    resumed = run("fit", *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step" in resumed.stdout
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+    left, right = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed")
+    )
+    for record in (*left["history"], *right["history"]):
+        record.pop("examples_per_second")
+    assert left == right
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_backbone, files, tmp_path, capsys):
+    flags = fit_flags(tiny_backbone, files, tmp_path / "run", **{"learning-rate": 1e38})
+    flags += ["--clip-norm", "0", "--warmup-fraction", "0", "--checkpoint-steps", "1"]
+    assert main(["fit", *flags]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: step ")
+    assert "smaller --learning-rate" in error
+    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    named = int(error.split()[2].rstrip(":"))
+    assert f"the checkpoint of step {kept[-1]} is kept" in error
+    assert kept[-1] < named
+
+
+# --- bad input: one line, exit code 2, nothing written ------------------------------------------
+
+
+def table(**columns):
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+BAD_FILES = {
+    "no_sentence": (table(text=["a"], label=[0]), "no column 'sentence'"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "foreign_label": (table(sentence=["a", "b"], label=["2", "0"]), "row 1: label '2'"),
+    "long": (table(sentence=["x" * 1_000_000], label=["0"]), "1000000 characters"),
+    "truncated": (lambda path: path.write_bytes(b"PAR1\0\0"), "parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(name, tiny_backbone, files, tmp_path, capsys):
+    write, message = BAD_FILES[name]
+    path = tmp_path / "bad.parquet"
+    write(path)
+    output = tmp_path / "run"
+    flags = fit_flags(tiny_backbone, {**files, "validation": path}, output)
+    error = refusal(capsys, "fit", *flags)
+    assert message in error
+    assert str(path) in error
+    assert not output.exists()
+
+
+def test_missing_file_nan_score_and_invalid_utf8(tiny_backbone, files, tmp_path, capsys):
+    output = tmp_path / "run"
+    missing = {**files, "train": tmp_path / "none.csv"}
+    assert "none.csv" in refusal(capsys, "fit", *fit_flags(tiny_backbone, missing, output))
+    path = tmp_path / "scores.parquet"
+    table(sentence=["a", "b"], score=[0.5, float("nan")])(path)
+    scores = {"train": path, "validation": path}
+    flags = [*fit_flags(tiny_backbone, scores, output), "--regression"]
+    assert "row 2: score 'nan' is not a finite number" in refusal(capsys, "fit", *flags)
+    path = tmp_path / "latin.csv"
+    path.write_bytes("sentence,label\ncafé,0\n".encode("latin-1"))
+    flags = fit_flags(tiny_backbone, {**files, "train": path}, output)
+    assert "not UTF-8" in refusal(capsys, "fit", *flags)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "compactor"}, "unknown method preset 'compactor' (did you mean 'compacter'?)"),
+        ({"phm-dim": 5}, "phm_dim=5 does not divide both the width 24"),
+        ({"non-linearity": "gelo"}, "unknown activation 'gelo'"),
+        ({"sites": "feedforward"}, "unknown site 'feedforward'"),
+        ({"leave-out": 7}, "leave_out has [7]"),
+        ({"max-length": 100}, "max_length=100 exceeds"),
+        ({"batch-size": 6}, "batch_size=6 must be a multiple of 4"),
+        ({"learning-rate": -1}, "learning_rate=-1.0 must be above 0"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"train-size": 1000}, "1000"),
+        ({"backbone": "/nowhere"}, "/nowhere"),
+        ({"config": "/nowhere.toml"}, "/nowhere.toml"),
+    ],
+)
+def test_bad_flags(flags, message, tiny_backbone, files, tmp_path, capsys):
+    output = tmp_path / "run"
+    error = refusal(capsys, "fit", *fit_flags(tiny_backbone, files, output, **flags))
+    assert message in error
+    assert not output.exists()
+
+
+def test_unknown_flag_and_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--sed", "1"])
+    assert stop.value.code == 2
+    capsys.readouterr()
+    assert "unknown command 'fti'" in refusal(capsys, "fti")
+
+
+def test_unknown_key_in_a_config_file(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text("learning_rat = 1.0")
+    assert "unknown key 'learning_rat'" in refusal(capsys, "fit", "--config", path)
+    path.write_text("learning_rate = ")
+    assert "not valid TOML" in refusal(capsys, "fit", "--config", path)
+
+
+def test_output_directory_that_cannot_be_written(tiny_backbone, files, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("not a folder")
+    error = refusal(capsys, "fit", *fit_flags(tiny_backbone, files, path / "run"))
+    assert str(path) in error
+    assert path.read_text() == "not a folder"
+
+
+def test_output_directory_that_holds_a_run(fitted, tiny_backbone, files, capsys):
+    before = adapter_bytes(fitted)
+    flags = fit_flags(tiny_backbone, files, fitted, epochs=4)
+    assert "already holds a run" in refusal(capsys, "fit", *flags)
+    other = fit_flags(tiny_backbone, files, fitted, epochs=5)
+    assert "epochs was 4, now 5" in refusal(capsys, "fit", *other, "--resume")
+    assert "contradict" in refusal(capsys, "fit", *flags, "--resume", "--overwrite")
+    assert adapter_bytes(fitted) == before
+
+
+def test_resuming_a_finished_run_changes_nothing(fitted, tiny_backbone, files):
+    before = adapter_bytes(fitted)
+    assert main(["fit", *fit_flags(tiny_backbone, files, fitted, epochs=4), "--resume"]) == 0
+    assert adapter_bytes(fitted) == before
+
+
+def test_adapters_that_do_not_fit(fitted, tiny_backbone, files, tmp_path, capsys):
+    source, target = files["test"], tmp_path / "out.csv"
+
+    def predict(adapter, *more):
+        flags = ["--adapter", adapter, "--input", source, "--output", target, *more]
+        error = refusal(capsys, "predict", *flags)
+        assert not target.exists()
+        return error
+
+    copy = tmp_path / "adapter"
+    copy.mkdir()
+    for name, content in adapter_bytes(fitted).items():
+        (copy / name).write_bytes(content)
+    weights = copy / ADAPTER_FILES[0]
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in predict(copy)
+    weights.write_bytes((tiny_backbone / "model.safetensors").read_bytes())
+    assert "is not the file" in predict(copy)
+    other = write_backbone(tmp_path / "other", seed=1)
+    assert "made for a backbone" in predict(fitted / "adapter", "--backbone", other)
+    wider = write_backbone(tmp_path / "wider", seed=0, hidden_size=32)
+    assert "does not fit" in predict(fitted / "adapter", "--backbone", wider)
+    assert "does not exist" in predict(tmp_path / "none")
+
+
+def test_a_truncated_backbone(tiny_backbone, files, tmp_path, capsys):
+    backbone = write_backbone(tmp_path / "backbone", seed=0)
+    weights = backbone / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    error = refusal(capsys, "fit", *fit_flags(backbone, files, tmp_path / "run"))
+    assert "model.safetensors" in error
+    assert not (tmp_path / "run").exists()
