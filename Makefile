@@ -67,14 +67,14 @@ test-main: $(MAIN)/test.stamp
 test-newest:
 	@python='$(call find,3.13 3.12)'; if [ -z "$$python" ]; then \
 	  echo "!! SKIPPED: the tests on the newest JAX want Python 3.13 or 3.12, and neither was found"; else \
-	  $(MAKE) --no-print-directory $(NEWEST)/test.stamp FOUND="$$python" && \
+	  $(MAKE) -s --no-print-directory $(NEWEST)/test.stamp FOUND="$$python" && \
 	  echo "== fast tests on the newest versions, in $(NEWEST)" && \
 	  $(NEWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS); fi
 
 test-oldest:
 	@python='$(call find,3.11 3.12)'; if [ -z "$$python" ]; then \
 	  echo "!! SKIPPED: the tests on the oldest JAX want Python 3.11 or 3.12, and neither was found"; else \
-	  $(MAKE) --no-print-directory $(OLDEST)/test.stamp FOUND="$$python" && \
+	  $(MAKE) -s --no-print-directory $(OLDEST)/test.stamp FOUND="$$python" && \
 	  echo "== fast tests on the oldest versions, in $(OLDEST)" && \
 	  $(OLDEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS); fi
 
@@ -82,7 +82,7 @@ test-wheel: $(MAIN)/test.stamp
 	@echo "== building wheel and sdist"
 	@rm -rf dist
 	@$(MAIN)/bin/python -m build --quiet
-	@$(MAKE) --no-print-directory $(WHEEL)/wheel.stamp FOUND='$(or $(call find,3.13 3.12),$(PYTHON))'
+	@$(MAKE) -s --no-print-directory $(WHEEL)/wheel.stamp FOUND='$(or $(call find,3.13 3.12),$(PYTHON))'
 	@echo "== using the wheel in an empty environment, $(WHEEL)"
 	@$(WHEEL)/bin/python -m pip install -q --force-reinstall --no-deps dist/*.whl
 	@cd / && "$(CURDIR)/$(WHEEL)/bin/python" -I "$(CURDIR)/tests/wheel_smoke.py" "$(CURDIR)/dist"

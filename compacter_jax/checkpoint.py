@@ -157,7 +157,7 @@ def hash_params(params: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(params):
-        leaf = np.asarray(params[path].astype(jnp.bfloat16))
+        leaf = np.asarray(params[path]).astype(jnp.bfloat16)
         digest.update(f"{path} {leaf.shape}\n".encode())
         digest.update(np.ascontiguousarray(leaf).view(np.uint16).data)
     return digest.hexdigest()

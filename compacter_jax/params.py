@@ -22,7 +22,7 @@ TRAIN, FREEZE = "train", "freeze"
 GROUPS: dict[str, str] = {
     "rule": r"(.*/)?phm_rule(_left|_right)?",
     "adapters": rf"(.*/)?{ADAPTER}/.*|phm_(down|up)_.*",
-    "layer norms": r"(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
+    "layer norms": r"(?!cls/)(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
     "head": r"(classifier|qa_outputs)/.*",
     "pooler": r"pooler/.*",
     "backbone": r".*",

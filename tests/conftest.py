@@ -39,7 +39,8 @@ def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
         max_position_embeddings=64,
     )
     module = Bert(config)
-    params = module.init(jax.random.key(seed), *module.dummy_inputs())["params"]
+    init = jax.jit(lambda key: module.init(key, *module.dummy_inputs())["params"])
+    params = jax.device_get(init(jax.random.key(seed)))
     # Wider than an untrained BERT's, so that the hidden states depend on the words.
     params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim == 2 else leaf, params)
     folder.mkdir(parents=True, exist_ok=True)

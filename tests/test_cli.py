@@ -48,9 +48,8 @@ def files(tmp_path_factory):
     }
 
 
-def fit_flags(backbone, files, output, **flags):
+def fit_flags(folder, files, output, **flags):
     flags = {
-        "backbone": backbone,
         "output-dir": output,
         **{f"{split}-file": path for split, path in files.items()},
         "reduction-factor": 2,
@@ -58,7 +57,8 @@ def fit_flags(backbone, files, output, **flags):
         "batch-size": 8,
         "eval-batch-size": 16,
         "epochs": 2,
-        "learning-rate": 1e-2,
+        "learning-rate": 3e-2,
+        "backbone": folder,
         **flags,
     }
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
@@ -170,17 +170,20 @@ def test_predict_in_a_new_process_gives_the_logits_of_the_run(tiny_backbone, fil
 
 def test_predict_keeps_the_columns_of_a_csv(fitted, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-    source.write_text('id,sentence,note\n007,"the film, it was great",NA\n8,awful plot,\n')
+    source.write_text(
+        'id,sentence,note\n007,"good fine great loved, good fine great loved",NA\n8,bad dull awful hated bad dull awful hated,\n'
+    )
     flags = ["--adapter", fitted / "adapter", "--input", source, "--output", target]
     assert main(["predict", *map(str, flags)]) == 0
     with target.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["prediction"] for row in rows] == ["1", "0"]
     assert [(row["id"], row["note"]) for row in rows] == [("007", "NA"), ("8", "")]
-    assert rows[0]["sentence"] == "the film, it was great"
+    assert rows[0]["sentence"] == "good fine great loved, good fine great loved"
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_regression(tiny_backbone, tmp_path):
     paths = {
         split: write_examples(tmp_path / f"{split}.parquet", rows, seed=seed, score=True)
@@ -199,12 +202,13 @@ def test_params_prints_the_counts(tiny_backbone, capsys):
     table = capsys.readouterr().out
     assert main([*flags, "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
-    assert counts["groups"]["adapters"] == {"trained": 264, "total": 264}
+    assert counts["groups"]["adapters"] == {"trained": 216, "total": 216}
     assert counts["groups"]["pooler"]["trained"] == 0
     assert f"{counts['trained']:,}" in table.splitlines()[-1]
-    assert counts["trained"] == 264 + 64 + 5 * 48 + 50
+    assert counts["trained"] == 216 + 64 + 5 * 48 + 50
 
 
+@pytest.mark.slow
 def test_a_config_file_gives_flags_and_the_command_line_wins(tiny_backbone, files, tmp_path):
     config = tmp_path / "run.toml"
     values = [f'{split}_file = "{path}"' for split, path in files.items()]
@@ -261,6 +265,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_backbone, files, tmp_path):
     assert left == right
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_backbone, files, tmp_path, capsys):
     flags = fit_flags(tiny_backbone, files, tmp_path / "run", **{"learning-rate": 1e38})
     flags += ["--clip-norm", "0", "--warmup-fraction", "0", "--checkpoint-steps", "1"]
@@ -377,6 +382,7 @@ def test_output_directory_that_holds_a_run(fitted, tiny_backbone, files, capsys)
     assert adapter_bytes(fitted) == before
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(fitted, tiny_backbone, files):
     before = adapter_bytes(fitted)
     assert main(["fit", *fit_flags(tiny_backbone, files, fitted, epochs=4), "--resume"]) == 0

@@ -49,7 +49,7 @@ def trained_paths(labels):
 FOUND_BY = {
     "adapters": r"/adapter/(?!.*phm_rule)|^phm_(up|down)",
     "rules": r"phm_rule",
-    "layer norms": r"/LayerNorm/",
+    "layer norms": r"^(?!cls/).*/LayerNorm/",  # the language-modelling head stays frozen
     "heads": r"^(classifier|qa_outputs)/",
     "pooler": r"^pooler/",
     "everything": r"",

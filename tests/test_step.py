@@ -87,7 +87,7 @@ def assert_trees_close(left, right, atol):
             np.testing.assert_allclose(left[path], right[path], atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("accumulation_steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_four_devices_give_the_losses_of_one(accumulation_steps):
     arguments = setup()
     one = run(*arguments, BATCHES)
@@ -99,6 +99,7 @@ def test_four_devices_give_the_losses_of_one(accumulation_steps):
     assert_trees_close(four[2].trained, one[2].trained, atol=LEARNING_RATE * 0.05)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_losses_of_one_large_batch():
     arguments = setup()
     whole, parts = run(*arguments, BATCHES), run(*arguments, BATCHES, accumulation_steps=4)
@@ -128,8 +129,14 @@ def test_regression_loss():
     assert values.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", cj.presets())
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("compacter++", 4),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in cj.presets()),
+        pytest.param("full", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_moves_the_trained_leaves_and_no_other(name, devices):
     overrides = {} if name == "full" else {"reduction_factor": 2}
     method = cj.preset(name, **overrides)
@@ -194,6 +201,7 @@ def test_only_trained_leaves_are_reduced_over_devices(name):
     assert reduced == cj.count(params, labels).trained + 2
 
 
+@pytest.mark.slow
 def test_state_is_donated_and_the_callers_arrays_are_not():
     model, params, labels = setup()
     made = compute(model, labels, 1)
@@ -204,6 +212,7 @@ def test_state_is_donated_and_the_callers_arrays_are_not():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_clipping_reads_trained_gradients_alone():
     # Plain gradient descent moves by learning rate times the clipped gradient.
     model, params, labels = setup()
@@ -216,6 +225,7 @@ def test_clipping_reads_trained_gradients_alone():
     np.testing.assert_allclose(moved, limit, rtol=1e-2)  # differences of float32 numbers near 1
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone():
     config = cj.BertConfig(**{**vars(CONFIG), "hidden_dropout_prob": 0.3})
     arguments = setup(config=config)
@@ -226,6 +236,7 @@ def test_dropout_depends_on_seed_and_step_alone():
     assert first[0] != first[1]
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     plain = run(*setup(), BATCHES)
     again = run(*setup(remat=True), BATCHES)

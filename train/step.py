@@ -198,7 +198,7 @@ def make_compute(
     if several:
         step = jax.pmap(update, AXIS, devices=devices, donate_argnums=0)
         logits = jax.pmap(forward, AXIS, devices=devices)
-        place, host = _replicate(devices), lambda tree: jax.tree.map(lambda x: x[0], tree)
+        place, host = _replicate(devices), _first_copy
         split = lambda batch: shard(batch, len(devices))  # noqa: E731
     else:
         step, logits = jax.jit(update, donate_argnums=0), jax.jit(forward)
@@ -215,7 +215,7 @@ def make_compute(
 
     def init_state(trained: Params) -> TrainState:
         # Copied: the step donates its state, and the caller's arrays must outlive it.
-        return place(jax.jit(new_state)(jax.tree.map(jnp.copy, trained)))
+        return place(jax.jit(new_state)(jax.tree.map(np.array, trained)))
 
     return Compute(devices, init_state, place, run_step, run_logits, host, place)
 
@@ -225,9 +225,14 @@ def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def copy(leaf: Any) -> Array:
-        row = jnp.asarray(leaf)[None]
+        row = np.asarray(leaf)[None]  # NumPy: nothing to compile for every shape
         shape = (len(devices), *row.shape[1:])
         rows = [jax.device_put(row, device) for device in devices]
         return jax.make_array_from_single_device_arrays(shape, sharding, rows)
 
     return lambda tree: jax.tree.map(copy, tree)
+
+
+def _first_copy(tree: Any) -> Any:
+    """The first device's copy of every leaf, without the leading axis, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
