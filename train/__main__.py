@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from train import options
+from train.errors import InterruptedRunError, StoppedRunError
 
 USAGE = """usage: python -m train COMMAND [OPTIONS]
 
@@ -97,12 +98,10 @@ def main(arguments: Sequence[str]) -> int:
         run(tyro.cli(options_class, args=flags, prog=f"python -m train {name}"))
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
+    except StoppedRunError as error:
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except RuntimeError as error:
-        if type(error).__module__ != "train.loop":
-            raise
-        return _fail(str(error), 130 if "Interrupted" in type(error).__name__ else 1)
+        return _fail("interrupted", InterruptedRunError.exit_code)
     return 0
 
 

@@ -53,7 +53,12 @@ def split_logits(
     """
     rows: np.ndarray | None = None
     with tqdm(
-        total=len(encoded), desc=description, disable=description is None, leave=False, unit="ex"
+        total=len(encoded),
+        desc=description,
+        # Short beside training: of use to who watches, noise in a log file.
+        disable=True if description is None else None,
+        leave=False,
+        unit="ex",
     ) as bar:
         for batch in data.batches(encoded, batch_size, shuffle=False):
             y = logits(batch)

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,19 +24,12 @@ from tqdm import tqdm
 import compacter_jax as cj
 from compacter_jax.params import Count
 from train import data, inference, report, step, tasks
+from train.errors import InterruptedRunError, NonFiniteLossError
 from train.options import FitOptions
 
 RUN_NAME = "run.json"
 # What may differ between an interrupted run and the one that resumes it.
 _NOT_RUN = ("output_dir", "config", "resume", "overwrite", "checkpoint_steps")
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of a step is not finite."""
-
-
-class InterruptedRunError(RuntimeError):
-    """The user or the system asked the run to stop; a checkpoint has been written."""
 
 
 @dataclasses.dataclass
@@ -88,6 +82,7 @@ def fit(options: FitOptions) -> dict[str, Any]:
       InterruptedRunError: after a signal; `resume` goes on from there, to the same bits.
     """
     options.check()
+    check_run_folder(options)
     job = prepare(options)
     count = cj.count(job.params, job.labels)
     print(report.parameter_table(count, job.model.method), flush=True)
@@ -147,41 +142,47 @@ def prepare(options: FitOptions) -> Job:
     return Job(options, task, encoded, backbone, model, params, cj.label_params(params, method))
 
 
-def open_run(options: FitOptions) -> None:
-    """Makes the output folder this run's own.
+def check_run_folder(options: FitOptions) -> None:
+    """Looks at the output folder, and writes nothing.
 
     Raises:
       ValueError: if it holds a run already and neither `resume` nor `overwrite` is set, or the run
         to resume has other settings.
-      OSError: if it cannot be written.
     """
     folder, settings = options.output_dir, _run_settings(options)
-    folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / RUN_NAME
-    if run_file.exists() and options.resume:
-        saved = json.loads(run_file.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {saved.get(name)!r}, now {settings.get(name)!r}"
-            for name in sorted(saved.keys() | settings.keys())
-            if saved.get(name) != settings.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"the run in {folder} has other settings: {'; '.join(changed)}; resume with the "
-                "same, or start anew with --overwrite"
-            )
+    if not run_file.exists() or options.overwrite:
         return
-    if run_file.exists():
-        if not options.overwrite:
-            raise ValueError(
-                f"{folder} already holds a run; go on with --resume, replace it with --overwrite, "
-                "or choose another --output-dir"
-            )
-        for name in ("adapter", "checkpoints"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.json", "curves.png", "report.md", RUN_NAME):
-            (folder / name).unlink(missing_ok=True)
-    inference.write_json(run_file, settings)
+    if not options.resume:
+        raise ValueError(
+            f"{folder} already holds a run; go on with --resume, replace it with --overwrite, or "
+            "choose another --output-dir"
+        )
+    saved = json.loads(run_file.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {saved.get(name)!r}, now {settings.get(name)!r}"
+        for name in sorted(saved.keys() | settings.keys())
+        if saved.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {folder} has other settings: {'; '.join(changed)}; resume with the same, "
+            "or start anew with --overwrite"
+        )
+
+
+def open_run(options: FitOptions) -> None:
+    """Makes the output folder this run's own; OSError if it cannot be written."""
+    folder = options.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.resume and (folder / RUN_NAME).exists():
+        return
+    # Only what a run writes: the folder may hold other things of the user's.
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.json", "curves.png", "report.md", RUN_NAME):
+        (folder / name).unlink(missing_ok=True)
+    inference.write_json(folder / RUN_NAME, _run_settings(options))
 
 
 class Trainer:
@@ -227,46 +228,55 @@ class Trainer:
 
     def _train_epoch(self, stop: list[str]) -> None:
         """The batches of this epoch from the next one on."""
-        options, progress = self.options, self.progress
-        rows = len(self.job.encoded["train"])
-        start, seconds = time.perf_counter(), progress.seconds
-        label = f"epoch {progress.epoch + 1}/{options.epochs}"
+        options, progress, encoded = self.options, self.progress, self.job.encoded["train"]
+        started, seconds = time.perf_counter(), progress.seconds
         pending: step.StepMetrics | None = None
-        bar = tqdm(total=rows, initial=min(progress.batch * options.batch_size, rows), desc=label)
-        bar.unit = "ex"
-        if not progress.losses:
-            bar.set_postfix_str("compiling for each new length of input")
-        for batch in data.batches(
-            self.job.encoded["train"],
-            options.batch_size,
-            shuffle=True,
-            seed=options.seed,
-            epoch=progress.epoch,
-            start=progress.batch,
-        ):
-            self.state, current = self.compute.step(self.state, self.frozen, batch)
-            # Reading the loss waits for it: read the one before, while this step computes.
-            self._note(pending, bar)
-            pending = current
-            progress.batch += 1
-            bar.update(int(batch["weights"].sum()))
-            finished = progress.batch == self.job.steps_per_epoch
-            every = options.checkpoint_steps
-            due = every and int(self._step_number()) % every == 0
-            if (stop or due) and not finished:
+        with self._bar() as bar:
+            for batch in data.batches(
+                encoded,
+                options.batch_size,
+                shuffle=True,
+                seed=options.seed,
+                epoch=progress.epoch,
+                start=progress.batch,
+            ):
+                self.state, current = self.compute.step(self.state, self.frozen, batch)
+                # Reading a loss waits for it: read the last one, while this step computes.
                 self._note(pending, bar)
-                pending = None
-                progress.seconds = seconds + time.perf_counter() - start
-                self._save()
-                if stop:
-                    bar.close()
-                    raise InterruptedRunError(
-                        f"{stop[0]} at step {self._step_number()}; the training state is in "
-                        f"{options.output_dir / 'checkpoints'}, go on with --resume"
-                    )
-        self._note(pending, bar)
-        progress.seconds = seconds + time.perf_counter() - start
-        bar.close()
+                pending = current
+                progress.batch += 1
+                bar.update(int(batch["weights"].sum()))
+                if progress.batch < self.job.steps_per_epoch and (stop or self._checkpoint_due()):
+                    self._note(pending, bar)
+                    pending = None
+                    progress.seconds = seconds + time.perf_counter() - started
+                    self._save()
+                    if stop:
+                        raise InterruptedRunError(
+                            f"{stop[0]} at step {self._step_number()}; the training state is in "
+                            f"{options.output_dir / 'checkpoints'}, go on with --resume"
+                        )
+            self._note(pending, bar)
+        progress.seconds = seconds + time.perf_counter() - started
+
+    def _bar(self) -> Any:
+        """The progress bar of this epoch."""
+        progress, rows = self.progress, len(self.job.encoded["train"])
+        bar = tqdm(
+            total=rows,
+            initial=min(progress.batch * self.options.batch_size, rows),
+            desc=f"epoch {progress.epoch + 1}/{self.options.epochs}",
+            unit="ex",
+            # A log file wants a line now and then, a person a bar that moves.
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
+        if not progress.history:
+            bar.set_postfix_str("compiling for each new length of input")
+        return bar
+
+    def _checkpoint_due(self) -> bool:
+        every = self.options.checkpoint_steps
+        return every > 0 and self._step_number() % every == 0
 
     def _step_number(self) -> int:
         return self.progress.epoch * self.job.steps_per_epoch + self.progress.batch
@@ -278,7 +288,6 @@ class Trainer:
         loss, norm = float(pending.loss), float(pending.gradient_norm)
         number = self.progress.epoch * self.job.steps_per_epoch + len(self.progress.losses) + 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bar.close()
             latest = self.checkpoints.latest_step()
             kept = (
                 "no checkpoint had been written"
