@@ -170,16 +170,15 @@ def test_predict_in_a_new_process_gives_the_logits_of_the_run(tiny_backbone, fil
 
 def test_predict_keeps_the_columns_of_a_csv(fitted, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-    source.write_text(
-        'id,sentence,note\n007,"good fine great loved, good fine great loved",NA\n8,bad dull awful hated bad dull awful hated,\n'
-    )
+    good, bad = ", ".join([" ".join(GOOD)] * 2), " ".join(BAD * 2)
+    source.write_text(f'id,sentence,note\n007,"{good}",NA\n8,{bad},\n')
     flags = ["--adapter", fitted / "adapter", "--input", source, "--output", target]
     assert main(["predict", *map(str, flags)]) == 0
     with target.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["prediction"] for row in rows] == ["1", "0"]
     assert [(row["id"], row["note"]) for row in rows] == [("007", "NA"), ("8", "")]
-    assert rows[0]["sentence"] == "good fine great loved, good fine great loved"
+    assert rows[0]["sentence"] == good
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 

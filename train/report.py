@@ -121,7 +121,8 @@ def write_report(result: dict[str, Any], options: Any, count: Count, path: Path)
         _table(["group", "trained", "parameters", "of all"], parameter_rows(count)),
         f"The adapter takes {result['adapter_bytes']:,} bytes on disk.",
         "## Use it",
-        f"```\npython -m train predict --adapter {options.output_dir / 'adapter'} --input FILE --output FILE\n```",
+        f"```\npython -m train predict --adapter {options.output_dir / 'adapter'} "
+        "--input FILE --output FILE\n```",
         "## Settings",
         _table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
         "## Epochs",
