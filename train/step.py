@@ -235,4 +235,4 @@ def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
 
 def _first_copy(tree: Any) -> Any:
     """The first device's copy of every leaf, without the leading axis, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+    return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0, ...], tree)
