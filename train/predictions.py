@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import itertools
 import json
@@ -269,17 +270,17 @@ def _add_columns(rows: Rows, added: dict[str, pa.Array]) -> Rows:
     return [row | values for row, values in zip(rows, new, strict=True)]
 
 
-class _Writer:
+class _Writer(abc.ABC):
     """Writes chunks to an open binary file; `path` is what errors call it."""
 
     def __init__(self, file: IO[bytes], path: Path):
         self.file, self.path = file, path
         self.names: list[str] = []  # of the first chunk's columns
 
-    def write(self, rows: Rows) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def write(self, rows: Rows) -> None: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most formats have nothing to write there
         """Writes what the format has at its end."""
 
     def check_names(self, names: list[str]) -> None:
