@@ -4,7 +4,7 @@ Everything public is here: `import compacter_jax as cj`.
 """
 
 from compacter_jax.adapters import Bottleneck, PHMLinear
-from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter
+from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter, save_backbone
 from compacter_jax.config import (
     BottleneckConfig,
     FullFineTuningConfig,
@@ -16,12 +16,14 @@ from compacter_jax.config import (
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.models.bert import Bert, BertConfig
 from compacter_jax.models.convert import Backbone, load_backbone
+from compacter_jax.models.t5 import T5, T5Config
 from compacter_jax.params import count, label_params, merge, optimizer, partition
 from compacter_jax.phm import kronecker_sum, kronecker_sum_matmul
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "T5",
     "Adapted",
     "Backbone",
     "Bert",
@@ -32,6 +34,7 @@ __all__ = [
     "MethodConfig",
     "PHMBottleneckConfig",
     "PHMLinear",
+    "T5Config",
     "count",
     "init_adapters",
     "kronecker_sum",
@@ -46,4 +49,5 @@ __all__ = [
     "presets",
     "read_adapter_config",
     "save_adapter",
+    "save_backbone",
 ]

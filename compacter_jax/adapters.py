@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from jax import Array
 
 from compacter_jax import phm
 from compacter_jax.activations import get_activation
-from compacter_jax.config import BottleneckConfig, PHMBottleneckConfig
+from compacter_jax.config import ADAPTER, BottleneckConfig, PHMBottleneckConfig
 
 Dtype = Any
 # `nn.Module.param` of whichever module owns the parameter.
@@ -278,3 +278,55 @@ def shared_params(
                 prefix=f"phm_{name}_",
             )
     return shared
+
+
+def build_weights(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the dense bottlenecks that equal PHM ones: each kernel is a Kronecker sum.
+
+    Args:
+      params: nested parameters of a model with PHM bottlenecks, each under `…/adapter`, and what
+        they share at the top.
+
+    Returns:
+      The same with `kernel` `[in, out]` in place of each projection's rule and blocks, and nothing
+      shared at the top.
+
+    References:
+      arXiv:2106.04647, equation 3.
+    """
+
+    def build(node: Mapping[str, Any]) -> dict[str, Any]:
+        built = {}
+        for name, child in node.items():
+            if name == ADAPTER:
+                built[name] = _dense_adapter(child, params)
+            elif isinstance(child, Mapping):
+                built[name] = build(child)
+            elif not name.startswith("phm_"):
+                built[name] = child
+        return built
+
+    return build(params)
+
+
+def _dense_adapter(adapter: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """One adapter's own parameters with built kernels; `top` has what is shared."""
+    built = dict(adapter)
+    for name in ("down", "up"):
+        own = adapter[name]
+        prefix = f"phm_{name}_"
+        shared = {key.removeprefix(prefix): top[key] for key in top if key.startswith(prefix)}
+        rule = _stored((own, top), "phm_rule", "phm_rule_left", "phm_rule_right")
+        blocks = _stored((own, shared), "blocks", "left", "right")
+        built[name] = {"kernel": phm.kronecker_sum(rule, blocks), "bias": own["bias"]}
+    return built
+
+
+def _stored(places: Sequence[Mapping[str, Any]], whole: str, left: str, right: str) -> Array:
+    """The parameter `whole`, or the product of its two factors, from the first place with it."""
+    for params in places:
+        if whole in params:
+            return params[whole]
+        if left in params:
+            return params[left] @ params[right]
+    raise ValueError(f"there is no {whole} and no {left} among the parameters of an adapter")

@@ -1,4 +1,4 @@
-"""Adapters on disk: safetensors for the numbers, JSON for the rest, nothing of the backbone."""
+"""Adapters on disk, without their backbone, and whole backbones: safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
+import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import config, inject
+from compacter_jax.models.convert import SINGLE_FILE
+from compacter_jax.models.families import family_of
 from compacter_jax.params import FREEZE, group_of, label_params
 
 WEIGHTS_NAME = "adapter.safetensors"
@@ -117,6 +120,46 @@ def load_adapter(
             f"load the backbone it was trained with{_named(settings)}"
         )
     return model, unflatten_dict({**left, **stored}, sep="/")
+
+
+def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, config: Any) -> None:
+    """Writes a backbone as a Hugging Face checkpoint: config.json and model.safetensors.
+
+    `load_backbone` reads it back, and so does transformers' PyTorch. Each file is written to a
+    temporary name, synced and renamed.
+
+    Args:
+      directory: made if it does not exist.
+      module: the backbone's module; its head decides on the architecture named.
+      params: its parameters, without adapters.
+      config: the configuration of transformers, such as `Backbone.config`; it is not changed.
+
+    Raises:
+      ValueError: if the model is of no supported family, or `params` hold something else.
+      OSError: if the directory cannot be written.
+    """
+    family = family_of(config)
+    tensors = family.to_hugging_face(params)
+    settings = json.loads(config.to_json_string(use_diff=False))
+    head = getattr(module, "head", None)
+    settings["architectures"] = [
+        name for name, its_head in family.architectures.items() if its_head == head
+    ][:1]
+    settings["tie_word_embeddings"] = module.config.tie_word_embeddings
+    if (num_labels := getattr(module, "num_labels", None)) is not None:
+        names = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+        if len(settings.get("id2label") or {}) != num_labels:
+            settings["id2label"], settings["label2id"] = (
+                names,
+                {name: int(i) for i, name in names.items()},
+            )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replace_file(directory / SINGLE_FILE) as temporary:
+        # "pt" is what transformers wants to see; the values are NumPy's.
+        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    with replace_file(directory / "config.json") as temporary:
+        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:

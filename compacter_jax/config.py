@@ -241,6 +241,12 @@ _PRESETS: dict[str, MethodConfig] = {
 }
 
 
+def dense_twin(method: PHMBottleneckConfig) -> BottleneckConfig:
+    """The dense bottleneck that computes what `method` does once its weights are built."""
+    fields = {field.name for field in dataclasses.fields(BottleneckConfig)}
+    return BottleneckConfig(**{name: getattr(method, name) for name in fields})
+
+
 def presets() -> tuple[str, ...]:
     """The names `preset` knows."""
     return tuple(_PRESETS)

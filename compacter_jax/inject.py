@@ -13,8 +13,14 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.activations import get_activation
-from compacter_jax.adapters import Bottleneck, Dtype, shared_params
-from compacter_jax.config import ADAPTER, BottleneckConfig, MethodConfig, PHMBottleneckConfig
+from compacter_jax.adapters import Bottleneck, Dtype, build_weights, shared_params
+from compacter_jax.config import (
+    ADAPTER,
+    BottleneckConfig,
+    MethodConfig,
+    PHMBottleneckConfig,
+    dense_twin,
+)
 
 
 class HasParams(Protocol):
@@ -78,27 +84,55 @@ class Adapted(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the backbone with its own arguments, adapters inserted."""
+        return self._call("__call__", args, kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """The method `encode` of a backbone that has one, adapters inserted."""
+        return self._call("encode", args, kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """The method `decode` of a backbone that has one, adapters inserted."""
+        return self._call("decode", args, kwargs)
+
+    def start_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """The method `start_cache` of a backbone that decodes, adapters inserted."""
+        return self._call("start_cache", args, kwargs)
+
+    @nn.nowrap
+    def built(self, params: Any) -> tuple[Adapted, Any]:
+        """An equal model with the Kronecker sums of its adapters computed once.
+
+        For inference, where parameters do not change: a decoder would otherwise compute them, or
+        go through their factors, at every token.
+
+        Args:
+          params: of this model.
+
+        Returns:
+          The model with dense bottlenecks, and its parameters; both as given if there is nothing
+          to build. Outputs are equal to rounding.
+        """
+        if not isinstance(self.method, PHMBottleneckConfig):
+            return self, params
+        return self.clone(method=dense_twin(self.method)), build_weights(params)
+
+    def _call(self, name: str, args: Any, kwargs: Any) -> Any:
+        call = getattr(self.backbone, name)
         if not isinstance(self.method, BottleneckConfig):
-            return self.backbone(*args, **kwargs)
+            return call(*args, **kwargs)
         hook = _Hook(
             self.method,
             {site: re.compile(self._table()[site]) for site in self.method.sites},
             depth=len(self.path),
             # Arrays, not modules: closing over a module breaks under remat.
-            call={**self.shared, "deterministic": self._deterministic(args, kwargs)},
+            call={**self.shared, "deterministic": _deterministic(call, args, kwargs)},
             param_dtype=self.param_dtype,
         )
         with nn.intercept_methods(hook):
-            y = self.backbone(*args, **kwargs)
-        hook.check()
+            y = call(*args, **kwargs)
+        if name == "__call__":  # another method runs a part of the backbone
+            hook.check()
         return y
-
-    def _deterministic(self, args: Any, kwargs: Any) -> bool:
-        """What the backbone is told, by position or by name; True if it takes no such thing."""
-        bound = inspect.signature(self.backbone.__call__).bind(*args, **kwargs)
-        bound.apply_defaults()
-        value = kwargs.get("deterministic", bound.arguments.get("deterministic"))
-        return True if value is None else value
 
     def _table(self) -> Mapping[str, str]:
         table = self.sites if self.sites is not None else getattr(self.backbone, "sites", None)
@@ -112,6 +146,14 @@ class Adapted(nn.Module):
                 f"sites={table!r} must be a mapping, {{name: regular expression of host paths}}"
             )
         return table
+
+
+def _deterministic(call: Any, args: Any, kwargs: Any) -> bool:
+    """What the backbone is told, by position or by name; True if it takes no such thing."""
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    bound.apply_defaults()
+    value = kwargs.get("deterministic", bound.arguments.get("deterministic"))
+    return True if value is None else value
 
 
 class _Hook:

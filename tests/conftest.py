@@ -1,4 +1,4 @@
-"""Four emulated devices for every test, and a tiny backbone with its tokenizer on disk."""
+"""Four emulated devices for every test, and tiny backbones with their tokenizers on disk."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     from compacter_jax.models.bert import Bert, BertConfig
-    from compacter_jax.models.convert import bert_to_hugging_face
+    from compacter_jax.models.families import bert_to_hugging_face
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     config = BertConfig(
@@ -78,3 +78,61 @@ def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
 def tiny_backbone(tmp_path_factory):
     """Folder of a random two-layer BERT of width 24."""
     return write_backbone(tmp_path_factory.mktemp("backbone") / "tiny", seed=0)
+
+
+def write_t5(folder, *, seed, architecture="T5ForConditionalGeneration", sentinels=20, **config):
+    """A random T5 in the files of a Hugging Face checkpoint, with a Unigram tokenizer of `WORDS`."""
+    import jax
+    import safetensors.numpy
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    from compacter_jax.models.families import t5_to_hugging_face
+    from compacter_jax.models.t5 import T5, T5Config
+
+    words = (*WORDS, "movie", "sentence", "sentence1", "sentence2", "positive", "negative")
+    pieces = [*(f"▁{word}" for word in words), *"▁0123456789:.-abcdefghijklmnopqrstuvwxyz"]
+    extra = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
+    vocabulary = ["<pad>", "</s>", "<unk>", *pieces, *extra]
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        # More than the tokenizer has, as in the published checkpoints.
+        "vocab_size": -(-len(vocabulary) // 32) * 32,
+        "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
+        "dropout_rate": 0.0,
+        **config,
+    }
+    heads = {"T5ForConditionalGeneration": "conditional_generation", "T5EncoderModel": "encoder"}
+    module = T5(T5Config(**sizes), head=heads.get(architecture))
+    init = jax.jit(lambda key: module.init(key, *module.dummy_inputs())["params"])
+    params = jax.device_get(init(jax.random.key(seed)))
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(t5_to_hugging_face(params), folder / "model.safetensors")
+    settings = {"model_type": "t5", "architectures": [architecture], **sizes}
+    settings |= {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(settings))
+    scores = [0.0] * 3 + [-1.0 - (len(piece) == 1) for piece in pieces] + [0.0] * len(extra)
+    tokenizer = Tokenizer(
+        models.Unigram(list(zip(vocabulary, scores, strict=True)), unk_id=2, byte_fallback=False)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", *extra])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": extra}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory):
+    """Folder of a random T5 of width 16, with two layers on each side."""
+    return write_t5(tmp_path_factory.mktemp("backbone") / "t5", seed=0)

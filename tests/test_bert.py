@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.activations import ACTIVATIONS, get_activation
 from compacter_jax.models.bert import HEADS, Bert, BertConfig, BertOutput
-from compacter_jax.models.convert import bert_from_hugging_face, bert_to_hugging_face
+from compacter_jax.models.families import bert_from_hugging_face, bert_to_hugging_face
 
 TINY = BertConfig(
     vocab_size=13,

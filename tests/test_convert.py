@@ -15,13 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from compacter_jax.models.bert import HEADS, Bert, BertConfig
-from compacter_jax.models.convert import (
-    Backbone,
-    bert_from_hugging_face,
-    bert_to_hugging_face,
-    load_backbone,
-    module_from_config,
-)
+from compacter_jax.models.convert import Backbone, load_backbone, module_from_config
+from compacter_jax.models.families import bert_from_hugging_face, bert_to_hugging_face
 
 SIZES = {
     "vocab_size": 17,

@@ -84,6 +84,23 @@ class BertConfig:
         get_activation(self.hidden_act)
 
 
+PUBLISHED: Mapping[str, BertConfig] = {
+    "bert-base-uncased": BertConfig(),
+    "bert-base-cased": BertConfig(vocab_size=28996),
+    "bert-large-uncased": BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+    "bert-large-cased": BertConfig(
+        vocab_size=28996,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+    ),
+}
+"""Hub id -> configuration of the published sizes, arXiv:1810.04805."""
+
+
 @flax.struct.dataclass
 class BertOutput:
     """What `Bert` without a head returns.

@@ -3,8 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.models.bert import HEADS as BERT_HEADS
-from compacter_jax.models.bert import Bert, BertConfig
+from compacter_jax.models import bert, t5
+from compacter_jax.models.families import FAMILIES, Family, Params, family_of, listing
 
 Dtype = Any
-Params = dict[str, Any]
 
 logger = logging.getLogger("compacter_jax")
 
@@ -44,31 +43,6 @@ class Backbone:
     config: Any
     name: str
     new_parameters: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Family:
-    """What loading needs to know of one `model_type`.
-
-    Attributes:
-      architectures: name in config.json -> head.
-      module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)`
-        -> module.
-      from_hugging_face: tensors -> nested parameters.
-      parts: path prefixes that a checkpoint may lack (they are initialised) or have in excess
-        (they are left out), each as a whole: heads and poolers.
-      ties: path -> the path of the same values under another name, transposed if one is a kernel
-        and the other an embedding. Checkpoints may hold such a copy though the module has none.
-      ambiguous_parts: those of `parts` that several heads call by the same name; they are left out
-        where config.json names an architecture with another head.
-    """
-
-    architectures: Mapping[str, str | None]
-    module: Callable[..., nn.Module]
-    from_hugging_face: Callable[[Mapping[str, np.ndarray]], Params]
-    parts: tuple[str, ...]
-    ties: Mapping[str, str]
-    ambiguous_parts: tuple[str, ...] = ()
 
 
 def load_backbone(
@@ -109,7 +83,7 @@ def load_backbone(
     """
     folder = _folder_of(path_or_hub_id)
     config = _read_config(folder)
-    family = _family_of(config)
+    family = family_of(config)
     module = module_from_config(
         config,
         head=head,
@@ -154,7 +128,7 @@ def module_from_config(
       ValueError: if the configuration is not of a supported model, "auto" finds no known
         architecture in it, or `num_labels` is given for a head without labels.
     """
-    family = _family_of(config)
+    family = family_of(config)
     if head == "auto":
         head = _head_of_architecture(config, family)
     return family.module(
@@ -162,175 +136,48 @@ def module_from_config(
     )
 
 
-# --- BERT ---------------------------------------------------------------------------------------
-
-_LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_DECODER_BIAS, _PREDICTIONS_BIAS = "cls/predictions/decoder/bias", "cls/predictions/bias"
-
-
-def bert_from_hugging_face(tensors: Mapping[str, np.ndarray]) -> Params:
-    """Parameters of `Bert` from the tensors of a Hugging Face checkpoint.
-
-    Names may carry the prefix `bert.` or not. Layer norms may be called gamma and beta as in the
-    oldest checkpoints. The buffer `embeddings.position_ids` is left out, and so is the copy of
-    `cls.predictions.bias` that is called `cls.predictions.decoder.bias`.
+def module_from_name(
+    name_or_path: str | Path, *, head: str | None = "auto", num_labels: int | None = None
+) -> nn.Module:
+    """The module of a published size, or of a configuration on disk, without weights.
 
     Args:
-      tensors: name -> array; PyTorch's `[out, in]` weights of dense layers.
+      name_or_path: a key of `PUBLISHED` such as "t5-base", known without a download; or the path
+        of a config.json or of its folder.
+      head: "auto" is the head that a config.json names and, for a published size, conditional
+        generation for T5 and no head for BERT; otherwise a head of the module.
+      num_labels: width of a classification head.
 
     Returns:
-      Nested dict of arrays with `[in, out]` kernels, dtypes unchanged; kernels are views.
+      A linen module, for `init` or `jax.eval_shape`.
 
     Raises:
-      ValueError: if a name is neither a weight nor a bias, two names mean the same parameter, or
-        the two biases of the masked language model differ.
+      ValueError: if there is neither such a name nor such a file, or as `module_from_config`.
     """
-    flat: dict[str, np.ndarray] = {}
-    origin: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if name.removeprefix("bert.") == "embeddings.position_ids":
-            continue
-        path, array = _from_hugging_face(name, tensor)
-        if path in flat:
-            raise ValueError(f"{origin[path]!r} and {name!r} both mean the parameter {path}")
-        flat[path], origin[path] = array, name
-    if _DECODER_BIAS in flat:
-        copy = flat.pop(_DECODER_BIAS)
-        if not np.array_equal(copy, flat.setdefault(_PREDICTIONS_BIAS, copy)):
-            raise ValueError(
-                f"{origin[_DECODER_BIAS]!r} and {origin[_PREDICTIONS_BIAS]!r} differ, but are two "
-                "names of one parameter; remove the wrong one"
-            )
-    return unflatten_dict(flat, sep="/")
-
-
-def bert_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inverse of `bert_from_hugging_face`: tensors under the names that transformers saves.
-
-    With a head, the encoder's names start with `bert.`; without one they do not. A tied decoder
-    of a masked language model is not repeated.
-
-    Args:
-      params: nested parameters of `Bert`, without adapters.
-
-    Returns:
-      Name -> C-contiguous array on the host, fit for `safetensors.numpy.save_file` (which writes
-      a view's memory in the wrong order), dtypes unchanged.
-
-    Raises:
-      ValueError: if a parameter is not one that `Bert` makes.
-    """
-    flat = flatten_dict(params, sep="/")
-    strangers = [path for path in flat if not _BERT_PATH.fullmatch(path)]
-    if strangers:
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        return module_from_config(_read_config(folder), head=head, num_labels=num_labels)
+    name = str(name_or_path)
+    if name not in PUBLISHED:
         raise ValueError(
-            f"not parameters of BERT: {_listing(strangers)}; take adapters out of the parameters "
-            "before converting them"
+            f"{name!r} is neither a config.json here nor a published size known by name; known: "
+            f"{', '.join(PUBLISHED)}"
         )
-    has_head = any(top in params for top in ("classifier", "qa_outputs", "cls"))
-    tensors = {}
-    for path, leaf in flat.items():
-        *parents, kind = path.split("/")
-        array = np.asarray(leaf)
-        name = ".".join([*parents, "bias" if kind == "bias" else "weight"])
-        if has_head and parents[0] in ("embeddings", "encoder", "pooler"):
-            name = f"bert.{name}"
-        tensors[name] = np.ascontiguousarray(array.T if kind == "kernel" else array)
-    return tensors
+    config = PUBLISHED[name]
+    if isinstance(config, t5.T5Config):
+        if num_labels is not None:
+            raise ValueError(f"num_labels={num_labels} was given, but T5 has no classifier")
+        return t5.T5(config, head="conditional_generation" if head == "auto" else head)
+    head = None if head == "auto" else head
+    return bert.Bert(config, head=head, num_labels=2 if num_labels is None else num_labels)
 
 
-_BERT_DENSE = (
-    r"encoder/layer/\d+/(attention/self/(query|key|value)|(attention/output|intermediate|output)"
-    r"/dense)|pooler/dense|classifier|qa_outputs|cls/predictions/transform/dense"
-)
-_BERT_NORM = (
-    r"(embeddings|encoder/layer/\d+/(attention/)?output|cls/predictions/transform)/LayerNorm"
-)
-_BERT_PATH = re.compile(
-    rf"embeddings/(word|position|token_type)_embeddings/embedding|({_BERT_DENSE})/(kernel|bias)|"
-    rf"({_BERT_NORM})/(scale|bias)|cls/predictions/(decoder/kernel|bias)"
-)
-
-
-def _from_hugging_face(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-    modern = name.removeprefix("bert.")
-    for old, new in _LEGACY_NAMES.items():
-        if modern.endswith(old):
-            modern = modern.removesuffix(old) + new
-    *parents, kind = modern.split(".")
-    if kind == "bias":
-        return "/".join([*parents, "bias"]), tensor
-    if kind != "weight" or not parents:
-        raise ValueError(
-            f"tensor {name!r} is not one of BERT: its name ends in neither weight nor bias"
-        )
-    if parents[-1] == "LayerNorm":
-        return "/".join([*parents, "scale"]), tensor
-    if parents[-1].endswith("_embeddings"):
-        return "/".join([*parents, "embedding"]), tensor
-    return "/".join([*parents, "kernel"]), tensor.T
-
-
-def _bert_module(
-    config: Any, head: str | None, num_labels: int | None, dropout_rate: float | None, **attributes
-) -> Bert:
-    for name, supported in (
-        ("position_embedding_type", "absolute"),
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-    ):
-        value = getattr(config, name, supported)
-        if value != supported:
-            raise ValueError(
-                f"{name}={value!r} in the configuration is not supported; only {supported!r} is"
-            )
-    ours = BertConfig(**{f.name: getattr(config, f.name) for f in fields(BertConfig)})
-    if dropout_rate is not None:
-        ours = replace(
-            ours,
-            hidden_dropout_prob=dropout_rate,
-            attention_probs_dropout_prob=dropout_rate,
-            classifier_dropout=dropout_rate,
-        )
-    if head in ("sequence_classification", "token_classification"):
-        attributes["num_labels"] = config.num_labels if num_labels is None else num_labels
-    elif num_labels is not None and head in BERT_HEADS:
-        raise ValueError(
-            f"num_labels={num_labels} was given, but head={head!r} has no labels; leave it out or "
-            "use head='sequence_classification' or 'token_classification'"
-        )
-    return Bert(ours, head=head, **attributes)
-
-
-_FAMILIES = {
-    "bert": Family(
-        architectures={
-            "BertModel": None,
-            "BertForSequenceClassification": "sequence_classification",
-            "BertForTokenClassification": "token_classification",
-            "BertForMaskedLM": "masked_lm",
-            "BertForPreTraining": "masked_lm",
-            "BertForQuestionAnswering": "question_answering",
-        },
-        module=_bert_module,
-        from_hugging_face=bert_from_hugging_face,
-        parts=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
-        ties={"cls/predictions/decoder/kernel": "embeddings/word_embeddings/embedding"},
-        ambiguous_parts=("classifier",),
-    ),
-}
+PUBLISHED: Mapping[str, bert.BertConfig | t5.T5Config] = {**bert.PUBLISHED, **t5.PUBLISHED}
+"""Hub id -> configuration, of sizes that are known without a download."""
 
 
 # --- configuration ------------------------------------------------------------------------------
-
-
-def _family_of(config: Any) -> Family:
-    if config.model_type not in _FAMILIES:
-        raise ValueError(
-            f"model_type={config.model_type!r} is not supported; supported: "
-            f"{', '.join(map(repr, _FAMILIES))}"
-        )
-    return _FAMILIES[config.model_type]
 
 
 def _head_of_architecture(config: Any, family: Family) -> str | None:
@@ -362,9 +209,9 @@ def _read_config(folder: Path) -> Any:
         ) from None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if model_type not in _FAMILIES:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"{file} says model_type={model_type!r}; supported: {', '.join(map(repr, _FAMILIES))}"
+            f"{file} says model_type={model_type!r}; supported: {', '.join(map(repr, FAMILIES))}"
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -466,9 +313,15 @@ def _fit(
 
     key = jax.random.key(seed)
     wanted = jax.eval_shape(initial, key)
-    unused = [part for part in family.parts if not _within(part, wanted)]
-    found = _leave_out(found, unused, folder)
-    _drop_tied_copies(found, wanted, family, folder)
+    found = _leave_out(found, [p for p in family.parts if not _within(p, wanted)], folder)
+    _settle_ties(found, wanted, module, family, folder)
+    found = _leave_out(found, [p for p in family.surplus if not _within(p, wanted)], folder)
+    for part in family.surplus:
+        if _within(part, wanted) and not _within(part, found):
+            raise ValueError(
+                f"{folder} has no {part}, which head={module.head!r} needs; load a checkpoint that "
+                "has one, or with another head: head='encoder' for an encoder alone"
+            )
 
     absent = [part for part in family.parts if not _within(part, found)]
     new = tuple(path for part in absent for path in _within(part, wanted))
@@ -502,16 +355,26 @@ def _leave_out(
     return {path: array for path, array in found.items() if path not in dropped}
 
 
-def _drop_tied_copies(
-    found: dict[str, np.ndarray], wanted: Mapping[str, Any], family: Family, folder: Path
+def _settle_ties(
+    found: dict[str, np.ndarray],
+    wanted: Mapping[str, Any],
+    module: Any,
+    family: Family,
+    folder: Path,
 ) -> None:
+    """Takes copies that the module does not have out of `found`, adds those it does have."""
     for path, original in family.ties.items():
-        if path in wanted or path not in found or original not in found:
+        if original not in found:
             continue
-        copy = found.pop(path)
         kinds = {path.rsplit("/", 1)[-1], original.rsplit("/", 1)[-1]}
-        if not np.array_equal(
-            copy.T if kinds == {"kernel", "embedding"} else copy, found[original]
+        values = found[original].T if kinds == {"kernel", "embedding"} else found[original]
+        if path in wanted:
+            if family.untie:
+                found.setdefault(path, values)
+        elif (
+            path in found
+            and module.config.tie_word_embeddings
+            and not np.array_equal(found.pop(path), values)
         ):
             raise ValueError(
                 f"{path} in {folder} differs from {original}, but the configuration ties the two; "
@@ -544,10 +407,5 @@ def _check_shapes(
         ("of another shape", differing),
     ):
         if items:
-            lines.append(f"{title}: {_listing(items)}")
+            lines.append(f"{title}: {listing(items)}")
     raise ValueError("; ".join(lines))
-
-
-def _listing(items: list[str], most: int = 20) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
