@@ -156,8 +156,11 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replace_file(directory / SINGLE_FILE) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner reads
         # "pt" is what transformers wants to see; the values are NumPy's.
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
     with replace_file(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
