@@ -13,6 +13,7 @@ from compacter_jax.config import (
     preset,
     presets,
 )
+from compacter_jax.decode import generate
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.models.bert import Bert, BertConfig
 from compacter_jax.models.convert import Backbone, load_backbone
@@ -36,6 +37,7 @@ __all__ = [
     "PHMLinear",
     "T5Config",
     "count",
+    "generate",
     "init_adapters",
     "kronecker_sum",
     "kronecker_sum_matmul",
