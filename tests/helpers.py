@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import types
 
@@ -9,11 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.adapters import Bottleneck, shared_params
 from compacter_jax.config import BottleneckConfig, PHMBottleneckConfig, preset
 from compacter_jax.models.bert import BertConfig
+from compacter_jax.models.families import t5_to_hugging_face
+from compacter_jax.models.t5 import T5Config
 
 WIDTH = 12
 # A bottleneck of 6 beside a width of 12.
@@ -195,6 +199,70 @@ TINY_BERT = BertConfig(
 ONE_LAYER = dataclasses.replace(TINY_BERT, num_hidden_layers=1)
 IDS = np.array([[3, 5, 1, 7, 2], [4, 4, 6, 9, 12]])
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+# Heads that do not divide the width, and distances beyond the last bucket.
+TINY_T5 = T5Config(
+    vocab_size=19,
+    d_model=WIDTH,
+    d_kv=5,
+    d_ff=14,
+    num_layers=2,
+    num_decoder_layers=1,
+    num_heads=3,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=6,
+)
+
+
+def t5_inputs(seed, config, length=None):
+    """Ids and mask of the encoder and of the decoder: padding left, right and none in both."""
+    rng = np.random.default_rng(seed)
+    inputs = []
+    for tokens in (length or int(rng.integers(7, 14)), int(rng.integers(5, 12))):
+        ids = rng.integers(0, config.vocab_size, (3, tokens))
+        mask = np.ones((3, tokens), np.int64)
+        mask[rng.integers(3), tokens - 2 :] = 0
+        mask[rng.integers(3), :2] = 0
+        inputs += [ids, mask]
+    if not importlib.metadata.version("transformers").startswith("4."):
+        # A query that sees nothing sends the biases no gradient there.
+        inputs[3][:, :2] = 1
+    return inputs
+
+
+def torch_t5(module, params, family="T5"):
+    """transformers' PyTorch model with the same weights; `family` is "T5" or "MT5"."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    kind = {None: "Model", "encoder": "EncoderModel"}.get(module.head, "ForConditionalGeneration")
+    config = getattr(transformers, f"{family}Config")(**dataclasses.asdict(module.config))
+    model = getattr(transformers, f"{family}{kind}")(config).eval()
+    tensors = {name: torch.tensor(t) for name, t in t5_to_hugging_face(params).items()}
+    if "lm_head.weight" in tensors:
+        # transformers 5 ties it to the embedding, whatever the configuration says.
+        model.lm_head.weight = torch.nn.Parameter(tensors["lm_head.weight"])
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert unexpected == []
+    copies = {"lm_head.weight"} - tensors.keys()
+    assert set(missing) <= copies | {f"{s}.embed_tokens.weight" for s in ("encoder", "decoder")}
+    return model
+
+
+def torch_t5_outputs(model, inputs):
+    """Logits, or the states of the decoder and the encoder, as PyTorch's tensors."""
+    import torch
+
+    names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+    output = model(**{n: torch.tensor(a) for n, a in zip(names, inputs, strict=False)})
+    if hasattr(output, "logits"):
+        return [output.logits]
+    states = [output.last_hidden_state]
+    return states + ([output.encoder_last_hidden_state] if len(inputs) > 2 else [])
+
+
+def mean_square(outputs):
+    """Mean of the squares of arrays or tensors, so that gradients are O(1)."""
+    return sum((y**2).mean() for y in outputs) / len(outputs)
 
 
 def random_tree(shapes, seed=0):

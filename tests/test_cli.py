@@ -143,7 +143,7 @@ job = loop.prepare(tyro.cli(options.FitOptions, args=flags))
 loop.open_run(job.options)
 trainer = loop.Trainer(job)
 trainer.run()
-np.save(path, trainer.logits("test", trainer.state.trained, trainer.frozen))
+np.save(path, trainer.outputs("test", trainer.state.trained, trainer.frozen))
 """
 
 

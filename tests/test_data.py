@@ -1,5 +1,6 @@
 """train.data: a tokenizer that fits, what it makes of sentences, and the batches made of them."""
 
+import dataclasses
 import json
 
 import datasets
@@ -307,3 +308,98 @@ def test_shard():
         data.shard(batch, 3)
     with pytest.raises(ValueError, match="16 devices cannot share a batch of 8; use 16"):
         data.shard(batch, 16)
+
+
+def make_pairs(lengths, target_lengths, max_target_length=64):
+    """Inputs as of `make`, without token types; every token of target `i` is `100 + i`."""
+    target_lengths = np.asarray(target_lengths, np.int64)
+    targets = data.Texts(
+        ids=np.repeat(100 + np.arange(len(target_lengths), dtype=np.int32), target_lengths),
+        offsets=np.concatenate([[0], np.cumsum(target_lengths)]),
+        max_length=max_target_length,
+    )
+    return dataclasses.replace(
+        make(lengths),
+        token_type_ids=None,
+        pad_token_id=7,
+        target_texts=targets,
+        decoder_start_token_id=9,
+    )
+
+
+def test_a_batch_with_target_texts():
+    (batch,) = data.batches(make_pairs([3, 5], [2, 4]), 3, shuffle=False)
+    ignored = data.IGNORED
+    assert "token_type_ids" not in batch
+    assert batch["labels"].tolist() == [[100, 100, ignored, ignored], [101] * 4, [ignored] * 4]
+    assert batch["decoder_input_ids"].tolist() == [
+        [9, 100, 100, 7],
+        [9, 101, 101, 101],
+        [9, 7, 7, 7],
+    ]
+    assert batch["weights"].tolist() == [2, 4, 0]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 5, 1]
+    assert batch["indices"].tolist() == [0, 1, -1]
+    names = ("labels", "decoder_input_ids", "indices", "input_ids", "attention_mask")
+    assert {batch[name].dtype.name for name in names} == {"int32"}
+    assert batch["weights"].dtype == np.float32
+
+
+def test_targets_are_padded_to_buckets_of_their_own():
+    generator = np.random.default_rng(0)
+    encoded = make_pairs(generator.integers(1, 129, 300), generator.integers(2, 61, 300), 60)
+    for shuffle in (False, True):
+        seen, widths = [], set()
+        for batch in data.batches(encoded, 8, shuffle=shuffle, seed=0):
+            real = batch["indices"] >= 0
+            lengths = batch["weights"].astype(int)
+            width = batch["labels"].shape[1]
+            widths.add(width)
+            seen += batch["indices"][real].tolist()
+            np.testing.assert_array_equal(
+                batch["labels"] != data.IGNORED, np.arange(width) < lengths[:, None]
+            )
+            if not shuffle:  # every row in its own bucket of both
+                below = max((w for w in data.bucket_lengths(60, 4) if w < width), default=0)
+                assert (lengths[real] > below).all()
+                own = np.searchsorted(data.bucket_lengths(128), batch["attention_mask"].sum(1))
+                assert len(set(own[real])) == 1
+        assert sorted(seen) == list(range(300))
+        assert widths <= set(data.bucket_lengths(60, 4))
+        assert max(widths) == 60
+
+
+def test_notices_of_what_was_cut():
+    encoded = make_pairs([3, 5], [2, 4])
+    assert encoded.notices("train") == []
+    cut = dataclasses.replace(encoded.target_texts, num_truncated=2)
+    encoded = dataclasses.replace(encoded, num_truncated=1, target_texts=cut)
+    assert encoded.notices("test") == [
+        "1 of 2 test examples are cut to max_length=128 tokens",
+        "2 of 2 test targets are cut to max_target_length=64 tokens",
+    ]
+
+
+def test_a_tokenizer_published_as_sentencepiece_alone(tmp_path):
+    """As those of T5 v1.1 and mT5 are."""
+    import sentencepiece
+
+    (tmp_path / "text").write_text("the film was good\nthe plot was dull\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=20,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = data.load_tokenizer(
+        tmp_path, vocab_size=120, max_position_embeddings=None, max_length=8
+    )
+    # The first sentinel is the last of the tokens, and the end of the text is 1.
+    assert tokenizer("the film <extra_id_0>").input_ids[-2:] == [119, 1]

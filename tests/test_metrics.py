@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.metrics import compute_metrics
+from train.metrics import compute_metrics, label_metrics, score_metrics, text_metrics
 
 
 def one_hot(predictions, num_labels):
@@ -116,3 +116,42 @@ def test_shapes_and_nothing_to_evaluate():
         compute_metrics("regression", np.zeros((2, 2)), np.zeros(2))
     with pytest.raises(ValueError, match="no examples"):
         compute_metrics("classification", np.zeros((0, 2)), np.zeros(0, int))
+
+
+def test_generated_labels_that_are_none_are_wrong():
+    values = label_metrics(np.array([1, 1, -1, 0, 0, -1]), np.array([1, 0, 1, 0, 0, 0]), 2)
+    # Of label 1: 1 true positive, 1 false positive, 1 false negative; of label 0: 2, 0 and 2.
+    assert values == pytest.approx(
+        {
+            "accuracy": 3 / 6,
+            "f1": 1 / 2,
+            "macro_f1": (1 / 2 + 2 / 3) / 2,
+            "matthews_correlation": values["matthews_correlation"],
+            "invalid": 2,
+        }
+    )
+    # Three classes on the side of the predictions, by the formula of the confusion matrix.
+    assert values["matthews_correlation"] == pytest.approx((3 * 6 - 12) / np.sqrt(24 * 16))
+    assert isinstance(values["invalid"], int)
+    nothing = label_metrics(np.array([-1, -1]), np.array([0, 1]), 2)
+    assert nothing == {
+        "accuracy": 0.0,
+        "macro_f1": 0.0,
+        "matthews_correlation": 0.0,
+        "f1": 0.0,
+        "invalid": 2,
+    }
+
+
+def test_generated_scores_that_are_none_are_the_mean():
+    targets = np.array([1.0, 2.0, 6.0])
+    values = score_metrics(np.array([1.5, np.nan, 6.0]), targets, fallback=3.0)
+    assert values == {
+        **compute_metrics("regression", np.array([1.5, 3.0, 6.0]), targets),
+        "invalid": 1,
+    }
+    assert score_metrics(np.full(3, np.nan), targets, fallback=3.0)["pearson"] == 0.0
+
+
+def test_exact_match_ignores_white_space_alone():
+    assert text_metrics(["a  b", "a b", "A"], [" a b\n", "ab", "a"]) == {"exact_match": 1 / 3}

@@ -394,3 +394,16 @@ def test_probabilities_of_huge_logits(source, tmp_path):
         ("negative", 1.0),
         ("negative", 0.5),
     ]
+
+
+def test_predictions_that_are_text_or_numbers_themselves(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"sentence": "good"}\n{"sentence": "bad"}\n')
+    for predictions in (["gut", ""], [1.5, None], [None, None]):
+        predict_file(source, target, lambda *_, made=predictions: made, label_names=())
+        rows = [json.loads(line) for line in target.read_text().splitlines()]
+        assert [row["prediction"] for row in rows] == predictions
+        assert set(rows[0]) == {"sentence", "prediction"}
+    write_all(source := tmp_path / "in.parquet", [pa.table({"sentence": ["a", "b"]})])
+    predict_file(source, tmp_path / "out.parquet", lambda *_: [None, None], label_names=())
+    assert pq.read_schema(tmp_path / "out.parquet").field("prediction").type == pa.float64()

@@ -1,20 +1,41 @@
-"""The Python example of the README runs as it stands, on a small backbone."""
+"""The Python examples of the README run as they stand, on small backbones."""
 
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+import compacter_jax as cj
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_example(tiny_backbone, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    for written, here in (("path/or/hub-id", str(tiny_backbone)), ("factor=16", "factor=2")):
+def example(number, path, backbone):
+    """Code of the README, with `path` and the sizes replaced by those of a small backbone."""
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2
+    code = examples[number]
+    for written, here in ((path, str(backbone)), ("factor=16", "factor=2")):
         assert written in code
         code = code.replace(written, here)
+    return code
+
+
+def test_generation(tiny_t5):
+    names = {"cj": cj, "jax": jax, "input_ids": jnp.array([[5, 9, 1], [7, 1, 0]])}
+    names["attention_mask"] = names["input_ids"] != 0
+    exec(example(1, "path/or/hub-id-of-a-T5", tiny_t5), names)
+    ids = names["ids"]
+    assert ids.shape[0] == 2
+    assert 2 <= ids.shape[1] <= 33
+    np.testing.assert_array_equal(ids[:, 0], 0)
+
+
+def test_training(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = example(0, "path/or/hub-id", tiny_backbone)
     before, after = code.split("# ... and after training:\n")
     names = {}
     exec(before, names)

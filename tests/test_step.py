@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from train import inference, step
+from train import data, step
 
 CONFIG = cj.BertConfig(
     vocab_size=31,
@@ -53,7 +53,7 @@ def make_batch(rows=8, real=8, length=7, seed=0, *, num_labels=3):
 
 def compute(model, labels, devices, *, tx=None, **keywords):
     return step.make_compute(
-        inference.apply_function(model),
+        step.apply_function(model),
         step.loss_function("classification"),
         cj.optimizer(tx or optax.adamw(LEARNING_RATE), labels),
         seed=0,
@@ -178,7 +178,7 @@ def test_only_trained_leaves_are_reduced_over_devices(name):
     tx = cj.optimizer(optax.adamw(LEARNING_RATE), labels)
     update = functools.partial(
         step.loss_and_update,
-        apply=inference.apply_function(model),
+        apply=step.apply_function(model),
         loss=step.loss_function("classification"),
         tx=tx,
         axis_name=step.AXIS,
@@ -263,3 +263,71 @@ def test_loss_decreases():
     batches = [make_batch(seed=7)] * 40
     losses, _, _ = run(*setup(), batches)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def text_batch(rows=8, real=8, seed=0, length=6, target_length=5):
+    """Targets of different lengths: the mean over tokens is not the mean over rows."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, target_length + 1, rows) * (np.arange(rows) < real)
+    labels = generator.integers(2, 31, (rows, target_length)).astype(np.int32)
+    labels[np.arange(target_length) >= lengths[:, None]] = data.IGNORED
+    return {
+        "input_ids": generator.integers(2, 31, (rows, length)).astype(np.int32),
+        "attention_mask": np.ones((rows, length), np.int32),
+        "decoder_input_ids": data.shifted(labels, 0, 0),
+        "labels": labels,
+        "weights": lengths.astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def text_to_text():
+    """A tiny T5 with adapters, its parameters, their labels and how steps call it."""
+    sizes = {"vocab_size": 31, "d_model": 16, "d_kv": 8, "d_ff": 24}
+    module = cj.T5(cj.T5Config(**sizes, num_layers=1, num_heads=2, dropout_rate=0.0))
+    params = module.init(jax.random.key(0), *module.dummy_inputs())["params"]
+    model = cj.Adapted(module, cj.preset("compacter++", reduction_factor=2))
+    backbone = cj.Backbone(module, params, None, "random")
+    params = cj.init_adapters(model, backbone, jax.random.key(1))
+    apply = step.apply_function(model, ("input_ids", "attention_mask", "decoder_input_ids"))
+    return apply, params, cj.label_params(params, model.method)
+
+
+@pytest.mark.parametrize(("devices", "parts"), [(4, 1), (1, 4), (4, 2)])
+def test_token_loss_is_that_of_one_large_batch(text_to_text, devices, parts):
+    apply, params, labels = text_to_text
+    batches = [text_batch(seed=0), text_batch(seed=1, real=3)]
+    batches += [text_batch(seed=2, target_length=9)] * (devices * parts > 4)
+
+    def run_on(devices, parts):
+        made = step.make_compute(
+            apply,
+            step.loss_function("tokens"),
+            cj.optimizer(optax.sgd(LEARNING_RATE), labels),
+            seed=0,
+            accumulation_steps=parts,
+            devices=jax.local_devices()[:devices],
+        )
+        trained, frozen = cj.partition(params, labels)
+        state, frozen = made.init_state(trained), made.place(frozen)
+        values = []
+        for batch in batches:
+            state, metrics = made.step(state, frozen, batch)
+            values.append([float(metrics.loss), float(metrics.gradient_norm)])
+        return np.array(values)
+
+    values = run_on(devices, parts)
+    np.testing.assert_allclose(values, run_on(1, 1), atol=1e-6, rtol=2e-6)
+    logits = np.asarray(apply(params, batches[0], None), np.float64)
+    known = batches[0]["labels"] != data.IGNORED
+    picked = np.take_along_axis(logits, np.where(known, batches[0]["labels"], 0)[..., None], -1)
+    losses = np.log(np.exp(logits).sum(-1)) - picked[..., 0]
+    np.testing.assert_allclose(values[0, 0], losses[known].mean(), atol=1e-6)
+
+
+def test_token_loss_of_a_row_without_targets_is_zero():
+    labels = jnp.array([[2, data.IGNORED], [data.IGNORED, data.IGNORED]])
+    logits = jnp.array([[[0.0, 0, 1], [9, 9, 9]], [[1, 2, 3], [4, 5, 6]]], jnp.bfloat16)
+    losses = step.loss_function("tokens")(logits, labels)
+    np.testing.assert_allclose(losses, [np.log(2 + np.e) - 1, 0], rtol=1e-6)
+    assert losses.dtype == jnp.float32

@@ -397,3 +397,39 @@ def test_subsample():
     for size in (0, -1, 101):
         with pytest.raises(ValueError, match=f"cannot draw {size} examples of 100; use 1 to 100"):
             tasks.subsample(dataset, size, seed=0)
+
+
+def test_a_column_of_targets_is_text(tmp_path):
+    columns = {"sentence": ["a", "b"], "target": ["x y", " z"], "score": [0.5, 1.5]}
+    path = write(tmp_path / "t.jsonl", columns)
+    assert tasks.load_task(train_file=path).kind == "regression"
+    task = tasks.load_task("translate", train_file=path, text=True)
+    assert (task.kind, task.metric, task.label_names) == ("text", "exact_match", ())
+    assert task.splits["train"].to_dict() == {"sentence": ["a", "b"], "target": ["x y", " z"]}
+    del columns["score"]
+    path = write(tmp_path / "t.csv", columns)
+    assert tasks.load_task(train_file=path).kind == "text"
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [("", "row 2: target is empty"), (None, "row 2: target is missing"), (3, "is int, not text")],
+)
+def test_targets_that_are_no_text(tmp_path, target, problem):
+    path = write(tmp_path / "t.jsonl", {"sentence": ["a", "b"], "target": ["x", target]})
+    with pytest.raises(ValueError, match=problem):
+        tasks.load_task(train_file=path)
+
+
+def test_span_corruption_has_paths(tmp_path):
+    path = tmp_path / "corpus.txt"
+    with pytest.raises(FileNotFoundError, match=r"corpus\.txt: no such file"):
+        tasks.load_task("span_corruption", train_file=path)
+    path.write_text("a film")
+    task = tasks.load_task("span_corruption", train_file=path)
+    assert (task.kind, task.metric) == ("span_corruption", "token_accuracy")
+    assert task.splits == {"train": path}
+    with pytest.raises(ValueError, match="span_corruption needs a text file; give --train-file"):
+        tasks.load_task("span_corruption")
+    with pytest.raises(ValueError, match="takes its targets from the text itself"):
+        tasks.load_task("span_corruption", train_file=path, regression=True)

@@ -1,4 +1,4 @@
-"""The command line: `python -m train fit|evaluate|predict|params`."""
+"""The command line: `python -m train fit|evaluate|predict|params|create-backbone`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ USAGE = """usage: python -m train COMMAND [OPTIONS]
 Fine-tune a pre-trained transformer by training a few thousand numbers.
 
 commands:
-  fit       fine-tune on a task and save the adapter of the best epoch
-  evaluate  metrics of a saved adapter on a split
-  predict   predictions of a saved adapter for every row of a file
-  params    what a method would train on a backbone
+  fit              fine-tune on a task and save the adapter of the best epoch
+  evaluate         metrics of a saved adapter on a split
+  predict          predictions of a saved adapter for every row of a file
+  params           what a method would train on a backbone
+  create-backbone  make a small random T5 with a tokenizer, to be pre-trained with fit
 
 `python -m train COMMAND --help` lists the options of a command. For example:
 
   python -m train fit --backbone DIR --method compacter++ --task movie --output-dir runs/movie
   python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
+  python -m train params --backbone-config t5-base --method compacter
 """
 
 
@@ -54,32 +56,43 @@ def predict(arguments: options.PredictOptions) -> None:
 
 def params(arguments: options.ParamsOptions) -> None:
     """Runs the command `params`."""
-    import jax  # noqa: PLC0415
-
     import compacter_jax as cj  # noqa: PLC0415
     from train import report  # noqa: PLC0415
+    from train.objective import adapted_shapes  # noqa: PLC0415
 
     method = options.method_of(arguments.method, arguments.method_options)
-    backbone = cj.load_backbone(
-        arguments.backbone, head="sequence_classification", num_labels=arguments.num_labels
-    )
-    model = cj.Adapted(backbone.module, method)
-    shapes = jax.eval_shape(
-        lambda: cj.init_adapters(model, backbone, jax.random.key(0))  # shapes alone are wanted
-    )
+    shapes = adapted_shapes(arguments, method)
     count = cj.count(shapes, cj.label_params(shapes, method))
+    alone = report.backbone_total(count)
     if not arguments.json:
+        print(f"backbone alone: {alone:,}; trained: {100 * count.trained / alone:.4f} % of it")
         print(report.parameter_table(count, method))
         return
     groups = {name: {"trained": t, "total": n} for name, (t, n) in count.groups.items()}
-    print(json.dumps({"trained": count.trained, "total": count.total, "groups": groups}, indent=2))
+    sums = {"trained": count.trained, "total": count.total, "backbone_total": alone}
+    print(json.dumps({**sums, "groups": groups}, indent=2))
 
 
-COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
-    "fit": (fit, options.FitOptions),
-    "evaluate": (evaluate, options.EvaluateOptions),
-    "predict": (predict, options.PredictOptions),
-    "params": (params, options.ParamsOptions),
+def create_backbone(arguments: Any) -> None:
+    """Runs the command `create-backbone`."""
+    from train import create  # noqa: PLC0415
+
+    create.create_backbone(arguments)
+
+
+def _create_options() -> type:
+    from train.create import CreateOptions  # noqa: PLC0415
+
+    return CreateOptions
+
+
+# Command -> what runs it, and what makes the class of its options.
+COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[], type]]] = {
+    "fit": (fit, lambda: options.FitOptions),
+    "evaluate": (evaluate, lambda: options.EvaluateOptions),
+    "predict": (predict, lambda: options.PredictOptions),
+    "params": (params, lambda: options.ParamsOptions),
+    "create-backbone": (create_backbone, _create_options),
 }
 
 
@@ -95,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         flags = options.expand_config(rest) if name == "fit" else rest
-        run(tyro.cli(options_class, args=flags, prog=f"python -m train {name}"))
+        run(tyro.cli(options_class(), args=flags, prog=f"python -m train {name}"))
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     except StoppedRunError as error:

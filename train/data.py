@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,26 @@ _TOKENIZED_AT_ONCE = 1024
 # batches of one bucket, short enough that most of the shuffle remains.
 _WINDOW_BATCHES = 32
 
+# What stands in a batch's labels where there is no target token.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of texts, one after the other.
+
+    Attributes:
+      ids: `[tokens]` int32, without padding.
+      offsets: `[texts + 1]` int64; text `i` is `offsets[i]:offsets[i + 1]`.
+      max_length: limit that the texts were cut to.
+      num_truncated: how many were cut.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    max_length: int
+    num_truncated: int = 0
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -37,24 +57,61 @@ class Encoded:
 
     Attributes:
       input_ids: `[tokens]` int32, without padding.
-      token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair.
+      token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones that
+        have none.
       offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
-      targets: `[examples]` int32 labels or float32 scores; None where unknown.
+      targets: `[examples]` int32 labels, float32 scores or texts; None where unknown.
       max_length: limit that the examples were cut to.
       pad_token_id: what padding is filled with.
       num_truncated: how many examples were cut.
+      target_texts: what a decoder is to say; None for a backbone without one, or where unknown.
+      decoder_start_token_id: what it is given first.
     """
 
     input_ids: np.ndarray
-    token_type_ids: np.ndarray
+    token_type_ids: np.ndarray | None
     offsets: np.ndarray
     targets: np.ndarray | None
     max_length: int
     pad_token_id: int
     num_truncated: int
+    target_texts: Texts | None = None
+    decoder_start_token_id: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def of_epoch(self, epoch: int) -> Encoded:
+        """The examples of an epoch: the same in every one."""
+        return self
+
+    def notices(self, split: str) -> list[str]:
+        """What was cut, in words; empty if nothing was."""
+        lines = []
+        if self.num_truncated:
+            lines.append(
+                f"{self.num_truncated} of {len(self)} {split} examples are cut to "
+                f"max_length={self.max_length} tokens"
+            )
+        texts = self.target_texts
+        if texts is not None and texts.num_truncated:
+            lines.append(
+                f"{texts.num_truncated} of {len(self)} {split} targets are cut to "
+                f"max_target_length={texts.max_length} tokens"
+            )
+        return lines
+
+
+class Examples(Protocol):
+    """The examples of a split, which may be made anew for every epoch."""
+
+    def __len__(self) -> int: ...
+
+    def of_epoch(self, epoch: int) -> Encoded:
+        """As many examples in every epoch, a function of `epoch` alone."""
+
+    def notices(self, split: str) -> list[str]:
+        """What the user should know of them, a line each."""
 
 
 def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
@@ -155,8 +212,7 @@ def tokenize(
       ValueError: if `max_length` leaves less than one token for each sentence.
     """
     sentences = dataset["sentence"][:]
-    columns = dataset if isinstance(dataset, Mapping) else dataset.column_names
-    pairs = dataset["sentence2"][:] if "sentence2" in columns else None
+    pairs = dataset["sentence2"][:] if "sentence2" in columns_of(dataset) else None
     per_input = 1 if pairs is None else 2
     least = tokenizer.num_special_tokens_to_add(pair=per_input == 2) + per_input
     if max_length < least:
@@ -175,18 +231,67 @@ def tokenize(
         token_type_ids += [np.array(ids, np.int32) for ids in encodings["token_type_ids"]]
         lengths += [len(ids) for ids in encodings["input_ids"]]
         num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
-    targets = None
-    if "label" in columns:
-        targets = np.array(dataset["label"][:], np.int32)
-    elif "score" in columns:
-        targets = np.array(dataset["score"][:], np.float32)
     return Encoded(
         input_ids=np.concatenate(input_ids or [np.zeros(0, np.int32)]),
         token_type_ids=np.concatenate(token_type_ids or [np.zeros(0, np.int32)]),
         offsets=np.cumsum(lengths, dtype=np.int64),
-        targets=targets,
+        targets=targets_of(dataset),
         max_length=max_length,
         pad_token_id=tokenizer.pad_token_id,
+        num_truncated=num_truncated,
+    )
+
+
+def columns_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> Sequence[str]:
+    """Names of the columns."""
+    return list(dataset) if isinstance(dataset, Mapping) else dataset.column_names
+
+
+def targets_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
+    """What to compare predictions with: int32 labels, float32 scores or texts; None if unknown."""
+    for column, dtype in (("label", np.int32), ("score", np.float32), ("target", object)):
+        if column in columns_of(dataset):
+            return np.array(dataset[column][:], dtype)
+    return None
+
+
+def tokenize_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, what: str
+) -> Texts:
+    """Tokenises texts as T5 reads and writes them: the end-of-sequence token last.
+
+    Args:
+      texts: any; longer ones are cut before the end-of-sequence token.
+      tokenizer: a fast tokenizer with such a token.
+      max_length: longest in tokens, the end-of-sequence token included.
+      what: "input", "target" or "label", for errors.
+
+    Raises:
+      ValueError: if a text has no tokens, or `max_length` leaves room for none.
+    """
+    if max_length < 2:
+        raise ValueError(f"a longest {what} of {max_length} tokens holds no word; use 2 or more")
+    end = np.array([tokenizer.eos_token_id], np.int32)
+    ids, lengths, num_truncated = [], [0], 0
+    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        encodings = tokenizer(
+            list(texts[start : start + _TOKENIZED_AT_ONCE]),
+            add_special_tokens=False,
+            truncation=True,
+            max_length=max_length - 1,
+        )
+        for row, tokens in enumerate(encodings["input_ids"], start + 1):
+            if not tokens:
+                raise ValueError(
+                    f"row {row}: the tokenizer makes no tokens of the {what} {texts[row - 1]!r:.80}"
+                )
+            ids += [np.array(tokens, np.int32), end]
+            lengths.append(len(tokens) + 1)
+        num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
+    return Texts(
+        ids=np.concatenate(ids or [np.zeros(0, np.int32)]),
+        offsets=np.cumsum(lengths, dtype=np.int64),
+        max_length=max_length,
         num_truncated=num_truncated,
     )
 
@@ -225,7 +330,8 @@ def batches(
     """Every example once, in batches of inputs of like length.
 
     Shuffled order depends on `seed` and `epoch` alone. Without shuffling, inputs come by bucket,
-    within one in the order of the data, and every input is padded to its own bucket.
+    within one in the order of the data, and every input is padded to its own bucket. The same goes
+    for targets that are texts, whose buckets are finer.
 
     Args:
       encoded: the examples.
@@ -236,18 +342,25 @@ def batches(
       start: how many batches to leave out at the beginning, to resume.
 
     Yields:
-      `input_ids`, `attention_mask`, `token_type_ids`: `[batch_size, length]` int32, where `length`
-      is a bucket. `labels`: `[batch_size]` int32 or float32, 0 where unknown. `weights`:
-      `[batch_size]` float32, 1 or, in a filling row, 0. `indices`: `[batch_size]` int32, position
-      in `encoded`, or -1. A filling row attends to one token, so that its softmax is finite.
+      `input_ids`, `attention_mask` and, where there are any, `token_type_ids`:
+      `[batch_size, length]` int32, where `length` is a bucket. `labels`: `[batch_size]` int32 or
+      float32, 0 where unknown. `weights`: `[batch_size]` float32, 1 or, in a filling row, 0.
+      `indices`: `[batch_size]` int32, position in `encoded`, or -1. A filling row attends to one
+      token, so that its softmax is finite.
+
+      With target texts, `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED`
+      where there is none; `decoder_input_ids`, of the same shape, are the labels shifted to the
+      right behind the start token; and a row's weight is the number of its target tokens, so that
+      the mean over rows of a row's mean loss is the mean over the batch's tokens.
 
     Raises:
       ValueError: if `shuffle` has no `seed`, or `start` or `batch_size` is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; want 1 or more")
-    lengths = bucket_lengths(encoded.max_length)
-    buckets = np.searchsorted(lengths, np.diff(encoded.offsets))
+    padded = _padded_lengths(encoded)
+    # One number for the pair of lengths, in the order of the pairs.
+    buckets = padded[:, 0] * (1 + padded[:, 1].max(initial=0)) + padded[:, 1]
     if shuffle:
         if seed is None or seed < 0 or epoch < 0:
             raise ValueError(f"shuffling wants seed and epoch of 0 or more, got {seed} and {epoch}")
@@ -258,7 +371,20 @@ def batches(
         rows = [row for of_bucket in positions for row in _sliced(of_bucket, batch_size)]
     if not 0 <= start <= len(rows):
         raise ValueError(f"start={start} is not within the {len(rows)} batches of an epoch")
-    return (_batch(encoded, row, batch_size, lengths[buckets[row].max()]) for row in rows[start:])
+    return (_batch(encoded, row, batch_size, *padded[row].max(0)) for row in rows[start:])
+
+
+def shifted(labels: np.ndarray, pad_token_id: int, start_token_id: int) -> np.ndarray:
+    """What a decoder is given to say `labels`: they, one to the right, behind the start token.
+
+    Args:
+      labels: `[rows, length]` int32, `IGNORED` where there is no token.
+      pad_token_id: what stands there in the result.
+      start_token_id: what begins every row.
+    """
+    inputs = np.roll(np.where(labels == IGNORED, pad_token_id, labels), 1, axis=1)
+    inputs[:, 0] = start_token_id
+    return inputs
 
 
 def shard(batch: Mapping[str, np.ndarray], num_devices: int) -> Batch:
@@ -358,25 +484,64 @@ def _shuffled(
     return [rows[i] for i in generator.permutation(len(rows))]
 
 
-def _batch(encoded: Encoded, positions: np.ndarray, batch_size: int, length: int) -> Batch:
+def _padded_lengths(encoded: Encoded) -> np.ndarray:
+    """`[examples, 2]`: the buckets of each example's input and target, 0 where it has none."""
+    padded = np.zeros((len(encoded), 2), np.int64)
+    texts = encoded.target_texts
+    columns = [(encoded.offsets, encoded.max_length, 16)]
+    if texts is not None:
+        columns.append((texts.offsets, texts.max_length, 4))
+    for column, (offsets, max_length, multiple) in enumerate(columns):
+        lengths = np.array(bucket_lengths(max_length, multiple))
+        padded[:, column] = lengths[np.searchsorted(lengths, np.diff(offsets))]
+    return padded
+
+
+def _batch(
+    encoded: Encoded, positions: np.ndarray, batch_size: int, length: int, target_length: int
+) -> Batch:
+    def column(values: np.ndarray, dtype: Any, fill: int) -> np.ndarray:
+        filled = np.full(batch_size, fill, dtype)
+        filled[: len(positions)] = values
+        return filled
+
+    shape = (batch_size, length)
+    real_lengths = column(np.diff(encoded.offsets)[positions], np.int64, fill=1)
     batch: Batch = {
-        "input_ids": np.full((batch_size, length), encoded.pad_token_id, np.int32),
-        "attention_mask": np.zeros((batch_size, length), np.int32),
-        "token_type_ids": np.zeros((batch_size, length), np.int32),
-        "labels": np.zeros(batch_size, np.int32),
-        "weights": np.zeros(batch_size, np.float32),
-        "indices": np.full(batch_size, -1, np.int32),
+        "input_ids": _pad(
+            encoded.input_ids, encoded.offsets, positions, shape, encoded.pad_token_id
+        ),
+        "attention_mask": (np.arange(length) < real_lengths[:, None]).astype(np.int32),
+        "indices": column(positions, np.int32, fill=-1),
     }
-    for row, position in enumerate(positions):
-        tokens = slice(encoded.offsets[position], encoded.offsets[position + 1])
-        end = tokens.stop - tokens.start
-        batch["input_ids"][row, :end] = encoded.input_ids[tokens]
-        batch["token_type_ids"][row, :end] = encoded.token_type_ids[tokens]
-        batch["attention_mask"][row, :end] = 1
-    batch["attention_mask"][len(positions) :, 0] = 1
-    if encoded.targets is not None:
-        batch["labels"] = np.zeros(batch_size, encoded.targets.dtype)
-        batch["labels"][: len(positions)] = encoded.targets[positions]
-    batch["weights"][: len(positions)] = 1
-    batch["indices"][: len(positions)] = positions
+    if encoded.token_type_ids is not None:
+        batch["token_type_ids"] = _pad(encoded.token_type_ids, encoded.offsets, positions, shape, 0)
+    texts, targets = encoded.target_texts, encoded.targets
+    if texts is not None:
+        labels = _pad(texts.ids, texts.offsets, positions, (batch_size, target_length), IGNORED)
+        batch["labels"] = labels
+        batch["decoder_input_ids"] = shifted(
+            labels, encoded.pad_token_id, encoded.decoder_start_token_id
+        )
+        batch["weights"] = (labels != IGNORED).sum(1).astype(np.float32)
+        return batch
+    batch["labels"] = np.zeros(batch_size, np.int32)
+    if targets is not None:
+        batch["labels"] = column(targets[positions], targets.dtype, fill=0)
+    batch["weights"] = column(np.ones(len(positions)), np.float32, fill=0)
     return batch
+
+
+def _pad(
+    flat: np.ndarray,
+    offsets: np.ndarray,
+    positions: np.ndarray,
+    shape: tuple[int, int],
+    fill: int,
+) -> np.ndarray:
+    """The rows `positions` of what `offsets` divide `flat` into, filled up at the right, below."""
+    rows = np.full(shape, fill, np.int32)
+    for row, position in enumerate(positions):
+        tokens = flat[offsets[position] : offsets[position + 1]]
+        rows[row, : len(tokens)] = tokens
+    return rows

@@ -15,43 +15,30 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.checkpoint import replace_file
-from train import data, metrics, predictions, step, tasks
+from train import data, predictions, step, tasks
+from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions
+from train.report import number
 
-LogitsFunction = Callable[[step.Batch], np.ndarray]
-
-
-def apply_function(module: Any) -> step.ApplyFunction:
-    """How the steps call a module: dropout where there is a key."""
-
-    def apply(params: step.Params, batch: step.Batch, dropout_key: jax.Array | None) -> jax.Array:
-        return module.apply(
-            {"params": params},
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["token_type_ids"],
-            deterministic=dropout_key is None,
-            rngs=None if dropout_key is None else {"dropout": dropout_key},
-        )
-
-    return apply
+# batch -> tree of [batch, …] arrays
+OutputsFunction = Callable[[step.Batch], Any]
 
 
-def split_logits(
-    logits: LogitsFunction, encoded: data.Encoded, batch_size: int, *, description: str | None
-) -> np.ndarray:
-    """Logits of every example, in the order of the data.
+def split_outputs(
+    outputs: OutputsFunction, encoded: data.Encoded, batch_size: int, *, description: str | None
+) -> Any:
+    """Outputs of every example, in the order of the data.
 
     Args:
-      logits: batch -> `[batch_size, num_labels]`.
+      outputs: batch -> tree of `[batch_size, …]` arrays.
       encoded: the examples.
       batch_size: rows of a batch.
       description: of the progress bar; None shows none.
 
     Returns:
-      `[examples, num_labels]` float32.
+      A tree of `[examples, …]` arrays.
     """
-    rows: np.ndarray | None = None
+    rows: Any = None
     with tqdm(
         total=len(encoded),
         desc=description,
@@ -61,22 +48,16 @@ def split_logits(
         unit="ex",
     ) as bar:
         for batch in data.batches(encoded, batch_size, shuffle=False):
-            y = logits(batch)
+            y = outputs(batch)
             if rows is None:
-                rows = np.zeros((len(encoded), *y.shape[1:]), np.float32)
+                rows = jax.tree.map(lambda x: np.zeros((len(encoded), *x.shape[1:]), x.dtype), y)
             real = batch["indices"] >= 0
-            rows[batch["indices"][real]] = y[real]
+            for whole, part in zip(jax.tree.leaves(rows), jax.tree.leaves(y), strict=True):
+                whole[batch["indices"][real]] = part[real]
             bar.update(int(real.sum()))
     if rows is None:
-        raise ValueError("no examples to compute logits of")
+        raise ValueError("no examples to compute outputs of")
     return rows
-
-
-def score(kind: tasks.Kind, logits: np.ndarray, encoded: data.Encoded) -> dict[str, float]:
-    """Metrics of a split from its logits; ValueError if it has no targets."""
-    if encoded.targets is None:
-        raise ValueError("these examples have no label and no score to compare predictions with")
-    return metrics.compute_metrics(kind, logits, encoded.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,25 +66,26 @@ class LoadedAdapter:
 
     Attributes:
       settings: of `adapter_config.json`.
-      tokenizer: the backbone's.
-      logits: batch -> `[batch, num_labels]` float32.
+      objective: with the limits of training.
+      outputs: batch -> what the objective scores or predicts by, on the host.
     """
 
     settings: dict[str, Any]
-    tokenizer: Any
-    logits: LogitsFunction
-
-    def encode(self, dataset: Any) -> data.Encoded:
-        """Tokenises with the limits of training."""
-        return data.tokenize(dataset, self.tokenizer, self.settings["max_length"])
+    objective: Objective
+    outputs: OutputsFunction
 
 
-def load(options: AdapterOptions) -> LoadedAdapter:
+def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     """Loads an adapter, and the backbone it names unless another folder is given.
+
+    Args:
+      options: which.
+      **changes: as `train.objective.from_settings` takes them.
 
     Raises:
       FileNotFoundError, ValueError: as `compacter_jax.load_adapter`, or if `fit` did not write it.
     """
+    options.check()
     settings = cj.read_adapter_config(options.adapter)
     missing = {"backbone", "max_length", "kind", "label_names", "dtype"} - settings.keys()
     if missing:
@@ -119,39 +101,44 @@ def load(options: AdapterOptions) -> LoadedAdapter:
         dtype=jnp.dtype(options.dtype or settings["dtype"]),
     )
     model, params = cj.load_adapter(options.adapter, backbone)
-    tokenizer = data.load_tokenizer(
+    tokenizer = load_tokenizer(name, backbone, settings["max_length"])
+    objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
+    compiled = jax.jit(objective.outputs)
+    return LoadedAdapter(settings, objective, lambda batch: jax.device_get(compiled(params, batch)))
+
+
+def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
+    """The tokenizer beside a backbone; ValueError as `train.data.load_tokenizer`."""
+    return data.load_tokenizer(
         name,
         vocab_size=backbone.config.vocab_size,
-        max_position_embeddings=backbone.config.max_position_embeddings,
-        max_length=settings["max_length"],
+        # Positions of T5 are relative.
+        max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
+        max_length=max_length,
     )
-    apply = apply_function(model)
-
-    @jax.jit
-    def forward(params: step.Params, batch: step.Batch) -> jax.Array:
-        return apply(params, batch, None).astype(jnp.float32)
-
-    return LoadedAdapter(settings, tokenizer, lambda batch: np.asarray(forward(params, batch)))
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """The command `evaluate`: metrics of a split, printed and written as JSON."""
-    adapter = load(options)
+    adapter = load(options, evaluate_by=options.evaluate_by)
     kind = adapter.settings["kind"]
     task = tasks.load_task(
         options.task,
         regression=kind == "regression",
+        text=kind == "text",
         train_file=options.train_file,
         validation_file=options.validation_file,
         test_file=options.test_file,
         splits=(options.split,),
         label_names=adapter.settings["label_names"] or None,
     )
-    encoded = adapter.encode(task.splits[options.split])
-    logits = split_logits(
-        adapter.logits, encoded, options.eval_batch_size, description=options.split
+    if (kind == tasks.SPAN_CORRUPTION) != (task.kind == tasks.SPAN_CORRUPTION):
+        raise ValueError(f"the adapter in {options.adapter} is of kind {kind}, not {task.kind}")
+    encoded = adapter.objective.encode(task.splits[options.split])
+    outputs = split_outputs(
+        adapter.outputs, encoded, options.eval_batch_size, description=options.split
     )
-    scores = score(kind, logits, encoded)
+    scores = adapter.objective.scores(outputs, encoded)
     result = {
         "adapter": str(options.adapter),
         "task": options.task,
@@ -160,10 +147,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "truncated": encoded.num_truncated,
         "metrics": scores,
     }
+    if encoded.target_texts is not None:
+        result["truncated_targets"] = encoded.target_texts.num_truncated
     output = options.output or options.adapter / f"evaluation_{options.task}_{options.split}.json"
     write_json(output, result)
     for name, value in scores.items():
-        print(f"{options.split} {name}: {value:.4f}")
+        print(f"{options.split} {name}: {number(value)}")
     print(f"written to {output}")
     return result
 
@@ -171,17 +160,23 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def predict(options: PredictOptions) -> int:
     """The command `predict`: a file with predictions added, streamed; returns its rows."""
     predictions.check_files(options.input, options.output)
-    adapter = load(options)
+    adapter = load(options, evaluate_by="scoring")
+    objective = adapter.objective
+    objective.check_predicts(logits=options.logits)
 
-    def predict_chunk(sentences: list[str], sentences2: list[str] | None) -> np.ndarray:
+    def predict_chunk(sentences: list[str], sentences2: list[str] | None) -> predictions.Predicted:
         columns = {"sentence": sentences}
         if sentences2 is not None:
             columns["sentence2"] = sentences2
-        encoded = adapter.encode(columns)
+        encoded = objective.encode(columns)
+        outputs = split_outputs(adapter.outputs, encoded, options.eval_batch_size, description=None)
+        predicted = objective.predictions(outputs)
         truncated.append(encoded.num_truncated)
-        return split_logits(adapter.logits, encoded, options.eval_batch_size, description=None)
+        invalid.append(sum(value is None for value in predicted))
+        return predicted
 
     truncated: list[int] = []
+    invalid: list[int] = []
     with tqdm(desc="predict", unit="row") as bar:
         rows = predictions.predict_file(
             options.input,
@@ -194,6 +189,8 @@ def predict(options: PredictOptions) -> int:
     if sum(truncated):
         limit = adapter.settings["max_length"]
         print(f"{sum(truncated)} of {rows} rows were cut to {limit} tokens")
+    if sum(invalid):
+        print(f"{sum(invalid)} of {rows} rows have no prediction: the text was no number")
     print(f"{rows} rows written to {options.output}")
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -22,9 +23,11 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import compacter_jax as cj
+from compacter_jax.config import FullFineTuningConfig
 from compacter_jax.params import Count
 from train import data, inference, report, step, tasks
 from train.errors import InterruptedRunError, NonFiniteLossError
+from train.objective import Objective, check_options, for_task, head_arguments
 from train.options import FitOptions
 
 RUN_NAME = "run.json"
@@ -61,16 +64,41 @@ class Job:
 
     options: FitOptions
     task: tasks.Task
-    encoded: dict[str, data.Encoded]
+    objective: Objective
+    encoded: dict[str, data.Examples]
     backbone: cj.Backbone
     model: cj.Adapted
     params: Any
     labels: Any
 
     @property
+    def learning_rate(self) -> float:
+        """Peak of the schedule."""
+        return self.options.peak_learning_rate(self.objective.learning_rates)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Updates in one pass over the training data."""
         return data.num_batches(len(self.encoded["train"]), self.options.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in all."""
+        steps = self.options.epochs * self.steps_per_epoch
+        return min(steps, self.options.max_steps or steps)
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data, of which `max_steps` may end the last early."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def steps_of(self, epoch: int) -> int:
+        """Updates in an epoch."""
+        return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+
+    def examples_before(self, batch: int) -> int:
+        """Examples in the first batches of an epoch, but for what the last may lack."""
+        return min(batch * self.options.batch_size, len(self.encoded["train"]))
 
 
 def fit(options: FitOptions) -> dict[str, Any]:
@@ -92,6 +120,8 @@ def fit(options: FitOptions) -> dict[str, Any]:
         progress = trainer.run()
     result = _final_result(trainer, progress, count)
     inference.write_json(options.output_dir / "metrics.json", result)
+    if _makes_backbone(job):
+        write_backbone(trainer)
     report.plot_curves(result, options.output_dir / "curves.png")
     report.write_report(result, options, count, options.output_dir / "report.md")
     print(report.result_text(result, options.output_dir))
@@ -109,37 +139,28 @@ def prepare(options: FitOptions) -> Job:
         validation_file=options.validation_file,
         test_file=options.test_file,
     )
-    for split in ("train", "validation"):
-        if split not in task.splits:
-            raise ValueError(f"fit needs a {split} split; give --{split}-file")
-    splits = dict(task.splits)
+    check_options(task, options)
     if options.train_size is not None:
-        splits["train"] = tasks.subsample(splits["train"], options.train_size, options.seed)
+        sample = tasks.subsample(task.splits["train"], options.train_size, options.seed)
+        task = dataclasses.replace(task, splits={**task.splits, "train": sample})
     backbone = cj.load_backbone(
         options.backbone,
-        head="sequence_classification",
-        num_labels=task.num_labels,
+        **head_arguments(options.backbone, task.num_labels),
         dropout_rate=options.backbone_dropout,
         dtype=jnp.dtype(options.dtype),
         remat=options.remat,
         seed=options.seed,
     )
-    tokenizer = data.load_tokenizer(
-        options.backbone,
-        vocab_size=backbone.config.vocab_size,
-        max_position_embeddings=backbone.config.max_position_embeddings,
-        max_length=options.max_length,
-    )
+    tokenizer = inference.load_tokenizer(options.backbone, backbone, options.max_length)
     model = cj.Adapted(backbone.module, method)
+    objective = for_task(task, options, model, tokenizer)
     params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
-    encoded = {s: data.tokenize(rows, tokenizer, options.max_length) for s, rows in splits.items()}
+    encoded = objective.encode_all(task.splits)
     for split, examples in encoded.items():
-        if examples.num_truncated:
-            print(
-                f"{examples.num_truncated} of {len(examples)} {split} examples are cut to "
-                f"max_length={options.max_length} tokens"
-            )
-    return Job(options, task, encoded, backbone, model, params, cj.label_params(params, method))
+        for line in examples.notices(split):
+            print(line)
+    labels = cj.label_params(params, method)
+    return Job(options, task, objective, encoded, backbone, model, params, labels)
 
 
 def check_run_folder(options: FitOptions) -> None:
@@ -178,7 +199,7 @@ def open_run(options: FitOptions) -> None:
     if options.resume and (folder / RUN_NAME).exists():
         return
     # Only what a run writes: the folder may hold other things of the user's.
-    for name in ("adapter", "checkpoints"):
+    for name in ("adapter", "backbone", "checkpoints"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.json", "curves.png", "report.md", RUN_NAME):
         (folder / name).unlink(missing_ok=True)
@@ -191,18 +212,18 @@ class Trainer:
     def __init__(self, job: Job):
         self.job, self.options = job, job.options
         options = job.options
-        total_steps = options.epochs * job.steps_per_epoch
         self.schedule = step.linear_schedule(
-            options.peak_learning_rate(), round(options.warmup_fraction * total_steps), total_steps
+            job.learning_rate, round(options.warmup_fraction * job.total_steps), job.total_steps
         )
         adamw = optax.adamw(self.schedule, weight_decay=options.weight_decay)
         if options.clip_norm:
             adamw = optax.chain(optax.clip_by_global_norm(options.clip_norm), adamw)
         trained, frozen = cj.partition(job.params, job.labels)
         self.compute = step.make_compute(
-            inference.apply_function(job.model),
-            step.loss_function(job.task.kind),
+            job.objective.apply,
+            job.objective.loss,
             cj.optimizer(adamw, job.labels),
+            outputs=job.objective.outputs,
             seed=options.seed,
             accumulation_steps=options.accumulation_steps,
         )
@@ -221,32 +242,34 @@ class Trainer:
         if self.options.resume:
             self._restore()
         with _stop_requested() as stop:
-            while self.progress.epoch < self.options.epochs:
+            while self.progress.epoch < self.job.epochs:
                 self._train_epoch(stop)
                 self._finish_epoch()
         return self.progress
 
     def _train_epoch(self, stop: list[str]) -> None:
         """The batches of this epoch from the next one on."""
-        options, progress, encoded = self.options, self.progress, self.job.encoded["train"]
+        options, progress = self.options, self.progress
         started, seconds = time.perf_counter(), progress.seconds
+        steps = self.job.steps_of(progress.epoch)
+        batches = data.batches(
+            self.job.encoded["train"].of_epoch(progress.epoch),
+            options.batch_size,
+            shuffle=True,
+            seed=options.seed,
+            epoch=progress.epoch,
+            start=progress.batch,
+        )
         pending: step.StepMetrics | None = None
         with self._bar() as bar:
-            for batch in data.batches(
-                encoded,
-                options.batch_size,
-                shuffle=True,
-                seed=options.seed,
-                epoch=progress.epoch,
-                start=progress.batch,
-            ):
+            for batch in itertools.islice(batches, steps - progress.batch):
                 self.state, current = self.compute.step(self.state, self.frozen, batch)
                 # Reading a loss waits for it: read the last one, while this step computes.
                 self._note(pending, bar)
                 pending = current
                 progress.batch += 1
-                bar.update(int(batch["weights"].sum()))
-                if progress.batch < self.job.steps_per_epoch and (stop or self._checkpoint_due()):
+                bar.update(int((batch["indices"] >= 0).sum()))
+                if progress.batch < steps and (stop or self._checkpoint_due()):
                     self._note(pending, bar)
                     pending = None
                     progress.seconds = seconds + time.perf_counter() - started
@@ -261,11 +284,11 @@ class Trainer:
 
     def _bar(self) -> Any:
         """The progress bar of this epoch."""
-        progress, rows = self.progress, len(self.job.encoded["train"])
+        progress, job = self.progress, self.job
         bar = tqdm(
-            total=rows,
-            initial=min(progress.batch * self.options.batch_size, rows),
-            desc=f"epoch {progress.epoch + 1}/{self.options.epochs}",
+            total=job.examples_before(job.steps_of(progress.epoch)),
+            initial=job.examples_before(progress.batch),
+            desc=f"epoch {progress.epoch + 1}/{job.epochs}",
             unit="ex",
             # A log file wants a line now and then, a person a bar that moves.
             mininterval=0.2 if sys.stderr.isatty() else 20,
@@ -279,7 +302,8 @@ class Trainer:
         return every > 0 and self._step_number() % every == 0
 
     def _step_number(self) -> int:
-        return self.progress.epoch * self.job.steps_per_epoch + self.progress.batch
+        number = self.progress.epoch * self.job.steps_per_epoch + self.progress.batch
+        return min(number, self.job.total_steps)
 
     def _note(self, pending: step.StepMetrics | None, bar: Any) -> None:
         """Records the metrics of the step before; NonFiniteLossError if they are not numbers."""
@@ -303,26 +327,23 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         """Validates, keeps the adapter if it is the best, moves on to the next epoch."""
-        progress, kind = self.progress, self.job.task.kind
-        encoded = self.job.encoded["validation"]
-        logits = self.logits("validation", self.state.trained, self.frozen)
-        values = inference.score(kind, logits, encoded)
-        validation_loss = float(
-            jnp.mean(step.loss_function(kind)(jnp.asarray(logits), jnp.asarray(encoded.targets)))
-        )
+        progress, job = self.progress, self.job
+        values = self.scores("validation", self.state.trained, self.frozen)
+        validation_loss = values.pop("loss")
         progress.history.append(
             {
                 "epoch": progress.epoch + 1,
                 "train_loss": float(np.mean(progress.losses)),
                 "validation_loss": validation_loss,
                 **values,
-                "examples_per_second": len(self.job.encoded["train"]) / progress.seconds,
+                "examples_per_second": job.examples_before(progress.batch) / progress.seconds,
             }
         )
-        name = self.job.task.metric
+        name = job.task.metric
+        invalid = f", {values['invalid']} invalid" if values.get("invalid") else ""
         tqdm.write(
             f"epoch {progress.epoch + 1}: train loss {np.mean(progress.losses):.4f}, "
-            f"validation loss {validation_loss:.4f}, {name} {values[name]:.4f}"
+            f"validation loss {validation_loss:.4f}, {name} {values[name]:.4f}{invalid}"
         )
         if values[name] > progress.best:
             progress.best, progress.best_epoch = values[name], progress.epoch + 1
@@ -331,14 +352,19 @@ class Trainer:
         progress.losses, progress.seconds = [], 0.0
         self._save()
 
-    def logits(self, split: str, trained: Any, frozen: Any) -> np.ndarray:
-        """Logits of a split, `[examples, num_labels]`; both halves placed on the devices."""
-        return inference.split_logits(
-            lambda batch: self.compute.logits(trained, frozen, batch),
-            self.job.encoded[split],
+    def outputs(self, split: str, trained: Any, frozen: Any) -> Any:
+        """Outputs of a split, `[examples, …]` arrays; both halves placed on the devices."""
+        return inference.split_outputs(
+            lambda batch: self.compute.outputs(trained, frozen, batch),
+            self.job.encoded[split].of_epoch(0),
             self.options.eval_batch_size,
             description=split,
         )
+
+    def scores(self, split: str, trained: Any, frozen: Any) -> dict[str, float]:
+        """Metrics and loss of a split."""
+        outputs = self.outputs(split, trained, frozen)
+        return self.job.objective.scores(outputs, self.job.encoded[split].of_epoch(0))
 
     def _save_adapter(self) -> None:
         job, options = self.job, self.options
@@ -355,6 +381,7 @@ class Trainer:
                 "kind": job.task.kind,
                 "label_names": list(job.task.label_names),
                 "max_length": options.max_length,
+                **job.objective.settings,
             },
         )
 
@@ -429,6 +456,24 @@ def _run_settings(options: FitOptions) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
+def write_backbone(trainer: Trainer) -> None:
+    """Writes the best epoch of full fine-tuning as a checkpoint that `--backbone` takes."""
+    job, folder = trainer.job, trainer.options.output_dir
+    _, params = cj.load_adapter(folder / "adapter", job.backbone)
+    target, temporary = folder / "backbone", folder / ".backbone.tmp"
+    for path in (target, temporary):
+        shutil.rmtree(path, ignore_errors=True)
+    cj.save_backbone(temporary, job.backbone.module, params, job.backbone.config)
+    job.objective.tokenizer.save_pretrained(temporary)
+    temporary.rename(target)
+
+
+def _makes_backbone(job: Job) -> bool:
+    """Whether what was trained is a backbone for other tasks: pre-training of all of it."""
+    full = isinstance(job.model.method, FullFineTuningConfig)
+    return full and job.task.kind == "span_corruption"
+
+
 def _final_result(trainer: Trainer, progress: Progress, count: Count) -> dict[str, Any]:
     """Evaluates the best adapter as it was written to disk."""
     job, options = trainer.job, trainer.options
@@ -438,17 +483,17 @@ def _final_result(trainer: Trainer, progress: Progress, count: Count) -> dict[st
     scores: dict[str, dict[str, float]] = {}
     for split in ("validation", "test"):
         if split in job.encoded:
-            logits = trainer.logits(split, trained, frozen)
-            scores[split] = inference.score(job.task.kind, logits, job.encoded[split])
+            scores[split] = trainer.scores(split, trained, frozen)
     return {
         "task": job.task.name,
         "kind": job.task.kind,
         "metric": job.task.metric,
         "method": options.method,
-        "learning_rate": options.peak_learning_rate(),
+        "objective": job.objective.settings,
+        "learning_rate": job.learning_rate,
         "seed": options.seed,
         "train_examples": len(job.encoded["train"]),
-        "steps": options.epochs * job.steps_per_epoch,
+        "steps": job.total_steps,
         "best_epoch": progress.best_epoch,
         **scores,
         "trained_parameters": count.trained,

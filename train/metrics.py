@@ -1,8 +1,8 @@
-"""Metrics of a whole split, from logits; the references are scikit-learn and SciPy."""
+"""Metrics of a whole split, from logits or generated text, by scikit-learn and SciPy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -49,19 +49,60 @@ def compute_metrics(
     return _classification(logits.argmax(-1), targets, logits.shape[1])
 
 
+def label_metrics(
+    predictions: np.ndarray, targets: np.ndarray, num_labels: int
+) -> dict[str, float]:
+    """Metrics of generated labels: those of `compute_metrics`, and `invalid`.
+
+    Args:
+      predictions: `[examples]` labels, -1 where the text was no label's name: always wrong.
+      targets: `[examples]` labels.
+      num_labels: how many there are.
+    """
+    invalid = int(np.count_nonzero(predictions < 0))
+    return {**_classification(predictions, targets, num_labels), "invalid": invalid}
+
+
+def score_metrics(
+    predictions: np.ndarray, targets: np.ndarray, fallback: float
+) -> dict[str, float]:
+    """Metrics of generated scores: those of `compute_metrics`, and `invalid`.
+
+    Args:
+      predictions: `[examples]` scores, NaN where the text was no number.
+      targets: `[examples]` scores.
+      fallback: what stands for NaN: whoever knows nothing best says the mean.
+    """
+    unknown = np.isnan(predictions)
+    known = np.where(unknown, fallback, predictions)
+    values = compute_metrics("regression", known, targets)
+    return {**values, "invalid": int(np.count_nonzero(unknown))}
+
+
+def text_metrics(predictions: Iterable[str], targets: Iterable[str]) -> dict[str, float]:
+    """`exact_match`: the part of generated texts equal to their targets, white space aside."""
+    pairs = zip(predictions, targets, strict=True)
+    return {"exact_match": float(np.mean([a.split() == b.split() for a, b in pairs]))}
+
+
 def _classification(
     predictions: np.ndarray, targets: np.ndarray, num_labels: int
 ) -> dict[str, float]:
+    occurring = [y for y in np.union1d(predictions, targets) if y >= 0]
     values = {
         "accuracy": metrics.accuracy_score(targets, predictions),
-        "macro_f1": metrics.f1_score(targets, predictions, average="macro", zero_division=0.0),
+        "macro_f1": metrics.f1_score(
+            targets, predictions, labels=occurring, average="macro", zero_division=0.0
+        ),
         "matthews_correlation": 0.0,
     }
     # Undefined for one class on either side; scikit-learn gives 0, in some cases with a warning.
     if len(np.unique(predictions)) > 1 and len(np.unique(targets)) > 1:
         values["matthews_correlation"] = metrics.matthews_corrcoef(targets, predictions)
     if num_labels == 2:
-        values["f1"] = metrics.f1_score(targets, predictions, pos_label=1, zero_division=0.0)
+        values["f1"] = metrics.f1_score(
+            targets, predictions, labels=[1], average="macro", zero_division=0.0
+        )
     return {name: float(value) for name, value in values.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -16,6 +16,10 @@ from compacter_jax.config import METHODS, MethodConfig, preset
 
 # Measured on the demo backbone, see the README; `compacter_jax.preset` has the paper's.
 DEFAULT_LEARNING_RATES = {"full": 5e-5, "bottleneck": 1e-3, "phm_bottleneck": 3e-3}
+# The paper's, for T5.
+TEXT_TO_TEXT_LEARNING_RATES = {"full": 3e-4, "bottleneck": 3e-4, "phm_bottleneck": 3e-3}
+
+EvaluateBy: TypeAlias = Literal["scoring", "generation"]
 
 
 def _method_options() -> type:
@@ -82,10 +86,12 @@ class TaskOptions:
     """What to learn.
 
     Attributes:
-      task: movie, product, tweet or editorial; or any name for your own files.
+      task: movie, product, tweet or editorial; any name for your own files; or span_corruption, the
+        pre-training of T5, whose files are plain text.
       train_file: .parquet, .jsonl, .csv or .tsv with the columns sentence, maybe sentence2, and
-        label or score.
-      validation_file: the same; the best epoch is chosen on it.
+        label, score or target; a target is text, which T5 learns to write.
+      validation_file: the same; the best epoch is chosen on it. span_corruption holds out a part of
+        the text where there is none.
       test_file: the same.
       regression: predict the column score instead of label.
       max_length: longest input in tokens; what is longer is cut, and counted.
@@ -100,7 +106,32 @@ class TaskOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitOptions(TaskOptions, BackboneOptions):
+class TextToTextOptions:
+    """How a task is cast as text; for T5 alone.
+
+    Attributes:
+      prefix: what inputs begin with, in place of the task's name: "PREFIX sentence: ...", for pairs
+        "PREFIX sentence1: ... sentence2: ...", for your own targets "PREFIX: ...".
+      max_target_length: longest target in tokens; what is longer is cut, and counted.
+      score_step: regression rounds scores to multiples of it, and learns these as text.
+      evaluate_by: how labels are predicted: by the likelihood of each label's text, or by
+        generating text, which may be no label; scores and texts are always generated.
+      num_beams: of generation; 1 is greedy.
+      noise_density: of span_corruption, the part of the tokens that is taken out.
+      mean_span_length: of span_corruption, tokens taken out at one place, on average.
+    """
+
+    prefix: str | None = None
+    max_target_length: int = 64
+    score_step: float = 0.2
+    evaluate_by: EvaluateBy = "scoring"
+    num_beams: int = 1
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions(TextToTextOptions, TaskOptions, BackboneOptions):
     """Fine-tune a backbone on a task and save the adapter of the best epoch.
 
     Attributes:
@@ -110,11 +141,12 @@ class FitOptions(TaskOptions, BackboneOptions):
       train_size: train on a random sample of this size.
       seed: of initial values, order of the data and dropout.
       epochs: passes over the training data.
+      max_steps: stop after so many updates, within an epoch or not.
       batch_size: examples per update, over all devices.
       accumulation_steps: parts to divide a device's share of a batch into, to save memory.
       eval_batch_size: examples per batch of evaluation.
       learning_rate: peak of the schedule; by default 3e-3 for the PHM methods, 1e-3 for dense
-        bottlenecks, 5e-5 for full fine-tuning.
+        bottlenecks, 5e-5 for full fine-tuning, on T5 3e-4 for the last two.
       warmup_fraction: part of all steps in which the learning rate rises from 0.
       weight_decay: of AdamW, on every trained parameter.
       clip_norm: largest norm of the gradient of the trained parameters; 0 does not clip.
@@ -133,6 +165,7 @@ class FitOptions(TaskOptions, BackboneOptions):
     train_size: int | None = None
     seed: int = 0
     epochs: int = 10
+    max_steps: int | None = None
     batch_size: int = 32
     accumulation_steps: int = 1
     eval_batch_size: int = 64
@@ -153,6 +186,10 @@ class FitOptions(TaskOptions, BackboneOptions):
             "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),
             "epochs": (self.epochs >= 1, "at least 1"),
+            "max_steps": (self.max_steps is None or self.max_steps >= 1, "at least 1"),
+            "max_target_length": (self.max_target_length >= 2, "at least 2"),
+            "score_step": (0 < self.score_step < float("inf"), "above 0"),
+            "num_beams": (self.num_beams >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "accumulation_steps": (self.accumulation_steps >= 1, "at least 1"),
             "eval_batch_size": (self.eval_batch_size >= 1, "at least 1"),
@@ -179,9 +216,9 @@ class FitOptions(TaskOptions, BackboneOptions):
         """The preset with this run's changes."""
         return method_of(self.method, self.method_options)
 
-    def peak_learning_rate(self) -> float:
-        """The learning rate given, or the method's default."""
-        return self.learning_rate or DEFAULT_LEARNING_RATES[self.method_config().kind]
+    def peak_learning_rate(self, defaults: Mapping[str, float]) -> float:
+        """The learning rate given, or of `defaults` the one of the method's kind."""
+        return self.learning_rate or defaults[self.method_config().kind]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,12 +230,20 @@ class AdapterOptions:
       backbone: the backbone it was trained with; by default where it was then.
       dtype: what matrix products compute in; by default as in training.
       eval_batch_size: examples per batch.
+      num_beams: of T5's generation; by default as in training.
     """
 
     adapter: Path
     backbone: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     eval_batch_size: int = 64
+    num_beams: int | None = None
+
+    def check(self) -> None:
+        """ValueError for a number that cannot work."""
+        for name in ("eval_batch_size", "num_beams"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +256,7 @@ class EvaluateOptions(AdapterOptions):
       train_file: as for fit.
       validation_file: as for fit.
       test_file: as for fit.
+      evaluate_by: as for fit; by default as in training.
       output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's
         folder.
     """
@@ -220,6 +266,7 @@ class EvaluateOptions(AdapterOptions):
     train_file: Path | None = None
     validation_file: Path | None = None
     test_file: Path | None = None
+    evaluate_by: EvaluateBy | None = None
     output: Path | None = None
 
 
@@ -229,7 +276,8 @@ class PredictOptions(AdapterOptions):
 
     Attributes:
       input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2.
-      output: file of one of these formats: the input's columns, prediction, label_id, probability.
+      output: file of one of these formats: the input's columns, prediction, and for labels
+        label_id and probability.
       logits: add the column logits too.
     """
 
@@ -239,16 +287,21 @@ class PredictOptions(AdapterOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParamsOptions(BackboneOptions):
+class ParamsOptions:
     """Print what a method trains on a backbone, by group.
 
     Attributes:
+      backbone: folder of a Hugging Face checkpoint, or its id on the hub.
+      backbone_config: in place of a backbone, the name of a published size, such as t5-base or
+        google/flan-t5-xl, or a config.json; needs no weights.
       method: preset of the method: compacter++, compacter, phm, houlsby or full.
-      num_labels: width of the classification head.
+      num_labels: width of the classification head, where the backbone has one.
       json: print JSON instead of a table.
       method_options: changes to the preset, where not None.
     """
 
+    backbone: str | None = None
+    backbone_config: str | None = None
     method: str = "compacter++"
     num_labels: int = 2
     json: bool = False

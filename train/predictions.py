@@ -19,7 +19,9 @@ from train.data import Rows, read_chunks
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 
-PredictChunk: TypeAlias = Callable[[list[str], list[str] | None], np.ndarray]
+# Logits `[rows, num_labels]`, or the predictions themselves, None where there is none.
+Predicted: TypeAlias = np.ndarray | list[str] | list[float | None]
+PredictChunk: TypeAlias = Callable[[list[str], list[str] | None], Predicted]
 
 
 def predict_file(
@@ -35,16 +37,17 @@ def predict_file(
 ) -> int:
     """Copies a file with predictions added, a chunk at a time.
 
-    After the input's columns come `prediction` (the label's name; for regression the number),
-    `label_id` and `probability` (not for regression) and, if asked for, `logits`. The formats of
-    input and output may differ.
+    After the input's columns come `prediction` (the label's name; for regression the number; else
+    the text), `label_id` and `probability` (for labels alone) and, if asked for, `logits`. The
+    formats of input and output may differ.
 
     Args:
       input_path: .parquet, .jsonl, .csv or .tsv, as `read_rows` takes it.
       output_path: one of the same formats; it appears, or is replaced, only when complete.
-      predict_chunk: sentences and, for pairs, second sentences -> logits `[rows, num_labels]`.
-      label_names: one name per class; empty for regression, which has one logit.
-      write_logits: whether to add the column `logits`.
+      predict_chunk: sentences and, for pairs, second sentences -> logits `[rows, num_labels]`, or
+        a list of texts or numbers, None where there is no prediction.
+      label_names: one name per class; empty for regression, which has one logit, and for texts.
+      write_logits: whether to add the column `logits`; not where there are none.
       progress: called after each chunk with the number of its rows.
       chunk_rows: most rows to hold at a time.
       max_characters: limit on the length of one sentence.
@@ -71,10 +74,11 @@ def predict_file(
                 )
             pairs = pairs or "sentence2" in columns
             sentences2 = column_values(rows, "sentence2") if pairs else None
-            logits = predict_chunk(column_values(rows, "sentence"), sentences2)
-            logits = np.asarray(logits, np.float64)
-            _check_logits(logits, len(rows), len(label_names) or 1)
-            write(_add_columns(rows, _added_columns(logits, label_names, added)))
+            predicted = predict_chunk(column_values(rows, "sentence"), sentences2)
+            if not isinstance(predicted, list):
+                predicted = np.asarray(predicted, np.float64)
+                _check_logits(predicted, len(rows), len(label_names) or 1)
+            write(_add_columns(rows, _added_columns(predicted, label_names, added)))
             num_rows += len(rows)
             if progress is not None:
                 progress(len(rows))
@@ -133,7 +137,7 @@ def read_rows(
                 f"{path}: there is a sentence2 after row {first_row - 1}, but none before"
             )
         for name in ("sentence", "sentence2")[: 1 + pairs]:
-            _check_sentences(path, name, column_values(rows, name), first_row, max_characters)
+            check_texts(path, name, column_values(rows, name), first_row, max_characters)
         yield rows
         first_row += len(rows)
     if first_row == 1:
@@ -158,6 +162,30 @@ def require_column(path: Path, columns: Sequence[str], name: str) -> None:
     """Raises ValueError, listing the columns of `path`, if `name` is not one of them."""
     if name not in columns:
         raise ValueError(f"{path}: no column {name!r}; its columns are {', '.join(columns)}")
+
+
+def check_texts(
+    path: Path, name: str, values: list[Any], first_row: int, max_characters: int
+) -> None:
+    """Raises ValueError, naming the row, if a value of a column is no text, empty or too long."""
+    for row, value in enumerate(values, first_row):
+        if isinstance(value, str) and value.strip() and len(value) <= max_characters:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{path}, row {row}: {name} holds half a surrogate pair, which is no character"
+                ) from None
+        elif isinstance(value, str) and value.strip():
+            raise ValueError(
+                f"{path}, row {row}: {name} has {len(value)} characters, over the limit of "
+                f"{max_characters}; shorten or split it"
+            )
+        elif value is None or isinstance(value, str):
+            state = "missing (null)" if value is None else "empty"
+            raise ValueError(f"{path}, row {row}: {name} is {state}; remove or fill the row")
+        else:
+            raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
 
 
 def _check_suffix(path: Path) -> str:
@@ -210,29 +238,6 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path}: is empty (0 bytes)")
 
 
-def _check_sentences(
-    path: Path, name: str, values: list[Any], first_row: int, max_characters: int
-) -> None:
-    for row, value in enumerate(values, first_row):
-        if isinstance(value, str) and value.strip() and len(value) <= max_characters:
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise ValueError(
-                    f"{path}, row {row}: {name} holds half a surrogate pair, which is no character"
-                ) from None
-        elif isinstance(value, str) and value.strip():
-            raise ValueError(
-                f"{path}, row {row}: {name} has {len(value)} characters, over the limit of "
-                f"{max_characters}; shorten or split it"
-            )
-        elif value is None or isinstance(value, str):
-            state = "missing (null)" if value is None else "empty"
-            raise ValueError(f"{path}, row {row}: {name} is {state}; remove or fill the row")
-        else:
-            raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
-
-
 def _added_names(label_names: Sequence[str], write_logits: bool) -> list[str]:
     names = ["prediction", "label_id", "probability"] if label_names else ["prediction"]
     return names + ["logits"] * write_logits
@@ -246,9 +251,13 @@ def _check_logits(logits: np.ndarray, num_rows: int, num_labels: int) -> None:
 
 
 def _added_columns(
-    logits: np.ndarray, label_names: Sequence[str], added: Sequence[str]
+    predicted: Predicted, label_names: Sequence[str], added: Sequence[str]
 ) -> dict[str, pa.Array]:
-    """The columns named in `added`, from `[rows, num_labels]` float64 logits."""
+    """The columns named in `added`, from `[rows, num_labels]` float64 logits or predictions."""
+    if isinstance(predicted, list):
+        of_text = any(isinstance(value, str) for value in predicted)
+        return {"prediction": pa.array(predicted, pa.string() if of_text else pa.float64())}
+    logits = predicted
     values = {"logits": pa.array(list(logits.astype(np.float32)), pa.list_(pa.float32()))}
     if label_names:
         exponentials = np.exp(logits - logits.max(-1, keepdims=True))

@@ -10,6 +10,11 @@ from compacter_jax.config import MethodConfig, to_dict
 from compacter_jax.params import Count
 
 
+def number(value: float) -> str:
+    """A metric in words: a count as it is, anything else with four decimals."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
 def parameter_rows(count: Count) -> list[tuple[str, str, str, str]]:
     """Rows `(group, trained, all, trained in percent of all parameters)`, the sum last."""
 
@@ -18,6 +23,11 @@ def parameter_rows(count: Count) -> list[tuple[str, str, str, str]]:
 
     rows = [row(group, *sizes) for group, sizes in count.groups.items()]
     return [*rows, row("sum", count.trained, count.total)]
+
+
+def backbone_total(count: Count) -> int:
+    """Parameters of the backbone alone: all but what the method and the task add."""
+    return count.total - sum(count.groups.get(g, (0, 0))[1] for g in ("rule", "adapters", "head"))
 
 
 def parameter_table(count: Count, method: MethodConfig) -> str:
@@ -34,11 +44,12 @@ def parameter_table(count: Count, method: MethodConfig) -> str:
 
 def result_text(result: dict[str, Any], folder: Path) -> str:
     """The last lines that `fit` prints."""
-    metric = result["metric"]
+    shown = [result["metric"], *(["invalid"] if "invalid" in result["validation"] else [])]
     lines = [
-        f"{split} {metric}: {result[split][metric]:.4f}"
+        f"{split} {name}: {number(result[split][name])}"
         for split in ("validation", "test")
         if split in result
+        for name in shown
     ]
     return "\n".join(
         [
@@ -50,6 +61,7 @@ def result_text(result: dict[str, Any], folder: Path) -> str:
             f"adapter: {folder / 'adapter'} ({result['adapter_bytes']:,} bytes)",
             f"curves: {folder / 'curves.png'}",
             f"report: {folder / 'report.md'}",
+            *([f"backbone: {folder / 'backbone'}"] if (folder / "backbone").exists() else []),
         ]
     )
 
@@ -76,7 +88,7 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
         right.plot(
             [best], [result["test"][metric]], "*", color="C2", markersize=14, label="test, at best"
         )
-    right.set(xlabel="epoch", ylabel=metric, title=metric.capitalize())
+    right.set(xlabel="epoch", ylabel=metric, title=metric.replace("_", " ").capitalize())
     right.legend()
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -101,10 +113,12 @@ def write_report(result: dict[str, Any], options: Any, count: Count, path: Path)
         "training examples": result["train_examples"],
         "method": options.method,
         "epochs": options.epochs,
+        "steps": result["steps"],
         "batch size": options.batch_size,
         "learning rate": result["learning_rate"],
         "seed": options.seed,
         "dtype": options.dtype,
+        **{name: value for part in result["objective"].values() for name, value in part.items()},
     }
     settings |= {f"method: {k}": v for k, v in to_dict(options.method_config()).items()}
     sections = [
@@ -115,27 +129,31 @@ def write_report(result: dict[str, Any], options: Any, count: Count, path: Path)
         f"{result['best_epoch']}.",
         _table(
             ["metric", *splits],
-            [[name, *(f"{result[s][name]:.4f}" for s in splits)] for name in metric_names],
+            [[name, *(number(result[s][name]) for s in splits)] for name in metric_names],
         ),
         "## What is trained",
         _table(["group", "trained", "parameters", "of all"], parameter_rows(count)),
         f"The adapter takes {result['adapter_bytes']:,} bytes on disk.",
         "## Use it",
-        f"```\npython -m train predict --adapter {options.output_dir / 'adapter'} "
-        "--input FILE --output FILE\n```",
+        f"```\npython -m train {_next_command(result, options.output_dir)}\n```",
         "## Settings",
         _table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
         "## Epochs",
         _table(
             list(result["history"][0]),
-            [
-                [f"{v:.4f}" if isinstance(v, float) else str(v) for v in record.values()]
-                for record in result["history"]
-            ],
+            [[number(value) for value in record.values()] for record in result["history"]],
         ),
     ]
     with replace_file(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _next_command(result: dict[str, Any], folder: Path) -> str:
+    if result["kind"] != "span_corruption":
+        return f"predict --adapter {folder / 'adapter'} --input FILE --output FILE"
+    if (folder / "backbone").exists():
+        return f"fit --backbone {folder / 'backbone'} --task movie --output-dir FOLDER"
+    return f"evaluate --adapter {folder / 'adapter'} --task span_corruption --test-file FILE"
 
 
 def _table(header: list[str], rows: Any) -> str:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compacter_jax.params import merge
-from train.data import shard
+from train.data import IGNORED, shard
 
 Batch = Mapping[str, Any]
 Params = Any
@@ -22,6 +22,8 @@ Params = Any
 ApplyFunction = Callable[[Params, Batch, Array | None], Array]
 # (logits, labels) -> [batch] losses
 LossFunction = Callable[[Array, Array], Array]
+# (parameters, batch) -> tree of [batch, …] arrays, what a split is evaluated by
+OutputsFunction = Callable[[Params, Batch], Any]
 
 AXIS = "devices"
 
@@ -47,16 +49,32 @@ class StepMetrics(NamedTuple):
     gradient_norm: Array
 
 
-def loss_function(kind: Literal["classification", "regression"]) -> LossFunction:
+def loss_function(kind: Literal["classification", "regression", "tokens"]) -> LossFunction:
     """Per-example loss: cross-entropy of `[batch, labels]`, squared error of `[batch, 1]` logits.
 
-    Computed in float32 whatever the dtype of the logits.
+    For "tokens", the mean cross-entropy over an example's target tokens, of
+    `[batch, length, vocabulary]` logits and `[batch, length]` labels that are `train.data.IGNORED`
+    where there is none. Computed in float32 whatever the dtype of the logits.
     """
+    if kind == "tokens":
+        return lambda logits, labels: (
+            -jnp.sum(token_log_likelihoods(logits, labels), -1)
+            / jnp.maximum(jnp.sum(labels != IGNORED, -1), 1)
+        )
     if kind == "regression":
         return lambda logits, scores: jnp.square(logits[:, 0].astype(jnp.float32) - scores)
     return lambda logits, labels: optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), labels
     )
+
+
+def token_log_likelihoods(logits: Array, labels: Array) -> Array:
+    """Log-likelihood of each label: `[…, vocabulary]`, `[…]` -> `[…]` float32, 0 where ignored."""
+    known = labels != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(known, labels, 0)
+    )
+    return jnp.where(known, -losses, 0.0)
 
 
 def loss_and_update(
@@ -73,7 +91,7 @@ def loss_and_update(
 ) -> tuple[TrainState, StepMetrics]:
     """One update of the trained half from one global batch.
 
-    The loss is the mean over rows of weight 1 in the whole batch, however it is divided: devices
+    The loss is the weighted mean over the rows of the whole batch, however it is divided: devices
     and accumulated parts give the gradient of one large batch. Gradients are taken with respect to
     the trained half, so that no gradient of a frozen weight exists, and only trained leaves are
     averaged over devices.
@@ -121,6 +139,27 @@ def loss_and_update(
     return TrainState(state.step + 1, trained, opt_state), metrics
 
 
+def apply_function(
+    module: Any, inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids")
+) -> ApplyFunction:
+    """How the steps call a module: with these parts of a batch, dropout where there is a key."""
+
+    def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
+        return module.apply(
+            {"params": params},
+            *(batch[name] for name in inputs),
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+        )
+
+    return apply
+
+
+def logits_of(apply: ApplyFunction) -> OutputsFunction:
+    """The logits without dropout, `[batch, …]` float32."""
+    return lambda params, batch: apply(params, batch, None).astype(jnp.float32)
+
+
 def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """From 0 up to `learning_rate` in `warmup_steps`, then linearly to 0 at `total_steps`."""
     decay_steps = max(total_steps - warmup_steps, 1)
@@ -140,7 +179,8 @@ class Compute:
       init_state: trained half -> placed `TrainState`.
       place: frozen half -> the same on every device.
       step: (state, frozen, host batch) -> (state, metrics); the state given is donated.
-      logits: (trained half of a state, frozen, host batch) -> `[batch, …]` float32 on the host.
+      outputs: (trained half of a state, frozen, host batch) -> what `OutputsFunction` gives, on
+        the host.
       host_state: placed state -> one copy of it.
       place_state: inverse of `host_state`.
     """
@@ -149,7 +189,7 @@ class Compute:
     init_state: Callable[[Params], TrainState]
     place: Callable[[Params], Params]
     step: Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
-    logits: Callable[[Params, Params, Batch], np.ndarray]
+    outputs: Callable[[Params, Params, Batch], Any]
     host_state: Callable[[TrainState], TrainState]
     place_state: Callable[[TrainState], TrainState]
 
@@ -159,16 +199,18 @@ def make_compute(
     loss: LossFunction,
     tx: optax.GradientTransformation,
     *,
+    outputs: OutputsFunction | None = None,
     seed: int,
     accumulation_steps: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Compute:
-    """Compiles `loss_and_update` and the forward pass for the given devices.
+    """Compiles `loss_and_update` and what evaluates a split for the given devices.
 
     Args:
       apply: as for `loss_and_update`, and so are `loss`, `tx` and `accumulation_steps`.
       loss: see there.
       tx: see there.
+      outputs: what a split is evaluated by; by default the logits in float32.
       seed: of the dropout masks.
       accumulation_steps: see there.
       devices: by default all local ones. With several, a batch's rows are divided among them.
@@ -189,19 +231,19 @@ def make_compute(
             axis_name=AXIS if several else None,
         )
 
-    def forward(trained: Params, frozen: Params, batch: Batch) -> Array:
-        return apply(merge(trained, frozen), batch, None).astype(jnp.float32)
+    def forward(trained: Params, frozen: Params, batch: Batch) -> Any:
+        return (outputs or logits_of(apply))(merge(trained, frozen), batch)
 
     def new_state(trained: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
 
     if several:
         step = jax.pmap(update, AXIS, devices=devices, donate_argnums=0)
-        logits = jax.pmap(forward, AXIS, devices=devices)
+        evaluate = jax.pmap(forward, AXIS, devices=devices)
         place, host = _replicate(devices), _first_copy
         split = lambda batch: shard(batch, len(devices))  # noqa: E731
     else:
-        step, logits = jax.jit(update, donate_argnums=0), jax.jit(forward)
+        step, evaluate = jax.jit(update, donate_argnums=0), jax.jit(forward)
         place, host = lambda tree: jax.device_put(tree, devices[0]), lambda tree: tree
         split = lambda batch: jax.device_put(dict(batch), devices[0])  # noqa: E731
 
@@ -209,15 +251,15 @@ def make_compute(
         state, metrics = step(state, frozen, split(batch))
         return state, host(metrics)
 
-    def run_logits(trained: Params, frozen: Params, batch: Batch) -> np.ndarray:
-        y = np.asarray(logits(trained, frozen, split(batch)))
-        return y.reshape(-1, *y.shape[2:]) if several else y
+    def run_outputs(trained: Params, frozen: Params, batch: Batch) -> Any:
+        rows = jax.device_get(evaluate(trained, frozen, split(batch)))
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), rows) if several else rows
 
     def init_state(trained: Params) -> TrainState:
         # Copied: the step donates its state, and the caller's arrays must outlive it.
         return place(jax.jit(new_state)(jax.tree.map(np.array, trained)))
 
-    return Compute(devices, init_state, place, run_step, run_logits, host, place)
+    return Compute(devices, init_state, place, run_step, run_outputs, host, place)
 
 
 def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:

@@ -1,4 +1,4 @@
-"""Labelled sentences: built-in tasks and the user's own files, checked row by row."""
+"""Sentences and what to predict: built-in tasks and the user's own files, checked row by row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,28 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 
-from train.predictions import column_names, column_values, read_rows, require_column
+from train.predictions import (
+    check_texts,
+    column_names,
+    column_values,
+    read_rows,
+    require_column,
+)
+from train.span_corruption import check_text_file
 
 BUILT_IN = ("movie", "product", "tweet", "editorial")
+SPAN_CORRUPTION = "span_corruption"
 SPLITS = ("train", "validation", "test")
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "text", "span_corruption"]
 
+_METRICS: dict[Kind, str] = {
+    "classification": "accuracy",
+    "regression": "pearson",
+    "text": "exact_match",
+    "span_corruption": "token_accuracy",
+}
+_KINDS: dict[str, Kind] = {"label": "classification", "score": "regression", "target": "text"}
 _SENTIMENT = Path(__file__).parent / "sentiment"
 _SENTIMENT_LABELS = ("negative", "positive")
 
@@ -29,16 +44,17 @@ class Task:
 
     Attributes:
       name: of the built-in task, or what the caller called the files.
-      kind: "classification" or "regression".
-      label_names: one name per class; empty for regression.
+      kind: "classification", "regression", "text" or "span_corruption".
+      label_names: one name per class; empty unless it is classification.
       splits: split name -> dataset with columns `sentence`, maybe `sentence2`, and `label` (index
-        into `label_names`) or `score` (float64).
+        into `label_names`), `score` (float64) or, for "text", `target`. For "span_corruption" the
+        path of a text file.
     """
 
     name: str
     kind: Kind
     label_names: tuple[str, ...]
-    splits: dict[str, datasets.Dataset]
+    splits: dict[str, Any]
 
     @property
     def num_labels(self) -> int:
@@ -48,13 +64,14 @@ class Task:
     @property
     def metric(self) -> str:
         """The metric, larger is better, that chooses the best epoch."""
-        return "pearson" if self.kind == "regression" else "accuracy"
+        return _METRICS[self.kind]
 
 
 def load_task(
     name: str | None = None,
     *,
     regression: bool = False,
+    text: bool = False,
     train_file: str | Path | None = None,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
@@ -64,15 +81,18 @@ def load_task(
 ) -> Task:
     """Reads a built-in task, the user's files, or a built-in task with some splits replaced.
 
-    A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text) or
-    `score` (numbers). With neither `regression` nor `label_names` given, files without a `label`
-    column but with a `score` column make a regression task. Label names are the sorted labels of
-    the training file, or those of its `datasets.ClassLabel`; where no name is an integer, integer
-    labels are positions in them.
+    A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text),
+    `score` (numbers) or `target` (text). Which of them is predicted is, unless `regression`, `text`
+    or `label_names` says it, the first of these that the files have. Label names are the sorted
+    labels of the training file, or those of its `datasets.ClassLabel`; where no name is an integer,
+    integer labels are positions in them. The files of `SPAN_CORRUPTION` are plain text, not read
+    here.
 
     Args:
-      name: one of `BUILT_IN`, or any name for the user's files ("custom" if None).
+      name: one of `BUILT_IN`, `SPAN_CORRUPTION`, or any name for the user's files ("custom" if
+        None).
       regression: predict `score` instead of `label`.
+      text: predict `target` instead of `label`.
       train_file: .parquet, .jsonl, .csv or .tsv.
       validation_file: the same.
       test_file: the same.
@@ -89,17 +109,24 @@ def load_task(
     for split in wanted:
         if split not in files:
             raise ValueError(f"no file for the split {split!r}; there are {', '.join(files)}")
+    if name == SPAN_CORRUPTION:
+        if regression or text:
+            raise ValueError(f"{name} takes its targets from the text itself, not from a column")
+        for split in wanted:
+            check_text_file(files[split])
+        return Task(name, "span_corruption", (), {split: files[split] for split in wanted})
     names = tuple(label_names or ())
-    if not regression and not names and name in BUILT_IN:
-        names = _SENTIMENT_LABELS
-    if not names and not regression:
-        regression = _only_scores(next(iter(files.values())), max_characters)
-    target = "score" if regression else "label"
+    if regression or text:
+        target = "score" if regression else "target"
+    elif names or name in BUILT_IN:
+        names, target = names or _SENTIMENT_LABELS, "label"
+    else:
+        target = _target_column(next(iter(files.values())), max_characters)
     # The training file is read even when only evaluating, if the label names have to come from it.
     needed = [s for s in files if s in wanted or (s == "train" and target == "label" and not names)]
     columns = {split: _read_split(files[split], target, max_characters) for split in needed}
     _check_same_columns(files, columns)
-    if regression:
+    if target != "label":
         names = ()
     else:
         names = names or _label_names(files, columns)
@@ -108,7 +135,7 @@ def load_task(
         _check_two_classes(files, columns, names)
     return Task(
         name=name or "custom",
-        kind="regression" if regression else "classification",
+        kind=_KINDS[target],
         label_names=names,
         splits={split: _dataset(columns[split], names) for split in wanted},
     )
@@ -136,14 +163,16 @@ def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Pa
     files |= {split: Path(path) for split, path in zip(SPLITS, given, strict=True) if path}
     if not files:
         raise ValueError(
-            f"unknown task {name!r}; use {', '.join(BUILT_IN)}, or give files of your own"
+            f"{name} needs a text file; give --train-file"
+            if name == SPAN_CORRUPTION
+            else f"unknown task {name!r}; use {', '.join(BUILT_IN)}, or give files of your own"
         )
     return files
 
 
-def _only_scores(path: Path, max_characters: int) -> bool:
+def _target_column(path: Path, max_characters: int) -> str:
     names = column_names(next(read_rows(path, max_characters=max_characters)))
-    return "score" in names and "label" not in names
+    return next((column for column in _KINDS if column in names), "label")
 
 
 def _read_split(path: Path, target: str, max_characters: int) -> dict[str, list[Any]]:
@@ -157,6 +186,8 @@ def _read_split(path: Path, target: str, max_characters: int) -> dict[str, list[
             columns[name] += column_values(rows, name)
     if target == "score":
         columns["score"] = [_score(path, row, x) for row, x in enumerate(columns["score"], 1)]
+    elif target == "target":
+        check_texts(path, target, columns[target], 1, max_characters)
     else:
         class_names = _class_names(path)
         columns["label"] = [
@@ -262,6 +293,6 @@ def _dataset(columns: dict[str, list[Any]], names: tuple[str, ...]) -> datasets.
     features: dict[str, Any] = {name: datasets.Value("string") for name in columns}
     if "label" in columns:
         features["label"] = datasets.ClassLabel(names=list(names))
-    else:
+    elif "score" in columns:
         features["score"] = datasets.Value("float64")
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -96,7 +96,7 @@ def load_backbone(
     found = flatten_dict(family.from_hugging_face(_read_tensors(folder)), sep="/")
     if _other_task(config, family, module):
         found = _leave_out(found, family.ambiguous_parts, folder)
-    params, new = _fit(found, module, family, folder=folder, seed=seed)
+    params, new = _fit(found, module, family, config, folder=folder, seed=seed)
     return Backbone(module, params, config, str(path_or_hub_id), new)
 
 
@@ -156,8 +156,7 @@ def module_from_name(
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
-        folder = path if path.is_dir() else path.parent
-        return module_from_config(_read_config(folder), head=head, num_labels=num_labels)
+        return module_from_config(_read_config(path), head=head, num_labels=num_labels)
     name = str(name_or_path)
     if name not in PUBLISHED:
         raise ValueError(
@@ -197,15 +196,16 @@ def _other_task(config: Any, family: Family, module: Any) -> bool:
     return family.architectures.get(config.architectures[0], "unknown") not in (None, module.head)
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(place: Path) -> Any:
+    """The configuration in a folder, or in the file itself."""
     from transformers import AutoConfig  # noqa: PLC0415 (importing compacter_jax stays light)
 
-    file = folder / "config.json"
+    file = place / "config.json" if place.is_dir() else place
     try:
         model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} has no config.json; it must be a folder written by save_pretrained"
+            f"{place} has no config.json; it must be a folder written by save_pretrained"
         ) from None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
@@ -214,7 +214,7 @@ def _read_config(folder: Path) -> Any:
             f"{file} says model_type={model_type!r}; supported: {', '.join(map(repr, FAMILIES))}"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # its classes of errors change between versions of transformers
         raise ValueError(f"{file} is not a configuration of {model_type!r}: {error}") from error
 
@@ -304,7 +304,13 @@ def _read_safetensors(file: Path, names: Iterable[str] | None = None) -> dict[st
 
 
 def _fit(
-    found: dict[str, np.ndarray], module: Any, family: Family, *, folder: Path, seed: int
+    found: dict[str, np.ndarray],
+    module: Any,
+    family: Family,
+    config: Any,
+    *,
+    folder: Path,
+    seed: int,
 ) -> tuple[Params, tuple[str, ...]]:
     """Parameters exactly as `module.init` makes them, and the paths of those not in `found`."""
 
@@ -314,7 +320,7 @@ def _fit(
     key = jax.random.key(seed)
     wanted = jax.eval_shape(initial, key)
     found = _leave_out(found, [p for p in family.parts if not _within(p, wanted)], folder)
-    _settle_ties(found, wanted, module, family, folder)
+    _settle_ties(found, wanted, module, family, config, folder)
     found = _leave_out(found, [p for p in family.surplus if not _within(p, wanted)], folder)
     for part in family.surplus:
         if _within(part, wanted) and not _within(part, found):
@@ -360,6 +366,7 @@ def _settle_ties(
     wanted: Mapping[str, Any],
     module: Any,
     family: Family,
+    config: Any,
     folder: Path,
 ) -> None:
     """Takes copies that the module does not have out of `found`, adds those it does have."""
@@ -369,7 +376,7 @@ def _settle_ties(
         kinds = {path.rsplit("/", 1)[-1], original.rsplit("/", 1)[-1]}
         values = found[original].T if kinds == {"kernel", "embedding"} else found[original]
         if path in wanted:
-            if family.untie:
+            if family.untie and config.tie_word_embeddings:
                 found.setdefault(path, values)
         elif (
             path in found

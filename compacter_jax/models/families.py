@@ -32,7 +32,8 @@ class Family:
       to_hugging_face: inverse of `from_hugging_face`.
       surplus: path prefixes that a checkpoint may have in excess, but not lack.
       untie: a module whose parameters of `ties` are its own takes the values of the other name
-        where the checkpoint has only those. transformers 5 ties every T5 and saves one copy.
+        where the checkpoint has only those and its configuration ties them. transformers 5 ties
+        every T5 and saves one copy.
       ambiguous_parts: those of `parts` that several heads call by the same name; they are left out
         where config.json names an architecture with another head.
     """
@@ -288,8 +289,7 @@ def _t5_module(
             f"num_labels={num_labels} was given, but T5 has no classifier: it answers in text"
         )
     values = {f.name: getattr(config, f.name) for f in fields(T5Config) if hasattr(config, f.name)}
-    # transformers 5 says True whatever config.json says, and keeps that under another name.
-    values["tie_word_embeddings"] &= getattr(config, "scale_decoder_outputs", True)
+    values["tie_word_embeddings"] = _is_tied(config)
     if isinstance(values["eos_token_id"], list):
         values["eos_token_id"] = values["eos_token_id"][0]
     if values.get("decoder_start_token_id") is None:
@@ -297,6 +297,19 @@ def _t5_module(
     if dropout_rate is not None:
         values["dropout_rate"] = dropout_rate
     return T5(T5Config(**values), head=head, **attributes)
+
+
+def _is_tied(config: Any) -> bool:
+    """Whether the head is the embedding and its input is scaled.
+
+    transformers 5 says `tie_word_embeddings=True` of every T5 and mT5, whatever config.json says.
+    It scales a T5 where `scale_decoder_outputs`, which keeps what config.json says, and never mT5.
+    """
+    if config.model_type == "mt5":
+        written_by = getattr(config, "transformers_version", None) or ""
+        if type(config)().tie_word_embeddings or written_by.startswith("5."):
+            return False
+    return config.tie_word_embeddings and getattr(config, "scale_decoder_outputs", True)
 
 
 def _t5_family(prefix: str) -> Family:

@@ -681,6 +681,13 @@ class T5(nn.Module):
             raise ValueError(
                 "decode takes encoder_hidden_states, or a cache with the index of the token"
             )
+        if cache is not None and (
+            decoder_input_ids.shape[1:] != (1,) or decoder_attention_mask is not None
+        ):
+            raise ValueError(
+                f"decoder_input_ids has shape {decoder_input_ids.shape}; with a cache, decode "
+                "takes one token per row, [batch, 1], and no decoder_attention_mask"
+            )
         return self._run(
             None,
             attention_mask,
@@ -698,7 +705,12 @@ class T5(nn.Module):
         Args:
           encoder_hidden_states: `[batch, length, d_model]` of `encode`.
           max_length: most tokens to decode, the start token counted.
+
+        Raises:
+          ValueError: if there is no decoder, a shape does not fit, or `max_length` is not positive.
         """
+        if max_length < 1:
+            raise ValueError(f"max_length={max_length} is not positive; use 1 or more")
         ids = jnp.zeros((encoder_hidden_states.shape[0], 1), jnp.int32)
         # A whole pass for one token, of which a compiler keeps the projections of the states.
         key_values = self._run(
@@ -753,6 +765,7 @@ class T5(nn.Module):
             "decoder_attention_mask",
             decoder_attention_mask,
         )
+        _check_source(config.d_model, decoder_input_ids, states, attention_mask, cache)
         keep = keys_and_values or cache is not None
         decoder = T5Stack(
             config, is_decoder=True, remat=self.remat, keep=keep, name="decoder", **settings
@@ -832,17 +845,39 @@ def _check_ids(name: str, ids: Array, mask_name: str, mask: Array | None) -> Non
         raise ValueError(f"{name} has shape {ids.shape}; it must be [batch, length]")
     if not ids.shape[1]:
         raise ValueError(f"{name} has shape {ids.shape}, no tokens; give at least one per row")
+    _check_mask(mask_name, mask, name, ids.shape)
+
+
+def _check_source(
+    width: int, ids: Array, states: Array | None, mask: Array | None, cache: T5Cache | None
+) -> None:
+    """What the decoder's `ids` attend to, in `states` or in the cache."""
+    if states is not None:
+        if states.ndim != 3 or states.shape[2] != width:
+            raise ValueError(
+                f"encoder_hidden_states has shape {states.shape}; it must be [batch, length, "
+                f"d_model={width}]"
+            )
+        rows, length, _ = states.shape
+    elif cache is not None:
+        rows, _, length, _ = cache.cross_attention[0][0].shape
+    if ids.shape[0] != rows:
+        raise ValueError(
+            f"decoder_input_ids has {ids.shape[0]} rows, the encoder's states have {rows}; give as "
+            "many of both"
+        )
+    _check_mask("attention_mask", mask, "the encoder's states", (rows, length))
+
+
+def _check_mask(name: str, mask: Array | None, of: str, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"{mask_name} has shape {mask.shape}; it must be that of {name}, {ids.shape}"
-        )
+    if mask.shape != shape:
+        raise ValueError(f"{name} has shape {mask.shape}; it must be that of {of}, {shape}")
     if jnp.issubdtype(mask.dtype, jnp.floating):
         # It might be an additive mask, 0 to attend and -inf to leave out: the very opposite.
         raise ValueError(
-            f"{mask_name} is {mask.dtype}; it must be integers or booleans, 1 at tokens and 0 at "
-            "padding"
+            f"{name} is {mask.dtype}; it must be integers or booleans, 1 at tokens and 0 at padding"
         )
 
 
