@@ -109,6 +109,8 @@ def test_fit_learns_and_writes_everything(fitted):
     best = result["history"][result["best_epoch"] - 1]
     assert best["accuracy"] == max(record["accuracy"] for record in result["history"])
     assert result["validation"]["accuracy"] == best["accuracy"]
+    for record in result["history"]:  # so few steps that none are averaged
+        assert np.mean(record["step_losses"]) == pytest.approx(record["train_loss"])
     # Bottleneck 12, n = 4: two layers of (24 + 12) + 12 + (12 + 24) + 24, a rule of 64.
     assert result["trained_groups"]["adapters"] == 2 * (24 + 12 + 12 + 12 + 24 + 24)
     assert result["trained_groups"]["rule"] == 64

@@ -337,6 +337,7 @@ class Trainer:
                 "validation_loss": validation_loss,
                 **values,
                 "examples_per_second": job.examples_before(progress.batch) / progress.seconds,
+                "step_losses": _thinned(progress.losses),
             }
         )
         name = job.task.metric
@@ -411,6 +412,12 @@ class Trainer:
         self.state = self.compute.place_state(step.TrainState(**restored.state))
         self.progress = Progress(**restored.progress)
         print(f"resumed at step {latest}, epoch {self.progress.epoch + 1}")
+
+
+def _thinned(losses: list[float], most: int = 50) -> list[float]:
+    """Means of consecutive losses, at most `most` of them: what a curve can show."""
+    parts = np.array_split(np.array(losses), min(most, len(losses)))
+    return [float(part.mean()) for part in parts]
 
 
 @contextmanager

@@ -77,8 +77,19 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
     history, metric = result["history"], result["metric"]
     epochs = [record["epoch"] for record in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(epochs, [record["train_loss"] for record in history], "o-", label="train")
-    left.plot(epochs, [record["validation_loss"] for record in history], "s--", label="validation")
+    for record in history:
+        parts = len(record["step_losses"])
+        within = [record["epoch"] - 1 + (i + 0.5) / parts for i in range(parts)]
+        label = "train, by step" if record is history[0] else None
+        left.plot(within, record["step_losses"], color="C0", alpha=0.4, label=label)
+    left.plot(epochs, [record["train_loss"] for record in history], "o-", color="C0", label="train")
+    left.plot(
+        epochs,
+        [record["validation_loss"] for record in history],
+        "s--",
+        color="C1",
+        label="validation",
+    )
     left.set(xlabel="epoch", ylabel="loss", title="Loss")
     left.legend()
     right.plot(epochs, [record[metric] for record in history], "s-", color="C1", label="validation")
@@ -106,6 +117,7 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
 def write_report(result: dict[str, Any], options: Any, count: Count, path: Path) -> None:
     """The run in Markdown: settings, what is trained, results, curves, how to use the adapter."""
     metric_names = list(result["validation"])
+    epoch_names = [name for name in result["history"][0] if name != "step_losses"]
     splits = [split for split in ("validation", "test") if split in result]
     settings = {
         "backbone": options.backbone,
@@ -139,10 +151,7 @@ def write_report(result: dict[str, Any], options: Any, count: Count, path: Path)
         "## Settings",
         _table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
         "## Epochs",
-        _table(
-            list(result["history"][0]),
-            [[number(value) for value in record.values()] for record in result["history"]],
-        ),
+        _table(epoch_names, [[number(r[name]) for name in epoch_names] for r in result["history"]]),
     ]
     with replace_file(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
