@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 MAIN := .venv
@@ -21,6 +22,9 @@ TRANSFORMERS := transformers==4.57.*
 LOWER_BOUNDS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   e = p["optional-dependencies"]; \
   print(*[r.replace(">=", "==") for r in p["dependencies"] + e["train"] + e["test"]])
+
+# Whole files to a process, for what their tests share.
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -45,7 +49,7 @@ help:
 	@echo "make test-main    every test"
 	@echo "make test-oldest  the fast tests on every lower bound in pyproject.toml; not part of make test"
 	@echo "make clean        remove the environments and what was built"
-	@echo "PYTHON=python3.12, TORCH=, PYTEST_ARGS='-k phm' and DEMO_ARGS='--epochs 1' change what runs."
+	@echo "PYTHON=python3.12, TORCH=, WORKERS=4, PYTEST_ARGS='-k phm' and DEMO_ARGS='--epochs 1' change what runs."
 
 demo: $(MAIN)/train.stamp
 	@echo "== fine-tuning, settings in train/configs/demo.toml"
@@ -62,21 +66,21 @@ lint: $(MAIN)/test.stamp
 
 test-main: $(MAIN)/test.stamp
 	@echo "== every test, in $(MAIN)"
-	@$(MAIN)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(MAIN)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 test-newest:
 	@python='$(call find,3.13 3.12)'; if [ -z "$$python" ]; then \
 	  echo "!! SKIPPED: the tests on the newest JAX want Python 3.13 or 3.12, and neither was found"; else \
 	  $(MAKE) -s --no-print-directory $(NEWEST)/test.stamp FOUND="$$python" && \
 	  echo "== fast tests on the newest versions, in $(NEWEST)" && \
-	  $(NEWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS); fi
+	  $(NEWEST)/bin/python $(PYTEST) -q -m "not slow" $(PYTEST_ARGS); fi
 
 test-oldest:
 	@python='$(call find,3.11 3.12)'; if [ -z "$$python" ]; then \
 	  echo "!! SKIPPED: the tests on the oldest JAX want Python 3.11 or 3.12, and neither was found"; else \
 	  $(MAKE) -s --no-print-directory $(OLDEST)/test.stamp FOUND="$$python" && \
 	  echo "== fast tests on the oldest versions, in $(OLDEST)" && \
-	  $(OLDEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS); fi
+	  $(OLDEST)/bin/python $(PYTEST) -q -m "not slow" $(PYTEST_ARGS); fi
 
 test-wheel: $(MAIN)/test.stamp
 	@echo "== building wheel and sdist"

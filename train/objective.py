@@ -20,7 +20,7 @@ from jax import Array
 
 import compacter_jax as cj
 from compacter_jax.config import MethodConfig
-from compacter_jax.models.convert import PUBLISHED, module_from_name
+from compacter_jax.models.convert import module_from_name, read_config
 from train import data, metrics, span_corruption, step, tasks, text
 from train.options import (
     DEFAULT_LEARNING_RATES,
@@ -31,7 +31,7 @@ from train.options import (
 )
 from train.predictions import Predicted
 
-MODEL_TYPES = ("t5", "mt5", "umt5")
+MODEL_TYPES = ("t5", "mt5")
 # Part of a corpus without a validation file that is held out.
 _HELD_OUT = 0.02
 # Noise and choice of held-out text are the same for every seed, so that runs compare.
@@ -400,23 +400,15 @@ class SpanCorruption(Seq2Seq):
 
 
 def head_arguments(backbone: str | Path, num_labels: int) -> dict[str, Any]:
-    """What to load a checkpoint or a configuration with: T5's own head, or a new classifier."""
+    """What to load a checkpoint with: T5's own head, or a new classifier."""
     if is_text_to_text(backbone):
         return {"head": "auto"}
     return {"head": "sequence_classification", "num_labels": num_labels}
 
 
 def is_text_to_text(backbone: str | Path) -> bool:
-    """Whether a checkpoint or configuration is of the T5 family, by its model type."""
-    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
-
-    if str(backbone) in PUBLISHED:
-        return isinstance(PUBLISHED[str(backbone)], cj.T5Config)
-    folder = Path(backbone).parent if Path(backbone).is_file() else backbone
-    try:
-        return AutoConfig.from_pretrained(str(folder)).model_type in MODEL_TYPES
-    except (OSError, ValueError):
-        return False  # whoever loads it says what is wrong with it
+    """Whether a checkpoint is of the T5 family; errors as of `load_backbone`."""
+    return read_config(backbone).model_type in MODEL_TYPES
 
 
 def adapted_shapes(options: ParamsOptions, method: MethodConfig) -> Any:
@@ -429,11 +421,12 @@ def adapted_shapes(options: ParamsOptions, method: MethodConfig) -> Any:
     if len(given) != 1:
         raise ValueError("params wants either --backbone or --backbone-config; give one of them")
     (name,) = given
-    arguments = head_arguments(name, options.num_labels)
     if options.backbone is not None:
-        module = cj.load_backbone(name, **arguments).module
+        module = cj.load_backbone(name, **head_arguments(name, options.num_labels)).module
     else:
-        module = module_from_name(name, **arguments)
+        module = module_from_name(name)
+        if isinstance(module, cj.Bert):
+            module = module.clone(head="sequence_classification", num_labels=options.num_labels)
     model = cj.Adapted(module, method)
     return jax.eval_shape(model.init, jax.random.key(0), *module.dummy_inputs())["params"]
 

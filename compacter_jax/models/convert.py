@@ -100,6 +100,21 @@ def load_backbone(
     return Backbone(module, params, config, str(path_or_hub_id), new)
 
 
+def read_config(path_or_hub_id: str | Path) -> Any:
+    """The configuration of transformers of a checkpoint, or of a config.json by itself.
+
+    Args:
+      path_or_hub_id: a folder, a file, or the id of a repository on the Hugging Face hub (whose
+        weights are fetched, too, as `load_backbone` does).
+
+    Raises:
+      ValueError: if it is not the configuration of a supported model.
+      OSError: if the hub does not answer or has no such repository.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    return _read_config(path if path.is_file() else _folder_of(path_or_hub_id))
+
+
 def module_from_config(
     config: Any,
     *,
