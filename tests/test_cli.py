@@ -131,7 +131,10 @@ def test_evaluate_gives_the_metrics_of_fit(fitted, files, capsys, tmp_path):
     assert main(["evaluate", *map(str, flags)]) == 0
     assert "test accuracy: " in capsys.readouterr().out
     written = json.loads(output.read_text())
-    assert written["metrics"] == json.loads((fitted / "metrics.json").read_text())["test"]
+    values, expected = written["metrics"], json.loads((fitted / "metrics.json").read_text())["test"]
+    # One device here and four there: the logits of a row may differ by rounding.
+    assert values.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
+    assert values == expected
     assert written["examples"] == 43
 
 
