@@ -388,7 +388,7 @@ def test_a_tokenizer_published_as_sentencepiece_alone(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"),
         model_prefix=str(tmp_path / "spiece"),
-        vocab_size=20,
+        vocab_size=19,
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -399,7 +399,7 @@ def test_a_tokenizer_published_as_sentencepiece_alone(tmp_path):
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = data.load_tokenizer(
-        tmp_path, vocab_size=120, max_position_embeddings=None, max_length=8
+        tmp_path, vocab_size=119, max_position_embeddings=None, max_length=8
     )
     # The first sentinel is the last of the tokens, and the end of the text is 1.
-    assert tokenizer("the film <extra_id_0>").input_ids[-2:] == [119, 1]
+    assert tokenizer("the film <extra_id_0>").input_ids[-2:] == [118, 1]
