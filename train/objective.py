@@ -38,6 +38,12 @@ _HELD_OUT = 0.02
 _FIXED_SEED = 0
 
 
+_PREDICTS_NOTHING = (
+    f"an adapter of {tasks.SPAN_CORRUPTION} predicts nothing; fit a task on the backbone it was "
+    "trained with, or with --method full on the folder backbone/ beside it"
+)
+
+
 class Objective(abc.ABC):
     """See the module's docstring.
 
@@ -375,15 +381,12 @@ class SpanCorruption(Seq2Seq):
         return {"token_accuracy": float(accuracy), "loss": _mean_token_loss(outputs, encoded)}
 
     def predictions(self, outputs: Any) -> Predicted:
-        """Never asked for; see `check_predicts`."""
-        raise NotImplementedError
+        """ValueError: there is nothing to predict."""
+        raise ValueError(_PREDICTS_NOTHING)
 
     def check_predicts(self, *, logits: bool) -> None:
-        """There is nothing to predict."""
-        raise ValueError(
-            f"an adapter of {tasks.SPAN_CORRUPTION} predicts nothing; fit a task on the backbone "
-            "it was trained with, or with --method full on the folder backbone/ beside it"
-        )
+        """ValueError: there is nothing to predict."""
+        raise ValueError(_PREDICTS_NOTHING)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def load_backbone(
     found = flatten_dict(family.from_hugging_face(_read_tensors(folder)), sep="/")
     if _other_task(config, family, module):
         found = _leave_out(found, family.ambiguous_parts, folder)
-    params, new = _fit(found, module, family, config, folder=folder, seed=seed)
+    params, new = _fit(found, module, family, folder=folder, seed=seed)
     return Backbone(module, params, config, str(path_or_hub_id), new)
 
 
@@ -322,7 +322,6 @@ def _fit(
     found: dict[str, np.ndarray],
     module: Any,
     family: Family,
-    config: Any,
     *,
     folder: Path,
     seed: int,
@@ -335,7 +334,7 @@ def _fit(
     key = jax.random.key(seed)
     wanted = jax.eval_shape(initial, key)
     found = _leave_out(found, [p for p in family.parts if not _within(p, wanted)], folder)
-    _settle_ties(found, wanted, module, family, config, folder)
+    _settle_ties(found, wanted, module, family, folder)
     found = _leave_out(found, [p for p in family.surplus if not _within(p, wanted)], folder)
     for part in family.surplus:
         if _within(part, wanted) and not _within(part, found):
@@ -381,7 +380,6 @@ def _settle_ties(
     wanted: Mapping[str, Any],
     module: Any,
     family: Family,
-    config: Any,
     folder: Path,
 ) -> None:
     """Takes copies that the module does not have out of `found`, adds those it does have."""
@@ -391,7 +389,7 @@ def _settle_ties(
         kinds = {path.rsplit("/", 1)[-1], original.rsplit("/", 1)[-1]}
         values = found[original].T if kinds == {"kernel", "embedding"} else found[original]
         if path in wanted:
-            if family.untie and config.tie_word_embeddings:
+            if family.untie and _says_tied(folder):
                 found.setdefault(path, values)
         elif (
             path in found
@@ -402,6 +400,12 @@ def _settle_ties(
                 f"{path} in {folder} differs from {original}, but the configuration ties the two; "
                 "set tie_word_embeddings to false in config.json if they are to differ"
             )
+
+
+def _says_tied(folder: Path) -> bool:
+    """What config.json says itself: transformers 5 reads True of every T5."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return settings.get("tie_word_embeddings", True)
 
 
 def _check_shapes(
