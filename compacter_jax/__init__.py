@@ -6,20 +6,29 @@ Everything public is here: `import compacter_jax as cj`.
 from compacter_jax.adapters import Bottleneck, PHMLinear
 from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter, save_backbone
 from compacter_jax.config import (
+    BitFitConfig,
     BottleneckConfig,
+    CombinedConfig,
     FullFineTuningConfig,
+    IA3Config,
+    IntrinsicConfig,
+    LoRAConfig,
+    LowRankBottleneckConfig,
     MethodConfig,
     PHMBottleneckConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     preset,
     presets,
 )
 from compacter_jax.decode import generate
-from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.inject import Adapted, init_adapters, merge_adapter
 from compacter_jax.models.bert import Bert, BertConfig
 from compacter_jax.models.convert import Backbone, load_backbone
 from compacter_jax.models.t5 import T5, T5Config
 from compacter_jax.params import count, label_params, merge, optimizer, partition
 from compacter_jax.phm import kronecker_sum, kronecker_sum_matmul
+from compacter_jax.sites import Site
 
 __version__ = "0.1.0.dev0"
 
@@ -29,12 +38,21 @@ __all__ = [
     "Backbone",
     "Bert",
     "BertConfig",
+    "BitFitConfig",
     "Bottleneck",
     "BottleneckConfig",
+    "CombinedConfig",
     "FullFineTuningConfig",
+    "IA3Config",
+    "IntrinsicConfig",
+    "LoRAConfig",
+    "LowRankBottleneckConfig",
     "MethodConfig",
     "PHMBottleneckConfig",
     "PHMLinear",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "Site",
     "T5Config",
     "count",
     "generate",
@@ -45,6 +63,7 @@ __all__ = [
     "load_adapter",
     "load_backbone",
     "merge",
+    "merge_adapter",
     "optimizer",
     "partition",
     "preset",

@@ -12,11 +12,23 @@ from jax import Array
 
 from compacter_jax import phm
 from compacter_jax.activations import get_activation
-from compacter_jax.config import ADAPTER, BottleneckConfig, PHMBottleneckConfig
+from compacter_jax.config import (
+    ADAPTER,
+    BottleneckConfig,
+    IA3Config,
+    LoRAConfig,
+    LowRankBottleneckConfig,
+    PHMBottleneckConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
 
 Dtype = Any
 # `nn.Module.param` of whichever module owns the parameter.
 ParamFunction = Callable[..., Array]
+
+# What PyTorch's linear layers start with, uniform within 1 / sqrt(in).
+_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def rule_params(
@@ -140,8 +152,39 @@ class PHMLinear(nn.Module):
         return y if bias is None else y + bias
 
 
+class LowRankLinear(nn.Module):
+    """`x @ left @ right + bias`.
+
+    Attributes:
+      features: width of the output.
+      rank: of the weight `left @ right`.
+      factor_init: initialiser of each factor.
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameters.
+
+    References:
+      arXiv:2106.04647, section 5.2.
+    """
+
+    features: int
+    rank: int = 1
+    factor_init: phm.Initializer = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., in] -> [..., features]
+        shape = (x.shape[-1], self.rank)
+        left = self.param("left", self.factor_init, shape, self.param_dtype)
+        shape = (self.rank, self.features)
+        right = self.param("right", self.factor_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, left, right, bias = promote_dtype(x, left, right, bias, dtype=self.dtype)
+        return x @ left @ right + bias
+
+
 class Bottleneck(nn.Module):
-    """A serial bottleneck adapter: `x + scaling * up(act(down(x)))`.
+    """A bottleneck adapter: `x + scaling * up(act(down(x)))`.
 
     Attributes:
       config: sizes, activation and initial values; dense or PHM projections by its class.
@@ -161,6 +204,7 @@ class Bottleneck(nn.Module):
         self,
         x: Array,
         *,
+        skip: Array | None = None,
         rule: Array | None = None,
         down_blocks: phm.Blocks | None = None,
         up_blocks: phm.Blocks | None = None,
@@ -170,6 +214,7 @@ class Bottleneck(nn.Module):
 
         Args:
           x: `[..., width]`.
+          skip: what the adapter's output is added to, `[..., width]`; by default `x`.
           rule: `[n, n, n]`, where the model shares one.
           down_blocks: blocks of the projection `down`, where the model shares them.
           up_blocks: those of `up`.
@@ -192,7 +237,7 @@ class Bottleneck(nn.Module):
         if config.layer_norm_after:
             h = self._layer_norm("layer_norm_after")(h)
         h = nn.Dropout(config.dropout, name="dropout")(h, deterministic=deterministic)
-        return x + config.scaling * h
+        return (x if skip is None else skip) + config.scaling * h
 
     def _layer_norm(self, name: str) -> nn.LayerNorm:
         # As PyTorch's, which the reference implementation uses; the fast variance cancels where
@@ -210,8 +255,13 @@ class Bottleneck(nn.Module):
     ) -> Array:
         config = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if isinstance(config, LowRankBottleneckConfig):
+            factor_init = dense_init(config, name)
+            return LowRankLinear(
+                features, config.rank, factor_init=factor_init, name=name, **dtypes
+            )(x)
         if not isinstance(config, PHMBottleneckConfig):
-            return nn.Dense(features, kernel_init=dense_init(config), name=name, **dtypes)(x)
+            return nn.Dense(features, kernel_init=dense_init(config, name), name=name, **dtypes)(x)
         linear = PHMLinear(
             features,
             phm_dim=config.phm_dim,
@@ -225,8 +275,185 @@ class Bottleneck(nn.Module):
         return linear(x, rule, blocks)
 
 
-def dense_init(config: BottleneckConfig) -> phm.Initializer:
-    """Initialiser of a dense projection: as for one block, over the whole weight."""
+class LoRADelta(nn.Module):
+    """The update `lora_alpha / rank * (dropout(x) @ left) @ right` of a linear layer's output.
+
+    Attributes:
+      config: rank, factor and dropout rate.
+      features: width of the linear layer's output.
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameters.
+
+    References:
+      arXiv:2106.09685, equation 3.
+    """
+
+    config: LoRAConfig
+    features: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool = True) -> Array:  # [..., in] -> [..., out]
+        rank = self.config.rank
+        left = self.param("left", _linear_init, (x.shape[-1], rank), self.param_dtype)
+        right = self.param("right", nn.initializers.zeros, (rank, self.features), self.param_dtype)
+        x = nn.Dropout(self.config.dropout, name="dropout")(x, deterministic)
+        x, left, right = promote_dtype(x, left, right, dtype=self.dtype)
+        return self.config.factor * (x @ left @ right)
+
+
+class IA3Scale(nn.Module):
+    """`x * scale`, `scale` `[width]` initially one.
+
+    Attributes:
+      param_name: `scale` for a linear layer's output, `input_scale` for its input.
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameter.
+
+    References:
+      arXiv:2205.05638, section 3.3.
+    """
+
+    param_name: str = "scale"
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., width] -> [..., width]
+        scale = self.param(self.param_name, nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        x, scale = promote_dtype(x, scale, dtype=self.dtype)
+        return x * scale
+
+
+class AddedBias(nn.Module):
+    """`x + bias`, `bias` `[width]` initially zero: for BitFit where there is no bias to train.
+
+    Attributes:
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameter.
+    """
+
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., width] -> [..., width]
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        x, bias = promote_dtype(x, bias, dtype=self.dtype)
+        return x + bias
+
+
+class SoftPrompt(nn.Module):
+    """Learned embeddings that take the place of the first `prompt_length` ones.
+
+    Attributes:
+      config: length and initial values; those of the vocabulary are set by `init_adapters`.
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameter.
+
+    References:
+      arXiv:2104.08691, section 2.
+    """
+
+    config: PromptTuningConfig
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [batch, length, width] -> the same shape
+        batch, _, width = x.shape
+        half = self.config.prompt_init_range
+        init = nn.initializers.uniform(2 * half)
+        prompt = self.param(
+            "prompt",
+            lambda *args: init(*args) - half,
+            (self.config.prompt_length, width),
+            self.param_dtype,
+        )
+        x, prompt = promote_dtype(x, prompt, dtype=self.dtype)
+        prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape))
+        return jnp.concatenate([prompt, x[:, prompt.shape[1] :]], axis=1)
+
+
+class PrefixKeyValue(nn.Module):
+    """Learned keys and values of one attention.
+
+    Attributes:
+      config: how many, and how they are parameterised.
+      width: of keys, all heads together.
+      dtype: of the result.
+      param_dtype: of the parameters.
+
+    References:
+      arXiv:2101.00190, section 4.3.
+    """
+
+    config: PrefixTuningConfig
+    width: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, batch: int, hidden: Array | None, deterministic: bool = True
+    ) -> tuple[Array, Array]:
+        """Keys and values, `[batch, prefix_length, width]` each.
+
+        Args:
+          batch: rows; they differ by dropout alone.
+          hidden: `[prefix_length, bottleneck_size]` of `prefix_hidden`, where not flat.
+          deterministic: no dropout.
+        """
+        length = self.config.prefix_length
+        if hidden is None:
+            shape, init = (length, self.width), nn.initializers.normal(1.0)
+            both = jnp.concatenate(
+                [self.param(name, init, shape, self.param_dtype) for name in ("key", "value")], -1
+            )
+        else:
+            shape = (hidden.shape[-1], 2 * self.width)
+            kernel = self.param("kernel", _linear_init, shape, self.param_dtype)
+            bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+            hidden, kernel, bias = promote_dtype(hidden, kernel, bias, dtype=self.dtype)
+            both = hidden @ kernel + bias
+        both = jnp.broadcast_to(both.astype(self.dtype or both.dtype), (batch, *both.shape))
+        both = nn.Dropout(self.config.dropout, name="dropout")(both, deterministic)
+        return both[..., : self.width], both[..., self.width :]
+
+
+def prefix_hidden(
+    param: ParamFunction, config: PrefixTuningConfig, site: str, width: int | None, dtype: Dtype
+) -> Array:
+    """What the prefixes of a site are computed from, `[prefix_length, bottleneck_size]`.
+
+    Args:
+      param: the model's `param` method; names are `prefix_SITE_embedding`, `…_kernel`, `…_bias`.
+      config: sizes and activation.
+      site: name of the site.
+      width: of the embeddings.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: if `width` is None.
+    """
+    if width is None:
+        raise ValueError(
+            "prefix tuning through a bottleneck needs the width of the backbone's hidden states: "
+            "give the module a `config` with `hidden_size`, or set flat=True"
+        )
+    prefix, bottleneck = f"prefix_{site}", config.bottleneck_size
+    shape = (config.prefix_length, width)
+    embedding = param(f"{prefix}_embedding", nn.initializers.normal(1.0), shape, dtype)
+    kernel = param(f"{prefix}_kernel", _linear_init, (width, bottleneck), dtype)
+    bias = param(f"{prefix}_bias", nn.initializers.zeros, (bottleneck,), dtype)
+    return get_activation(config.non_linearity)(embedding @ kernel + bias)
+
+
+def dense_init(config: BottleneckConfig, name: str) -> phm.Initializer:
+    """Initialiser of the dense projection `down` or `up`: as for one block, over all of it."""
+    if config.w_init == "lora":
+        return _linear_init if name == "down" else nn.initializers.zeros
     init = phm.blocks_init(config.w_init, config.w_init_range)
     return lambda key, shape, dtype=jnp.float32: init(key, (1, *shape), dtype)[0]
 
@@ -330,3 +557,42 @@ def _stored(places: Sequence[Mapping[str, Any]], whole: str, left: str, right: s
         if left in params:
             return params[left] @ params[right]
     raise ValueError(f"there is no {whole} and no {left} among the parameters of an adapter")
+
+
+def merge_weights(params: Mapping[str, Any], config: LoRAConfig | IA3Config) -> dict[str, Any]:
+    """The backbone's parameters with the updates of LoRA or the factors of IA3 in its kernels.
+
+    Args:
+      params: nested parameters of an adapted model; hosts have a `kernel` `[in, out]` and may have
+        a `bias`.
+      config: the method.
+
+    Returns:
+      The same without adapters; kernels are computed in float32 and keep their dtype.
+    """
+    merged: dict[str, Any] = {}
+    for name, child in params.items():
+        if name != ADAPTER and isinstance(child, Mapping):
+            merged[name] = merge_weights(child, config)
+        elif name != ADAPTER:
+            merged[name] = child
+    if ADAPTER in params:
+        merged |= _merged(merged, params[ADAPTER], config)
+    return merged
+
+
+def _merged(
+    host: Mapping[str, Array], own: Mapping[str, Array], config: LoRAConfig | IA3Config
+) -> dict[str, Array]:
+    kernel = host["kernel"].astype(jnp.float32)
+    changed = {}
+    if isinstance(config, LoRAConfig):
+        left, right = (own[name].astype(jnp.float32) for name in ("left", "right"))
+        kernel += config.factor * jnp.matmul(left, right, precision="highest")
+    elif "scale" in own:
+        kernel *= own["scale"]
+        if "bias" in host:
+            changed["bias"] = (host["bias"] * own["scale"]).astype(host["bias"].dtype)
+    else:
+        kernel *= own["input_scale"][:, None]
+    return {"kernel": kernel.astype(host["kernel"].dtype), **changed}

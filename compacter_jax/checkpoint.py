@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from compacter_jax import config, inject
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
 from compacter_jax.params import FREEZE, group_of, label_params
+from compacter_jax.sites import Site
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -61,7 +63,7 @@ def save_adapter(
     own = {
         "format_version": FORMAT_VERSION,
         "method": config.to_dict(model.method),
-        "sites": None if model.sites is None else dict(model.sites),
+        "sites": None if model.sites is None else _sites_to_json(model.sites),
         "head": getattr(model.backbone, "head", None),
         "num_labels": getattr(model.backbone, "num_labels", None),
         "backbone_sha256": hash_params(left),
@@ -107,7 +109,7 @@ def load_adapter(
             )
     stored = _read_weights(directory, settings["weights_sha256"])
     method = config.from_dict(settings["method"])
-    model = inject.Adapted(backbone.module, method, sites=settings["sites"])
+    model = inject.Adapted(backbone.module, method, sites=_sites_from_json(settings["sites"]))
     wanted, frozen = _split(_shapes(model, backbone), method)
     _check_leaves(directory, stored, wanted)
     own = flatten_dict(backbone.params, sep="/")
@@ -234,6 +236,25 @@ def _split(params: Any, method: config.MethodConfig) -> tuple[dict[str, Any], di
         frozen = labels[path] == FREEZE and group_of(path) not in _ALWAYS_SAVED
         (left if frozen else stored)[path] = leaf
     return stored, left
+
+
+def _sites_to_json(sites: Mapping[str, str | Site]) -> dict[str, Any]:
+    return {
+        name: site if isinstance(site, str) else dataclasses.asdict(site)
+        for name, site in sites.items()
+    }
+
+
+def _sites_from_json(sites: Any) -> Any:
+    """Inverse; what is no mapping stays what it is, for `Adapted` to refuse."""
+    if not isinstance(sites, Mapping):
+        return sites
+    try:
+        return {
+            name: site if isinstance(site, str) else Site(**site) for name, site in sites.items()
+        }
+    except TypeError as error:
+        raise ValueError(f"sites={sites!r} are none of this library: {error}") from None
 
 
 def _shapes(model: inject.Adapted, backbone: Any) -> Any:

@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
 _FACTOR_INITS = WEIGHT_INITS[:3]
@@ -18,29 +18,6 @@ RULE_INITS = ("normal", "uniform")
 ADAPTER = "adapter"
 # Task heads, by `/`-joined paths: made for the task, so no method adapts them as a backbone.
 HEAD = r"(classifier|qa_outputs)/.*"
-
-Role: TypeAlias = Literal["output", "parallel", "join", "attend", "embedding"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-    """A place in a backbone where a method can act, one in each layer or one in all.
-
-    Attributes:
-      host: regular expression that the `/`-joined path of a module matches in full; a group
-        `layer` is the layer's index, where there are layers.
-      method: which method of the host.
-      role: what the method is. `output` returns what is acted on; `parallel` takes the input of a
-        sub-layer and returns its output (alone or first in a tuple); `join(residual, output, …)`
-        ends a sub-layer; `attend(query, key, value, biases, …)` is attention, each bias an array
-        `[…, keys]` or None; `embedding` returns `[batch, length, width]`.
-      length_axis: of keys and values, where the role is `attend`.
-    """
-
-    host: str
-    method: str = "__call__"
-    role: Role = "output"
-    length_axis: int = 1
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -140,7 +117,7 @@ class InsertedConfig(MethodConfig):
       leave_out: indices of layers in which it does not.
     """
 
-    # Whether sites that a backbone does not have are passed over; one at least it must have.
+    # Whether the sites named by default are passed over in a backbone that does not have them.
     passes_over: ClassVar[bool] = False
 
     sites: tuple[str, ...] = ()
@@ -387,6 +364,9 @@ class PrefixTuningConfig(InsertedConfig):
       bottleneck_size: width of `W e`, where not flat.
       non_linearity: the activation, where not flat.
       dropout: rate on the keys and values.
+      shift_positions: where positions are relative (T5), count those of tokens' keys from the first
+        prefix, but not those of queries, as AdapterHub does; otherwise the prefixes have no bias
+        and tokens keep theirs.
 
     References:
       Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, ACL 2021,
@@ -402,6 +382,7 @@ class PrefixTuningConfig(InsertedConfig):
     bottleneck_size: int = 512
     non_linearity: str = "tanh"
     dropout: float = 0.0
+    shift_positions: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -512,11 +493,21 @@ class CombinedConfig(MethodConfig):
         super().__post_init__()
         if not self.parts:
             raise ValueError("parts is empty; name at least one method")
+        sharing = [
+            part
+            for part in self.parts
+            if isinstance(part, PHMBottleneckConfig) and (part.shared_phm_rule or part.shared_W_phm)
+        ]
+        if len(sharing) > 1:
+            raise ValueError(
+                f"{len(sharing)} of the parts share a rule or blocks under the same names; set "
+                "shared_phm_rule=False and shared_W_phm=False in all but one"
+            )
 
     def replace(self, **overrides: Any) -> Self:
         """A copy with `overrides` of its own fields or of those that one part alone has."""
         own = {field.name for field in dataclasses.fields(self)}
-        parts = list(self.parts)
+        parts = list(overrides.get("parts", self.parts))
         for name in overrides.keys() - own:
             having = [
                 i
@@ -531,7 +522,7 @@ class CombinedConfig(MethodConfig):
                 )
             parts[having[0]] = parts[having[0]].replace(**{name: overrides[name]})
         kept = {name: value for name, value in overrides.items() if name in own}
-        return super().replace(**{"parts": tuple(parts), **kept})
+        return super().replace(**{**kept, "parts": tuple(parts)})
 
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -595,6 +586,13 @@ _PRESETS: dict[str, MethodConfig] = {
         parts=(PrefixTuningConfig(bottleneck_size=800), _PARALLEL.replace(scaling=4.0))
     ),
 }
+
+
+def parts_of(method: MethodConfig) -> tuple[InsertedConfig, ...]:
+    """What `method` inserts: itself, its parts, or nothing."""
+    if isinstance(method, CombinedConfig):
+        return method.parts
+    return (method,) if isinstance(method, InsertedConfig) else ()
 
 
 def dense_twin(method: PHMBottleneckConfig) -> BottleneckConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -12,15 +13,26 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from compacter_jax import adapters, intrinsic
 from compacter_jax.activations import get_activation
-from compacter_jax.adapters import Bottleneck, Dtype, build_weights, shared_params
+from compacter_jax.adapters import Dtype
 from compacter_jax.config import (
     ADAPTER,
+    BitFitConfig,
     BottleneckConfig,
+    FullFineTuningConfig,
+    IA3Config,
+    InsertedConfig,
+    IntrinsicConfig,
+    LoRAConfig,
     MethodConfig,
     PHMBottleneckConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     dense_twin,
+    parts_of,
 )
+from compacter_jax.sites import Role, Site
 
 
 class HasParams(Protocol):
@@ -31,7 +43,7 @@ class HasParams(Protocol):
 
 
 class Adapted(nn.Module):
-    """`backbone` with a layer of `method` after every module whose path is one of its sites.
+    """`backbone` with a layer of `method` at every module that is one of its sites.
 
     The parameters are the backbone's under their own names, each adapter under its host as
     `…/adapter/…`, and what adapters share at the top. It is called as the backbone is, and
@@ -43,44 +55,36 @@ class Adapted(nn.Module):
     Attributes:
       backbone: a linen module.
       method: what to insert.
-      sites: site name -> regular expression that fully matches `/`-joined paths of host modules,
-        with a group `layer`. By default the backbone's own table, its class attribute `sites`.
+      sites: site name -> `Site`, or a regular expression that fully matches `/`-joined paths of
+        host modules, with a group `layer`. By default the backbone's own table, its class
+        attribute `sites`.
       param_dtype: of the adapters' parameters; they compute in their host's dtype.
 
     Raises:
-      ValueError: when constructed, for an unknown site or activation; when called, if a site or a
-        layer to leave out was never met, or a host does not return an array.
+      ValueError: when constructed, for an unknown site or activation, or a site where the method
+        cannot act; when called, if a site or a layer to leave out was never met, or a host does
+        not return an array.
     """
 
     backbone: nn.Module
     method: MethodConfig
-    sites: Mapping[str, str] | None = None
+    sites: Mapping[str, str | Site] | None = None
     param_dtype: Dtype = jnp.float32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.method, BottleneckConfig):
-            get_activation(self.method.non_linearity)
-            table = self._table()
-            for site in self.method.sites:
-                if site not in table:
-                    raise ValueError(
-                        f"unknown site {site!r}; {type(self.backbone).__name__} has "
-                        f"{', '.join(table)}"
-                    )
-                if "layer" not in re.compile(table[site]).groupindex:
-                    raise ValueError(
-                        f"the pattern {table[site]!r} of site {site!r} has no group that is the "
-                        r"layer's index; write it as (?P<layer>\d+)"
-                    )
+        for part in parts_of(self.method):
+            if (activation := getattr(part, "non_linearity", None)) is not None:
+                get_activation(activation)
+            for name, site in self._sites_of(part).items():
+                _check_site(name, site, part)
 
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)
-        self.shared = {}
-        if isinstance(self.method, PHMBottleneckConfig):
-            config = getattr(self.backbone, "config", None)
-            width = getattr(config, "hidden_size", None)
-            self.shared = shared_params(self.param, self.method, width, self.param_dtype)
+        self.shared = tuple(self._shared(part) for part in parts_of(self.method))
+        self.intrinsic: dict[str, Any] = {}
+        if isinstance(self.method, IntrinsicConfig):
+            self.intrinsic = self._intrinsic_params(self.method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the backbone with its own arguments, adapters inserted."""
@@ -100,41 +104,129 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def built(self, params: Any) -> tuple[Adapted, Any]:
-        """An equal model with the Kronecker sums of its adapters computed once.
+        """An equal model that computes only once what depends on parameters alone.
 
-        For inference, where parameters do not change: a decoder would otherwise compute them, or
-        go through their factors, at every token.
+        For inference, where they do not change: a decoder would otherwise compute it at every
+        token. Kronecker sums become dense bottlenecks; what `merge_adapter` can merge is merged.
 
         Args:
           params: of this model.
 
         Returns:
-          The model with dense bottlenecks, and its parameters; both as given if there is nothing
-          to build. Outputs are equal to rounding.
+          The model and its parameters; both as given if there is nothing to compute. Outputs are
+          equal to rounding.
         """
-        if not isinstance(self.method, PHMBottleneckConfig):
-            return self, params
-        return self.clone(method=dense_twin(self.method)), build_weights(params)
+        if isinstance(self.method, PHMBottleneckConfig):
+            return self.clone(method=dense_twin(self.method)), adapters.build_weights(params)
+        if isinstance(self.method, LoRAConfig | IA3Config | IntrinsicConfig):
+            return self.clone(method=FullFineTuningConfig()), merge_adapter(self, params)
+        return self, params
 
+    @nn.nowrap
+    def _shared(self, part: InsertedConfig) -> dict[str, Any]:
+        """What the layers of `part` share: arrays, as arguments of a layer, or by site."""
+        width = getattr(getattr(self.backbone, "config", None), "hidden_size", None)
+        if isinstance(part, PHMBottleneckConfig):
+            return adapters.shared_params(self.param, part, width, self.param_dtype)
+        if isinstance(part, PrefixTuningConfig) and not part.flat:
+            return {
+                site: adapters.prefix_hidden(self.param, part, site, width, self.param_dtype)
+                for site in self._sites_of(part)
+            }
+        return {}
+
+    @nn.nowrap
+    def _intrinsic_params(self, config: IntrinsicConfig) -> dict[str, Any]:
+        if self.is_initializing():
+            backbone = self.backbone.clone(parent=None, name=None)
+            inputs = _example_inputs(backbone)
+            stored = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"]
+        else:
+            stored = self.variables["params"]
+        paths = [path for path in flatten_dict(stored, sep="/") if not _INTRINSIC.fullmatch(path)]
+        init, dtype = nn.initializers, self.param_dtype
+        size = (intrinsic.vector_size(config, paths),)
+        own = {"vector": self.param("intrinsic_vector", init.zeros, size, dtype), "scale": None}
+        if config.structure_aware:
+            layers = (len(intrinsic.layers_of(paths)),)
+            own["scale"] = self.param("intrinsic_scale", init.ones, layers, dtype)
+        return own
+
+    @nn.nowrap
     def _call(self, name: str, args: Any, kwargs: Any) -> Any:
+        if isinstance(self.method, IntrinsicConfig) and not self.is_initializing():
+            return self._perturbed(name, args, kwargs)
         call = getattr(self.backbone, name)
-        if not isinstance(self.method, BottleneckConfig):
+        parts = parts_of(self.method)
+        if not parts:
             return call(*args, **kwargs)
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        prompt = sum(p.prompt_length for p in parts if isinstance(p, PromptTuningConfig))
+        deterministic = _deterministic(bound)
+        if prompt:
+            if name == "__call__" and "input_ids" not in bound.arguments:
+                raise ValueError(
+                    f"prompt tuning wants a backbone that is called with input_ids, and "
+                    f"{type(self.backbone).__name__} is not"
+                )
+            _make_room(bound.arguments, prompt, getattr(self.backbone, "config", None))
+        places = [
+            # Arrays, not modules, are shared: closing over a module breaks under remat.
+            _Place(site_name, acted_on, re.compile(site.host), part, shared)
+            for part, shared in zip(parts, self.shared, strict=True)
+            for site_name, site in self._sites_of(part).items()
+            for acted_on in (site, *_companions(site, part))
+        ]
         hook = _Hook(
-            self.method,
-            {site: re.compile(self._table()[site]) for site in self.method.sites},
+            places,
             depth=len(self.path),
-            # Arrays, not modules: closing over a module breaks under remat.
-            call={**self.shared, "deterministic": _deterministic(call, args, kwargs)},
+            deterministic=deterministic,
             param_dtype=self.param_dtype,
         )
         with nn.intercept_methods(hook):
-            y = call(*args, **kwargs)
-        if name == "__call__":  # another method runs a part of the backbone
-            hook.check()
+            y = call(*bound.args, **bound.kwargs)
+        if name != "__call__":  # another method runs a part of the backbone
+            return y
+        hook.check()
+        if prompt and hasattr(self.backbone, "without_first"):
+            y = self.backbone.without_first(y, prompt)
         return y
 
-    def _table(self) -> Mapping[str, str]:
+    @nn.nowrap
+    def _perturbed(self, name: str, args: Any, kwargs: Any) -> Any:
+        """The call with every parameter of the backbone moved within the subspace."""
+        assert isinstance(self.method, IntrinsicConfig)
+        params = _without_intrinsic(self.variables["params"])
+        seed = self.method.projection_seed
+        moved = intrinsic.perturb(params, self.intrinsic["vector"], self.intrinsic["scale"], seed)
+        rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
+        backbone = self.backbone.clone(parent=None, name=None)
+        return backbone.apply({"params": moved}, *args, rngs=rngs, method=name, **kwargs)
+
+    @nn.nowrap
+    def _sites_of(self, part: InsertedConfig) -> dict[str, Site]:
+        """The sites of `part` by name, those passed over left out."""
+        table = self._table()
+        absent = getattr(self.backbone, "absent_sites", ()) if self.sites is None else ()
+        known = [name for name in table if name not in absent]
+        passed_over = type(part)().sites if part.passes_over else ()
+        unknown = [name for name in part.all_sites() if name not in (*known, *passed_over)]
+        present = {name: _as_site(table[name]) for name in part.all_sites() if name in known}
+        if isinstance(part, BitFitConfig) and not present and not unknown:
+            if part.leave_out:
+                raise ValueError(
+                    f"{type(self.backbone).__name__} has biases of its own, and BitFit trains them "
+                    "all; leave_out is for new ones"
+                )
+        elif unknown or not present:
+            name = (*unknown, *part.all_sites())[0]
+            raise ValueError(
+                f"unknown site {name!r}; {type(self.backbone).__name__} has {', '.join(known)}"
+            )
+        return present
+
+    @nn.nowrap
+    def _table(self) -> Mapping[str, str | Site]:
         table = self.sites if self.sites is not None else getattr(self.backbone, "sites", None)
         if table is None:
             raise ValueError(
@@ -148,96 +240,364 @@ class Adapted(nn.Module):
         return table
 
 
-def _deterministic(call: Any, args: Any, kwargs: Any) -> bool:
+_INTRINSIC = re.compile("intrinsic_(vector|scale)")
+
+# Kind of method -> the roles of sites where it can act.
+_ROLES: dict[type[InsertedConfig], tuple[Role, ...]] = {
+    BottleneckConfig: ("output", "parallel", "join"),
+    LoRAConfig: ("output",),
+    IA3Config: ("output",),
+    BitFitConfig: ("output", "bias"),
+    PrefixTuningConfig: ("attend",),
+    PromptTuningConfig: ("embedding",),
+}
+
+
+def _as_site(site: str | Site) -> Site:
+    return Site(host=site) if isinstance(site, str) else site
+
+
+def _check_site(name: str, site: Site, part: InsertedConfig) -> None:
+    roles = next(roles for cls, roles in _ROLES.items() if isinstance(part, cls))
+    if site.role not in roles:
+        raise ValueError(
+            f"method {part.kind!r} cannot act at site {name!r}, whose role is {site.role!r}; "
+            f"it acts at sites of the roles {', '.join(roles)}"
+        )
+    in_layers = site.role not in ("embedding", "bias")
+    if in_layers and "layer" not in re.compile(site.host).groupindex:
+        raise ValueError(
+            f"the pattern {site.host!r} of site {name!r} has no group that is the "
+            r"layer's index; write it as (?P<layer>\d+)"
+        )
+    if not isinstance(part, BottleneckConfig):
+        return
+    if site.role == "parallel" and not part.parallel:
+        raise ValueError(f"site {name!r} is for parallel adapters; set parallel=True")
+    if site.role == "output" and part.parallel:
+        raise ValueError(
+            f"at site {name!r} an adapter sees the sub-layer's output alone; parallel ones go to "
+            f"'parallel_{name}'"
+        )
+    moved = part.original_ln_before or not (part.original_ln_after and part.residual_before_ln)
+    if site.role != "join" and moved:
+        raise ValueError(
+            f"original_ln_before, original_ln_after and residual_before_ln need the residual; use "
+            f"'residual_{name.removeprefix('parallel_')}' in place of site {name!r}"
+        )
+
+
+def _companions(site: Site, part: InsertedConfig) -> tuple[Site, ...]:
+    """Where `part` acts too if it acts at `site`."""
+    if isinstance(part, PrefixTuningConfig) and part.shift_positions:
+        return (dataclasses.replace(site, method="relative_bias", role="positions"),)
+    return ()
+
+
+def _deterministic(bound: inspect.BoundArguments) -> bool:
     """What the backbone is told, by position or by name; True if it takes no such thing."""
-    bound = inspect.signature(call).bind(*args, **kwargs)
-    bound.apply_defaults()
-    value = kwargs.get("deterministic", bound.arguments.get("deterministic"))
-    return True if value is None else value
+    given = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    default = bound.signature.parameters.get("deterministic")
+    value = given.get("deterministic", None if default is None else default.default)
+    return True if value in (None, inspect.Parameter.empty) else value
+
+
+def _make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
+    """Lengthens a call's arguments by `count` tokens in front, whose embeddings are replaced."""
+    ids = arguments.get("input_ids")
+    if ids is not None:
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and count + ids.shape[1] > limit:
+            raise ValueError(
+                f"prompt_length={count} and {ids.shape[1]} tokens are more than the backbone's "
+                f"max_position_embeddings={limit}; truncate to {max(0, limit - count)} tokens"
+            )
+    # Any token but padding, through whose embedding BERT sends no gradient.
+    token = 1 if getattr(config, "pad_token_id", None) == 0 else 0
+    for name, filler in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 0)):
+        if (array := arguments.get(name)) is not None:
+            arguments[name] = jnp.pad(array, ((0, 0), (count, 0)), constant_values=filler)
+    if (positions := arguments.get("position_ids")) is not None:
+        first = jnp.broadcast_to(jnp.arange(count), (positions.shape[0], count))
+        arguments["position_ids"] = jnp.concatenate([first, positions + count], axis=1)
+
+
+@dataclasses.dataclass
+class _Place:
+    """A site, what acts there, and the layers of the backbone in which it was met."""
+
+    name: str
+    site: Site
+    pattern: re.Pattern[str]
+    config: InsertedConfig
+    shared: Mapping[str, Any]
+    met: set[int | None] = dataclasses.field(default_factory=set)  # None where there are no layers
+
+
+def _both(one: _Place, other: _Place, path: str) -> str:
+    return (
+        f"sites {one.name!r} and {other.name!r} are both {path or 'the model itself'}; "
+        "name one of them"
+    )
 
 
 class _Hook:
-    """The interceptor: runs the host, then the adapter inside the host's scope."""
+    """The interceptor: runs the host, and a layer inside the host's scope."""
 
     def __init__(
-        self,
-        method: BottleneckConfig,
-        patterns: dict[str, re.Pattern[str]],
-        *,
-        depth: int,
-        call: dict[str, Any],
-        param_dtype: Dtype,
+        self, places: list[_Place], *, depth: int, deterministic: bool, param_dtype: Dtype
     ):
-        self.method, self.patterns, self.depth, self.call = method, patterns, depth, call
-        self.param_dtype = param_dtype
-        self.met: dict[str, set[int]] = {site: set() for site in patterns}
+        self.places, self.depth = places, depth
+        self.deterministic, self.param_dtype = deterministic, param_dtype
         self.pushed: dict[Any, nn.Module] = {}
-        self.running: set[int] = set()
+        self.owners: dict[Any, _Place] = {}
+        self.running: set[tuple[int, str]] = set()
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         host = context.module
         path = "/".join(host.path[self.depth :])
         # A class that calls super().__call__ comes twice: the outer call is the host's.
-        nested = id(host) in self.running
-        if nested or context.method_name != "__call__" or not self._wants(path):
+        call = (id(host), context.method_name)
+        place = None if call in self.running else self._place(path, context.method_name)
+        if place is None:
             return next_fun(*args, **kwargs)
-        self.running.add(id(host))
-        try:
-            # Host first: its rng counters and names stay as they were.
-            y = next_fun(*args, **kwargs)
-        finally:
-            self.running.remove(id(host))
-        if not isinstance(y, jax.Array):
-            raise ValueError(
-                f"the host {path} returns {type(y).__name__}, not an array; choose as site the "
-                "module that returns the hidden states alone"
-            )
-        return self._layer(context, path, y.dtype)(y, **self.call)
 
-    def _wants(self, path: str) -> bool:
-        """Whether `path` is a host; notes the layer, left out or not."""
-        for site, pattern in self.patterns.items():
-            if match := pattern.fullmatch(path):
-                layer = int(match["layer"])
-                self.met[site].add(layer)
-                return layer not in self.method.leave_out
-        return False
+        def run(*args: Any) -> Any:
+            self.running.add(call)
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                self.running.discard(call)
 
-    def _layer(self, context: Any, path: str, dtype: Dtype) -> nn.Module:
-        host = context.module
-        # A second call of the same host shares its adapter's parameters.
-        if host.scope in self.pushed:
-            return self.pushed[host.scope]
-        if host.scope.name_reserved(ADAPTER):
-            raise ValueError(
-                f"the host {path} has something of its own named {ADAPTER!r}; choose another "
-                "module as site"
-            )
-        settings = {"dtype": dtype, "param_dtype": self.param_dtype}
-        if hasattr(context.orig_method, "compact"):
-            return Bottleneck(self.method, name=ADAPTER, **settings)
-        # A setup-style host allows no submodules in its call, so the scope is made by hand.
-        scope = host.scope.push(ADAPTER)
-        self.pushed[host.scope] = Bottleneck(self.method, parent=scope, **settings)
-        return self.pushed[host.scope]
+        act = next(act for cls, act in _ACTS.items() if isinstance(place.config, cls))
+        return act(_Acting(self, place, context, path), run, args)
+
+    def _place(self, path: str, method: str) -> _Place | None:
+        """Where `path` is, if a layer goes there; notes the layer, left out or not."""
+        found = None
+        for place in self.places:
+            if place.site.method != method or not (match := place.pattern.fullmatch(path)):
+                continue
+            layer = match.groupdict().get("layer")
+            place.met.add(None if layer is None else int(layer))
+            if layer is not None and int(layer) in place.config.leave_out:
+                continue
+            if found is not None:
+                raise ValueError(_both(found, place, path))
+            found = place
+        return found
 
     def check(self) -> None:
         """ValueError if a site met no module or a layer to leave out does not exist."""
-        for site, layers in self.met.items():
-            if not layers:
+        for place in self.places:
+            if place.site.role == "positions":  # some layers have them, none need to
+                continue
+            if not place.met:
                 raise ValueError(
-                    f"site {site!r} matched no module: no path matches "
-                    f"{self.patterns[site].pattern!r} in full (and under nn.jit, what was "
+                    f"site {place.name!r} matched no module: no path matches "
+                    f"{place.pattern.pattern!r} in full (and under nn.jit, what was "
                     "traced before runs without adapters: take nn.jit out of the backbone)"
                 )
-            absent = sorted(set(self.method.leave_out) - layers)
-            if absent:
+            layers = {layer for layer in place.met if layer is not None}
+            leave_out = set(place.config.leave_out)
+            if not layers or not leave_out:
+                continue
+            if absent := sorted(leave_out - layers):
                 raise ValueError(
-                    f"leave_out has {absent}, but site {site!r} has layers {min(layers)} to "
-                    f"{max(layers)}"
+                    f"leave_out has {absent}, but site {place.name!r} has layers "
+                    f"{min(layers)} to {max(layers)}"
                 )
-            if layers <= set(self.method.leave_out):
-                raise ValueError(f"leave_out leaves no layer of site {site!r} to adapt")
+            if layers <= leave_out:
+                raise ValueError(f"leave_out leaves no layer of site {place.name!r} to adapt")
+
+
+@dataclasses.dataclass
+class _Acting:
+    """One call of a host where a layer acts."""
+
+    hook: _Hook
+    place: _Place
+    context: Any
+    path: str
+
+    @property
+    def deterministic(self) -> bool:
+        return self.hook.deterministic
+
+    def layer(self, cls: Callable[..., nn.Module], like: Any, *args: Any, **settings: Any) -> Any:
+        """A layer of class `cls` in the scope of the host, computing in the dtype of `like`.
+
+        Raises:
+          ValueError: if `like` is no array, or the host has something named as adapters are.
+        """
+        if not isinstance(like, jax.Array):
+            raise ValueError(
+                f"the host {self.path} returns {type(like).__name__}, not an array; choose as site "
+                "the module that returns the hidden states alone"
+            )
+        host, pushed = self.context.module, self.hook.pushed
+        # A second call of the same host shares its adapter's parameters.
+        if host.scope in pushed:
+            return pushed[host.scope]
+        owner = self.hook.owners.setdefault(host.scope, self.place)
+        if owner is not self.place:
+            raise ValueError(_both(owner, self.place, self.path))
+        if host.scope.name_reserved(ADAPTER):
+            raise ValueError(
+                f"the host {self.path} has something of its own named {ADAPTER!r}; choose another "
+                "module as site"
+            )
+        settings |= {"dtype": like.dtype, "param_dtype": self.hook.param_dtype}
+        # A method other than a call is a part of a compact call.
+        compact = hasattr(self.context.orig_method, "compact")
+        if compact or self.place.site.method != "__call__":
+            return cls(*args, name=ADAPTER, **settings)
+        # A setup-style host allows no submodules in its call, so the scope is made by hand.
+        pushed[host.scope] = cls(*args, parent=host.scope.push(ADAPTER), **settings)
+        return pushed[host.scope]
+
+
+# What a method does at a site: `run` is the host, to be called before a layer is made, so that its
+# rng counters and names stay as they were; `args` are its arguments.
+_Run = Callable[..., Any]
+
+
+def _bottleneck(acting: _Acting, run: _Run, args: Any) -> Any:
+    config, role = acting.place.config, acting.place.site.role
+    assert isinstance(config, BottleneckConfig)
+
+    def adapt(x: Any, skip: Any) -> Any:
+        layer = acting.layer(adapters.Bottleneck, x, config)
+        return layer(x, skip=skip, deterministic=acting.deterministic, **acting.place.shared)
+
+    if role == "output":
+        y = run(*args)
+        return adapt(y, None)
+    if role == "parallel":
+        y = run(*args)
+        if isinstance(y, tuple):
+            return (adapt(args[0], y[0]), *y[1:])
+        return adapt(args[0], y)
+    residual, output, *rest = args
+    joined = run(residual, output, *rest) if config.original_ln_before else output
+    skip = output if config.residual_before_ln else joined
+    out = adapt(residual if config.parallel else joined, skip)
+    return run(residual, out, *rest) if config.original_ln_after else out
+
+
+def _lora(acting: _Acting, run: _Run, args: Any) -> Any:
+    y = run(*args)
+    delta = acting.layer(adapters.LoRADelta, y, acting.place.config, y.shape[-1])
+    return y + delta(args[0], acting.deterministic)
+
+
+def _ia3(acting: _Acting, run: _Run, args: Any) -> Any:
+    config, x = acting.place.config, args[0]
+    assert isinstance(config, IA3Config)
+    if acting.place.name in config.sites:
+        y = run(*args)
+        return acting.layer(adapters.IA3Scale, y, "scale")(y)
+    return run(acting.layer(adapters.IA3Scale, x, "input_scale")(x), *args[1:])
+
+
+def _bitfit(acting: _Acting, run: _Run, args: Any) -> Any:
+    y = run(*args)
+    return acting.layer(adapters.AddedBias, y)(y)
+
+
+def _prefix_tuning(acting: _Acting, run: _Run, args: Any) -> Any:
+    config, site = acting.place.config, acting.place.site
+    assert isinstance(config, PrefixTuningConfig)
+    if site.role == "positions":
+        queries, keys, *rest = args
+        return run(queries, keys + config.prefix_length, *rest)
+    query, key, value, biases, *rest = args
+    length, heads = site.length_axis, 3 - site.length_axis
+    width = key.shape[heads] * key.shape[3]
+    layer = acting.layer(adapters.PrefixKeyValue, key, config, width)
+    hidden = acting.place.shared.get(acting.place.name)
+    prefixes = layer(key.shape[0], hidden, acting.deterministic)
+
+    def extend(array: Any, prefix: Any) -> Any:
+        prefix = prefix.reshape(*prefix.shape[:2], key.shape[heads], key.shape[3])
+        prefix = jnp.moveaxis(prefix, 1, length)
+        return jnp.concatenate([prefix, array], axis=length)
+
+    key, value = (extend(*pair) for pair in zip((key, value), prefixes, strict=True))
+
+    def lengthen(bias: Any) -> Any:
+        # A bias of shifted positions is that of all keys already.
+        count = 0 if bias is None else key.shape[length] - bias.shape[-1]
+        return jnp.pad(bias, ((0, 0),) * (bias.ndim - 1) + ((count, 0),)) if count else bias
+
+    return run(query, key, value, tuple(lengthen(bias) for bias in biases), *rest)
+
+
+def _prompt_tuning(acting: _Acting, run: _Run, args: Any) -> Any:
+    y = run(*args)
+    return acting.layer(adapters.SoftPrompt, y, acting.place.config)(y)
+
+
+_ACTS: dict[type[InsertedConfig], Callable[[_Acting, _Run, Any], Any]] = {
+    BottleneckConfig: _bottleneck,
+    LoRAConfig: _lora,
+    IA3Config: _ia3,
+    BitFitConfig: _bitfit,
+    PrefixTuningConfig: _prefix_tuning,
+    PromptTuningConfig: _prompt_tuning,
+}
+
+
+def merge_adapter(model: Adapted, params: Any) -> Any:
+    """The backbone's parameters with a weight-space method merged into them.
+
+    `model.backbone` with them computes what `model` does, to rounding, at no cost beyond its own;
+    `save_backbone` writes them.
+
+    Args:
+      model: the adapted module: LoRA, IA3, intrinsic dimension, full fine-tuning, or BitFit on a
+        backbone with biases of its own.
+      params: its parameters.
+
+    Returns:
+      A nested dict of arrays, as `model.backbone` has them.
+
+    Raises:
+      ValueError: if the method is none that weights of the backbone can express; it says why.
+    """
+    method = model.method
+    if isinstance(method, IntrinsicConfig):
+        vector, scale = params["intrinsic_vector"], params.get("intrinsic_scale")
+        own = _without_intrinsic(params)
+        return intrinsic.perturb(own, vector, scale, method.projection_seed)
+    if isinstance(method, LoRAConfig | IA3Config):
+        return adapters.merge_weights(params, method)
+    if isinstance(method, FullFineTuningConfig):
+        return params
+    if isinstance(method, BitFitConfig) and not any(
+        ADAPTER in path for path in flatten_dict(params)
+    ):
+        return params
+    raise ValueError(
+        f"method {method.kind!r} cannot be merged into the backbone: {_unmergeable(method)}"
+    )
+
+
+def _unmergeable(method: MethodConfig) -> str:
+    if isinstance(method, BottleneckConfig):
+        return "its adapters have a non-linearity, and no weight of the backbone is equal to one"
+    if isinstance(method, BitFitConfig):
+        return "its biases are new, and the backbone's architecture has no place for them"
+    if isinstance(method, PrefixTuningConfig | PromptTuningConfig):
+        return "it adds tokens to attend to, not weights"
+    return "one of its parts adds more than weights"
+
+
+def _without_intrinsic(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in params.items() if not _INTRINSIC.fullmatch(name)}
 
 
 def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: Any) -> Any:
@@ -256,13 +616,7 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
       ValueError: if `backbone.params` is not what `model.backbone` would initialise, or as
         `Adapted` does.
     """
-    if not inputs:
-        if not hasattr(model.backbone, "dummy_inputs"):
-            raise ValueError(
-                f"{type(model.backbone).__name__} has no dummy_inputs(); pass example inputs: "
-                "init_adapters(model, backbone, key, input_ids, attention_mask)"
-            )
-        inputs = model.backbone.dummy_inputs()
+    inputs = inputs or _example_inputs(model.backbone)
     given = flatten_dict(backbone.params, sep="/")
     wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
     _check_backbone(given, flatten_dict(wanted, sep="/"))
@@ -272,7 +626,49 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
         flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
         return {path: leaf for path, leaf in flat.items() if path not in given}
 
-    return unflatten_dict({**given, **init(key)}, sep="/")
+    new = init(key)
+    for part in parts_of(model.method):
+        if isinstance(part, PromptTuningConfig) and part.prompt_init == "vocabulary":
+            new |= _prompts_of_tokens(model, part, given, new)
+    return unflatten_dict({**given, **new}, sep="/")
+
+
+def _example_inputs(backbone: Any) -> Any:
+    if not hasattr(backbone, "dummy_inputs"):
+        raise ValueError(
+            f"{type(backbone).__name__} has no dummy_inputs(); pass example inputs: "
+            "init_adapters(model, backbone, key, input_ids, attention_mask)"
+        )
+    return backbone.dummy_inputs()
+
+
+def _prompts_of_tokens(
+    model: Adapted, config: PromptTuningConfig, given: Mapping[str, Any], new: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The prompts, each the embedding of one of the tokens, in turn."""
+    path = getattr(model.backbone, "word_embeddings", "")
+    if path not in given:
+        raise ValueError(
+            f"prompt_init='vocabulary' wants {type(model.backbone).__name__} to have a class "
+            "attribute word_embeddings, the path of its embeddings; or use prompt_init='random'"
+        )
+    table = given[path]
+    ids = config.prompt_token_ids
+    if not ids:
+        raise ValueError(
+            "prompt_init='vocabulary' wants prompt_token_ids, such as the most common tokens of "
+            "the task or those of its labels' names"
+        )
+    if max(ids) >= len(table):
+        raise ValueError(
+            f"prompt_token_ids has {max(ids)}, but the vocabulary has {len(table)} tokens"
+        )
+    chosen = jnp.resize(jnp.asarray(ids), (config.prompt_length,))
+    return {
+        path: table[chosen].astype(leaf.dtype)
+        for path, leaf in new.items()
+        if path.endswith(f"{ADAPTER}/prompt")
+    }
 
 
 def _check_backbone(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -11,19 +11,29 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
-from compacter_jax.config import ADAPTER, FullFineTuningConfig, MethodConfig, PHMBottleneckConfig
+from compacter_jax.config import (
+    ADAPTER,
+    HEAD,
+    BitFitConfig,
+    FullFineTuningConfig,
+    MethodConfig,
+    PHMBottleneckConfig,
+    parts_of,
+)
 
 Params = Any
 Labels = Any
+
+_BIAS = re.compile("(.*/)?bias")
 
 TRAIN, FREEZE = "train", "freeze"
 
 # Group of parameters -> regular expression over whole `/`-joined paths; the first match wins.
 GROUPS: dict[str, str] = {
     "rule": r"(.*/)?phm_rule(_left|_right)?",
-    "adapters": rf"(.*/)?{ADAPTER}/.*|phm_(down|up)_.*",
+    "adapters": rf"(.*/)?{ADAPTER}/.*|(phm_(down|up)|prefix|intrinsic)_.*",
     "layer norms": r"(?!cls/)(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
-    "head": r"(classifier|qa_outputs)/.*",
+    "head": HEAD,
     "pooler": r"pooler/.*",
     "backbone": r".*",
 }
@@ -54,12 +64,13 @@ def label_params(
     """
     paths = list(flatten_dict(params, sep="/"))
     present = {group_of(path) for path in paths}
-    trained = trained_groups(method)
-    for group in sorted(trained - present - _optional_groups(method)):
+    for group in sorted(trained_groups(method) - present - _optional_groups(method)):
         raise ValueError(
             f"method {method.kind!r} trains the {group}, but no parameter is one: "
             f"no path matches {GROUPS[group]!r}"
         )
+    if _trains_biases(method) and not any(_is_bias(path) for path in paths):
+        raise ValueError(f"method {method.kind!r} trains biases, but the parameters have none")
     for pattern, chosen in rules:
         if chosen not in (TRAIN, FREEZE):
             raise ValueError(f"label {chosen!r} of pattern {pattern!r} must be 'train' or 'freeze'")
@@ -71,16 +82,32 @@ def label_params(
         for pattern, chosen in rules:
             if re.fullmatch(pattern, joined):
                 return chosen
-        return TRAIN if group_of(joined) in trained else FREEZE
+        return TRAIN if _is_trained(joined, method) else FREEZE
 
     return path_aware_map(label, params)
 
 
+def _is_trained(path: str, method: MethodConfig) -> bool:
+    group = group_of(path)
+    if group in trained_groups(method):
+        return True
+    return _trains_biases(method) and group != "head" and _is_bias(path)
+
+
+def _trains_biases(method: MethodConfig) -> bool:
+    return any(isinstance(part, BitFitConfig) for part in parts_of(method))
+
+
+def _is_bias(path: str) -> bool:
+    return _BIAS.fullmatch(path) is not None
+
+
 def trained_groups(method: MethodConfig) -> set[str]:
-    """The groups of `GROUPS` that `method` trains."""
+    """The groups of `GROUPS` that `method` trains whole; BitFit trains biases of others too."""
     full = isinstance(method, FullFineTuningConfig)
+    rules = [part.learn_phm for part in parts_of(method) if isinstance(part, PHMBottleneckConfig)]
     choices = {
-        "rule": isinstance(method, PHMBottleneckConfig) and method.learn_phm,
+        "rule": any(rules),
         "adapters": not full,
         "layer norms": method.train_layer_norms,
         "head": method.train_head,
@@ -92,7 +119,10 @@ def trained_groups(method: MethodConfig) -> set[str]:
 
 def _optional_groups(method: MethodConfig) -> set[str]:
     """Groups a backbone may lack without that being a mistake."""
-    return {"head", "pooler"} if isinstance(method, FullFineTuningConfig) else {"head"}
+    if isinstance(method, FullFineTuningConfig):
+        return {"head", "pooler"}
+    # Where a backbone has biases, BitFit adds nothing.
+    return {"head", "adapters"} if isinstance(method, BitFitConfig) else {"head"}
 
 
 def partition(params: Params, labels: Labels) -> tuple[Params, Params]:

@@ -22,6 +22,8 @@ from compacter_jax.models.t5 import T5Config
 WIDTH = 12
 # A bottleneck of 6 beside a width of 12.
 SMALL = {"reduction_factor": 2, "phm_dim": 3}
+# Presets that stand for all where test_methods.py has them all.
+SOME_PRESETS = ("full", "houlsby", "phm", "compacter", "compacter++")
 
 
 class Model(nn.Module):
@@ -77,6 +79,8 @@ def projection(params, x, name):
         if blocks is None:
             left = stored(f"{own}left", f"phm_{name}_left")
             blocks = left @ stored(f"{own}right", f"phm_{name}_right")
+        if blocks.ndim == 2:  # of low rank
+            return x @ blocks + params[f"{own}bias"]
         rule = stored(f"{own}phm_rule", "phm_rule")
         if rule is None:
             left = stored(f"{own}phm_rule_left", "phm_rule_left")
@@ -91,12 +95,17 @@ def layer_norm(params, x, name):
     return normal * params[f"adapter/{name}/scale"] + params[f"adapter/{name}/bias"]
 
 
-def expected_output(config, params, x):
+def adapter_update(config, params, x):
+    """What an adapter adds to `x`, or to what it is beside."""
     h = layer_norm(params, x, "layer_norm_before") if config.layer_norm_before else x
     h = ACTIVATIONS[config.non_linearity](projection(params, h, "down"))
     h = projection(params, h, "up")
     h = layer_norm(params, h, "layer_norm_after") if config.layer_norm_after else h
-    return x + config.scaling * h
+    return config.scaling * h
+
+
+def expected_output(config, params, x):
+    return x + adapter_update(config, params, x)
 
 
 def expected_gradients(config, params, x, cotangent):

@@ -23,10 +23,10 @@ from compacter_jax.checkpoint import (
     read_adapter_config,
     save_adapter,
 )
-from compacter_jax.config import preset, presets
+from compacter_jax.config import preset
 from compacter_jax.inject import Adapted
 from compacter_jax.models.bert import HEADS, Bert, BertConfig
-from tests.helpers import ONE_LAYER, SMALL, adapted_shapes, backbone_of, random_tree
+from tests.helpers import ONE_LAYER, SMALL, SOME_PRESETS, adapted_shapes, backbone_of, random_tree
 
 SIZES = {"full": {}, "houlsby": {"reduction_factor": 2}}
 HEAD = "sequence_classification"
@@ -59,7 +59,7 @@ def assert_same(actual, expected):
         assert np.asarray(actual[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
-METHODS = {name: small(name) for name in presets()} | {
+METHODS = {name: small(name) for name in SOME_PRESETS} | {
     "rule frozen": small("compacter", learn_phm=False),
     "own rules frozen": small("phm", learn_phm=False),
     "layer norms and head frozen": small("compacter", train_layer_norms=False, train_head=False),
@@ -325,7 +325,8 @@ def method_with(**changes):
         (config_without("weights_sha256"), r"is no adapter of .* it has no \['weights_sha256'\]"),
         (config_with(format_version=2), "has format_version 2, this release reads 1; install"),
         (config_with(method=None), "a method must be a mapping of its fields, not None"),
-        (config_with(method={"kind": "lora"}), "unknown kind of method 'lora'; known are"),
+        (config_with(method={"kind": "dora"}), "unknown kind of method 'dora'; known are"),
+        (config_with(sites={"attention": {"hots": ""}}), "are none of this library: .*hots"),
         (method_with(phm_dims=4), r"no field 'phm_dims' \(did you mean 'phm_dim'\?\)"),
         (method_with(phm_dim="4"), "phm_dim='4' must be of type int"),
         (method_with(phm_dim=2), "of another shape: "),

@@ -28,11 +28,26 @@ from tests.helpers import (
 MINILM = BertConfig(
     hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
 )
-SIZES = {"full": {}, "houlsby": {"reduction_factor": 2}}
+HALF = {"reduction_factor": 2}
+PROMPTS = {"prompt_length": 3}
+SIZES = {
+    "houlsby": HALF,
+    "pfeiffer-attention": HALF,
+    "pfeiffer-feed-forward": HALF,
+    "adapterdrop": {**HALF, "leave_out": (0,)},
+    "low-rank": HALF,
+    "phm": SMALL,
+    "compacter": SMALL,
+    "compacter++": SMALL,
+    "prompt-tuning-random": PROMPTS,
+    "prompt-tuning-vocabulary": PROMPTS,
+    "intrinsic-said": {"dimension": 50},
+    "intrinsic": {"dimension": 50},
+}
 
 
 def small(name, **overrides):
-    return preset(name, **(SIZES.get(name, SMALL) | overrides))
+    return preset(name, **(SIZES.get(name, {}) | overrides))
 
 
 def shapes_of(method, head="sequence_classification", config=TINY_BERT):
@@ -47,14 +62,32 @@ def trained_paths(labels):
 
 # Group -> pattern that finds it anywhere in a path.
 FOUND_BY = {
-    "adapters": r"/adapter/(?!.*phm_rule)|^phm_(up|down)",
+    "adapters": r"/adapter/(?!.*phm_rule)|^(phm_(up|down)|prefix|intrinsic)_",
     "rules": r"phm_rule",
     "layer norms": r"^(?!cls/).*/LayerNorm/",  # the language-modelling head stays frozen
     "heads": r"^(classifier|qa_outputs)/",
     "pooler": r"^pooler/",
+    "biases": r"^(?!classifier|qa_outputs).*\bbias$",
     "everything": r"",
 }
 HOUSEHOLD = ("adapters", "rules", "layer norms", "heads")
+# Preset -> what it trains, where not that.
+FREEZING_NORMS = ("adapters", "heads")
+TRAINED = {
+    "full": ("everything",),
+    "pfeiffer-feed-forward": FREEZING_NORMS,
+    "bitfit": ("biases", "heads"),
+    "prompt-tuning-random": FREEZING_NORMS,
+    "prompt-tuning-vocabulary": FREEZING_NORMS,
+    "intrinsic-said": FREEZING_NORMS,
+    "intrinsic": FREEZING_NORMS,
+    "lora": FREEZING_NORMS,
+    "ia3": FREEZING_NORMS,
+    "prefix-tuning": FREEZING_NORMS,
+    "parallel": FREEZING_NORMS,
+    "scaled-parallel": FREEZING_NORMS,
+    "mam": FREEZING_NORMS,
+}
 
 
 def found_by(groups, paths):
@@ -66,9 +99,7 @@ def found_by(groups, paths):
 def test_what_each_preset_trains(name, head):
     method = small(name)
     shapes = shapes_of(method, head)
-    expected = found_by(
-        ("everything",) if name == "full" else HOUSEHOLD, flatten_dict(shapes, sep="/")
-    )
+    expected = found_by(TRAINED.get(name, HOUSEHOLD), flatten_dict(shapes, sep="/"))
     assert trained_paths(label_params(shapes, method)) == expected
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
+from tests.helpers import SOME_PRESETS
 from train import data, step
 
 CONFIG = cj.BertConfig(
@@ -133,7 +134,7 @@ def test_regression_loss():
     ("name", "devices"),
     [
         ("compacter++", 4),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in cj.presets()),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in SOME_PRESETS),
         pytest.param("full", 4, marks=pytest.mark.slow),
     ],
 )

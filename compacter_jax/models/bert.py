@@ -13,8 +13,11 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import get_activation
+from compacter_jax.sites import Site
 
 Dtype = Any
+
+_LAYER = r"encoder/layer/(?P<layer>\d+)/"
 
 HEADS = (
     None,
@@ -192,18 +195,41 @@ class BertSelfAttention(_BertModule):
             y = self.dense(config.hidden_size, name)(x)
             return y.reshape(*y.shape[:-1], heads, head_size)
 
-        query, key, value = project("query"), project("key"), project("value")
+        y = self.attend(project("query"), project("key"), project("value"), (bias,), deterministic)
+        return y.reshape(x.shape)
+
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        biases: tuple[Array | None, ...],
+        deterministic: bool,
+    ) -> Array:
+        """Attention itself.
+
+        Args:
+          query: `[batch, queries, heads, size]`.
+          key: `[batch, keys, heads, size]`.
+          value: as `key`.
+          biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
+          deterministic: no dropout.
+
+        Returns:
+          `[batch, queries, heads, size]`.
+        """
         at_least_float32 = jnp.promote_types(query.dtype, jnp.float32)
         scores = jnp.einsum(
             "bqhd,bkhd->bhqk", query, key, preferred_element_type=at_least_float32
-        ) / math.sqrt(head_size)
-        if bias is not None:
-            scores += bias
+        ) / math.sqrt(query.shape[-1])
+        for bias in biases:
+            if bias is not None:
+                scores += bias
         probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        probabilities = nn.Dropout(config.attention_probs_dropout_prob, name="dropout")(
+        probabilities = nn.Dropout(self.config.attention_probs_dropout_prob, name="dropout")(
             probabilities, deterministic
         )
-        return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value).reshape(x.shape)
+        return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value)
 
 
 class BertResidual(_BertModule):
@@ -213,7 +239,11 @@ class BertResidual(_BertModule):
     def __call__(self, x: Array, residual: Array, deterministic: bool) -> Array:
         x = self.dense(self.config.hidden_size, "dense")(x)
         x = nn.Dropout(self.config.hidden_dropout_prob, name="dropout")(x, deterministic)
-        return self.layer_norm()(x + residual)
+        return self.add(residual, x, self.layer_norm())
+
+    def add(self, residual: Array, output: Array, layer_norm: nn.LayerNorm) -> Array:
+        """The end of a sub-layer."""
+        return layer_norm(output + residual)
 
 
 class BertAttention(_BertModule):
@@ -350,11 +380,25 @@ class Bert(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: bool = False
 
-    sites: ClassVar[Mapping[str, str]] = {
-        "attention": r"encoder/layer/(?P<layer>\d+)/attention/output/dense",
-        "feed_forward": r"encoder/layer/(?P<layer>\d+)/output/dense",
+    sites: ClassVar[Mapping[str, str | Site]] = {
+        "attention": _LAYER + "attention/output/dense",
+        "feed_forward": _LAYER + "output/dense",
+        "parallel_attention": Site(host=_LAYER + "attention/output", method="add", role="join"),
+        "parallel_feed_forward": Site(host=_LAYER + "output", method="add", role="join"),
+        "residual_attention": Site(host=_LAYER + "attention/output", method="add", role="join"),
+        "residual_feed_forward": Site(host=_LAYER + "output", method="add", role="join"),
+        "query": _LAYER + "attention/self/query",
+        "key": _LAYER + "attention/self/key",
+        "value": _LAYER + "attention/self/value",
+        "output_projection": _LAYER + "attention/output/dense",
+        "intermediate": _LAYER + "intermediate/dense",
+        "encoder_key_value": Site(host=_LAYER + "attention/self", method="attend", role="attend"),
+        "embedding": Site(host="embeddings/word_embeddings", role="embedding"),
     }
-    """Site name -> regular expression that the `/`-joined path of a host matches in full."""
+    """Site name -> where it is; a string is the `host` of a `Site`."""
+
+    word_embeddings: ClassVar[str] = "embeddings/word_embeddings/embedding"
+    """Path of the vocabulary's embeddings, `[vocab, hidden]`."""
 
     def __post_init__(self):
         if self.head not in HEADS:
@@ -371,6 +415,13 @@ class Bert(nn.Module):
     def dummy_inputs(self) -> tuple[Array, Array]:
         """Arguments for `init`: `input_ids` and `attention_mask`, `[1, 1]` int32 each."""
         return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
+
+    @nn.nowrap
+    def without_first(self, output: Array | BertOutput, count: int) -> Array | BertOutput:
+        """What a call returned, without the positions of the first `count` tokens."""
+        if isinstance(output, BertOutput):
+            return BertOutput(output.last_hidden_state[:, count:], output.pooler_output)
+        return output if self.head == "sequence_classification" else output[:, count:]
 
     @nn.compact
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,12 +17,26 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import ActivationFn, get_activation
+from compacter_jax.sites import Site
 
 Dtype = Any
 # (key, value), each [batch, heads, length, head size].
 KeyValue = tuple[Array, Array]
 
 HEADS = ("conditional_generation", None, "encoder")
+
+_LAYER = r"(encoder|decoder)/block/(?P<layer>\d+)/layer/"
+_ENCODER_LAYER = r"encoder/block/(?P<layer>\d+)/layer/"
+_DECODER_LAYER = r"decoder/block/(?P<layer>\d+)/layer/"
+_ATTENTION = _LAYER + "[01]/(SelfAttention|EncDecAttention)"
+
+
+def _attend(host: str) -> Site:
+    return Site(host=host, method="attend", role="attend", length_axis=2)
+
+
+def _add(host: str) -> Site:
+    return Site(host=host, method="add", role="join")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,9 +253,9 @@ class _T5Module(nn.Module):
     def dropout(self, x: Array, deterministic: bool, name: str = "dropout") -> Array:
         return nn.Dropout(self.config.dropout_rate, name=name)(x, deterministic)
 
-    def add(self, x: Array, y: Array) -> Array:
-        """The residual connection."""
-        x = x + y
+    def add(self, residual: Array, output: Array) -> Array:
+        """The end of a sub-layer."""
+        x = residual + output
         if x.dtype == jnp.float16:
             # The residual stream of T5 exceeds what float16 holds; bfloat16 and float32 do not
             # need this, nor do they get it. As transformers does, up to the bound chosen.
@@ -310,24 +325,46 @@ class T5Attention(_T5Module):
                     for old, new in zip(cached, (key, value), strict=True)
                 )
         if position_bias is None and self.has_position_bias:
-            position_bias = self._position_bias(query.shape[2], key.shape[2], index)
+            position_bias = self.relative_bias(query.shape[2], key.shape[2], index)
+        y = self.attend(query, key, value, (position_bias, mask), deterministic)
+        y = self.dense(config.d_model, "o", inner**-0.5)(y.reshape(*x.shape[:-1], inner))
+        return y, position_bias, (key, value)
+
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        biases: tuple[Array | None, ...],
+        deterministic: bool,
+    ) -> Array:
+        """Attention itself.
+
+        Args:
+          query: `[batch, heads, queries, size]`.
+          key: `[batch, heads, keys, size]`.
+          value: as `key`.
+          biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
+          deterministic: no dropout.
+
+        Returns:
+          `[batch, queries, heads, size]`.
+        """
         scores = jnp.einsum(
             "bhqd,bhkd->bhqk",
             query,
             key,
             preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
         )
-        for bias in (position_bias, mask):
+        for bias in biases:
             if bias is not None:
                 scores += bias
         probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         probabilities = self.dropout(probabilities, deterministic)
-        y = jnp.einsum("bhqk,bhkd->bqhd", probabilities, value)
-        y = self.dense(config.d_model, "o", inner**-0.5)(y.reshape(*x.shape[:-1], inner))
-        return y, position_bias, (key, value)
+        return jnp.einsum("bhqk,bhkd->bqhd", probabilities, value)
 
-    def _position_bias(self, queries: int, keys: int, index: Array | None) -> Array:
-        """`[1, heads, queries, keys]` in the dtype of the parameters."""
+    def relative_bias(self, queries: int, keys: int, index: Array | None) -> Array:
+        """`[1, heads, queries, keys]` in the dtype of the parameters; `index` of the one query."""
         config = self.config
         first = 0 if index is None else index
         relative = jnp.arange(keys)[None, :] - (jnp.arange(queries) + first)[:, None]
@@ -574,17 +611,57 @@ class T5(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: bool = False
 
-    sites: ClassVar[Mapping[str, str]] = {
-        "attention": r"(encoder|decoder)/block/(?P<layer>\d+)/layer/0/SelfAttention/o",
-        "cross_attention": r"decoder/block/(?P<layer>\d+)/layer/1/EncDecAttention/o",
-        "feed_forward": r"(encoder|decoder)/block/(?P<layer>\d+)/layer/[12]/DenseReluDense/wo",
+    sites: ClassVar[Mapping[str, str | Site]] = {
+        "attention": _LAYER + "0/SelfAttention/o",
+        "cross_attention": _LAYER + "1/EncDecAttention/o",
+        "feed_forward": _LAYER + "[12]/DenseReluDense/wo",
+        "parallel_attention": Site(host=_LAYER + "0/SelfAttention", role="parallel"),
+        "parallel_cross_attention": Site(host=_LAYER + "1/EncDecAttention", role="parallel"),
+        "parallel_feed_forward": Site(host=_LAYER + "[12]/DenseReluDense", role="parallel"),
+        "residual_attention": _add(_LAYER + "0"),
+        "residual_cross_attention": _add(_DECODER_LAYER + "1"),
+        "residual_feed_forward": _add(
+            r"(encoder/block/(?=\d+/layer/1)|decoder/block/(?=\d+/layer/2))(?P<layer>\d+)/layer/[12]"
+        ),
+        "query": _ATTENTION + "/q",
+        "key": _ATTENTION + "/k",
+        "value": _ATTENTION + "/v",
+        "output_projection": _ATTENTION + "/o",
+        "intermediate": _LAYER + "[12]/DenseReluDense/(wi|wi_0|wi_1)",
+        "encoder_key_value": _attend(_ENCODER_LAYER + "0/SelfAttention"),
+        "decoder_key_value": _attend(_DECODER_LAYER + "0/SelfAttention"),
+        "cross_key_value": _attend(_DECODER_LAYER + "1/EncDecAttention"),
+        "embedding": Site(host="", method="embed_inputs", role="embedding"),
+        "linear": _LAYER + r"\d/\w+/(q|k|v|o|wi|wi_0|wi_1|wo)",
+        "norm": Site(host=_LAYER + r"\d/layer_norm", role="bias"),
+        "logits": Site(host="", method="logits", role="bias"),
     }
-    """Site name -> regular expression that the `/`-joined path of a host matches in full."""
+    """Site name -> where it is; a string is the `host` of a `Site`."""
+
+    word_embeddings: ClassVar[str] = "shared/embedding"
+    """Path of the vocabulary's embeddings, `[vocab, d_model]`."""
+
+    @property
+    def absent_sites(self) -> tuple[str, ...]:
+        """Names in `sites` of what this model does not have."""
+        if self.head == "conditional_generation":
+            return ()
+        if self.head is None:
+            return ("logits",)
+        return (*(name for name in self.sites if re.match("(.*_)?cross_|decoder_", name)), "logits")
 
     def __post_init__(self):
         if self.head not in HEADS:
             raise ValueError(f"unknown head {self.head!r}; use one of {HEADS}")
         super().__post_init__()
+
+    @nn.nowrap
+    def without_first(self, output: Any, count: int) -> Any:
+        """What a call returned, without the positions of the encoder's first `count` tokens."""
+        if isinstance(output, T5Output):
+            states = output.encoder_last_hidden_state[:, count:]
+            return T5Output(output.last_hidden_state, states)
+        return output[:, count:] if self.head == "encoder" else output
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, ...]:
@@ -754,7 +831,8 @@ class T5(nn.Module):
             _check_ids("input_ids", input_ids, "attention_mask", attention_mask)
             encoder = T5Stack(config, remat=self.remat, name="encoder", **settings)
             padding = _padding_bias(attention_mask, dtype)
-            states, _ = encoder(shared(input_ids), None, (padding, None), None, None, deterministic)
+            x = self.embed_inputs(input_ids, shared)
+            states, _ = encoder(x, None, (padding, None), None, None, deterministic)
         if decoder_input_ids is None:
             return states
         if self.head == "encoder":
@@ -781,19 +859,29 @@ class T5(nn.Module):
             return key_values
         if self.head is None:
             y = x if states is None or input_ids is None else T5Output(x, states)
-        elif config.tie_word_embeddings:
-            y = shared.attend(x * config.d_model**-0.5)
         else:
-            y = nn.Dense(
-                config.vocab_size,
-                use_bias=False,
-                kernel_init=initializers.normal(config.initializer_factor),
-                name="lm_head",
-                **settings,
-            )(x)
+            y = self.logits(x, shared)
         if cache is None:
             return y
         return y, cache._replace(self_attention=tuple(own for own, _ in key_values))
+
+    def embed_inputs(self, input_ids: Array, shared: nn.Embed) -> Array:
+        """`[batch, length] -> [batch, length, d_model]` of the encoder's inputs."""
+        return shared(input_ids)
+
+    def logits(self, x: Array, shared: nn.Embed) -> Array:
+        """`[batch, length, d_model] -> [batch, length, vocab]`."""
+        config = self.config
+        if config.tie_word_embeddings:
+            return shared.attend(x * config.d_model**-0.5)
+        return nn.Dense(
+            config.vocab_size,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializers.normal(config.initializer_factor),
+            name="lm_head",
+        )(x)
 
 
 _NO_DECODER = (
