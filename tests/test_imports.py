@@ -20,6 +20,7 @@ ORDER = (
     "kernels",
     "adapters",
     "compose",
+    "hooks",
     "inject",
     "models",
     "params",
@@ -33,8 +34,9 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 # Beyond the order: a backbone knows nothing of adapters, labels nothing of how they got in, and
 # what is left below knows neither.
 NEVER = {
-    "models": {"adapters", "compose", "inject", "params", "checkpoint", "config", "phm"},
-    "params": {"inject", "models", "adapters", "phm"},
+    "models": {"adapters", "compose", "hooks", "inject", "params", "checkpoint", "config", "phm"},
+    "params": {"hooks", "inject", "models", "adapters", "phm"},
+    "hooks": {"models"},
     "inject": {"models"},
 }
 
