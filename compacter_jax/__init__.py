@@ -27,6 +27,7 @@ from compacter_jax.models.bert import Bert, BertConfig
 from compacter_jax.models.convert import Backbone, load_backbone
 from compacter_jax.models.t5 import T5, T5Config
 from compacter_jax.params import count, label_params, merge, optimizer, partition
+from compacter_jax.peft import export_peft, import_peft
 from compacter_jax.phm import kronecker_sum, kronecker_sum_matmul
 from compacter_jax.sites import Site
 
@@ -55,7 +56,9 @@ __all__ = [
     "Site",
     "T5Config",
     "count",
+    "export_peft",
     "generate",
+    "import_peft",
     "init_adapters",
     "kronecker_sum",
     "kronecker_sum_matmul",

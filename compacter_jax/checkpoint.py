@@ -111,7 +111,7 @@ def load_adapter(
     method = config.from_dict(settings["method"])
     model = inject.Adapted(backbone.module, method, sites=_sites_from_json(settings["sites"]))
     wanted, frozen = _split(_shapes(model, backbone), method)
-    _check_leaves(directory, stored, wanted)
+    check_leaves(directory, stored, wanted)
     own = flatten_dict(backbone.params, sep="/")
     left = {path: own[path] for path in frozen}
     actual = hash_params(left)
@@ -280,7 +280,8 @@ def _read_weights(directory: Path, sha256: str) -> dict[str, jax.Array]:
     return stored
 
 
-def _check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """ValueError that lists what is missing in `stored`, left over, or of another shape."""
     missing = sorted(wanted.keys() - stored.keys())
     left_over = sorted(stored.keys() - wanted.keys())
     shapes = [

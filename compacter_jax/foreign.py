@@ -1,0 +1,150 @@
+"""What reading adapters of other libraries takes: their files, read safely, and their names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from compacter_jax.checkpoint import check_leaves as check_tensors
+from compacter_jax.models.bert import Bert
+from compacter_jax.models.families import FAMILIES
+from compacter_jax.models.t5 import T5
+
+__all__ = ["check_tensors", "hugging_face_names", "read_json", "read_tensors"]
+
+# Before it, `torch.load(weights_only=True)` could be made to run code: CVE-2025-32434.
+_SAFE_TORCH = (2, 6)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not JSON, or not an object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; is {path.parent} the folder of an adapter?"
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
+    return settings
+
+
+def read_tensors(directory: Path, stems: Sequence[str]) -> dict[str, np.ndarray]:
+    """The tensors of the first file there is of `STEM.safetensors`, then `STEM.bin`.
+
+    Pickled tensors (`.bin`) need PyTorch, whose restricted reader makes tensors and nothing else.
+
+    Args:
+      directory: the folder.
+      stems: names of the file without their suffix.
+
+    Returns:
+      Name -> array on the host, dtypes unchanged: bfloat16 is that of `jax.numpy`.
+
+    Raises:
+      FileNotFoundError: if there is none; it lists the names.
+      ValueError: if the file is truncated, is not what its suffix says, or holds anything but
+        named tensors; or if it is pickled and there is no PyTorch, or one that reads unsafely.
+    """
+    names = [f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
+    for name in names:
+        path = directory / name
+        if path.is_file():
+            return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    raise FileNotFoundError(f"{directory} has none of {', '.join(names)}")
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="np") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    except (AttributeError, TypeError) as error:  # how NumPy lacks a dtype
+        raise ValueError(f"{path} has a tensor that NumPy cannot hold: {error}") from None
+
+
+def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch  # noqa: PLC0415 (only to read pickled tensors, and not a dependency)
+    except ImportError:
+        raise ValueError(
+            f"{path} is a pickle, which takes PyTorch to read: install it, or save the adapter as "
+            "safetensors where it was made"
+        ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
+        raise ValueError(
+            f"{path} is a pickle, which PyTorch {torch.__version__} does not read safely: install "
+            "2.6 or newer, or save the adapter as safetensors where it was made"
+        )
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a broken pickle raises nearly any class of error
+        raise ValueError(
+            f"{path} is truncated, was not written by PyTorch, or holds more than tensors, which "
+            "is never unpickled since that can run any code; save the adapter as safetensors"
+        ) from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds a {type(stored).__name__}, not a dictionary of tensors")
+    return {name: _to_numpy(path, name, value) for name, value in stored.items()}
+
+
+def _to_numpy(path: Path, name: Any, value: Any) -> np.ndarray:
+    import torch  # noqa: PLC0415 (see above)
+
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{path} holds {name!r}, a {type(value).__name__}, beside its tensors; save the "
+            "adapter as safetensors"
+        )
+    try:
+        tensor = value.detach()
+        if tensor.dtype == torch.bfloat16:  # which PyTorch does not hand to NumPy
+            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, quantised, without data, a dtype of 8 bits
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} has {name!r}, which NumPy cannot hold: {reason}") from None
+
+
+def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str, str]:
+    """The names that transformers has for the parameters of a backbone.
+
+    Args:
+      module: the backbone, a `Bert` or a `T5`.
+      params: its nested parameters, or their shapes, without adapters.
+
+    Returns:
+      `/`-joined path -> name, such as `bert.pooler.dense.weight` of `pooler/dense/kernel`.
+
+    Raises:
+      ValueError: if the backbone is of another class, or a parameter is not one of its.
+    """
+    model_type = next((name for cls, name in _MODEL_TYPES if isinstance(module, cls)), None)
+    if model_type is None:
+        raise ValueError(
+            f"{type(module).__name__} is a backbone that transformers has no names for; only Bert "
+            "and T5 are"
+        )
+    paths = list(flatten_dict(params, sep="/"))
+    numbers = {path: np.asarray(i) for i, path in enumerate(paths)}
+    named = FAMILIES[model_type].to_hugging_face(unflatten_dict(numbers, sep="/"))
+    return {paths[number.item()]: name for name, number in named.items()}
+
+
+_MODEL_TYPES: tuple[tuple[type[nn.Module], str], ...] = ((Bert, "bert"), (T5, "t5"))

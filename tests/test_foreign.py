@@ -1,0 +1,232 @@
+"""Files of other libraries: what is read, what is refused, and that nothing in them runs."""
+
+import builtins
+import json
+import os
+import pickle
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from compacter_jax.checkpoint import save_backbone
+from compacter_jax.foreign import hugging_face_names, read_json, read_tensors
+from compacter_jax.models.bert import HEADS as BERT_HEADS
+from compacter_jax.models.bert import Bert
+from compacter_jax.models.t5 import HEADS as T5_HEADS
+from compacter_jax.models.t5 import T5
+from tests.helpers import ONE_LAYER, TINY_T5, backbone_of
+from tests.hosts import CompactHost
+
+STEMS = ("adapter", "pytorch_adapter")
+
+
+def test_a_json_object_is_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"name": "größer", "sizes": [1, 2]}', encoding="utf-8")
+    assert read_json(path) == {"name": "größer", "sizes": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": ', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[1]", "must hold a JSON object, not a list"),
+        (b"null", "must hold a JSON object, not a NoneType"),
+    ],
+    ids=["truncated", "empty", "not UTF-8", "too deep", "a list", "null"],
+)
+def test_what_is_no_json_object_is_refused(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_json(path)
+
+
+def test_a_missing_json_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        read_json(tmp_path / "config.json")
+
+
+def arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "matrix": np.float32(rng.standard_normal((3, 4))),
+        "half": rng.standard_normal((2, 3)).astype(np.float16),
+        "brain": rng.standard_normal(5).astype(jnp.bfloat16),
+        "count": rng.integers(9, size=2),
+        "scalar": np.array(rng.standard_normal(), np.float32),
+    }
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+def to_torch(array):
+    """The same values and type as PyTorch has them."""
+    import torch
+
+    if array.dtype == jnp.bfloat16:
+        return torch.tensor(array.astype(np.float32)).bfloat16()
+    return torch.tensor(array)
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file(arrays(), tmp_path / "adapter.safetensors")
+    assert_equal(read_tensors(tmp_path, STEMS), arrays())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_tensors_are_read(tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+    tensors = {name: to_torch(array) for name, array in arrays().items()}
+    # Views of another's memory, and what an optimizer steps.
+    tensors["matrix"] = to_torch(np.pad(arrays()["matrix"].T, 1))[1:-1, 1:-1].T
+    tensors["brain"] = torch.nn.Parameter(tensors["brain"])
+    file = tmp_path / "pytorch_adapter.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    assert_equal(read_tensors(tmp_path, STEMS), arrays())
+
+
+def test_safetensors_come_before_pickles_and_stems_in_order(tmp_path):
+    for suffix in ("bin", "safetensors"):
+        (tmp_path / f"adapter.{suffix}").write_bytes(b"nothing")
+    save_file(arrays(1), tmp_path / "pytorch_adapter.safetensors")
+    with pytest.raises(ValueError, match=r"/adapter\.safetensors is truncated"):
+        read_tensors(tmp_path, STEMS)
+    save_file(arrays(2), tmp_path / "adapter.safetensors")
+    assert_equal(read_tensors(tmp_path, STEMS), arrays(2))
+    (tmp_path / "adapter.safetensors").unlink()
+    assert_equal(read_tensors(tmp_path, STEMS), arrays(1))
+
+
+def test_missing_files_are_listed(tmp_path):
+    (tmp_path / "adapter.bin").mkdir()
+    names = "adapter.safetensors, pytorch_adapter.safetensors, adapter.bin, pytorch_adapter.bin"
+    with pytest.raises(FileNotFoundError, match=f"has none of {names}$"):
+        read_tensors(tmp_path, STEMS)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_truncated_files_are_refused(tmp_path, suffix, keep):
+    file = tmp_path / f"adapter.{suffix}"
+    if suffix == "bin":
+        pytest.importorskip("torch").save({"a": to_torch(arrays()["matrix"])}, file)
+    else:
+        save_file(arrays(), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=rf"adapter\.{suffix} is truncated"):
+        read_tensors(tmp_path, STEMS)
+
+
+class Malicious:
+    """Unpickled without care, it makes a directory."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("written_by", ["pickle", "torch", "torch, not zipped"])
+def test_nothing_in_a_pickle_runs(tmp_path, written_by):
+    torch = pytest.importorskip("torch")
+    content = {"weight": Malicious(tmp_path / "made")}
+    file = tmp_path / "adapter.bin"
+    if written_by == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=written_by == "torch")
+    with pytest.raises(ValueError, match="more than tensors, which is never unpickled") as caught:
+        read_tensors(tmp_path, STEMS)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda torch: [torch.ones(2)], "holds a list, not a dictionary of tensors"),
+        (lambda torch: {"a": {"b": torch.ones(2)}}, "holds 'a', a dict, beside its tensors"),
+        (lambda torch: {3: torch.ones(2)}, "holds 3, a Tensor, beside its tensors"),
+        (lambda torch: {"a": torch.eye(2).to_sparse()}, "has 'a', which NumPy cannot hold"),
+        (lambda torch: {"a": torch.empty(2, device="meta")}, "has 'a', which NumPy cannot hold"),
+        (
+            lambda torch: {"a": torch.ones(2).to(torch.float8_e4m3fn)},
+            "has 'a', which NumPy cannot hold",
+        ),
+    ],
+)
+def test_pickles_of_anything_but_named_tensors_are_refused(tmp_path, make, message):
+    torch = pytest.importorskip("torch")
+    torch.save(make(torch), tmp_path / "adapter.bin")
+    with pytest.raises(ValueError, match=message):
+        read_tensors(tmp_path, STEMS)
+
+
+def test_safetensors_of_a_type_numpy_lacks_are_refused(tmp_path):
+    entry = {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}
+    header = json.dumps({"a": entry}).encode()
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(ValueError, match="has a tensor that NumPy cannot hold"):
+        read_tensors(tmp_path, STEMS)
+
+
+def test_a_pickle_without_pytorch_is_refused(tmp_path, monkeypatch):
+    def without_torch(name, *args, **kwargs):
+        if name == "torch":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    original = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    (tmp_path / "adapter.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(ValueError, match="takes PyTorch to read: install it, or save"):
+        read_tensors(tmp_path, STEMS)
+
+
+def test_a_pickle_with_an_unsafe_pytorch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.5.1+cpu"))
+    (tmp_path / "adapter.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(ValueError, match=r"PyTorch 2\.5\.1\+cpu does not read safely"):
+        read_tensors(tmp_path, STEMS)
+
+
+MODULES = {f"Bert {head}": Bert(ONE_LAYER, head=head) for head in BERT_HEADS} | {
+    f"T5 {head}": T5(TINY_T5, head=head) for head in T5_HEADS
+}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_names_are_those_of_a_saved_backbone(tmp_path, module):
+    transformers = pytest.importorskip("transformers")
+    params = backbone_of(module).params
+    kind = type(module).__name__
+    save_backbone(tmp_path, module, params, getattr(transformers, f"{kind}Config")())
+    saved = load_file(tmp_path / "model.safetensors")
+    names = hugging_face_names(module, params)
+    flat = flatten_dict(params, sep="/")
+    assert names.keys() == flat.keys()
+    assert set(names.values()) == saved.keys()
+    for path, name in names.items():
+        expected = saved[name].T if path.endswith("/kernel") else saved[name]
+        np.testing.assert_array_equal(flat[path], expected, err_msg=path)
+
+
+def test_names_of_other_backbones_are_refused():
+    with pytest.raises(ValueError, match="CompactHost is a backbone that transformers has no"):
+        hugging_face_names(CompactHost(), {})
