@@ -389,6 +389,11 @@ class PrefixTuningConfig(InsertedConfig):
         _require(self.prefix_length >= 1, "prefix_length", self.prefix_length, "at least 1")
         _require(self.bottleneck_size >= 1, "bottleneck_size", self.bottleneck_size, "at least 1")
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
+        if self.shift_positions and self.leave_out:
+            raise ValueError(
+                f"shift_positions=True and leave_out={self.leave_out} do not go together: layers "
+                "share one bias of positions, prefixes counted or not"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,8 @@ def check_site(name: str, site: Site, part: InsertedConfig) -> None:
         )
     if not isinstance(part, BottleneckConfig):
         return
-    if site.role == "parallel" and not part.parallel:
+    is_parallel = site.role == "parallel" or name.startswith("parallel_")
+    if is_parallel and not part.parallel:
         raise ValueError(f"site {name!r} is for parallel adapters; set parallel=True")
     if site.role == "output" and part.parallel:
         raise ValueError(

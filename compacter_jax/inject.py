@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import adapters, hooks, intrinsic
@@ -389,9 +390,9 @@ def _prompts_of_tokens(
         raise ValueError(
             f"prompt_token_ids has {max(ids)}, but the vocabulary has {len(table)} tokens"
         )
-    chosen = jnp.resize(jnp.asarray(ids), (config.prompt_length,))
+    chosen = np.resize(ids, config.prompt_length)
     return {
-        path: table[chosen].astype(leaf.dtype)
+        path: jnp.asarray(table)[chosen].astype(leaf.dtype)
         for path, leaf in new.items()
         if path.endswith(f"{ADAPTER}/prompt")
     }

@@ -28,12 +28,13 @@ from jax import Array
 
 from compacter_jax.config import ADAPTER, HEAD, IntrinsicConfig
 
-# Of the matrix products that make up a transform: on two CPU cores 8, 16 and 32 take equally long
-# (butterflies, radix 2, longer, and most to compile); the larger, the fewer passes over memory.
+# Of the matrices whose products make up a transform. On two CPU cores 8, 16 and 32 take equally
+# long, and butterflies, which the compiler fuses with the draws and so computes again and again,
+# several times that; the larger, the fewer the passes over memory.
 _RADIX = 16
-# Numbers projected at a time: the draws and the steps of the transform stay in the cache, and of
-# all that is projected only the result is ever in memory.
-_CHUNK = 2**19
+# Numbers projected at a time. Of all that is projected only the result is ever in memory: the draws
+# and the steps of the transform are a chunk's. From 2**18 to 2**23, CPUs take equally long.
+_CHUNK = 2**22
 
 
 def walsh_hadamard(x: Array) -> Array:
@@ -110,20 +111,16 @@ def _normal(words: Array) -> Array:
     return jnp.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)
 
 
-def _key(seed: int | Array, name: str) -> tuple[Array, Array]:
-    """What a name's own random numbers depend on."""
-    return jnp.uint32(seed), jnp.uint32(zlib.crc32(name.encode()))
-
-
+@jax.jit
 def mixed(vector: Array, seed: int | Array) -> Array:
     """`u = Pi H B v / sqrt(L)`, which has the norm of `v` and is equally spread whatever `v` is.
 
     One `B` and one `Pi` serve every block, so that this is computed once and nothing is sorted for
     each of them. No block is the worse for it: given `B` and `Pi`, each row of `P` is a vector of
     `d` independent normal values (`H`, `B` and `Pi` turn it, which changes nothing), and rows of
-    different blocks are independent, as their `G` are. Those of one block are uncorrelated but for
-    products of two Walsh functions in different order, `O(1 / sqrt(L))` of the variance; without
-    `Pi`, some would be equal up to signs.
+    different blocks are independent, as their `G` are. Entries of different rows of one block have
+    correlations of `O(1 / sqrt(L))`, those of two Walsh functions in different order; without `Pi`
+    the `L^2` entries would have but `L` absolute values.
 
     Args:
       vector: `[d]`.
@@ -138,8 +135,9 @@ def mixed(vector: Array, seed: int | Array) -> Array:
     if vector.ndim != 1 or vector.size == 0:
         raise ValueError(f"vector must be of shape [d], d at least 1; got {vector.shape}")
     length = _power_of_two(vector.size)
+    key = jnp.uint32(seed), jnp.uint32(0)  # where tensors have a hash of their names
     counter = jnp.uint32(0), jnp.arange(length, dtype=jnp.uint32)
-    signs, order = _random_words(_key(seed, ""), counter)
+    signs, order = _random_words(key, counter)
     padded = jnp.pad(vector.astype(jnp.float32), (0, length - vector.size))
     flipped = jnp.where(signs >> jnp.uint32(31), -padded, padded)
     return walsh_hadamard(flipped)[jnp.argsort(order)] / math.sqrt(length)
@@ -150,7 +148,8 @@ def project(mixture: Array, size: int, name: str, seed: int | Array) -> Array:
 
     Each of its entries is normal with variance `|v|^2 / size`. As in the released code of
     arXiv:2012.13255, `E |P_t v|^2 = |v|^2` for every tensor `t`; unlike there, every tensor depends
-    on all of `v`, small ones too, and gradients are those of the function.
+    on all of `v`, small ones too, and gradients are those of the function (there they are divided
+    by the tensor's own `L`).
 
     Args:
       mixture: `[L]`, from `mixed` with the same seed.
@@ -161,17 +160,18 @@ def project(mixture: Array, size: int, name: str, seed: int | Array) -> Array:
     Returns:
       `[size]` float32.
     """
-    factors = jnp.ones(1) / math.sqrt(size)
+    factors = jnp.full(1, 1 / math.sqrt(size), jnp.float32)
     return _project_all(mixture, {name: size}, factors, seed)[name]
 
 
 def _project_all(
     mixture: Array, sizes: Mapping[str, int], factors: Array, seed: int | Array
 ) -> dict[str, Array]:
-    """`factor G H u` for each name and size, in one loop over the blocks of all; `factors` `[names]`.
+    """`factor H G u` for each name and size, in one loop over the blocks of all.
 
-    Each tensor has whole blocks. Sharing one between small tensors would save little (11 % of the
-    blocks of MiniLM-L6, 1 % of T5-base's), and make the numbers of each depend on the others.
+    `factors` has the shape `[names]`. Each tensor has whole blocks: sharing one between small
+    tensors would save little (8 % of the blocks of MiniLM-L6, 1 % of T5-base's), and make the
+    numbers of each depend on the others.
     """
     length = mixture.size
     counts = [-(-size // length) for size in sizes.values()]
@@ -188,7 +188,7 @@ def _project_all(
         words, _ = _random_words((jnp.uint32(seed), name), counter)
         return walsh_hadamard(_normal(words) * (factor * mixture))
 
-    steps = math.ceil(len(tensors) * length / _CHUNK)
+    steps = min(len(tensors), math.ceil(len(tensors) * length / _CHUNK))
     spare = -len(tensors) % steps
     blocks = [jnp.pad(part, (0, spare)) for part in (names, indices, factors[tensors])]
     rows = jax.lax.map(project_chunk, tuple(part.reshape(steps, -1) for part in blocks))
@@ -253,7 +253,7 @@ def perturb(
       seed: `IntrinsicConfig.projection_seed`.
 
     Returns:
-      A dict of `params`' structure, shapes and dtypes; sums are computed in float32.
+      A dict of `params`' structure, shapes and dtypes; sums are computed in float32 at least.
 
     Raises:
       ValueError: if `vector` is not of rank 1 or empty, or `scale` has not one entry per layer.
@@ -279,6 +279,6 @@ def perturb(
     def moved(path: str, leaf: Array) -> Array:
         if path not in moves:
             return leaf
-        return (leaf.astype(jnp.float32) + moves[path].reshape(leaf.shape)).astype(leaf.dtype)
+        return (leaf + moves[path].reshape(leaf.shape)).astype(leaf.dtype)
 
     return jax.tree.unflatten(structure, [moved(path, leaf) for path, leaf in flat.items()])
