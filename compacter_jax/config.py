@@ -512,7 +512,8 @@ class CombinedConfig(MethodConfig):
     def replace(self, **overrides: Any) -> Self:
         """A copy with `overrides` of its own fields or of those that one part alone has."""
         own = {field.name for field in dataclasses.fields(self)}
-        parts = list(overrides.get("parts", self.parts))
+        hint = tuple[InsertedConfig, ...]
+        parts = list(_typed("parts", overrides.get("parts", self.parts), hint))
         for name in overrides.keys() - own:
             having = [
                 i
