@@ -3,6 +3,11 @@
 Everything public is here: `import compacter_jax as cj`.
 """
 
+from compacter_jax.adapterhub import (
+    export_adapterhub,
+    import_adapterhub,
+    read_adapterhub_head,
+)
 from compacter_jax.adapters import Bottleneck, PHMLinear
 from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter, save_backbone
 from compacter_jax.config import (
@@ -56,8 +61,10 @@ __all__ = [
     "Site",
     "T5Config",
     "count",
+    "export_adapterhub",
     "export_peft",
     "generate",
+    "import_adapterhub",
     "import_peft",
     "init_adapters",
     "kronecker_sum",
@@ -72,6 +79,7 @@ __all__ = [
     "preset",
     "presets",
     "read_adapter_config",
+    "read_adapterhub_head",
     "save_adapter",
     "save_backbone",
 ]

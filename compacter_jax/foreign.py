@@ -13,12 +13,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from compacter_jax.checkpoint import check_leaves as check_tensors
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.families import FAMILIES
 from compacter_jax.models.t5 import T5
-
-__all__ = ["check_tensors", "hugging_face_names", "read_json", "read_tensors"]
 
 # Before it, `torch.load(weights_only=True)` could be made to run code: CVE-2025-32434.
 _SAFE_TORCH = (2, 6)

@@ -1,0 +1,203 @@
+"""An adapted model -> a folder of AdapterHub's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+from compacter_jax import inject
+from compacter_jax.adapterhub.configurations import write_config
+from compacter_jax.adapterhub.heads import (
+    HEAD_CONFIG_NAME,
+    HEAD_STEMS,
+    model_class,
+    written_head,
+)
+from compacter_jax.adapterhub.importing import STEMS
+from compacter_jax.adapterhub.layout import VERSION, layout_of
+from compacter_jax.adapterhub.tensors import Naming, PartsAt, Tensors, leaves_by_host, to_tensors
+from compacter_jax.checkpoint import CONFIG_NAME, replace_file
+from compacter_jax.config import (
+    ADAPTER,
+    BitFitConfig,
+    BottleneckConfig,
+    FullFineTuningConfig,
+    InsertedConfig,
+    IntrinsicConfig,
+    LowRankBottleneckConfig,
+    MethodConfig,
+    PromptTuningConfig,
+    parts_of,
+)
+from compacter_jax.params import group_of
+
+
+def export_adapterhub(
+    directory: str | os.PathLike[str],
+    model: inject.Adapted,
+    params: Any,
+    *,
+    name: str = "adapter",
+    with_head: bool = True,
+) -> None:
+    """Writes an adapter that `adapters` loads to the same logits.
+
+    It is written as safetensors, which `adapters` wants to be told of: in a model with the same
+    backbone, `torch_model.load_adapter(directory, use_safetensors=True, set_active=True)`. A head
+    of T5 that is tied is not written, for it is the backbone's own: a `T5AdapterModel` gets it by
+    `add_seq2seq_lm_head`.
+
+    Each file is written to a temporary name, synced and renamed.
+
+    Args:
+      directory: made if it does not exist.
+      model: the adapted module: bottleneck adapters dense or PHM, LoRA, IA3, prefix tuning, or
+        several of them.
+      params: its parameters.
+      name: of the adapter.
+      with_head: write the prediction head too.
+
+    Raises:
+      ValueError: if `adapters` has no counterpart of the method, or of where it acts; it says why,
+        and nothing is written.
+      OSError: if the directory cannot be written.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name={name!r} must be of letters, digits, '_' and '-'")
+    module, layout = model.backbone, layout_of(model.backbone)
+    _check_expressible(model)
+    flat = flatten_dict(params, sep="/")
+    placed, hosts = _placed(flat, model)
+    naming = Naming(layout, layout.layers(module), name)
+    settings = {
+        "hidden_size": module.config.hidden_size,
+        "model_name": "",
+        "model_type": layout.model_types[0],
+        "version": VERSION,
+    }
+    own = {
+        "config": write_config(hosts, layout, naming.layers),
+        "model_class": model_class(module),
+        "name": name,
+    }
+    trained_pooler = model.method.train_pooler
+    head = written_head(module, flat, name, trained_pooler=trained_pooler) if with_head else None
+    tensors = {f"{layout.base}.{key}": array for key, array in _with_copies(placed, naming).items()}
+    directory = Path(directory)
+    _check_folder(directory, has_head=head is not None)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / f"{STEMS[0]}.safetensors", tensors)
+    _write(directory / CONFIG_NAME, settings | own)
+    if head is not None:
+        _write(directory / f"{HEAD_STEMS[0]}.safetensors", head[1])
+        _write(directory / HEAD_CONFIG_NAME, settings | head[0])
+
+
+_INEXPRESSIBLE: dict[type[MethodConfig], str] = {
+    FullFineTuningConfig: "it trains the backbone itself; write that with save_backbone",
+    LowRankBottleneckConfig: "it has no projections of low rank",
+    PromptTuningConfig: "its prompts are for BERT alone, and not read here either",
+    BitFitConfig: "it has no adapters that are biases",
+    IntrinsicConfig: "it trains the backbone itself; write that with merge_adapter, save_backbone",
+}
+
+
+def _check_expressible(model: inject.Adapted) -> None:
+    method, head = model.method, model.backbone.head
+    for part in parts_of(method) or (method,):
+        for cls, reason in _INEXPRESSIBLE.items():
+            if isinstance(part, cls):
+                raise ValueError(f"AdapterHub cannot express method {part.kind!r}: {reason}")
+    if method.train_layer_norms:
+        raise ValueError(
+            "AdapterHub has no place for layer norms that were trained: write the backbone with "
+            "save_backbone, then export an Adapted of method.replace(train_layer_norms=False), to "
+            "be loaded on that backbone"
+        )
+    if method.train_pooler and head != "sequence_classification":
+        raise ValueError(
+            f"AdapterHub has no place for a pooler that was trained with head={head!r}; it has one "
+            "with head='sequence_classification'"
+        )
+
+
+# Where a projection ends a sub-layer, a bottleneck is as where the sub-layer joins the residual.
+_LAST = re.compile(r"(.+/output)/dense|(.+/layer/\d)/\w+/w?o")
+
+
+def _placed(
+    flat: Mapping[str, Any], model: inject.Adapted
+) -> tuple[dict[str, np.ndarray], list[tuple[InsertedConfig, set[str]]]]:
+    """Parameters of adapters under the hosts that AdapterHub has, and these of each part."""
+    adapters = [path for path in flat if group_of(path) in ("adapters", "rule")]
+    parts = parts_of(model.method)
+    part_at = PartsAt(model, range(len(parts)))
+    hosts: list[tuple[InsertedConfig, set[str]]] = [(part, set()) for part in parts]
+    placed: dict[str, np.ndarray] = {}
+    for host, leaves in leaves_by_host(adapters).items():
+        if not host:
+            placed |= {leaf: np.asarray(flat[leaf], np.float32) for leaf in leaves}
+            continue
+        part, there = hosts[part_at(host)]
+        for leaf in leaves:
+            array = np.asarray(flat[f"{host}/{ADAPTER}/{leaf}"], np.float32)
+            new_host, new_leaf = host, leaf
+            if isinstance(part, BottleneckConfig):
+                match = _LAST.fullmatch(host)
+                new_host = (match[1] or match[2]) if match else host
+                if leaf.startswith("layer_norm_after/"):
+                    array = array * np.float32(part.scaling)
+            elif leaf == "input_scale":
+                new_host, new_leaf = _before_last(host, model.backbone), "scale"
+            placed[f"{new_host}/{ADAPTER}/{new_leaf}"] = array
+            there.add(new_host)
+    return placed, hosts
+
+
+def _before_last(host: str, module: Any) -> str:
+    """Where AdapterHub scales what the last projection of a feed-forward network reads."""
+    if not getattr(module.config, "is_gated", False) or not host.endswith("/wo"):
+        raise ValueError(
+            f"AdapterHub cannot scale the input of {host}: it scales before the activation; use "
+            "IA3Config(sites=('key', 'value', 'intermediate'), input_sites=())"
+        )
+    return f"{host.removesuffix('/wo')}/wi_1"
+
+
+def _with_copies(placed: Mapping[str, np.ndarray], naming: Naming) -> Tensors:
+    """The tensors; an own norm before the adapter is named twice."""
+    tensors = to_tensors(placed, naming)
+    norm = ".adapter_norm_before."
+    copies = {key.replace(norm, ".adapter_down.0."): tensors[key] for key in tensors if norm in key}
+    return tensors | copies
+
+
+def _check_folder(directory: Path, *, has_head: bool) -> None:
+    """ValueError if files of another adapter would be read with those written."""
+    names = [f"{stem}.bin" for stem in (STEMS[1], HEAD_STEMS[1])]
+    if not has_head:
+        names += [HEAD_CONFIG_NAME, f"{HEAD_STEMS[0]}.safetensors"]
+    if there := [name for name in names if (directory / name).exists()]:
+        raise ValueError(
+            f"{directory} has {', '.join(there)} of another adapter, which `adapters` would read "
+            "too; export to another folder"
+        )
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    if path.suffix == ".json":
+        data = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    else:
+        # `save` writes the memory of a view, in its order.
+        tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in content.items()}
+        data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    with replace_file(path) as temporary:
+        temporary.write_bytes(data)

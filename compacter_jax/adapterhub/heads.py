@@ -1,0 +1,267 @@
+"""Prediction heads in AdapterHub's folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compacter_jax.adapterhub.layout import layout_of
+from compacter_jax.adapterhub.tensors import Tensors
+from compacter_jax.checkpoint import check_leaves
+from compacter_jax.foreign import read_json, read_tensors
+from compacter_jax.models.families import FAMILIES, Family
+
+HEAD_CONFIG_NAME = "head_config.json"
+# Names of the file of tensors, without suffix: as safetensors, as pickle.
+HEAD_STEMS = ("model_head", "pytorch_model_head")
+
+# Head of ours -> the top level of its parameters.
+_TOPS = {
+    "sequence_classification": "classifier",
+    "token_classification": "classifier",
+    "question_answering": "qa_outputs",
+    "masked_lm": "cls",
+    "conditional_generation": "lm_head",
+}
+
+
+class _FlexHead(NamedTuple):
+    """A head of AdapterHub's own classes of models that has a counterpart here.
+
+    Attributes:
+      settings: what its configuration must say.
+      head: of ours.
+      layers: number of a layer of it -> name of a module in transformers' model.
+    """
+
+    settings: Mapping[str, Any]
+    head: str
+    layers: Mapping[str, str]
+
+
+_OVER_STATES = _FlexHead(
+    {"layers": 2, "activation_function": "tanh", "use_pooler": False, "bias": True},
+    "sequence_classification",
+    {"1": "bert.pooler.dense", "4": "classifier"},
+)
+_OVER_POOLER = _FlexHead(
+    {"layers": 1, "use_pooler": True, "bias": True}, "sequence_classification", {"1": "classifier"}
+)
+_MASKED_LM = _FlexHead(
+    {"layers": 2, "layer_norm": True, "bias": True},
+    "masked_lm",
+    {
+        "0": "cls.predictions.transform.dense",
+        "2": "cls.predictions.transform.LayerNorm",
+        "3": "cls.predictions.decoder",
+    },
+)
+_FLEX_HEADS = {
+    "classification": (_OVER_STATES, _OVER_POOLER),
+    "multilabel_classification": (_OVER_STATES, _OVER_POOLER),
+    "tagging": (_FlexHead({"layers": 1}, "token_classification", {"1": "classifier"}),),
+    "question_answering": (_FlexHead({"layers": 1}, "question_answering", {"1": "qa_outputs"}),),
+    "masked_lm": (_MASKED_LM,),
+    "seq2seq_lm": (
+        _FlexHead({"layers": 1, "bias": False}, "conditional_generation", {"0": "lm_head"}),
+    ),
+}
+
+
+class _Head(NamedTuple):
+    """What head_config.json says.
+
+    Attributes:
+      head: of ours.
+      num_labels: of a classifier; else None.
+      layers: what the names of its tensors start with -> what to put in its place.
+      activation: of a masked language model's transform, where it is said.
+    """
+
+    head: str
+    num_labels: int | None
+    layers: Mapping[str, str]
+    activation: str | None = None
+
+
+def read_adapterhub_head(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The prediction head in a folder of `adapters`, as arguments of `load_backbone`.
+
+    Args:
+      directory: written by `save_adapter` of `adapters`.
+
+    Returns:
+      `head` and, of a classifier, `num_labels`; nothing where the folder has no head.
+
+    Raises:
+      ValueError: if the head has no counterpart here.
+    """
+    path = Path(directory) / HEAD_CONFIG_NAME
+    if not path.is_file():
+        return {}
+    head = _head_of(path)
+    labels = {} if head.num_labels is None else {"num_labels": head.num_labels}
+    return {"head": head.head, **labels}
+
+
+def _head_of(path: Path) -> _Head:
+    settings = read_json(path)
+    config = settings.get("config")
+    if isinstance(config, dict):
+        return _flex_head(config, settings.get("name"), path)
+    architectures: dict[Any, str | None] = {}
+    for family in FAMILIES.values():
+        architectures |= family.architectures
+    model_class = settings.get("model_class")
+    head = architectures.get(model_class)
+    if head not in _TOPS:
+        raise ValueError(
+            f"the head of a {model_class!r} in {path} has no counterpart here; leave it out with "
+            "with_head=False"
+        )
+    return _Head(head, settings.get("num_labels") if _TOPS[head] == "classifier" else None, {})
+
+
+def _flex_head(config: Mapping[str, Any], name: Any, path: Path) -> _Head:
+    kind = config.get("head_type")
+    candidates = _FLEX_HEADS.get(str(kind), ())
+    for settings, head, modules in candidates:
+        if all(config.get(field, value) == value for field, value in settings.items()):
+            layers = {f"heads.{name}.{i}": module for i, module in modules.items()}
+            labels = config.get("num_labels") if _TOPS[head] == "classifier" else None
+            activation = config.get("activation_function") if head == "masked_lm" else None
+            return _Head(head, labels, layers, activation)
+    wanted = " or ".join(str(dict(flex.settings)) for flex in candidates)
+    raise ValueError(
+        f"the head in {path}, {dict(config)}, has no counterpart here: "
+        + (f"head_type={kind!r} wants {wanted}" if wanted else f"head_type={kind!r} is unknown")
+        + "; leave it out with with_head=False"
+    )
+
+
+def read_head(directory: Path, module: Any, own: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The head in the folder.
+
+    Args:
+      directory: of the adapter.
+      module: the backbone's.
+      own: its parameters by `/`-joined path.
+
+    Returns:
+      Parameters by path; none where the folder has no head.
+
+    Raises:
+      ValueError: if the backbone has another head, or the tensors are not those of the head.
+    """
+    path = directory / HEAD_CONFIG_NAME
+    if not path.is_file():
+        return {}
+    head = _head_of(path)
+    _check_head(directory, head, module)
+    tensors = {}
+    for name, array in read_tensors(directory, HEAD_STEMS).items():
+        layer, _, kind = name.rpartition(".")
+        # T5 saves its prefixes with its head.
+        if not name.startswith("prefix_tuning."):
+            tensors[f"{head.layers.get(layer, layer)}.{kind}"] = array
+    family = _family(module)
+    found = flatten_dict(family.from_hugging_face(tensors), sep="/")
+    _check_ties(directory, found, own, family)
+    parts = [layer.removeprefix("bert.").partition(".")[0] for layer in head.layers.values()]
+    tops = {_TOPS[head.head], *parts}
+    check_leaves(directory, found, {p: leaf for p, leaf in own.items() if _top(p) in tops})
+    return {path: jnp.asarray(array, own[path].dtype) for path, array in found.items()}
+
+
+def _check_head(directory: Path, head: _Head, module: Any) -> None:
+    labels = getattr(module, "num_labels", None)
+    if head.head != module.head or head.num_labels not in (None, labels):
+        wanted = ", ".join(f"{k}={v!r}" for k, v in read_adapterhub_head(directory).items())
+        raise ValueError(
+            f"the folder {directory} has a head with {wanted}, the backbone has "
+            f"head={module.head!r}"
+            + (f", num_labels={labels}" if module.head == head.head else "")
+            + f"; load the backbone with {wanted}, or leave out the folder's with with_head=False"
+        )
+    hidden_act = getattr(module.config, "hidden_act", None)
+    if head.activation not in (None, hidden_act):
+        raise ValueError(
+            f"the head in {directory} has activation_function={head.activation!r}, the backbone's "
+            f"has hidden_act={hidden_act!r}; leave it out with with_head=False"
+        )
+
+
+def _check_ties(
+    directory: Path, found: dict[str, Any], own: Mapping[str, Any], family: Family
+) -> None:
+    """Takes out copies of the backbone's embeddings; ValueError if they are none."""
+    for path, original in family.ties.items():
+        if path not in found or path in own:
+            continue
+        copy, values = found.pop(path).T, np.asarray(own[original])
+        if not np.array_equal(copy.astype(values.dtype), values):
+            raise ValueError(
+                f"{path} in {directory} is not the backbone's {original}, to which it is tied: "
+                "load the backbone that the adapter was trained with, or leave out the head with "
+                "with_head=False"
+            )
+
+
+def _family(module: Any) -> Family:
+    return FAMILIES[layout_of(module).model_types[0]]
+
+
+def _top(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def model_class(module: Any) -> str:
+    """The name of transformers' class of a backbone, by its head."""
+    architectures = _family(module).architectures
+    return next(name for name, head in architectures.items() if head == module.head)
+
+
+def written_head(
+    module: Any, flat: Mapping[str, Any], name: str, *, trained_pooler: bool
+) -> tuple[dict[str, Any], Tensors] | None:
+    """What head_config.json says beside what both configurations say, and the tensors.
+
+    A pooler that was trained is the first of two layers of a head of AdapterHub's own; others are
+    heads of transformers' classes.
+
+    Args:
+      module: the backbone's.
+      flat: its parameters by `/`-joined path.
+      name: of the adapter.
+      trained_pooler: whether the pooler is not the backbone's.
+
+    Returns:
+      None where there is no head, or it is tied to the embeddings and nothing else.
+    """
+    with_pooler = trained_pooler and module.head == "sequence_classification"
+    tops = {_TOPS.get(module.head)} | ({"pooler"} if with_pooler else set())
+    own = {path: leaf for path, leaf in flat.items() if _top(path) in tops}
+    if not own:
+        return None
+    tensors = _family(module).to_hugging_face(unflatten_dict(own, sep="/"))
+    if "cls.predictions.bias" in tensors:
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
+    labels = getattr(module, "num_labels", 2)
+    names = {f"LABEL_{i}": i for i in range(labels)}
+    if not with_pooler:
+        settings = {"config": None, "name": None, "num_labels": labels, "label2id": names}
+        return {**settings, "model_class": model_class(module)}, tensors
+    config = {**_OVER_STATES.settings, "head_type": "classification", "num_labels": labels}
+    config |= {"label2id": names, "dropout_prob": None}
+    renamed = {}
+    for i, layer in _OVER_STATES.layers.items():
+        for kind in ("weight", "bias"):
+            renamed[f"heads.{name}.{i}.{kind}"] = tensors[f"{layer}.{kind}"]
+    return {"config": config, "name": name, "model_class": "BertAdapterModel"}, renamed

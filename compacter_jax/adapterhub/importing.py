@@ -1,0 +1,213 @@
+"""A folder of AdapterHub's -> an adapted model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compacter_jax import inject
+from compacter_jax.adapterhub.configurations import (
+    Part,
+    Source,
+    method_of,
+    read_parts,
+    sites_of,
+)
+from compacter_jax.adapterhub.heads import read_head
+from compacter_jax.adapterhub.layout import layout_of
+from compacter_jax.adapterhub.tensors import (
+    Naming,
+    PartsAt,
+    Tensors,
+    from_tensors,
+    leaves_by_host,
+    to_tensors,
+)
+from compacter_jax.checkpoint import CONFIG_NAME, check_leaves
+from compacter_jax.config import ADAPTER
+from compacter_jax.foreign import read_json, read_tensors
+
+# Names of the file of tensors, without suffix: as safetensors, as pickle.
+STEMS = ("adapter", "pytorch_adapter")
+
+
+def import_adapterhub(
+    directory: str | os.PathLike[str], backbone: Any, *, with_head: bool = True
+) -> tuple[inject.Adapted, dict[str, Any]]:
+    """Reads an adapter that `adapters` saved, onto the backbone it was trained with.
+
+    It computes what `adapters` 1.3.0 does: bottleneck adapters, Compacter's among them, in all
+    their placements, LoRA, IA3, prefix tuning, and unions of these. A learned scaling is folded
+    into the weights. How weights were initialised is not read.
+
+    A prediction head in the folder is taken with it. A head of language modelling that is not the
+    backbone's replaces it in the parameters: `save_backbone` keeps it then, `save_adapter` does
+    not.
+
+    Args:
+      directory: written by `save_adapter` of `adapters`, as safetensors or, where PyTorch is
+        installed, as it does by default.
+      backbone: has `module`, a `Bert` or `T5` with the head that is in the folder, and `params`.
+      with_head: False leaves a head in the folder unread.
+
+    Returns:
+      The adapted module and its parameters.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: for a truncated or foreign file, another backbone or head, a configuration without
+        a counterpart here, or unknown, missing or misshapen tensors; it says which.
+    """
+    directory, module = Path(directory), backbone.module
+    settings = _read_settings(directory)
+    source = Source(directory / CONFIG_NAME, module, layout_of(module))
+    _check_backbone(settings, source)
+    parts = read_parts(settings["config"], source)
+    own = flatten_dict(backbone.params, sep="/")
+    head = read_head(directory, module, own) if with_head else {}
+    method = method_of(parts, train_pooler=any(path.startswith("pooler/") for path in head))
+    model = inject.Adapted(module, method, sites=sites_of(parts, source))
+    shapes = jax.eval_shape(
+        lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0)
+    )
+    new = {path: leaf for path, leaf in flatten_dict(shapes, sep="/").items() if path not in own}
+    naming = Naming(source.layout, source.layout.layers(module), settings["name"])
+    stored = _stored(directory, naming)
+    found = _fit(directory, stored, new, PartsAt(model, parts), naming)
+    adapters = {path: jnp.asarray(array, new[path].dtype) for path, array in found.items()}
+    return model, unflatten_dict({**own, **head, **adapters}, sep="/")
+
+
+_OTHERS = {
+    "adapter_fusion_config.json": "an AdapterFusion",
+    "adapter_setup.json": "a setup of several adapters",
+}
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    for name, what in _OTHERS.items():
+        if not path.is_file() and (directory / name).is_file():
+            raise ValueError(f"{directory} holds {what}, which is not supported; give an adapter's")
+    settings = read_json(path)
+    for key, reader in (("format_version", "load_adapter"), ("peft_type", "import_peft")):
+        if key in settings:
+            raise ValueError(f"{path} is not AdapterHub's, for it has {key!r}; use {reader}")
+    missing = sorted({"config", "model_type", "name"} - settings.keys())
+    if missing or not isinstance(settings["name"], str):
+        raise ValueError(f"{path} is not AdapterHub's: it has no {missing or 'name that is one'}")
+    return settings | {"config": _modernised(settings)}
+
+
+def _modernised(settings: Mapping[str, Any]) -> Any:
+    """The config, with what `adapters` changes in those of its earlier releases."""
+    config, version = settings["config"], str(settings.get("version", ""))
+    if not isinstance(config, dict):
+        return config
+    changes = {}
+    if "version" not in settings and config.get("non_linearity") in ("gelu", "gelu_orig"):
+        changes["non_linearity"] = {"gelu": "gelu_new"}.get(config["non_linearity"], "gelu")
+    release = re.match(r"adapters\.(\d+)\.(\d+)", version)
+    is_lora = config.get("architecture") == "lora" and "r" in config
+    if release and is_lora and tuple(map(int, release.groups())) < (1, 1):
+        changes["alpha"] = config["r"]  # until 1.1 it scaled by nothing
+    return config | changes
+
+
+def _check_backbone(settings: Mapping[str, Any], source: Source) -> None:
+    model_type, width = settings["model_type"], settings.get("hidden_size")
+    if model_type not in source.layout.model_types:
+        raise ValueError(
+            f"{source.path} is of model_type={model_type!r}, the backbone is a "
+            f"{type(source.module).__name__}: load the one that the adapter was trained with"
+        )
+    wanted = source.module.config.hidden_size
+    if width not in (None, wanted):
+        raise ValueError(
+            f"{source.path} is of hidden_size={width}, the backbone's is {wanted}: load the one "
+            "that the adapter was trained with"
+        )
+
+
+# One pool of prefixes, under the name of each layer that uses it.
+_POOL = re.compile(r".+\.prefix_tuning\.pool\.(prefix_tunings\..+)")
+
+
+def _stored(directory: Path, naming: Naming) -> Tensors:
+    """The tensors in the folder, each once; ValueError if two copies of one differ."""
+    base = f"{naming.layout.base}."
+    stored = read_tensors(directory, STEMS)
+    once: Tensors = {}
+    for key, array in stored.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{key} in {directory} is of type {array.dtype}, not floating-point")
+        # An own norm is named as itself and as the first layer of `adapter_down`.
+        norm = key.replace(".adapter_down.0.", ".adapter_norm_before.")
+        name = _POOL.sub(r"prefix_tuning.\1", norm if norm in stored else key).removeprefix(base)
+        if name in once and not np.array_equal(once[name], array, equal_nan=True):
+            raise ValueError(f"{key} and {name} in {directory} are one tensor, but differ")
+        once[name] = np.asarray(array, np.float32)
+    return once
+
+
+def _fit(
+    directory: Path,
+    stored: Tensors,
+    new: Mapping[str, jax.ShapeDtypeStruct],
+    part_at: PartsAt[Part],
+    naming: Naming,
+) -> Tensors:
+    """The parameters `new` by path; ValueError if the tensors are not just theirs."""
+    blank = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in new.items()}
+    wanted = to_tensors(blank, naming)
+    absent: Tensors = {}
+    scaled: list[tuple[list[str], Any]] = []
+    for host, leaves in leaves_by_host(new).items():
+        paths = [f"{host}/{ADAPTER}/{leaf}" for leaf in _scaled_leaves(leaves)]
+        if not host or not paths:
+            continue
+        part, name = part_at(host), naming.of_host(host, "adapters")
+        factor: Any = part.factor
+        if isinstance(factor, str):
+            width = blank[paths[-1]].shape if factor == "channel" else (1,)
+            wanted[f"{name}.scaling"] = np.broadcast_to(np.float32(1), width)
+            factor = stored.get(f"{name}.scaling")
+        scaled.append((paths, factor))
+        if not part.has_bias:
+            biases = [key for key in wanted if key.startswith(f"{name}.") and key.endswith(".b")]
+            absent |= {key: wanted.pop(key) for key in biases}
+    _check_shared(directory, stored, wanted, naming)
+    check_leaves(directory, stored, wanted)
+    found = from_tensors({**stored, **absent}, new, naming)
+    for paths, factor in scaled:
+        found |= {path: found[path] * np.asarray(factor, np.float32) for path in paths}
+    return found
+
+
+def _scaled_leaves(leaves: set[str]) -> list[str]:
+    """The parameters that, multiplied by a factor, multiply what an adapter adds or scales by."""
+    if "scale" in leaves:
+        return ["scale"]
+    weights = (f"up/{leaf}" for leaf in ("kernel", "right", "blocks", "phm_rule", "phm_rule_right"))
+    # Where nothing of the weight is the adapter's own, the factor is 1.
+    return [weight for weight in weights if weight in leaves][:1] + sorted({"up/bias"} & leaves)
+
+
+def _check_shared(directory: Path, stored: Tensors, wanted: Tensors, naming: Naming) -> None:
+    shared = [key for key in wanted if key.startswith("shared_parameters.")]
+    if shared and stored.keys().isdisjoint(shared):
+        raise ValueError(
+            f"the adapter in {directory} has no {' and no '.join(shared)}, and cannot be restored "
+            "without: `adapters` leaves what adapters share out of the file where the model is not "
+            "a head on a base model (T5ForConditionalGeneration, T5Model, BertModel). Save it from "
+            "a T5AdapterModel, a BertAdapterModel or a BERT with a head; of a model still in "
+            f"memory, add model.shared_parameters[{naming.name!r}] to the file under these names"
+        )
