@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from compacter_jax import phm
@@ -557,6 +559,33 @@ def _stored(places: Sequence[Mapping[str, Any]], whole: str, left: str, right: s
         if left in params:
             return params[left] @ params[right]
     raise ValueError(f"there is no {whole} and no {left} among the parameters of an adapter")
+
+
+def flat_prefixes(
+    params: Mapping[str, Any], config: PrefixTuningConfig, hosts: Mapping[str, str]
+) -> dict[str, Any]:
+    """Parameters of the flat prefixes that equal those computed through a bottleneck.
+
+    Args:
+      params: nested parameters of a model with prefix tuning, not flat.
+      config: the method.
+      hosts: site -> regular expression of its hosts' paths.
+
+    Returns:
+      The same with `key` and `value` `[prefix_length, width]` in place of each host's `kernel` and
+      `bias`, and without what the hosts of a site share.
+    """
+    flat = flatten_dict(params, sep="/")
+    built = {path: leaf for path, leaf in flat.items() if not path.startswith("prefix_")}
+    for site, host in hosts.items():
+        hidden = prefix_hidden(lambda name, *_: flat[name], config, site, 0, None)
+        for path in flat:
+            if not re.fullmatch(f"({host})/{ADAPTER}/kernel", path):
+                continue
+            prefix = path.removesuffix("kernel")
+            both = hidden @ built.pop(path) + built.pop(f"{prefix}bias")
+            built[f"{prefix}key"], built[f"{prefix}value"] = jnp.split(both, 2, axis=-1)
+    return unflatten_dict(built, sep="/")
 
 
 def merge_weights(params: Mapping[str, Any], config: LoRAConfig | IA3Config) -> dict[str, Any]:

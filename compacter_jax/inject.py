@@ -20,6 +20,7 @@ from compacter_jax.config import (
     ADAPTER,
     BitFitConfig,
     BottleneckConfig,
+    CombinedConfig,
     FullFineTuningConfig,
     IA3Config,
     InsertedConfig,
@@ -107,7 +108,8 @@ class Adapted(nn.Module):
         """An equal model that computes only once what depends on parameters alone.
 
         For inference, where they do not change: a decoder would otherwise compute it at every
-        token. Kronecker sums become dense bottlenecks; what `merge_adapter` can merge is merged.
+        token. Kronecker sums become dense bottlenecks, prefixes flat; what `merge_adapter` can
+        merge is merged.
 
         Args:
           params: of this model.
@@ -120,6 +122,12 @@ class Adapted(nn.Module):
             return self.clone(method=dense_twin(self.method)), adapters.build_weights(params)
         if isinstance(self.method, LoRAConfig | IA3Config | IntrinsicConfig):
             return self.clone(method=FullFineTuningConfig()), merge_adapter(self, params)
+        for part in parts_of(self.method):
+            if isinstance(part, PrefixTuningConfig) and not part.flat:
+                flat = part.replace(flat=True)
+                hosts = {name: site.host for name, site in self._sites_of(part).items()}
+                model = self.clone(method=_with_part(self.method, part, flat))
+                return model.built(adapters.flat_prefixes(params, part, hosts))
         return self, params
 
     @nn.nowrap
@@ -241,6 +249,13 @@ class Adapted(nn.Module):
 
 
 _INTRINSIC = re.compile("intrinsic_(vector|scale)")
+
+
+def _with_part(method: MethodConfig, part: InsertedConfig, new: InsertedConfig) -> MethodConfig:
+    """`method` with `new` in place of `part`, which is one of its parts or itself."""
+    if not isinstance(method, CombinedConfig):
+        return new
+    return method.replace(parts=tuple(new if own is part else own for own in method.parts))
 
 
 def _as_site(site: str | Site) -> Site:
