@@ -149,12 +149,14 @@ KNOBS = {
     "PHM-Adapter": ("phm", {}),
     # Says what is trained, not what is computed.
     "rule not learned": ("compacter", {"learn_phm": False}),
+    "low rank": ("low-rank", {}),
+    "low rank, of three": ("low-rank", {"rank": 3}),
 }
 
 
 def method_of(knob):
     name, overrides = KNOBS[knob]
-    small = SMALL if name != "houlsby" else {"reduction_factor": 2}
+    small = SMALL if name in ("compacter", "phm") else {"reduction_factor": 2}
     return preset(name, **(small | overrides))
 
 

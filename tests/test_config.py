@@ -9,57 +9,136 @@ import pytest
 
 from compacter_jax.config import (
     METHODS,
+    BitFitConfig,
     BottleneckConfig,
+    CombinedConfig,
     FullFineTuningConfig,
+    IA3Config,
+    IntrinsicConfig,
+    LoRAConfig,
+    LowRankBottleneckConfig,
     PHMBottleneckConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    dense_twin,
     from_dict,
+    parts_of,
     preset,
     presets,
     to_dict,
 )
 
 BOTH_SITES = ("attention", "feed_forward")
-# What the papers' comparison says of each preset; what is not named is the dataclass' default.
+# Bottlenecks of the paper's comparison, as in its released configurations.
+OF_THE_PAPER = {
+    "reduction_factor": 32,
+    "non_linearity": "gelu_new",
+    "scaling": 1.0,
+    "dropout": 0.0,
+    "layer_norm_before": False,
+    "layer_norm_after": False,
+    "parallel": False,
+    "original_ln_before": False,
+    "leave_out": (),
+    "train_layer_norms": True,
+}
+DENSE = OF_THE_PAPER | {"w_init": "normal", "w_init_range": 1e-2}
+PHM = OF_THE_PAPER | {
+    "sites": BOTH_SITES,
+    "phm_rank": 1,
+    "factorized_phm_rule": False,
+    "shared_W_phm": False,
+    "learn_phm": True,
+    "phm_c_init": "normal",
+    "w_init": "glorot-uniform",
+}
+COMPACTER = PHM | {
+    "phm_dim": 4,
+    "factorized_phm_W": True,
+    "shared_phm_rule": True,
+    "phm_init_range": 1e-4,
+}
+# Of AdapterHub and of the methods' own papers: the backbone's layer norms stay frozen.
+PARALLEL = {
+    "sites": ("parallel_feed_forward",),
+    "parallel": True,
+    "reduction_factor": 2,
+    "non_linearity": "relu",
+    "w_init": "lora",
+}
+KEY_VALUE = ("encoder_key_value", "decoder_key_value", "cross_key_value")
+PREFIX = {
+    "sites": KEY_VALUE,
+    "prefix_length": 30,
+    "flat": False,
+    "bottleneck_size": 512,
+    "non_linearity": "tanh",
+    "shift_positions": False,
+}
+PROMPT = {"sites": ("embedding",), "prompt_length": 100, "prompt_init_range": 0.5}
 PRESETS = {
-    "full": (FullFineTuningConfig, {"train_pooler": True}),
-    "houlsby": (
+    "full": (FullFineTuningConfig, {"train_layer_norms": True, "train_pooler": True}),
+    "houlsby": (BottleneckConfig, DENSE | {"sites": BOTH_SITES}),
+    "pfeiffer-attention": (BottleneckConfig, DENSE | {"sites": ("attention",)}),
+    "pfeiffer-feed-forward": (
         BottleneckConfig,
-        {"sites": BOTH_SITES, "w_init": "normal", "w_init_range": 1e-2, "train_pooler": False},
+        {
+            "sites": ("residual_feed_forward",),
+            "reduction_factor": 16,
+            "non_linearity": "relu",
+            "w_init": "normal",
+            "w_init_range": 2e-2,
+            "original_ln_before": True,
+            "original_ln_after": True,
+            "residual_before_ln": True,
+        },
+    ),
+    "adapterdrop": (BottleneckConfig, DENSE | {"sites": BOTH_SITES, "leave_out": (0, 1, 2, 3, 4)}),
+    "low-rank": (
+        LowRankBottleneckConfig,
+        OF_THE_PAPER | {"sites": BOTH_SITES, "rank": 1, "w_init": "glorot-uniform"},
     ),
     "phm": (
         PHMBottleneckConfig,
-        {
-            "sites": BOTH_SITES,
+        PHM
+        | {
             "phm_dim": 12,
             "factorized_phm_W": False,
             "shared_phm_rule": False,
             "phm_init_range": 1e-2,
-            "w_init": "glorot-uniform",
         },
     ),
-    "compacter": (
-        PHMBottleneckConfig,
+    "compacter": (PHMBottleneckConfig, COMPACTER),
+    "compacter++": (PHMBottleneckConfig, COMPACTER | {"sites": ("feed_forward",)}),
+    "bitfit": (BitFitConfig, {"sites": ("linear", "norm", "logits")}),
+    "prompt-tuning-random": (PromptTuningConfig, PROMPT | {"prompt_init": "random"}),
+    "prompt-tuning-vocabulary": (PromptTuningConfig, PROMPT | {"prompt_init": "vocabulary"}),
+    "intrinsic-said": (IntrinsicConfig, {"dimension": 20_000, "structure_aware": True}),
+    "intrinsic": (IntrinsicConfig, {"dimension": 20_000, "structure_aware": False}),
+    "lora": (
+        LoRAConfig,
+        {"sites": ("query", "value"), "rank": 8, "lora_alpha": 8.0, "use_rslora": False},
+    ),
+    "ia3": (IA3Config, {"sites": ("key", "value"), "input_sites": ("feed_forward",)}),
+    "prefix-tuning": (PrefixTuningConfig, PREFIX),
+    "parallel": (BottleneckConfig, PARALLEL | {"scaling": 1.0}),
+    "scaled-parallel": (BottleneckConfig, PARALLEL | {"scaling": 4.0}),
+    "mam": (
+        CombinedConfig,
         {
-            "sites": BOTH_SITES,
-            "phm_dim": 4,
-            "phm_rank": 1,
-            "factorized_phm_W": True,
-            "shared_phm_rule": True,
-            "factorized_phm_rule": False,
-            "shared_W_phm": False,
-            "learn_phm": True,
-            "phm_c_init": "normal",
-            "phm_init_range": 1e-4,
-            "w_init": "glorot-uniform",
+            "parts": (
+                PrefixTuningConfig(bottleneck_size=800),
+                BottleneckConfig(**PARALLEL, scaling=4.0),
+            )
         },
     ),
-    "compacter++": (PHMBottleneckConfig, {"sites": ("feed_forward",), "phm_dim": 4}),
 }
 
 
 def test_presets_are_those_of_the_table():
     assert presets() == tuple(PRESETS)
     assert {cls.kind for cls, _ in PRESETS.values()} == set(METHODS)
+    assert {kind: cls.kind for kind, cls in METHODS.items()} == {kind: kind for kind in METHODS}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -68,14 +147,14 @@ def test_preset(name):
     method = preset(name)
     assert type(method) is cls
     assert {field: getattr(method, field) for field in fields} == fields
-    assert method.train_layer_norms
+    assert method.train_layer_norms == fields.get("train_layer_norms", False)
+    assert method.train_pooler == fields.get("train_pooler", False)
     assert method.train_head
-    if isinstance(method, BottleneckConfig):
-        assert (method.reduction_factor, method.non_linearity) == (32, "gelu_new")
-        assert (method.scaling, method.dropout) == (1.0, 0.0)
-        assert not method.layer_norm_before
-        assert not method.layer_norm_after
-        assert method.leave_out == ()
+
+
+def test_every_preset_is_in_the_docstring():
+    rows = [line.split("`")[1] for line in preset.__doc__.splitlines() if "| `" in line]
+    assert rows == list(PRESETS)
 
 
 def test_compacter_and_its_plus_plus_differ_in_sites_alone():
@@ -108,43 +187,92 @@ def test_round_trip_through_json(name):
     assert values.keys() - {"kind"} == {field.name for field in dataclasses.fields(method)}
 
 
-def test_round_trip_of_every_field_changed():
-    method = preset(
-        "compacter",
-        sites=("feed_forward",),
-        leave_out=(0, 3),
-        reduction_factor=8,
-        non_linearity="relu",
-        w_init="normal",
-        w_init_range=0.5,
-        scaling=-0.25,
-        dropout=0.1,
-        layer_norm_before=True,
-        layer_norm_after=True,
-        phm_dim=2,
-        phm_rank=3,
-        factorized_phm_W=False,
-        shared_phm_rule=False,
-        factorized_phm_rule=True,
-        shared_W_phm=True,
-        learn_phm=False,
-        phm_c_init="uniform",
-        phm_init_range=0.125,
-        train_layer_norms=False,
-        train_head=False,
-        train_pooler=True,
-    )
-    default = to_dict(PHMBottleneckConfig(train_layer_norms=True))
+BOTTLENECK_CHANGED = {
+    "sites": ("residual_attention",),
+    "leave_out": (0, 3),
+    "reduction_factor": 8,
+    "non_linearity": "relu",
+    "w_init": "glorot-normal",
+    "w_init_range": 0.5,
+    "scaling": -0.25,
+    "dropout": 0.1,
+    "layer_norm_before": True,
+    "layer_norm_after": True,
+    "parallel": True,
+    "original_ln_before": True,
+    "original_ln_after": False,
+    "residual_before_ln": False,
+}
+# Another value for every field.
+CHANGED = {
+    "full": {"train_layer_norms": False, "train_pooler": False},
+    "bottleneck": BOTTLENECK_CHANGED,
+    "low_rank_bottleneck": BOTTLENECK_CHANGED | {"rank": 3},
+    "phm_bottleneck": BOTTLENECK_CHANGED
+    | {
+        "phm_dim": 2,
+        "phm_rank": 3,
+        "factorized_phm_W": False,
+        "shared_phm_rule": False,
+        "factorized_phm_rule": True,
+        "shared_W_phm": True,
+        "learn_phm": False,
+        "phm_c_init": "uniform",
+        "phm_init_range": 0.125,
+    },
+    "lora": {
+        "sites": ("key",),
+        "leave_out": (1,),
+        "rank": 2,
+        "lora_alpha": 3.0,
+        "use_rslora": True,
+        "dropout": 0.1,
+    },
+    "ia3": {"sites": ("query",), "input_sites": ("key", "value"), "leave_out": (2,)},
+    "prefix_tuning": {
+        "sites": ("cross_key_value",),
+        "prefix_length": 3,
+        "flat": True,
+        "bottleneck_size": 4,
+        "non_linearity": "relu",
+        "dropout": 0.25,
+        "shift_positions": True,
+    },
+    "prompt_tuning": {
+        "sites": ("words",),
+        "leave_out": (1,),
+        "prompt_length": 7,
+        "prompt_init": "vocabulary",
+        "prompt_init_range": 0.125,
+        "prompt_token_ids": (5, 0, 5),
+    },
+    "bitfit": {"sites": ("norm",), "leave_out": (1,)},
+    "intrinsic": {"dimension": 7, "structure_aware": False, "projection_seed": 2**31 - 1},
+    "combined": {
+        "parts": (LoRAConfig(rank=3), PHMBottleneckConfig(phm_dim=2), BitFitConfig(leave_out=(1,)))
+    },
+}
+OF_ALL = {"train_layer_norms": True, "train_head": False, "train_pooler": True}
+# `shift_positions` leaves out no layer.
+UNCHANGED = {"prefix_tuning": ["leave_out"]}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_round_trip_of_every_field_changed(kind):
+    cls = METHODS[kind]
+    method = cls(**OF_ALL | CHANGED[kind])
+    default = to_dict(cls(parts=(LoRAConfig(),)) if kind == "combined" else cls())
     changed = to_dict(method)
-    assert [key for key in default if default[key] == changed[key]] == ["kind"]
-    assert from_dict(json.loads(json.dumps(changed))) == method
+    same = [name for name in default if default[name] == changed[name]]
+    assert same == ["kind", *UNCHANGED.get(kind, [])]
+    assert from_dict(json.loads(json.dumps(changed, allow_nan=False))) == method
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
         ("compactr", {}, r"unknown method preset 'compactr' \(did you mean 'compacter'\?\); known"),
-        ("x", {}, "unknown method preset 'x'; known are full, houlsby, phm, compacter, compacter"),
+        ("x", {}, "unknown method preset 'x'; known are full, houlsby, pfeiffer-attention, pf"),
         (
             "compacter",
             {"reduction_facto": 16},
@@ -177,6 +305,76 @@ def test_round_trip_of_every_field_changed():
         ("compacter", {"dropout": -0.1}, r"dropout=-0.1 must be in \[0, 1\)"),
         ("compacter", {"phm_dim": 0}, "phm_dim=0 must be at least 1"),
         ("compacter", {"phm_rank": 0}, "phm_rank=0 must be at least 1"),
+        (
+            "compacter",
+            {"w_init": "lora"},
+            "unknown w_init='lora'; use one of .*uniform, .*normal, n",
+        ),
+        ("low-rank", {"w_init": "lora"}, "w_init='lora'; use one of glorot-uniform, glorot-normal"),
+        (
+            "parallel",
+            {"w_init": "zeros"},
+            "use one of glorot-uniform, glorot-normal, normal, lora$",
+        ),
+        ("low-rank", {"rank": 0}, "rank=0 must be at least 1"),
+        ("lora", {"rank": 0}, "rank=0 must be at least 1"),
+        ("lora", {"rank": True}, "rank=True must be of type int"),
+        ("lora", {"lora_alpha": "8"}, "lora_alpha='8' must be of type float"),
+        ("lora", {"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
+        ("lora", {"sites": ()}, "sites is empty; name at least one"),
+        ("lora", {"reduction_factor": 2}, "method 'lora' has no field 'reduction_factor'"),
+        ("ia3", {"sites": (), "input_sites": ()}, "sites is empty; name at least one"),
+        ("ia3", {"input_sites": ("key",)}, "sites names 'key' twice; name each site once"),
+        ("ia3", {"leave_out": (-2,)}, "leave_out=-2 must be layer indices from 0 on"),
+        ("prefix-tuning", {"prefix_length": 0}, "prefix_length=0 must be at least 1"),
+        ("prefix-tuning", {"bottleneck_size": 0}, "bottleneck_size=0 must be at least 1"),
+        ("prefix-tuning", {"dropout": -0.5}, r"dropout=-0.5 must be in \[0, 1\)"),
+        (
+            "prefix-tuning",
+            {"shift_positions": True, "leave_out": (1,)},
+            r"shift_positions=True and leave_out=\(1,\) do not go together: layers share one bias",
+        ),
+        ("prompt-tuning-random", {"prompt_length": 0}, "prompt_length=0 must be at least 1"),
+        ("prompt-tuning-random", {"prompt_init_range": 0.0}, "prompt_init_range=0.0 must be above"),
+        (
+            "prompt-tuning-random",
+            {"prompt_init": "words"},
+            "unknown prompt_init='words'; use one of",
+        ),
+        (
+            "prompt-tuning-vocabulary",
+            {"prompt_token_ids": (3, -1)},
+            "=-1 must be ids of tokens, from",
+        ),
+        (
+            "prompt-tuning-vocabulary",
+            {"prompt_token_ids": "3"},
+            "prompt_token_ids='3' must be a list",
+        ),
+        ("bitfit", {"sites": ("norm", "norm")}, "sites names 'norm' twice"),
+        ("intrinsic", {"dimension": 0}, "dimension=0 must be at least 1"),
+        ("intrinsic", {"dimension": 2e4}, "dimension=20000.0 must be of type int"),
+        ("intrinsic", {"projection_seed": -1}, "projection_seed=-1 must be from 0 to 2"),
+        ("intrinsic", {"projection_seed": 2**31}, "projection_seed=2147483648 must be from 0 to"),
+        ("mam", {"parts": ()}, "parts is empty; name at least one method"),
+        (
+            "mam",
+            {"parts": (FullFineTuningConfig(),)},
+            r"parts=Full.* must be of type InsertedConfig",
+        ),
+        ("mam", {"parts": LoRAConfig()}, "parts=LoRAConfig.* must be a list"),
+        (
+            "mam",
+            {"sites": ("query",)},
+            "'sites' is a field of 2 of the parts prefix_tuning, bottleneck; replace `parts`",
+        ),
+        ("mam", {"rank": 2}, "'rank' is a field of none of the parts prefix_tuning, bottleneck"),
+        ("mam", {"prefix_length": 0}, "prefix_length=0 must be at least 1"),
+        (
+            "mam",
+            {"parts": (PHMBottleneckConfig(), PHMBottleneckConfig(sites=("residual_attention",)))},
+            "2 of the parts share a rule or blocks under the same names; set shared_phm_rule=False",
+        ),
     ],
 )
 def test_what_cannot_work_names_what_would(name, overrides, message):
@@ -195,7 +393,14 @@ def test_floats_must_be_finite(field, value):
     ("values", "message"),
     [
         ({}, "unknown kind of method None; known are full, bottleneck, phm_bottleneck"),
-        ({"kind": "lora"}, "unknown kind of method 'lora'"),
+        ({"kind": "compacter"}, "unknown kind of method 'compacter'"),
+        ("full", "a method must be a mapping of its fields, not 'full'"),
+        ({"kind": "lora", "rnak": 4}, r"no field 'rnak' \(did you mean 'rank'\?\)"),
+        ({"kind": "combined", "parts": [{"kind": "full"}]}, "must be of type InsertedConfig"),
+        ({"kind": "combined", "parts": [{"kind": "x"}]}, "unknown kind of method 'x'"),
+        ({"kind": "combined", "parts": ["lora"]}, "must be a mapping of its fields, not 'lora'"),
+        ({"kind": "combined", "parts": {"kind": "lora"}}, "parts=.* must be a list"),
+        ({"kind": "combined"}, "parts is empty"),
         ({"kind": ["full"]}, r"unknown kind of method \['full'\]"),
         ({"kind": "full", "phm_dim": 4}, "method 'full' has no field 'phm_dim'"),
         ({"kind": "phm_bottleneck", "phm_dim": 0}, "phm_dim=0 must be at least 1"),
@@ -265,3 +470,49 @@ def test_the_module_needs_the_standard_library_alone():
     path = sys.modules[preset.__module__].__file__
     run = [sys.executable, "-c", program, path]
     assert subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# --- what is made of methods --------------------------------------------------------------------
+
+
+def test_parts():
+    lora = preset("lora")
+    assert parts_of(lora) == (lora,)
+    assert parts_of(preset("mam")) == preset("mam").parts
+    assert parts_of(preset("full")) == parts_of(preset("intrinsic")) == ()
+
+
+def test_overrides_of_a_part():
+    method = preset("mam", prefix_length=5, scaling=2, train_head=False)
+    prefix, parallel = preset("mam").parts
+    expected = (prefix.replace(prefix_length=5), parallel.replace(scaling=2.0))
+    assert method == CombinedConfig(parts=expected, train_head=False)
+    # Those of new parts.
+    method = method.replace(parts=(preset("lora"), preset("ia3")), rank=2)
+    assert method.parts == (preset("lora", rank=2), preset("ia3"))
+
+
+def test_sharing_parts_beside_one_that_does_not():
+    own = preset("phm", sites=("attention",))
+    assert CombinedConfig(parts=(preset("compacter++"), own)).parts[1] == own
+
+
+@pytest.mark.parametrize(
+    ("overrides", "factor"),
+    [({}, 1.0), ({"rank": 2, "lora_alpha": 3}, 1.5), ({"rank": 4, "use_rslora": True}, 4.0)],
+)
+def test_factor_of_lora(overrides, factor):
+    assert preset("lora", **overrides).factor == factor
+
+
+def test_all_sites():
+    assert preset("ia3").all_sites() == ("key", "value", "feed_forward")
+    assert preset("compacter").all_sites() == BOTH_SITES
+
+
+def test_the_dense_twin_differs_in_its_projections_alone():
+    method = PHMBottleneckConfig(**OF_ALL | CHANGED["phm_bottleneck"])
+    twin = dense_twin(method)
+    assert type(twin) is BottleneckConfig
+    own, phm = to_dict(twin), to_dict(method)
+    assert [name for name in own if own[name] != phm[name]] == ["kind"]

@@ -1,0 +1,241 @@
+"""BERT and T5 in float64 NumPy: every layer does what the adapter under its own path says."""
+
+import math
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from compacter_jax.config import BottleneckConfig, LoRAConfig, PrefixTuningConfig, parts_of
+from compacter_jax.models.bert import Bert
+from compacter_jax.models.t5 import relative_position_bucket
+from tests.helpers import ACTIVATIONS, adapter_update
+
+# A bias on scores that leaves nothing of a key.
+HIDDEN = -1e30
+
+
+def softmax(scores):
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def pad_left(x, count):
+    """`count` zeros before the last axis."""
+    return np.pad(x, ((0, 0),) * (x.ndim - 1) + ((count, 0),))
+
+
+class Reference:
+    """A model and a method by the equations of their papers; `params` as of `Adapted`.
+
+    Where a method goes is read off the names of the parameters alone.
+    """
+
+    def __init__(self, module, method, params):
+        self.module, self.config, self.parts = module, module.config, parts_of(method)
+        self.params = {path: np.float64(v) for path, v in flatten_dict(params, sep="/").items()}
+
+    def __call__(self, *inputs):
+        """Logits for the inputs of the module, all masks included."""
+        return (self._bert if isinstance(self.module, Bert) else self._t5)(*inputs)
+
+    # --- what a method does -------------------------------------------------------------------
+
+    def _part(self, kind):
+        return next(part for part in self.parts if isinstance(part, kind))
+
+    def _own(self, host, name):
+        return self.params.get(f"{host}/adapter/{name}".removeprefix("/"))
+
+    def _update(self, host, x):
+        """What the bottleneck under `host` adds, 0 if there is none."""
+        if self._own(host, "down/bias") is None:
+            return 0.0
+        own = {
+            path.removeprefix(f"{host}/"): leaf
+            for path, leaf in self.params.items()
+            if path.startswith((f"{host}/adapter/", "phm_"))
+        }
+        return adapter_update(self._part(BottleneckConfig), own, x)
+
+    def _adapt_output(self, host, y):
+        if (scale := self._own(host, "scale")) is not None:
+            y = y * scale
+        if (bias := self._own(host, "bias")) is not None:
+            y = y + bias
+        return y + self._update(host, y)
+
+    def _dense(self, host, x):
+        if (scale := self._own(host, "input_scale")) is not None:
+            x = x * scale
+        y = x @ self.params[f"{host}/kernel"] + self.params.get(f"{host}/bias", 0.0)
+        if (left := self._own(host, "left")) is not None:
+            lora = self._part(LoRAConfig)
+            root = math.sqrt(lora.rank) if lora.use_rslora else lora.rank
+            y = y + lora.lora_alpha / root * (x @ left @ self._own(host, "right"))
+        return self._adapt_output(host, y)
+
+    def _join(self, host, residual, output, add):
+        """The end of a sub-layer, as AdapterHub places what has the residual."""
+        if self._own(host, "down/bias") is None:
+            return add(residual, output)
+        config = self._part(BottleneckConfig)
+        x = add(residual, output) if config.original_ln_before else output
+        from_output = config.residual_before_ln or not config.original_ln_before
+        skip = output if from_output else x
+        out = skip + self._update(host, residual if config.parallel else x)
+        return add(residual, out) if config.original_ln_after else out
+
+    def _prefix(self, host, site):
+        """Keys and values, `[prefix, inner]` each, or None."""
+        if (key := self._own(host, "key")) is not None:
+            return key, self._own(host, "value")
+        if (kernel := self._own(host, "kernel")) is None:
+            return None
+        embedding, first, bias = (
+            self.params[f"prefix_{site}_{name}"] for name in ("embedding", "kernel", "bias")
+        )
+        activation = ACTIVATIONS[self._part(PrefixTuningConfig).non_linearity]
+        both = activation(embedding @ first + bias) @ kernel + self._own(host, "bias")
+        return np.split(both, 2, axis=1)
+
+    def _attend(self, host, site, heads, query, key, value, bias):
+        """`[batch, queries, inner]` from projections `[batch, length, inner]`, bias on scores."""
+        if (prefix := self._prefix(host, site)) is not None:
+            key, value = (
+                np.concatenate([np.broadcast_to(own, (len(x), *own.shape)), x], 1)
+                for own, x in zip(prefix, (key, value), strict=True)
+            )
+            # Nothing is added to the scores of prefixes, unless that is in the bias already.
+            bias = pad_left(bias, key.shape[1] - bias.shape[-1])
+
+        def split(x):
+            return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+        query, key, value = map(split, (query, key, value))
+        y = softmax(query @ key.swapaxes(-1, -2) + bias) @ value
+        return y.transpose(0, 2, 1, 3).reshape(len(y), y.shape[2], -1)
+
+    def _prompted(self, host, x, mask):
+        """Embeddings and mask with the prompt in front, and its length."""
+        if (prompt := self._own(host, "prompt")) is None:
+            return x, mask, 0
+        before = np.broadcast_to(prompt, (len(x), *prompt.shape))
+        ones = np.ones((len(x), len(prompt)))
+        return np.concatenate([before, x], 1), np.concatenate([ones, mask], 1), len(prompt)
+
+    # --- BERT ---------------------------------------------------------------------------------
+
+    def _layer_norm(self, path, x):
+        centred = x - x.mean(-1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + self.config.layer_norm_eps)
+        return centred / deviation * self.params[f"{path}/scale"] + self.params[f"{path}/bias"]
+
+    def _bert(self, ids, mask, token_types=None, positions=None):
+        config = self.config
+        table = {
+            kind: self.params[f"embeddings/{kind}_embeddings/embedding"]
+            for kind in ("word", "token_type", "position")
+        }
+        x, mask, count = self._prompted("embeddings/word_embeddings", table["word"][ids], mask)
+        types = np.zeros(ids.shape, int) if token_types is None else token_types
+        positions = np.arange(ids.shape[1])[None] if positions is None else positions
+        types = pad_left(types, count)
+        first = np.arange(count)[None].repeat(len(positions), 0)
+        positions = np.concatenate([first, positions + count], 1)
+        x = x + table["token_type"][types] + table["position"][positions]
+        x = self._layer_norm("embeddings/LayerNorm", x)
+        bias = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
+        heads = config.num_attention_heads
+        for i in range(config.num_hidden_layers):
+            layer = f"encoder/layer/{i}"
+            host = f"{layer}/attention/self"
+            query, key, value = (self._dense(f"{host}/{p}", x) for p in ("query", "key", "value"))
+            query = query / math.sqrt(config.hidden_size // heads)
+            y = self._attend(host, "encoder_key_value", heads, query, key, value, bias)
+            x = self._bert_residual(f"{layer}/attention/output", y, x)
+            inner = ACTIVATIONS[config.hidden_act](self._dense(f"{layer}/intermediate/dense", x))
+            x = self._bert_residual(f"{layer}/output", inner, x)
+        pooled = np.tanh(self._dense("pooler/dense", x[:, 0]))
+        return self._dense("classifier", pooled)
+
+    def _bert_residual(self, host, x, residual):
+        def add(residual, output):
+            return self._layer_norm(f"{host}/LayerNorm", output + residual)
+
+        return self._join(host, residual, self._dense(f"{host}/dense", x), add)
+
+    # --- T5 -----------------------------------------------------------------------------------
+
+    def _rms_norm(self, path, x):
+        mean_square = (x**2).mean(-1, keepdims=True)
+        normal = x / np.sqrt(mean_square + self.config.layer_norm_epsilon)
+        return self._adapt_output(path, normal * self.params[f"{path}/scale"])
+
+    def _t5(self, ids, mask, decoder_ids):
+        table = self.params["shared/embedding"]
+        x, mask, _ = self._prompted("", table[ids], mask)
+        padding = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
+        states = self._t5_stack("encoder", x, padding)
+        later = np.triu(np.full((decoder_ids.shape[1],) * 2, HIDDEN), 1)
+        x = self._t5_stack("decoder", table[decoder_ids], later, states, padding)
+        if self.config.tie_word_embeddings:
+            y = x * self.config.d_model**-0.5 @ table.T
+        else:
+            y = x @ self.params["lm_head/kernel"]
+        return self._adapt_output("", y)
+
+    def _t5_stack(self, stack, x, mask, states=None, padding=None):
+        config = self.config
+        decoding = stack == "decoder"
+        shift = self._shift(stack)
+        relative = np.arange(shift + x.shape[1]) - np.arange(x.shape[1])[:, None]
+        buckets = relative_position_bucket(
+            relative,
+            bidirectional=not decoding,
+            num_buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+        )
+        table = f"{stack}/block/0/layer/0/SelfAttention/relative_attention_bias/embedding"
+        bias = self.params[table][np.asarray(buckets)].transpose(2, 0, 1) + pad_left(mask, shift)
+        for i in range(config.num_decoder_layers if decoding else config.num_layers):
+            block = f"{stack}/block/{i}/layer"
+            x = self._t5_attention(f"{block}/0", f"{stack}_key_value", x, None, bias)
+            if decoding:
+                x = self._t5_attention(f"{block}/1", "cross_key_value", x, states, padding)
+            x = self._t5_feed_forward(f"{block}/{2 if decoding else 1}", x)
+        return self._rms_norm(f"{stack}/final_layer_norm", x)
+
+    def _shift(self, stack):
+        """By how much the positions of a stack's keys are shifted."""
+        prefix = self._prefix(f"{stack}/block/0/layer/0/SelfAttention", f"{stack}_key_value")
+        if prefix is None or not self._part(PrefixTuningConfig).shift_positions:
+            return 0
+        return len(prefix[0])
+
+    def _t5_attention(self, layer, site, x, states, bias):
+        host = f"{layer}/{'SelfAttention' if states is None else 'EncDecAttention'}"
+        normal = self._rms_norm(f"{layer}/layer_norm", x)
+        source = normal if states is None else states
+        projected = [
+            self._dense(f"{host}/{p}", s)
+            for p, s in zip("qkv", (normal, source, source), strict=True)
+        ]
+        y = self._dense(
+            f"{host}/o", self._attend(host, site, self.config.num_heads, *projected, bias)
+        )
+        return self._join(layer, x, y + self._update(host, normal), np.add)
+
+    def _t5_feed_forward(self, layer, x):
+        host = f"{layer}/DenseReluDense"
+        normal = self._rms_norm(f"{layer}/layer_norm", x)
+        name = self.config.feed_forward_proj.removeprefix("gated-")
+        activation = ACTIVATIONS["gelu_new" if name == "gelu" else name]
+        if self.config.is_gated:
+            y = activation(self._dense(f"{host}/wi_0", normal)) * self._dense(
+                f"{host}/wi_1", normal
+            )
+        else:
+            y = activation(self._dense(f"{host}/wi", normal))
+        return self._join(
+            layer, x, self._dense(f"{host}/wo", y) + self._update(host, normal), np.add
+        )

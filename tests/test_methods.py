@@ -1,0 +1,578 @@
+"""Every preset on BERT and on T5, through the one path that all methods share."""
+
+import dataclasses
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import compacter_jax as cj
+from compacter_jax.models.t5 import PUBLISHED
+from tests.helpers import (
+    IDS,
+    MASK,
+    ONE_LAYER,
+    SMALL,
+    TINY_T5,
+    adapted_shapes,
+    backbone_of,
+    quick_jit,
+    quick_key,
+    random_tree,
+    t5_inputs,
+)
+from tests.reference import Reference
+
+HALF = {"reduction_factor": 2}
+PREFIX = {"prefix_length": 2, "bottleneck_size": 5}
+# What makes each preset fit a width of 12.
+SIZES = {
+    "full": {},
+    "houlsby": HALF,
+    "pfeiffer-attention": HALF,
+    "pfeiffer-feed-forward": HALF,
+    "adapterdrop": HALF | {"leave_out": (0,)},
+    "low-rank": HALF,
+    "phm": SMALL,
+    "compacter": SMALL,
+    "compacter++": SMALL,
+    "bitfit": {},
+    "prompt-tuning-random": {"prompt_length": 3},
+    "prompt-tuning-vocabulary": {"prompt_length": 3, "prompt_token_ids": (5, 2)},
+    "intrinsic-said": {"dimension": 30},
+    "intrinsic": {"dimension": 30},
+    "lora": {"rank": 2, "lora_alpha": 3.0},
+    "ia3": {},
+    "prefix-tuning": PREFIX,
+    "parallel": {},
+    "scaled-parallel": {},
+    "mam": PREFIX,
+}
+BACKBONES = {
+    "bert": cj.Bert(ONE_LAYER, head="sequence_classification", num_labels=3),
+    "t5": cj.T5(dataclasses.replace(TINY_T5, num_layers=1)),
+    "gated t5": cj.T5(
+        dataclasses.replace(
+            TINY_T5, num_layers=1, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+        )
+    ),
+}
+# The gated feed-forward network and the separate head are where these differ.
+GATED = ("bitfit", "ia3", "mam")
+# Differ from another preset by a number, a site or a layer: on T5, only their logits are compared.
+TWINS = (
+    *("pfeiffer-attention", "adapterdrop", "compacter++", "prompt-tuning-random"),
+    *("intrinsic", "parallel"),
+)
+# As many as show what a version of JAX or Flax changes.
+FAST_ON_T5 = ("bitfit", "prompt-tuning-vocabulary", "lora", "prefix-tuning")
+
+
+def slow_unless(fast, *values):
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+CASES = [
+    *(slow_unless(name not in TWINS, name, "bert") for name in cj.presets()),
+    *(slow_unless(name in FAST_ON_T5, name, "t5") for name in cj.presets() if name not in TWINS),
+    *(slow_unless(False, name, "gated t5") for name in GATED),
+]
+every_case = pytest.mark.parametrize(("name", "backbone"), CASES)
+# One of each kind that inserts something.
+KINDS = (
+    *("pfeiffer-feed-forward", "low-rank", "phm", "compacter", "prompt-tuning-vocabulary"),
+    *("intrinsic-said", "lora", "ia3", "prefix-tuning", "mam"),
+)
+
+
+def small(name, **overrides):
+    return cj.preset(name, **(SIZES[name] | overrides))
+
+
+def test_the_table_has_every_preset():
+    assert tuple(SIZES) == cj.presets()
+
+
+def module_of(name, backbone):
+    module = BACKBONES[backbone]
+    if name != "adapterdrop":
+        return module
+    layers = "num_layers" if isinstance(module, cj.T5) else "num_hidden_layers"
+    return module.clone(config=dataclasses.replace(module.config, **{layers: 2}))
+
+
+def inputs_of(module, seed=0):
+    """Ids and masks with padding, left and right."""
+    if isinstance(module, cj.Bert):
+        return IDS, MASK
+    return tuple(t5_inputs(seed, module.config, length=7)[:3])
+
+
+def relative_difference(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+class Case:
+    """A preset on a backbone, and one compiled step of it."""
+
+    def __init__(self, name, backbone):
+        self.backbone = backbone_of(module_of(name, backbone))
+        self.method = small(name)
+        self.model = cj.Adapted(self.backbone.module, self.method)
+        self.inputs = inputs_of(self.backbone.module)
+        self.params = cj.init_adapters(self.model, self.backbone, quick_key(1))
+        self.random = random_tree(self.params, seed=2)
+        self.labels = cj.label_params(self.params, self.method)
+        self.trained = {
+            path for path, label in flatten_dict(self.labels, sep="/").items() if label == "train"
+        }
+        tx = cj.optimizer(optax.sign_sgd(0.01), self.labels)
+        shape = jax.eval_shape(self.apply, self.params).shape
+        self.cotangent = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+
+        @quick_jit
+        def step(trained, frozen):
+            def objective(trained):
+                logits = self.apply(cj.merge(trained, frozen))
+                return jnp.sum(self.cotangent * logits), logits
+
+            gradient, logits = jax.grad(objective, has_aux=True)(trained)
+            updates, _ = tx.update(gradient, tx.init(trained), trained)
+            return logits, gradient, cj.merge(optax.apply_updates(trained, updates), frozen)
+
+        self._step = step
+
+    def apply(self, params):
+        return self.model.apply({"params": params}, *self.inputs)
+
+    def step(self, params):
+        """Logits, gradient of the trained leaves by path, parameters after a step of 0.01."""
+        logits, gradient, after = jax.device_get(self._step(*cj.partition(params, self.labels)))
+        flat = flatten_dict(gradient, sep="/")
+        return logits, {path: flat[path] for path in self.trained}, after
+
+    @functools.cached_property
+    def _merged(self):
+        return quick_jit(lambda params: cj.merge_adapter(self.model, params))
+
+    def reference_params(self, params):
+        """Flat float64 parameters for `Reference`, which knows no intrinsic dimension."""
+        if isinstance(self.method, cj.IntrinsicConfig):
+            params = self._merged(params)
+        return {path: np.float64(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+
+    @functools.cached_property
+    def at_random(self):
+        """Logits and gradient at random parameters."""
+        return self.step(self.random)[:2]
+
+    @functools.cached_property
+    def first(self):
+        return self.step(self.params)
+
+    @functools.cached_property
+    def second(self):
+        return self.step(self.first[2])
+
+
+case_of = functools.cache(Case)
+
+
+@functools.cache
+def plain_logits(module):
+    params = backbone_of(module).params
+    return quick_jit(module.apply)({"params": params}, *inputs_of(module))
+
+
+# --- where they go ------------------------------------------------------------------------------
+
+LAYER, ENCODER, DECODER = "encoder/layer/0", "encoder/block/0/layer", "decoder/block/0/layer"
+T5_ATTENTIONS = (
+    f"{ENCODER}/0/SelfAttention",
+    f"{DECODER}/0/SelfAttention",
+    f"{DECODER}/1/EncDecAttention",
+)
+T5_FEED_FORWARD = (f"{ENCODER}/1/DenseReluDense", f"{DECODER}/2/DenseReluDense")
+SERIAL = {
+    "bert": {
+        "attention": {f"{LAYER}/attention/output/dense"},
+        "feed_forward": {f"{LAYER}/output/dense"},
+    },
+    "t5": {
+        "attention": {f"{place}/o" for place in T5_ATTENTIONS[:2]},
+        "feed_forward": {f"{place}/wo" for place in T5_FEED_FORWARD},
+    },
+}
+BOTH = {backbone: set.union(*places.values()) for backbone, places in SERIAL.items()}
+
+
+def projections(names):
+    """Paths of projections of attention, by BERT's names and T5's."""
+    return {
+        "bert": {f"{LAYER}/attention/self/{name}" for name in names},
+        "t5": {f"{place}/{name[0]}" for place in T5_ATTENTIONS for name in names},
+    }
+
+
+PREFIXED = {"bert": {f"{LAYER}/attention/self"}, "t5": set(T5_ATTENTIONS)}
+PARALLEL = {"bert": {f"{LAYER}/output"}, "t5": set(T5_FEED_FORWARD)}
+NOWHERE = {"bert": set(), "t5": set()}
+PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}}
+# Paths of the modules that have an adapter.
+PLACES = {
+    **dict.fromkeys(("full", "intrinsic-said", "intrinsic"), NOWHERE),
+    **dict.fromkeys(("houlsby", "low-rank", "phm", "compacter"), BOTH),
+    "pfeiffer-attention": {b: places["attention"] for b, places in SERIAL.items()},
+    "compacter++": {b: places["feed_forward"] for b, places in SERIAL.items()},
+    "pfeiffer-feed-forward": {
+        "bert": {f"{LAYER}/output"},
+        "t5": {f"{ENCODER}/1", f"{DECODER}/2"},
+    },
+    # Of two layers in BERT and in T5's encoder, and of one in its decoder, the first is left out.
+    "adapterdrop": {
+        "bert": {path.replace("/0/", "/1/") for path in BOTH["bert"]},
+        "t5": {f"encoder/block/1/layer/{p}" for p in ("0/SelfAttention/o", "1/DenseReluDense/wo")},
+    },
+    "bitfit": {
+        "bert": set(),
+        "t5": projections("qkvo")["t5"]
+        | {f"{place}/{name}" for place in T5_FEED_FORWARD for name in ("wi", "wo")}
+        | {f"{ENCODER}/{i}/layer_norm" for i in range(2)}
+        | {f"{DECODER}/{i}/layer_norm" for i in range(3)}
+        | {""},
+    },
+    **dict.fromkeys(("prompt-tuning-random", "prompt-tuning-vocabulary"), PROMPTED),
+    "lora": projections(("query", "value")),
+    "ia3": {
+        backbone: places | SERIAL[backbone]["feed_forward"]
+        for backbone, places in projections(("key", "value")).items()
+    },
+    "prefix-tuning": PREFIXED,
+    **dict.fromkeys(("parallel", "scaled-parallel"), PARALLEL),
+    "mam": {backbone: PREFIXED[backbone] | PARALLEL[backbone] for backbone in PREFIXED},
+}
+
+
+@pytest.mark.parametrize("backbone", ["bert", "t5"])
+@pytest.mark.parametrize("name", cj.presets())
+def test_the_modules_that_have_an_adapter(name, backbone):
+    shapes = adapted_shapes(cj.Adapted(module_of(name, backbone), small(name)))
+    paths = ["/" + path for path in flatten_dict(shapes, sep="/")]
+    hosts = {path.split("/adapter/")[0][1:] for path in paths if "/adapter/" in path}
+    assert hosts == PLACES[name][backbone]
+
+
+# --- what a step moves --------------------------------------------------------------------------
+
+# A factor of zero is beside them: their first gradient is zero.
+STILL_AT_FIRST = {
+    "lora": r".*/adapter/left",
+    "parallel": r".*/adapter/down/.*",
+    "scaled-parallel": r".*/adapter/down/.*",
+    "mam": r".*/adapter/down/.*",
+    # No scale has an effect while the vector is zero.
+    "intrinsic-said": r"intrinsic_scale",
+}
+# One number added to all the scores of a query: the softmax does not see it.
+NO_GRADIENT = {
+    "full": r".*/self/key/bias",
+    "bitfit": r".*(/self/key/bias|/k/adapter/bias)",
+}
+
+
+def matching(patterns, name, paths):
+    return {path for path in paths if re.fullmatch(patterns.get(name, ""), path)}
+
+
+@every_case
+def test_a_step_moves_the_trained_leaves_and_no_other(name, backbone):
+    case = case_of(name, backbone)
+    start, once, twice = (
+        flatten_dict(params, sep="/") for params in (case.params, case.first[2], case.second[2])
+    )
+    unmoved = {
+        count: {
+            path
+            for path in start
+            if np.asarray(start[path]).tobytes() == np.asarray(after[path]).tobytes()
+        }
+        for count, after in ((1, once), (2, twice))
+    }
+    frozen = start.keys() - case.trained
+    no_gradient = matching(NO_GRADIENT, name, start)
+    assert unmoved[2] - no_gradient == frozen
+    assert unmoved[1] - no_gradient == frozen | matching(STILL_AT_FIRST, name, start)
+    gradient = case.second[1]
+    largest = max(np.abs(leaf).max() for leaf in gradient.values())
+    for path in no_gradient:
+        assert np.abs(gradient[path]).max() < 1e-6 * largest
+
+
+# --- the start ----------------------------------------------------------------------------------
+
+# Largest change of a logit by an untrained adapter, in terms of the largest logit: of rounding
+# alone, or of weights drawn with a small deviation (dense: 0.01 each way, 0.02 in AdapterHub's;
+# PHM: rules of 0.01 in PHM-Adapter and 0.0001 in Compacter, each way).
+AT_START = {
+    **dict.fromkeys(("full", "bitfit", "lora", "ia3", "intrinsic-said", "intrinsic"), 1e-6),
+    **dict.fromkeys(("parallel", "scaled-parallel"), 1e-6),
+    **dict.fromkeys(("houlsby", "pfeiffer-attention", "adapterdrop"), 1e-2),
+    "pfeiffer-feed-forward": 2e-2,
+    "phm": 1e-2,
+    **dict.fromkeys(("compacter", "compacter++"), 1e-5),
+}
+
+
+@every_case
+def test_the_start_is_the_backbones_where_that_is_promised(name, backbone):
+    case = case_of(name, backbone)
+    changed = relative_difference(case.first[0], plain_logits(case.backbone.module))
+    if name in AT_START:
+        assert changed < AT_START[name]
+    else:  # new tokens, or weights of order one
+        assert changed > 1e-2
+
+
+# --- against float64 NumPy ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWINS)
+def test_logits_of_the_others_on_t5(name):
+    module, method = module_of(name, "t5"), small(name)
+    model = cj.Adapted(module, method)
+    params = random_tree(adapted_shapes(model), seed=2)
+    logits = model.apply({"params": params}, *inputs_of(module))
+    if isinstance(method, cj.IntrinsicConfig):
+        params = cj.merge_adapter(model, params)
+    assert relative_difference(logits, Reference(module, method, params)(*inputs_of(module))) < 1e-5
+
+
+@every_case
+def test_logits_and_gradients_equal_the_equations(name, backbone):
+    """Random parameters; a gradient by central differences in random directions."""
+    case = case_of(name, backbone)
+    logits, gradient = case.at_random
+    at = case.reference_params(case.random)
+
+    def reference(params):
+        params = unflatten_dict(params, sep="/")
+        return Reference(case.backbone.module, case.method, params)(*case.inputs)
+
+    # Float32 through up to two layers on each side.
+    assert relative_difference(logits, reference(at)) < 1e-5
+    rng, step = np.random.default_rng(4), 1e-6
+    flat = flatten_dict(case.random, sep="/")
+    for _ in range(3):
+        direction = {p: np.float32(rng.standard_normal(g.shape)) for p, g in gradient.items()}
+        there, back = (
+            case.reference_params(
+                unflatten_dict(
+                    {p: v + sign * direction.get(p, 0) for p, v in flat.items()}, sep="/"
+                )
+            )
+            for sign in (1, -1)
+        )
+        along = {path: (there[path] - back[path]) / 2 for path in at}
+        ahead, behind = (
+            np.sum(case.cotangent * reference({p: at[p] + sign * step * along[p] for p in at}))
+            for sign in (1, -1)
+        )
+        products = [np.sum(np.float64(gradient[p]) * direction[p]) for p in gradient]
+        size = np.linalg.norm([np.linalg.norm(gradient[p] * direction[p]) for p in gradient])
+        expected = (ahead - behind) / (2 * step)
+        np.testing.assert_allclose(sum(products), expected, atol=3e-5 * size, rtol=0)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        *(slow_unless(name not in TWINS, name, "bert") for name in cj.presets()),
+        *(slow_unless(False, name, "t5") for name in KINDS),
+    ],
+)
+def test_files_hold_what_was_trained_and_what_the_backbone_lacks(name, backbone, tmp_path):
+    case = case_of(name, backbone)
+    params = flatten_dict(case.second[2], sep="/")
+    cj.save_adapter(tmp_path, case.model, case.second[2])
+    stored = safetensors.numpy.load_file(tmp_path / "adapter.safetensors")
+    own = flatten_dict(case.backbone.params, sep="/")
+    assert stored.keys() == case.trained | (params.keys() - own.keys())
+    fresh = types.SimpleNamespace(
+        module=case.backbone.module.clone(), params=jax.tree.map(np.array, case.backbone.params)
+    )
+    model, loaded = cj.load_adapter(tmp_path, fresh)
+    assert model == case.model
+    assert model.method == case.method
+    loaded = flatten_dict(loaded, sep="/")
+    assert loaded.keys() == params.keys()
+    for path, leaf in params.items():
+        assert np.asarray(loaded[path]).tobytes() == np.asarray(leaf).tobytes(), path
+
+
+# --- ways to run --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_jit_changes_nothing(name):
+    case = case_of(name, "bert")
+    assert relative_difference(case.at_random[0], case.apply(case.random)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_bfloat16_computes_on_float32_parameters(name):
+    case = case_of(name, "bert")
+    model = case.model.clone(backbone=case.backbone.module.clone(dtype=jnp.bfloat16))
+    logits = quick_jit(model.apply)({"params": case.random}, *case.inputs)
+    assert logits.dtype == jnp.bfloat16
+    # Some ten roundings of 2^-9 each, one after the other.
+    assert relative_difference(np.float32(logits), case.at_random[0]) < 0.04
+    shapes = adapted_shapes(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+
+
+# --- counts -------------------------------------------------------------------------------------
+
+
+def bert_sizes(config, num_labels, **method):
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head = d * num_labels + num_labels
+    embedded = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    return types.SimpleNamespace(
+        d=d,
+        f=f,
+        inner=d,
+        sublayers=layers,
+        kept=layers - 1,
+        attentions=layers,
+        prefix_sites=1,
+        norms=2 * d * (2 * layers + 1),
+        head=head,
+        # Of the norm of the embeddings, four projections, two linear layers and two norms in each
+        # layer, the pooler.
+        biases=d + layers * (7 * d + f) + d,
+        everything=embedded * d
+        + 2 * d
+        + layers * (4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d)
+        + (d * d + d)
+        + head,
+        **method,
+    )
+
+
+def t5_sizes(config, dropped=(1, 1), **method):
+    """`dropped`: layers of encoder and decoder without adapters in AdapterDrop."""
+    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
+    encoder, decoder, words = config.num_layers, config.num_decoder_layers, config.vocab_size
+    blocks, attentions = encoder + decoder, encoder + 2 * decoder
+    norms = 2 * encoder + 3 * decoder + 2
+    into = 2 if config.is_gated else 1  # projections to the inner width
+    return types.SimpleNamespace(
+        d=d,
+        f=f,
+        inner=inner,
+        sublayers=blocks,
+        kept=blocks - sum(dropped),
+        attentions=attentions,
+        prefix_sites=3,
+        norms=norms * d,
+        head=0,
+        # Of all linear layers, of the norms but the two last, of the logits.
+        biases=attentions * (3 * inner + d) + blocks * (into * f + d) + (norms - 2) * d + words,
+        everything=words * d * (1 if config.tie_word_embeddings else 2)
+        + 2 * config.relative_attention_num_buckets * config.num_heads
+        + attentions * 4 * d * inner
+        + blocks * (into + 1) * d * f
+        + norms * d,
+        **method,
+    )
+
+
+def bottleneck(s):
+    return s.d * s.r + s.r + s.r * s.d + s.d
+
+
+def compacter(s, adapters):
+    # `left`, `right` and bias of each projection; one rule.
+    return s.n**3 + adapters * ((s.d + s.r + s.r) + (s.r + s.d + s.d))
+
+
+def prefix(s):
+    shared = s.prefix * s.d + s.d * s.b + s.b
+    return s.prefix_sites * shared + s.attentions * (s.b * 2 * s.inner + 2 * s.inner)
+
+
+# What is trained beside the task's head, by the papers. Sublayers: of one kind, in all layers.
+COUNTS = {
+    "full": lambda s: s.everything - s.head,
+    "houlsby": lambda s: 2 * s.sublayers * bottleneck(s) + s.norms,
+    "pfeiffer-attention": lambda s: s.sublayers * bottleneck(s) + s.norms,
+    "pfeiffer-feed-forward": lambda s: s.sublayers * bottleneck(s),
+    "adapterdrop": lambda s: 2 * s.kept * bottleneck(s) + s.norms,
+    "low-rank": lambda s: 2 * s.sublayers * (2 * (s.d + s.r) + s.r + s.d) + s.norms,
+    "phm": lambda s: 2 * s.sublayers * (2 * (s.n**3 + s.d * s.r // s.n) + s.r + s.d) + s.norms,
+    "compacter": lambda s: compacter(s, 2 * s.sublayers) + s.norms,
+    "compacter++": lambda s: compacter(s, s.sublayers) + s.norms,
+    "bitfit": lambda s: s.biases,
+    "prompt-tuning-random": lambda s: s.prompt * s.d,
+    "prompt-tuning-vocabulary": lambda s: s.prompt * s.d,
+    "intrinsic-said": lambda s: s.dimension,
+    "intrinsic": lambda s: s.dimension,
+    "lora": lambda s: 2 * s.attentions * s.k * (s.d + s.inner),
+    "ia3": lambda s: s.attentions * 2 * s.inner + s.sublayers * s.f,
+    "prefix-tuning": prefix,
+    "parallel": lambda s: s.sublayers * bottleneck(s),
+    "scaled-parallel": lambda s: s.sublayers * bottleneck(s),
+    "mam": lambda s: prefix(s) + s.sublayers * bottleneck(s),
+}
+TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2, "b": 5}
+
+
+@every_case
+def test_counts(name, backbone):
+    case, config = case_of(name, backbone), module_of(name, backbone).config
+    if backbone == "bert":
+        sizes = bert_sizes(config, 3, **TINY_METHOD)
+    else:
+        sizes = t5_sizes(config, **TINY_METHOD)
+    counted = cj.count(case.params, case.labels)
+    assert counted.trained == COUNTS[name](sizes) + sizes.head
+    own = sum(leaf.size for leaf in jax.tree.leaves(case.backbone.params))
+    assert own == sizes.everything
+    assert counted.total == sum(leaf.size for leaf in jax.tree.leaves(case.params))
+
+
+def test_the_formulas_give_the_papers_counts():
+    """T5-base and the words of its tokenizer; PHM-Adapter of 12 summands."""
+    config = dataclasses.replace(PUBLISHED["t5-base"], vocab_size=32_100)
+    settings = {"r": 24, "prompt": 100, "dimension": 20_000}
+    sizes = {n: t5_sizes(config, dropped=(5, 5), n=n, **settings) for n in (4, 12)}
+    expected = {
+        ("full", 4): 222_882_048,
+        ("houlsby", 4): 1_855_104,
+        ("pfeiffer-attention", 4): 951_360,
+        ("adapterdrop", 4): 1_101_984,
+        ("low-rank", 4): 161_664,
+        ("prompt-tuning-random", 4): 76_800,
+        ("prompt-tuning-vocabulary", 4): 76_800,
+        ("intrinsic-said", 4): 20_000,
+        ("bitfit", 4): 280_932,
+        ("phm", 12): 398_976,
+        ("compacter", 4): 161_728,
+        ("compacter++", 4): 104_704,
+        ("compacter", 12): 163_392,
+        ("compacter++", 12): 106_368,
+    }
+    assert {(name, n): COUNTS[name](sizes[n]) for name, n in expected} == expected
