@@ -3,19 +3,27 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tyro
 from conftest import WORDS, write_backbone
 
+import compacter_jax as cj
+from compacter_jax import presets
+from train import inference, loop
 from train.__main__ import main
+from train.options import FitOptions
 
 ROOT = Path(__file__).parents[1]
 GOOD, BAD = WORDS[10:14], WORDS[14:18]
@@ -117,6 +125,8 @@ def test_fit_learns_and_writes_everything(fitted):
     size = sum(path.stat().st_size for path in (fitted / "adapter").iterdir())
     assert result["adapter_bytes"] == size
     assert (fitted / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert set(result["measured"]) == {"step_seconds", "seconds", "peak_memory_bytes"}
+    assert 0 < result["measured"]["step_seconds"] < result["measured"]["seconds"]
     report = (fitted / "report.md").read_text()
     assert f"{result['test']['accuracy']:.4f}" in report
     assert not list(fitted.rglob("*.tmp"))
@@ -212,6 +222,241 @@ def test_params_prints_the_counts(tiny_backbone, capsys):
     assert counts["trained"] == 216 + 64 + 5 * 48 + 50
 
 
+def test_params_of_all_methods(tiny_backbone, capsys):
+    flags = ["params", "--method", "all", "--backbone", str(tiny_backbone)]
+    flags += ["--reduction-factor", "2", "--dimension", "60", "--prefix-length", "3"]
+    flags += ["--prompt-length", "5"]
+    assert main([*flags, "--json"]) == 0
+    records = {record["method"]: record for record in json.loads(capsys.readouterr().out)}
+    assert tuple(records) == presets()
+    assert records["compacter++"]["trained"] == 216 + 64 + 5 * 48 + 50  # as above
+    assert records["intrinsic-said"]["trained"] == 60 + 50
+    assert records["prompt-tuning-random"]["trained"] == 5 * 24 + 50
+    # Word pieces 23, positions 64, types 2, their norm; two layers; the pooler.
+    layer = 4 * (24 * 24 + 24) + 2 * 24 * 40 + 40 + 24 + 2 * 48
+    total = 24 * (23 + 64 + 2) + 48 + 2 * layer + 24 * 24 + 24
+    assert {record.get("backbone_total", total) for record in records.values()} == {total}
+    # Of two layers none are left without the first five.
+    assert "leave_out has [2, 3, 4]" in records["adapterdrop"]["error"]
+    # The overrides are for the methods that have the field, the bottleneck of `mam` among them.
+    adapters = 2 * (2 * 24 * 12 + 12 + 24)
+    prefixes = 3 * 24 + 24 * 800 + 800 + 2 * (800 * 48 + 48)
+    assert records["parallel"]["trained"] == adapters + 50
+    assert records["mam"]["trained"] == adapters + prefixes + 50
+    assert main([*flags, "--vocab-size", "1000"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(presets())
+    assert f"of {total + 24 * (1000 - 23):,}" in table[0]
+    (line,) = [line for line in table if line.startswith("full ")]
+    assert f"{total + 24 * (1000 - 23) + 50:,}" in line
+
+
+@pytest.mark.slow
+def test_params_of_all_methods_are_the_paper_s(capsys):
+    flags = ["params", "--method", "all", "--backbone-config", "t5-base"]
+    assert main([*flags, "--json"]) == 0
+    records = {record["method"]: record for record in json.loads(capsys.readouterr().out)}
+    assert all(record["backbone_total"] == 222_903_552 for record in records.values())
+    shrunk = {name: record["other_vocabularies"][0] for name, record in records.items()}
+    assert all(record["vocab_size"] == 32_100 for record in shrunk.values())
+    assert all(record["backbone_total"] == 222_882_048 for record in shrunk.values())
+    expected = {
+        "full": 222_882_048,
+        "houlsby": 1_855_104,
+        "pfeiffer-attention": 951_360,
+        "adapterdrop": 1_101_984,
+        "low-rank": 161_664,
+        "phm": 398_976,
+        "compacter": 161_728,
+        "compacter++": 104_704,
+        "bitfit": 280_932,
+        "prompt-tuning-random": 76_800,
+        "prompt-tuning-vocabulary": 76_800,
+        "intrinsic-said": 20_000,
+        "intrinsic": 20_000,
+    }
+    assert {name: shrunk[name]["trained"] for name in expected} == expected
+    assert records["bitfit"]["trained"] == 280_932 + 28
+    flags = ["params", "--backbone-config", "t5-base", "--phm-dim", "12", "--method"]
+    for name, trained in (("compacter", 163_392), ("compacter++", 106_368)):
+        assert main([*flags, name]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("backbone alone: 222,903,552; trained: 0.0")
+        shrunk = f"with a vocabulary of 32,100: 222,882,048; trained: {trained:,}, 0.0"
+        assert lines[1].startswith(shrunk)
+
+
+def test_methods_share_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["params", "--help"])
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert ", ".join(presets()[-3:]) in words
+    assert "--dropout FLOAT rate on the method's output before it is added" in words
+    assert "Of prefix_tuning: rate on the keys and values." in words
+    assert "--sites STR [...] where the method acts, names from the backbone's table" in words
+    assert "--parts" not in words
+    # A bare mistake of one preset stays one.
+    assert "no field 'rank'" in refusal(
+        capsys, "params", "--method", "full", "--rank", "2", "--backbone-config", "t5-small"
+    )
+
+
+# A preset of each kind that other tests do not train -> flags that make it small.
+KINDS = {
+    "low-rank": {"reduction-factor": 2},
+    "bitfit": {},
+    "prompt-tuning-vocabulary": {"prompt-length": 3},
+    "intrinsic-said": {"dimension": 60},
+    "lora": {},
+    "ia3": {},
+    "prefix-tuning": {"prefix-length": 2, "bottleneck-size": 4},
+    "mam": {"prefix-length": 2, "bottleneck-size": 4},
+}
+
+
+def small_flags(folder, files, output, method):
+    """Few steps on inputs of one length: most of what these tests do is compile."""
+    flags = {"output-dir": output, "backbone": folder, "method": method, "max-length": 16}
+    flags |= {"batch-size": 8, "eval-batch-size": 16, "epochs": 1, "train-size": 16}
+    flags |= {f"{split}-file": path for split, path in files.items()} | KINDS[method]
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def check_run(output, files, folder, capsys):
+    """`evaluate` and `predict` give what `fit` says."""
+    adapter = ["--adapter", str(output / "adapter")]
+    flags = ["--test-file", str(files["test"]), "--output", str(folder / "metrics.json")]
+    assert main(["evaluate", *adapter, *flags]) == 0
+    expected = json.loads((output / "metrics.json").read_text())["test"]
+    values = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert values == pytest.approx(expected, rel=1e-5)
+    source, target = files["test"], folder / "out.jsonl"
+    assert main(["predict", *adapter, "--input", str(source), "--output", str(target)]) == 0
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    right = np.array([row["label_id"] for row in rows]) == pq.read_table(source)["label"].to_numpy()
+    assert right.mean() == pytest.approx(expected["accuracy"])
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", KINDS)
+def test_every_kind_of_method(method, tiny_backbone, files, tmp_path, capsys):
+    assert main(["fit", *small_flags(tiny_backbone, files, tmp_path / "run", method)]) == 0
+    check_run(tmp_path / "run", files, tmp_path, capsys)
+
+
+def method_in(folder, files, output, **flags):
+    """The method of a run that is only prepared."""
+    flags = {"prompt-length": 3, "method": "prompt-tuning-vocabulary", **flags}
+    flags = fit_flags(folder, files, output, **flags)
+    at = flags.index("--reduction-factor")
+    return loop.prepare(tyro.cli(FitOptions, args=flags[:at] + flags[at + 2 :])).model.method
+
+
+def test_prompts_start_from_the_commonest_tokens(tiny_backbone, files, tmp_path):
+    found = method_in(tiny_backbone, files, tmp_path).prompt_token_ids
+    sentences = pq.read_table(files["train"])["sentence"].to_pylist()
+    counts = Counter(" ".join(sentences).split())
+    ids = {word: 5 + i for i, word in enumerate(WORDS)}
+    order = sorted(counts, key=lambda word: (-counts[word], ids[word]))
+    assert found == tuple(ids[word] for word in order[:3])
+    flags = {"prompt-words": "awful good"}
+    assert method_in(tiny_backbone, files, tmp_path, **flags).prompt_token_ids == (21, 15)
+
+
+def saved_adapter(folder, backbone, method, **metadata):
+    """An adapter with random values on a classifier, as `fit` would have saved it."""
+    loaded = cj.load_backbone(backbone, head="sequence_classification", num_labels=2)
+    model = cj.Adapted(loaded.module, method)
+    params = cj.init_adapters(model, loaded, jax.random.key(0))
+    trained, frozen = cj.partition(params, cj.label_params(params, method))
+    generator = np.random.default_rng(0)
+    trained = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.3 * generator.standard_normal(leaf.shape)), trained
+    )
+    settings = {"backbone": str(backbone), "dtype": "float32", "max_length": 40, "task": "own"}
+    settings |= {"kind": "classification", "label_names": ["dull", "fine"]}
+    cj.save_adapter(folder, model, cj.merge(trained, frozen), metadata=settings | metadata)
+
+
+def logits_of(adapter, files, folder):
+    """What `predict` says, [rows, 2]."""
+    flags = ["--adapter", adapter, "--input", files["test"], "--output", folder / "logits.jsonl"]
+    assert main(["predict", *map(str, flags), "--logits"]) == 0
+    rows = (folder / "logits.jsonl").read_text().splitlines()
+    return np.array([json.loads(row)["logits"] for row in rows])
+
+
+@pytest.mark.parametrize("library", ["adapterhub", "peft"])
+def test_convert_there_and_back(library, tiny_backbone, files, tmp_path, capsys):
+    saved_adapter(tmp_path / "ours", tiny_backbone, cj.preset("lora", rank=2))
+    to = ["--to-format", library, "--to", tmp_path / "theirs"]
+    command = ["convert", "--from", "compacter_jax", tmp_path / "ours", *to]
+    assert main(list(map(str, command))) == 0
+    assert "already" in refusal(capsys, *command)
+    back = ["convert", "--from", library, tmp_path / "theirs", "--to", tmp_path / "back"]
+    assert "wants the --backbone" in refusal(capsys, *back)
+    back += ["--backbone", tiny_backbone, "--max-length", "40"]
+    if library == "adapterhub":  # which keeps the names
+        assert "3 names, a, b, c, for" in refusal(capsys, *back, "--label-names", "a", "b", "c")
+    else:
+        assert "names of the 2 labels are unknown" in refusal(capsys, *back)
+        back += ["--label-names", "dull", "fine"]
+    assert not (tmp_path / "back").exists()
+    assert main(list(map(str, back))) == 0
+    settings = cj.read_adapter_config(tmp_path / "back")
+    assert settings["label_names"] == ["dull", "fine"]
+    assert (settings["kind"], settings["max_length"]) == ("classification", 40)
+    np.testing.assert_array_equal(
+        logits_of(tmp_path / "back", files, tmp_path), logits_of(tmp_path / "ours", files, tmp_path)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "back",
+        "logits.jsonl",
+        "ours",
+        "theirs",
+    ]
+
+
+def test_what_cannot_be_converted(tiny_backbone, tmp_path, capsys):
+    saved_adapter(tmp_path / "ours", tiny_backbone, cj.preset("bitfit"))
+    ours = ["convert", "--from", "compacter_jax", tmp_path / "ours", "--to", tmp_path / "to"]
+    assert "are the same; choose another --to-format" in refusal(capsys, *ours)
+    assert "bitfit" in refusal(capsys, *ours, "--to-format", "peft")
+    assert "does not exist" in refusal(
+        capsys, *("convert", "--from", "peft", tmp_path / "none", "--backbone", tiny_backbone),
+        *("--to", tmp_path / "to"),
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_merge_writes_an_equal_backbone(tiny_backbone, files, tmp_path):
+    saved_adapter(tmp_path / "ours", tiny_backbone, cj.preset("lora", rank=2))
+    assert main(["merge", "--adapter", str(tmp_path / "ours"), "--to", str(tmp_path / "to")]) == 0
+    merged = cj.load_backbone(tmp_path / "to")  # the head that config.json names
+    assert merged.module.head == "sequence_classification"
+    assert merged.config.id2label == {0: "dull", 1: "fine"}
+    assert merged.new_parameters == ()
+    tokenizer = inference.load_tokenizer(str(tmp_path / "to"), merged, 40)
+    sentences = pq.read_table(files["test"])["sentence"].to_pylist()
+    encoded = tokenizer(sentences, padding=True, truncation=True, max_length=40)
+    logits = merged.module.apply(
+        {"params": merged.params},
+        np.array(encoded["input_ids"]),
+        np.array(encoded["attention_mask"]),
+    )
+    expected = logits_of(tmp_path / "ours", files, tmp_path)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_what_cannot_be_merged(tiny_backbone, tmp_path, capsys):
+    method = cj.preset("houlsby", reduction_factor=2)
+    saved_adapter(tmp_path / "ours", tiny_backbone, method)
+    error = refusal(capsys, "merge", "--adapter", tmp_path / "ours", "--to", tmp_path / "to")
+    assert "non-linearity" in error
+    assert not (tmp_path / "to").exists()
+
+
 @pytest.mark.slow
 def test_a_config_file_gives_flags_and_the_command_line_wins(tiny_backbone, files, tmp_path):
     config = tmp_path / "run.toml"
@@ -264,8 +509,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_backbone, files, tmp_path):
     left, right = (
         json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed")
     )
-    for record in (*left["history"], *right["history"]):
-        record.pop("examples_per_second")
+    for result in (left, right):
+        result.pop("measured")
+        for record in result["history"]:
+            record.pop("examples_per_second")
     assert left == right
 
 
@@ -337,6 +584,8 @@ def test_missing_file_nan_score_and_invalid_utf8(tiny_backbone, files, tmp_path,
         ({"sites": "feedforward"}, "unknown site 'feedforward'"),
         ({"leave-out": 7}, "leave_out has [7]"),
         ({"max-length": 100}, "max_length=100 exceeds"),
+        ({"max-evaluations": 0}, "max_evaluations=0 must be at least 1"),
+        ({"prompt-words": "good"}, "--prompt-words are for prompts that start from the"),
         ({"batch-size": 6}, "batch_size=6 must be a multiple of 4"),
         ({"learning-rate": -1}, "learning_rate=-1.0 must be above 0"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
@@ -349,6 +598,16 @@ def test_bad_flags(flags, message, tiny_backbone, files, tmp_path, capsys):
     output = tmp_path / "run"
     error = refusal(capsys, "fit", *fit_flags(tiny_backbone, files, output, **flags))
     assert message in error
+    assert not output.exists()
+
+
+def test_a_prompt_that_leaves_too_few_positions(tiny_backbone, files, tmp_path, capsys):
+    output, flags = tmp_path / "run", {"method": "prompt-tuning-random", "prompt-length": 30}
+    given = fit_flags(tiny_backbone, files, output, **flags)
+    at = given.index("--reduction-factor")
+    error = refusal(capsys, "fit", *given[:at], *given[at + 2 :])
+    assert "max_length=40 and prompt_length=30 together exceed the backbone's 64" in error
+    assert "use a max_length of 34 or less" in error
     assert not output.exists()
 
 

@@ -15,7 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import WORDS, write_t5
 from flax.traverse_util import flatten_dict
-from test_cli import FIT_AND_KEEP_LOGITS, ROOT, adapter_bytes, fit_flags, refusal, write_examples
+from test_cli import (
+    FIT_AND_KEEP_LOGITS,
+    ROOT,
+    adapter_bytes,
+    check_run,
+    fit_flags,
+    refusal,
+    small_flags,
+    write_examples,
+)
 
 import compacter_jax as cj
 from train import data, inference, loop, objective, span_corruption
@@ -285,8 +294,10 @@ def test_an_interrupted_pre_training_resumes_to_the_same_bytes(
     assert "resumed at step 10, epoch 3" in capsys.readouterr().out
     assert adapter_bytes(output) == adapter_bytes(pretrained)
     left, right = (json.loads((f / "metrics.json").read_text()) for f in (pretrained, output))
-    for record in (*left["history"], *right["history"]):
-        record.pop("examples_per_second")
+    for result in (left, right):
+        result.pop("measured")
+        for record in result["history"]:
+            record.pop("examples_per_second")
     assert left == right
     name = "backbone/model.safetensors"
     assert (output / name).read_bytes() == (pretrained / name).read_bytes()
@@ -443,3 +454,49 @@ def test_params_of_a_configuration_file(tiny_t5, capsys):
     both = ["--backbone", tiny_t5, "--backbone-config", "t5-base"]
     assert "one of them" in refusal(capsys, *flags, *both)
     assert "'t5-bas' is neither" in refusal(capsys, *flags, "--backbone-config", "t5-bas")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", ["bitfit", "prompt-tuning-vocabulary", "intrinsic-said", "prefix-tuning", "lora"]
+)
+def test_every_kind_of_method(method, tiny_t5, files, tmp_path, capsys):
+    flags = small_flags(tiny_t5, files, tmp_path / "run", method)
+    command("fit", *flags, "--task", "movie")
+    check_run(tmp_path / "run", files, tmp_path, capsys)
+    flags = ["--adapter", tmp_path / "run" / "adapter", "--test-file", files["test"]]
+    command("evaluate", *flags, "--evaluate-by", "generation", "--output", tmp_path / "by.json")
+    by_generation = json.loads((tmp_path / "by.json").read_text())["metrics"]
+    by_scoring = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    assert by_generation["loss"] == pytest.approx(by_scoring["loss"], rel=1e-5)
+
+
+def test_convert_there_and_back(fitted, tiny_t5, files, tmp_path, capsys):
+    method = cj.preset("pfeiffer-feed-forward", reduction_factor=2)
+    backbone = cj.load_backbone(tiny_t5)
+    model = cj.Adapted(backbone.module, method)
+    params = cj.init_adapters(model, backbone, jax.random.key(0))
+    settings = cj.read_adapter_config(fitted / "adapter")
+    kept = ("backbone", "dtype", "task", "kind", "label_names", "max_length", "text_to_text")
+    metadata = {name: settings[name] for name in kept}
+    cj.save_adapter(tmp_path / "ours", model, params, metadata=metadata)
+    command(
+        *("convert", "--from", "compacter_jax", tmp_path / "ours"),
+        *("--to-format", "adapterhub", "--to", tmp_path / "theirs"),
+    )
+    back = ["convert", "--from", "adapterhub", tmp_path / "theirs", "--backbone", tiny_t5]
+    back += ["--to", tmp_path / "back", "--max-length", "16"]
+    assert "give --task, or --prefix" in refusal(capsys, *back)
+    command(*back, "--task", "movie")
+    settings = cj.read_adapter_config(tmp_path / "back")
+    assert {name: settings[name] for name in kept[2:-1]} == {
+        name: metadata[name] for name in kept[2:-1]
+    }
+    assert settings["text_to_text"] == {**metadata["text_to_text"], "max_new_tokens": 64}
+    for name in ("ours", "back"):
+        flags = ["--adapter", tmp_path / name, "--test-file", files["test"]]
+        command("evaluate", *flags, "--output", tmp_path / f"{name}.json")
+    ours, back = (
+        json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("ours", "back")
+    )
+    assert ours == back

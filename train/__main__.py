@@ -1,8 +1,7 @@
-"""The command line: `python -m train fit|evaluate|predict|params|create-backbone`."""
+"""The command line: `python -m train COMMAND`, the commands as listed in `USAGE`."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -22,14 +21,18 @@ commands:
   fit              fine-tune on a task and save the adapter of the best epoch
   evaluate         metrics of a saved adapter on a split
   predict          predictions of a saved adapter for every row of a file
-  params           what a method would train on a backbone
+  params           what a method, or each of all, would train on a backbone
+  compare          train several methods with several seeds; tables and figures
+  convert          adapters of AdapterHub and PEFT into ours, and ours into theirs
+  merge            write a backbone with LoRA, IA3 and the like merged into its weights
   create-backbone  make a small random T5 with a tokenizer, to be pre-trained with fit
 
 `python -m train COMMAND --help` lists the options of a command. For example:
 
   python -m train fit --backbone DIR --method compacter++ --task movie --output-dir runs/movie
   python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
-  python -m train params --backbone-config t5-base --method compacter
+  python -m train params --backbone-config t5-base --method all
+  python -m train compare --backbone DIR --task movie --train-size 2000 --output-dir runs/compare
 """
 
 
@@ -56,21 +59,30 @@ def predict(arguments: options.PredictOptions) -> None:
 
 def params(arguments: options.ParamsOptions) -> None:
     """Runs the command `params`."""
-    import compacter_jax as cj  # noqa: PLC0415
-    from train import report  # noqa: PLC0415
-    from train.objective import adapted_shapes  # noqa: PLC0415
+    from train import count  # noqa: PLC0415
 
-    method = options.method_of(arguments.method, arguments.method_options)
-    shapes = adapted_shapes(arguments, method)
-    count = cj.count(shapes, cj.label_params(shapes, method))
-    alone = report.backbone_total(count)
-    if not arguments.json:
-        print(f"backbone alone: {alone:,}; trained: {100 * count.trained / alone:.4f} % of it")
-        print(report.parameter_table(count, method))
-        return
-    groups = {name: {"trained": t, "total": n} for name, (t, n) in count.groups.items()}
-    sums = {"trained": count.trained, "total": count.total, "backbone_total": alone}
-    print(json.dumps({**sums, "groups": groups}, indent=2))
+    count.params(arguments)
+
+
+def compare(arguments: options.CompareOptions) -> None:
+    """Runs the command `compare`."""
+    from train import compare  # noqa: PLC0415
+
+    compare.compare(arguments)
+
+
+def convert(arguments: options.ConvertOptions) -> None:
+    """Runs the command `convert`."""
+    from train import convert  # noqa: PLC0415
+
+    convert.convert(arguments)
+
+
+def merge(arguments: options.MergeOptions) -> None:
+    """Runs the command `merge`."""
+    from train import convert  # noqa: PLC0415
+
+    convert.merge(arguments)
 
 
 def create_backbone(arguments: Any) -> None:
@@ -92,6 +104,9 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[], type]]] = {
     "evaluate": (evaluate, lambda: options.EvaluateOptions),
     "predict": (predict, lambda: options.PredictOptions),
     "params": (params, lambda: options.ParamsOptions),
+    "compare": (compare, lambda: options.CompareOptions),
+    "convert": (convert, lambda: options.ConvertOptions),
+    "merge": (merge, lambda: options.MergeOptions),
     "create-backbone": (create_backbone, _create_options),
 }
 

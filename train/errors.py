@@ -11,6 +11,10 @@ class NonFiniteLossError(StoppedRunError):
     """The loss or the gradient of a step is not finite."""
 
 
+class FailedRunsError(StoppedRunError):
+    """Some runs of a comparison failed; the others were done."""
+
+
 class InterruptedRunError(StoppedRunError):
     """The user or the system asked the run to stop; a checkpoint has been written."""
 

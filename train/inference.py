@@ -90,8 +90,8 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     missing = {"backbone", "max_length", "kind", "label_names", "dtype"} - settings.keys()
     if missing:
         raise ValueError(
-            f"the adapter in {options.adapter} was not saved by `python -m train fit`: its "
-            f"adapter_config.json has no {sorted(missing)}"
+            f"the adapter in {options.adapter} was saved neither by `python -m train fit` nor by "
+            f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
         )
     name = options.backbone or settings["backbone"]
     backbone = cj.load_backbone(

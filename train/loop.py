@@ -25,7 +25,7 @@ from tqdm import tqdm
 import compacter_jax as cj
 from compacter_jax.config import FullFineTuningConfig
 from compacter_jax.params import Count
-from train import data, inference, report, step, tasks
+from train import data, inference, measure, prompts, report, step, tasks
 from train.errors import InterruptedRunError, NonFiniteLossError
 from train.objective import Objective, check_options, for_task, head_arguments
 from train.options import FitOptions
@@ -42,17 +42,19 @@ class Progress:
     Attributes:
       epoch: the epoch under way.
       batch: its next batch.
-      losses: of the steps of this epoch so far.
+      losses: of the steps since the last evaluation.
       seconds: spent on them.
-      best_epoch: number of the best finished epoch, -1 before the first.
+      step_seconds: of single steps, the last ones.
+      best_epoch: number of the best epoch that was evaluated, -1 before the first.
       best: its validation metric.
-      history: a record of every finished epoch.
+      history: a record of every evaluation.
     """
 
     epoch: int = 0
     batch: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
     best_epoch: int = -1
     best: float = -math.inf
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -92,6 +94,11 @@ class Job:
         """Passes over the training data, of which `max_steps` may end the last early."""
         return -(-self.total_steps // self.steps_per_epoch)
 
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the model is evaluated after an epoch: evenly often, and after the last."""
+        every = -(-self.epochs // (self.options.max_evaluations or self.epochs))
+        return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
+
     def steps_of(self, epoch: int) -> int:
         """Updates in an epoch."""
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
@@ -109,6 +116,7 @@ def fit(options: FitOptions) -> dict[str, Any]:
       NonFiniteLossError: names the step; the last checkpoint stays.
       InterruptedRunError: after a signal; `resume` goes on from there, to the same bits.
     """
+    started = time.perf_counter()
     options.check()
     check_run_folder(options)
     job = prepare(options)
@@ -119,11 +127,12 @@ def fit(options: FitOptions) -> dict[str, Any]:
     with trainer.checkpoints:
         progress = trainer.run()
     result = _final_result(trainer, progress, count)
+    result["measured"] = measure.cost(progress.step_seconds, started)
     inference.write_json(options.output_dir / "metrics.json", result)
     if _makes_backbone(job):
         write_backbone(trainer)
     report.plot_curves(result, options.output_dir / "curves.png")
-    report.write_report(result, options, count, options.output_dir / "report.md")
+    report.write_report(result, options, job.model.method, count, options.output_dir / "report.md")
     print(report.result_text(result, options.output_dir))
     return result
 
@@ -152,6 +161,7 @@ def prepare(options: FitOptions) -> Job:
         seed=options.seed,
     )
     tokenizer = inference.load_tokenizer(options.backbone, backbone, options.max_length)
+    method = prompts.with_tokens(method, options.prompt_words, task, tokenizer)
     model = cj.Adapted(backbone.module, method)
     objective = for_task(task, options, model, tokenizer)
     params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
@@ -230,6 +240,7 @@ class Trainer:
         self.frozen = self.compute.place(frozen)
         self.state = self.compute.init_state(trained)
         self.progress = Progress()
+        self.clock = measure.StepClock(self.progress.step_seconds)
         self.checkpoints = ocp.CheckpointManager(
             (options.output_dir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -261,9 +272,11 @@ class Trainer:
             start=progress.batch,
         )
         pending: step.StepMetrics | None = None
+        self.clock.start()
         with self._bar() as bar:
             for batch in itertools.islice(batches, steps - progress.batch):
                 self.state, current = self.compute.step(self.state, self.frozen, batch)
+                self.clock.dispatched(batch)
                 # Reading a loss waits for it: read the last one, while this step computes.
                 self._note(pending, bar)
                 pending = current
@@ -274,6 +287,7 @@ class Trainer:
                     pending = None
                     progress.seconds = seconds + time.perf_counter() - started
                     self._save()
+                    self.clock.start()
                     if stop:
                         raise InterruptedRunError(
                             f"{stop[0]} at step {self._step_number()}; the training state is in "
@@ -310,7 +324,7 @@ class Trainer:
         if pending is None:
             return
         loss, norm = float(pending.loss), float(pending.gradient_norm)
-        number = self.progress.epoch * self.job.steps_per_epoch + len(self.progress.losses) + 1
+        self.clock.finished()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             latest = self.checkpoints.latest_step()
             kept = (
@@ -319,15 +333,28 @@ class Trainer:
                 else (f"the checkpoint of step {latest} is kept")
             )
             raise NonFiniteLossError(
-                f"step {number}: loss {loss}, gradient norm {norm}; {kept}. Try a smaller "
-                "--learning-rate, more --warmup-fraction, or --dtype float32"
+                f"step {self._step_number()}: loss {loss}, gradient norm {norm}; {kept}. Try a "
+                "smaller --learning-rate, more --warmup-fraction, or --dtype float32"
             )
         self.progress.losses.append(loss)
         bar.set_postfix(loss=f"{np.mean(self.progress.losses[-20:]):.4f}", refresh=False)
 
     def _finish_epoch(self) -> None:
-        """Validates, keeps the adapter if it is the best, moves on to the next epoch."""
+        """Moves on to the next epoch, after an evaluation and a checkpoint where they are due."""
+        progress = self.progress
+        evaluates = self.job.evaluates(progress.epoch)
+        if evaluates:
+            self._evaluate()
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        if evaluates or self._checkpoint_due():
+            self._save()
+
+    def _evaluate(self) -> None:
+        """Validates, and keeps the adapter if it is the best."""
         progress, job = self.progress, self.job
+        since = progress.history[-1]["epoch"] if progress.history else 0
+        examples = (progress.epoch - since) * len(job.encoded["train"])
+        examples += job.examples_before(progress.batch)
         values = self.scores("validation", self.state.trained, self.frozen)
         validation_loss = values.pop("loss")
         progress.history.append(
@@ -336,7 +363,7 @@ class Trainer:
                 "train_loss": float(np.mean(progress.losses)),
                 "validation_loss": validation_loss,
                 **values,
-                "examples_per_second": job.examples_before(progress.batch) / progress.seconds,
+                "examples_per_second": examples / progress.seconds,
                 "step_losses": _thinned(progress.losses),
             }
         )
@@ -349,9 +376,7 @@ class Trainer:
         if values[name] > progress.best:
             progress.best, progress.best_epoch = values[name], progress.epoch + 1
             self._save_adapter()
-        progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.losses, progress.seconds = [], 0.0
-        self._save()
 
     def outputs(self, split: str, trained: Any, frozen: Any) -> Any:
         """Outputs of a split, `[examples, …]` arrays; both halves placed on the devices."""
@@ -411,6 +436,7 @@ class Trainer:
         )
         self.state = self.compute.place_state(step.TrainState(**restored.state))
         self.progress = Progress(**restored.progress)
+        self.clock = measure.StepClock(self.progress.step_seconds)
         print(f"resumed at step {latest}, epoch {self.progress.epoch + 1}")
 
 

@@ -13,22 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 import compacter_jax as cj
-from compacter_jax.config import MethodConfig
-from compacter_jax.models.convert import module_from_name, read_config
-from train import data, metrics, span_corruption, step, tasks, text
-from train.options import (
-    DEFAULT_LEARNING_RATES,
-    TEXT_TO_TEXT_LEARNING_RATES,
-    FitOptions,
-    ParamsOptions,
-    TextToTextOptions,
-)
+from compacter_jax.models.convert import read_config
+from train import data, metrics, prompts, span_corruption, step, tasks, text
+from train import learning_rates as rates
+from train.options import FitOptions, TextToTextOptions
 from train.predictions import Predicted
 
 MODEL_TYPES = ("t5", "mt5")
@@ -49,7 +42,7 @@ class Objective(abc.ABC):
 
     Attributes:
       inputs: keys of a batch that are the model's positional arguments.
-      learning_rates: kind of method -> default peak of the schedule.
+      learning_rates: preset -> default peak of the schedule.
       model: the adapted module.
       tokenizer: the backbone's.
     """
@@ -114,7 +107,7 @@ class Classifier(Objective):
     """
 
     inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
-    learning_rates: ClassVar = DEFAULT_LEARNING_RATES
+    learning_rates: ClassVar = rates.CLASSIFIER
     model: Any
     tokenizer: Any
     kind: Any
@@ -152,7 +145,7 @@ class Seq2Seq(Objective):
     """
 
     inputs: ClassVar = ("input_ids", "attention_mask", "decoder_input_ids")
-    learning_rates: ClassVar = TEXT_TO_TEXT_LEARNING_RATES
+    learning_rates: ClassVar = rates.TEXT_TO_TEXT
     config: Any
 
     @property
@@ -414,26 +407,6 @@ def is_text_to_text(backbone: str | Path) -> bool:
     return read_config(backbone).model_type in MODEL_TYPES
 
 
-def adapted_shapes(options: ParamsOptions, method: MethodConfig) -> Any:
-    """Shapes of a backbone's parameters with a method's beside them.
-
-    Raises:
-      ValueError: if not exactly one of backbone and configuration is given, or it is none.
-    """
-    given = [x for x in (options.backbone, options.backbone_config) if x is not None]
-    if len(given) != 1:
-        raise ValueError("params wants either --backbone or --backbone-config; give one of them")
-    (name,) = given
-    if options.backbone is not None:
-        module = cj.load_backbone(name, **head_arguments(name, options.num_labels)).module
-    else:
-        module = module_from_name(name)
-        if isinstance(module, cj.Bert):
-            module = module.clone(head="sequence_classification", num_labels=options.num_labels)
-    model = cj.Adapted(module, method)
-    return jax.eval_shape(model.init, jax.random.key(0), *module.dummy_inputs())["params"]
-
-
 def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Objective:
     """The objective of a run, by its task and whether the backbone has a decoder.
 
@@ -506,8 +479,14 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             f"--train-size is for tasks with examples, not for {task.name}; give a shorter text, "
             "or --max-steps"
         )
+    if options.prompt_words is not None and not prompts.needs_tokens(options.method_config()):
+        raise ValueError(
+            "--prompt-words are for prompts that start from the vocabulary, such as those of "
+            "prompt-tuning-vocabulary, and take the place of --prompt-token-ids; leave them out"
+        )
     if is_text_to_text(options.backbone):
         return
+    check_length(read_config(options.backbone), options.method_config(), options.max_length)
     if task.kind in ("text", "span_corruption"):
         raise ValueError(
             f"task {task.name!r} ({task.kind}) needs an encoder-decoder such as T5, and "
@@ -519,6 +498,18 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
                 f"--{field.name.replace('_', '-')} is for encoder-decoders such as T5, and "
                 f"{options.backbone} is none"
             )
+
+
+def check_length(config: Any, method: Any, max_length: int) -> None:
+    """ValueError if inputs with a method's prompt do not fit an encoder's absolute positions."""
+    prompt_length = getattr(method, "prompt_length", 0)
+    positions = config.max_position_embeddings
+    if prompt_length and max_length + prompt_length > positions:
+        raise ValueError(
+            f"max_length={max_length} and prompt_length={prompt_length} together exceed the "
+            f"backbone's {positions} positions; use a max_length of "
+            f"{positions - prompt_length} or less, or a shorter prompt"
+        )
 
 
 def _text_to_text(

@@ -12,32 +12,51 @@ from typing import Annotated, Any, Literal, TypeAlias
 import docstring_parser
 import tyro
 
-from compacter_jax.config import METHODS, MethodConfig, preset
-
-# Measured on the demo backbone, see the README; `compacter_jax.preset` has the paper's.
-DEFAULT_LEARNING_RATES = {"full": 5e-5, "bottleneck": 1e-3, "phm_bottleneck": 3e-3}
-# The paper's, for T5.
-TEXT_TO_TEXT_LEARNING_RATES = {"full": 3e-4, "bottleneck": 3e-4, "phm_bottleneck": 3e-3}
+from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, presets
 
 EvaluateBy: TypeAlias = Literal["scoring", "generation"]
+AdapterFormat: TypeAlias = Literal["compacter_jax", "adapterhub", "peft"]
+MethodName: TypeAlias = Annotated[
+    str, tyro.conf.arg(help=f"preset of the method: {', '.join(presets())}.")
+]
 
 
 def _method_options() -> type:
-    """A dataclass of every method's fields, None where the preset's value stands."""
-    fields = {}
-    for cls in METHODS.values():
-        hints, texts = typing.get_type_hints(cls), _documented(cls)
-        for field in dataclasses.fields(cls):
-            fields[field.name] = (hints[field.name], texts[field.name])
+    """A dataclass of every method's fields, None where the preset's value stands.
+
+    Methods share a flag where they share a name. `parts` has none: methods are no flags.
+    """
+    hints: dict[str, Any] = {}
+    texts: dict[str, dict[str, list[str]]] = {}  # field -> explanation -> kinds of method
+    for kind, cls in METHODS.items():
+        documented = _documented(cls)
+        for name, hint in _flag_fields(cls).items():
+            if hints.setdefault(name, hint) != hint:
+                raise TypeError(f"{name} of {kind} is of type {hint}, elsewhere of {hints[name]}")
+            texts.setdefault(name, {}).setdefault(documented[name], []).append(kind)
     made = [
         (
             name,
-            Annotated[hint | None, tyro.conf.arg(help=text, metavar=_metavar(hint))],
+            Annotated[
+                hint | None, tyro.conf.arg(help=_joined(texts[name]), metavar=_metavar(hint))
+            ],
             dataclasses.field(default=None),
         )
-        for name, (hint, text) in fields.items()
+        for name, hint in hints.items()
     ]
     return dataclasses.make_dataclass("MethodOptions", made, frozen=True, kw_only=True)
+
+
+def _flag_fields(cls: type[MethodConfig]) -> dict[str, Any]:
+    """Field -> type, of the fields that have a flag."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "parts"}
+
+
+def _joined(texts: Mapping[str, list[str]]) -> str:
+    """The first explanation, and those of the kinds for which the name means something else."""
+    (first, _), *others = texts.items()
+    return " ".join([first, *(f"Of {', '.join(kinds)}: {text}" for text, kinds in others)])
 
 
 def _documented(cls: type) -> dict[str, str]:
@@ -64,8 +83,23 @@ MethodFlags: TypeAlias = tyro.conf.OmitArgPrefixes[MethodOptions]  # type: ignor
 
 def method_of(name: str, options: Any) -> MethodConfig:
     """The preset with the options that were given."""
-    given = {key: value for key, value in vars(options).items() if value is not None}
-    return preset(name, **given)
+    return preset(name, **given_options(options))
+
+
+def given_options(options: Any) -> dict[str, Any]:
+    """Field -> value, of the `MethodOptions` that were given."""
+    return {key: value for key, value in vars(options).items() if value is not None}
+
+
+def options_of(name: str, options: Any) -> Any:
+    """Those of the `MethodOptions` that are for the preset, where several presets share them."""
+    method = preset(name)
+    known = {field.name for field in dataclasses.fields(method)}
+    # A combined method passes on what one part alone has.
+    fields = [field.name for part in parts_of(method) for field in dataclasses.fields(part)]
+    known |= {field for field in fields if fields.count(field) == 1}
+    given = {key: value for key, value in given_options(options).items() if key in known}
+    return MethodOptions(**given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,41 +165,27 @@ class TextToTextOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitOptions(TextToTextOptions, TaskOptions, BackboneOptions):
-    """Fine-tune a backbone on a task and save the adapter of the best epoch.
+class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
+    """How to train, whatever the method.
 
     Attributes:
-      output_dir: where adapter/, metrics.json, curves.png, report.md and checkpoints/ go.
-      method: preset of the method: compacter++, compacter, phm, houlsby or full.
-      config: a TOML file of flags (`learning_rate = 3e-3`); flags on the command line win.
-      train_size: train on a random sample of this size.
-      seed: of initial values, order of the data and dropout.
       epochs: passes over the training data.
-      max_steps: stop after so many updates, within an epoch or not.
+      max_evaluations: evaluate after so many of the epochs at most, evenly spread, instead of after
+        each; the adapter is that of the best of them.
       batch_size: examples per update, over all devices.
       accumulation_steps: parts to divide a device's share of a batch into, to save memory.
       eval_batch_size: examples per batch of evaluation.
-      learning_rate: peak of the schedule; by default 3e-3 for the PHM methods, 1e-3 for dense
-        bottlenecks, 5e-5 for full fine-tuning, on T5 3e-4 for the last two.
+      learning_rate: peak of the schedule; by default the method's own, `train/learning_rates.py`
+        lists them.
       warmup_fraction: part of all steps in which the learning rate rises from 0.
       weight_decay: of AdamW, on every trained parameter.
       clip_norm: largest norm of the gradient of the trained parameters; 0 does not clip.
       backbone_dropout: rate in the backbone, in place of its configuration's.
       remat: recompute layers in the backward pass, to save memory.
-      checkpoint_steps: save the training state every so many steps as well as every epoch; 0 does
-        not.
-      resume: go on where an interrupted run in output_dir stopped.
-      overwrite: replace the run in output_dir.
-      method_options: changes to the preset, where not None.
     """
 
-    output_dir: Path
-    method: str = "compacter++"
-    config: Path | None = None
-    train_size: int | None = None
-    seed: int = 0
     epochs: int = 10
-    max_steps: int | None = None
+    max_evaluations: int | None = None
     batch_size: int = 32
     accumulation_steps: int = 1
     eval_batch_size: int = 64
@@ -175,18 +195,15 @@ class FitOptions(TextToTextOptions, TaskOptions, BackboneOptions):
     clip_norm: float = 1.0
     backbone_dropout: float | None = None
     remat: bool = False
-    checkpoint_steps: int = 500
-    resume: bool = False
-    overwrite: bool = False
-    method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
     def check(self) -> None:
         """ValueError for a number that cannot work."""
         wanted = {
-            "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
-            "seed": (0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),
             "epochs": (self.epochs >= 1, "at least 1"),
-            "max_steps": (self.max_steps is None or self.max_steps >= 1, "at least 1"),
+            "max_evaluations": (
+                self.max_evaluations is None or self.max_evaluations >= 1,
+                "at least 1",
+            ),
             "max_target_length": (self.max_target_length >= 2, "at least 2"),
             "score_step": (0 < self.score_step < float("inf"), "above 0"),
             "num_beams": (self.num_beams >= 1, "at least 1"),
@@ -204,11 +221,58 @@ class FitOptions(TextToTextOptions, TaskOptions, BackboneOptions):
                 self.backbone_dropout is None or 0 <= self.backbone_dropout < 1,
                 "in [0, 1)",
             ),
+        }
+        _check(self, wanted)
+
+
+def _check(options: Any, wanted: Mapping[str, tuple[bool, str]]) -> None:
+    """ValueError for the first field whose condition does not hold."""
+    for name, (holds, want) in wanted.items():
+        if not holds:
+            raise ValueError(f"{name}={getattr(options, name)} must be {want}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions(TrainingOptions):
+    """Fine-tune a backbone on a task and save the adapter of the best epoch.
+
+    Attributes:
+      output_dir: where adapter/, metrics.json, curves.png, report.md and checkpoints/ go.
+      config: a TOML file of flags (`learning_rate = 3e-3`); flags on the command line win.
+      train_size: train on a random sample of this size.
+      seed: of initial values, order of the data and dropout.
+      max_steps: stop after so many updates, within an epoch or not.
+      checkpoint_steps: save the training state every so many steps as well as at every evaluation;
+        0 does not.
+      resume: go on where an interrupted run in output_dir stopped.
+      overwrite: replace the run in output_dir.
+      prompt_words: for prompts that start as embeddings of the vocabulary, the words whose tokens
+        they are; by default the commonest tokens of the training texts.
+      method_options: changes to the preset, where not None.
+    """
+
+    output_dir: Path
+    method: MethodName = "compacter++"
+    config: Path | None = None
+    train_size: int | None = None
+    seed: int = 0
+    max_steps: int | None = None
+    checkpoint_steps: int = 500
+    resume: bool = False
+    overwrite: bool = False
+    prompt_words: str | None = None
+    method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
+
+    def check(self) -> None:
+        """ValueError for a number that cannot work, or flags that do not go together."""
+        super().check()
+        wanted = {
+            "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
+            "seed": (0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),
+            "max_steps": (self.max_steps is None or self.max_steps >= 1, "at least 1"),
             "checkpoint_steps": (self.checkpoint_steps >= 0, "at least 0"),
         }
-        for name, (holds, want) in wanted.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)} must be {want}")
+        _check(self, wanted)
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one")
 
@@ -217,8 +281,46 @@ class FitOptions(TextToTextOptions, TaskOptions, BackboneOptions):
         return method_of(self.method, self.method_options)
 
     def peak_learning_rate(self, defaults: Mapping[str, float]) -> float:
-        """The learning rate given, or of `defaults` the one of the method's kind."""
-        return self.learning_rate or defaults[self.method_config().kind]
+        """The learning rate given, or of `defaults` the method's."""
+        return self.learning_rate or defaults[self.method]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions(TrainingOptions):
+    """Train methods with several seeds, one run after the other, and compare what they give.
+
+    Each run is a `fit` in a process of its own, at its method's learning rate. What was interrupted
+    goes on with the same command; methods, sizes and seeds that are added are trained beside those
+    there are.
+
+    Attributes:
+      output_dir: where results.json, report.md, the figures and runs/ go.
+      task: movie, product, tweet, editorial, several of them with commas, or a name for your files.
+      methods: all, or presets with commas between them.
+      train_size: train on random samples of this size, or of each of several (100,500,1000); by
+        default on all there is. Sizes above a task's number of examples are left out.
+      seeds: how many runs of each method, or for each size how many (5,5,3).
+      steps: updates of each run, or for each size how many, instead of epochs.
+      epochs: passes over the training data, where steps are not given.
+      max_length: longest input in tokens; what is longer is cut.
+      max_evaluations: as for fit.
+      keep_adapters: keep the adapters, which are otherwise removed once their scores are known.
+      overwrite: train finished runs again whose settings were others.
+      method_options: changes to the presets that have the field, where not None.
+    """
+
+    output_dir: Path
+    task: str = "movie"
+    methods: str = "all"
+    train_size: str | None = None
+    seeds: str = "3"
+    steps: str | None = None
+    epochs: int = 2
+    max_length: int = 64
+    max_evaluations: int | None = 10
+    keep_adapters: bool = False
+    overwrite: bool = False
+    method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,23 +389,80 @@ class PredictOptions(AdapterOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions(TextToTextOptions):
+    """Turn an adapter of another library into one of ours, or the other way round.
+
+    What the other library's folder does not say of a task, and `evaluate` and `predict` have to
+    know, is taken from flags.
+
+    Attributes:
+      to: folder to make.
+      to_format: what to write.
+      backbone: the backbone the adapter was trained with; of an adapter of ours, by default where
+        it was then.
+      label_names: of classification, in the order of the head's outputs.
+      task: a built-in task, whose label names are taken, and its name as T5's prefix.
+      regression: the adapter predicts scores.
+      max_length: longest input in tokens.
+      dtype: what matrix products compute in.
+    """
+
+    source: Annotated[
+        tuple[AdapterFormat, Path],
+        tyro.conf.arg(
+            name="from",
+            help="what to read, and its folder.",
+            metavar="{compacter_jax,adapterhub,peft} DIR",
+        ),
+    ]
+    to: Path
+    to_format: AdapterFormat = "compacter_jax"
+    backbone: str | None = None
+    label_names: tuple[str, ...] = ()
+    task: str | None = None
+    regression: bool = False
+    max_length: int = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Write a backbone with a method merged into its weights, as a Hugging Face checkpoint.
+
+    Attributes:
+      adapter: folder that `fit` or `convert` wrote.
+      backbone: the backbone it was trained with; by default where it was then.
+      to: folder to make.
+    """
+
+    adapter: Path
+    backbone: str | None = None
+    to: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParamsOptions:
-    """Print what a method trains on a backbone, by group.
+    """Print what a method trains on a backbone, by group, or what each of all methods does.
 
     Attributes:
       backbone: folder of a Hugging Face checkpoint, or its id on the hub.
       backbone_config: in place of a backbone, the name of a published size, such as t5-base or
         google/flan-t5-xl, or a config.json; needs no weights.
-      method: preset of the method: compacter++, compacter, phm, houlsby or full.
       num_labels: width of the classification head, where the backbone has one.
+      vocab_size: count as if the vocabulary had so many entries. A T5 of 32,128 is by default
+        counted with 32,100, too, its tokens without padding, which the paper's percentages are of.
       json: print JSON instead of a table.
-      method_options: changes to the preset, where not None.
+      method_options: changes to the preset, where not None; with all, to the presets that have the
+        field.
     """
 
     backbone: str | None = None
     backbone_config: str | None = None
-    method: str = "compacter++"
+    method: Annotated[
+        str, tyro.conf.arg(help=f"preset of the method, or all: {', '.join(presets())}.")
+    ] = "compacter++"
     num_labels: int = 2
+    vocab_size: int | None = None
     json: bool = False
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
@@ -333,14 +492,15 @@ def expand_config(arguments: Sequence[str]) -> list[str]:
     for key, value in values.items():
         if key not in known | own:
             raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-        flags += _flag(key, value, toggle=key in known)
+        flags += flag(key, value, toggle=key in known)
     return [*flags, *arguments]
 
 
-def _flag(key: str, value: Any, *, toggle: bool) -> list[str]:
+def flag(key: str, value: Any, *, toggle: bool) -> list[str]:
+    """A field as arguments of the command line; a bool is `--key` or, without `toggle`, a value."""
     name = key.replace("_", "-")
     if isinstance(value, bool) and toggle:
         return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}", str(value)]

@@ -53,7 +53,7 @@ def result_text(result: dict[str, Any], folder: Path) -> str:
     ]
     return "\n".join(
         [
-            f"best epoch: {result['best_epoch']} of {len(result['history'])}",
+            f"best epoch: {result['best_epoch']} of {result['history'][-1]['epoch']}",
             *lines,
             f"trained parameters: {result['trained_parameters']:,} of "
             f"{result['total_parameters']:,} "
@@ -77,9 +77,9 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
     history, metric = result["history"], result["metric"]
     epochs = [record["epoch"] for record in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for record in history:
-        parts = len(record["step_losses"])
-        within = [record["epoch"] - 1 + (i + 0.5) / parts for i in range(parts)]
+    for before, record in zip([0, *epochs], history, strict=False):
+        parts, length = len(record["step_losses"]), record["epoch"] - before
+        within = [before + length * (i + 0.5) / parts for i in range(parts)]
         label = "train, by step" if record is history[0] else None
         left.plot(within, record["step_losses"], color="C0", alpha=0.4, label=label)
     left.plot(epochs, [record["train_loss"] for record in history], "o-", color="C0", label="train")
@@ -114,7 +114,9 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(result: dict[str, Any], options: Any, count: Count, path: Path) -> None:
+def write_report(
+    result: dict[str, Any], options: Any, method: MethodConfig, count: Count, path: Path
+) -> None:
     """The run in Markdown: settings, what is trained, results, curves, how to use the adapter."""
     metric_names = list(result["validation"])
     epoch_names = [name for name in result["history"][0] if name != "step_losses"]
@@ -132,26 +134,26 @@ def write_report(result: dict[str, Any], options: Any, count: Count, path: Path)
         "dtype": options.dtype,
         **{name: value for part in result["objective"].values() for name, value in part.items()},
     }
-    settings |= {f"method: {k}": v for k, v in to_dict(options.method_config()).items()}
+    settings |= {f"method: {k}": v for k, v in to_dict(method).items()}
     sections = [
         f"# {options.method} on {result['task']}",
         "![curves](curves.png)",
         "## Result",
-        f"Best of {len(result['history'])} epochs by validation {result['metric']}: epoch "
-        f"{result['best_epoch']}.",
-        _table(
+        f"Best of {len(result['history'])} evaluations by validation {result['metric']}: after "
+        f"epoch {result['best_epoch']}.",
+        table(
             ["metric", *splits],
             [[name, *(number(result[s][name]) for s in splits)] for name in metric_names],
         ),
         "## What is trained",
-        _table(["group", "trained", "parameters", "of all"], parameter_rows(count)),
+        table(["group", "trained", "parameters", "of all"], parameter_rows(count)),
         f"The adapter takes {result['adapter_bytes']:,} bytes on disk.",
         "## Use it",
         f"```\npython -m train {_next_command(result, options.output_dir)}\n```",
         "## Settings",
-        _table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
+        table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
         "## Epochs",
-        _table(epoch_names, [[number(r[name]) for name in epoch_names] for r in result["history"]]),
+        table(epoch_names, [[number(r[name]) for name in epoch_names] for r in result["history"]]),
     ]
     with replace_file(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -165,6 +167,7 @@ def _next_command(result: dict[str, Any], folder: Path) -> str:
     return f"evaluate --adapter {folder / 'adapter'} --task span_corruption --test-file FILE"
 
 
-def _table(header: list[str], rows: Any) -> str:
+def table(header: list[str], rows: Any) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

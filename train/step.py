@@ -218,7 +218,10 @@ def make_compute(
     devices = list(devices or jax.local_devices())
     several = len(devices) > 1
 
-    def update(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    # The seed is an argument, not a constant: runs that differ in it alone share what is compiled.
+    def update(
+        state: TrainState, frozen: Params, batch: Batch, seed: Array
+    ) -> tuple[TrainState, StepMetrics]:
         return loss_and_update(
             state,
             frozen,
@@ -238,7 +241,8 @@ def make_compute(
         return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
 
     if several:
-        step = jax.pmap(update, AXIS, devices=devices, donate_argnums=0)
+        axes = (0, 0, 0, None)
+        step = jax.pmap(update, AXIS, in_axes=axes, devices=devices, donate_argnums=0)
         evaluate = jax.pmap(forward, AXIS, devices=devices)
         place, host = _replicate(devices), _first_copy
         split = lambda batch: shard(batch, len(devices))  # noqa: E731
@@ -248,7 +252,7 @@ def make_compute(
         split = lambda batch: jax.device_put(dict(batch), devices[0])  # noqa: E731
 
     def run_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        state, metrics = step(state, frozen, split(batch))
+        state, metrics = step(state, frozen, split(batch), np.uint32(seed))
         return state, host(metrics)
 
     def run_outputs(trained: Params, frozen: Params, batch: Batch) -> Any:

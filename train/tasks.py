@@ -35,7 +35,7 @@ _METRICS: dict[Kind, str] = {
 }
 _KINDS: dict[str, Kind] = {"label": "classification", "score": "regression", "target": "text"}
 _SENTIMENT = Path(__file__).parent / "sentiment"
-_SENTIMENT_LABELS = ("negative", "positive")
+SENTIMENT_LABELS = ("negative", "positive")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def load_task(
     if regression or text:
         target = "score" if regression else "target"
     elif names or name in BUILT_IN:
-        names, target = names or _SENTIMENT_LABELS, "label"
+        names, target = names or SENTIMENT_LABELS, "label"
     else:
         target = _target_column(next(iter(files.values())), max_characters)
     # The training file is read even when only evaluating, if the label names have to come from it.
@@ -218,7 +218,7 @@ def _check_two_classes(
 def _class_names(path: Path) -> Sequence[str]:
     """The names of integer labels, where the file is built in or was written by `datasets`."""
     if _SENTIMENT in path.parents:
-        return _SENTIMENT_LABELS
+        return SENTIMENT_LABELS
     if path.suffix.lower() != ".parquet":
         return ()
     feature = datasets.Features.from_arrow_schema(pq.read_schema(path)).get("label")

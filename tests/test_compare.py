@@ -1,0 +1,518 @@
+"""The command `compare`: its plan, its runs, its tables and figures."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from matplotlib import pyplot as plt
+from test_cli import refusal, write_examples
+
+import compacter_jax as cj
+from train import compare, compare_report, learning_rates, loop, measure, prompts, tasks
+from train.__main__ import main
+from train.options import CompareOptions, MethodOptions
+
+# --- learning rates -----------------------------------------------------------------------------
+
+
+def test_every_preset_has_learning_rates():
+    assert set(learning_rates.CLASSIFIER) == set(cj.presets())
+    rows = re.split(r"\n *\| `", cj.preset.__doc__)[1:]  # of `| name | what | rate | source |`
+    names, rates = [row.partition("`")[0] for row in rows], [row.split("|")[2] for row in rows]
+    documented = dict(zip(names, map(float, rates), strict=True))
+    assert documented == learning_rates.TEXT_TO_TEXT
+
+
+# --- the tokens of prompts ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_backbone):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_backbone)
+
+
+def test_the_commonest_tokens_of_the_training_texts(tokenizer):
+    generator = np.random.default_rng(0)
+    words = ["a", "the", "film", "good", "bad", "unheard"]  # the last is [UNK], a special token
+    texts = [
+        " ".join(generator.choice(words, 7, p=[0.1, 0.2, 0.2, 0.3, 0.1, 0.1])) for _ in "ab" * 9
+    ]
+    counts = Counter(word for text in texts for word in text.split() if word != "unheard")
+    vocabulary = tokenizer.get_vocab()
+    order = sorted(counts, key=lambda word: (-counts[word], vocabulary[word]))
+    expected = tuple(vocabulary[word] for word in order)
+    assert prompts.most_common_tokens(texts, tokenizer, 9) == expected
+    assert prompts.most_common_tokens(texts, tokenizer, 2) == expected[:2]
+    with pytest.raises(ValueError, match="have no tokens"):
+        prompts.most_common_tokens(["unheard"], tokenizer, 2)
+
+
+def test_prompts_take_words_or_the_texts_of_a_task(tokenizer):
+    method = cj.preset("prompt-tuning-vocabulary", prompt_length=3)
+    rows = {"sentence": ["good film", "good"], "sentence2": ["bad good", "film"]}
+    task = tasks.Task("own", "classification", ("0", "1"), {"train": rows})
+    names = lambda method: tokenizer.convert_ids_to_tokens(method.prompt_token_ids)  # noqa: E731
+    assert names(prompts.with_tokens(method, None, task, tokenizer)) == ["good", "film", "bad"]
+    assert names(prompts.with_tokens(method, "awful good", task, tokenizer)) == ["awful", "good"]
+    given = method.replace(prompt_token_ids=(7,))
+    assert prompts.with_tokens(given, None, task, tokenizer) is given
+    for words in ("", "a a a a"):
+        with pytest.raises(ValueError, match="give 1 to 3 tokens"):
+            prompts.with_tokens(method, words, task, tokenizer)
+
+
+# --- what a run costs ---------------------------------------------------------------------------
+
+
+def test_the_clock_leaves_out_steps_in_which_something_was_compiled(monkeypatch):
+    times = iter([0.0, 10.0, 12.0, 15.0, 19.0, 100.0, 101.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
+    clock = measure.StepClock([])
+    short, long = {"ids": np.zeros((2, 16))}, {"ids": np.zeros((2, 32))}
+    clock.start()
+    clock.dispatched(short)  # compiled
+    clock.dispatched(short)
+    clock.finished()  # the first, 10 s: left out
+    clock.dispatched(short)
+    clock.finished()  # 2 s
+    clock.dispatched(long)  # compiled while the third is under way
+    clock.finished()  # 3 s: left out
+    clock.finished()  # 4 s
+    clock.start()
+    clock.dispatched(long)
+    clock.finished()
+    assert clock.seconds == [2.0, 4.0, 1.0]
+
+
+def test_the_peak_of_memory_is_the_process_s_own():
+    """Not that of the process which started it, as Linux has it in `ru_maxrss`."""
+    held = np.ones(2**27, np.uint8)  # 128 MiB
+    script = "from train.measure import peak_memory; print(peak_memory())"
+    script = f"import numpy; {script}; x = numpy.ones(2**26); print(peak_memory())"
+    run = [sys.executable, "-c", script]
+    output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    before, after = map(int, output.split())
+    assert measure.peak_memory() > held.nbytes
+    assert 2**29 * 0.9 < after - before < 2**29 * 1.1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "most", "expected"),
+    [(3, None, [0, 1, 2]), (10, 3, [3, 7, 9]), (100, 10, range(9, 100, 10)), (2, 5, [0, 1])],
+)
+def test_evaluations_are_spread_over_the_epochs(epochs, most, expected):
+    class Job:
+        options = type("Options", (), {"max_evaluations": most})
+
+    Job.epochs = epochs
+    assert [i for i in range(epochs) if loop.Job.evaluates(Job, i)] == list(expected)
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
+        for seed, (split, rows) in enumerate({"train": 40, "validation": 16, "test": 16}.items())
+    }
+
+
+def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
+    options = CompareOptions(
+        backbone="DIR",
+        output_dir=tmp_path,
+        task="movie,product",
+        methods="full,lora",
+        train_size="100,4000",
+        seeds="2,1",
+        steps="50,60",
+        method_options=MethodOptions(rank=4),
+    )
+    runs = compare.plan(options)
+    assert [(run.task, run.size, run.method, run.seed) for run in runs] == [
+        ("movie", 100, "full", 0),
+        ("movie", 100, "lora", 0),
+        ("movie", 4000, "full", 0),
+        ("movie", 4000, "lora", 0),
+        ("product", 100, "full", 0),
+        ("product", 100, "lora", 0),
+        ("movie", 100, "full", 1),
+        ("movie", 100, "lora", 1),
+        ("product", 100, "full", 1),
+        ("product", 100, "lora", 1),
+    ]
+    assert "product has 2,583 training examples: 4,000 are left out" in capsys.readouterr().out
+    assert runs[3].folder == tmp_path / "runs" / "movie" / "4000" / "lora" / "seed-0"
+    flags = "--backbone DIR --task movie --max-length 64 --epochs 60 --max-evaluations 10 "
+    flags += "--train-size 4000 --method lora --max-steps 60 --checkpoint-steps 0 --rank 4"
+    assert sorted(runs[3].flags) == sorted(flags.split())
+    assert "--rank" not in runs[2].flags
+    assert runs[3].name == "movie, 4,000 examples, lora, seed 0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"methods": "full,compactor"}, "did you mean 'compacter'"),
+        ({"methods": "full,full"}, "must be different names"),
+        ({"train-size": "100,x"}, "--train-size '100,x' must be numbers"),
+        ({"seeds": "0"}, "--seeds '0' must be numbers from 1 on"),
+        ({"train-size": "10,20", "seeds": "1,2,3"}, "--seeds has 3 numbers for 2 training sizes"),
+        ({"steps": "10,20"}, "--steps has 2 numbers for 1 training sizes"),
+        ({"task": "films"}, "unknown task 'films'"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"phm-dim": 0}, "phm_dim=0 must be at least 1"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path, capsys):
+    values = {"backbone": "DIR", "output-dir": tmp_path / "out", **flags}
+    error = refusal(
+        capsys, "compare", *itertools.chain(*((f"--{k}", v) for k, v in values.items()))
+    )
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_without_a_test_split(files, tmp_path, capsys):
+    given = ["--train-file", files["train"], "--validation-file", files["validation"]]
+    flags = ["--backbone", "DIR", "--task", "own", *given, "--output-dir", tmp_path / "out"]
+    assert "'own' has train, validation" in refusal(capsys, "compare", *flags)
+
+
+# --- the runs, with a process that only pretends to train ----------------------------------------
+
+PRETEND = """
+import json, os, sys, time
+from pathlib import Path
+values = dict(zip(sys.argv[4::2], sys.argv[5::2]))
+folder, seed, method = Path(values["--output-dir"]), values.get("--seed", "0"), values["--method"]
+with open(os.environ["CALLS"], "a") as file:
+    file.write(f"{method} {seed}\\n")
+if method == os.environ.get("FAILS"):
+    print("Traceback (most recent call last):\\nerror: it cannot work")
+    sys.exit(2)
+if method == os.environ.get("HANGS"):
+    Path(os.environ["CALLS"] + ".hangs").touch()
+    time.sleep(3)
+(folder / "adapter").mkdir()
+(folder / "checkpoints").mkdir()
+result = {"metric": "accuracy", "learning_rate": 1e-3, "train_examples": 40, "steps": 6}
+result |= {"best_epoch": 1, "trained_parameters": 10, "total_parameters": 1000}
+result |= {"adapter_bytes": 99, "validation": {"accuracy": 0.5}}
+result["test"] = {"accuracy": 0.5 + 0.1 * int(seed)}
+result["measured"] = {"step_seconds": 0.1, "seconds": 90.0, "peak_memory_bytes": 10**9}
+(folder / "metrics.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """A command line whose runs are quick, and a function that gives the runs there were."""
+    program, calls = tmp_path / "python", tmp_path / "calls"
+    script = tmp_path / "pretend.py"
+    script.write_text(PRETEND)
+    python = shlex.quote(sys.executable)
+    program.write_text(f'#!/bin/sh\nexec {python} -S {shlex.quote(str(script))} "$@"\n')
+    program.chmod(0o755)
+    calls.touch()
+    monkeypatch.setenv("CALLS", str(calls))
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def made():
+        lines = calls.read_text().splitlines()
+        calls.write_text("")
+        return lines
+
+    return made
+
+
+def compare_flags(files, output, **flags):
+    values = {f"{split}-file": path for split, path in files.items()}
+    values |= {"backbone": "DIR", "task": "own", "output-dir": output, **flags}
+    return ["compare", *(part for k, v in values.items() for part in (f"--{k}", str(v)))]
+
+
+def test_only_what_is_not_finished_is_run(pretended, files, tmp_path, capsys):
+    output = tmp_path / "out"
+    flags = {"methods": "full,lora", "seeds": 1}
+    assert main(compare_flags(files, output, **flags)) == 0
+    assert pretended() == ["full 0", "lora 0"]
+    words = capsys.readouterr().out
+    line = "[1/2] own, full, seed 0: test accuracy 0.5000 in 90 s; about 0 h 02 min left"
+    assert line in words
+    folder = output / "runs" / "own" / "all" / "full" / "seed-0"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "fit.log",
+        "flags.json",
+        "metrics.json",
+    ]
+    flags = {"methods": "full,lora,bitfit", "seeds": 2}
+    assert main(compare_flags(files, output, **flags)) == 0
+    assert pretended() == ["bitfit 0", "full 1", "lora 1", "bitfit 1"]
+    assert "2 of 6 runs are finished already" in capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    assert len(results["runs"]) == 6
+    assert results["failed"] == []
+    report = (output / "report.md").read_text()
+    # 0.5 and 0.6: mean 0.55, standard deviation 0.1 / sqrt(2).
+    row = "| `lora` | 10 | 1.000 % | 0.001 | 0.5500 ± 0.0707 (2) | 100 ms | 1,000 MB | 0 kB |"
+    assert row in report
+    assert main(compare_flags(files, output, **flags)) == 0
+    assert pretended() == []
+
+
+def test_finished_runs_with_other_settings_are_not_mixed_in(pretended, files, tmp_path, capsys):
+    output = tmp_path / "out"
+    flags = {"methods": "full", "seeds": 1}
+    assert main(compare_flags(files, output, **flags)) == 0
+    other = compare_flags(files, output, **flags, epochs=2)
+    error = refusal(capsys, *other)
+    assert "seed-0 and 0 more hold finished runs with other settings" in error
+    assert pretended() == ["full 0"]
+    assert main([*other, "--overwrite", "--keep-adapters"]) == 0
+    assert pretended() == ["full 0"]
+    assert (output / "runs" / "own" / "all" / "full" / "seed-0" / "adapter").exists()
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(
+    pretended, files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("FAILS", "full")
+    output = tmp_path / "out"
+    flags = compare_flags(files, output, methods="full,lora", seeds=2)
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert (
+        "error: 2 of 4 runs failed: own, full, seed 0: it cannot work; own, full, seed 1" in error
+    )
+    assert pretended() == ["full 0", "lora 0", "full 1", "lora 1"]
+    assert "| own, full, seed 0 | it cannot work |" in (output / "report.md").read_text()
+    monkeypatch.delenv("FAILS")
+    assert main(flags) == 0  # failed runs are tried again
+    assert pretended() == ["full 0", "full 1"]
+    assert "cannot work" not in (output / "report.md").read_text()
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+COMPARE = """
+import sys
+from train.__main__ import main
+sys.executable, *arguments = sys.argv[1:]
+sys.exit(main(arguments))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_comparison_that_was_killed_goes_on(sent, pretended, files, tmp_path, capsys):
+    """What it was running then runs on after SIGKILL, is waited for, and is not run twice."""
+    output = tmp_path / "out"
+    flags = compare_flags(files, output, methods="full,lora,bitfit", seeds=1)
+    environment = {**os.environ, "HANGS": "lora", "PYTHONPATH": str(Path(__file__).parents[1])}
+    real = shlex.split((tmp_path / "python").read_text().splitlines()[1])[1]
+    command = [real, "-c", COMPARE, sys.executable, *flags]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        wait_for(tmp_path / "calls.hangs")
+        process.send_signal(sent)
+        assert process.wait(timeout=60) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert pretended() == ["full 0", "lora 0"]
+    assert main(flags) == 0
+    # Ctrl-C ends the run, SIGKILL leaves it.
+    assert pretended() == (["lora 0", "bitfit 0"] if sent == signal.SIGINT else ["bitfit 0"])
+    assert ("waiting for another comparison" in capsys.readouterr().out) == (sent == signal.SIGKILL)
+    assert len(json.loads((output / "results.json").read_text())["runs"]) == 3
+
+
+# --- tables and figures -------------------------------------------------------------------------
+
+
+def records(scores, *, size=100, trained=None, task="movie", **more):
+    """`scores`: method -> one for each seed."""
+    return [
+        {
+            "task": task,
+            "train_size": size,
+            "train_examples": size,
+            "method": method,
+            "seed": seed,
+            "metric": "accuracy",
+            "learning_rate": 3e-3,
+            "steps": 6,
+            "best_epoch": 1,
+            "trained_parameters": (trained or {}).get(method, 17_946),
+            "total_parameters": 22_721_178,
+            "adapter_bytes": 79_882 + seed,
+            "validation": {"accuracy": 0.9},
+            "test": {"accuracy": value, "loss": 0.1},
+            "step_seconds": (0.5, 0.25, 0.75)[seed],
+            "seconds": 60.0,
+            "peak_memory_bytes": 10**9 + 10**8 * (seed == 1),
+            **more,
+        }
+        for method, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_the_table_of_methods():
+    # Mean 2.4884 / 3; deviations 0.00063.., -0.00406.., 0.00343.. -> 0.00378..
+    scores = {"compacter++": (0.8301, 0.8254, 0.8329), "full": (0.5,)}
+    found = compare_report.summaries(records(scores, trained={"full": 22_713_986}))
+    assert compare_report.method_table(found).splitlines() == [
+        "| method | trained | of all | learning rate | accuracy | step | memory | on disk |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `compacter++` | 17,946 | 0.079 % | 0.003 | 0.8295 ± 0.0038 (3) | 500 ms | 1,100 MB "
+        "| 80 kB |",
+        "| `full` | 22,713,986 | 99.968 % | 0.003 | 0.5000 (1) | 500 ms | 1,000 MB | 80 kB |",
+    ]
+    (timed,) = compare_report.summaries(records({"full": (0.5,)}, step_seconds=None))
+    assert "| - |" in compare_report.method_table([timed])
+    on_device = records({"full": (0.5,)}, peak_device_memory_bytes=3 * 10**9)
+    table = compare_report.method_table(compare_report.summaries(on_device))
+    assert "| device memory | on disk |" in table
+    assert "| 1,000 MB | 3,000 MB |" in table
+
+
+def test_the_table_of_sizes():
+    runs = records({"full": (0.6, 0.7), "lora": (0.5, 0.5)}, size=1000)
+    runs += records({"full": (0.9,)}, size=4000)
+    assert compare_report.size_table(compare_report.summaries(runs)).splitlines() == [
+        "| accuracy | 1,000 | 4,000 |",
+        "| --- | --- | --- |",
+        "| `full` | 0.6500 ± 0.0707 (2) | 0.9000 (1) |",
+        "| `lora` | 0.5000 ± 0.0000 (2) | - |",
+    ]
+
+
+def spread_records():
+    """All presets at sizes and scores as close together as they come."""
+    trained = dict(zip(cj.presets(), np.geomspace(14_594, 22_713_986, 20).astype(int), strict=True))
+    trained |= dict.fromkeys(["intrinsic", "intrinsic-said", "low-rank", "compacter"], 25_000)
+    trained |= dict.fromkeys(["parallel", "scaled-parallel"], 888_962)
+    generator = np.random.default_rng(0)
+    scores = {name: 0.8 + 0.02 * generator.random(3) for name in cj.presets()}
+    return records(scores, trained=trained), trained, scores
+
+
+def test_the_figure_has_a_labelled_point_with_error_bars_for_each_method():
+    runs, trained, scores = spread_records()
+    figure = compare_report.comparison_figure(compare_report.summaries(runs))
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    assert sorted(text.get_text() for text in axes.texts) == sorted(cj.presets())
+    assert len(axes.containers) == 20
+    points = {}
+    for container in axes.containers:
+        (point, _, (bar,)), name = container, container.get_label()
+        points[name] = point.get_xydata()[0]
+        mean, deviation = np.mean(scores[name]), np.std(scores[name], ddof=1)
+        np.testing.assert_allclose(points[name], [100 * trained[name] / 22_721_178, mean])
+        (segment,) = bar.get_segments()
+        np.testing.assert_allclose(segment[:, 1], [mean - deviation, mean + deviation])
+    for text in axes.texts:
+        np.testing.assert_array_equal(text.xy, points[text.get_text()])
+    boxes = label_boxes(figure, axes)
+    for (name, box), (other, its_box) in itertools.combinations(boxes.items(), 2):
+        assert not box.overlaps(its_box), (name, other)
+    inside = axes.get_window_extent()
+    assert all(inside.contains(*corner) for box in boxes.values() for corner in box.corners())
+    plt.close(figure)
+
+
+def label_boxes(figure, axes):
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    return {text.get_text(): Text.get_window_extent(text, renderer) for text in axes.texts}
+
+
+def test_the_figure_of_sizes_has_a_line_of_means_for_each_method():
+    runs = records({"full": (0.6, 0.7), "lora": (0.5, 0.6)}, size=1000)
+    runs += records({"lora": (0.5, 0.7), "full": (0.9,)}, size=100)
+    figure = compare_report.size_figure(compare_report.summaries(runs))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["full", "lora"]
+    means = {c.get_label(): c[0].get_ydata(orig=False) for c in axes.containers}
+    np.testing.assert_allclose(means["full"], [0.9, 0.65])
+    np.testing.assert_allclose(means["lora"], [0.6, 0.55])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["100", "1,000"]
+    for container in axes.containers:
+        np.testing.assert_allclose(container[0].get_xdata(orig=False), [100, 1000], rtol=0.02)
+    plt.close(figure)
+
+
+def test_what_is_written(tmp_path):
+    runs = records({"full": (0.6, 0.7), "lora": (0.5, 0.6)}, size=1000)
+    runs += records({"full": (0.6,)}, size=100)
+    runs += records({"full": (0.6,)}, size=100, task="product")
+    settings = {"backbone": "DIR", "steps": None, "epochs": 3, "batch_size": 32, "dtype": "float32"}
+    compare_report.write({"runs": runs, "settings": settings, "failed": []}, tmp_path)
+    names = ["comparison-movie-100", "comparison-movie-1000", "comparison-product-100"]
+    names = [f"{name}.png" for name in [*names, "sizes-movie"]]
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "report.md"}
+    report = (tmp_path / "report.md").read_text()
+    assert re.findall(r"\((.*\.png)\)", report) == [names[3], *names[:3]]
+    assert "Backbone `DIR`, 3 epochs of 32 examples" in report
+    for name in names:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        picture = image.imread(tmp_path / name)
+        assert picture.shape[0] > 500
+        assert picture.std() > 0.01
+    assert not plt.get_fignums()
+
+
+# --- for real -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_end_to_end(tiny_backbone, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # on one device
+    flags = {"methods": "compacter++,adapterdrop,full", "seeds": 2, "backbone": tiny_backbone}
+    flags |= {"train-size": 20, "steps": 4, "batch-size": 8, "eval-batch-size": 16}
+    flags |= {"reduction-factor": 2, "max-length": 16}
+    output = tmp_path / "out"
+    # Of two layers, `adapterdrop` cannot leave out five.
+    assert main(compare_flags(files, output, **flags)) == 1
+    assert "2 of 6 runs failed: own, 20 examples, adapterdrop" in capsys.readouterr().err
+    results = json.loads((output / "results.json").read_text())
+    runs = {(run["method"], run["seed"]): run for run in results["runs"]}
+    assert set(runs) == {("compacter++", 0), ("compacter++", 1), ("full", 0), ("full", 1)}
+    for run in runs.values():
+        assert (run["steps"], run["train_examples"]) == (4, 20)
+        assert run["step_seconds"] > 0
+        assert run["seconds"] > 0
+        assert 10**8 < run["peak_memory_bytes"] < 10**10
+        rate = learning_rates.CLASSIFIER[run["method"]]
+        assert run["learning_rate"] == rate
+        assert run["test"]["accuracy"] * 16 == pytest.approx(round(run["test"]["accuracy"] * 16))
+    # Two layers: rule 64, adapters 216, norms 240, head 50; see test_cli.
+    assert runs["compacter++", 0]["trained_parameters"] == 64 + 216 + 240 + 50
+    assert runs["compacter++", 0]["test"] != runs["compacter++", 1]["test"]
+    log = output / "runs" / "own" / "20" / "adapterdrop" / "seed-0" / "fit.log"
+    assert "leave_out has [2, 3, 4]" in log.read_text()
+    assert any((output / "compiled").iterdir())
+    report = (output / "report.md").read_text()
+    assert "| `compacter++` | 570 |" in report
+    assert (output / "comparison-own-20.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,325 @@
+"""The command `compare`: every method with every seed, each run in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from compacter_jax.config import presets
+from train import compare_report, tasks
+from train.errors import FailedRunsError, InterruptedRunError
+from train.inference import write_json
+from train.options import (
+    CompareOptions,
+    FitOptions,
+    TrainingOptions,
+    flag,
+    given_options,
+    method_of,
+    options_of,
+)
+
+_ROOT = Path(__file__).parents[1]
+ALL = "all"
+# What the parent writes into the folder of a run, and where the process's own words go.
+_FLAGS_NAME, _LOG_NAME = "flags.json", "fit.log"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of `fit`.
+
+    Attributes:
+      task: what to learn.
+      size: training examples; None is all there are.
+      method: preset.
+      seed: of the run.
+      folder: its `--output-dir`.
+      flags: the others.
+    """
+
+    task: str
+    size: int | None
+    method: str
+    seed: int
+    folder: Path
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        size = "" if self.size is None else f", {self.size:,} examples"
+        return f"{self.task}{size}, {self.method}, seed {self.seed}"
+
+    def finished(self) -> bool:
+        """Whether its result is there, with whatever flags."""
+        return (self.folder / "metrics.json").exists()
+
+    def same_flags(self) -> bool:
+        """Whether it was last started with these flags."""
+        path = self.folder / _FLAGS_NAME
+        return path.exists() and json.loads(path.read_text("utf-8")) == list(self.flags)
+
+    def record(self) -> dict[str, Any]:
+        """What is compared of its `metrics.json`."""
+        result = json.loads((self.folder / "metrics.json").read_text("utf-8"))
+        kept = ["metric", "learning_rate", "train_examples", "steps", "best_epoch"]
+        kept += ["trained_parameters", "total_parameters", "adapter_bytes"]
+        return {
+            "task": self.task,
+            "train_size": self.size,
+            "method": self.method,
+            "seed": self.seed,
+            **{name: result[name] for name in kept},
+            "validation": result["validation"],
+            "test": result["test"],
+            **result["measured"],
+        }
+
+
+def compare(options: CompareOptions) -> None:
+    """Runs what is not finished yet, then reports.
+
+    Raises:
+      ValueError: for options that do not fit, before anything is run.
+      FailedRunsError: at the end, if a run failed; the others are reported.
+      InterruptedRunError: on Ctrl-C; the same command goes on.
+    """
+    options.check()
+    runs = plan(options)
+    _check_finished(runs, options)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(options.output_dir) as lock:
+        failures = _run_all(runs, options, lock)
+    records = [run.record() for run in runs if run.finished()]
+    if records:
+        failed = [{"run": run.name, "reason": reason} for run, reason in failures.items()]
+        results = {"settings": _settings(options), "runs": records, "failed": failed}
+        write_json(options.output_dir / "results.json", results)
+        compare_report.write(results, options.output_dir)
+        print(f"report: {options.output_dir / 'report.md'}")
+    if failures:
+        listed = "; ".join(f"{run.name}: {reason}" for run, reason in failures.items())
+        raise FailedRunsError(f"{len(failures)} of {len(runs)} runs failed: {listed}")
+
+
+def plan(options: CompareOptions) -> list[Run]:
+    """The runs, all methods with the first seed before any with the second.
+
+    Raises:
+      ValueError: for an unknown method, a list that is not one of numbers, or lists that do not
+        fit each other; and as `train.tasks.load_task`.
+    """
+    methods = list(presets()) if options.methods == ALL else _names(options.methods)
+    for name in methods:
+        method_of(name, options_of(name, options.method_options))
+    sizes = [None] if options.train_size is None else _numbers("train-size", options.train_size)
+    seeds = _each("seeds", options.seeds, sizes)
+    steps = _each("steps", options.steps, sizes) if options.steps else [None] * len(sizes)
+    settings = list(zip(sizes, seeds, steps, strict=True))
+    runs = []
+    for task in _names(options.task):
+        examples = _num_examples(task, options)
+        for size, num_seeds, num_steps in settings:
+            if size is not None and size > examples:
+                print(f"{task} has {examples:,} training examples: {size:,} are left out")
+                continue
+            runs += [
+                _run(options, task, size, method, seed, num_steps)
+                for seed in range(num_seeds)
+                for method in methods
+            ]
+    return sorted(runs, key=lambda run: run.seed)  # stable: otherwise in the order above
+
+
+def _run(
+    options: CompareOptions, task: str, size: int | None, method: str, seed: int, steps: int | None
+) -> Run:
+    """One of the runs, its flags being those that differ from what `fit` takes by default."""
+    shared = [field.name for field in dataclasses.fields(TrainingOptions)]
+    values = {name: getattr(options, name) for name in shared}
+    values |= {"task": task, "train_size": size, "method": method, "seed": seed}
+    values |= {"checkpoint_steps": 0}
+    if steps is not None:
+        # As many epochs as the steps need, which are at most so many.
+        values |= {"max_steps": steps, "epochs": steps}
+    defaults = {field.name: field.default for field in dataclasses.fields(FitOptions)}
+    flags = []
+    for name, value in values.items():
+        if value != defaults[name] and value is not None:
+            flags += flag(name, value, toggle=True)
+    for name, value in given_options(options_of(method, options.method_options)).items():
+        flags += flag(name, value, toggle=False)
+    folder = options.output_dir / "runs" / task / str(size or "all") / method / f"seed-{seed}"
+    return Run(task, size, method, seed, folder, tuple(flags))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{text!r} must be different names with commas between them")
+    return names
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError(f"--{name} {text!r} must be numbers from 1 on, with commas between them")
+    return [int(part) for part in parts]
+
+
+def _each(name: str, text: str, sizes: Sequence[int | None]) -> list[int]:
+    """A number for each size."""
+    numbers = _numbers(name, text)
+    if len(numbers) not in (1, len(sizes)):
+        raise ValueError(
+            f"--{name} has {len(numbers)} numbers for {len(sizes)} training sizes; give one, or as "
+            "many as there are sizes"
+        )
+    return numbers * len(sizes) if len(numbers) == 1 else numbers
+
+
+def _num_examples(name: str, options: CompareOptions) -> int:
+    """Training examples of a task, which must have a test split."""
+    task = tasks.load_task(
+        name,
+        regression=options.regression,
+        train_file=options.train_file,
+        validation_file=options.validation_file,
+        test_file=options.test_file,
+    )
+    if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
+        raise ValueError(
+            f"compare wants a task with training, validation and test examples, and {name!r} has "
+            f"{', '.join(task.splits)}"
+        )
+    return len(task.splits["train"])
+
+
+def _check_finished(runs: Sequence[Run], options: CompareOptions) -> None:
+    """ValueError if a finished run had other settings, unless these are to be replaced."""
+    others = [run for run in runs if run.finished() and not run.same_flags()]
+    if others and not options.overwrite:
+        raise ValueError(
+            f"{others[0].folder} and {len(others) - 1} more hold finished runs with other "
+            "settings; choose another --output-dir, or train them again with --overwrite"
+        )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Waits until nobody else works in `folder`; yields a descriptor for runs to inherit.
+
+    They hold the lock, too: a run that outlives a killed comparison is waited for.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another comparison, or a run left of it, in {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _run_all(runs: Sequence[Run], options: CompareOptions, lock: int) -> dict[Run, str]:
+    """Trains what is not finished; returns why runs failed."""
+    failures: dict[Run, str] = {}
+    # A run that another comparison left may have finished while this one waited for it.
+    done = [run for run in runs if run.finished() and run.same_flags()]
+    left = [run for run in runs if run not in done]
+    before = len(done)
+    if done:
+        print(f"{before} of {len(runs)} runs are finished already")
+    for number, run in enumerate(left, 1):
+        reason = _fit(run, options, lock)
+        if reason:
+            failures[run] = reason
+            outcome = f"failed: {reason}"
+        else:
+            done.append(run)
+            record = run.record()
+            score = record["test"][record["metric"]]
+            outcome = f"test {record['metric']} {score:.4f} in {record['seconds']:.0f} s"
+        rest = _duration(_seconds_left(done, left[number:]))
+        print(f"[{before + number}/{len(runs)}] {run.name}: {outcome}; {rest}", flush=True)
+    return failures
+
+
+def _fit(run: Run, options: CompareOptions, lock: int) -> str | None:
+    """Trains in a new process; returns why that failed, None if it did not."""
+    shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.mkdir(parents=True)
+    write_json(run.folder / _FLAGS_NAME, list(run.flags))
+    command = [sys.executable, "-m", "train", "fit", *run.flags, "--output-dir", str(run.folder)]
+    log = run.folder / _LOG_NAME
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(options.output_dir),
+            pass_fds=(lock,),
+        )
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise InterruptedRunError(
+                f"interrupted in {run.name}; the same command goes on with this run"
+            ) from None
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    if process.returncode == 0:
+        if not options.keep_adapters:
+            shutil.rmtree(run.folder / "adapter")
+        return None
+    if process.returncode < 0:
+        return f"ended by signal {-process.returncode}, see {log}"
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """That of this process; what one run compiles is there for the next."""
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return {**cache, **os.environ, "PYTHONPATH": path}
+
+
+def _seconds_left(done: Sequence[Run], left: Sequence[Run]) -> float | None:
+    """A guess: as long as the same with other seeds, or as all together on average."""
+    seconds: dict[Any, list[float]] = {}
+    for run in done:
+        seconds.setdefault((run.task, run.size, run.method), []).append(run.record()["seconds"])
+    if not seconds:
+        return None
+    average = statistics.mean(itertools.chain.from_iterable(seconds.values()))
+    of_run = [seconds.get((run.task, run.size, run.method), [average]) for run in left]
+    return sum(map(statistics.mean, of_run))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "no estimate of the time left"
+    minutes = round(seconds / 60)
+    return f"about {minutes // 60} h {minutes % 60:02d} min left"
+
+
+def _settings(options: CompareOptions) -> dict[str, Any]:
+    values = dataclasses.asdict(options)
+    values["method_options"] = given_options(options.method_options)
+    return json.loads(json.dumps(values, default=str))

@@ -1,0 +1,242 @@
+"""The commands `convert` and `merge`: adapters of other libraries, and backbones with adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+import compacter_jax as cj
+from compacter_jax import adapterhub, peft
+from compacter_jax.foreign import read_json
+from train import inference, tasks, text
+from train.objective import check_length
+from train.options import ConvertOptions, MergeOptions
+
+OURS = "compacter_jax"
+_IMPORTS: dict[str, Callable[..., Any]] = {
+    "adapterhub": adapterhub.import_adapterhub,
+    "peft": peft.import_peft,
+}
+_EXPORTS: dict[str, Callable[..., Any]] = {
+    "adapterhub": adapterhub.export_adapterhub,
+    "peft": peft.export_peft,
+}
+# PEFT's task -> the head it is for, where that is not the one the backbone names.
+_PEFT_HEADS = {
+    "SEQ_CLS": "sequence_classification",
+    "TOKEN_CLS": "token_classification",
+    "QUESTION_ANS": "question_answering",
+}
+
+
+def convert(options: ConvertOptions) -> None:
+    """The command `convert`.
+
+    Raises:
+      FileNotFoundError, ValueError: as the library's readers and writers, or if a flag is missing
+        for what the folder does not say; nothing is written then.
+    """
+    source, folder = options.source
+    if source == options.to_format:
+        raise ValueError(
+            f"--from {source} and --to-format {source} are the same; choose another --to-format"
+        )
+    _check_new(options.to)
+    if source == OURS:
+        backbone, model, params = load_ours(folder, options.backbone)
+    else:
+        backbone = _load_backbone(options)
+        model, params = _IMPORTS[source](folder, backbone)
+        _note_new_head(backbone, params, folder)
+    if options.to_format != OURS:
+        with new_folder(options.to) as temporary:
+            _EXPORTS[options.to_format](temporary, model, params)
+            _name_labels(temporary, cj.read_adapter_config(folder).get("label_names") or ())
+    else:
+        metadata = _metadata(options, backbone, model)
+        with new_folder(options.to) as temporary:
+            cj.save_adapter(temporary, model, params, metadata=metadata)
+    print(f"{model.method.kind} adapter written to {options.to}")
+
+
+def merge(options: MergeOptions) -> None:
+    """The command `merge`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_adapter` and `merge_adapter`; nothing is written then.
+    """
+    _check_new(options.to)
+    settings = cj.read_adapter_config(options.adapter)
+    backbone, model, params = load_ours(options.adapter, options.backbone)
+    merged = cj.merge_adapter(model, params)
+    tokenizer = inference.load_tokenizer(backbone.name, backbone, settings.get("max_length", 3))
+    config = copy.deepcopy(backbone.config)
+    if names := settings.get("label_names"):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    with new_folder(options.to) as temporary:
+        cj.save_backbone(temporary, backbone.module, merged, config)
+        tokenizer.save_pretrained(temporary)
+    print(f"backbone with {model.method.kind} merged written to {options.to}")
+
+
+def load_ours(folder: Path, name: str | None) -> tuple[cj.Backbone, cj.Adapted, Any]:
+    """An adapter of ours with its backbone, `name` or the one it was trained with."""
+    settings = cj.read_adapter_config(folder)
+    name = name or settings.get("backbone")
+    if name is None:
+        raise ValueError(f"{folder} does not name its backbone; give --backbone")
+    backbone = cj.load_backbone(name, head=settings["head"], num_labels=settings["num_labels"])
+    return backbone, *cj.load_adapter(folder, backbone)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, which becomes it on success and is removed else."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_new(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; choose another --to")
+
+
+def _load_backbone(options: ConvertOptions) -> cj.Backbone:
+    """The backbone with the head that the other library's folder is for."""
+    source, folder = options.source
+    if options.backbone is None:
+        raise ValueError(f"--from {source} wants the --backbone the adapter was trained with")
+    head: dict[str, Any] = {}
+    if source == "adapterhub":
+        head = adapterhub.read_adapterhub_head(folder)
+    else:
+        task = read_json(folder / peft.CONFIG_NAME).get("task_type")
+        if task in _PEFT_HEADS:
+            head = {"head": _PEFT_HEADS[task]}
+        if task in ("SEQ_CLS", "TOKEN_CLS"):
+            head["num_labels"] = 1 if options.regression else len(_label_names(options)) or None
+    return cj.load_backbone(options.backbone, dtype=jnp.dtype(options.dtype), **head)
+
+
+def _note_new_head(backbone: cj.Backbone, params: Any, folder: Path) -> None:
+    """Says so if the head is made of random numbers."""
+    before, after = (flatten_dict(tree, sep="/") for tree in (backbone.params, params))
+    if any(np.array_equal(before[path], after[path]) for path in backbone.new_parameters):
+        print(
+            f"neither {folder} nor the backbone has {', '.join(backbone.new_parameters)}: drawn at "
+            "random, so predictions mean nothing"
+        )
+
+
+def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted) -> dict[str, Any]:
+    """What `evaluate` and `predict` want to know, where there is something to predict."""
+    metadata: dict[str, Any] = {"backbone": backbone.name, "dtype": options.dtype}
+    head = getattr(model.backbone, "head", None)
+    if head not in ("sequence_classification", "conditional_generation"):
+        print(f"head={head!r}: `evaluate` and `predict` have no use for this adapter")
+        return metadata
+    writes = head == "conditional_generation"
+    names = _label_names(options) or _names_of_folder(options) or _names_of(backbone.config)
+    if options.regression or (not writes and model.backbone.num_labels == 1):
+        kind, names = "regression", ()
+    elif writes and not names:
+        kind = "text"
+    else:
+        kind = "classification"
+        _check_names(names, None if writes else model.backbone.num_labels)
+    if not writes:
+        check_length(backbone.config, model.method, options.max_length)
+    metadata |= {"task": options.task or "custom", "kind": kind, "label_names": list(names)}
+    metadata["max_length"] = options.max_length
+    if writes:
+        metadata["text_to_text"] = text.to_json(_casting(options, kind, names))
+    return metadata
+
+
+def _casting(options: ConvertOptions, kind: Any, names: Sequence[str]) -> text.Casting:
+    prefix = options.prefix if options.prefix is not None else options.task
+    if prefix is None:
+        raise ValueError(
+            "what the adapter's inputs begin with is unknown; give --task, or --prefix (which may "
+            "be '')"
+        )
+    return text.Casting(
+        kind=kind,
+        prefix=prefix,
+        label_names=tuple(names),
+        score_step=options.score_step,
+        max_target_length=options.max_target_length,
+        max_new_tokens=options.max_target_length,
+        evaluate_by=options.evaluate_by,
+        num_beams=options.num_beams,
+    )
+
+
+def _label_names(options: ConvertOptions) -> tuple[str, ...]:
+    """Those of the flags."""
+    if options.label_names or options.regression:
+        return options.label_names
+    return tasks.SENTIMENT_LABELS if options.task in tasks.BUILT_IN else ()
+
+
+def _names_of_folder(options: ConvertOptions) -> tuple[str, ...]:
+    """Those that AdapterHub stores with a head."""
+    path = options.source[1] / adapterhub.HEAD_CONFIG_NAME
+    if options.source[0] != "adapterhub" or not path.is_file():
+        return ()
+    settings = json.loads(path.read_text("utf-8"))
+    # Of models with flexible heads, one level down.
+    found = settings.get("label2id") or (settings.get("config") or {}).get("label2id") or {}
+    return _meaningful(sorted(found, key=lambda name: found[name]))
+
+
+def _names_of(config: Any) -> tuple[str, ...]:
+    """Those of a backbone that was fine-tuned before."""
+    found = config.id2label or {}
+    return _meaningful([found[i] for i in sorted(found)])
+
+
+def _meaningful(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, unless they are what transformers calls labels without one."""
+    return () if all(name.startswith("LABEL_") for name in names) else tuple(names)
+
+
+def _name_labels(folder: Path, names: Sequence[str]) -> None:
+    """Writes the names where AdapterHub has them, if the folder has a head."""
+    path = folder / adapterhub.HEAD_CONFIG_NAME
+    if not path.is_file() or not names:
+        return
+    settings = json.loads(path.read_text("utf-8"))
+    for place in (settings, settings.get("config") or {}):
+        if "label2id" in place:
+            place["label2id"] = {name: i for i, name in enumerate(names)}
+    inference.write_json(path, settings)
+
+
+def _check_names(names: Sequence[str], num_labels: int | None) -> None:
+    if not names:
+        raise ValueError(
+            f"the names of the {num_labels} labels are unknown; give --label-names, or --task for "
+            "those of a built-in task, or --regression"
+        )
+    if num_labels is not None and len(names) != num_labels:
+        raise ValueError(
+            f"--label-names: {len(names)} names, {', '.join(names)}, for a head of {num_labels} "
+            "labels"
+        )
