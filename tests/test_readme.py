@@ -6,17 +6,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def example(number, path, backbone):
-    """Code of the README, with `path` and the sizes replaced by those of a small backbone."""
+def example(number):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 2
-    code = examples[number]
+    assert len(examples) == 3
+    return examples[number]
+
+
+def small_example(number, path, backbone):
+    """Code of the README, with `path` and the sizes replaced by those of a small backbone."""
+    code = example(number)
     for written, here in ((path, str(backbone)), ("factor=16", "factor=2")):
         assert written in code
         code = code.replace(written, here)
@@ -26,7 +31,7 @@ def example(number, path, backbone):
 def test_generation(tiny_t5):
     names = {"cj": cj, "jax": jax, "input_ids": jnp.array([[5, 9, 1], [7, 1, 0]])}
     names["attention_mask"] = names["input_ids"] != 0
-    exec(example(1, "path/or/hub-id-of-a-T5", tiny_t5), names)
+    exec(small_example(1, "path/or/hub-id-of-a-T5", tiny_t5), names)
     ids = names["ids"]
     assert ids.shape[0] == 2
     assert 2 <= ids.shape[1] <= 33
@@ -35,7 +40,7 @@ def test_generation(tiny_t5):
 
 def test_training(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = example(0, "path/or/hub-id", tiny_backbone)
+    code = small_example(0, "path/or/hub-id", tiny_backbone)
     before, after = code.split("# ... and after training:\n")
     names = {}
     exec(before, names)
@@ -56,3 +61,20 @@ def test_training(tiny_backbone, tmp_path, monkeypatch):
         "adapter.safetensors",
         "adapter_config.json",
     ]
+
+
+def test_adapters_of_other_libraries(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
+    model = cj.Adapted(backbone.module, cj.preset("lora", rank=2))
+    params = cj.init_adapters(model, backbone, jax.random.key(0))
+    cj.export_adapterhub("from-adapters", model, params)
+    cj.export_peft("from-peft", model, params)
+    names = {"cj": cj, "backbone": backbone}
+    exec(example(2), names)
+    left = "encoder/layer/1/attention/self/query/adapter/left"
+    imported, own = (flatten_dict(tree, sep="/") for tree in (names["params"], params))
+    np.testing.assert_array_equal(imported[left], own[left])
+    for folder in ("adapters", "peft"):
+        written, read = (tmp_path / f"{way}-{folder}" for way in ("for", "from"))
+        assert sorted(f.name for f in written.iterdir()) == sorted(f.name for f in read.iterdir())
