@@ -281,7 +281,7 @@ def test_finished_runs_with_other_settings_are_not_mixed_in(pretended, files, tm
     output = tmp_path / "out"
     flags = {"methods": "full", "seeds": 1}
     assert main(compare_flags(files, output, **flags)) == 0
-    other = compare_flags(files, output, **flags, epochs=2)
+    other = compare_flags(files, output, **flags, epochs=4)
     error = refusal(capsys, *other)
     assert "seed-0 and 0 more hold finished runs with other settings" in error
     assert pretended() == ["full 0"]
@@ -474,7 +474,7 @@ def test_what_is_written(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names, "report.md"}
     report = (tmp_path / "report.md").read_text()
     assert re.findall(r"\((.*\.png)\)", report) == [names[3], *names[:3]]
-    assert "Backbone `DIR`, 3 epochs of 32 examples" in report
+    assert "Backbone `DIR`; epochs: 3; batch size: 32." in report
     for name in names:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         picture = image.imread(tmp_path / name)

@@ -123,9 +123,10 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def _explanation(settings: Mapping[str, Any]) -> str:
-    length = f"{settings['steps']} steps" if settings["steps"] else f"{settings['epochs']} epochs"
+    length = "steps" if settings["steps"] else "epochs"
     return (
-        f"Backbone `{settings['backbone']}`, {length} of {settings['batch_size']} examples. Each "
+        f"Backbone `{settings['backbone']}`; {length}: {settings[length]}; batch size: "
+        f"{settings['batch_size']}. Each "
         "score is of the test split, with the adapter of the epoch that had the best validation "
         "score; mean and sample standard deviation over the seeds, whose number stands in "
         "parentheses. Parameters trained are in percent of all, adapter and head included. Step: "
