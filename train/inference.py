@@ -101,6 +101,9 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         dtype=jnp.dtype(options.dtype or settings["dtype"]),
     )
     model, params = cj.load_adapter(options.adapter, backbone)
+    if isinstance(model.method, cj.IntrinsicConfig):
+        # Its projection would be drawn again for every batch.
+        model, params = model.built(params)
     tokenizer = load_tokenizer(name, backbone, settings["max_length"])
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
     compiled = jax.jit(objective.outputs)
