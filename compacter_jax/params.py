@@ -64,12 +64,13 @@ def label_params(
     """
     paths = list(flatten_dict(params, sep="/"))
     present = {group_of(path) for path in paths}
-    for group in sorted(trained_groups(method) - present - _optional_groups(method)):
+    trained, biases = trained_groups(method), _trains_biases(method)
+    for group in sorted(trained - present - _optional_groups(method)):
         raise ValueError(
             f"method {method.kind!r} trains the {group}, but no parameter is one: "
             f"no path matches {GROUPS[group]!r}"
         )
-    if _trains_biases(method) and not any(_is_bias(path) for path in paths):
+    if biases and not any(_BIAS.fullmatch(path) for path in paths):
         raise ValueError(f"method {method.kind!r} trains biases, but the parameters have none")
     for pattern, chosen in rules:
         if chosen not in (TRAIN, FREEZE):
@@ -82,24 +83,15 @@ def label_params(
         for pattern, chosen in rules:
             if re.fullmatch(pattern, joined):
                 return chosen
-        return TRAIN if _is_trained(joined, method) else FREEZE
+        group = group_of(joined)
+        is_trained = group in trained or (biases and group != "head" and _BIAS.fullmatch(joined))
+        return TRAIN if is_trained else FREEZE
 
     return path_aware_map(label, params)
 
 
-def _is_trained(path: str, method: MethodConfig) -> bool:
-    group = group_of(path)
-    if group in trained_groups(method):
-        return True
-    return _trains_biases(method) and group != "head" and _is_bias(path)
-
-
 def _trains_biases(method: MethodConfig) -> bool:
     return any(isinstance(part, BitFitConfig) for part in parts_of(method))
-
-
-def _is_bias(path: str) -> bool:
-    return _BIAS.fullmatch(path) is not None
 
 
 def trained_groups(method: MethodConfig) -> set[str]:
