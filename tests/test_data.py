@@ -292,6 +292,24 @@ def test_batches_refuse_bad_arguments(thousand):
         data.batches(thousand, 8, shuffle=True, seed=-1)
 
 
+def test_parts_make_up_every_batch():
+    encoded = make(np.random.default_rng(0).integers(1, 129, 45))
+    for shuffle in (False, True):
+        parts = [
+            list(data.batches(encoded, 6, shuffle=shuffle, seed=1, start=2, part=(i, 3)))
+            for i in range(3)
+        ]
+        whole = list(data.batches(encoded, 6, shuffle=shuffle, seed=1, start=2))
+        for i, batch in enumerate(whole):
+            for name, array in batch.items():
+                joined = np.concatenate([part[i][name] for part in parts])
+                np.testing.assert_array_equal(joined, array)
+    with pytest.raises(ValueError, match=r"part=\(0, 4\) is none of a batch of 6 divided by 4"):
+        data.batches(encoded, 6, shuffle=False, part=(0, 4))
+    with pytest.raises(ValueError, match=r"part=\(3, 3\) is none"):
+        data.batches(encoded, 6, shuffle=False, part=(3, 3))
+
+
 def test_shard():
     (batch,) = data.batches(make(range(1, 9)), 8, shuffle=False)
     shards = data.shard(batch, 4)

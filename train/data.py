@@ -326,6 +326,7 @@ def batches(
     seed: int | None = None,
     epoch: int = 0,
     start: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Every example once, in batches of inputs of like length.
 
@@ -340,6 +341,8 @@ def batches(
       seed: of the shuffle.
       epoch: of the shuffle.
       start: how many batches to leave out at the beginning, to resume.
+      part: `(i, n)`: the i-th of n equal parts of every batch, of `batch_size / n` rows, padded as
+        the whole batch is. Hosts that train together take a part each.
 
     Yields:
       `input_ids`, `attention_mask` and, where there are any, `token_type_ids`:
@@ -354,10 +357,13 @@ def batches(
       the mean over rows of a row's mean loss is the mean over the batch's tokens.
 
     Raises:
-      ValueError: if `shuffle` has no `seed`, or `start` or `batch_size` is out of range.
+      ValueError: if `shuffle` has no `seed`, or `start`, `batch_size` or `part` is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; want 1 or more")
+    index, parts = part
+    if not 0 <= index < parts or batch_size % parts:
+        raise ValueError(f"part={part} is none of a batch of {batch_size} divided by {parts}")
     padded = _padded_lengths(encoded)
     # One number for the pair of lengths, in the order of the pairs.
     buckets = padded[:, 0] * (1 + padded[:, 1].max(initial=0)) + padded[:, 1]
@@ -371,7 +377,11 @@ def batches(
         rows = [row for of_bucket in positions for row in _sliced(of_bucket, batch_size)]
     if not 0 <= start <= len(rows):
         raise ValueError(f"start={start} is not within the {len(rows)} batches of an epoch")
-    return (_batch(encoded, row, batch_size, *padded[row].max(0)) for row in rows[start:])
+    size = batch_size // parts
+    return (
+        _batch(encoded, row[index * size : (index + 1) * size], size, *padded[row].max(0))
+        for row in rows[start:]
+    )
 
 
 def shifted(labels: np.ndarray, pad_token_id: int, start_token_id: int) -> np.ndarray:
