@@ -29,6 +29,7 @@ from tests.helpers import (
 from tests.reference import Reference
 from train import data
 from train import step as train_step
+from train.compute import make_compute
 
 # Without dropout of their own, so that what is seen is the methods'.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -252,7 +253,7 @@ def test_four_devices_that_recompute_do_what_one_does(module, method):
     trained, frozen = cj.partition(params, labels)
 
     def run(devices, remat):
-        made = train_step.make_compute(
+        made = make_compute(
             train_step.apply_function(cj.Adapted(module.clone(remat=remat), method), names),
             train_step.loss_function(kind),
             cj.optimizer(optax.sgd(0.1), labels),

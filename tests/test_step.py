@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from tests.helpers import SOME_PRESETS
 from train import data, step
+from train.compute import AXIS, make_compute
 
 CONFIG = cj.BertConfig(
     vocab_size=31,
@@ -53,7 +54,7 @@ def make_batch(rows=8, real=8, length=7, seed=0, *, num_labels=3):
 
 
 def compute(model, labels, devices, *, tx=None, **keywords):
-    return step.make_compute(
+    return make_compute(
         step.apply_function(model),
         step.loss_function("classification"),
         cj.optimizer(tx or optax.adamw(LEARNING_RATE), labels),
@@ -182,7 +183,7 @@ def test_only_trained_leaves_are_reduced_over_devices(name):
         apply=step.apply_function(model),
         loss=step.loss_function("classification"),
         tx=tx,
-        axis_name=step.AXIS,
+        axis_name=AXIS,
     )
     state = step.TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
     copies = jax.tree.map(lambda x: jnp.stack([x] * 4), (state, frozen))
@@ -191,7 +192,7 @@ def test_only_trained_leaves_are_reduced_over_devices(name):
         name: array[..., 0] if name in ("labels", "weights") else array
         for name, array in batch.items()
     }
-    pmapped = jax.pmap(lambda s, f, b: update(s, f, b, jax.random.key(0)), step.AXIS)
+    pmapped = jax.pmap(lambda s, f, b: update(s, f, b, jax.random.key(0)), AXIS)
     hlo = pmapped.lower(*copies, batch).compile().as_text()
     reduced = 0
     for line in hlo.splitlines():
@@ -301,7 +302,7 @@ def test_token_loss_is_that_of_one_large_batch(text_to_text, devices, parts):
     batches += [text_batch(seed=2, target_length=9)] * (devices * parts > 4)
 
     def run_on(devices, parts):
-        made = step.make_compute(
+        made = make_compute(
             apply,
             step.loss_function("tokens"),
             cj.optimizer(optax.sgd(LEARNING_RATE), labels),
