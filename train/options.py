@@ -236,16 +236,28 @@ def _check(options: Any, wanted: Mapping[str, tuple[bool, str]]) -> None:
 class FitOptions(TrainingOptions):
     """Fine-tune a backbone on a task and save the adapter of the best epoch.
 
+    Several tasks with commas are trained together, a batch of one after a batch of another; each
+    then has a folder of its own in output_dir.
+
     Attributes:
       output_dir: where adapter/, metrics.json, curves.png, report.md and checkpoints/ go.
       config: a TOML file of flags (`learning_rate = 3e-3`); flags on the command line win.
       train_size: train on a random sample of this size.
       seed: of initial values, order of the data and dropout.
+      mixture: how often each of several tasks comes: temperature=1 in proportion to its examples,
+        temperature=10 almost equally, limit=65536 as if none had more.
+      adapters: of several tasks, one that they share, or one for each; heads are never shared.
       max_steps: stop after so many updates, within an epoch or not.
       checkpoint_steps: save the training state every so many steps as well as at every evaluation;
         0 does not.
+      keep_checkpoints: how many of the last to keep, beside the best.
       resume: go on where an interrupted run in output_dir stopped.
       overwrite: replace the run in output_dir.
+      log: csv, or tensorboard as well: losses, learning rate, norm of the gradient and speed of
+        every step, and every evaluation.
+      profile: write a trace of some steps, for Perfetto or TensorBoard.
+      peak_flops: floating-point operations per second that one device can do, to say what part of
+        them is used; by default those of its kind, where known.
       prompt_words: for prompts that start as embeddings of the vocabulary, the words whose tokens
         they are; by default the commonest tokens of the training texts.
       method_options: changes to the preset, where not None.
@@ -256,10 +268,16 @@ class FitOptions(TrainingOptions):
     config: Path | None = None
     train_size: int | None = None
     seed: int = 0
+    mixture: str = "temperature=1"
+    adapters: Literal["shared", "per_task"] = "shared"
     max_steps: int | None = None
     checkpoint_steps: int = 500
+    keep_checkpoints: int = 2
     resume: bool = False
     overwrite: bool = False
+    log: Literal["csv", "tensorboard"] = "csv"
+    profile: bool = False
+    peak_flops: float | None = None
     prompt_words: str | None = None
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
@@ -271,6 +289,11 @@ class FitOptions(TrainingOptions):
             "seed": (0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),
             "max_steps": (self.max_steps is None or self.max_steps >= 1, "at least 1"),
             "checkpoint_steps": (self.checkpoint_steps >= 0, "at least 0"),
+            "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
+            "peak_flops": (
+                self.peak_flops is None or 0 < self.peak_flops < float("inf"),
+                "above 0",
+            ),
         }
         _check(self, wanted)
         if self.resume and self.overwrite:
