@@ -21,7 +21,7 @@ from conftest import WORDS, write_backbone
 
 import compacter_jax as cj
 from compacter_jax import presets
-from train import inference, loop
+from train import inference, job
 from train.__main__ import main
 from train.options import FitOptions
 
@@ -152,13 +152,13 @@ FIT_AND_KEEP_LOGITS = """
 import sys
 import numpy as np
 import tyro
-from train import loop, options
+from train import job, loop, options, stopping
 path, *flags = sys.argv[1:]
-job = loop.prepare(tyro.cli(options.FitOptions, args=flags))
-loop.open_run(job.options)
-trainer = loop.Trainer(job)
-trainer.run()
-np.save(path, trainer.outputs("test", trainer.state.trained, trainer.frozen))
+work = job.prepare(tyro.cli(options.FitOptions, args=flags))
+job.open_run(work.options)
+with loop.Trainer(work, stopping.Stopping()) as trainer:
+    trainer.run()
+    np.save(path, trainer.outputs(0, "test"))
 """
 
 
@@ -350,7 +350,7 @@ def method_in(folder, files, output, **flags):
     flags = {"prompt-length": 3, "method": "prompt-tuning-vocabulary", **flags}
     flags = fit_flags(folder, files, output, **flags)
     at = flags.index("--reduction-factor")
-    return loop.prepare(tyro.cli(FitOptions, args=flags[:at] + flags[at + 2 :])).model.method
+    return job.prepare(tyro.cli(FitOptions, args=flags[:at] + flags[at + 2 :])).method
 
 
 def test_prompts_start_from_the_commonest_tokens(tiny_backbone, files, tmp_path):

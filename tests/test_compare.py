@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from test_cli import refusal, write_examples
 
 import compacter_jax as cj
-from train import compare, compare_report, learning_rates, loop, measure, prompts, tasks
+from train import compare, compare_report, job, learning_rates, measure, prompts, tasks
 from train.__main__ import main
 from train.options import CompareOptions, MethodOptions
 
@@ -118,7 +118,7 @@ def test_evaluations_are_spread_over_the_epochs(epochs, most, expected):
         options = type("Options", (), {"max_evaluations": most})
 
     Job.epochs = epochs
-    assert [i for i in range(epochs) if loop.Job.evaluates(Job, i)] == list(expected)
+    assert [i for i in range(epochs) if job.Job.evaluates(Job, i)] == list(expected)
 
 
 # --- the plan -----------------------------------------------------------------------------------

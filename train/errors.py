@@ -15,7 +15,13 @@ class FailedRunsError(StoppedRunError):
     """Some runs of a comparison failed; the others were done."""
 
 
+class PreemptedRunError(StoppedRunError):
+    """The system asked the run to stop, and it did as it should; a checkpoint has been written."""
+
+    exit_code = 0
+
+
 class InterruptedRunError(StoppedRunError):
-    """The user or the system asked the run to stop; a checkpoint has been written."""
+    """The user asked the run to stop; a checkpoint has been written."""
 
     exit_code = 130

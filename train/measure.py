@@ -33,19 +33,24 @@ class StepClock:
         """What came before is not part of the next step."""
         self._mark = time.perf_counter()
 
-    def dispatched(self, batch: Mapping[str, Any]) -> None:
-        """A step has been given to the device; the first of its shapes had to be compiled."""
-        shapes = tuple(array.shape for array in batch.values())
+    def dispatched(self, batch: Mapping[str, Any], program: int = 0) -> None:
+        """A step has been given to the device; a program's first of its shapes was compiled."""
+        shapes = (program, *(array.shape for array in batch.values()))
         self._compiled |= shapes not in self._shapes
         self._shapes.add(shapes)
 
-    def finished(self) -> None:
-        """The result of the oldest step under way has been read."""
+    def finished(self) -> float | None:
+        """The result of the oldest step under way has been read; returns its seconds.
+
+        None where something was compiled.
+        """
         now = time.perf_counter()
-        if not self._compiled:
-            self.seconds.append(now - self._mark)
+        seconds = None if self._compiled else now - self._mark
+        if seconds is not None:
+            self.seconds.append(seconds)
             del self.seconds[:-_KEPT]
         self._compiled, self._mark = False, now
+        return seconds
 
 
 def cost(step_seconds: list[float], started: float) -> dict[str, Any]:

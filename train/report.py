@@ -10,8 +10,10 @@ from compacter_jax.config import MethodConfig, to_dict
 from compacter_jax.params import Count
 
 
-def number(value: float) -> str:
-    """A metric in words: a count as it is, anything else with four decimals."""
+def number(value: float | None) -> str:
+    """A metric in words: a count as it is, anything else with four decimals; "-" for None."""
+    if value is None:
+        return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
@@ -47,8 +49,7 @@ def result_text(result: dict[str, Any], folder: Path) -> str:
     shown = [result["metric"], *(["invalid"] if "invalid" in result["validation"] else [])]
     lines = [
         f"{split} {name}: {number(result[split][name])}"
-        for split in ("validation", "test")
-        if split in result
+        for split in _splits(result)
         for name in shown
     ]
     return "\n".join(
@@ -64,6 +65,11 @@ def result_text(result: dict[str, Any], folder: Path) -> str:
             *([f"backbone: {folder / 'backbone'}"] if (folder / "backbone").exists() else []),
         ]
     )
+
+
+def _splits(result: dict[str, Any]) -> list[str]:
+    """The splits that were evaluated."""
+    return [key for key, value in result.items() if isinstance(value, dict) and "loss" in value]
 
 
 def plot_curves(result: dict[str, Any], path: Path) -> None:
@@ -115,12 +121,20 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
 
 
 def write_report(
-    result: dict[str, Any], options: Any, method: MethodConfig, count: Count, path: Path
+    result: dict[str, Any], options: Any, method: MethodConfig, count: Count, folder: Path
 ) -> None:
-    """The run in Markdown: settings, what is trained, results, curves, how to use the adapter."""
+    """The run in Markdown: settings, what is trained, results, curves, how to use the adapter.
+
+    Args:
+      result: of `metrics.json`.
+      options: of the command line.
+      method: what was trained.
+      count: of the parameters.
+      folder: of the results, where report.md goes.
+    """
     metric_names = list(result["validation"])
     epoch_names = [name for name in result["history"][0] if name != "step_losses"]
-    splits = [split for split in ("validation", "test") if split in result]
+    splits = _splits(result)
     settings = {
         "backbone": options.backbone,
         "task": result["task"],
@@ -149,13 +163,13 @@ def write_report(
         table(["group", "trained", "parameters", "of all"], parameter_rows(count)),
         f"The adapter takes {result['adapter_bytes']:,} bytes on disk.",
         "## Use it",
-        f"```\npython -m train {_next_command(result, options.output_dir)}\n```",
+        f"```\npython -m train {_next_command(result, folder)}\n```",
         "## Settings",
         table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
         "## Epochs",
         table(epoch_names, [[number(r[name]) for name in epoch_names] for r in result["history"]]),
     ]
-    with replace_file(path) as temporary:
+    with replace_file(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,189 @@
+"""The training state on disk: written while training goes on, the best and the last few kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from train import hosts
+
+_BEST, _CHECKSUM = "best_step", "checksum"
+
+
+class Restored(NamedTuple):
+    """What was saved at `step`."""
+
+    step: int
+    state: Any
+    progress: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Kept(checkpoint_managers.PreservationPolicy):
+    """The last checkpoints, and the best. That of orbax forgets what was best when it restarts."""
+
+    last: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """As orbax calls it, in the order of steps."""
+        first = len(checkpoints) - self.last
+        return [i >= first or found.step == self.best for i, found in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """Checkpoints of one run in one folder; a context manager, which waits for the last of them.
+
+    Several hosts write one folder, which all of them must see.
+
+    Attributes:
+      folder: where they are, each in a folder named by its step.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder.absolute()
+        self._kept = _Kept(keep)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._kept,
+                # What a killed run had not finished to write.
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:
+                raise self._unwritten(error) from error
+
+    def latest(self) -> int | None:
+        """The last step that has been written."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any], *, best: bool = False) -> None:
+        """Begins to write; returns once the state may change again.
+
+        Args:
+          step: updates done; a checkpoint of as many is replaced.
+          state: tree of arrays on the host.
+          progress: JSON-ready.
+          best: keep it until a better one comes, however many do.
+
+        Raises:
+          OSError: if this checkpoint, or the one before, could not be written.
+        """
+        state = jax.tree.map(np.asarray, state)
+        if best:
+            self._kept.best = step
+        progress = {**progress, _CHECKSUM: checksum(state), _BEST: self._kept.best}
+        try:
+            # The one before must be whole before it can be dropped for this one.
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                self._remove(step)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+                ),
+                force=True,
+            )
+        except Exception as error:  # the kinds differ between file systems and versions
+            raise self._unwritten(error) from error
+
+    def finish(self) -> None:
+        """Returns when the last checkpoint has been written.
+
+        Raises:
+          OSError: if it could not be.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def restore(self, template: Any, note: Callable[[str], None]) -> Restored | None:
+        """The latest checkpoint that can be read; those after it that cannot are removed.
+
+        Args:
+          template: tree of arrays of the shapes and dtypes wanted.
+          note: told of every checkpoint that cannot be read.
+
+        Raises:
+          ValueError: if there are checkpoints, and none can be read.
+        """
+        template = jax.tree.map(np.asarray, template)
+        reasons = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._read(step, template)
+            except Exception as error:  # anything may be wrong in a damaged file
+                reasons.append(f"step {step}: {_first_line(error)}")
+                continue
+            for reason in reasons:
+                note(f"the checkpoint of {reason}; taking the one before")
+            for broken in sorted(self._manager.all_steps())[-len(reasons) :] if reasons else ():
+                self._remove(broken)
+            return restored
+        if reasons:
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be read ({'; '.join(reasons)}); start anew "
+                "with --overwrite"
+            )
+        return None
+
+    def _read(self, step: int, template: Any) -> Restored:
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
+            ),
+        )
+        progress = dict(found.progress)
+        if progress.pop(_CHECKSUM, None) != checksum(found.state):
+            raise ValueError("the state is not what was saved")
+        self._kept.best = progress.pop(_BEST)
+        return Restored(step, found.state, progress)
+
+    def _remove(self, step: int) -> None:
+        """Not by orbax, which reads a checkpoint before it deletes it."""
+        hosts.wait("remove a checkpoint")
+        if hosts.is_first():
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        hosts.wait("a checkpoint is removed")
+        self._manager.reload()
+
+    def _unwritten(self, error: Exception) -> OSError:
+        return OSError(
+            f"a checkpoint could not be written to {self.folder}: {_first_line(error)}; make room, "
+            "then go on with --resume"
+        )
+
+
+def checksum(tree: Any) -> int:
+    """CRC-32 of the bytes of all leaves and of their paths."""
+    value = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        value = zlib.crc32(jax.tree_util.keystr(path).encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), value)
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,0 +1,367 @@
+"""What `fit` reads and checks before it writes anything: tasks, models, and what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import compacter_jax as cj
+from compacter_jax.config import MethodConfig
+from compacter_jax.params import group_of
+from train import data, hosts, inference, mixture, prompts, tasks
+from train.objective import Objective, check_options, for_task, head_arguments
+from train.options import FitOptions
+
+RUN_NAME = "run.json"
+# What may differ between an interrupted run and the one that resumes it.
+_NOT_RUN = (
+    *("output_dir", "config", "resume", "overwrite", "checkpoint_steps", "keep_checkpoints"),
+    *("log", "profile", "peak_flops"),
+    # How many devices there are counts, and is checked; who holds them does not.
+    *("distributed", "coordinator_address", "num_processes", "process_id"),
+)
+# Under which a mixture keeps the parameters that each task has of its own.
+_OWN = "tasks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """One task of a run, and the model as this task sees it.
+
+    Attributes:
+      task: what is learned.
+      objective: how it is put to the model.
+      encoded: split -> examples.
+      backbone: with the head of the task.
+      model: the backbone with the method's layers.
+      params: of the model.
+      labels: what of them is trained.
+    """
+
+    task: tasks.Task
+    objective: Objective
+    encoded: dict[str, data.Examples]
+    backbone: cj.Backbone
+    model: cj.Adapted
+    params: Any
+    labels: Any
+
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        return self.task.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What is trained as one: an adapter with its optimizer, and the tasks that it learns.
+
+    Attributes:
+      name: of its only task, or of several with `+` between them.
+      lanes: indices of its tasks in the job.
+      params: of all its lanes, what each has of its own under `tasks/NAME`.
+      labels: what of them is trained.
+      views: for each lane, a tree like `params`, or one half of it -> the lane's part of it.
+    """
+
+    name: str
+    lanes: tuple[int, ...]
+    params: Any
+    labels: Any
+    views: tuple[Callable[[Any], Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything of a run but its state.
+
+    Attributes:
+      options: of the command line.
+      lanes: the tasks.
+      learners: one for all tasks, or one for each.
+    """
+
+    options: FitOptions
+    lanes: tuple[Lane, ...]
+    learners: tuple[Learner, ...]
+
+    @property
+    def method(self) -> MethodConfig:
+        """What is inserted; of several tasks, for the first."""
+        return self.lanes[0].model.method
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are several tasks."""
+        return len(self.lanes) > 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak of the schedule."""
+        return self.options.peak_learning_rate(self.lanes[0].objective.learning_rates)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Training examples of every task."""
+        return [len(lane.encoded["train"]) for lane in self.lanes]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in one pass over the training data; of a mixture, in as many batches."""
+        return sum(data.num_batches(size, self.options.batch_size) for size in self.sizes)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in all."""
+        steps = self.options.epochs * self.steps_per_epoch
+        return min(steps, self.options.max_steps or steps)
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data, of which `max_steps` may end the last early."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """`[total_steps]`: the lane of each step."""
+        mix = mixture.parse(self.options.mixture)
+        seed, steps = self.options.seed, self.steps_per_epoch
+        epochs = [
+            mix.order(self.sizes, steps, seed=seed, epoch=epoch) for epoch in range(self.epochs)
+        ]
+        return np.concatenate(epochs)[: self.total_steps]
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the model is evaluated after an epoch: evenly often, and after the last."""
+        every = -(-self.epochs // (self.options.max_evaluations or self.epochs))
+        return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
+
+    def steps_of(self, epoch: int) -> int:
+        """Updates in an epoch."""
+        return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+
+    def examples_before(self, batch: int) -> int:
+        """Examples in the first batches of an epoch, but for what the last of a task may lack."""
+        return min(batch * self.options.batch_size, sum(self.sizes))
+
+    def steps_of_learner(self, learner: Learner) -> int:
+        """Updates of one learner in all."""
+        return int(np.isin(self.order, learner.lanes).sum())
+
+    def folder(self, lane: Lane) -> Path:
+        """Where the results of a task go."""
+        return self.options.output_dir / lane.name if self.is_mixture else self.options.output_dir
+
+
+def prepare(options: FitOptions) -> Job:
+    """Reads and checks task, tokenizer, backbone and method.
+
+    Raises:
+      ValueError, OSError: for input that does not fit; nothing has been written.
+    """
+    _check_batch_size(options)
+    names = task_names(options)
+    lanes: list[Lane] = []
+    for name in names:
+        lanes.append(_lane(name, options, lanes[0] if lanes else None))
+    if options.adapters == "per_task" or len(lanes) == 1:
+        learners = [
+            Learner(lane.name, (i,), lane.params, lane.labels, (lambda tree: tree,))
+            for i, lane in enumerate(lanes)
+        ]
+    else:
+        learners = [_joined(lanes)]
+    return Job(options, tuple(lanes), tuple(learners))
+
+
+def task_names(options: FitOptions) -> list[str]:
+    """The tasks of a run; ValueError if their names, or the files given, do not go together."""
+    names = [name.strip() for name in options.task.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"--task {options.task!r} must be different names with commas between them"
+        )
+    files = (options.train_file, options.validation_file, options.test_file)
+    if len(names) > 1 and any(files):
+        raise ValueError("files are those of one task; leave --train-file and the like out")
+    return names
+
+
+def _lane(name: str, options: FitOptions, first: Lane | None) -> Lane:
+    """One task; its backbone's arrays are those of the first, where there is one."""
+    task = tasks.load_task(
+        name,
+        regression=options.regression,
+        train_file=options.train_file,
+        validation_file=options.validation_file,
+        test_file=options.test_file,
+    )
+    check_options(task, options)
+    if options.train_size is not None:
+        sample = tasks.subsample(task.splits["train"], options.train_size, options.seed)
+        task = dataclasses.replace(task, splits={**task.splits, "train": sample})
+    backbone = cj.load_backbone(
+        options.backbone,
+        **head_arguments(options.backbone, task.num_labels),
+        dropout_rate=options.backbone_dropout,
+        dtype=jnp.dtype(options.dtype),
+        remat=options.remat,
+        seed=options.seed,
+    )
+    if first is not None:
+        backbone = dataclasses.replace(backbone, params=_shared(backbone.params, first.params))
+    tokenizer = inference.load_tokenizer(options.backbone, backbone, options.max_length)
+    method = _method(options, task, tokenizer)
+    model = cj.Adapted(backbone.module, method)
+    objective = for_task(task, options, model, tokenizer)
+    params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
+    if first is not None:
+        params = _shared(params, first.params)
+    encoded = objective.encode_all(task.splits)
+    for split, examples in encoded.items():
+        for line in examples.notices(split):
+            print(line)
+    labels = cj.label_params(params, method)
+    return Lane(task, objective, encoded, backbone, model, params, labels)
+
+
+def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:
+    method = options.method_config()
+    shared = len(task_names(options)) > 1 and options.adapters == "shared"
+    if shared and prompts.needs_tokens(method) and options.prompt_words is None:
+        raise ValueError(
+            "prompts that several tasks share start from words for all of them; give "
+            "--prompt-words, or --adapters per_task"
+        )
+    return prompts.with_tokens(method, options.prompt_words, task, tokenizer)
+
+
+def _shared(params: Any, first: Any) -> Any:
+    """`params` with the arrays of `first` where both have them, but for the head."""
+    known = flatten_dict(first, sep="/")
+
+    def choose(path: str, leaf: Any) -> Any:
+        own = group_of(path) == "head" or known.get(path, leaf).shape != leaf.shape
+        return leaf if own else known.get(path, leaf)
+
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({path: choose(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def _joined(lanes: Sequence[Lane]) -> Learner:
+    """One adapter for several tasks, each with a head of its own."""
+    params: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
+    views = []
+    for lane in lanes:
+        own_labels = flatten_dict(lane.labels, sep="/")
+        places = {}
+        for path, leaf in flatten_dict(lane.params, sep="/").items():
+            place = f"{_OWN}/{lane.name}/{path}" if group_of(path) == "head" else path
+            if place in params and params[place].shape != leaf.shape:
+                raise ValueError(
+                    f"the tasks {lanes[0].name} and {lane.name} cannot share an adapter: {path} is "
+                    f"{params[place].shape} of one and {leaf.shape} of the other; use --adapters "
+                    "per_task"
+                )
+            params.setdefault(place, leaf)
+            labels.setdefault(place, own_labels[path])
+            places[path] = place
+        views.append(functools.partial(_view, places))
+    return Learner(
+        "+".join(lane.name for lane in lanes),
+        tuple(range(len(lanes))),
+        unflatten_dict(params, sep="/"),
+        unflatten_dict(labels, sep="/"),
+        tuple(views),
+    )
+
+
+def _view(places: Mapping[str, str], tree: Any) -> Any:
+    """Of a tree the leaves at `places`, path -> where it is."""
+    flat = flatten_dict(tree, sep="/")
+    return unflatten_dict({path: flat[place] for path, place in places.items()}, sep="/")
+
+
+def _check_batch_size(options: FitOptions) -> None:
+    devices = jax.device_count()
+    parts = devices * options.accumulation_steps
+    if options.batch_size % parts:
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of {parts} ({devices} devices x "
+            f"{options.accumulation_steps} accumulation steps)"
+        )
+    if options.eval_batch_size % devices:
+        raise ValueError(
+            f"eval_batch_size={options.eval_batch_size} must be a multiple of the {devices} devices"
+        )
+
+
+def check_run_folder(options: FitOptions) -> None:
+    """Looks at the output folder, and writes nothing.
+
+    Raises:
+      ValueError: if it holds a run already and neither `resume` nor `overwrite` is set, or the run
+        to resume has other settings.
+    """
+    folder, settings = options.output_dir, _run_settings(options)
+    run_file = folder / RUN_NAME
+    if not run_file.exists() or options.overwrite:
+        return
+    if not options.resume:
+        raise ValueError(
+            f"{folder} already holds a run; go on with --resume, replace it with --overwrite, or "
+            "choose another --output-dir"
+        )
+    saved = json.loads(run_file.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {saved.get(name)!r}, now {settings.get(name)!r}"
+        for name in sorted(saved.keys() | settings.keys())
+        if saved.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {folder} has other settings: {'; '.join(changed)}; resume with the same, "
+            "or start anew with --overwrite"
+        )
+
+
+def open_run(options: FitOptions) -> None:
+    """Makes the output folder this run's own; OSError if it cannot be written."""
+    folder = options.output_dir
+    if hosts.is_first() and not (options.resume and (folder / RUN_NAME).exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = task_names(options)
+        for own in (folder, *(folder / name for name in names if len(names) > 1)):
+            _clear(own)
+        inference.write_json(folder / RUN_NAME, _run_settings(options))
+    hosts.wait("the run's folder is made")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a run writes, and nothing else: the folder may hold other things."""
+    for name in ("adapter", "backbone", "checkpoints", "tensorboard", "profile"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    names = ("metrics.json", "curves.png", "report.md", "log.csv", "evaluations.csv", RUN_NAME)
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _run_settings(options: FitOptions) -> dict[str, Any]:
+    """What a resumed run must share with the run it resumes, as JSON-ready values."""
+    values = dataclasses.asdict(options)
+    method_options = values.pop("method_options")
+    values = {key: value for key, value in values.items() if key not in _NOT_RUN}
+    values |= {f"method_{key}": v for key, v in method_options.items() if v is not None}
+    values["num_devices"] = jax.device_count()
+    return json.loads(json.dumps(values, default=str))

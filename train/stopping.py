@@ -1,0 +1,74 @@
+"""SIGINT and SIGTERM during a run: at once where nothing is lost, else between two steps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from train import hosts
+from train.errors import InterruptedRunError, PreemptedRunError, StoppedRunError
+
+# Several hosts must stop at the same step, and asking each other takes time.
+_STEPS_BETWEEN_QUESTIONS = 10
+
+
+class Stopping:
+    """What has been asked for, of this process or of another that trains with it.
+
+    Attributes:
+      caught: the signal that came first; None until one does.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._delayed = False
+        self._calls = 0
+
+    def asked(self) -> bool:
+        """Whether to stop; the same in every process, where all call it equally often."""
+        self._calls += 1
+        if hosts.number() > 1:
+            if self._calls % _STEPS_BETWEEN_QUESTIONS:
+                return False
+            return hosts.any_of(self.caught is not None)
+        return self.caught is not None
+
+    def error(self, message: str) -> StoppedRunError:
+        """Of the signal: what the run ends with, and why."""
+        if self.caught == signal.SIGINT:
+            return InterruptedRunError(f"interrupted {message}")
+        return PreemptedRunError(f"terminated {message}")
+
+    @contextmanager
+    def delayed(self) -> Iterator[None]:
+        """Within it a signal waits for `asked`, but for a second SIGINT."""
+        self._delayed = True
+        try:
+            yield
+        finally:
+            self._delayed = False
+
+    def note(self, number: int, _: object) -> None:
+        """As a signal handler."""
+        again = self.caught is not None
+        self.caught = self.caught or number
+        if not self._delayed:
+            raise self.error("between two checkpoints; nothing is lost, go on with --resume")
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        tqdm.write("stopping after this step")
+
+
+@contextmanager
+def handled() -> Iterator[Stopping]:
+    """Handles both signals within it."""
+    stopping = Stopping()
+    previous = {s: signal.signal(s, stopping.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
