@@ -1,4 +1,4 @@
-"""The step and the evaluation of a run, compiled for one device or for several."""
+"""The step and the evaluation of a run, compiled for the devices there are: one, several, hosts."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ AXIS = "devices"
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """The compiled functions of a run, on one device (jit) or on several (pmap).
+    """The compiled functions of a run: jit on one device, pmap over several, of all hosts.
+
+    Where several hosts train together, each calls `step` with its own part of a batch, of
+    `train.data.batches`, and all get the same state and metrics; `outputs` communicates with
+    nobody, so hosts may evaluate different numbers of batches.
 
     Attributes:
-      devices: what they run on.
+      devices: what they run on, those of other hosts included.
       init_state: trained half -> placed `TrainState`.
       place: frozen half -> the same on every device.
       step: (state, frozen, host batch) -> (state, metrics); the state given is donated.
@@ -73,9 +77,9 @@ def make_compute(
       outputs: what a split is evaluated by; by default the logits in float32.
       seed: of the dropout masks.
       accumulation_steps: see there.
-      devices: by default all local ones. With several, a batch's rows are divided among them.
+      devices: by default all, of every host. With several, a batch's rows are divided among them.
     """
-    devices = list(devices or jax.local_devices())
+    devices = list(devices or jax.devices())
     several = len(devices) > 1
 
     # The seed is an argument, not a constant: runs that differ in it alone share what is compiled.
@@ -101,19 +105,22 @@ def make_compute(
         return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
 
     if several:
+        # Each host passes and gets the part of its own devices.
+        own = [device for device in devices if device.process_index == jax.process_index()]
         axes = (0, 0, 0, None)
         step = jax.pmap(update, AXIS, in_axes=axes, devices=devices, donate_argnums=0)
-        evaluate = jax.pmap(forward, AXIS, devices=devices)
-        place, host = _replicate(devices), _first_copy
-        split = lambda batch: shard(batch, len(devices))  # noqa: E731
+        evaluate = jax.pmap(forward, AXIS, devices=own)
+        place, host, scalar = _replicate(own), _first_copy, _first_scalar
+        split = lambda batch: shard(batch, len(own))  # noqa: E731
     else:
         step, evaluate = jax.jit(update, donate_argnums=0), jax.jit(forward)
         place, host = lambda tree: jax.device_put(tree, devices[0]), lambda tree: tree
+        scalar = host
         split = lambda batch: jax.device_put(dict(batch), devices[0])  # noqa: E731
 
     def run_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         state, metrics = step(state, frozen, split(batch), np.uint32(seed))
-        return state, host(metrics)
+        return state, scalar(metrics)
 
     def run_outputs(trained: Params, frozen: Params, batch: Batch) -> Any:
         rows = jax.device_get(evaluate(trained, frozen, split(batch)))
@@ -142,3 +149,8 @@ def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
 def _first_copy(tree: Any) -> Any:
     """The first device's copy of every leaf, without the leading axis, on the host."""
     return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0, ...], tree)
+
+
+def _first_scalar(tree: Any) -> Any:
+    """The same of scalars, on the device: nobody waits for the step that computes them."""
+    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)

@@ -10,6 +10,34 @@ from typing import Any
 import jax
 import numpy as np
 
+from train.options import HostOptions
+
+
+def start(options: HostOptions) -> None:
+    """Joins the processes that train together, if the flags say that there are several.
+
+    To be called before JAX is asked for anything: it looks for devices once.
+
+    Raises:
+      ValueError: if the flags do not go together, or JAX finds no cluster to join.
+      OSError: if the process that coordinates does not answer.
+    """
+    options.check_hosts()
+    if not options.distributed and options.num_processes is None:
+        return
+    # Without it, processes on CPUs cannot add up what each has computed.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = options.coordinator_address
+    try:
+        jax.distributed.initialize(address, options.num_processes, options.process_id)
+    except ValueError as error:
+        raise ValueError(
+            f"no other processes were found: {error}; give --coordinator-address, "
+            "--num-processes and --process-id"
+        ) from error
+    except RuntimeError as error:
+        raise OSError(f"cannot join the other processes at {address}: {error}") from error
+
 
 def index() -> int:
     """Of this process, from 0 on."""

@@ -233,7 +233,44 @@ def _check(options: Any, wanted: Mapping[str, tuple[bool, str]]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitOptions(TrainingOptions):
+class HostOptions:
+    """Several processes, on one host or on many, that train one model together.
+
+    Attributes:
+      distributed: let JAX find the other processes: on a slice of TPUs, under SLURM or Open MPI.
+      coordinator_address: host:port of the first process, where JAX cannot find it; then every
+        process is started with its own process_id.
+      num_processes: how many there are.
+      process_id: of this one, from 0 on.
+    """
+
+    distributed: bool = False
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def check_hosts(self) -> None:
+        """ValueError for flags that do not go together."""
+        given = {
+            "--coordinator-address": self.coordinator_address,
+            "--num-processes": self.num_processes,
+            "--process-id": self.process_id,
+        }
+        missing = [flag for flag, value in given.items() if value is None]
+        if missing and len(missing) < len(given) and not self.distributed:
+            raise ValueError(
+                f"{', '.join(missing)} must be given, too, for several processes to find each "
+                "other; or --distributed alone, where JAX can find them"
+            )
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes={self.num_processes} must be at least 1")
+        last = (self.num_processes or float("inf")) - 1
+        if self.process_id is not None and not 0 <= self.process_id <= last:
+            raise ValueError(f"process_id={self.process_id} must be from 0 to {last}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions(HostOptions, TrainingOptions):
     """Fine-tune a backbone on a task and save the adapter of the best epoch.
 
     Several tasks with commas are trained together, a batch of one after a batch of another; each
@@ -284,6 +321,7 @@ class FitOptions(TrainingOptions):
     def check(self) -> None:
         """ValueError for a number that cannot work, or flags that do not go together."""
         super().check()
+        self.check_hosts()
         wanted = {
             "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),

@@ -1,0 +1,216 @@
+"""Losses of one training run on one device, on several, and on several hosts: they must be equal.
+
+    python -m benchmarks.devices --json devices.json
+
+Every arrangement runs in processes of its own, whose devices are emulated on the CPU; those of
+several hosts talk over Gloo. The model is a small random BERT with adapters, and its batches differ
+in length, the last of them with rows that are padding. With dropout, one device is left out: every
+device draws masks of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# The largest difference of a loss from the one on a single device that is put down to sums in
+# another order.
+LIMIT = 1e-6
+DROPOUT = (0.0, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """Where a run takes place.
+
+    Attributes:
+      processes: how many, each standing for a host.
+      devices: of each process.
+    """
+
+    processes: int = 1
+    devices: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.processes} x {self.devices}" if self.processes > 1 else f"{self.devices}"
+
+
+ARRANGEMENTS = (Arrangement(), Arrangement(devices=4), Arrangement(processes=2, devices=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs every arrangement, prints a table, and writes JSON where asked to.
+
+    Raises:
+      SystemExit: if losses differ by more than `LIMIT`.
+    """
+    options = _parser().parse_args(arguments)
+    if options.process_id is not None:
+        print(json.dumps(work(options)))
+        return
+    runs = {str(where): launch(where) for where in ARRANGEMENTS}
+    report = {
+        rate: {where: [result[rate] for result in results] for where, results in runs.items()}
+        for rate in map(str, DROPOUT)
+    }
+    del report[str(DROPOUT[1])]["1"]
+    largest = max(_difference(runs) for runs in report.values())
+    _print(report, largest)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"runs": report, "largest_difference": largest}, file, indent=2)
+            file.write("\n")
+    if largest > LIMIT:
+        sys.exit(f"losses differ by {largest:.2e}, more than {LIMIT:.0e}")
+
+
+def launch(where: Arrangement) -> list[dict[str, Any]]:
+    """What each process of an arrangement returns of `work`, in their order.
+
+    Raises:
+      RuntimeError: if a process fails, with what it wrote.
+    """
+    with contextlib.closing(socket.create_server(("localhost", 0))) as server:
+        port = server.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={where.devices}"
+    # Of the variable's flags, the last of a name counts.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    command = [sys.executable, "-m", "benchmarks.devices"]
+    command += ["--coordinator-address", f"localhost:{port}"]
+    command += ["--num-processes", str(where.processes)]
+    started = [
+        subprocess.Popen(
+            [*command, "--process-id", str(i)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        )
+        for i in range(where.processes)
+    ]
+    written = [process.communicate(timeout=300) for process in started]
+    for process, (_, errors) in zip(started, written, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"a process of {where} failed:\n{errors}")
+    return [json.loads(output.splitlines()[-1]) for output, _ in written]
+
+
+def work(options: argparse.Namespace) -> dict[str, Any]:
+    """Joins the other processes; what `train` returns in this one, for each rate of dropout."""
+    from train import hosts  # noqa: PLC0415 - the parent process needs no JAX
+    from train.options import HostOptions  # noqa: PLC0415
+
+    if options.num_processes > 1:
+        hosts.start(
+            HostOptions(
+                coordinator_address=options.coordinator_address,
+                num_processes=options.num_processes,
+                process_id=options.process_id,
+            )
+        )
+    return {str(dropout): train(dropout) for dropout in DROPOUT}
+
+
+def train(dropout: float, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Trains a few steps.
+
+    Returns:
+      `losses` and `gradient_norms` of the steps; `examples`, the positions of those that this
+      process has built; `logits` of its own evaluation, the sum of their squares.
+    """
+    import jax  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+    import optax  # noqa: PLC0415
+
+    import compacter_jax as cj  # noqa: PLC0415
+    from train import hosts, step  # noqa: PLC0415
+    from train.compute import make_compute  # noqa: PLC0415
+
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
+    config = cj.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, **rates)
+    module = cj.Bert(config, head="sequence_classification", num_labels=3)
+    params = jax.jit(module.init)(jax.random.key(0), *module.dummy_inputs())["params"]
+    model = cj.Adapted(module, cj.preset("compacter++", reduction_factor=3))
+    params = cj.init_adapters(model, cj.Backbone(module, params, None, "random"), jax.random.key(1))
+    labels = cj.label_params(params, model.method)
+    compute = make_compute(
+        step.apply_function(model),
+        step.loss_function("classification"),
+        cj.optimizer(optax.adamw(1e-2), labels),
+        seed=0,
+        devices=devices,
+    )
+    trained, frozen = cj.partition(jax.device_get(params), labels)
+    state, frozen = compute.init_state(trained), compute.place(frozen)
+    losses, norms, examples = [], [], []
+    for batch in _batches(hosts.index(), hosts.number()):
+        state, metrics = compute.step(state, frozen, batch)
+        losses.append(float(metrics.loss))
+        norms.append(float(metrics.gradient_norm))
+        examples += [int(i) for i in batch["indices"] if i >= 0]
+    logits = compute.outputs(state.trained, frozen, next(_batches(0, 1)))
+    return {
+        "losses": losses,
+        "gradient_norms": norms,
+        "examples": sorted(examples),
+        "logits": float(np.sum(np.square(logits, dtype=np.float64))),
+    }
+
+
+def _batches(index: int, number: int) -> Iterator[Any]:
+    """A host's part of the batches, of 20 examples in batches of 8."""
+    import numpy as np  # noqa: PLC0415
+
+    from train import data  # noqa: PLC0415
+
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 13, 20)
+    encoded = data.Encoded(
+        input_ids=generator.integers(1, 31, lengths.sum()).astype(np.int32),
+        token_type_ids=np.zeros(lengths.sum(), np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        targets=generator.integers(0, 3, 20).astype(np.int32),
+        max_length=16,
+        pad_token_id=0,
+        num_truncated=0,
+    )
+    return data.batches(encoded, 8, shuffle=True, seed=0, part=(index, number))
+
+
+def _difference(runs: dict[str, list[dict[str, Any]]]) -> float:
+    """The largest of a loss from that of the first arrangement."""
+    first, *others = [results[0]["losses"] for results in runs.values()]
+    return max(abs(a - b) for losses in others for a, b in zip(first, losses, strict=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--json", help="file to write the report to")
+    # Of the processes that it starts itself.
+    parser.add_argument("--coordinator-address", help=argparse.SUPPRESS)
+    parser.add_argument("--num-processes", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _print(report: dict[str, dict[str, list[dict[str, Any]]]], largest: float) -> None:
+    print("dropout  devices  examples of each host  losses")
+    for dropout, runs in report.items():
+        for where, results in runs.items():
+            built = ", ".join(str(len(result["examples"])) for result in results)
+            losses = "  ".join(f"{loss:.8f}" for loss in results[0]["losses"])
+            print(f"{dropout:>7}  {where:>7}  {built:>21}  {losses}")
+    print(f"largest difference: {largest:.1e} (limit {LIMIT:.0e})")
+
+
+if __name__ == "__main__":
+    main()
