@@ -15,11 +15,12 @@ from train.predictions import predict_file, write_rows
 NAMES = ("negative", "positive")
 
 
-def predict(sentences, sentences2=None):
+def predict(columns):
     """Logits [0, number of characters - 4]: exact in any precision."""
-    lengths = [len(sentence) for sentence in sentences]
-    if sentences2 is not None:
-        lengths = [n + 10 * len(other) for n, other in zip(lengths, sentences2, strict=True)]
+    lengths = [len(sentence) for sentence in columns["sentence"]]
+    if "sentence2" in columns:
+        pairs = zip(lengths, columns["sentence2"], strict=True)
+        lengths = [n + 10 * len(other) for n, other in pairs]
     return np.stack([np.zeros(len(lengths)), np.array(lengths) - 4], axis=1).astype(np.float32)
 
 
@@ -147,8 +148,8 @@ def test_regression_writes_one_number(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"sentence": "good"}\n')
 
-    def score(sentences, _):
-        return np.full((len(sentences), 1), 2.5, np.float32)
+    def score(columns):
+        return np.full((len(columns["sentence"]), 1), 2.5, np.float32)
 
     target = tmp_path / "out.jsonl"
     predict_file(source, target, score, label_names=(), write_logits=True)
@@ -236,12 +237,13 @@ def test_many_rows_stream(tmp_path, suffix):
     write_all(source, [pa.table({"sentence": sentences, "id": list(range(50_000))})])
     sizes, steps, partial = [], [], []
 
-    def counting(chunk, pairs):
-        assert pairs is None
+    def counting(columns):
+        assert list(columns) == ["sentence"]
+        chunk = columns["sentence"]
         assert chunk == sentences[sum(sizes) : sum(sizes) + len(chunk)]
         sizes.append(len(chunk))
         partial.append(sum(path.stat().st_size for path in tmp_path.glob(".*.tmp")))
-        return predict(chunk)
+        return predict(columns)
 
     count = predict_file(source, target, counting, label_names=NAMES, progress=steps.append)
     assert count == sum(sizes) == 50_000
@@ -279,7 +281,7 @@ def refusal(source, target, function=predict, **keywords):
     return str(caught.value)
 
 
-def never(sentences, sentences2):
+def never(columns):
     raise AssertionError("no prediction should be asked for")
 
 
@@ -357,9 +359,11 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_logits_are_checked(source, tmp_path):
     target = tmp_path / "out.csv"
-    message = refusal(source, target, lambda sentences, _: np.zeros((len(sentences), 3)))
+    message = refusal(source, target, lambda columns: np.zeros((len(columns["sentence"]), 3)))
     assert message == "logits have shape (2, 3), not (2, 2)"
-    message = refusal(source, target, lambda sentences, _: np.full((len(sentences), 2), np.nan))
+    message = refusal(
+        source, target, lambda columns: np.full((len(columns["sentence"]), 2), np.nan)
+    )
     assert message == "logits are not finite; the adapter or the backbone is damaged"
 
 
@@ -370,11 +374,11 @@ def test_an_interruption_leaves_the_old_output(source, tmp_path, interruption, s
     target.write_text("old")
     calls = []
 
-    def interrupted(sentences, sentences2):
-        calls.append(sentences)
+    def interrupted(columns):
+        calls.append(columns)
         if len(calls) == 2:
             raise interruption
-        return predict(sentences)
+        return predict(columns)
 
     with pytest.raises(interruption):
         predict_file(source, target, interrupted, label_names=NAMES, chunk_rows=1)
@@ -385,7 +389,7 @@ def test_an_interruption_leaves_the_old_output(source, tmp_path, interruption, s
 def test_probabilities_of_huge_logits(source, tmp_path):
     target = tmp_path / "out.jsonl"
 
-    def huge(sentences, _):
+    def huge(columns):
         return np.array([[1e30, -1e30], [-1e4, -1e4]], np.float32)
 
     predict_file(source, target, huge, label_names=NAMES)

@@ -203,7 +203,9 @@ def load_error(**keywords):
 
 def test_unknown_task_and_splits(train_file):
     assert load_error(name="films") == (
-        "unknown task 'films'; use movie, product, tweet, editorial, or give files of your own"
+        "unknown task 'films'; use movie, product, tweet, editorial, cola, sst2, mrpc, qqp, stsb, "
+        "mnli, qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, a translation "
+        "such as wmt16-ro-en, or give files of your own"
     )
     assert load_error(train_file=train_file, splits=["dev"]) == (
         "no file for the split 'dev'; there are train"

@@ -198,6 +198,8 @@ def _num_examples(name: str, options: CompareOptions) -> int:
         train_file=options.train_file,
         validation_file=options.validation_file,
         test_file=options.test_file,
+        data_dir=options.data_dir,
+        split_protocol=options.split_protocol,
     )
     if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
         raise ValueError(

@@ -1,30 +1,20 @@
-"""From files to batches: rows, token ids, buckets of length, order of examples."""
+"""From rows to batches: token ids, buckets of length, order of examples."""
 
 from __future__ import annotations
 
-import csv
-import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Parquet stays an Arrow table, so that its types survive being written back; text formats are
-# records, so that a key that is missing and one that is null stay different.
-Rows: TypeAlias = pa.Table | list[dict[str, Any]]
 Batch: TypeAlias = dict[str, np.ndarray]
 
-# Bounds what a quotation mark that is never closed can swallow.
-_LONGEST_FIELD = 16 * 2**20
 _TOKENIZED_AT_ONCE = 1024
 # Shuffled examples are sorted by length within windows of this many batches: long enough for
 # batches of one bucket, short enough that most of the shuffle remains.
@@ -60,12 +50,18 @@ class Encoded:
       token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones that
         have none.
       offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
-      targets: `[examples]` int32 labels, float32 scores or texts; None where unknown.
+      targets: `[examples]` int32 labels, float32 scores or texts, or `[examples, 2]` int32 first
+        and last tokens; None where unknown.
       max_length: limit that the examples were cut to.
       pad_token_id: what padding is filled with.
       num_truncated: how many examples were cut.
       target_texts: what a decoder is to say; None for a backbone without one, or where unknown.
       decoder_start_token_id: what it is given first.
+      rows: what was encoded, where scores and predictions need more of it than `targets`.
+      groups: `[examples]` int64, the row that each example is of, in ascending order; None where
+        every row is one example.
+      spans: `[tokens, 2]` int32, where each token of the second sentence begins and ends in it, in
+        characters; -1 elsewhere.
     """
 
     input_ids: np.ndarray
@@ -77,6 +73,9 @@ class Encoded:
     num_truncated: int
     target_texts: Texts | None = None
     decoder_start_token_id: int = 0
+    rows: Any = None
+    groups: np.ndarray | None = None
+    spans: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -112,29 +111,6 @@ class Examples(Protocol):
 
     def notices(self, split: str) -> list[str]:
         """What the user should know of them, a line each."""
-
-
-def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
-    """Streams a .parquet, .jsonl, .csv or .tsv file, at most `chunk_rows` rows at a time.
-
-    Yields:
-      A `pyarrow.Table` of parquet, a list of dicts of the other formats.
-
-    Raises:
-      ValueError: if the file is not what its suffix says, or not UTF-8.
-    """
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            yield from _parquet_tables(path, chunk_rows)
-            return
-        records = _json_records(path) if suffix == ".jsonl" else _csv_records(path)
-        while rows := list(itertools.islice(records, chunk_rows)):
-            yield rows
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8"
-        ) from error
 
 
 def load_tokenizer(
@@ -255,6 +231,11 @@ def targets_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | N
     return None
 
 
+def groups_of(columns: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
+    """`[examples]` int64: the column `row`, the row of the data that each is of; None without."""
+    return np.array(columns["row"][:], np.int64) if "row" in columns_of(columns) else None
+
+
 def tokenize_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, what: str
 ) -> Texts:
@@ -347,9 +328,9 @@ def batches(
     Yields:
       `input_ids`, `attention_mask` and, where there are any, `token_type_ids`:
       `[batch_size, length]` int32, where `length` is a bucket. `labels`: `[batch_size]` int32 or
-      float32, 0 where unknown. `weights`: `[batch_size]` float32, 1 or, in a filling row, 0.
-      `indices`: `[batch_size]` int32, position in `encoded`, or -1. A filling row attends to one
-      token, so that its softmax is finite.
+      float32, or `[batch_size, 2]` int32, 0 where unknown. `weights`: `[batch_size]` float32, 1 or,
+      in a filling row, 0. `indices`: `[batch_size]` int32, position in `encoded`, or -1. A filling
+      row attends to one token, so that its softmax is finite.
 
       With target texts, `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED`
       where there is none; `decoder_input_ids`, of the same shape, are the labels shifted to the
@@ -414,72 +395,6 @@ def shard(batch: Mapping[str, np.ndarray], num_devices: int) -> Batch:
     }
 
 
-def _parquet_tables(path: Path, chunk_rows: int) -> Iterator[pa.Table]:
-    try:
-        # A buffer instead of whole column chunks, so that one huge row group streams as well.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise ValueError("two columns have one name")
-            for batch in file.iter_batches(chunk_rows):
-                batch.validate(full=True)  # text that is not UTF-8 passes the reader
-                if batch.num_rows:
-                    yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a readable parquet file: {reason}") from error
-
-
-def _json_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line}: not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {line}: not an object: {text.strip():.40}")
-            yield record
-
-
-def _csv_records(path: Path) -> Iterator[dict[str, str]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        fields = _csv_fields(path, csv.reader(file, delimiter=delimiter, strict=True))
-        header = next(fields, [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"{path}: two columns of the header have one name: {header!r:.200}")
-        for row, values in enumerate(fields, 1):
-            if len(values) != len(header):
-                raise ValueError(
-                    f"{path}, row {row}: {len(values)} fields, but {len(header)} in the header; "
-                    "quote fields that hold the delimiter"
-                )
-            yield dict(zip(header, values, strict=True))
-
-
-def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
-    """Lines that are not blank. The limit on a field, global to the process, is put back."""
-    while True:
-        line = reader.line_num + 1
-        previous = csv.field_size_limit(_LONGEST_FIELD)
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {line}: {error}; a field that begins with a quotation mark must end "
-                "with one, and those inside it be doubled"
-            ) from error
-        finally:
-            csv.field_size_limit(previous)
-        if values is None:
-            return
-        if values:
-            yield values
-
-
 def _sliced(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -511,7 +426,7 @@ def _batch(
     encoded: Encoded, positions: np.ndarray, batch_size: int, length: int, target_length: int
 ) -> Batch:
     def column(values: np.ndarray, dtype: Any, fill: int) -> np.ndarray:
-        filled = np.full(batch_size, fill, dtype)
+        filled = np.full((batch_size, *np.shape(values)[1:]), fill, dtype)
         filled[: len(positions)] = values
         return filled
 

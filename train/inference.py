@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.checkpoint import replace_file
-from train import data, predictions, step, tasks
+from train import data, hosts, predictions, step, tasks
 from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions
 from train.report import number
@@ -25,15 +25,21 @@ OutputsFunction = Callable[[step.Batch], Any]
 
 
 def split_outputs(
-    outputs: OutputsFunction, encoded: data.Encoded, batch_size: int, *, description: str | None
+    outputs: OutputsFunction,
+    encoded: data.Encoded,
+    batch_size: int,
+    *,
+    description: str | None,
+    before_batch: Callable[[], object] | None = None,
 ) -> Any:
     """Outputs of every example, in the order of the data.
 
     Args:
-      outputs: batch -> tree of `[batch_size, …]` arrays.
+      outputs: batch -> tree of `[rows, …]` arrays; of several hosts each has its part of the rows.
       encoded: the examples.
-      batch_size: rows of a batch.
+      batch_size: rows of a batch, over all hosts.
       description: of the progress bar; None shows none.
+      before_batch: called before every batch.
 
     Returns:
       A tree of `[examples, …]` arrays.
@@ -43,17 +49,20 @@ def split_outputs(
         total=len(encoded),
         desc=description,
         # Short beside training: of use to who watches, noise in a log file.
-        disable=True if description is None else None,
+        disable=True if description is None or not hosts.is_first() else None,
         leave=False,
         unit="ex",
     ) as bar:
-        for batch in data.batches(encoded, batch_size, shuffle=False):
-            y = outputs(batch)
+        part = hosts.index(), hosts.number()
+        for batch in data.batches(encoded, batch_size, shuffle=False, part=part):
+            if before_batch is not None:
+                before_batch()
+            indices, y = hosts.gather((batch["indices"], outputs(batch)))
             if rows is None:
                 rows = jax.tree.map(lambda x: np.zeros((len(encoded), *x.shape[1:]), x.dtype), y)
-            real = batch["indices"] >= 0
-            for whole, part in zip(jax.tree.leaves(rows), jax.tree.leaves(y), strict=True):
-                whole[batch["indices"][real]] = part[real]
+            real = indices >= 0
+            for whole, new in zip(jax.tree.leaves(rows), jax.tree.leaves(y), strict=True):
+                whole[indices[real]] = new[real]
             bar.update(int(real.sum()))
     if rows is None:
         raise ValueError("no examples to compute outputs of")
@@ -132,11 +141,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         train_file=options.train_file,
         validation_file=options.validation_file,
         test_file=options.test_file,
+        data_dir=options.data_dir,
+        split_protocol=options.split_protocol,
         splits=(options.split,),
         label_names=adapter.settings["label_names"] or None,
     )
-    if (kind == tasks.SPAN_CORRUPTION) != (task.kind == tasks.SPAN_CORRUPTION):
-        raise ValueError(f"the adapter in {options.adapter} is of kind {kind}, not {task.kind}")
+    _check_same_kind(options.adapter, adapter, task)
     encoded = adapter.objective.encode(task.splits[options.split])
     outputs = split_outputs(
         adapter.outputs, encoded, options.eval_batch_size, description=options.split
@@ -160,6 +170,18 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     return result
 
 
+def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> None:
+    """ValueError if an adapter cannot read the rows of a task, or predicts something else."""
+    kind, own = adapter.settings["kind"], adapter.objective.benchmark
+    if kind != task.kind:
+        raise ValueError(f"the adapter in {folder} is of kind {kind}, not {task.kind}")
+    if task.benchmark is not None and task.benchmark != own:
+        raise ValueError(
+            f"the adapter in {folder} was trained on {adapter.settings['task']}, and cannot read "
+            f"the columns of {task.name}"
+        )
+
+
 def predict(options: PredictOptions) -> int:
     """The command `predict`: a file with predictions added, streamed; returns its rows."""
     predictions.check_files(options.input, options.output)
@@ -167,13 +189,10 @@ def predict(options: PredictOptions) -> int:
     objective = adapter.objective
     objective.check_predicts(logits=options.logits)
 
-    def predict_chunk(sentences: list[str], sentences2: list[str] | None) -> predictions.Predicted:
-        columns = {"sentence": sentences}
-        if sentences2 is not None:
-            columns["sentence2"] = sentences2
+    def predict_chunk(columns: dict[str, list[Any]]) -> predictions.Predicted:
         encoded = objective.encode(columns)
         outputs = split_outputs(adapter.outputs, encoded, options.eval_batch_size, description=None)
-        predicted = objective.predictions(outputs)
+        predicted = objective.predictions(outputs, encoded)
         truncated.append(encoded.num_truncated)
         invalid.append(sum(value is None for value in predicted))
         return predicted
@@ -186,6 +205,7 @@ def predict(options: PredictOptions) -> int:
             options.output,
             predict_chunk,
             label_names=adapter.settings["label_names"],
+            columns=objective.benchmark.columns if objective.benchmark is not None else {},
             write_logits=options.logits,
             progress=bar.update,
         )

@@ -1,8 +1,11 @@
-"""Metrics of a whole split, from logits or generated text, by scikit-learn and SciPy."""
+"""Metrics of a whole split, from logits or generated text: scikit-learn, SciPy and sacrebleu."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import collections
+import re
+import string
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -39,14 +42,19 @@ def compute_metrics(
         raise ValueError(f"logits {logits.shape} and targets {targets.shape} do not fit {kind}")
     if not len(targets):
         raise ValueError("no examples to evaluate on")
+    check_finite(logits)
+    if kind == "regression":
+        return _regression(logits.astype(np.float64), targets.astype(np.float64))
+    return _classification(logits.argmax(-1), targets, logits.shape[1])
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """ValueError if some logits are not finite."""
     if not np.isfinite(logits).all():
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} logits are not finite; "
             "training has diverged, try a smaller learning rate"
         )
-    if kind == "regression":
-        return _regression(logits.astype(np.float64), targets.astype(np.float64))
-    return _classification(logits.argmax(-1), targets, logits.shape[1])
 
 
 def label_metrics(
@@ -83,6 +91,66 @@ def text_metrics(predictions: Iterable[str], targets: Iterable[str]) -> dict[str
     """`exact_match`: the part of generated texts equal to their targets, white space aside."""
     pairs = zip(predictions, targets, strict=True)
     return {"exact_match": float(np.mean([a.split() == b.split() for a, b in pairs]))}
+
+
+def answer_metrics(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """`exact_match` and `f1` of answers, as the official scripts of SQuAD v1.1 and ReCoRD do it.
+
+    Case, punctuation, the articles a, an and the, and white space are ignored. `f1` is that of the
+    words that a prediction and an answer share. Of several answers the best counts.
+
+    Args:
+      predictions: one for each question.
+      answers: those that are right, at least one for each question.
+
+    Returns:
+      Means over the questions, from 0 to 1.
+
+    References:
+      Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016,
+      arXiv:1606.05250, section 6.1; Zhang et al., ReCoRD, 2018, arXiv:1810.12885, section 5.
+    """
+    pairs = [
+        (_answer_words(prediction), [_answer_words(text) for text in right])
+        for prediction, right in zip(predictions, answers, strict=True)
+    ]
+    exact = [any(words == right for right in rights) for words, rights in pairs]
+    overlap = [max(_word_f1(words, right) for right in rights) for words, rights in pairs]
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def all_of_group(values: Sequence[bool], groups: Sequence[Hashable]) -> float:
+    """The part of the groups all of whose values are true.
+
+    Args:
+      values: `[rows]`.
+      groups: `[rows]`: to which each belongs.
+    """
+    whole: dict[Hashable, bool] = {}
+    for value, group in zip(values, groups, strict=True):
+        whole[group] = bool(value) and whole.get(group, True)
+    return sum(whole.values()) / len(whole)
+
+
+def bleu(predictions: Sequence[str], targets: Sequence[str]) -> float:
+    """Corpus BLEU from 0 to 100, with sacrebleu's defaults: tokenizer 13a, case as it is."""
+    import sacrebleu  # noqa: PLC0415 - slow to import
+
+    return sacrebleu.corpus_bleu(list(predictions), [list(targets)]).score
+
+
+def _answer_words(text: str) -> list[str]:
+    """What counts of an answer, word by word."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def _word_f1(prediction: list[str], right: list[str]) -> float:
+    """Harmonic mean of precision and recall of words, each as often as it stands there."""
+    shared = (collections.Counter(prediction) & collections.Counter(right)).total()
+    return 2 * shared / (len(prediction) + len(right)) if shared else 0.0
 
 
 def _classification(

@@ -15,6 +15,7 @@ import tyro
 from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, presets
 
 EvaluateBy: TypeAlias = Literal["scoring", "generation"]
+SplitProtocol: TypeAlias = Literal["official", "paper"]
 AdapterFormat: TypeAlias = Literal["compacter_jax", "adapterhub", "peft"]
 MethodName: TypeAlias = Annotated[
     str, tyro.conf.arg(help=f"preset of the method: {', '.join(presets())}.")
@@ -120,13 +121,20 @@ class TaskOptions:
     """What to learn.
 
     Attributes:
-      task: movie, product, tweet or editorial; any name for your own files; or span_corruption, the
-        pre-training of T5, whose files are plain text.
+      task: movie, product, tweet or editorial; a benchmark: cola, sst2, mrpc, qqp, stsb, mnli,
+        qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, or a translation such as
+        wmt16-ro-en; any other name for your own files; or span_corruption, the pre-training of T5,
+        whose files are plain text.
       train_file: .parquet, .jsonl, .csv or .tsv with the columns sentence, maybe sentence2, and
         label, score or target; a target is text, which T5 learns to write.
       validation_file: the same; the best epoch is chosen on it. span_corruption holds out a part of
         the text where there is none.
       test_file: the same.
+      data_dir: folder of a benchmark's data set, laid out as its repository on the hub (for mnli
+        mnli/train-*.parquet ...); by default it is read from the hub.
+      split_protocol: of benchmarks: official takes the hub's splits, and a test split where its
+        labels are published; paper halves the validation split of small data sets into validation
+        and test, and holds out 1,000 training examples of large ones, with seed 42.
       regression: predict the column score instead of label.
       max_length: longest input in tokens; what is longer is cut, and counted.
     """
@@ -135,6 +143,8 @@ class TaskOptions:
     train_file: Path | None = None
     validation_file: Path | None = None
     test_file: Path | None = None
+    data_dir: Path | None = None
+    split_protocol: SplitProtocol = "official"
     regression: bool = False
     max_length: int = 128
 
@@ -414,21 +424,26 @@ class EvaluateOptions(AdapterOptions):
     """Evaluate a saved adapter on a split of a task.
 
     Attributes:
-      task: movie, product, tweet or editorial; or any name for your own files.
-      split: which split.
+      task: movie, product, tweet or editorial; a benchmark, such as mnli; or any other name for
+        your own files.
+      split: which split; validation_mismatched is of mnli alone.
       train_file: as for fit.
       validation_file: as for fit.
       test_file: as for fit.
+      data_dir: as for fit.
+      split_protocol: as for fit.
       evaluate_by: as for fit; by default as in training.
       output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's
         folder.
     """
 
     task: str = "custom"
-    split: Literal["train", "validation", "test"] = "test"
+    split: Literal["train", "validation", "validation_mismatched", "test"] = "test"
     train_file: Path | None = None
     validation_file: Path | None = None
     test_file: Path | None = None
+    data_dir: Path | None = None
+    split_protocol: SplitProtocol = "official"
     evaluate_by: EvaluateBy | None = None
     output: Path | None = None
 
@@ -438,7 +453,8 @@ class PredictOptions(AdapterOptions):
     """Predict every row of a file with a saved adapter.
 
     Attributes:
-      input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2.
+      input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2; or
+        with the columns that the adapter's benchmark has on the hub.
       output: file of one of these formats: the input's columns, prediction, and for labels
         label_id and probability.
       logits: add the column logits too.

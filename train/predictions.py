@@ -6,7 +6,7 @@ import abc
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compacter_jax.checkpoint import replace_file
-from train.data import Rows, read_chunks
+from train.files import Rows, read_chunks
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 
 # Logits `[rows, num_labels]`, or the predictions themselves, None where there is none.
 Predicted: TypeAlias = np.ndarray | list[str] | list[float | None]
-PredictChunk: TypeAlias = Callable[[list[str], list[str] | None], Predicted]
+# Columns that a model reads -> what it makes of their rows.
+PredictChunk: TypeAlias = Callable[[dict[str, list[Any]]], Predicted]
 
 
 def predict_file(
@@ -30,6 +31,7 @@ def predict_file(
     predict_chunk: PredictChunk,
     *,
     label_names: Sequence[str],
+    columns: Mapping[str, type] | None = None,
     write_logits: bool = False,
     progress: Callable[[int], object] | None = None,
     chunk_rows: int = 1024,
@@ -44,9 +46,10 @@ def predict_file(
     Args:
       input_path: .parquet, .jsonl, .csv or .tsv, as `read_rows` takes it.
       output_path: one of the same formats; it appears, or is replaced, only when complete.
-      predict_chunk: sentences and, for pairs, second sentences -> logits `[rows, num_labels]`, or
-        a list of texts or numbers, None where there is no prediction.
+      predict_chunk: columns, `sentence` and, for pairs, `sentence2`, or those below -> logits
+        `[rows, num_labels]`, or a list of texts or numbers, None where there is no prediction.
       label_names: one name per class; empty for regression, which has one logit, and for texts.
+      columns: as `read_rows` takes them.
       write_logits: whether to add the column `logits`; not where there are none.
       progress: called after each chunk with the number of its rows.
       chunk_rows: most rows to hold at a time.
@@ -63,18 +66,18 @@ def predict_file(
     input_path, output_path = Path(input_path), Path(output_path)
     check_files(input_path, output_path)
     added = _added_names(label_names, write_logits)
-    num_rows, pairs = 0, False
+    num_rows = 0
+    read: tuple[str, ...] = ()
     with write_rows(output_path) as write:
-        for rows in read_rows(input_path, chunk_rows, max_characters):
-            columns = column_names(rows)
-            if taken := [name for name in added if name in columns]:
+        for rows in read_rows(input_path, chunk_rows, max_characters, columns):
+            names = column_names(rows)
+            if taken := [name for name in added if name in names]:
                 raise ValueError(
                     f"{input_path}: already has a column {taken[0]!r}, which predictions need; "
                     "rename or remove it"
                 )
-            pairs = pairs or "sentence2" in columns
-            sentences2 = column_values(rows, "sentence2") if pairs else None
-            predicted = predict_chunk(column_values(rows, "sentence"), sentences2)
+            read = read or columns_read(names, columns)
+            predicted = predict_chunk({name: column_values(rows, name) for name in read})
             if not isinstance(predicted, list):
                 predicted = np.asarray(predicted, np.float64)
                 _check_logits(predicted, len(rows), len(label_names) or 1)
@@ -104,7 +107,10 @@ def check_files(input_path: Path, output_path: Path) -> None:
 
 
 def read_rows(
-    path: str | Path, chunk_rows: int = 1024, max_characters: int = 100_000
+    path: str | Path,
+    chunk_rows: int = 1024,
+    max_characters: int = 100_000,
+    columns: Mapping[str, type] | None = None,
 ) -> Iterator[Rows]:
     """Streams a .parquet, .jsonl, .csv or .tsv file whose sentences have been checked.
 
@@ -115,6 +121,7 @@ def read_rows(
       path: the file; it needs a column `sentence`, and may have `sentence2`.
       chunk_rows: most rows to hold at a time.
       max_characters: limit on the length of one sentence.
+      columns: name -> type of values, of columns that a file may have instead: all of them.
 
     Yields:
       At most `chunk_rows` rows: a `pyarrow.Table` of parquet, a list of dicts of the other formats.
@@ -126,22 +133,35 @@ def read_rows(
     """
     path = Path(path)
     _check_file(path)
-    first_row, pairs = 1, False
+    first_row = 1
+    read: tuple[str, ...] = ()
     for rows in read_chunks(path, chunk_rows):
-        columns = column_names(rows)
+        names = column_names(rows)
         if first_row == 1:
-            require_column(path, columns, "sentence")
-            pairs = "sentence2" in columns
-        elif not pairs and "sentence2" in columns:
+            read = columns_read(names, columns)
+            instead = f", nor all of {', '.join(columns)}" if columns else ""
+            require_column(path, names, read[0], instead)
+        elif read == ("sentence",) and "sentence2" in names:
             raise ValueError(
                 f"{path}: there is a sentence2 after row {first_row - 1}, but none before"
             )
-        for name in ("sentence", "sentence2")[: 1 + pairs]:
-            check_texts(path, name, column_values(rows, name), first_row, max_characters)
+        for name in read:
+            values, kind = column_values(rows, name), (columns or {}).get(name, str)
+            if kind is str:
+                check_texts(path, name, values, first_row, max_characters)
+            else:
+                _check_values(path, name, values, first_row, kind)
         yield rows
         first_row += len(rows)
     if first_row == 1:
         raise ValueError(f"{path}: has no rows")
+
+
+def columns_read(names: Sequence[str], columns: Mapping[str, type] | None) -> tuple[str, ...]:
+    """Those of `columns` if a file has them all, else `sentence` and, where it is, `sentence2`."""
+    if columns and set(columns) <= set(names):
+        return tuple(columns)
+    return ("sentence", "sentence2") if "sentence2" in names else ("sentence",)
 
 
 def column_names(rows: Rows) -> list[str]:
@@ -158,10 +178,12 @@ def column_values(rows: Rows, name: str) -> list[Any]:
     return [row.get(name) for row in rows]
 
 
-def require_column(path: Path, columns: Sequence[str], name: str) -> None:
+def require_column(path: Path, columns: Sequence[str], name: str, instead: str = "") -> None:
     """Raises ValueError, listing the columns of `path`, if `name` is not one of them."""
     if name not in columns:
-        raise ValueError(f"{path}: no column {name!r}; its columns are {', '.join(columns)}")
+        raise ValueError(
+            f"{path}: no column {name!r}{instead}; its columns are {', '.join(columns)}"
+        )
 
 
 def check_texts(
@@ -186,6 +208,17 @@ def check_texts(
             raise ValueError(f"{path}, row {row}: {name} is {state}; remove or fill the row")
         else:
             raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
+
+
+def _check_values(path: Path, name: str, values: list[Any], first_row: int, kind: type) -> None:
+    """Raises ValueError, naming the row, if a value is not of a type, or text of an integer."""
+    for row, value in enumerate(values, first_row):
+        of_number = kind is int and isinstance(value, str) and value.strip().isdecimal()
+        if not isinstance(value, kind) and not of_number:
+            raise ValueError(
+                f"{path}, row {row}: {name} is {type(value).__name__}, not {kind.__name__}"
+                + ("; use .jsonl or .parquet" if kind in (list, dict) else "")
+            )
 
 
 def _check_suffix(path: Path) -> str:

@@ -71,11 +71,13 @@ def most_common_tokens(
 
 
 def training_texts(task: Task) -> Iterator[str]:
-    """Every sentence of the training split; of a text file, every document."""
+    """Every sentence of the training split; of a benchmark, every input; of a file, its texts."""
     rows = task.splits["train"]
     if task.kind == "span_corruption":
         yield from span_corruption.read_documents(rows)
         return
-    for column in ("sentence", "sentence2"):
+    if task.benchmark is not None:
+        rows = task.benchmark.for_decoder(rows)
+    for column in ("text", "sentence", "sentence2"):
         if column in columns_of(rows):
             yield from rows[column][:]

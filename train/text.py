@@ -29,7 +29,8 @@ class Casting:
     """How the rows of a task become text, and how text becomes predictions again.
 
     `movie sentence: a fine film` -> `positive`, for pairs `mrpc sentence1: … sentence2: …`; of the
-    kind "text" `summarize: …` -> the column `target`.
+    kind "text" `summarize: …` -> the column `target`. A column `text` stands behind the prefix as
+    it is.
 
     Attributes:
       kind: of the task.
@@ -63,8 +64,11 @@ class Casting:
         return self.kind != "classification" or self.evaluate_by == "generation"
 
     def inputs(self, rows: Dataset | Mapping[str, Sequence[Any]]) -> list[str]:
-        """What the encoder reads, from the columns `sentence` and maybe `sentence2`."""
-        head, first = f"{self.prefix} " if self.prefix else "", rows["sentence"][:]
+        """What the encoder reads: the prefix, and `text`, or `sentence` and maybe `sentence2`."""
+        head = f"{self.prefix} " if self.prefix else ""
+        if "text" in columns_of(rows):
+            return [f"{head}{text}" for text in rows["text"][:]]
+        first = rows["sentence"][:]
         if "sentence2" in columns_of(rows):
             pairs = zip(first, rows["sentence2"][:], strict=True)
             return [f"{head}sentence1: {a} sentence2: {b}" for a, b in pairs]

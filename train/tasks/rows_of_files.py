@@ -1,15 +1,13 @@
-"""Sentences and what to predict: built-in tasks and the user's own files, checked row by row."""
+"""The user's own files as splits of a task, checked row by row."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow.parquet as pq
 
 from train.predictions import (
@@ -19,109 +17,33 @@ from train.predictions import (
     read_rows,
     require_column,
 )
-from train.span_corruption import check_text_file
+from train.tasks.benchmarks import Kind
 
-BUILT_IN = ("movie", "product", "tweet", "editorial")
-SPAN_CORRUPTION = "span_corruption"
-SPLITS = ("train", "validation", "test")
-
-Kind = Literal["classification", "regression", "text", "span_corruption"]
-
-_METRICS: dict[Kind, str] = {
-    "classification": "accuracy",
-    "regression": "pearson",
-    "text": "exact_match",
-    "span_corruption": "token_accuracy",
-}
 _KINDS: dict[str, Kind] = {"label": "classification", "score": "regression", "target": "text"}
-_SENTIMENT = Path(__file__).parent / "sentiment"
+SENTIMENT = Path(__file__).parents[1] / "sentiment"
 SENTIMENT_LABELS = ("negative", "positive")
 
 
-@dataclass(frozen=True)
-class Task:
-    """Sentences, or pairs of them, with what to predict.
-
-    Attributes:
-      name: of the built-in task, or what the caller called the files.
-      kind: "classification", "regression", "text" or "span_corruption".
-      label_names: one name per class; empty unless it is classification.
-      splits: split name -> dataset with columns `sentence`, maybe `sentence2`, and `label` (index
-        into `label_names`), `score` (float64) or, for "text", `target`. For "span_corruption" the
-        path of a text file.
-    """
-
-    name: str
-    kind: Kind
-    label_names: tuple[str, ...]
-    splits: dict[str, Any]
-
-    @property
-    def num_labels(self) -> int:
-        """Width of the classification head: one output for regression."""
-        return len(self.label_names) or 1
-
-    @property
-    def metric(self) -> str:
-        """The metric, larger is better, that chooses the best epoch."""
-        return _METRICS[self.kind]
-
-
-def load_task(
-    name: str | None = None,
-    *,
-    regression: bool = False,
-    text: bool = False,
-    train_file: str | Path | None = None,
-    validation_file: str | Path | None = None,
-    test_file: str | Path | None = None,
-    splits: Sequence[str] | None = None,
-    label_names: Sequence[str] | None = None,
-    max_characters: int = 100_000,
-) -> Task:
-    """Reads a built-in task, the user's files, or a built-in task with some splits replaced.
-
-    A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text),
-    `score` (numbers) or `target` (text). Which of them is predicted is, unless `regression`, `text`
-    or `label_names` says it, the first of these that the files have. Label names are the sorted
-    labels of the training file, or those of its `datasets.ClassLabel`; where no name is an integer,
-    integer labels are positions in them. The files of `SPAN_CORRUPTION` are plain text, not read
-    here.
+def load(
+    files: Mapping[str, Path],
+    wanted: Sequence[str],
+    target: str | None,
+    names: tuple[str, ...],
+    max_characters: int,
+) -> tuple[Kind, tuple[str, ...], dict[str, datasets.Dataset]]:
+    """Kind, label names and splits of a task.
 
     Args:
-      name: one of `BUILT_IN`, `SPAN_CORRUPTION`, or any name for the user's files ("custom" if
-        None).
-      regression: predict `score` instead of `label`.
-      text: predict `target` instead of `label`.
-      train_file: .parquet, .jsonl, .csv or .tsv.
-      validation_file: the same.
-      test_file: the same.
-      splits: which splits to return; by default all there are.
-      label_names: the classes of a saved adapter; they take precedence over the training file's.
+      files: split -> file.
+      wanted: the splits to return.
+      target: the column to predict; None takes the first of label, score and target there is.
+      names: of labels; where there are none, those of the training file.
       max_characters: limit on the length of one sentence.
 
     Raises:
-      FileNotFoundError: if a file does not exist.
-      ValueError: for anything else that does not fit, naming the file and the row.
+      FileNotFoundError, ValueError: as `train.tasks.load_task`.
     """
-    files = _files(name, (train_file, validation_file, test_file))
-    wanted = tuple(files) if splits is None else tuple(splits)
-    for split in wanted:
-        if split not in files:
-            raise ValueError(f"no file for the split {split!r}; there are {', '.join(files)}")
-    if name == SPAN_CORRUPTION:
-        if regression or text:
-            raise ValueError(f"{name} takes its targets from the text itself, not from a column")
-        for split in wanted:
-            check_text_file(files[split])
-        return Task(name, "span_corruption", (), {split: files[split] for split in wanted})
-    names = tuple(label_names or ())
-    if regression or text:
-        target = "score" if regression else "target"
-    elif names or name in BUILT_IN:
-        names, target = names or SENTIMENT_LABELS, "label"
-    else:
-        target = _target_column(next(iter(files.values())), max_characters)
+    target = target or _target_column(next(iter(files.values())), max_characters)
     # The training file is read even when only evaluating, if the label names have to come from it.
     needed = [s for s in files if s in wanted or (s == "train" and target == "label" and not names)]
     columns = {split: _read_split(files[split], target, max_characters) for split in needed}
@@ -133,41 +55,7 @@ def load_task(
         for split, values in columns.items():
             values["label"] = _label_indices(files[split], values["label"], names)
         _check_two_classes(files, columns, names)
-    return Task(
-        name=name or "custom",
-        kind=_KINDS[target],
-        label_names=names,
-        splits={split: _dataset(columns[split], names) for split in wanted},
-    )
-
-
-def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:
-    """`size` rows drawn without replacement, in their original order.
-
-    The draw depends on `seed` alone, and a smaller sample is part of a larger one of the same seed.
-
-    Raises:
-      ValueError: if `size` is below 1 or above the number of rows.
-    """
-    if not 1 <= size <= len(dataset):
-        raise ValueError(f"cannot draw {size} examples of {len(dataset)}; use 1 to {len(dataset)}")
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:size]
-    return dataset.select(np.sort(chosen))
-
-
-def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Path]:
-    """Split -> file, the user's before the built-in task's."""
-    files = {}
-    if name in BUILT_IN:
-        files = {split: _SENTIMENT / str(name) / f"{split}.parquet" for split in SPLITS}
-    files |= {split: Path(path) for split, path in zip(SPLITS, given, strict=True) if path}
-    if not files:
-        raise ValueError(
-            f"{name} needs a text file; give --train-file"
-            if name == SPAN_CORRUPTION
-            else f"unknown task {name!r}; use {', '.join(BUILT_IN)}, or give files of your own"
-        )
-    return files
+    return _KINDS[target], names, {split: _dataset(columns[split], names) for split in wanted}
 
 
 def _target_column(path: Path, max_characters: int) -> str:
@@ -217,7 +105,7 @@ def _check_two_classes(
 
 def _class_names(path: Path) -> Sequence[str]:
     """The names of integer labels, where the file is built in or was written by `datasets`."""
-    if _SENTIMENT in path.parents:
+    if SENTIMENT in path.parents:
         return SENTIMENT_LABELS
     if path.suffix.lower() != ".parquet":
         return ()

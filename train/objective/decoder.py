@@ -1,12 +1,7 @@
-"""How a task is put to a backbone: what is tokenised, what a step computes, how a split is scored.
-
-`Classifier` is a head on an encoder, `TextToText` a task cast as text for an encoder-decoder,
-`SpanCorruption` its pre-training. Whoever trains, evaluates or predicts knows `Objective` alone.
-"""
+"""Objectives of an encoder-decoder: tasks cast as text, and its pre-training."""
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -18,13 +13,12 @@ import numpy as np
 from jax import Array
 
 import compacter_jax as cj
-from compacter_jax.models.convert import read_config
-from train import data, metrics, prompts, span_corruption, step, tasks, text
+from train import data, metrics, span_corruption, step, tasks, text
 from train import learning_rates as rates
-from train.options import FitOptions, TextToTextOptions
+from train.objective.base import Objective, targets_of
 from train.predictions import Predicted
+from train.tasks.benchmarks import Benchmark
 
-MODEL_TYPES = ("t5", "mt5")
 # Part of a corpus without a validation file that is held out.
 _HELD_OUT = 0.02
 # Noise and choice of held-out text are the same for every seed, so that runs compare.
@@ -35,106 +29,6 @@ _PREDICTS_NOTHING = (
     f"an adapter of {tasks.SPAN_CORRUPTION} predicts nothing; fit a task on the backbone it was "
     "trained with, or with --method full on the folder backbone/ beside it"
 )
-
-
-class Objective(abc.ABC):
-    """See the module's docstring.
-
-    Attributes:
-      inputs: keys of a batch that are the model's positional arguments.
-      learning_rates: preset -> default peak of the schedule.
-      model: the adapted module.
-      tokenizer: the backbone's.
-    """
-
-    inputs: ClassVar[tuple[str, ...]]
-    learning_rates: ClassVar[Mapping[str, float]]
-    model: Any
-    tokenizer: Any
-
-    @property
-    @abc.abstractmethod
-    def loss(self) -> step.LossFunction:
-        """What a step minimises."""
-
-    @property
-    def apply(self) -> step.ApplyFunction:
-        """What a step differentiates."""
-        return step.apply_function(self.model, self.inputs)
-
-    @abc.abstractmethod
-    def outputs(self, params: step.Params, batch: step.Batch) -> Any:
-        """What a split is scored by: a tree of `[batch, …]` arrays; see `step.OutputsFunction`."""
-
-    @abc.abstractmethod
-    def encode(self, rows: Any) -> data.Encoded:
-        """Tokenises one split of a task, or columns of sentences without a target."""
-
-    @abc.abstractmethod
-    def scores(self, outputs: Any, encoded: data.Encoded) -> dict[str, float]:
-        """Metrics of a split from its outputs, and its loss as `loss`.
-
-        Raises:
-          ValueError: if the examples have no targets.
-        """
-
-    @abc.abstractmethod
-    def predictions(self, outputs: Any) -> Predicted:
-        """What `predict_file` writes."""
-
-    def check_predicts(self, *, logits: bool) -> None:  # noqa: B027 - most can do everything
-        """ValueError if there are no predictions, or no `logits` of them if these are wanted."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """JSON-ready, for the metadata of a saved adapter, beside what all objectives have."""
-        return {}
-
-    def encode_all(self, splits: Mapping[str, Any]) -> dict[str, data.Examples]:
-        """Tokenises the splits of a run, training and validation at least."""
-        return {split: self.encode(rows) for split, rows in splits.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Classifier(Objective):
-    """Labels or scores from the head of an encoder.
-
-    Attributes:
-      model: takes ids, mask and token types; returns `[batch, num_labels]` logits.
-      tokenizer: joins pairs as the encoder wants them.
-      kind: "classification" or "regression".
-      max_length: longest input in tokens.
-    """
-
-    inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
-    learning_rates: ClassVar = rates.CLASSIFIER
-    model: Any
-    tokenizer: Any
-    kind: Any
-    max_length: int
-
-    @property
-    def loss(self) -> step.LossFunction:
-        """Cross-entropy or squared error."""
-        return step.loss_function(self.kind)
-
-    def outputs(self, params: step.Params, batch: step.Batch) -> Array:
-        """`[batch, num_labels]` float32 logits."""
-        return step.logits_of(self.apply)(params, batch)
-
-    def encode(self, rows: Any) -> data.Encoded:
-        """Tokenises sentences or pairs."""
-        return data.tokenize(rows, self.tokenizer, self.max_length)
-
-    def scores(self, outputs: np.ndarray, encoded: data.Encoded) -> dict[str, float]:
-        """The metrics of `compute_metrics`, and the mean loss."""
-        targets = _targets(encoded)
-        loss = jnp.mean(self.loss(jnp.asarray(outputs), jnp.asarray(targets)))
-        return {**metrics.compute_metrics(self.kind, outputs, targets), "loss": float(loss)}
-
-    def predictions(self, outputs: np.ndarray) -> np.ndarray:
-        """The logits."""
-        return outputs
 
 
 class Seq2Seq(Objective):
@@ -189,6 +83,7 @@ class TextToText(Seq2Seq):
       config: of its module.
       casting: how rows become text and text predictions.
       max_length: longest input in tokens, the end-of-sequence token included.
+      benchmark: whose rows are read, if any.
     """
 
     model: Any
@@ -196,6 +91,7 @@ class TextToText(Seq2Seq):
     config: Any
     casting: text.Casting
     max_length: int
+    benchmark: Benchmark | None = None
 
     @functools.cached_property
     def label_ids(self) -> np.ndarray:
@@ -227,26 +123,32 @@ class TextToText(Seq2Seq):
 
     def encode(self, rows: Any) -> data.Encoded:
         """Casts rows as text and tokenises it."""
-        casting, targets = self.casting, self.casting.targets(rows)
-        return self.encoded(
+        casting, columns = self.casting, rows
+        if self.benchmark is not None:
+            rows = self.benchmark.named(rows)
+            columns = self.benchmark.for_decoder(rows)
+        targets = casting.targets(columns)
+        encoded = self.encoded(
             data.tokenize_texts(
-                casting.inputs(rows), self.tokenizer, self.max_length, what="input"
+                casting.inputs(columns), self.tokenizer, self.max_length, what="input"
             ),
             None
             if targets is None
             else data.tokenize_texts(
                 targets, self.tokenizer, casting.max_target_length, what="target"
             ),
-            data.targets_of(rows),
+            data.targets_of(columns),
         )
+        return dataclasses.replace(encoded, rows=rows, groups=data.groups_of(columns))
 
     def scores(self, outputs: dict[str, np.ndarray], encoded: data.Encoded) -> dict[str, float]:
-        """Metrics of the kind of task, and the mean loss of a target token."""
-        casting, targets = self.casting, _targets(encoded)
+        """Metrics of the kind of task and of the benchmark, and the mean loss of a target token."""
+        casting, targets = self.casting, targets_of(encoded)
         if not casting.generates:
             scores = outputs["scores"]
             likelihoods = scores[np.arange(len(targets)), targets].astype(np.float64)
             values = metrics.compute_metrics("classification", scores, targets)
+            values = self.with_benchmark(values, scores.argmax(-1), encoded)
             return {**values, "loss": float(-likelihoods.sum() / _num_tokens(encoded).sum())}
         predictions = casting.read(text.decode(outputs["ids"], self.tokenizer))
         if casting.kind == "classification":
@@ -255,9 +157,13 @@ class TextToText(Seq2Seq):
             values = metrics.score_metrics(predictions, targets, casting.score_mean)
         else:
             values = metrics.text_metrics(predictions, targets)
+        if encoded.groups is not None:
+            # A row with several right answers is several examples with one input.
+            predictions = predictions[np.unique(encoded.groups, return_index=True)[1]]
+        values = self.with_benchmark(values, predictions, encoded)
         return {**values, "loss": _mean_token_loss(outputs, encoded)}
 
-    def predictions(self, outputs: dict[str, np.ndarray]) -> Predicted:
+    def predictions(self, outputs: dict[str, np.ndarray], encoded: data.Encoded) -> Predicted:
         """Label scores as logits; or scores, None where the text is no number; or texts."""
         if not self.casting.generates:
             return outputs["scores"]
@@ -277,7 +183,7 @@ class TextToText(Seq2Seq):
     @property
     def settings(self) -> dict[str, Any]:
         """The casting, but for what every adapter has."""
-        return {"text_to_text": text.to_json(self.casting)}
+        return {**super().settings, "text_to_text": text.to_json(self.casting)}
 
     def _label_scores(self, params: step.Params, batch: step.Batch) -> Array:
         """Log-likelihood of each label's text, all labels in one call of the decoder."""
@@ -373,7 +279,7 @@ class SpanCorruption(Seq2Seq):
         accuracy = outputs["correct"].sum() / _num_tokens(encoded).sum()
         return {"token_accuracy": float(accuracy), "loss": _mean_token_loss(outputs, encoded)}
 
-    def predictions(self, outputs: Any) -> Predicted:
+    def predictions(self, outputs: Any, encoded: data.Encoded) -> Predicted:
         """ValueError: there is nothing to predict."""
         raise ValueError(_PREDICTS_NOTHING)
 
@@ -393,164 +299,6 @@ class SpanCorruption(Seq2Seq):
 
     def _fixed(self, segments: span_corruption.Segments) -> data.Encoded:
         return Corpus(self, segments, _FIXED_SEED).of_epoch(0)
-
-
-def head_arguments(backbone: str | Path, num_labels: int) -> dict[str, Any]:
-    """What to load a checkpoint with: T5's own head, or a new classifier."""
-    if is_text_to_text(backbone):
-        return {"head": "auto"}
-    return {"head": "sequence_classification", "num_labels": num_labels}
-
-
-def is_text_to_text(backbone: str | Path) -> bool:
-    """Whether a checkpoint is of the T5 family; errors as of `load_backbone`."""
-    return read_config(backbone).model_type in MODEL_TYPES
-
-
-def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Objective:
-    """The objective of a run, by its task and whether the backbone has a decoder.
-
-    Raises:
-      ValueError: if a T5 cannot write text, or the labels or the special tokens do not suit.
-    """
-    module = model.backbone
-    if not isinstance(module, cj.T5):
-        return Classifier(model, tokenizer, task.kind, options.max_length)
-    if module.head != "conditional_generation":
-        raise ValueError(
-            f"{options.backbone} is a T5 with head={module.head!r}, which cannot write text; "
-            "fine-tuning needs the decoder and the head of a T5ForConditionalGeneration"
-        )
-    if task.kind == "span_corruption":
-        noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}
-        made = _span_corruption(model, tokenizer, module.config, options.max_length, noise)
-        return dataclasses.replace(made, seed=options.seed)
-    casting = text.Casting(
-        kind=task.kind,
-        label_names=task.label_names,
-        prefix=task.name if options.prefix is None else options.prefix,
-        score_step=options.score_step,
-        max_target_length=options.max_target_length,
-        max_new_tokens=options.max_target_length,
-        evaluate_by=options.evaluate_by,
-        num_beams=options.num_beams,
-    )
-    if task.kind == "regression":
-        scores = task.splits["train"]["score"][:]
-        casting = dataclasses.replace(casting, score_mean=float(np.mean(scores)))
-    return _text_to_text(model, tokenizer, module.config, casting, options.max_length)
-
-
-def from_settings(
-    settings: Mapping[str, Any], model: Any, tokenizer: Any, **changes: Any
-) -> Objective:
-    """The objective that `fit` saved an adapter with.
-
-    Args:
-      settings: of `adapter_config.json`.
-      model: the adapted module.
-      tokenizer: the backbone's.
-      **changes: fields of `text.Casting` to change, where not None and the objective has one.
-    """
-    config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
-    if kind == "span_corruption":
-        return _span_corruption(model, tokenizer, config, max_length, settings[kind])
-    if "text_to_text" not in settings:
-        return Classifier(model, tokenizer, kind, max_length)
-    casting = text.from_json(settings["text_to_text"], kind, settings["label_names"])
-    given = {name: value for name, value in changes.items() if value is not None}
-    casting = dataclasses.replace(casting, **given)
-    return _text_to_text(model, tokenizer, config, casting, max_length)
-
-
-def check_options(task: tasks.Task, options: FitOptions) -> None:
-    """Refuses what does not go together, before anything slow.
-
-    Raises:
-      ValueError: if a split is missing; the task needs a decoder, or an option for one is given,
-        and there is none; or the task has no examples to sample.
-    """
-    needed = ("train",) if task.kind == "span_corruption" else ("train", "validation")
-    for split in needed:
-        if split not in task.splits:
-            raise ValueError(f"fit needs a {split} split; give --{split}-file")
-    if task.kind == "span_corruption" and options.train_size is not None:
-        raise ValueError(
-            f"--train-size is for tasks with examples, not for {task.name}; give a shorter text, "
-            "or --max-steps"
-        )
-    if options.prompt_words is not None and not prompts.needs_tokens(options.method_config()):
-        raise ValueError(
-            "--prompt-words are for prompts that start from the vocabulary, such as those of "
-            "prompt-tuning-vocabulary, and take the place of --prompt-token-ids; leave them out"
-        )
-    if is_text_to_text(options.backbone):
-        return
-    check_length(read_config(options.backbone), options.method_config(), options.max_length)
-    if task.kind in ("text", "span_corruption"):
-        raise ValueError(
-            f"task {task.name!r} ({task.kind}) needs an encoder-decoder such as T5, and "
-            f"{options.backbone} is none"
-        )
-    for field in dataclasses.fields(TextToTextOptions):
-        if getattr(options, field.name) != field.default:
-            raise ValueError(
-                f"--{field.name.replace('_', '-')} is for encoder-decoders such as T5, and "
-                f"{options.backbone} is none"
-            )
-
-
-def check_length(config: Any, method: Any, max_length: int) -> None:
-    """ValueError if inputs with a method's prompt do not fit an encoder's absolute positions."""
-    prompt_length = getattr(method, "prompt_length", 0)
-    positions = config.max_position_embeddings
-    if prompt_length and max_length + prompt_length > positions:
-        raise ValueError(
-            f"max_length={max_length} and prompt_length={prompt_length} together exceed the "
-            f"backbone's {positions} positions; use a max_length of "
-            f"{positions - prompt_length} or less, or a shorter prompt"
-        )
-
-
-def _text_to_text(
-    model: Any, tokenizer: Any, config: Any, casting: text.Casting, max_length: int
-) -> TextToText:
-    """With the longest label as the limit of what is generated, where labels are."""
-    _check_special_tokens(tokenizer, config)
-    made = TextToText(model, tokenizer, config, casting, max_length)
-    if casting.kind == "classification":
-        casting = dataclasses.replace(casting, max_new_tokens=made.label_ids.shape[1])
-    return dataclasses.replace(made, casting=casting)
-
-
-def _span_corruption(
-    model: Any, tokenizer: Any, config: Any, max_length: int, noise: Mapping[str, float]
-) -> SpanCorruption:
-    _check_special_tokens(tokenizer, config)
-    corruption = span_corruption.SpanCorruption(
-        max_length,
-        **noise,
-        eos_token_id=config.eos_token_id,
-        sentinel_ids=span_corruption.sentinel_ids(tokenizer),
-    )
-    return SpanCorruption(model, tokenizer, config, corruption)
-
-
-def _check_special_tokens(tokenizer: Any, config: Any) -> None:
-    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-        if getattr(config, name) is None:
-            raise ValueError(f"config.json of the backbone has no {name}; add it")
-    if tokenizer.eos_token_id != config.eos_token_id:
-        raise ValueError(
-            f"the tokenizer ends sequences with the token {tokenizer.eos_token_id}, the backbone "
-            f"with {config.eos_token_id}; use the backbone's own tokenizer"
-        )
-
-
-def _targets(encoded: data.Encoded) -> np.ndarray:
-    if encoded.targets is None:
-        raise ValueError("these examples have no label, score or target to compare with")
-    return encoded.targets
 
 
 def _num_tokens(encoded: data.Encoded) -> np.ndarray:

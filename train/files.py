@@ -1,0 +1,109 @@
+"""The rows of .parquet, .jsonl, .csv and .tsv files, streamed."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Parquet stays an Arrow table, so that its types survive being written back; text formats are
+# records, so that a key that is missing and one that is null stay different.
+Rows: TypeAlias = pa.Table | list[dict[str, Any]]
+
+# Bounds what a quotation mark that is never closed can swallow.
+_LONGEST_FIELD = 16 * 2**20
+
+
+def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
+    """Streams a .parquet, .jsonl, .csv or .tsv file, at most `chunk_rows` rows at a time.
+
+    Yields:
+      A `pyarrow.Table` of parquet, a list of dicts of the other formats.
+
+    Raises:
+      ValueError: if the file is not what its suffix says, or not UTF-8.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_tables(path, chunk_rows)
+            return
+        records = _json_records(path) if suffix == ".jsonl" else _csv_records(path)
+        while rows := list(itertools.islice(records, chunk_rows)):
+            yield rows
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8"
+        ) from error
+
+
+def _parquet_tables(path: Path, chunk_rows: int) -> Iterator[pa.Table]:
+    try:
+        # A buffer instead of whole column chunks, so that one huge row group streams as well.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError("two columns have one name")
+            for batch in file.iter_batches(chunk_rows):
+                batch.validate(full=True)  # text that is not UTF-8 passes the reader
+                if batch.num_rows:
+                    yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a readable parquet file: {reason}") from error
+
+
+def _json_records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {line}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {line}: not an object: {text.strip():.40}")
+            yield record
+
+
+def _csv_records(path: Path) -> Iterator[dict[str, str]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        fields = _csv_fields(path, csv.reader(file, delimiter=delimiter, strict=True))
+        header = next(fields, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}: two columns of the header have one name: {header!r:.200}")
+        for row, values in enumerate(fields, 1):
+            if len(values) != len(header):
+                raise ValueError(
+                    f"{path}, row {row}: {len(values)} fields, but {len(header)} in the header; "
+                    "quote fields that hold the delimiter"
+                )
+            yield dict(zip(header, values, strict=True))
+
+
+def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
+    """Lines that are not blank. The limit on a field, global to the process, is put back."""
+    while True:
+        line = reader.line_num + 1
+        previous = csv.field_size_limit(_LONGEST_FIELD)
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {line}: {error}; a field that begins with a quotation mark must end "
+                "with one, and those inside it be doubled"
+            ) from error
+        finally:
+            csv.field_size_limit(previous)
+        if values is None:
+            return
+        if values:
+            yield values

@@ -1,0 +1,89 @@
+"""What whoever trains, evaluates or predicts knows of a task and its backbone."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from train import data, step
+from train.predictions import Predicted
+from train.tasks.benchmarks import Benchmark
+
+
+class Objective(abc.ABC):
+    """See the module's docstring.
+
+    Attributes:
+      inputs: keys of a batch that are the model's positional arguments.
+      learning_rates: preset -> default peak of the schedule.
+      model: the adapted module.
+      tokenizer: the backbone's.
+      benchmark: how the task's rows are put to a backbone; None for other tasks.
+    """
+
+    inputs: ClassVar[tuple[str, ...]]
+    learning_rates: ClassVar[Mapping[str, float]]
+    model: Any
+    tokenizer: Any
+    benchmark: Benchmark | None = None
+
+    @property
+    @abc.abstractmethod
+    def loss(self) -> step.LossFunction:
+        """What a step minimises."""
+
+    @property
+    def apply(self) -> step.ApplyFunction:
+        """What a step differentiates."""
+        return step.apply_function(self.model, self.inputs)
+
+    @abc.abstractmethod
+    def outputs(self, params: step.Params, batch: step.Batch) -> Any:
+        """What a split is scored by: a tree of `[batch, …]` arrays; see `step.OutputsFunction`."""
+
+    @abc.abstractmethod
+    def encode(self, rows: Any) -> data.Encoded:
+        """Tokenises one split of a task, or columns of inputs without a target."""
+
+    @abc.abstractmethod
+    def scores(self, outputs: Any, encoded: data.Encoded) -> dict[str, float]:
+        """Metrics of a split from its outputs, and its loss as `loss`.
+
+        Raises:
+          ValueError: if the examples have no targets.
+        """
+
+    @abc.abstractmethod
+    def predictions(self, outputs: Any, encoded: data.Encoded) -> Predicted:
+        """What `predict_file` writes, for each row."""
+
+    def check_predicts(self, *, logits: bool) -> None:  # noqa: B027 - most can do everything
+        """ValueError if there are no predictions, or no `logits` of them if these are wanted."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-ready, for the metadata of a saved adapter, beside what all objectives have."""
+        return {} if self.benchmark is None else {"benchmark": {"name": self.benchmark.name}}
+
+    def with_benchmark(
+        self, values: Mapping[str, float], predictions: Any, encoded: data.Encoded
+    ) -> dict[str, float]:
+        """`values` and the benchmark's own metrics of `[rows]` labels, scores or texts."""
+        if self.benchmark is None:
+            return dict(values)
+        own = self.benchmark.scores(predictions, encoded.rows)
+        return self.benchmark.with_mean({**values, **own})
+
+    def encode_all(self, splits: Mapping[str, Any]) -> dict[str, data.Examples]:
+        """Tokenises the splits of a run, training and validation at least."""
+        return {split: self.encode(rows) for split, rows in splits.items()}
+
+
+def targets_of(encoded: data.Encoded) -> np.ndarray:
+    """What predictions are compared with; ValueError if that is unknown."""
+    if encoded.targets is None:
+        raise ValueError("these examples have no label, score or target to compare with")
+    return encoded.targets

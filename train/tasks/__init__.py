@@ -1,0 +1,178 @@
+"""Sentences and what to predict: built-in tasks, benchmarks and the user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from train.options import SplitProtocol
+from train.span_corruption import check_text_file
+from train.tasks import hub, rows_of_files
+from train.tasks.benchmarks import BENCHMARKS, Benchmark, Kind, find
+from train.tasks.rows_of_files import SENTIMENT, SENTIMENT_LABELS
+
+BUILT_IN = ("movie", "product", "tweet", "editorial")
+SPAN_CORRUPTION = "span_corruption"
+SPLITS = ("train", "validation", "test")
+
+_METRICS: dict[Kind, str] = {
+    "classification": "accuracy",
+    "regression": "pearson",
+    "text": "exact_match",
+    "span_corruption": "token_accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Sentences, or pairs of them, with what to predict.
+
+    Attributes:
+      name: of the built-in task or benchmark, or what the caller called the files.
+      kind: what is predicted.
+      label_names: one name per class; empty unless it is classification.
+      splits: split name -> dataset with columns `sentence`, maybe `sentence2`, and `label` (index
+        into `label_names`), `score` (float64) or, for "text", `target`. For "span_corruption" the
+        path of a text file. Of a benchmark, its own columns.
+      benchmark: how its rows are put to a backbone; None for other tasks.
+    """
+
+    name: str
+    kind: Kind
+    label_names: tuple[str, ...]
+    splits: dict[str, Any]
+    benchmark: Benchmark | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Width of an encoder's head: one output for regression, two for a candidate or a span."""
+        return 2 if self.kind in ("choice", "span") else len(self.label_names) or 1
+
+    @property
+    def metric(self) -> str:
+        """The metric, larger is better, that chooses the best epoch."""
+        return _METRICS[self.kind] if self.benchmark is None else self.benchmark.metric
+
+    @property
+    def prefix(self) -> str:
+        """What the input of an encoder-decoder begins with unless the user says it."""
+        return self.name if self.benchmark is None else self.benchmark.prefix
+
+
+def load_task(
+    name: str | None = None,
+    *,
+    regression: bool = False,
+    text: bool = False,
+    train_file: str | Path | None = None,
+    validation_file: str | Path | None = None,
+    test_file: str | Path | None = None,
+    data_dir: Path | None = None,
+    split_protocol: SplitProtocol = "official",
+    splits: Sequence[str] | None = None,
+    label_names: Sequence[str] | None = None,
+    max_characters: int = 100_000,
+) -> Task:
+    """Reads a built-in task, a benchmark, or the user's files, which may replace built-in splits.
+
+    A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text),
+    `score` (numbers) or `target` (text). Which of them is predicted is, unless `regression`, `text`
+    or `label_names` says it, the first of these that the files have. Label names are the sorted
+    labels of the training file, or those of its `datasets.ClassLabel`; where no name is an integer,
+    integer labels are positions in them. The files of `SPAN_CORRUPTION` are plain text, not read
+    here.
+
+    Args:
+      name: one of `BUILT_IN`, of `BENCHMARKS`, a translation such as wmt16-ro-en,
+        `SPAN_CORRUPTION`, or any other name for the user's files ("custom" if None).
+      regression: predict `score` instead of `label`.
+      text: predict `target` instead of `label`.
+      train_file: .parquet, .jsonl, .csv or .tsv.
+      validation_file: the same.
+      test_file: the same.
+      data_dir: folder of a benchmark's data set; by default it is read from the hub.
+      split_protocol: which splits a benchmark has, as `train.tasks.hub.load` explains.
+      splits: which splits to return; by default all there are.
+      label_names: the classes of a saved adapter; they take precedence over the training file's.
+      max_characters: limit on the length of one sentence.
+
+    Raises:
+      FileNotFoundError: if a file does not exist.
+      ValueError: for anything else that does not fit, naming the file and the row.
+    """
+    given = (train_file, validation_file, test_file)
+    benchmark = find(name or "")
+    if benchmark is not None:
+        if any(given):
+            raise ValueError(
+                f"{name} is the name of a benchmark; give your own files another --task name"
+            )
+        if (regression or text) and benchmark.kind != ("regression" if regression else "text"):
+            raise ValueError(f"{name} is a task of kind {benchmark.kind}, and cannot be another")
+        return _of_benchmark(benchmark, data_dir, split_protocol, splits, label_names)
+    files = _files(name, given)
+    wanted = tuple(files) if splits is None else tuple(splits)
+    for split in wanted:
+        if split not in files:
+            raise ValueError(f"no file for the split {split!r}; there are {', '.join(files)}")
+    if name == SPAN_CORRUPTION:
+        if regression or text:
+            raise ValueError(f"{name} takes its targets from the text itself, not from a column")
+        for split in wanted:
+            check_text_file(files[split])
+        return Task(name, "span_corruption", (), {split: files[split] for split in wanted})
+    names = tuple(label_names or (SENTIMENT_LABELS if name in BUILT_IN else ()))
+    target = "score" if regression else "target" if text else "label" if names else None
+    kind, names, rows = rows_of_files.load(files, wanted, target, names, max_characters)
+    return Task(name or "custom", kind, names, rows)
+
+
+def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:
+    """`size` rows drawn without replacement, in their original order.
+
+    The draw depends on `seed` alone, and a smaller sample is part of a larger one of the same seed.
+
+    Raises:
+      ValueError: if `size` is below 1 or above the number of rows.
+    """
+    if not 1 <= size <= len(dataset):
+        raise ValueError(f"cannot draw {size} examples of {len(dataset)}; use 1 to {len(dataset)}")
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:size]
+    return dataset.select(np.sort(chosen))
+
+
+def _of_benchmark(
+    benchmark: Benchmark,
+    data_dir: Path | None,
+    split_protocol: SplitProtocol,
+    splits: Sequence[str] | None,
+    label_names: Sequence[str] | None,
+) -> Task:
+    rows, names = hub.load(benchmark, data_dir, split_protocol, splits)
+    if label_names is not None and tuple(label_names) != names:
+        raise ValueError(
+            f"the labels of {benchmark.name} are {', '.join(names)}, and the adapter's "
+            f"{', '.join(label_names)}"
+        )
+    return Task(benchmark.name, benchmark.kind, names, rows, benchmark)
+
+
+def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Path]:
+    """Split -> file, the user's before the built-in task's."""
+    files = {}
+    if name in BUILT_IN:
+        files = {split: SENTIMENT / str(name) / f"{split}.parquet" for split in SPLITS}
+    files |= {split: Path(path) for split, path in zip(SPLITS, given, strict=True) if path}
+    if not files:
+        raise ValueError(
+            f"{name} needs a text file; give --train-file"
+            if name == SPAN_CORRUPTION
+            else f"unknown task {name!r}; use {', '.join((*BUILT_IN, *BENCHMARKS))}, a translation "
+            "such as wmt16-ro-en, or give files of your own"
+        )
+    return files

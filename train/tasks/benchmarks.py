@@ -1,0 +1,552 @@
+"""The data sets of GLUE, SuperGLUE, SQuAD and WMT: how their rows are put to a backbone.
+
+An encoder reads sentences or pairs of them; an encoder-decoder reads text as in appendix D of the
+T5 paper, arXiv:1910.10683, and writes text. Rows have the columns of the hub.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from train import metrics
+from train.data import columns_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# "choice" is of one of a row's own candidates, "span" of a part of the context.
+Kind: TypeAlias = Literal[
+    "classification", "regression", "choice", "span", "text", "span_corruption"
+]
+Rows: TypeAlias = "Dataset | Mapping[str, Sequence[Any]]"
+Columns: TypeAlias = dict[str, Any]
+
+_GLUE, _SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
+_LANGUAGES = {
+    "cs": "Czech",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "et": "Estonian",
+    "fi": "Finnish",
+    "fr": "French",
+    "gu": "Gujarati",
+    "hi": "Hindi",
+    "kk": "Kazakh",
+    "lt": "Lithuanian",
+    "lv": "Latvian",
+    "ro": "Romanian",
+    "ru": "Russian",
+    "tr": "Turkish",
+    "zh": "Chinese",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Sentences, or pairs of them, with a label or a score; what is otherwise is in subclasses.
+
+    Attributes:
+      name: of the task.
+      repository: hub id of the data set.
+      configuration: the part of it; the name of its folder.
+      columns: column -> type of its values, of what inputs are made of. The first two are an
+        encoder's first and second sentence.
+      kind: what is predicted.
+      metrics: those whose mean chooses the best epoch.
+      validation: names of the hub's validation splits; the first chooses the best epoch.
+    """
+
+    name: str
+    repository: str
+    configuration: str
+    columns: Mapping[str, type]
+    kind: Kind = "classification"
+    metrics: tuple[str, ...] = ("accuracy",)
+    validation: tuple[str, ...] = ("validation",)
+
+    @property
+    def wanted(self) -> str:
+        """The column of what is to be predicted."""
+        return "label"
+
+    @property
+    def metric(self) -> str:
+        """The metric, larger is better, that chooses the best epoch."""
+        return "_and_".join(self.metrics)
+
+    @property
+    def prefix(self) -> str:
+        """What the input of an encoder-decoder begins with."""
+        return self.name
+
+    def named(self, rows: Rows) -> Rows:
+        """`rows`, or, where they have `sentence` and maybe `sentence2`, these under their names.
+
+        Raises:
+          ValueError: if there are neither all of these columns nor all of the hub's.
+        """
+        found = columns_of(rows)
+        missing = [name for name in self.columns if name not in found]
+        if not missing:
+            return rows
+        generic = ("sentence", "sentence2")[: len(self.columns)]
+        if len(self.columns) > 2 or not set(generic) <= set(found):
+            raise ValueError(
+                f"rows of {self.name} need {', '.join(self.columns)}, and have no {missing[0]!r}; "
+                f"their columns are {', '.join(found)}"
+            )
+        renamed = dict(zip(generic, self.columns, strict=True))
+        return {renamed.get(name, name): rows[name] for name in found}
+
+    def for_encoder(self, rows: Rows) -> Columns:
+        """`sentence`, maybe `sentence2`, and, where there are any, `label` or `score`."""
+        inputs = zip(("sentence", "sentence2"), self.columns, strict=False)
+        return {column: rows[name][:] for column, name in inputs} | self.targets(rows)
+
+    def for_decoder(self, rows: Rows) -> Columns:
+        """`text` without the prefix, and, where there are any, `label`, `score` or `target`."""
+        names = sorted(self.columns)
+        parts = zip(*(rows[name][:] for name in names), strict=True)
+        texts = [_keyed(dict(zip(names, values, strict=True))) for values in parts]
+        return {"text": texts, **self.targets(rows)}
+
+    def targets(self, rows: Rows) -> Columns:
+        """The column `label` or `score`, if there is one."""
+        column = "score" if self.kind == "regression" else "label"
+        return {column: rows[column][:]} if column in columns_of(rows) else {}
+
+    def questions(self, rows: Rows) -> list[Hashable] | None:
+        """To which question each row belongs; None where every row is one."""
+        return None
+
+    def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
+        """Metrics beside those of the kind; predictions are labels or texts, one for each row."""
+        return {}
+
+    def with_mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """`values` and, where several metrics choose the best epoch, their mean."""
+        chosen = [values[name] for name in self.metrics]
+        return {self.metric: sum(chosen) / len(chosen), **values}
+
+
+class MultiRC(Benchmark):
+    """Answers to questions on a paragraph, each true or false by itself."""
+
+    def for_encoder(self, rows: Rows) -> Columns:
+        """Pairs of the paragraph and the question with an answer."""
+        pairs = zip(rows["question"][:], rows["answer"][:], strict=True)
+        return {
+            "sentence": [_without_tags(text) for text in rows["paragraph"][:]],
+            "sentence2": [f"{question} {answer}" for question, answer in pairs],
+            **self.targets(rows),
+        }
+
+    def for_decoder(self, rows: Rows) -> Columns:
+        """The paragraph comes last, so that it is what is cut."""
+        parts = zip(rows["question"][:], rows["answer"][:], rows["paragraph"][:], strict=True)
+        texts = [
+            _keyed({"question": question, "answer": answer, "paragraph": _without_tags(paragraph)})
+            for question, answer, paragraph in parts
+        ]
+        return {"text": texts, **self.targets(rows)}
+
+    def questions(self, rows: Rows) -> list[Hashable]:
+        """The question and its paragraph."""
+        return list(zip(rows["paragraph"][:], rows["question"][:], strict=True))
+
+    def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
+        """`exact_match`: the part of the questions all of whose answers are judged right.
+
+        The official F1a, over all answers, is `f1`.
+        """
+        right = [a == b for a, b in zip(predictions, rows["label"][:], strict=True)]
+        return {"exact_match": metrics.all_of_group(right, self.questions(rows))}
+
+
+class WordInContext(Benchmark):
+    """WiC: whether a word means the same in two sentences."""
+
+    def for_encoder(self, rows: Rows) -> Columns:
+        """Pairs of sentences, the word before the first."""
+        pairs = zip(rows["word"][:], rows["sentence1"][:], strict=True)
+        return {
+            "sentence": [f"{word}: {sentence}" for word, sentence in pairs],
+            "sentence2": rows["sentence2"][:],
+            **self.targets(rows),
+        }
+
+    def for_decoder(self, rows: Rows) -> Columns:
+        """With the empty `pos:` of the paper's example."""
+        columns = super().for_decoder(rows)
+        return {**columns, "text": [f"pos: {text}" for text in columns["text"]]}
+
+
+class Winograd(Benchmark):
+    """WSC: whether a pronoun stands for a noun, both marked in the text.
+
+    T5's own models were trained to write the noun instead; here as in the Compacter paper's code
+    both are marked for an encoder-decoder, too.
+    """
+
+    def for_encoder(self, rows: Rows) -> Columns:
+        """The marked text alone."""
+        return {"sentence": self._marked(rows), **self.targets(rows)}
+
+    def for_decoder(self, rows: Rows) -> Columns:
+        """The marked text."""
+        return {"text": [_keyed({"text": text}) for text in self._marked(rows)]} | self.targets(
+            rows
+        )
+
+    def _marked(self, rows: Rows) -> list[str]:
+        return [
+            _marked(text, {"*": (int(index1), span1), "#": (int(index2), span2)})
+            for text, index1, span1, index2, span2 in zip(
+                *(
+                    rows[name][:]
+                    for name in ("text", "span1_index", "span1_text", "span2_index", "span2_text")
+                ),
+                strict=True,
+            )
+        ]
+
+
+class Choice(Benchmark):
+    """One of several candidates; an encoder judges each by itself, and the likeliest is taken."""
+
+    def candidates(self, rows: Rows) -> list[list[str]]:
+        """What may be chosen, for each row."""
+        raise NotImplementedError
+
+    def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
+        """Sentence and second sentence of each candidate, for each row."""
+        raise NotImplementedError
+
+    def right(self, rows: Rows) -> list[list[bool]] | None:
+        """Whether each candidate is right, for each row; None where that is unknown."""
+        raise NotImplementedError
+
+    def for_encoder(self, rows: Rows) -> Columns:
+        """A pair for each candidate with label 1 where it is right; `row` is whose it is."""
+        pairs, right = self.pairs(rows), self.right(rows)
+        flat = list(itertools.chain.from_iterable(pairs))
+        columns: Columns = {
+            "sentence": [first for first, _ in flat],
+            "sentence2": [second for _, second in flat],
+            "row": [row for row, of_row in enumerate(pairs) for _ in of_row],
+        }
+        if right is not None:
+            columns["label"] = [int(value) for of_row in right for value in of_row]
+        return columns
+
+
+class Copa(Choice):
+    """Which of two sentences is the cause or the effect of a premise; a label for T5."""
+
+    def candidates(self, rows: Rows) -> list[list[str]]:
+        """The two sentences."""
+        return [list(two) for two in zip(rows["choice1"][:], rows["choice2"][:], strict=True)]
+
+    def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
+        """The premise with the question in words, and a sentence."""
+        words = {"cause": "What was the cause?", "effect": "What was the effect?"}
+        premises = zip(rows["premise"][:], rows["question"][:], strict=True)
+        asked = [f"{premise} {words.get(question, question)}" for premise, question in premises]
+        rows_of = zip(asked, self.candidates(rows), strict=True)
+        return [[(first, second) for second in choices] for first, choices in rows_of]
+
+    def right(self, rows: Rows) -> list[list[bool]] | None:
+        """By the label."""
+        if "label" not in columns_of(rows):
+            return None
+        return [[label == 0, label == 1] for label in rows["label"][:]]
+
+
+class Record(Choice):
+    """ReCoRD: which of a passage's entities a query leaves out; T5 writes its name."""
+
+    @property
+    def wanted(self) -> str:
+        """The names that are right; an entity may have several."""
+        return "answers"
+
+    def candidates(self, rows: Rows) -> list[list[str]]:
+        """The names of entities, each once."""
+        found = [list(dict.fromkeys(names)) for names in rows["entities"][:]]
+        for row, names in enumerate(found, 1):
+            if not names:
+                raise ValueError(f"row {row} of {self.name} has no entities to choose from")
+        return found
+
+    def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
+        """The passage, and the query with a name filled in."""
+        texts = zip(rows["passage"][:], rows["query"][:], self.candidates(rows), strict=True)
+        return [
+            [(_without_highlights(passage), query.replace("@placeholder", x)) for x in names]
+            for passage, query, names in texts
+        ]
+
+    def right(self, rows: Rows) -> list[list[bool]] | None:
+        """By the answers."""
+        if "answers" not in columns_of(rows):
+            return None
+        both = zip(self.candidates(rows), rows["answers"][:], strict=True)
+        return [[name in answers for name in names] for names, answers in both]
+
+    def for_decoder(self, rows: Rows) -> Columns:
+        """An example for each answer; `row` is whose it is."""
+        passages = map(_without_highlights, rows["passage"][:])
+        parts = zip(rows["query"][:], self.candidates(rows), passages, strict=True)
+        texts = [
+            _keyed({"query": query, "entities": ", ".join(names), "passage": passage})
+            for query, names, passage in parts
+        ]
+        if "answers" not in columns_of(rows):
+            return {"text": texts}
+        pairs = [
+            (row, name)
+            for row, names in enumerate(rows["answers"][:])
+            for name in dict.fromkeys(names)
+        ]
+        return {
+            "text": [texts[row] for row, _ in pairs],
+            "target": [name for _, name in pairs],
+            "row": [row for row, _ in pairs],
+        }
+
+    def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
+        """`exact_match` and `f1`, as the official script has them."""
+        return metrics.answer_metrics(predictions, rows["answers"][:])
+
+
+class Squad(Benchmark):
+    """Questions whose answers are parts of a context; T5 writes them."""
+
+    @property
+    def wanted(self) -> str:
+        """`text` and `answer_start` of every answer that is right."""
+        return "answers"
+
+    @property
+    def prefix(self) -> str:
+        """None: the paper's input begins with the question."""
+        return ""
+
+    def for_decoder(self, rows: Rows) -> Columns:
+        """The first answer is the target."""
+        parts = zip(rows["question"][:], rows["context"][:], strict=True)
+        texts = [_keyed({"question": question, "context": context}) for question, context in parts]
+        if "answers" not in columns_of(rows):
+            return {"text": texts}
+        return {"text": texts, "target": [answer["text"][0] for answer in rows["answers"][:]]}
+
+    def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
+        """`exact_match` and `f1`, as the official script has them."""
+        return metrics.answer_metrics(predictions, [x["text"] for x in rows["answers"][:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation(Benchmark):
+    """Sentences to translate, in rows `translation: {"en": …, "ro": …}`; needs a decoder.
+
+    Attributes:
+      source: code of the language to translate from.
+      to: code of the language to translate into.
+    """
+
+    source: str
+    to: str
+
+    @property
+    def wanted(self) -> str:
+        """One column holds both languages."""
+        return "translation"
+
+    @property
+    def prefix(self) -> str:
+        """In words, as in the T5 paper."""
+        return f"translate {_LANGUAGES[self.source]} to {_LANGUAGES[self.to]}"
+
+    def named(self, rows: Rows) -> Rows:
+        """Also of sentences without their translation."""
+        return rows if "sentence" in columns_of(rows) else super().named(rows)
+
+    def for_decoder(self, rows: Rows) -> Columns:
+        """A column `sentence`, which follows the prefix and a colon."""
+        if "sentence" in columns_of(rows):
+            columns = {"sentence": rows["sentence"][:]}
+            if "target" in columns_of(rows):
+                columns["target"] = rows["target"][:]
+            return columns
+        pairs = rows["translation"][:]
+        return {
+            "sentence": [pair[self.source] for pair in pairs],
+            "target": [pair[self.to] for pair in pairs],
+        }
+
+    def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
+        """`bleu`, from 0 to 100."""
+        return {"bleu": metrics.bleu(predictions, self.for_decoder(rows)["target"])}
+
+
+def find(name: str) -> Benchmark | None:
+    """The benchmark of this name, such as mnli or wmt16-en-de; None if there is none.
+
+    Raises:
+      ValueError: for a translation of languages that WMT does not have.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    match = re.fullmatch(r"(wmt1[4-9])-([a-z]{2})-([a-z]{2})", name)
+    if match is None:
+        return None
+    year, source, to = match.groups()
+    if unknown := [code for code in (source, to) if code not in _LANGUAGES]:
+        raise ValueError(f"{name}: unknown language {unknown[0]!r}; use {', '.join(_LANGUAGES)}")
+    return Translation(
+        name=name,
+        repository=f"wmt/{year}",
+        # English is second in the names of the hub, whatever is translated into what.
+        configuration=f"{to}-{source}" if source == "en" else f"{source}-{to}",
+        columns={"translation": dict},
+        kind="text",
+        metrics=("bleu",),
+        source=source,
+        to=to,
+    )
+
+
+def _glue(name: str, *columns: str, **fields: Any) -> Benchmark:
+    return Benchmark(
+        name=name,
+        repository=_GLUE,
+        configuration=name,
+        columns=dict.fromkeys(columns, str),
+        **fields,
+    )
+
+
+_SENTENCES = ("sentence1", "sentence2")
+_ACCURACY_AND_F1 = ("accuracy", "f1")
+_ANSWER_METRICS = ("exact_match", "f1")
+_ALL = (
+    _glue("cola", "sentence", metrics=("matthews_correlation",)),
+    _glue("sst2", "sentence"),
+    _glue("mrpc", *_SENTENCES, metrics=_ACCURACY_AND_F1),
+    _glue("qqp", "question1", "question2", metrics=_ACCURACY_AND_F1),
+    _glue("stsb", *_SENTENCES, kind="regression", metrics=("pearson", "spearman")),
+    _glue(
+        "mnli", "premise", "hypothesis", validation=("validation_matched", "validation_mismatched")
+    ),
+    _glue("qnli", "question", "sentence"),
+    _glue("rte", *_SENTENCES),
+    _glue("wnli", *_SENTENCES),
+    Benchmark(
+        name="boolq",
+        repository=_SUPER_GLUE,
+        configuration="boolq",
+        columns={"question": str, "passage": str},
+    ),
+    Benchmark(
+        name="cb",
+        repository=_SUPER_GLUE,
+        configuration="cb",
+        columns={"premise": str, "hypothesis": str},
+        metrics=("accuracy", "macro_f1"),
+    ),
+    Copa(
+        name="copa",
+        repository=_SUPER_GLUE,
+        configuration="copa",
+        columns={"premise": str, "question": str, "choice1": str, "choice2": str},
+    ),
+    MultiRC(
+        name="multirc",
+        repository=_SUPER_GLUE,
+        configuration="multirc",
+        columns={"paragraph": str, "question": str, "answer": str},
+        metrics=_ANSWER_METRICS,
+    ),
+    Record(
+        name="record",
+        repository=_SUPER_GLUE,
+        configuration="record",
+        columns={"passage": str, "query": str, "entities": list},
+        kind="choice",
+        metrics=_ANSWER_METRICS,
+    ),
+    WordInContext(
+        name="wic",
+        repository=_SUPER_GLUE,
+        configuration="wic",
+        columns={"sentence1": str, "sentence2": str, "word": str},
+    ),
+    Winograd(
+        name="wsc",
+        repository=_SUPER_GLUE,
+        configuration="wsc.fixed",
+        columns={
+            "text": str,
+            "span1_text": str,
+            "span2_text": str,
+            "span1_index": int,
+            "span2_index": int,
+        },
+    ),
+    Squad(
+        name="squad",
+        repository="rajpurkar/squad",
+        configuration="plain_text",
+        columns={"question": str, "context": str},
+        kind="span",
+        metrics=_ANSWER_METRICS,
+    ),
+)
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+"""Those with a name of their own; translations have as many as there are languages."""
+
+
+def _keyed(parts: Mapping[str, str]) -> str:
+    """`{"premise": "a", "hypothesis": "b"}` -> `premise: a hypothesis: b`."""
+    return " ".join(f"{name}: {text}" for name, text in parts.items())
+
+
+def _without_tags(paragraph: str) -> str:
+    """MultiRC's paragraphs without the HTML around the numbers of their sentences."""
+    return re.sub(r"</?b>", "", paragraph.replace("<br>", " "))
+
+
+def _without_highlights(passage: str) -> str:
+    """ReCoRD's passages with their summary's points as sentences."""
+    return re.sub(r"(?<=[.?!\"'])\n@highlight\n", " ", passage).replace("\n@highlight\n", ". ")
+
+
+def _marked(text: str, marks: Mapping[str, tuple[int, str]]) -> str:
+    """`text` with a sign on both sides of each span.
+
+    Args:
+      text: any.
+      marks: sign -> number of the span's first word, and the span.
+
+    Raises:
+      ValueError: if `text` has not as many words.
+    """
+    words = list(re.finditer(r"\S+", text))
+    starts, ends = [word.start() for word in words], [word.end() for word in words]
+    spans = []
+    for sign, (index, span) in marks.items():
+        if not 0 <= index < len(starts):
+            raise ValueError(f"there is no word {index} in the {len(starts)} words of {text!r:.80}")
+        start = starts[index]
+        end = start + len(span)
+        if text[start:end].lower() != span.lower():  # some spans leave out a mark or an apostrophe
+            end = ends[min(index + len(span.split()), len(ends)) - 1]
+        spans.append((start, end, sign))
+    for start, end, sign in sorted(spans, reverse=True):
+        text = f"{text[:start]}{sign}{text[start:end]}{sign}{text[end:]}"
+    return text
