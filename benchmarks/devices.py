@@ -4,8 +4,9 @@
 
 Every arrangement runs in processes of its own, whose devices are emulated on the CPU; those of
 several hosts talk over Gloo. The model is a small random BERT with adapters, and its batches differ
-in length, the last of them with rows that are padding. With dropout, one device is left out: every
-device draws masks of its own.
+in length, the last of them with rows that are padding. Dropout draws one mask for the whole batch
+on one device and over a mesh, and one on every device where each has a whole backbone: two kinds of
+run, each with losses of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 # The largest difference of a loss from the one on a single device that is put down to sums in
 # another order.
 LIMIT = 1e-6
-DROPOUT = (0.0, 0.1)
+DROPOUT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +35,32 @@ class Arrangement:
     Attributes:
       processes: how many, each standing for a host.
       devices: of each process.
+      mesh: as `--mesh`, to divide the backbone over the devices of each process.
     """
 
     processes: int = 1
     devices: int = 1
+    mesh: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.processes} x {self.devices}" if self.processes > 1 else f"{self.devices}"
+        number = f"{self.processes} x {self.devices}" if self.processes > 1 else f"{self.devices}"
+        return f"{number} as {self.mesh}" if self.mesh else number
 
 
-ARRANGEMENTS = (Arrangement(), Arrangement(devices=4), Arrangement(processes=2, devices=2))
+ARRANGEMENTS = (
+    Arrangement(),
+    Arrangement(devices=4),
+    Arrangement(processes=2, devices=2),
+    Arrangement(devices=8, mesh="data=2,model=4"),
+    Arrangement(processes=2, devices=4, mesh="data=2,model=2"),
+)
+
+# What is compared: runs with this rate of dropout in these arrangements.
+KINDS = {
+    "without dropout": (0.0, ARRANGEMENTS),
+    "with dropout, one mask for a batch": (DROPOUT, (ARRANGEMENTS[0], *ARRANGEMENTS[3:])),
+    "with dropout, one on every device": (DROPOUT, ARRANGEMENTS[1:3]),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,10 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     runs = {str(where): launch(where) for where in ARRANGEMENTS}
     report = {
-        rate: {where: [result[rate] for result in results] for where, results in runs.items()}
-        for rate in map(str, DROPOUT)
+        kind: {str(where): [result[str(rate)] for result in runs[str(where)]] for where in of_kind}
+        for kind, (rate, of_kind) in KINDS.items()
     }
-    del report[str(DROPOUT[1])]["1"]
     largest = max(_difference(runs) for runs in report.values())
     _print(report, largest)
     if options.json:
@@ -86,6 +102,7 @@ def launch(where: Arrangement) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.devices"]
     command += ["--coordinator-address", f"localhost:{port}"]
     command += ["--num-processes", str(where.processes)]
+    command += ["--mesh", where.mesh] if where.mesh else []
     started = [
         subprocess.Popen(
             [*command, "--process-id", str(i)],
@@ -116,15 +133,18 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
                 process_id=options.process_id,
             )
         )
-    return {str(dropout): train(dropout) for dropout in DROPOUT}
+    return {str(dropout): train(dropout, mesh=options.mesh) for dropout in (0.0, DROPOUT)}
 
 
-def train(dropout: float, devices: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Trains a few steps.
+def train(
+    dropout: float, devices: Sequence[Any] | None = None, mesh: str | None = None
+) -> dict[str, Any]:
+    """Trains a few steps on all devices, or on those given.
 
     Returns:
       `losses` and `gradient_norms` of the steps; `examples`, the positions of those that this
-      process has built; `logits` of its own evaluation, the sum of their squares.
+      process has built; `logits` of its own evaluation, the sum of their squares; `fraction`, the
+      part of the frozen weights' bytes that its first device has.
     """
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
@@ -148,9 +168,12 @@ def train(dropout: float, devices: Sequence[Any] | None = None) -> dict[str, Any
         cj.optimizer(optax.adamw(1e-2), labels),
         seed=0,
         devices=devices,
+        mesh=mesh,
     )
     trained, frozen = cj.partition(jax.device_get(params), labels)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
     state, frozen = compute.init_state(trained), compute.place(frozen)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(frozen))
     losses, norms, examples = [], [], []
     for batch in _batches(hosts.index(), hosts.number()):
         state, metrics = compute.step(state, frozen, batch)
@@ -163,6 +186,7 @@ def train(dropout: float, devices: Sequence[Any] | None = None) -> dict[str, Any
         "gradient_norms": norms,
         "examples": sorted(examples),
         "logits": float(np.sum(np.square(logits, dtype=np.float64))),
+        "fraction": held / size,
     }
 
 
@@ -199,17 +223,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--coordinator-address", help=argparse.SUPPRESS)
     parser.add_argument("--num-processes", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--mesh", help=argparse.SUPPRESS)
     return parser
 
 
 def _print(report: dict[str, dict[str, list[dict[str, Any]]]], largest: float) -> None:
-    print("dropout  devices  examples of each host  losses")
-    for dropout, runs in report.items():
+    for kind, runs in report.items():
+        print(f"{kind}:")
+        print(f"{'devices':>24}  {'examples':>8}  {'backbone':>8}  losses")
         for where, results in runs.items():
             built = ", ".join(str(len(result["examples"])) for result in results)
             losses = "  ".join(f"{loss:.8f}" for loss in results[0]["losses"])
-            print(f"{dropout:>7}  {where:>7}  {built:>21}  {losses}")
-    print(f"largest difference: {largest:.1e} (limit {LIMIT:.0e})")
+            print(f"{where:>24}  {built:>8}  {results[0]['fraction']:>8.1%}  {losses}")
+    print("examples: that each host builds; backbone: the part of it on each device")
+    print(f"largest difference of a loss: {largest:.1e} (limit {LIMIT:.0e})")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The step and the evaluation of a run, compiled for the devices there are: one, several, hosts."""
+"""The step and the evaluation of a run, compiled for one device, several, or a mesh of them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compacter_jax.params import merge
 from train.data import shard
+from train.mesh import make_mesh, on_own_part, own_part, place, replicate, shard_batch
 from train.step import (
     ApplyFunction,
     Batch,
@@ -32,7 +33,7 @@ AXIS = "devices"
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """The compiled functions of a run: jit on one device, pmap over several, of all hosts.
+    """The compiled functions of a run: jit on one device or over a mesh, pmap over several.
 
     Where several hosts train together, each calls `step` with its own part of a batch, of
     `train.data.batches`, and all get the same state and metrics; `outputs` communicates with
@@ -41,7 +42,7 @@ class Compute:
     Attributes:
       devices: what they run on, those of other hosts included.
       init_state: trained half -> placed `TrainState`.
-      place: frozen half -> the same on every device.
+      place: frozen half -> the same on every device, or divided over the mesh.
       step: (state, frozen, host batch) -> (state, metrics); the state given is donated.
       outputs: (trained half of a state, frozen, host batch) -> what `OutputsFunction` gives, on
         the host.
@@ -67,6 +68,7 @@ def make_compute(
     seed: int,
     accumulation_steps: int = 1,
     devices: Sequence[jax.Device] | None = None,
+    mesh: str | None = None,
 ) -> Compute:
     """Compiles `loss_and_update` and what evaluates a split for the given devices.
 
@@ -78,9 +80,14 @@ def make_compute(
       seed: of the dropout masks.
       accumulation_steps: see there.
       devices: by default all, of every host. With several, a batch's rows are divided among them.
+      mesh: how each host's devices are laid out, as `train.mesh.parse` takes it, to divide the
+        frozen half over them; by default it is whole on each.
+
+    Raises:
+      ValueError: as `train.mesh.make_mesh`.
     """
     devices = list(devices or jax.devices())
-    several = len(devices) > 1
+    axis_name = AXIS if len(devices) > 1 and mesh is None else None
 
     # The seed is an argument, not a constant: runs that differ in it alone share what is compiled.
     def update(
@@ -95,42 +102,111 @@ def make_compute(
             loss=loss,
             tx=tx,
             accumulation_steps=accumulation_steps,
-            axis_name=AXIS if several else None,
+            axis_name=axis_name,
         )
 
     def forward(trained: Params, frozen: Params, batch: Batch) -> Any:
         return (outputs or logits_of(apply))(merge(trained, frozen), batch)
 
+    if mesh is not None:
+        compiled = _on_mesh(update, forward, make_mesh(mesh, devices))
+    elif axis_name:
+        compiled = _on_several(update, forward, devices)
+    else:
+        compiled = _on_one(update, forward, devices[0])
+
     def new_state(trained: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
 
-    if several:
-        # Each host passes and gets the part of its own devices.
-        own = [device for device in devices if device.process_index == jax.process_index()]
-        axes = (0, 0, 0, None)
-        step = jax.pmap(update, AXIS, in_axes=axes, devices=devices, donate_argnums=0)
-        evaluate = jax.pmap(forward, AXIS, devices=own)
-        place, host, scalar = _replicate(own), _first_copy, _first_scalar
-        split = lambda batch: shard(batch, len(own))  # noqa: E731
-    else:
-        step, evaluate = jax.jit(update, donate_argnums=0), jax.jit(forward)
-        place, host = lambda tree: jax.device_put(tree, devices[0]), lambda tree: tree
-        scalar = host
-        split = lambda batch: jax.device_put(dict(batch), devices[0])  # noqa: E731
-
-    def run_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        state, metrics = step(state, frozen, split(batch), np.uint32(seed))
-        return state, scalar(metrics)
-
-    def run_outputs(trained: Params, frozen: Params, batch: Batch) -> Any:
-        rows = jax.device_get(evaluate(trained, frozen, split(batch)))
-        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), rows) if several else rows
-
     def init_state(trained: Params) -> TrainState:
         # Copied: the step donates its state, and the caller's arrays must outlive it.
-        return place(jax.jit(new_state)(jax.tree.map(np.array, trained)))
+        return compiled.place_state(jax.jit(new_state)(jax.tree.map(np.array, trained)))
 
-    return Compute(devices, init_state, place, run_step, run_outputs, host, place)
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return compiled.step(state, frozen, batch, np.uint32(seed))
+
+    return Compute(
+        devices,
+        init_state,
+        compiled.place,
+        step,
+        compiled.outputs,
+        compiled.host_state,
+        compiled.place_state,
+    )
+
+
+class _Compiled(NamedTuple):
+    """Two functions compiled, and how to place what they take; the names are those of `Compute`."""
+
+    step: Callable[[TrainState, Params, Batch, Any], tuple[TrainState, StepMetrics]]
+    outputs: Callable[[Params, Params, Batch], Any]
+    place: Callable[[Params], Params]
+    place_state: Callable[[TrainState], TrainState]
+    host_state: Callable[[TrainState], TrainState]
+
+
+def _on_one(update: Any, forward: Any, device: jax.Device) -> _Compiled:
+    """By jit."""
+    step, evaluate = jax.jit(update, donate_argnums=0), jax.jit(forward)
+
+    def put(tree: Any) -> Any:
+        return jax.device_put(tree, device)
+
+    return _Compiled(
+        lambda state, frozen, batch, seed: step(state, frozen, put(dict(batch)), seed),
+        lambda trained, frozen, batch: jax.device_get(evaluate(trained, frozen, put(dict(batch)))),
+        put,
+        put,
+        lambda state: state,
+    )
+
+
+def _on_several(update: Any, forward: Any, devices: Sequence[jax.Device]) -> _Compiled:
+    """By pmap, everything on every device; each host passes and gets its own devices' part."""
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    step = jax.pmap(update, AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0)
+    evaluate = jax.pmap(forward, AXIS, devices=own)
+    replicate = _replicate(own)
+
+    def run_step(
+        state: TrainState, frozen: Params, batch: Batch, seed: Any
+    ) -> tuple[TrainState, StepMetrics]:
+        state, metrics = step(state, frozen, shard(batch, len(own)), seed)
+        # On the device: nobody waits here for the step that computes them.
+        return state, jax.tree.map(lambda x: x.addressable_shards[0].data[0], metrics)
+
+    def outputs(trained: Params, frozen: Params, batch: Batch) -> Any:
+        rows = jax.device_get(evaluate(trained, frozen, shard(batch, len(own))))
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), rows)
+
+    return _Compiled(run_step, outputs, replicate, replicate, _first_copy)
+
+
+def _on_mesh(update: Any, forward: Any, mesh: Mesh) -> _Compiled:
+    """By jit, which divides the work as the frozen half is divided, `train.mesh` says how."""
+    own = own_part(mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(update, donate_argnums=0, out_shardings=whole)
+    evaluate = jax.jit(forward)
+
+    def run_step(
+        state: TrainState, frozen: Params, batch: Batch, seed: Any
+    ) -> tuple[TrainState, StepMetrics]:
+        state, metrics = step(state, frozen, shard_batch(batch, mesh), seed)
+        return state, jax.tree.map(lambda x: x.addressable_shards[0].data, metrics)
+
+    def outputs(trained: Params, frozen: Params, batch: Batch) -> Any:
+        trained, frozen = on_own_part((trained, frozen), own)
+        return jax.device_get(evaluate(trained, frozen, shard_batch(batch, own)))
+
+    return _Compiled(
+        run_step,
+        outputs,
+        lambda tree: place(tree, mesh),
+        lambda state: replicate(state, mesh),
+        lambda state: jax.tree.map(lambda x: np.array(x.addressable_shards[0].data), state),
+    )
 
 
 def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
@@ -149,8 +225,3 @@ def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
 def _first_copy(tree: Any) -> Any:
     """The first device's copy of every leaf, without the leading axis, on the host."""
     return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0, ...], tree)
-
-
-def _first_scalar(tree: Any) -> Any:
-    """The same of scalars, on the device: nobody waits for the step that computes them."""
-    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)

@@ -82,13 +82,13 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
 def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
     """What `method` trains on each of the backbones, which differ in their vocabulary alone."""
     first = backbones[0]
-    shapes = _adapted_shapes(first.module, method)
+    shapes = adapted_shapes(first.module, method)
     found = [shapes]
     added = {path: leaf for path, leaf in shapes.items() if path not in first.shapes}
     for other in backbones[1:]:
         # Tracing takes a second, and hardly any method has parameters for each token.
         if any(first.vocab_size in leaf.shape for leaf in added.values()):
-            found.append(_adapted_shapes(other.module, method))
+            found.append(adapted_shapes(other.module, method))
         else:
             found.append({**other.shapes, **added})
     trees = [unflatten_dict(flat, sep="/") for flat in found]
@@ -102,7 +102,8 @@ def _with_vocabulary(module: Any, size: int) -> Counted:
     return Counted(module, _shapes(module))
 
 
-def _adapted_shapes(module: Any, method: MethodConfig) -> dict[str, Any]:
+def adapted_shapes(module: Any, method: MethodConfig) -> dict[str, Any]:
+    """`/`-joined path -> shape, of a backbone's parameters and what a method adds to them."""
     return _shapes(cj.Adapted(module, method), *module.dummy_inputs())
 
 

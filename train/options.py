@@ -298,6 +298,8 @@ class FitOptions(HostOptions, TrainingOptions):
       checkpoint_steps: save the training state every so many steps as well as at every evaluation;
         0 does not.
       keep_checkpoints: how many of the last to keep, beside the best.
+      mesh: data=2,model=4 to divide a backbone too large for one device over those of a host: two
+        rows, each with a part of every batch, of four devices that divide its products.
       resume: go on where an interrupted run in output_dir stopped.
       overwrite: replace the run in output_dir.
       log: csv, or tensorboard as well: losses, learning rate, norm of the gradient and speed of
@@ -320,6 +322,7 @@ class FitOptions(HostOptions, TrainingOptions):
     max_steps: int | None = None
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
+    mesh: str | None = None
     resume: bool = False
     overwrite: bool = False
     log: Literal["csv", "tensorboard"] = "csv"

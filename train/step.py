@@ -122,7 +122,11 @@ def loss_and_update(
     if accumulation_steps == 1:
         value, gradient = jax.value_and_grad(part_loss)(state.trained, batch, key)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), dict(batch))
+        # Every so many rows, not some one after the other: rows that are divided over a mesh then
+        # stay where they are.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), dict(batch)
+        )
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
         keys = jax.random.split(key, accumulation_steps)
         (value, gradient), _ = jax.lax.scan(accumulate, zero, (parts, keys))
@@ -163,10 +167,3 @@ def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -
         return decay
     warmup = optax.schedules.linear_schedule(0.0, learning_rate, warmup_steps)
     return optax.schedules.join_schedules([warmup, decay], [warmup_steps])
-
-
-def make_compute(*args: Any, **keywords: Any) -> Any:
-    """`train.compute.make_compute`, under its name of before."""
-    from train import compute  # noqa: PLC0415 - which imports this module
-
-    return compute.make_compute(*args, **keywords)
