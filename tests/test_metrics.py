@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from train.metrics import compute_metrics, label_metrics, score_metrics, text_metrics
+from train.metrics import (
+    all_of_group,
+    answer_metrics,
+    bleu,
+    compute_metrics,
+    label_metrics,
+    score_metrics,
+    text_metrics,
+)
 
 
 def one_hot(predictions, num_labels):
@@ -155,3 +163,64 @@ def test_generated_scores_that_are_none_are_the_mean():
 
 def test_exact_match_ignores_white_space_alone():
     assert text_metrics(["a  b", "a b", "A"], [" a b\n", "ab", "a"]) == {"exact_match": 1 / 3}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "exact", "f1"),
+    [
+        ("the Plot!", ["plot"], 1, 1),  # case, marks and articles do not count
+        ("an  awful film", ["awful film"], 1, 1),
+        ("a very good film", ["the good film", "dull"], 0, 4 / 5),  # of 3 and 2 words 2 are shared
+        ("good good film", ["good plot"], 0, 2 / 5),  # a word as often as in both
+        ("film", ["plot", "film", "the film was"], 1, 1),  # the best of several
+        ("", ["film"], 0, 0),
+        ("well-known", ["well known"], 0, 0),  # a mark is left out, not replaced
+        ("theatre", ["atre"], 0, 0),  # articles are words
+    ],
+)
+def test_answers_by_hand(prediction, answers, exact, f1):
+    assert answer_metrics([prediction], [answers]) == pytest.approx(
+        {"exact_match": exact, "f1": f1}
+    )
+
+
+def test_answers_against_another_implementation():
+    oracle = pytest.importorskip("transformers.data.metrics.squad_metrics")
+    generator = np.random.default_rng(0)
+    parts = ["the", "A", "film,", "plot", "plot", "Good", "not-good", "it's", "1.5"]
+    for _ in range(200):
+        prediction, *answers = (
+            " ".join(generator.choice(parts, generator.integers(1, 6))) + " film" for _ in range(3)
+        )
+        assert answer_metrics([prediction], [answers]) == pytest.approx(
+            {
+                "exact_match": max(oracle.compute_exact(a, prediction) for a in answers),
+                "f1": max(oracle.compute_f1(a, prediction) for a in answers),
+            }
+        )
+
+
+def test_answers_are_averaged_over_questions():
+    values = answer_metrics(["film", "dull plot"], [["the film"], ["plot", "dull"]])
+    assert values == pytest.approx({"exact_match": 1 / 2, "f1": (1 + 2 / 3) / 2})
+
+
+def test_a_group_counts_when_all_of_it_is_right():
+    right = [True, True, False, True, True, False]
+    assert all_of_group(right, ["a", "b", "a", "c", "b", "d"]) == 2 / 4
+
+
+def test_bleu_by_hand():
+    # Shared with the target: 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples.
+    predictions = ["we loved the plot not film"]
+    targets = ["we loved the plot and film"]
+    precisions = [5 / 6, 3 / 5, 2 / 4, 1 / 3]
+    assert bleu(predictions, targets) == pytest.approx(100 * np.prod(precisions) ** (1 / 4))
+    # Shorter than the target: all is shared, and there is a penalty.
+    assert bleu(["we loved the plot"], ["we loved the plot not"]) == pytest.approx(
+        100 * np.exp(1 - 5 / 4)
+    )
+    # Counted over the whole corpus, not sentence by sentence.
+    both = bleu([*predictions, "it was good it"], [*targets, "it was good it"])
+    summed = [(5 + 4) / (6 + 4), (3 + 3) / (5 + 3), (2 + 2) / (4 + 2), (1 + 1) / (3 + 1)]
+    assert both == pytest.approx(100 * np.prod(summed) ** (1 / 4))
