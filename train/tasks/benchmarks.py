@@ -6,6 +6,7 @@ T5 paper, arXiv:1910.10683, and writes text. Rows have the columns of the hub.
 
 from __future__ import annotations
 
+import abc
 import itertools
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -25,7 +26,6 @@ Kind: TypeAlias = Literal[
 Rows: TypeAlias = "Dataset | Mapping[str, Sequence[Any]]"
 Columns: TypeAlias = dict[str, Any]
 
-_GLUE, _SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
 _LANGUAGES = {
     "cs": "Czech",
     "de": "German",
@@ -124,6 +124,10 @@ class Benchmark:
         """To which question each row belongs; None where every row is one."""
         return None
 
+    def usable(self, rows: Rows) -> list[bool] | None:
+        """Whether a row can be learned from; None where all can."""
+        return None
+
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
         """Metrics beside those of the kind; predictions are labels or texts, one for each row."""
         return {}
@@ -216,20 +220,20 @@ class Winograd(Benchmark):
         ]
 
 
-class Choice(Benchmark):
+class Choice(Benchmark, abc.ABC):
     """One of several candidates; an encoder judges each by itself, and the likeliest is taken."""
 
+    @abc.abstractmethod
     def candidates(self, rows: Rows) -> list[list[str]]:
         """What may be chosen, for each row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
         """Sentence and second sentence of each candidate, for each row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def right(self, rows: Rows) -> list[list[bool]] | None:
         """Whether each candidate is right, for each row; None where that is unknown."""
-        raise NotImplementedError
 
     def for_encoder(self, rows: Rows) -> Columns:
         """A pair for each candidate with label 1 where it is right; `row` is whose it is."""
@@ -372,6 +376,13 @@ class Translation(Benchmark):
         """In words, as in the T5 paper."""
         return f"translate {_LANGUAGES[self.source]} to {_LANGUAGES[self.to]}"
 
+    def usable(self, rows: Rows) -> list[bool]:
+        """Some sentences of WMT's training sets are aligned with nothing."""
+        return [
+            bool(pair[self.source].strip() and pair[self.to].strip())
+            for pair in rows["translation"][:]
+        ]
+
     def named(self, rows: Rows) -> Rows:
         """Also of sentences without their translation."""
         return rows if "sentence" in columns_of(rows) else super().named(rows)
@@ -384,10 +395,13 @@ class Translation(Benchmark):
                 columns["target"] = rows["target"][:]
             return columns
         pairs = rows["translation"][:]
-        return {
-            "sentence": [pair[self.source] for pair in pairs],
-            "target": [pair[self.to] for pair in pairs],
-        }
+        for row, pair in enumerate(pairs, 1):
+            if not pair.get(self.source):
+                raise ValueError(f"row {row} of {self.name} has nothing in {self.source!r}")
+        columns = {"sentence": [pair[self.source] for pair in pairs]}
+        if all(pair.get(self.to) for pair in pairs):
+            columns["target"] = [pair[self.to] for pair in pairs]
+        return columns
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
         """`bleu`, from 0 to 100."""
@@ -424,11 +438,16 @@ def find(name: str) -> Benchmark | None:
 def _glue(name: str, *columns: str, **fields: Any) -> Benchmark:
     return Benchmark(
         name=name,
-        repository=_GLUE,
+        repository="nyu-mll/glue",
         configuration=name,
         columns=dict.fromkeys(columns, str),
         **fields,
     )
+
+
+def _super_glue(made: type[Benchmark], name: str, *columns: str, **fields: Any) -> Benchmark:
+    fields = {"configuration": name, "columns": dict.fromkeys(columns, str), **fields}
+    return made(name=name, repository="aps/super_glue", **fields)
 
 
 _SENTENCES = ("sentence1", "sentence2")
@@ -446,56 +465,25 @@ _ALL = (
     _glue("qnli", "question", "sentence"),
     _glue("rte", *_SENTENCES),
     _glue("wnli", *_SENTENCES),
-    Benchmark(
-        name="boolq",
-        repository=_SUPER_GLUE,
-        configuration="boolq",
-        columns={"question": str, "passage": str},
-    ),
-    Benchmark(
-        name="cb",
-        repository=_SUPER_GLUE,
-        configuration="cb",
-        columns={"premise": str, "hypothesis": str},
-        metrics=("accuracy", "macro_f1"),
-    ),
-    Copa(
-        name="copa",
-        repository=_SUPER_GLUE,
-        configuration="copa",
-        columns={"premise": str, "question": str, "choice1": str, "choice2": str},
-    ),
-    MultiRC(
-        name="multirc",
-        repository=_SUPER_GLUE,
-        configuration="multirc",
-        columns={"paragraph": str, "question": str, "answer": str},
-        metrics=_ANSWER_METRICS,
-    ),
-    Record(
-        name="record",
-        repository=_SUPER_GLUE,
-        configuration="record",
+    _super_glue(Benchmark, "boolq", "question", "passage"),
+    _super_glue(Benchmark, "cb", "premise", "hypothesis", metrics=("accuracy", "macro_f1")),
+    _super_glue(Copa, "copa", "premise", "question", "choice1", "choice2"),
+    _super_glue(MultiRC, "multirc", "paragraph", "question", "answer", metrics=_ANSWER_METRICS),
+    _super_glue(
+        Record,
+        "record",
         columns={"passage": str, "query": str, "entities": list},
         kind="choice",
         metrics=_ANSWER_METRICS,
     ),
-    WordInContext(
-        name="wic",
-        repository=_SUPER_GLUE,
-        configuration="wic",
-        columns={"sentence1": str, "sentence2": str, "word": str},
-    ),
-    Winograd(
-        name="wsc",
-        repository=_SUPER_GLUE,
+    _super_glue(WordInContext, "wic", *_SENTENCES, "word"),
+    _super_glue(
+        Winograd,
+        "wsc",
         configuration="wsc.fixed",
         columns={
-            "text": str,
-            "span1_text": str,
-            "span2_text": str,
-            "span1_index": int,
-            "span2_index": int,
+            **dict.fromkeys(("text", "span1_text", "span2_text"), str),
+            **dict.fromkeys(("span1_index", "span2_index"), int),
         },
     ),
     Squad(

@@ -195,6 +195,13 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
     if benchmark.kind == "regression" and not isinstance(rows[0]["label"], float):
         raise ValueError(f"{where}: column 'label' is {feature}, not float32")
     rows = rows.select_columns(list(wanted))
+    usable = benchmark.usable(rows)
+    if usable is not None and not all(usable):
+        print(
+            f"{where}: {usable.count(False)} of {len(rows)} rows have an empty text and are left "
+            "out"
+        )
+        rows = rows.select(np.flatnonzero(usable))
     return rows.rename_column("label", "score") if benchmark.kind == "regression" else rows
 
 
@@ -217,7 +224,10 @@ def _check_labels(
     if benchmark.kind != "classification":
         return
     if (own := _label_names(benchmark, rows)) != names:
-        raise ValueError(f"{benchmark.name}: the labels of {split} are {own}, of others {names}")
+        raise ValueError(
+            f"{benchmark.name}: the labels of {split} are {', '.join(own)}, of others "
+            f"{', '.join(names)}"
+        )
     for row, label in enumerate(rows["label"][:], 1):
         if not 0 <= label < len(names):
             raise ValueError(f"{benchmark.name}, {split}, row {row}: the label is missing")
