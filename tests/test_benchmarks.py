@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from train import inference, objective, tasks
+from train import inference, objective, tasks, text
 from train.objective.decoder import TextToText
 from train.objective.encoder import SpanExtractor
 from train.options import FitOptions
+from train.tasks import benchmarks
 
 NAMES = tuple(hub_data.FEATURES)
 MEANS = {
@@ -137,3 +138,209 @@ def test_official_splits(name, folder):
     original = hub_data.rows(name, 6, seed=1)  # written second
     for column in task.benchmark.columns:
         assert task.splits["validation"][column][:] == original[column][:]
+
+
+# --- how rows are put to a backbone -------------------------------------------------------------
+
+PREMISE = {"premise": ["a film"], "hypothesis": ["it is fine"]}
+PAIR = {"sentence1": ["a film"], "sentence2": ["it is fine"]}
+RECORD = {
+    "passage": ['"Good," he said.\n@highlight\nThe film was loved\n@highlight\nIt won'],
+    "query": ["critics loved @placeholder, and @placeholder won"],
+    "entities": [["the film", "Ann", "the film"]],
+}
+MULTIRC = {
+    "paragraph": ["<b>Sent 1: </b>It was dull.<br><b>Sent 2: </b>We left."],
+    "question": ["why?"],
+    "answer": ["it was dull"],
+}
+WSC = {
+    "text": ["Mark told Pete's sister, that he won."],
+    "span1_text": ["Pete"],
+    "span1_index": [2],
+    "span2_text": ["he"],
+    "span2_index": [5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "pair", "text"),
+    [
+        ("cola", {"sentence": ["a film"]}, ("a film",), "cola sentence: a film"),
+        ("sst2", {"sentence": ["a film"]}, ("a film",), "sst2 sentence: a film"),
+        (
+            "mrpc",
+            PAIR,
+            ("a film", "it is fine"),
+            "mrpc sentence1: a film sentence2: it is fine",
+        ),
+        (
+            "qqp",
+            {"question1": ["why"], "question2": ["how"]},
+            ("why", "how"),
+            "qqp question1: why question2: how",
+        ),
+        (
+            "stsb",
+            PAIR,
+            ("a film", "it is fine"),
+            "stsb sentence1: a film sentence2: it is fine",
+        ),
+        (
+            "mnli",
+            PREMISE,
+            ("a film", "it is fine"),
+            "mnli hypothesis: it is fine premise: a film",
+        ),
+        (
+            "qnli",
+            {"question": ["why"], "sentence": ["so"]},
+            ("why", "so"),
+            "qnli question: why sentence: so",
+        ),
+        ("rte", PAIR, ("a film", "it is fine"), "rte sentence1: a film sentence2: it is fine"),
+        ("wnli", PAIR, ("a film", "it is fine"), "wnli sentence1: a film sentence2: it is fine"),
+        (
+            "boolq",
+            {"question": ["is it"], "passage": ["It is"]},
+            ("is it", "It is"),
+            "boolq passage: It is question: is it",
+        ),
+        ("cb", PREMISE, ("a film", "it is fine"), "cb hypothesis: it is fine premise: a film"),
+        (
+            "multirc",
+            MULTIRC,
+            ("Sent 1: It was dull. Sent 2: We left.", "why? it was dull"),
+            "multirc question: why? answer: it was dull paragraph: Sent 1: It was dull. "
+            "Sent 2: We left.",
+        ),
+        (
+            "wic",
+            {**PAIR, "word": ["fine"]},
+            ("fine: a film", "it is fine"),
+            "wic pos: sentence1: a film sentence2: it is fine word: fine",
+        ),
+        (
+            "wsc",
+            WSC,
+            ("Mark told *Pete*'s sister, that #he# won.",),
+            "wsc text: Mark told *Pete*'s sister, that #he# won.",
+        ),
+    ],
+)
+def test_inputs_of_labelled_benchmarks(name, rows, pair, text):
+    benchmark = benchmarks.find(name)
+    columns = benchmark.for_encoder(rows)
+    assert tuple(values[0] for values in columns.values()) == pair
+    assert list(columns) == ["sentence", "sentence2"][: len(pair)]
+    assert inputs_of(benchmark, rows) == [text]
+    target = "score" if name == "stsb" else "label"
+    labelled = {**rows, target: [1]}
+    assert benchmark.for_encoder(labelled)[target] == [1]
+    assert benchmark.for_decoder(labelled)[target] == [1]
+
+
+def inputs_of(benchmark, rows):
+    casting = text.Casting(kind="text", prefix=benchmark.prefix)
+    return casting.inputs(benchmark.for_decoder(rows))
+
+
+def test_inputs_of_copa():
+    rows = {
+        "premise": ["It rained.", "We left."],
+        "choice1": ["It was wet.", "It was dull."],
+        "choice2": ["It was dry.", "It was fine."],
+        "question": ["effect", "cause"],
+    }
+    copa = benchmarks.find("copa")
+    assert inputs_of(copa, rows)[0] == (
+        "copa choice1: It was wet. choice2: It was dry. premise: It rained. question: effect"
+    )
+    first, second = "It rained. What was the effect?", "We left. What was the cause?"
+    expected = {
+        "sentence": [first, first, second, second],
+        "sentence2": ["It was wet.", "It was dry.", "It was dull.", "It was fine."],
+        "row": [0, 0, 1, 1],
+    }
+    assert copa.for_encoder(rows) == expected
+    labels = copa.for_encoder({**rows, "label": [1, 0]})["label"]
+    assert labels == [0, 1, 1, 0]
+
+
+def test_inputs_of_record():
+    record, passage = benchmarks.find("record"), '"Good," he said. The film was loved. It won'
+    assert inputs_of(record, RECORD) == [
+        "record query: critics loved @placeholder, and @placeholder won "
+        f"entities: the film, Ann passage: {passage}"
+    ]
+    answered = {**RECORD, "answers": [["Ann", "Ann"]]}
+    assert record.for_encoder(answered) == {
+        "sentence": [passage, passage],
+        "sentence2": [
+            "critics loved the film, and the film won",
+            "critics loved Ann, and Ann won",
+        ],
+        "row": [0, 0],
+        "label": [0, 1],
+    }
+    # An example for every name that is right.
+    two = {name: values * 2 for name, values in RECORD.items()}
+    two["answers"] = [["Ann"], ["the film", "Ann"]]
+    columns = record.for_decoder(two)
+    assert columns["target"] == ["Ann", "the film", "Ann"]
+    assert columns["row"] == [0, 1, 1]
+    assert len(set(columns["text"])) == 1
+    with pytest.raises(ValueError, match="row 1 of record has no entities to choose from"):
+        record.for_encoder({**RECORD, "entities": [[]]})
+
+
+def test_inputs_of_squad_and_translation():
+    rows = {
+        "question": ["why"],
+        "context": ["so it is"],
+        "answers": [{"text": ["so", "so it"], "answer_start": [0, 0]}],
+    }
+    squad = benchmarks.find("squad")
+    assert inputs_of(squad, rows) == ["question: why context: so it is"]
+    assert squad.for_decoder(rows)["target"] == ["so"]
+    pairs = {"translation": [{"en": "the film", "ro": "filmul"}]}
+    for name, source, target in [
+        ("wmt16-ro-en", "translate Romanian to English: filmul", "the film"),
+        ("wmt16-en-ro", "translate English to Romanian: the film", "filmul"),
+    ]:
+        translation = benchmarks.find(name)
+        assert inputs_of(translation, pairs) == [source]
+        assert translation.for_decoder(pairs)["target"] == [target]
+    sentences = {"sentence": ["the film"]}
+    assert translation.named(sentences) is sentences
+    assert inputs_of(translation, sentences) == ["translate English to Romanian: the film"]
+    with pytest.raises(ValueError, match="row 1 of wmt16-en-ro has nothing in 'en'"):
+        translation.for_decoder({"translation": [{"ro": "filmul"}]})
+
+
+@pytest.mark.parametrize(
+    ("span", "index", "marked"),
+    [
+        ("the city councilmen", 0, "*The city councilmen* refused them"),
+        ("them", 4, "The city councilmen refused *them*"),
+        ("the citys councilmen", 0, "*The city councilmen* refused them"),  # not as it is written
+    ],
+)
+def test_spans_are_marked_where_their_words_are(span, index, marked):
+    wsc = benchmarks.find("wsc")
+    rows = {"text": ["The city councilmen refused them"], "span1_text": [span]}
+    rows |= {"span1_index": [index], "span2_text": ["refused"], "span2_index": ["3"]}
+    assert wsc.for_encoder(rows)["sentence"] == [marked.replace("refused", "#refused#")]
+    with pytest.raises(ValueError, match="there is no word 9 in the 5 words of 'The city counc"):
+        wsc.for_encoder({**rows, "span2_index": [9]})
+
+
+def test_questions_of_multirc_are_right_when_all_answers_are():
+    rows = {name: values * 4 for name, values in MULTIRC.items()}
+    rows |= {"question": ["why?", "why?", "who?", "who?"], "label": [1, 0, 1, 1]}
+    multirc = benchmarks.find("multirc")
+    assert multirc.scores([1, 0, 1, 0], rows) == {"exact_match": 0.5}
+    assert multirc.scores([0, 1, 1, 1], rows) == {"exact_match": 0.5}
+    assert multirc.metric == "exact_match_and_f1"
+    values = multirc.with_mean({"f1": 0.8, "exact_match": 0.5})
+    assert values["exact_match_and_f1"] == pytest.approx(0.65)

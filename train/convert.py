@@ -95,7 +95,7 @@ def load_ours(folder: Path, name: str | None) -> tuple[cj.Backbone, cj.Adapted, 
     name = name or settings.get("backbone")
     if name is None:
         raise ValueError(f"{folder} does not name its backbone; give --backbone")
-    backbone = cj.load_backbone(name, head=settings["head"], num_labels=settings["num_labels"])
+    backbone = cj.load_backbone(name, **inference.head_of(settings))
     return backbone, *cj.load_adapter(folder, backbone)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,7 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     name = options.backbone or settings["backbone"]
     backbone = cj.load_backbone(
         name,
-        head=settings["head"],
-        num_labels=settings["num_labels"],
+        **head_of(settings),
         dtype=jnp.dtype(options.dtype or settings["dtype"]),
     )
     model, params = cj.load_adapter(options.adapter, backbone)
@@ -117,6 +116,13 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
     compiled = jax.jit(objective.outputs)
     return LoadedAdapter(settings, objective, lambda batch: jax.device_get(compiled(params, batch)))
+
+
+def head_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What to load the backbone of a saved adapter with, by its `adapter_config.json`."""
+    head, num_labels = settings["head"], settings["num_labels"]
+    # Written for every head of an encoder; one of answers in a text takes no such number.
+    return {"head": head, "num_labels": None if head == "question_answering" else num_labels}
 
 
 def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
