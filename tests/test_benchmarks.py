@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from train import inference, objective, tasks, text
+from train import data, inference, objective, tasks, text
 from train.objective.decoder import TextToText
 from train.objective.encoder import SpanExtractor
 from train.options import FitOptions
@@ -119,6 +119,29 @@ def test_every_benchmark_is_scored(name, family, folder, tiny_backbone, tiny_t5)
         jax.tree.map(lambda leaf: leaf[: len(unlabelled)], right), unlabelled
     )
     assert len(predicted) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "max_length"),
+    [("squad", "bert", 24), ("copa", "bert", 64), ("record", "t5", 64)],
+)
+def test_the_loss_of_a_split_is_that_of_its_batches(
+    name, family, max_length, folder, tiny_backbone, tiny_t5
+):
+    """With every row padded to its own length, and with all in one batch."""
+    backbone = tiny_backbone if family == "bert" else tiny_t5
+    _, made, params = prepared(backbone, folder, name, max_length=max_length)
+    encoded = made.encode_all({"train": hub_data.rows(name, 5)})["train"]
+    compute = jax.jit(made.outputs)
+    outputs = inference.split_outputs(
+        lambda batch: jax.device_get(compute(params, batch)), encoded, 4, description=None
+    )
+    size = len(encoded)
+    (batch,) = data.batches(encoded, size, shuffle=True, seed=0)  # all lengths in one
+    loss = jax.jit(lambda batch: made.loss(made.apply(params, batch, None), batch["labels"]))
+    losses = loss(batch)
+    expected = np.average(losses, weights=batch["weights"])
+    assert made.scores(outputs, encoded)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -183,6 +183,9 @@ def test_names_that_do_not_go_together(tmp_path):
     assert refusal("mnli", tmp_path, regression=True) == (
         "mnli is a task of kind classification, and cannot be another"
     )
+    assert refusal("films", tmp_path, train_file=path) == (
+        "--data-dir is for benchmarks such as mnli, not for your own files"
+    )
     assert "unknown language 'xx'; use cs, de, en" in refusal("wmt16-xx-en", tmp_path)
     hub_data.write(tmp_path, "rte")
     assert refusal("rte", tmp_path, label_names=["positive", "negative"]) == (
@@ -197,7 +200,9 @@ def test_folders_without_the_data(tmp_path):
     )
     hub_data.write(tmp_path, "wsc")
     (tmp_path / "wsc.fixed" / "validation-00000-of-00001.parquet").unlink()
-    assert refusal("wsc", tmp_path).startswith("wsc has no split 'validation' whose answers")
+    for protocol in ("official", "paper"):
+        message = refusal("wsc", tmp_path, split_protocol=protocol)
+        assert message.startswith("wsc has no split 'validation' whose answers are published")
     (tmp_path / "wsc.fixed" / "train-00000-of-00001.parquet").write_bytes(b"no parquet")
     assert "train-00000-of-00001.parquet: not a readable parquet file" in refusal("wsc", tmp_path)
 

@@ -101,7 +101,7 @@ def from_settings(
     config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
     if kind == "span_corruption":
         return _span_corruption(model, tokenizer, config, max_length, settings[kind])
-    benchmark = find(settings["benchmark"]["name"]) if "benchmark" in settings else None
+    benchmark = _benchmark_of(settings)
     if "text_to_text" not in settings:
         return _of_encoder(model, tokenizer, kind, max_length, benchmark)
     names = settings["label_names"]
@@ -158,6 +158,18 @@ def check_length(config: Any, method: Any, max_length: int) -> None:
             f"backbone's {positions} positions; use a max_length of "
             f"{positions - prompt_length} or less, or a shorter prompt"
         )
+
+
+def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
+    """The benchmark that an adapter was trained on, if it was one."""
+    if "benchmark" not in settings:
+        return None
+    name = settings["benchmark"]["name"]
+    if (benchmark := find(name)) is None:
+        raise ValueError(
+            f"the adapter was trained on {name!r}, of which this version knows nothing"
+        )
+    return benchmark
 
 
 def _of_encoder(

@@ -115,6 +115,8 @@ def load_task(
         if (regression or text) and benchmark.kind != ("regression" if regression else "text"):
             raise ValueError(f"{name} is a task of kind {benchmark.kind}, and cannot be another")
         return _of_benchmark(benchmark, data_dir, split_protocol, splits, label_names)
+    if data_dir is not None and any(given):
+        raise ValueError("--data-dir is for benchmarks such as mnli, not for your own files")
     files = _files(name, given)
     wanted = tuple(files) if splits is None else tuple(splits)
     for split in wanted:

@@ -52,7 +52,7 @@ def load(
     Raises:
       ValueError: if the data cannot be read, lacks a column or labels, or there is no such split.
     """
-    read = _from_hub(benchmark) if data_dir is None else _from_folder(benchmark, Path(data_dir))
+    read = _from_hub(benchmark) if data_dir is None else _from_folder(benchmark, data_dir)
     makers = _official(benchmark, read) if protocol == "official" else _paper(benchmark, read)
     made = {}
     for split in makers if splits is None else splits:
@@ -92,7 +92,7 @@ def _paper(benchmark: Benchmark, read: Read) -> dict[str, Callable[[], Any]]:
     if groups.max() + 1 < _LARGE:
         whole = read(validation)
         if whole is None:
-            return {"train": lambda: train}
+            return {"train": lambda: train, "validation": lambda: None}
         half, rest = _divided(benchmark, whole, lambda number: number // 2)
         return {"train": lambda: train, "validation": lambda: half, "test": lambda: rest}
     held_out, rest = _divided(benchmark, train, lambda number: _HELD_OUT)
