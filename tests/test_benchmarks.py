@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from train import data, inference, objective, tasks, text
+from train import data, inference, objective, prompts, tasks, text
 from train.objective.decoder import TextToText
 from train.objective.encoder import SpanExtractor
 from train.options import FitOptions
@@ -367,3 +367,19 @@ def test_questions_of_multirc_are_right_when_all_answers_are():
     assert multirc.metric == "exact_match_and_f1"
     values = multirc.with_mean({"f1": 0.8, "exact_match": 0.5})
     assert values["exact_match_and_f1"] == pytest.approx(0.65)
+
+
+def test_prompts_start_from_the_inputs_of_a_benchmark(folder):
+    task = tasks.load_task("mnli", data_dir=folder)
+    rows = task.splits["train"]
+    first = f"hypothesis: {rows['hypothesis'][0]} premise: {rows['premise'][0]}"
+    texts = list(prompts.training_texts(task))
+    assert texts[0] == first
+    assert len(texts) == 8
+
+
+def test_an_adapter_of_an_unknown_benchmark(tiny_backbone):
+    _, model = adapted(tiny_backbone)
+    settings = {"kind": "classification", "max_length": 8, "benchmark": {"name": "anli"}}
+    with pytest.raises(ValueError, match="was trained on 'anli', of which this version knows"):
+        objective.from_settings(settings, model, None)
