@@ -23,6 +23,7 @@ from compacter_jax import config, inject
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
 from compacter_jax.params import FREEZE, group_of, label_params
+from compacter_jax.quantize import check_float
 from compacter_jax.sites import Site
 
 WEIGHTS_NAME = "adapter.safetensors"
@@ -55,9 +56,11 @@ def save_adapter(
 
     Raises:
       TypeError: if `metadata` is no JSON; nothing is written then.
-      ValueError: if `metadata` has a key that the library writes itself.
+      ValueError: if `metadata` has a key that the library writes itself, or the backbone in
+        `params` is of int8, whose hash is not the backbone's.
       OSError: if the directory cannot be written.
     """
+    check_float(params, "saving an adapter")
     stored, left = _split(params, model.method)
     data = safetensors.flax.save(stored)
     own = {
@@ -215,7 +218,8 @@ def hash_params(params: Mapping[str, Any]) -> str:
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
 
-    On an exception the temporary file is removed and `path` stays what it was.
+    On an exception the temporary file is removed and `path` stays what it was; an OSError that
+    names no file, as that of a full disk, names `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -223,6 +227,10 @@ def replace_file(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

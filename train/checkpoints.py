@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from compacter_jax.checkpoint import replace_file
 from train import hosts
 
-_BEST, _CHECKSUM = "best_step", "checksum"
+_BEST = "best_step"
+# In the folder of a checkpoint: what its files were when it had been written.
+_CHECKSUMS = "checksums.json"
 
 
 class Restored(NamedTuple):
@@ -51,7 +58,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.absolute()
+        # Orbax would tell of failures, at length, that are told here.
+        logging.set_verbosity(logging.FATAL)
         self._kept = _Kept(keep)
+        self._written: int | None = None  # the step under way
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -62,14 +72,25 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._without_echoes
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
-            self._manager.close()
-        except Exception as error:
+            self.finish()
+        except OSError:
             if kind is None:
-                raise self._unwritten(error) from error
+                raise
+        finally:
+            with contextlib.suppress(Exception):  # what failed has been said
+                self._manager.close()
+            sys.unraisablehook = self._hook
+
+    def _without_echoes(self, unraisable: Any) -> None:
+        """Where one array cannot be written, orbax hears of the others when it listens no more."""
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self._hook(unraisable)
 
     def latest(self) -> int | None:
         """The last step that has been written."""
@@ -90,10 +111,10 @@ class Checkpoints:
         state = jax.tree.map(np.asarray, state)
         if best:
             self._kept.best = step
-        progress = {**progress, _CHECKSUM: checksum(state), _BEST: self._kept.best}
+        progress = {**progress, _BEST: self._kept.best}
         try:
             # The one before must be whole before it can be dropped for this one.
-            self._manager.wait_until_finished()
+            self.finish()
             if step in self._manager.all_steps():
                 self._remove(step)
             self._manager.save(
@@ -103,8 +124,11 @@ class Checkpoints:
                 ),
                 force=True,
             )
+        except OSError:
+            raise
         except Exception as error:  # the kinds differ between file systems and versions
             raise self._unwritten(error) from error
+        self._written = step
 
     def finish(self) -> None:
         """Returns when the last checkpoint has been written.
@@ -116,6 +140,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._unwritten(error) from error
+        if self._written is not None and hosts.is_first():
+            checkpoint = self.folder / str(self._written)
+            with replace_file(checkpoint / _CHECKSUMS) as temporary:
+                temporary.write_text(json.dumps(_checksums(checkpoint)), encoding="utf-8")
+        self._written = None
 
     def restore(self, template: Any, note: Callable[[str], None]) -> Restored | None:
         """The latest checkpoint that can be read; those after it that cannot are removed.
@@ -133,7 +162,7 @@ class Checkpoints:
             try:
                 restored = self._read(step, template)
             except Exception as error:  # anything may be wrong in a damaged file
-                reasons.append(f"step {step}: {_first_line(error)}")
+                reasons.append(f"step {step}: {_in_short(error)}")
                 continue
             for reason in reasons:
                 note(f"the checkpoint of {reason}; taking the one before")
@@ -148,6 +177,11 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, template: Any) -> Restored:
+        checkpoint = self.folder / str(step)
+        listed = checkpoint / _CHECKSUMS
+        # A run that was killed may not have come to it; what orbax has renamed is whole.
+        if listed.exists() and json.loads(listed.read_text("utf-8")) != _checksums(checkpoint):
+            raise ValueError("its files are not what was written")
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -155,8 +189,6 @@ class Checkpoints:
             ),
         )
         progress = dict(found.progress)
-        if progress.pop(_CHECKSUM, None) != checksum(found.state):
-            raise ValueError("the state is not what was saved")
         self._kept.best = progress.pop(_BEST)
         return Restored(step, found.state, progress)
 
@@ -170,20 +202,25 @@ class Checkpoints:
 
     def _unwritten(self, error: Exception) -> OSError:
         return OSError(
-            f"a checkpoint could not be written to {self.folder}: {_first_line(error)}; make room, "
+            f"a checkpoint could not be written to {self.folder}: {_in_short(error)}; make room, "
             "then go on with --resume"
         )
 
 
-def checksum(tree: Any) -> int:
-    """CRC-32 of the bytes of all leaves and of their paths."""
-    value = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        value = zlib.crc32(jax.tree_util.keystr(path).encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), value)
-    return value
+def _checksums(checkpoint: Path) -> dict[str, int]:
+    """CRC-32 of every file in a folder, the list of them aside."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != _CHECKSUMS:
+            value = 0
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    value = zlib.crc32(block, value)
+            found[str(path.relative_to(checkpoint))] = value
+    return found
 
 
-def _first_line(error: Exception) -> str:
+def _in_short(error: Exception) -> str:
+    """What went wrong: the beginning and, where the reason of the system stands, the end."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
+    return text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"

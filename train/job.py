@@ -16,9 +16,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax.config import MethodConfig
+from compacter_jax.config import FullFineTuningConfig, IntrinsicConfig, MethodConfig
 from compacter_jax.params import group_of
-from train import data, hosts, inference, mixture, prompts, tasks
+from train import data, hosts, inference, mesh, mixture, prompts, tasks
 from train.objective import Objective, check_options, for_task, head_arguments
 from train.options import FitOptions
 
@@ -205,14 +205,22 @@ def _lane(name: str, options: FitOptions, first: Lane | None) -> Lane:
         train_file=options.train_file,
         validation_file=options.validation_file,
         test_file=options.test_file,
+        data_dir=options.data_dir,
+        split_protocol=options.split_protocol,
     )
     check_options(task, options)
     if options.train_size is not None:
         sample = tasks.subsample(task.splits["train"], options.train_size, options.seed)
         task = dataclasses.replace(task, splits={**task.splits, "train": sample})
+    # On the host: what goes to the devices may be divided among them, and of another dtype.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return _loaded_lane(task, options, first)
+
+
+def _loaded_lane(task: tasks.Task, options: FitOptions, first: Lane | None) -> Lane:
     backbone = cj.load_backbone(
         options.backbone,
-        **head_arguments(options.backbone, task.num_labels),
+        **head_arguments(options.backbone, task.num_labels, task.kind),
         dropout_rate=options.backbone_dropout,
         dtype=jnp.dtype(options.dtype),
         remat=options.remat,
@@ -237,6 +245,13 @@ def _lane(name: str, options: FitOptions, first: Lane | None) -> Lane:
 
 def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:
     method = options.method_config()
+    if options.backbone_dtype == "int8" and isinstance(
+        method, FullFineTuningConfig | IntrinsicConfig
+    ):
+        raise ValueError(
+            f"--backbone-dtype int8 is for weights that stay as they are, and --method "
+            f"{options.method} changes all of them; use bfloat16"
+        )
     shared = len(task_names(options)) > 1 and options.adapters == "shared"
     if shared and prompts.needs_tokens(method) and options.prompt_words is None:
         raise ValueError(
@@ -294,7 +309,11 @@ def _view(places: Mapping[str, str], tree: Any) -> Any:
 
 
 def _check_batch_size(options: FitOptions) -> None:
-    devices = jax.device_count()
+    """Batches are divided among hosts, their devices, or the rows of the mesh, and parts."""
+    per_host = jax.local_device_count()
+    if options.mesh is not None:
+        per_host = mesh.parse(options.mesh)["data"]
+    devices = hosts.number() * per_host
     parts = devices * options.accumulation_steps
     if options.batch_size % parts:
         raise ValueError(

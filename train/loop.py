@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.config import FullFineTuningConfig
-from train import data, hosts, inference, logs, measure, report, step, stopping
+from train import data, flops, hosts, inference, logs, measure, report, step, stopping
 from train.checkpoints import Checkpoints
 from train.compute import Compute, make_compute
 from train.errors import NonFiniteLossError
@@ -93,12 +93,14 @@ class _Pending:
     Attributes:
       metrics: what it gives.
       lane: its task.
+      batch: this host's part.
       number: of the step, from 1 on.
       learning_rate: its.
     """
 
     metrics: step.StepMetrics
     lane: int
+    batch: data.Batch
     number: int
     learning_rate: float
 
@@ -150,6 +152,7 @@ class Trainer:
         self.learners = _trainings(job)
         self.progress = Progress()
         self._clock = measure.StepClock(self.progress.step_seconds)
+        self._meters = [_meter(job.options, lane) for lane in job.lanes]
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Trainer:
@@ -249,7 +252,7 @@ class Trainer:
         self._clock.dispatched(batch, lane)
         learning_rate = float(training.schedule(training.steps))
         training.steps += 1
-        return _Pending(metrics, lane, number, learning_rate)
+        return _Pending(metrics, lane, batch, number, learning_rate)
 
     def of_lane(self, lane: int) -> tuple[Training, Compute]:
         """The learner of a task, and what is compiled for the task."""
@@ -305,6 +308,9 @@ class Trainer:
             learning_rate=pending.learning_rate,
             gradient_norm=norm,
             examples_per_second=self.options.batch_size / seconds if seconds else None,
+            model_flops_utilisation=(
+                self._meters[pending.lane].utilisation(pending.batch, seconds) if seconds else None
+            ),
         )
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", refresh=False)
 
@@ -422,6 +428,7 @@ class Trainer:
                 metadata={
                     "backbone": lane.backbone.name,
                     "dtype": self.options.dtype,
+                    "backbone_dtype": self.options.backbone_dtype,
                     "task": lane.name,
                     "kind": lane.task.kind,
                     "label_names": list(lane.task.label_names),
@@ -444,7 +451,8 @@ class Trainer:
         template = {training.learner.name: training.host_state() for training in self.learners}
         restored = self._checkpoints.restore(template, tqdm.write)
         if restored is None:
-            print("no checkpoint to resume from; starting from the beginning")
+            if hosts.is_first():
+                print("no checkpoint to resume from; starting from the beginning")
             return 0
         for training in self.learners:
             state = step.TrainState(**restored.state[training.learner.name])
@@ -468,18 +476,25 @@ def _trainings(job: Job) -> list[Training]:
             for lane, view in zip(learner.lanes, learner.views, strict=True)
         )
         trained, frozen = cj.partition(learner.params, learner.labels)
-        frozen = _placed_once(frozen, computes[0], placed)
+        frozen = _placed_once(frozen, job.options.backbone_dtype, computes[0], placed)
         state = computes[0].init_state(trained)
         made.append(Training(learner, computes, schedule, state, frozen))
     return made
 
 
-def _placed_once(tree: Any, compute: Compute, placed: dict[int, Any]) -> Any:
-    """`tree` on the devices; arrays that `placed` has are taken from there, the others added."""
-    new = jax.tree.map(lambda leaf: None if id(leaf) in placed else leaf, tree)
-    copies = zip(jax.tree.leaves(new), jax.tree.leaves(compute.place(new)), strict=True)
-    placed |= {id(leaf): copy for leaf, copy in copies}
-    return jax.tree.map(lambda leaf: placed[id(leaf)], tree)
+def _placed_once(tree: Any, dtype: str, compute: Compute, placed: dict[int, Any]) -> Any:
+    """What is frozen, on the devices in `dtype`; arrays there are in `placed` are not copied again.
+
+    Args:
+      tree: of arrays on the host, None where one is trained.
+      dtype: float32, bfloat16 or int8.
+      compute: of the devices.
+      placed: by the identity of the array on the host; those that are new are added.
+    """
+    small = tree if dtype == "float32" else cj.cast_frozen(tree, dtype)
+    new = jax.tree.map(lambda leaf, cast: None if id(leaf) in placed else cast, tree, small)
+    copies = compute.place(new)
+    return jax.tree.map(lambda leaf, copy: placed.setdefault(id(leaf), copy), tree, copies)
 
 
 def _optimizer(job: Job, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -502,6 +517,22 @@ def _compute(job: Job, lane: Lane, view: Any, tx: optax.GradientTransformation) 
         outputs=lane.objective.outputs,
         seed=job.options.seed,
         accumulation_steps=job.options.accumulation_steps,
+        mesh=job.options.mesh,
+    )
+
+
+def _meter(options: FitOptions, lane: Lane) -> flops.Meter:
+    """What part of the devices' peak the steps of a task use."""
+    objective = lane.objective
+    peak = options.peak_flops or flops.peak(jax.local_devices()[0].device_kind, options.dtype)
+    return flops.Meter(
+        lane.model,
+        objective.inputs,
+        objective.loss,
+        lane.params,
+        lane.labels,
+        peak=peak,
+        devices=jax.local_device_count(),
     )
 
 

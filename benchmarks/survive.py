@@ -1,0 +1,282 @@
+"""Kills a run again and again, resumes it, and compares its adapter with that of one never killed.
+
+What stands after `--` are flags of `python -m train fit`:
+
+    python -m benchmarks.survive --output-dir runs/survive --kills 10 -- --backbone DIR --task movie
+        --train-size 1000 --epochs 2 --checkpoint-steps 5
+
+Every second kill comes while a checkpoint or an adapter is being written, the others at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.report import table
+
+# What takes longest in a new process is done once, before it is forked.
+_PRELOADED = ["train.loop", "train.job", "transformers", "datasets", "matplotlib.pyplot"]
+_POLL_SECONDS = 0.002
+_TIMEOUT_SECONDS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """One kill, and what came of it.
+
+    Attributes:
+      aimed: "writing" or "random".
+      step: last one in log.csv.
+      writing: what was being written at that moment, of names ending in a temporary suffix.
+      resumed: step that the next run went on from; None if from the beginning.
+    """
+
+    aimed: str
+    step: int
+    writing: tuple[str, ...]
+    resumed: int | None
+
+
+def fit(flags: Sequence[str], log: Path, devices: int, cache: Path) -> None:
+    """`python -m train fit` in this process; its words go to `log`."""
+    others = os.environ.get("XLA_FLAGS", "").split()
+    count = "--xla_force_host_platform_device_count"
+    own = [flag for flag in others if not flag.startswith(count)]
+    os.environ["XLA_FLAGS"] = " ".join([*own, f"{count}={devices}"])
+    import jax  # noqa: PLC0415 - looks at the flags when it is first asked for devices
+
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    from train.__main__ import main  # noqa: PLC0415
+
+    with (
+        log.open("w", buffering=1) as output,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        code = main(["fit", *flags])
+    sys.exit(code)
+
+
+class Runs:
+    """Starts runs of one or more processes.
+
+    Args:
+      folder: where their logs go, and what they compile.
+      processes: of each run.
+      devices: of each process.
+    """
+
+    def __init__(self, folder: Path, processes: int, devices: int):
+        self.folder, self.processes, self.devices = folder, processes, devices
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+        self._started = 0
+
+    def start(self, flags: Sequence[str]) -> list[Any]:
+        """A run that has just begun."""
+        self._started += 1
+        hosts: list[list[str]] = [[]]
+        if self.processes > 1:
+            address = f"localhost:{_free_port()}"
+            shared = ["--coordinator-address", address, "--num-processes", str(self.processes)]
+            hosts = [[*shared, "--process-id", str(i)] for i in range(self.processes)]
+        processes = [
+            self._context.Process(
+                target=fit,
+                args=([*flags, *own], self.log(i), self.devices, self.folder / "compiled"),
+            )
+            for i, own in enumerate(hosts)
+        ]
+        for process in processes:
+            process.start()
+        return processes
+
+    def log(self, process: int = 0) -> Path:
+        """What a process of the run started last has said."""
+        return self.folder / f"run-{self._started}-{process}.log"
+
+    def finish(self, processes: Sequence[Any]) -> None:
+        """Waits for a run; RuntimeError with its last words if it failed."""
+        for i, process in enumerate(processes):
+            process.join(_TIMEOUT_SECONDS)
+            if process.exitcode != 0:
+                kill(processes)
+                said = self.log(i).read_text()
+                raise RuntimeError(f"process {i} ended with {process.exitcode}: {said[-2000:]}")
+
+
+def kill(processes: Sequence[Any]) -> None:
+    """SIGKILL to all of them."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def survive(
+    flags: Sequence[str],
+    folder: Path,
+    *,
+    kills: int,
+    processes: int = 1,
+    devices: int = 1,
+    seed: int,
+) -> list[Kill]:
+    """Kills a run, resumes it until it ends, and compares it with one never killed.
+
+    Args:
+      flags: of `fit`, without `--output-dir`.
+      folder: where both runs go; must not exist.
+      kills: how often.
+      processes: that train together.
+      devices: emulated ones of each process.
+      seed: of the moments.
+
+    Returns:
+      The kills.
+
+    Raises:
+      RuntimeError: if a run fails, or ends with other bytes or other numbers.
+    """
+    folder.mkdir(parents=True)
+    runs, generator = Runs(folder, processes, devices), random.Random(seed)
+    whole, killed = folder / "whole", folder / "killed"
+    runs.finish(runs.start([*flags, "--output-dir", str(whole)]))
+    steps = last_step(whole)
+    done: list[Kill] = []
+    own = [*flags, "--output-dir", str(killed), "--resume"]
+    for i in range(kills):
+        aimed = ("random", "writing")[i % 2]
+        running = runs.start(own)
+        # In order, and before the end, so that something is left to be killed.
+        step = round(0.9 * steps * generator.uniform(i, i + 1) / kills)
+        _wait(running, runs, killed, step, aimed, generator.uniform(0, 0.2))
+        kill(running)
+        resumed = _resumed(runs.log())
+        if done:
+            done[-1] = dataclasses.replace(done[-1], resumed=resumed)
+        done.append(Kill(aimed, last_step(killed), tuple(_unfinished(killed)), None))
+    runs.finish(runs.start(own))
+    if done:
+        done[-1] = dataclasses.replace(done[-1], resumed=_resumed(runs.log()))
+    _compare(whole, killed)
+    return done
+
+
+def _wait(
+    processes: Sequence[Any], runs: Runs, folder: Path, step: int, aimed: str, seconds: float
+) -> None:
+    """Until a run has done `step`, and then until the moment to kill it."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while last_step(folder) < step or (aimed == "writing" and not _unfinished(folder)):
+        if any(process.exitcode == 0 for process in processes):
+            return  # the last of its steps: nothing is left to be killed
+        if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+            kill(processes)
+            raise RuntimeError(f"no step {step} in {folder}: {runs.log().read_text()[-2000:]}")
+        time.sleep(_POLL_SECONDS)
+    if aimed == "random":
+        time.sleep(seconds)
+
+
+def last_step(folder: Path) -> int:
+    """The last step of a run that has a checkpoint; 0 if none."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """Names of what is being written."""
+    found = [*folder.glob("checkpoints/*tmp*"), *folder.glob("adapter/*tmp*")]
+    return sorted(str(path.relative_to(folder)).partition(".")[0] for path in found)
+
+
+def _resumed(log: Path) -> int | None:
+    """The step that a run says it went on from."""
+    for line in log.read_text().splitlines():
+        if line.startswith("resumed at step "):
+            return int(line.split()[3].rstrip(","))
+    return None
+
+
+def _compare(whole: Path, killed: Path) -> None:
+    """RuntimeError unless adapters, metrics and steps are the same."""
+    names = sorted(path.name for path in (whole / "adapter").iterdir())
+    for name in names:
+        if (whole / "adapter" / name).read_bytes() != (killed / "adapter" / name).read_bytes():
+            raise RuntimeError(f"adapter/{name} of {killed} differs from that of {whole}")
+    left, right = map(_numbers, (whole, killed))
+    if left != right:
+        raise RuntimeError(f"the results of {killed} differ: {left} and {right}")
+
+
+def _numbers(folder: Path) -> dict[str, Any]:
+    """Of a run, all that does not depend on the clock."""
+    result = json.loads((folder / "metrics.json").read_text())
+    del result["measured"]
+    for record in result["history"]:
+        del record["examples_per_second"]
+    rows = [line.split(",")[:4] for line in (folder / "log.csv").read_text().splitlines()]
+    return {**result, "log": rows}
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def as_table(kills: Sequence[Kill]) -> str:
+    """The kills in Markdown."""
+    rows = [
+        [
+            str(i),
+            kill.aimed,
+            str(kill.step),
+            ", ".join(kill.writing) or "-",
+            "the beginning" if kill.resumed is None else str(kill.resumed),
+        ]
+        for i, kill in enumerate(kills, 1)
+    ]
+    return table(["kill", "aimed", "last checkpoint", "being written", "resumed at"], rows)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="emulated ones of each process")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("fit", nargs="+", help="flags of fit")
+    given = parser.parse_args()
+    kills = survive(
+        given.fit,
+        given.output_dir,
+        kills=given.kills,
+        processes=given.processes,
+        devices=given.devices,
+        seed=given.seed,
+    )
+    print(as_table(kills))
+    print("the adapter is that of a run never killed, byte for byte, and so is its log")
+
+
+if __name__ == "__main__":
+    main()
