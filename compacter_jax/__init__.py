@@ -31,7 +31,7 @@ from compacter_jax.inject import Adapted, init_adapters, merge_adapter
 from compacter_jax.models.bert import Bert, BertConfig
 from compacter_jax.models.convert import Backbone, load_backbone
 from compacter_jax.models.t5 import T5, T5Config
-from compacter_jax.params import count, label_params, merge, optimizer, partition
+from compacter_jax.params import cast_frozen, count, label_params, merge, optimizer, partition
 from compacter_jax.peft import export_peft, import_peft
 from compacter_jax.phm import kronecker_sum, kronecker_sum_matmul
 from compacter_jax.sites import Site
@@ -60,6 +60,7 @@ __all__ = [
     "PromptTuningConfig",
     "Site",
     "T5Config",
+    "cast_frozen",
     "count",
     "export_adapterhub",
     "export_peft",

@@ -33,6 +33,7 @@ from compacter_jax.config import (
     dense_twin,
     parts_of,
 )
+from compacter_jax.quantize import check_float, is_quantized
 from compacter_jax.sites import Site
 
 
@@ -115,11 +116,13 @@ class Adapted(nn.Module):
           params: of this model.
 
         Returns:
-          The model and its parameters; both as given if there is nothing to compute. Outputs are
-          equal to rounding.
+          The model and its parameters; both as given if there is nothing to compute, or kernels of
+          few bits would round away what is merged into them. Outputs are equal to rounding.
         """
         if isinstance(self.method, PHMBottleneckConfig):
             return self.clone(method=dense_twin(self.method)), adapters.build_weights(params)
+        if isinstance(self.method, LoRAConfig | IA3Config) and _has_narrow_kernels(params):
+            return self, params
         if isinstance(self.method, LoRAConfig | IA3Config | IntrinsicConfig):
             return self.clone(method=FullFineTuningConfig()), merge_adapter(self, params)
         for part in parts_of(self.method):
@@ -204,7 +207,7 @@ class Adapted(nn.Module):
     def _perturbed(self, name: str, args: Any, kwargs: Any) -> Any:
         """The call with every parameter of the backbone moved within the subspace."""
         assert isinstance(self.method, IntrinsicConfig)
-        params = _without_intrinsic(self.variables["params"])
+        params = _at_least_float32(_without_intrinsic(self.variables["params"]))
         seed = self.method.projection_seed
         moved = intrinsic.perturb(params, self.intrinsic["vector"], self.intrinsic["scale"], seed)
         rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
@@ -308,12 +311,14 @@ def merge_adapter(model: Adapted, params: Any) -> Any:
       A nested dict of arrays, as `model.backbone` has them.
 
     Raises:
-      ValueError: if the method is none that weights of the backbone can express; it says why.
+      ValueError: if the method is none that weights of the backbone can express; it says why. Or if
+        the backbone is of int8.
     """
+    check_float(params, "merging an adapter")
     method = model.method
     if isinstance(method, IntrinsicConfig):
         vector, scale = params["intrinsic_vector"], params.get("intrinsic_scale")
-        own = _without_intrinsic(params)
+        own = _at_least_float32(_without_intrinsic(params))
         return intrinsic.perturb(own, vector, scale, method.projection_seed)
     if isinstance(method, LoRAConfig | IA3Config):
         return adapters.merge_weights(params, method)
@@ -336,6 +341,22 @@ def _unmergeable(method: MethodConfig) -> str:
     if isinstance(method, PrefixTuningConfig | PromptTuningConfig):
         return "it adds tokens to attend to, not weights"
     return "one of its parts adds more than weights"
+
+
+def _has_narrow_kernels(params: Mapping[str, Any]) -> bool:
+    """Whether kernels of the backbone have fewer bits than float32."""
+    kernels = [
+        leaf
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel" and ADAPTER not in path
+    ]
+    return any(is_quantized(kernel) or kernel.dtype.itemsize < 4 for kernel in kernels)
+
+
+def _at_least_float32(params: Mapping[str, Any]) -> Any:
+    """What moves by less than bfloat16 tells apart must not be rounded to it."""
+    check_float(params, "intrinsic dimension")
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
 def _without_intrinsic(params: Mapping[str, Any]) -> dict[str, Any]:

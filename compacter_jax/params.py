@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
@@ -20,11 +21,18 @@ from compacter_jax.config import (
     PHMBottleneckConfig,
     parts_of,
 )
+from compacter_jax.quantize import is_quantized, quantize
 
 Params = Any
 Labels = Any
 
 _BIAS = re.compile("(.*/)?bias")
+# What int8 is for, and the axis that a channel runs along: kernels of linear layers, and the
+# vocabulary's embeddings.
+_QUANTIZED = (
+    (re.compile("(.*/)?kernel"), 0),
+    (re.compile("(.*/)?(shared|word_embeddings)/embedding"), 1),
+)
 
 TRAIN, FREEZE = "train", "freeze"
 
@@ -142,6 +150,43 @@ def merge(trained: Params, frozen: Params) -> Params:
         return b if a is None else a
 
     return jax.tree_util.tree_map_with_path(choose, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def cast_frozen(frozen: Params, dtype: Any) -> Params:
+    """The frozen half of `partition` in fewer bits; the backbone computes with it as with its own.
+
+    What computes is still of the dtype of the module, and what is trained of its own. int8 is for
+    kernels and the vocabulary's embeddings (see `compacter_jax.quantize`); biases, layer norms and
+    the small embeddings then stay as they are. `save_adapter` wants the half as it was before, or
+    of bfloat16.
+
+    Args:
+      frozen: nested dict of arrays, None where a leaf is trained. Adapters in it stay as they are.
+      dtype: bfloat16, float16 or float32; or int8.
+
+    Raises:
+      ValueError: for another dtype, or if there is nothing for int8.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"frozen weights can be of a floating-point type or int8, not {dtype}")
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        joined = "/".join(path)
+        if leaf is None or group_of(joined) in ("adapters", "rule"):
+            return leaf
+        if dtype != jnp.int8:
+            return leaf.astype(dtype)
+        axis = next((axis for pattern, axis in _QUANTIZED if pattern.fullmatch(joined)), None)
+        return leaf if axis is None else quantize(leaf, axis)
+
+    cast_half = path_aware_map(cast, frozen)
+    if dtype == jnp.int8 and not any(map(is_quantized, flatten_dict(cast_half).values())):
+        raise ValueError(
+            "no kernel is frozen, so int8 stores nothing: it is for methods that leave the "
+            "backbone's kernels as they are, not for full fine-tuning"
+        )
+    return cast_half
 
 
 @dataclasses.dataclass(frozen=True)

@@ -300,13 +300,15 @@ def test_remat_changes_nothing(deterministic):
         return loss_of(output), output
 
     run = jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-    for a, b in zip(*(jax.tree.leaves(run(params, r)) for r in (False, True)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+    plain, *recomputed = (jax.tree.leaves(run(params, r)) for r in ("off", "full", "dots"))
+    for again in recomputed:
+        for a, b in zip(again, plain, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
 
 
 def test_remat_has_the_same_initial_values():
     key, inputs = jax.random.key(1), Bert(ONE_LAYER).dummy_inputs()
-    plain, remat = (jit(Bert(ONE_LAYER, remat=r).init)(key, *inputs) for r in (False, True))
+    plain, remat = (jit(Bert(ONE_LAYER, remat=r).init)(key, *inputs) for r in ("off", "full"))
     jax.tree.map(np.testing.assert_array_equal, plain, remat)
 
 
@@ -317,7 +319,14 @@ def test_remat_recomputes_the_layers():
         jaxpr = jax.make_jaxpr(lambda v: module.apply(v, IDS).pooler_output)(variables)
         return sum(e.primitive.name in ("checkpoint", "remat", "remat2") for e in jaxpr.eqns)
 
-    assert (checkpoints(False), checkpoints(True)) == (0, TINY.num_hidden_layers)
+    assert checkpoints("off") == 0
+    assert checkpoints("full") == checkpoints("dots") == TINY.num_hidden_layers
+
+
+def test_unknown_remat():
+    module = Bert(TINY, remat="all")
+    with pytest.raises(ValueError, match="unknown remat='all'; use 'off', 'full' or 'dots'"):
+        shapes_of(module)
 
 
 def test_dropout_is_a_function_of_its_key():
@@ -469,7 +478,7 @@ def test_parameter_paths(head, tied, paths):
     assert module.has_pooler == ("pooler/dense/kernel" in paths)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["off", "full"])
 def test_sites_are_the_outputs_before_dropout_and_residual(remat):
     module = Bert(TINY, remat=remat)
     params = random_params(module, 0)

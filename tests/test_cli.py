@@ -462,7 +462,7 @@ def test_a_config_file_gives_flags_and_the_command_line_wins(tiny_backbone, file
     config = tmp_path / "run.toml"
     values = [f'{split}_file = "{path}"' for split, path in files.items()]
     values += ["epochs = 1", "learning_rate = 0.5", "sites = ['attention', 'feed_forward']"]
-    values += ["batch_size = 8", "eval_batch_size = 16", "reduction_factor = 2", "remat = true"]
+    values += ["batch_size = 8", "eval_batch_size = 16", "reduction_factor = 2", 'remat = "full"']
     config.write_text("\n".join(values))
     flags = ["--config", config, "--backbone", tiny_backbone, "--output-dir", tmp_path / "run"]
     flags += ["--learning-rate", "1e-3", "--max-length", "40", "--train-size", "16"]
@@ -470,7 +470,7 @@ def test_a_config_file_gives_flags_and_the_command_line_wins(tiny_backbone, file
     run_settings = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run_settings["learning_rate"] == 1e-3
     assert run_settings["method_sites"] == ["attention", "feed_forward"]
-    assert run_settings["remat"] is True
+    assert run_settings["remat"] == "full"
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_examples"] == 16
 
 

@@ -97,9 +97,9 @@ def test_options_reach_the_module(tmp_path):
     folder, _ = written(tmp_path / "bert", hidden_dropout_prob=0.3)
     assert load_backbone(folder).module.config.hidden_dropout_prob == 0.3
     module = load_backbone(
-        str(folder), dropout_rate=0.25, dtype=jnp.bfloat16, param_dtype=jnp.float16, remat=True
+        str(folder), dropout_rate=0.25, dtype=jnp.bfloat16, param_dtype=jnp.float16, remat="full"
     ).module
-    assert (module.dtype, module.param_dtype, module.remat) == (jnp.bfloat16, jnp.float16, True)
+    assert (module.dtype, module.param_dtype, module.remat) == (jnp.bfloat16, jnp.float16, "full")
     rates = dataclasses.asdict(module.config)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         assert rates[name] == 0.25

@@ -92,10 +92,10 @@ def test_loads_what_the_configuration_names(tmp_path, config, head, family, capl
 def test_options_reach_the_module(tmp_path):
     folder, params = written(tmp_path / "t5")
     backbone = load_backbone(
-        folder, dropout_rate=0.25, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=True
+        folder, dropout_rate=0.25, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="dots"
     )
     module = backbone.module
-    assert (module.dtype, module.param_dtype, module.remat) == (jnp.bfloat16, jnp.bfloat16, True)
+    assert (module.dtype, module.param_dtype, module.remat) == (jnp.bfloat16, jnp.bfloat16, "dots")
     assert module.config == dataclasses.replace(TINY_T5, dropout_rate=0.25)
     assert_equal_trees(backbone.params, jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
 

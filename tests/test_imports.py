@@ -13,6 +13,7 @@ ROOT = Path(compacter_jax.__file__).parent
 # Each module imports from those before it alone.
 ORDER = (
     "sites",
+    "quantize",
     "config",
     "activations",
     "phm",

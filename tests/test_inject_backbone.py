@@ -42,7 +42,7 @@ from tests.hosts import (
 
 BACKBONES = {
     "bert": (Bert(ONE_LAYER), None),
-    "bert with a head, remat": (Bert(ONE_LAYER, head="token_classification", remat=True), None),
+    "bert with a head, remat": (Bert(ONE_LAYER, head="token_classification", remat="full"), None),
     "compact": (Chain(layers=2), SITES),
     "setup": (SetupChain(), SITES),
 }
@@ -58,7 +58,7 @@ def test_initial_values_of_the_backbone_are_its_own(backbone, sites):
     assert {path for path in new if "/" not in path} == {"phm_rule"}
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["off", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_of_the_backbone_is_its_own(remat, dropout):
     """Adapters that add exactly nothing, with or without dropout inside, change no bit."""
@@ -183,7 +183,7 @@ def test_gradient_of_the_shared_rule_is_the_sum_over_unshared_copies(chain):
 REMAT = {
     "compact": (Chain(layers=2), Chain(nn.remat(CompactHost), layers=2), SITES, {}),
     "setup": (SetupChain(), SetupChain(nn.remat(SetupHost)), SITES, {"factorized_phm_rule": True}),
-    "bert": (Bert(ONE_LAYER), Bert(ONE_LAYER, remat=True), None, {"shared_W_phm": True}),
+    "bert": (Bert(ONE_LAYER), Bert(ONE_LAYER, remat="full"), None, {"shared_W_phm": True}),
 }
 
 

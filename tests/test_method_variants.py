@@ -263,7 +263,7 @@ def test_four_devices_that_recompute_do_what_one_does(module, method):
         state, metrics = made.step(made.init_state(trained), made.place(frozen), batch)
         return float(metrics.loss), made.host_state(state).trained
 
-    (one, after_one), (four, after_four) = run(1, remat=False), run(4, remat=True)
+    (one, after_one), (four, after_four) = run(1, remat="off"), run(4, remat="dots")
     np.testing.assert_allclose(four, one, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), after_four, after_one)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), after_one, trained)

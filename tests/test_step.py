@@ -241,7 +241,7 @@ def test_dropout_depends_on_seed_and_step_alone():
 @pytest.mark.slow
 def test_remat_changes_nothing():
     plain = run(*setup(), BATCHES)
-    again = run(*setup(remat=True), BATCHES)
+    again = run(*setup(remat="full"), BATCHES)
     np.testing.assert_allclose(again[0], plain[0], atol=1e-6)
     np.testing.assert_allclose(again[1], plain[1], rtol=1e-4)
 

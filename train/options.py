@@ -16,6 +16,7 @@ from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, preset
 
 EvaluateBy: TypeAlias = Literal["scoring", "generation"]
 SplitProtocol: TypeAlias = Literal["official", "paper"]
+BackboneDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 AdapterFormat: TypeAlias = Literal["compacter_jax", "adapterhub", "peft"]
 MethodName: TypeAlias = Annotated[
     str, tyro.conf.arg(help=f"preset of the method: {', '.join(presets())}.")
@@ -109,11 +110,14 @@ class BackboneOptions:
 
     Attributes:
       backbone: folder of a Hugging Face checkpoint, or its id on the hub.
-      dtype: what matrix products compute in; parameters stay float32.
+      dtype: what matrix products compute in; what is trained stays float32.
+      backbone_dtype: what weights that are not trained are stored in; int8 is for kernels and the
+        vocabulary, with a scale for each of their channels.
     """
 
     backbone: str
     dtype: Literal["float32", "bfloat16"] = "float32"
+    backbone_dtype: BackboneDtype = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +195,8 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
       weight_decay: of AdamW, on every trained parameter.
       clip_norm: largest norm of the gradient of the trained parameters; 0 does not clip.
       backbone_dropout: rate in the backbone, in place of its configuration's.
-      remat: recompute layers in the backward pass, to save memory.
+      remat: what the backward pass computes again, to save memory: full, each layer from its input;
+        dots, all but the products with weights.
     """
 
     epochs: int = 10
@@ -204,7 +209,7 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     backbone_dropout: float | None = None
-    remat: bool = False
+    remat: Literal["off", "full", "dots"] = "off"
 
     def check(self) -> None:
         """ValueError for a number that cannot work."""

@@ -13,6 +13,8 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import get_activation
+from compacter_jax.models.layers import Embed, Remat, dense, rematted, tied_logits
+from compacter_jax.quantize import QuantizedArray
 from compacter_jax.sites import Site
 
 Dtype = Any
@@ -125,7 +127,7 @@ class _BertModule(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def dense(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(
+        return dense(
             features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -133,8 +135,8 @@ class _BertModule(nn.Module):
             name=name,
         )
 
-    def embed(self, num_embeddings: int, name: str) -> nn.Embed:
-        return nn.Embed(
+    def embed(self, num_embeddings: int, name: str) -> Embed:
+        return Embed(
             num_embeddings,
             self.config.hidden_size,
             dtype=self.dtype,
@@ -177,7 +179,7 @@ class BertEmbeddings(_BertModule):
         x = self.layer_norm()(x)
         return nn.Dropout(config.hidden_dropout_prob, name="dropout")(x, deterministic)
 
-    def word_table(self) -> Array:
+    def word_table(self) -> Array | QuantizedArray:
         """`[vocab, hidden]` word embeddings, as they are stored."""
         return self.variables["params"]["word_embeddings"]["embedding"]
 
@@ -277,12 +279,12 @@ class BertLayer(_BertModule):
 class BertLayers(_BertModule):
     """The layers one after the other, named "0", "1", ..."""
 
-    remat: bool = False
+    remat: Remat = "off"
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
         # `deterministic` is argument 3 of BertLayer.__call__, self counted.
-        layer = nn.remat(BertLayer, static_argnums=(3,)) if self.remat else BertLayer
+        layer = rematted(BertLayer, self.remat, static_argnums=(3,))
         for i in range(self.config.num_hidden_layers):
             x = self.part(layer, str(i))(x, bias, deterministic)
         return x
@@ -291,7 +293,7 @@ class BertLayers(_BertModule):
 class BertEncoder(_BertModule):
     """The level `encoder` of the parameter names."""
 
-    remat: bool = False
+    remat: Remat = "off"
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
@@ -322,15 +324,15 @@ class BertPredictions(_BertModule):
     """Logits over the vocabulary."""
 
     @nn.compact
-    def __call__(self, x: Array, word_table: Array) -> Array:
+    def __call__(self, x: Array, word_table: Array | QuantizedArray) -> Array:
         vocab_size = self.config.vocab_size
         x = self.part(BertTransform, "transform")(x)
         # The bias belongs to `predictions`, not to `decoder`: that is its Hugging Face name.
         bias = self.param("bias", initializers.zeros, (vocab_size,), self.param_dtype)
         if self.config.tie_word_embeddings:
-            x, table, bias = nn.dtypes.promote_dtype(x, word_table, bias, dtype=self.dtype)
-            return x @ table.T + bias
-        decoder = nn.Dense(
+            x, bias = nn.dtypes.promote_dtype(x, bias, dtype=self.dtype)
+            return tied_logits(x, word_table, dtype=self.dtype) + bias
+        decoder = dense(
             vocab_size,
             use_bias=False,
             dtype=self.dtype,
@@ -346,7 +348,7 @@ class BertMaskedLM(_BertModule):
     """The level `cls` of the parameter names."""
 
     @nn.compact
-    def __call__(self, x: Array, word_table: Array) -> Array:
+    def __call__(self, x: Array, word_table: Array | QuantizedArray) -> Array:
         return self.part(BertPredictions, "predictions")(x, word_table)
 
 
@@ -363,7 +365,8 @@ class Bert(nn.Module):
       dtype: of the computation; None promotes inputs and parameters as flax does. The softmax of
         the attention and the statistics of layer norms are computed in float32 at least.
       param_dtype: of the parameters.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
+        its input alone; or "dots", all but the products with weights.
 
     Raises:
       ValueError: if `head` is unknown or `num_labels` is not positive.
@@ -378,7 +381,7 @@ class Bert(nn.Module):
     num_labels: int = 2
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = "off"
 
     sites: ClassVar[Mapping[str, str | Site]] = {
         "attention": _LAYER + "attention/output/dense",
@@ -482,7 +485,7 @@ class Bert(nn.Module):
             rate = config.classifier_dropout
             rate = config.hidden_dropout_prob if rate is None else rate
             x = nn.Dropout(rate, name="dropout")(x, deterministic)
-        return nn.Dense(
+        return dense(
             width,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

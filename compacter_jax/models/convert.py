@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.models import bert, t5
 from compacter_jax.models.families import FAMILIES, Family, Params, family_of, listing
+from compacter_jax.models.layers import Remat
 
 Dtype = Any
 
@@ -53,7 +54,7 @@ def load_backbone(
     dropout_rate: float | None = None,
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "off",
     seed: int = 0,
 ) -> Backbone:
     """Reads a Hugging Face checkpoint: config.json and safetensors, whole or in shards.
@@ -69,8 +70,10 @@ def load_backbone(
       num_labels: width of a classification head; None is what config.json says (2 if nothing).
       dropout_rate: in place of all the dropout rates of config.json.
       dtype: of the computation; None promotes inputs and parameters as flax does.
-      param_dtype: what the parameters are converted to.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      param_dtype: what the parameters are converted to, those that will be trained included, which
+        want float32; `cast_frozen` stores the others in fewer bits.
+      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
+        its input alone; or "dots", all but the products with weights.
       seed: of the parameters that the checkpoint does not have.
 
     Returns:
@@ -123,7 +126,7 @@ def module_from_config(
     dropout_rate: float | None = None,
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "off",
 ) -> nn.Module:
     """The module that a configuration of transformers describes, without weights.
 
@@ -134,7 +137,8 @@ def module_from_config(
       dropout_rate: in place of all the dropout rates of the configuration.
       dtype: of the computation; None promotes inputs and parameters as flax does.
       param_dtype: of the parameters.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
+        its input alone; or "dots", all but the products with weights.
 
     Returns:
       A linen module, for `init` or `jax.eval_shape`.

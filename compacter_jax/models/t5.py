@@ -17,6 +17,7 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import ActivationFn, get_activation
+from compacter_jax.models.layers import Embed, Remat, dense, rematted
 from compacter_jax.sites import Site
 
 Dtype = Any
@@ -221,7 +222,7 @@ class _T5Module(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def dense(self, features: int, name: str, stddev: float) -> nn.Dense:
-        return nn.Dense(
+        return dense(
             features,
             use_bias=False,
             dtype=self.dtype,
@@ -230,8 +231,8 @@ class _T5Module(nn.Module):
             name=name,
         )
 
-    def embed(self, num_embeddings: int, features: int, name: str, stddev: float) -> nn.Embed:
-        return nn.Embed(
+    def embed(self, num_embeddings: int, features: int, name: str, stddev: float) -> Embed:
+        return Embed(
             num_embeddings,
             features,
             dtype=self.dtype,
@@ -521,7 +522,7 @@ class T5Block(_StackModule):
 class T5Blocks(_StackModule):
     """The level `block` of the parameter names: the layers "0", "1", ..."""
 
-    remat: bool = False
+    remat: Remat = "off"
     keep: bool = False
 
     @nn.compact
@@ -537,7 +538,7 @@ class T5Blocks(_StackModule):
         config = self.config
         num_layers = config.num_decoder_layers if self.is_decoder else config.num_layers
         # `deterministic` is argument 7 of T5Block.__call__, self counted.
-        block = nn.remat(T5Block, static_argnums=(7,)) if self.remat else T5Block
+        block = rematted(T5Block, self.remat, static_argnums=(7,))
         position_bias, key_values = None, []
         for i in range(num_layers):
             layer = self.part(
@@ -560,7 +561,7 @@ class T5Blocks(_StackModule):
 class T5Stack(_StackModule):
     """The encoder or the decoder, from embedded tokens to normalised states."""
 
-    remat: bool = False
+    remat: Remat = "off"
     keep: bool = False
 
     @nn.compact
@@ -594,7 +595,8 @@ class T5(nn.Module):
         nothing overflows that does not in float32; float16 does overflow in the published
         checkpoints, and for it alone the residual stream is clipped after every sub-layer.
       param_dtype: of the parameters.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
+        its input alone; or "dots", all but the products with weights.
 
     Raises:
       ValueError: if `head` is unknown.
@@ -609,7 +611,7 @@ class T5(nn.Module):
     head: str | None = "conditional_generation"
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = "off"
 
     sites: ClassVar[Mapping[str, str | Site]] = {
         "attention": _LAYER + "0/SelfAttention/o",
@@ -819,7 +821,7 @@ class T5(nn.Module):
         """Encoder and decoder, each where it has an input; everything is made here."""
         config = self.config
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        shared = nn.Embed(
+        shared = Embed(
             config.vocab_size,
             config.d_model,
             embedding_init=initializers.normal(config.initializer_factor),
@@ -865,16 +867,16 @@ class T5(nn.Module):
             return y
         return y, cache._replace(self_attention=tuple(own for own, _ in key_values))
 
-    def embed_inputs(self, input_ids: Array, shared: nn.Embed) -> Array:
+    def embed_inputs(self, input_ids: Array, shared: Embed) -> Array:
         """`[batch, length] -> [batch, length, d_model]` of the encoder's inputs."""
         return shared(input_ids)
 
-    def logits(self, x: Array, shared: nn.Embed) -> Array:
+    def logits(self, x: Array, shared: Embed) -> Array:
         """`[batch, length, d_model] -> [batch, length, vocab]`."""
         config = self.config
         if config.tie_word_embeddings:
             return shared.attend(x * config.d_model**-0.5)
-        return nn.Dense(
+        return dense(
             config.vocab_size,
             use_bias=False,
             dtype=self.dtype,

@@ -1,0 +1,77 @@
+"""What the backbones are built of: dense layers, embeddings, and layers that are recomputed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
+from jax import Array
+
+from compacter_jax.quantize import is_quantized, matmul
+
+Dtype = Any
+Remat: TypeAlias = Literal["off", "full", "dots"]
+# What of a layer is kept for the backward pass, where it is recomputed; None keeps its input alone.
+_KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def dense(features: int, **attributes: Any) -> nn.Dense:
+    """A dense layer of flax, whose kernel may be a `QuantizedArray`."""
+    return nn.Dense(features, promote_dtype=_promote, dot_general=_dot_general, **attributes)
+
+
+def _promote(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> list[Any]:
+    """As flax's `promote_dtype`; a `QuantizedArray` stays what it is, and has no say."""
+    plain = [None if is_quantized(x) else x for x in args]
+    promoted = promote_dtype(*plain, dtype=dtype, inexact=inexact)
+    return [x if is_quantized(x) else y for x, y in zip(args, promoted, strict=True)]
+
+
+def _dot_general(x: Array, kernel: Any, *args: Any, **keywords: Any) -> Array:
+    if is_quantized(kernel):
+        return matmul(x, kernel)
+    return jax.lax.dot_general(x, kernel, *args, **keywords)
+
+
+class Embed(nn.Embed):
+    """Embeddings, as flax's; the table may be a `QuantizedArray`."""
+
+    def __call__(self, inputs: Array) -> Array:  # [...] integers -> [..., features]
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"ids are {inputs.dtype}; they must be integers")
+        table: Any = self.embedding
+        if is_quantized(table):
+            return table.rows(inputs, canonicalize_dtype(table.scale, dtype=self.dtype))
+        (table,) = promote_dtype(table, dtype=self.dtype, inexact=False)
+        return jnp.take(table, inputs, axis=0)
+
+    def attend(self, query: Array) -> Array:  # [..., features] -> [..., num_embeddings]
+        return tied_logits(query, self.embedding, dtype=self.dtype)
+
+
+def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:
+    """`x` `[…, features]` times the transpose of embeddings `[vocab, features]`, `[…, vocab]`."""
+    x, table = _promote(x, table, dtype=dtype)
+    return matmul(x, table.transposed()) if is_quantized(table) else jnp.dot(x, table.T)
+
+
+def rematted(layer: type[nn.Module], remat: Remat, *, static_argnums: tuple[int, ...]) -> Any:
+    """`layer`, or one that the backward pass computes again.
+
+    Args:
+      layer: a class of modules.
+      remat: "off"; "full", which keeps a layer's input alone; or "dots", which keeps the products
+        with weights, too, and computes again what is between them.
+      static_argnums: arguments of a call that are no arrays, self counted.
+
+    Raises:
+      ValueError: if `remat` is something else.
+    """
+    if remat == "off":
+        return layer
+    if remat not in _KEPT:
+        raise ValueError(f"unknown remat={remat!r}; use 'off', 'full' or 'dots'")
+    return nn.remat(layer, policy=_KEPT[remat], static_argnums=static_argnums)
