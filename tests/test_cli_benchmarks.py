@@ -39,6 +39,7 @@ def evaluated(adapter, data, name, split):
     return json.loads((adapter / f"evaluation_{name}_{split}.json").read_text())["metrics"]
 
 
+@pytest.mark.slow
 def test_mnli_on_an_encoder(tiny_backbone, tmp_path, capsys):
     result = fit(tiny_backbone, tmp_path / "glue", "mnli", tmp_path / "run")
     assert result["metric"] == "accuracy"
@@ -84,6 +85,7 @@ def test_squad_on_an_encoder(tiny_backbone, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_record_on_a_t5(tiny_t5, tmp_path, capsys):
     flags = {"max_target_length": 12, "split_protocol": "paper"}
     result = fit(tiny_t5, tmp_path / "data", "record", tmp_path / "run", **flags)

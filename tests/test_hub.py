@@ -225,14 +225,14 @@ def test_columns_and_types_that_do_not_fit(tmp_path):
     hub_data.write(tmp_path, "qnli")
     rewrite(tmp_path, "qnli", lambda table: table.replace_schema_metadata(None))
     assert refusal("qnli", tmp_path) == (
-        f"{path}: column 'label' is Value('int64'), not a ClassLabel, which has the labels' names; "
+        f"{path}: column 'label' is int64, not a ClassLabel, which has the labels' names; "
         "copy the hub's own files, or write yours with `datasets`"
     )
     hub_data.write(tmp_path, "stsb")
     path = rewrite(
         tmp_path, "stsb", lambda table: table.set_column(2, "label", pa.array(["a"] * 6))
     )
-    assert refusal("stsb", tmp_path) == f"{path}: column 'label' is Value('string'), not float32"
+    assert refusal("stsb", tmp_path) == f"{path}: column 'label' is string, not float32"
 
 
 def test_labels_that_are_missing_or_others(tmp_path):

@@ -289,10 +289,12 @@ class Record(Choice):
 
     def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
         """The passage, and the query with a name filled in."""
-        texts = zip(rows["passage"][:], rows["query"][:], self.candidates(rows), strict=True)
+        # One string for all candidates of a passage: there are a million of them.
+        passages = map(_without_highlights, rows["passage"][:])
+        parts = zip(passages, rows["query"][:], self.candidates(rows), strict=True)
         return [
-            [(_without_highlights(passage), query.replace("@placeholder", x)) for x in names]
-            for passage, query, names in texts
+            [(passage, query.replace("@placeholder", name)) for name in names]
+            for passage, query, names in parts
         ]
 
     def right(self, rows: Rows) -> list[list[bool]] | None:

@@ -187,13 +187,14 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
                 f"{where}: column {name!r} holds {type(value).__name__}, not {kind.__name__}"
             )
     feature = rows.features[benchmark.wanted]
+    stored = rows.features.arrow_schema.field(benchmark.wanted).type
     if benchmark.kind == "classification" and not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
-            f"{where}: column 'label' is {feature}, not a ClassLabel, which has the labels' names; "
+            f"{where}: column 'label' is {stored}, not a ClassLabel, which has the labels' names; "
             "copy the hub's own files, or write yours with `datasets`"
         )
-    if benchmark.kind == "regression" and not isinstance(rows[0]["label"], float):
-        raise ValueError(f"{where}: column 'label' is {feature}, not float32")
+    if benchmark.kind == "regression" and not pa.types.is_floating(stored):
+        raise ValueError(f"{where}: column 'label' is {stored}, not float32")
     rows = rows.select_columns(list(wanted))
     usable = benchmark.usable(rows)
     if usable is not None and not all(usable):
