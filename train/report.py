@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from compacter_jax.checkpoint import replace_file
 from compacter_jax.config import MethodConfig, to_dict
 from compacter_jax.params import Count
+from train import logs
 
 
 def number(value: float | None) -> str:
@@ -120,6 +125,32 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_log(columns: Mapping[str, np.ndarray], path: Path) -> None:
+    """What was recorded of every step, one panel for each quantity that is known, as PNG.
+
+    Args:
+      columns: of `train.logs.read_steps`.
+      path: of the file.
+    """
+    import matplotlib  # noqa: PLC0415 - slow to import, and needed only here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    known = [name for name in columns if name != "step" and np.isfinite(columns[name]).any()]
+    figure, panels = plt.subplots(
+        len(known), 1, figsize=(10, 2 * len(known)), sharex=True, layout="constrained"
+    )
+    for axes, name in zip(panels, known, strict=True):
+        axes.plot(columns["step"], columns[name], color="C0", linewidth=0.8)
+        axes.set(ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    panels[-1].set(xlabel="step")
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
 def write_report(
     result: dict[str, Any], options: Any, method: MethodConfig, count: Count, folder: Path
 ) -> None:
@@ -132,6 +163,8 @@ def write_report(
       count: of the parameters.
       folder: of the results, where report.md goes.
     """
+    log = options.output_dir / "log.png"
+    plot_log(logs.read_steps(options.output_dir), log)
     metric_names = list(result["validation"])
     epoch_names = [name for name in result["history"][0] if name != "step_losses"]
     splits = _splits(result)
@@ -168,6 +201,8 @@ def write_report(
         table(["setting", "value"], [[k, f"`{v}`"] for k, v in settings.items()]),
         "## Epochs",
         table(epoch_names, [[number(r[name]) for name in epoch_names] for r in result["history"]]),
+        "## Steps",
+        f"![loss, learning rate, norm of the gradient and speed]({os.path.relpath(log, folder)})",
     ]
     with replace_file(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
