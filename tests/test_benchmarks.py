@@ -383,3 +383,33 @@ def test_an_adapter_of_an_unknown_benchmark(tiny_backbone):
     settings = {"kind": "classification", "max_length": 8, "benchmark": {"name": "anli"}}
     with pytest.raises(ValueError, match="was trained on 'anli', of which this version knows"):
         objective.from_settings(settings, model, None)
+
+
+def test_labels_that_are_generated(folder, tiny_t5):
+    changes = {"max_target_length": 20, "evaluate_by": "generation"}
+    task, made, _ = prepared(tiny_t5, folder, "multirc", **changes)
+    encoded = made.encode_all(task.splits)["validation"]
+    right = right_outputs(made, encoded)
+    scores = made.scores(right, encoded)
+    assert (scores["exact_match_and_f1"], scores["invalid"]) == (1, 0)
+    right["ids"][0] = 0  # no text is no label, and one of the answers to its question
+    scores = made.scores(right, encoded)
+    assert scores["exact_match"] == pytest.approx(2 / 3)
+    assert scores["invalid"] == 1
+
+
+def test_columns_that_a_benchmark_cannot_read():
+    pair = {"sentence": ["a"], "sentence2": ["b"], "label": [1]}
+    named = benchmarks.find("mnli").named(pair)
+    assert named == {"premise": ["a"], "hypothesis": ["b"], "label": [1]}
+    for name, rows, missing in [
+        (
+            "mnli",
+            {"sentence": ["a"]},
+            "rows of mnli need premise, hypothesis, and have no 'premise'",
+        ),
+        ("wic", pair, "rows of wic need sentence1, sentence2, word, and have no 'sentence1'"),
+        ("squad", {"question": ["a"]}, "rows of squad need question, context, and have no 'cont"),
+    ]:
+        with pytest.raises(ValueError, match=missing):
+            benchmarks.find(name).named(rows)
