@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import jax
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ import compacter_jax as cj
 from compacter_jax.config import MethodConfig
 from compacter_jax.models.convert import module_from_config, module_from_name, read_config
 from compacter_jax.params import Count, group_of
-from train import report
+from train import memory, mesh, report
 from train.objective import head_arguments
 from train.options import ParamsOptions, method_of, options_of
 
@@ -22,6 +23,8 @@ ALL = "all"
 # Entries of T5's embedding -> tokens there really are. arXiv:2106.04647 cuts the embedding to these
 # before it counts.
 _TOKENS = {32_128: 32_100}
+# What a device of those that are commonly had can hold, in bytes; they have a little more.
+_DEVICES = {"a chip of a TPU v4 (v4-8: 4 of them)": 32 * 10**9, "a GPU with 80 GB": 80 * 10**9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,37 @@ class Counted:
         return sum(leaf.size for path, leaf in self.shapes.items() if group_of(path) != "head")
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceBytes:
+    """What one device of a mesh has in its memory, activations aside.
+
+    Attributes:
+      frozen: its part of the weights that are not trained.
+      trained: those that are, which every device has whole.
+      gradients: of the trained ones.
+      optimizer: AdamW's moments of them.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.frozen + self.trained + self.gradients + self.optimizer
+
+
 def params(options: ParamsOptions) -> None:
     """Runs the command.
 
     Raises:
-      ValueError: if not exactly one of backbone and configuration is given, or it is none; or, of
-        one method, as `compacter_jax.Adapted`.
+      ValueError: if not exactly one of backbone and configuration is given, or it is none; if a
+        mesh is given with all methods, or is none; or, of one method, as `compacter_jax.Adapted`.
     """
+    if options.mesh is not None and options.method == ALL:
+        raise ValueError("--mesh is for one method; give its name instead of all")
     backbones = counted_backbones(options)
     if options.method == ALL:
         _print_all(options, backbones)
@@ -95,6 +122,26 @@ def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
     return [cj.count(tree, cj.label_params(tree, method)) for tree in trees]
 
 
+def device_bytes(
+    module: Any, method: MethodConfig, sizes: dict[str, int], backbone_dtype: str
+) -> DeviceBytes:
+    """What training `method` takes on each device, worked out of shapes.
+
+    Args:
+      module: the backbone.
+      method: the method.
+      sizes: of the mesh, as `train.mesh.parse` gives them.
+      backbone_dtype: what is not trained is stored in.
+    """
+    shapes = unflatten_dict(adapted_shapes(module, method), sep="/")
+    labels = cj.label_params(shapes, method)
+    trained, frozen = cj.partition(shapes, labels)
+    frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, backbone_dtype), frozen)
+    moments = jax.eval_shape(cj.optimizer(optax.adamw(1e-3), labels).init, trained)
+    size = memory.size(trained)
+    return DeviceBytes(mesh.bytes_of_part(frozen, sizes), size, size, memory.size(moments))
+
+
 def _with_vocabulary(module: Any, size: int) -> Counted:
     if size < 1:
         raise ValueError(f"vocab_size={size} must be at least 1")
@@ -130,9 +177,16 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
     method = method_of(options.method, options.method_options)
     found = counts(method, backbones)
     sums = [_sums(*pair) for pair in zip(found, backbones, strict=True)]
+    held = None
+    if options.mesh is not None:
+        sizes = mesh.parse(options.mesh)
+        held = device_bytes(backbones[0].module, method, sizes, options.backbone_dtype)
     if options.json:
         groups = {name: {"trained": t, "total": n} for name, (t, n) in found[0].groups.items()}
-        print(json.dumps({**sums[0], "other_vocabularies": sums[1:], "groups": groups}, indent=2))
+        record = {**sums[0], "other_vocabularies": sums[1:], "groups": groups}
+        if held is not None:
+            record["bytes_per_device"] = {**dataclasses.asdict(held), "total": held.total}
+        print(json.dumps(record, indent=2))
         return
     for count, backbone in zip(found, backbones, strict=True):
         part = f"{_percent(count.trained, backbone.total)} of it"
@@ -142,6 +196,23 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
             alone = f"with a vocabulary of {backbone.vocab_size:,}: {backbone.total:,}"
             print(f"{alone}; trained: {count.trained:,}, {part}")
     print(report.parameter_table(found[0], method))
+    if held is not None:
+        print("\n".join(_device_table(held, options)))
+
+
+def _device_table(held: DeviceBytes, options: ParamsOptions) -> list[str]:
+    """What each device holds, line by line, and what part that is of what it can."""
+    rows = {
+        f"not trained, in {options.backbone_dtype}": held.frozen,
+        "trained, in float32": held.trained,
+        "their gradients": held.gradients,
+        "their moments, of AdamW": held.optimizer,
+        "together": held.total,
+    }
+    lines = ["", f"on each device, the backbone divided as {options.mesh}, before any activation:"]
+    lines += [f"  {name.ljust(25)} {size / 1e9:9.3f} GB" for name, size in rows.items()]
+    parts = [f"{held.total / size:.1%} of {name}" for name, size in _DEVICES.items()]
+    return [*lines, f"that is {' and '.join(parts)}; a GB is 10^9 bytes"]
 
 
 def _print_all(options: ParamsOptions, backbones: list[Counted]) -> None:

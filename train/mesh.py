@@ -109,6 +109,17 @@ def spec_of(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Partit
     )
 
 
+def bytes_of_part(frozen: Any, sizes: Mapping[str, int]) -> int:
+    """Of frozen weights, or of their shapes, what one device of a mesh of `parse` has."""
+
+    def size(path: Any, leaf: Any) -> int:
+        axes = spec_of(joined(path), leaf.shape, sizes)
+        parts = math.prod(sizes[axis] for axis in axes if axis is not None)
+        return math.prod(leaf.shape) * leaf.dtype.itemsize // parts
+
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, frozen)))
+
+
 def place(tree: Any, mesh: Mesh) -> Any:
     """Every array where `spec_of` says."""
 

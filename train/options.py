@@ -533,6 +533,9 @@ class ParamsOptions:
       backbone: folder of a Hugging Face checkpoint, or its id on the hub.
       backbone_config: in place of a backbone, the name of a published size, such as t5-base or
         google/flan-t5-xl, or a config.json; needs no weights.
+      mesh: with one method, print what each device has to hold if the backbone is divided so, as by
+        fit; no device is needed.
+      backbone_dtype: with a mesh, what weights that are not trained are stored in.
       num_labels: width of the classification head, where the backbone has one.
       vocab_size: count as if the vocabulary had so many entries. A T5 of 32,128 is by default
         counted with 32,100, too, its tokens without padding, which the paper's percentages are of.
@@ -546,6 +549,8 @@ class ParamsOptions:
     method: Annotated[
         str, tyro.conf.arg(help=f"preset of the method, or all: {', '.join(presets())}.")
     ] = "compacter++"
+    mesh: str | None = None
+    backbone_dtype: BackboneDtype = "float32"
     num_labels: int = 2
     vocab_size: int | None = None
     json: bool = False

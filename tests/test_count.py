@@ -1,0 +1,66 @@
+"""What `params --mesh` prints of a device is what a device really has, and needs no device."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import compacter_jax as cj
+from tests.test_mesh import T5_CONFIG
+from train import count, step
+from train.__main__ import main
+from train.compute import make_compute
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_bytes_are_those_of_a_device(dtype):
+    module = cj.T5(T5_CONFIG)
+    method = cj.preset("compacter", reduction_factor=2)
+    model = cj.Adapted(module, method)
+    params = model.init(jax.random.key(0), *module.dummy_inputs())["params"]
+    labels = cj.label_params(params, method)
+    trained, frozen = cj.partition(params, labels)
+    made = make_compute(
+        step.apply_function(model),
+        step.loss_function("tokens"),
+        cj.optimizer(optax.adamw(1e-3), labels),
+        seed=0,
+        mesh="data=2,model=2",
+    )
+    held = count.device_bytes(module, method, {"data": 2, "model": 2}, dtype)
+    state = made.init_state(trained)
+    assert held.frozen == on_first_device(made.place(cj.cast_frozen(frozen, dtype)))
+    assert held.trained == held.gradients == on_first_device(state.trained)
+    assert held.optimizer == on_first_device(state.opt_state)
+
+
+def on_first_device(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_t5_11b_on_four_chips(capsys):
+    command = ["params", "--backbone-config", "t5-11b", "--mesh", "data=4,model=1"]
+    assert main([*command, "--backbone-dtype", "bfloat16", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    held = record["bytes_per_device"]
+    # All but layer norms and position biases is divided by four.
+    np.testing.assert_allclose(held["frozen"], 2 * record["backbone_total"] / 4, rtol=1e-3)
+    assert held["trained"] == 4 * record["trained"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "divided as data=4,model=1" in printed
+    assert "of a chip of a TPU v4 (v4-8: 4 of them)" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh", "4"], "--mesh '4' must give the devices along each axis"),
+        (["--mesh", "data=2", "--method", "all"], "--mesh is for one method"),
+    ],
+)
+def test_meshes_that_cannot_be(flags, message, capsys):
+    assert main(["params", "--backbone-config", "t5-small", *flags]) == 2
+    assert message in capsys.readouterr().err
