@@ -1,5 +1,6 @@
 """The command `compare`: its plan, its runs, its tables and figures."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -137,14 +138,13 @@ def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
     options = CompareOptions(
         backbone="DIR",
         output_dir=tmp_path,
-        task="movie,product",
         methods="full,lora",
         train_size="100,4000",
         seeds="2,1",
         steps="50,60",
         method_options=MethodOptions(rank=4),
     )
-    runs = compare.plan(options)
+    runs = compare.plan([options, dataclasses.replace(options, task="product")])
     assert [(run.task, run.size, run.method, run.seed) for run in runs] == [
         ("movie", 100, "full", 0),
         ("movie", 100, "lora", 0),

@@ -21,6 +21,7 @@ commands:
   fit              fine-tune on a task and save the adapter of the best epoch
   evaluate         metrics of a saved adapter on a split
   predict          predictions of a saved adapter for every row of a file
+  plan             what a fit would cost, before it is run: steps, memory, time
   params           what a method, or each of all, would train on a backbone
   compare          train several methods with several seeds; tables and figures
   convert          adapters of AdapterHub and PEFT into ours, and ours into theirs
@@ -32,6 +33,7 @@ commands:
   python -m train fit --backbone DIR --method compacter++ --task movie --output-dir runs/movie
   python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
   python -m train params --backbone-config t5-base --method all
+  python -m train plan --config train/configs/glue_compacter_pp.toml
   python -m train compare --backbone DIR --task movie --train-size 2000 --output-dir runs/compare
 """
 
@@ -57,6 +59,13 @@ def predict(arguments: options.PredictOptions) -> None:
     inference.predict(arguments)
 
 
+def plan(each: Sequence[options.PlanOptions]) -> None:
+    """Runs the command `plan`."""
+    from train import plan  # noqa: PLC0415
+
+    plan.plan(each)
+
+
 def params(arguments: options.ParamsOptions) -> None:
     """Runs the command `params`."""
     from train import count  # noqa: PLC0415
@@ -64,11 +73,11 @@ def params(arguments: options.ParamsOptions) -> None:
     count.params(arguments)
 
 
-def compare(arguments: options.CompareOptions) -> None:
+def compare(each: Sequence[options.CompareOptions]) -> None:
     """Runs the command `compare`."""
     from train import compare  # noqa: PLC0415
 
-    compare.compare(arguments)
+    compare.compare(each)
 
 
 def convert(arguments: options.ConvertOptions) -> None:
@@ -103,34 +112,58 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[], type]]] = {
     "fit": (fit, lambda: options.FitOptions),
     "evaluate": (evaluate, lambda: options.EvaluateOptions),
     "predict": (predict, lambda: options.PredictOptions),
+    "plan": (plan, lambda: options.PlanOptions),
     "params": (params, lambda: options.ParamsOptions),
     "compare": (compare, lambda: options.CompareOptions),
     "convert": (convert, lambda: options.ConvertOptions),
     "merge": (merge, lambda: options.MergeOptions),
     "create-backbone": (create_backbone, _create_options),
 }
+# These read `--config FILE.toml`, and the last two are told the options of each task.
+_CONFIGURED, _OF_EACH_TASK = ("fit", "plan", "compare"), ("plan", "compare")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 130 if interrupted, else 1."""
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 if interrupted, else 1.
+
+    0 also for a run that was terminated, and has done what it then should.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}; use one of {', '.join(COMMANDS)}", 2)
-    run, options_class = COMMANDS[name]
+    run, _ = COMMANDS[name]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        flags = options.expand_config(rest) if name == "fit" else rest
-        run(tyro.cli(options_class(), args=flags, prog=f"python -m train {name}"))
+        run(_of_each_task(name, rest) if name in _OF_EACH_TASK else _parsed(name, rest))
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     except StoppedRunError as error:
-        return _fail(str(error), error.exit_code)
+        if error.exit_code:
+            return _fail(str(error), error.exit_code)
+        print(error)
     except KeyboardInterrupt:
         return _fail("interrupted", InterruptedRunError.exit_code)
     return 0
+
+
+def _parsed(name: str, arguments: Sequence[str]) -> Any:
+    """The options of a command."""
+    options_class = COMMANDS[name][1]()
+    if name in _CONFIGURED:
+        arguments = options.expand_config(arguments, options_class)
+    return tyro.cli(options_class, args=arguments, prog=f"python -m train {name}")
+
+
+def _of_each_task(name: str, arguments: Sequence[str]) -> list[Any]:
+    """The options of a command for each task of `--task`, which a configuration may tell apart."""
+    parsed = _parsed(name, arguments)
+    tasks = [task.strip() for task in parsed.task.split(",")]
+    if len(tasks) == 1:
+        return [parsed]
+    return [_parsed(name, [*arguments, "--task", task]) for task in tasks]
 
 
 def _fail(message: str, code: int) -> int:

@@ -88,16 +88,19 @@ class Run:
         }
 
 
-def compare(options: CompareOptions) -> None:
+def compare(each: Sequence[CompareOptions]) -> None:
     """Runs what is not finished yet, then reports.
+
+    Args:
+      each: the options for each task, which a configuration may tell apart.
 
     Raises:
       ValueError: for options that do not fit, before anything is run.
       FailedRunsError: at the end, if a run failed; the others are reported.
       InterruptedRunError: on Ctrl-C; the same command goes on.
     """
-    options.check()
-    runs = plan(options)
+    options = _joined(each)
+    runs = plan(each)
     _check_finished(runs, options)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     with _alone(options.output_dir) as lock:
@@ -114,42 +117,53 @@ def compare(options: CompareOptions) -> None:
         raise FailedRunsError(f"{len(failures)} of {len(runs)} runs failed: {listed}")
 
 
-def plan(options: CompareOptions) -> list[Run]:
-    """The runs, all methods with the first seed before any with the second.
+def plan(each: Sequence[CompareOptions]) -> list[Run]:
+    """The runs on all tasks, all methods with the first seed before any with the second.
 
     Raises:
-      ValueError: for an unknown method, a list that is not one of numbers, or lists that do not
-        fit each other; and as `train.tasks.load_task`.
+      ValueError: for an unknown method, a task named twice, a list that is not one of numbers, or
+        lists that do not fit each other; and as `train.tasks.load_task`.
     """
+    _names(_joined(each).task)
+    runs = [run for options in each for run in _runs(options)]
+    return sorted(runs, key=lambda run: run.seed)  # stable: otherwise in the order of `_runs`
+
+
+def _runs(options: CompareOptions) -> list[Run]:
+    """Those on one task, by size, then by seed."""
+    options.check()
     methods = list(presets()) if options.methods == ALL else _names(options.methods)
     for name in methods:
         method_of(name, options_of(name, options.method_options))
     sizes = [None] if options.train_size is None else _numbers("train-size", options.train_size)
     seeds = _each("seeds", options.seeds, sizes)
     steps = _each("steps", options.steps, sizes) if options.steps else [None] * len(sizes)
-    settings = list(zip(sizes, seeds, steps, strict=True))
+    examples = _num_examples(options)
     runs = []
-    for task in _names(options.task):
-        examples = _num_examples(task, options)
-        for size, num_seeds, num_steps in settings:
-            if size is not None and size > examples:
-                print(f"{task} has {examples:,} training examples: {size:,} are left out")
-                continue
-            runs += [
-                _run(options, task, size, method, seed, num_steps)
-                for seed in range(num_seeds)
-                for method in methods
-            ]
-    return sorted(runs, key=lambda run: run.seed)  # stable: otherwise in the order above
+    for size, num_seeds, num_steps in zip(sizes, seeds, steps, strict=True):
+        if size is not None and size > examples:
+            print(f"{options.task} has {examples:,} training examples: {size:,} are left out")
+            continue
+        runs += [
+            _run(options, size, method, seed, num_steps)
+            for seed in range(num_seeds)
+            for method in methods
+        ]
+    return runs
+
+
+def _joined(each: Sequence[CompareOptions]) -> CompareOptions:
+    """The options of all, but for what a configuration says of one task alone."""
+    return dataclasses.replace(each[0], task=",".join(options.task for options in each))
 
 
 def _run(
-    options: CompareOptions, task: str, size: int | None, method: str, seed: int, steps: int | None
+    options: CompareOptions, size: int | None, method: str, seed: int, steps: int | None
 ) -> Run:
     """One of the runs, its flags being those that differ from what `fit` takes by default."""
     shared = [field.name for field in dataclasses.fields(TrainingOptions)]
     values = {name: getattr(options, name) for name in shared}
-    values |= {"task": task, "train_size": size, "method": method, "seed": seed}
+    values |= {"train_size": size, "method": method, "seed": seed}
     values |= {"checkpoint_steps": 0}
     if steps is not None:
         # As many epochs as the steps need, which are at most so many.
@@ -161,8 +175,8 @@ def _run(
             flags += flag(name, value, toggle=True)
     for name, value in given_options(options_of(method, options.method_options)).items():
         flags += flag(name, value, toggle=False)
-    folder = options.output_dir / "runs" / task / str(size or "all") / method / f"seed-{seed}"
-    return Run(task, size, method, seed, folder, tuple(flags))
+    folder = options.output_dir / "runs" / options.task / str(size or "all") / method
+    return Run(options.task, size, method, seed, folder / f"seed-{seed}", tuple(flags))
 
 
 def _names(text: str) -> list[str]:
@@ -190,10 +204,10 @@ def _each(name: str, text: str, sizes: Sequence[int | None]) -> list[int]:
     return numbers * len(sizes) if len(numbers) == 1 else numbers
 
 
-def _num_examples(name: str, options: CompareOptions) -> int:
+def _num_examples(options: CompareOptions) -> int:
     """Training examples of a task, which must have a test split."""
     task = tasks.load_task(
-        name,
+        options.task,
         regression=options.regression,
         train_file=options.train_file,
         validation_file=options.validation_file,
@@ -203,8 +217,8 @@ def _num_examples(name: str, options: CompareOptions) -> int:
     )
     if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
         raise ValueError(
-            f"compare wants a task with training, validation and test examples, and {name!r} has "
-            f"{', '.join(task.splits)}"
+            "compare wants a task with training, validation and test examples, and "
+            f"{options.task!r} has {', '.join(task.splits)}"
         )
     return len(task.splits["train"])
 

@@ -293,7 +293,8 @@ class FitOptions(HostOptions, TrainingOptions):
 
     Attributes:
       output_dir: where adapter/, metrics.json, curves.png, report.md and checkpoints/ go.
-      config: a TOML file of flags (`learning_rate = 3e-3`); flags on the command line win.
+      config: a TOML file of flags (`learning_rate = 3e-3`); flags on the command line win. It may
+        name a base, and hold tables [tasks.NAME] for single tasks.
       train_size: train on a random sample of this size.
       seed: of initial values, order of the data and dropout.
       mixture: how often each of several tasks comes: temperature=1 in proportion to its examples,
@@ -365,6 +366,37 @@ class FitOptions(HostOptions, TrainingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions(FitOptions):
+    """Print what a run of fit would cost: steps, programs, memory, time; no data, no weights.
+
+    Takes the flags of fit. Of several tasks with commas, each is planned as a run of its own.
+
+    Attributes:
+      backbone: name of a published size, such as t5-base or google/flan-t5-xl, or a config.json.
+      output_dir: not used.
+      devices: how many share a batch; a mesh says it, too.
+      device_kind: of JAX, such as "TPU v4" or "NVIDIA H100 80GB HBM3", whose peak is known.
+      utilisation: what part of the peak to count on.
+      json: print JSON instead of text.
+    """
+
+    output_dir: Path = Path()
+    devices: int = 1
+    device_kind: str | None = None
+    utilisation: float = 0.4
+    json: bool = False
+
+    def check(self) -> None:
+        """ValueError for a number that cannot work."""
+        super().check()
+        wanted = {
+            "devices": (self.devices >= 1, "at least 1"),
+            "utilisation": (0 < self.utilisation <= 1, "above 0, at most 1"),
+        }
+        _check(self, wanted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions(TrainingOptions):
     """Train methods with several seeds, one run after the other, and compare what they give.
 
@@ -374,6 +406,7 @@ class CompareOptions(TrainingOptions):
 
     Attributes:
       output_dir: where results.json, report.md, the figures and runs/ go.
+      config: as for fit.
       task: movie, product, tweet, editorial, several of them with commas, or a name for your files.
       methods: all, or presets with commas between them.
       train_size: train on random samples of this size, or of each of several (100,500,1000); by
@@ -389,6 +422,7 @@ class CompareOptions(TrainingOptions):
     """
 
     output_dir: Path
+    config: Path | None = None
     task: str = "movie"
     methods: str = "all"
     train_size: str | None = None
@@ -557,26 +591,30 @@ class ParamsOptions:
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
 
-def expand_config(arguments: Sequence[str]) -> list[str]:
+def expand_config(arguments: Sequence[str], options_class: type = FitOptions) -> list[str]:
     """Puts the flags of `--config FILE.toml` before those of the command line, so that these win.
 
+    `base = "OTHER.toml"`, of the same folder, is a file whose keys this one has too unless it says
+    otherwise. A table `[tasks.NAME]` holds what is different where the run has this task alone.
+    The key `method` is `--methods` for `compare`.
+
+    Args:
+      arguments: of the command line.
+      options_class: of the command, whose flags the keys must be.
+
     Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if it is no TOML, or has a key that is no flag of `fit`.
+      FileNotFoundError: if a file does not exist.
+      ValueError: if it is no TOML, or has a key that is no flag.
     """
-    path = None
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            path = Path(arguments[i + 1])
-        elif argument.startswith("--config="):
-            path = Path(argument.removeprefix("--config="))
+    path = _value_of("--config", arguments)
     if path is None:
         return list(arguments)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    known = {field.name for field in dataclasses.fields(FitOptions)} - {"method_options", "config"}
+    values, of_tasks = _read_config(Path(path))
+    if options_class is CompareOptions and "method" in values:
+        values["methods"] = values.pop("method")
+    values |= of_tasks.get(_value_of("--task", arguments) or values.get("task", ""), {})
+    not_keys = {"method_options", "config"}
+    known = {field.name for field in dataclasses.fields(options_class)} - not_keys
     own = {field.name for field in dataclasses.fields(MethodOptions)}
     flags: list[str] = []
     for key, value in values.items():
@@ -584,6 +622,46 @@ def expand_config(arguments: Sequence[str]) -> list[str]:
             raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
         flags += flag(key, value, toggle=key in known)
     return [*flags, *arguments]
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """What follows a flag where it comes last, as `--flag value` or `--flag=value`."""
+    value = None
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        elif argument.startswith(f"{name}="):
+            value = argument.removeprefix(f"{name}=")
+    return value
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The keys of a file and its base, and those of each of its tables by task."""
+    values, of_tasks = _read_toml(path)
+    if "base" not in values:
+        return values, of_tasks
+    base_path = path.parent / values.pop("base")
+    base, of_tasks_in_base = _read_toml(base_path)
+    if "base" in base:
+        raise ValueError(f"{base_path} is the base of {path} and has a base itself; name that one")
+    tasks = of_tasks_in_base | of_tasks
+    merged = {task: of_tasks_in_base.get(task, {}) | of_tasks.get(task, {}) for task in tasks}
+    return base | values, merged
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The keys of a file, and those of its tables `[tasks.NAME]`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    tables = values.pop("tasks", {})
+    if not isinstance(tables, dict) or not all(isinstance(x, dict) for x in tables.values()):
+        raise ValueError(
+            f"{path}: tasks must be tables such as [tasks.rte], not {tables!r}; the tasks "
+            "themselves are named by the key task"
+        )
+    return values, tables
 
 
 def flag(key: str, value: Any, *, toggle: bool) -> list[str]:

@@ -1,0 +1,154 @@
+import json
+
+import pytest
+
+import compacter_jax as cj
+from compacter_jax.models.convert import module_from_name
+from train import plan
+from train.__main__ import main
+from train.options import MethodOptions, PlanOptions
+
+MRPC = {"task": "mrpc", "batch_size": 100, "epochs": 20}
+
+
+def options(backbone, **changes):
+    """Of a tiny backbone, whose bottlenecks cannot be of width / 32."""
+    method = MethodOptions(reduction_factor=2)
+    return PlanOptions(backbone=str(backbone), **{**MRPC, "method_options": method, **changes})
+
+
+def test_steps_and_programs(tiny_t5):
+    one = plan.plan_of(options(tiny_t5, max_length=128))
+    assert (one.train_examples, one.epochs, one.steps) == (3_668, 20, 20 * 37)
+    assert one.input_lengths == (16, 32, 48, 64, 96, 128)
+    assert one.target_lengths == (4, 8)  # labels are short, whatever max_target_length says
+    assert one.programs == 12
+    assert one.total_flops == 740 * one.cost.flops
+    assert one.seconds is None
+    assert plan.plan_of(options(tiny_t5, max_steps=7)).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "examples"),
+    [
+        ({"task": "mnli"}, 392_702),
+        ({"task": "mnli", "split_protocol": "paper"}, 392_702),  # it has two validation splits
+        ({"task": "qnli", "split_protocol": "paper"}, 103_743),
+        ({"task": "rte", "split_protocol": "paper"}, 2_490),
+        ({"task": "multirc", "split_protocol": "paper"}, 27_243),
+        ({"task": "qnli", "train_size": 1_000}, 1_000),
+        ({"task": "rte", "train_size": 10_000}, 2_490),
+        ({"task": "movie"}, 7_431),
+        ({"task": "mine", "train_size": 500}, 500),
+    ],
+)
+def test_training_examples(tiny_t5, changes, examples):
+    assert plan.train_examples(options(tiny_t5, **changes), text_to_text=True) == examples
+
+
+def test_an_encoder_reads_one_choice_at_a_time(tiny_backbone):
+    copa = options(tiny_backbone, task="copa")
+    assert plan.train_examples(copa, text_to_text=False) == 2 * 400
+
+
+def test_plan_of_an_encoder(tiny_backbone):
+    one = plan.plan_of(options(tiny_backbone, task="mnli", max_length=64))
+    assert one.target_lengths == ()
+    assert one.programs == len(one.input_lengths) == 4
+    module = module_from_name(tiny_backbone).clone(head="sequence_classification", num_labels=3)
+    assert one.cost.trained == 3 * 24 + 3 + trained_without_head(module)
+    assert one.cost.adapter_bytes == one.cost.memory.trained == 4 * one.cost.trained
+
+
+def trained_without_head(module):
+    import jax
+
+    model = cj.Adapted(module, cj.preset("compacter++", reduction_factor=2))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *module.dummy_inputs())["params"]
+    count = cj.count(shapes, cj.label_params(shapes, model.method))
+    return count.trained - count.groups["head"][0]
+
+
+def test_what_saves_memory_and_what_costs_operations(tiny_t5, tmp_path):
+    config = json.loads((tiny_t5 / "config.json").read_text())
+    deep = tmp_path / "config.json"
+    deep.write_text(json.dumps({**config, "num_layers": 4, "num_decoder_layers": 1}))
+
+    def cost(**changes):
+        return plan.plan_of(options(deep, max_length=256, **changes)).cost
+
+    plain = cost()
+    assert cost(remat="full").flops == plain.flops  # what is computed twice is no model FLOP
+    assert cost(remat="full").memory.activations < plain.memory.activations
+    assert cost(dtype="bfloat16").memory.activations < plain.memory.activations
+    assert cost(accumulation_steps=4).flops == pytest.approx(plain.flops, rel=0.01)
+    assert cost(accumulation_steps=4).memory.activations < 0.5 * plain.memory.activations
+    assert cost(devices=4).flops == pytest.approx(plain.flops / 4, rel=0.01)
+    assert cost(method="full", method_options=MethodOptions()).flops > plain.flops
+
+
+def test_frozen_weights_in_fewer_bits_and_over_a_mesh(tiny_t5):
+    def frozen(**changes):
+        return plan.plan_of(options(tiny_t5, **changes)).cost.memory.frozen
+
+    whole = frozen()
+    assert frozen(backbone_dtype="bfloat16") < 0.6 * whole
+    assert frozen(backbone_dtype="int8") < 0.5 * whole
+    assert frozen(mesh="data=1,model=1") == whole
+    assert whole / 4 < frozen(mesh="data=2,model=2") < whole / 3  # norms and biases are on each
+    divided = plan.plan_of(options(tiny_t5, mesh="data=2,model=2"))
+    halved = plan.plan_of(options(tiny_t5, devices=2))
+    assert divided.shape.rows == halved.shape.rows == 50
+    assert divided.cost.flops == halved.cost.flops // 2
+
+
+def test_time_from_a_peak(tiny_t5):
+    given = plan.plan_of(options(tiny_t5, peak_flops=1e9, utilisation=0.5))
+    assert given.seconds == pytest.approx(given.total_flops / 0.5e9)
+    known = plan.plan_of(options(tiny_t5, device_kind="TPU v4", utilisation=1.0))
+    assert known.seconds == pytest.approx(known.total_flops / 275e12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "mine"], "how many training examples 'mine' has is not known"),
+        (["--task", "record", "--backbone", "bert-base-uncased"], "'record' has is not known"),
+        (["--device-kind", "abacus"], "the peak of 'abacus' in float32 is not known"),
+        (["--devices", "3"], "batch_size=32 must be a multiple of 3"),
+        (["--utilisation", "1.5"], "utilisation=1.5 must be above 0, at most 1"),
+        (["--backbone", "t5-huge"], "'t5-huge' is neither a config.json here nor a published size"),
+    ],
+)
+def test_refusals(tiny_t5, capsys, flags, message):
+    shared = ["--backbone", str(tiny_t5), "--task", "movie", "--reduction-factor", "2"]
+    assert main(["plan", *shared, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_prints_every_task(tiny_t5, tmp_path, capsys):
+    config = tmp_path / "two.toml"
+    config.write_text(
+        'task = "mrpc, wmt16-ro-en"\nepochs = 1\nreduction_factor = 2\n[tasks.mrpc]\nepochs = 20\n'
+    )
+    flags = ["--config", str(config), "--backbone", str(tiny_t5), "--peak-flops", "1e12"]
+    assert main(["plan", *flags]) == 0
+    printed = capsys.readouterr().out
+    table = {line.split()[0]: line.split()[1:4] for line in printed.splitlines()[3:5]}
+    assert table == {"mrpc": ["3,668", "20", "2,300"], "wmt16-ro-en": ["610,320", "1", "19,073"]}
+    assert "targets to 4, 8 tokens" in printed
+    assert "targets to 4, 8, 12, 16, 24, 32, 48, 64 tokens" in printed
+    assert "40% of 1e+12 FLOP/s" in printed
+    assert main(["plan", *flags, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["task"], second["task"]) == ("mrpc", "wmt16-ro-en")
+    assert (first["steps"], second["steps"]) == (2_300, 19_073)
+    parts = first["cost"]["memory"]
+    assert parts.pop("total") == sum(parts.values())
+
+
+@pytest.mark.slow
+def test_t5_11b_is_planned_without_its_weights():
+    one = plan.plan_of(PlanOptions(backbone="t5-11b", dtype="bfloat16", **MRPC))
+    assert one.cost.total > 11e9
+    assert one.cost.memory.frozen > 4 * 11e9
