@@ -364,6 +364,7 @@ def test_questions_of_multirc_are_right_when_all_answers_are():
     multirc = benchmarks.find("multirc")
     assert multirc.scores([1, 0, 1, 0], rows) == {"exact_match": 0.5}
     assert multirc.scores([0, 1, 1, 1], rows) == {"exact_match": 0.5}
+    assert multirc.scores([1, 0, 1, -1], rows) == {"exact_match": 0.5}  # no label is wrong
     assert multirc.metric == "exact_match_and_f1"
     values = multirc.with_mean({"f1": 0.8, "exact_match": 0.5})
     assert values["exact_match_and_f1"] == pytest.approx(0.65)
@@ -387,15 +388,14 @@ def test_an_adapter_of_an_unknown_benchmark(tiny_backbone):
 
 def test_labels_that_are_generated(folder, tiny_t5):
     changes = {"max_target_length": 20, "evaluate_by": "generation"}
-    task, made, _ = prepared(tiny_t5, folder, "multirc", **changes)
+    task, made, _ = prepared(tiny_t5, folder, "sst2", **changes)
     encoded = made.encode_all(task.splits)["validation"]
     right = right_outputs(made, encoded)
     scores = made.scores(right, encoded)
-    assert (scores["exact_match_and_f1"], scores["invalid"]) == (1, 0)
-    right["ids"][0] = 0  # no text is no label, and one of the answers to its question
+    assert (scores["accuracy"], scores["invalid"]) == (1, 0)
+    right["ids"][1] = 0  # no text is no label
     scores = made.scores(right, encoded)
-    assert scores["exact_match"] == pytest.approx(2 / 3)
-    assert scores["invalid"] == 1
+    assert (scores["accuracy"], scores["invalid"]) == (5 / 6, 1)
 
 
 def test_columns_that_a_benchmark_cannot_read():
