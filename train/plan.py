@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -284,7 +284,7 @@ def cost_of(shape: Shape) -> Cost:
         accumulation_steps=shape.accumulation_steps,
     )
     if shape.mesh:
-        parts = dataclasses.replace(parts, frozen=_bytes_of_part(frozen, dict(shape.mesh)))
+        parts = dataclasses.replace(parts, frozen=mesh.bytes_of_part(frozen, dict(shape.mesh)))
     return Cost(
         trained=count.trained,
         total=count.total,
@@ -295,16 +295,6 @@ def cost_of(shape: Shape) -> Cost:
         // dict(shape.mesh).get(mesh.MODEL, 1),
         memory=parts,
     )
-
-
-def _bytes_of_part(frozen: Any, sizes: Mapping[str, int]) -> int:
-    """Of frozen weights, or of their shapes, what one device of a mesh has."""
-
-    def size(path: Any, leaf: Any) -> int:
-        axes = mesh.spec_of(mesh.joined(path), leaf.shape, sizes)
-        return memory.size(leaf) // math.prod(sizes[axis] for axis in axes if axis is not None)
-
-    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, frozen)))
 
 
 def model_of(shape: Shape) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
