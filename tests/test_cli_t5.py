@@ -131,7 +131,7 @@ def test_predict_in_a_new_process_gives_the_scores_of_the_run(tiny_t5, files, tm
     flags = t5_flags(tiny_t5, files, tmp_path / "run", task="movie")
     one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **one_device}
-    script = FIT_AND_KEEP_LOGITS.replace("trainer.frozen))", "trainer.frozen)['scores'])")
+    script = FIT_AND_KEEP_LOGITS.replace('"test"))', '"test")["scores"])')
     run = [sys.executable, "-c", script, tmp_path / "scores.npy", *flags]
     subprocess.run(run, env=environment, check=True, capture_output=True)
     run = [sys.executable, "-m", "train", "predict", "--logits", "--eval-batch-size", "16"]

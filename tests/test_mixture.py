@@ -1,9 +1,24 @@
-"""How often each task of a mixture gives a batch."""
+"""Several tasks in one run: how often each comes, and what is trained by it."""
 
+import itertools
+import json
+import os
+import signal
+
+import hub_data
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tyro
+from flax.traverse_util import flatten_dict
 
+import compacter_jax as cj
+from train import data, job, loop, stopping
+from train.__main__ import main
 from train.mixture import Mixture, parse
+from train.options import FitOptions
 
 
 @pytest.mark.parametrize(
@@ -46,3 +61,171 @@ def test_numbers_out_of_range():
         parse("temperature=0.5")
     with pytest.raises(ValueError, match="limit=0 of --mixture must be at least 1"):
         parse("limit=0")
+
+
+MIXED = {"train": 24, "validation": 8}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Two tasks with two and with three labels."""
+    folder = tmp_path_factory.mktemp("data")
+    hub_data.write(folder, "rte", **MIXED)
+    return hub_data.write(folder, "cb", train=40, validation=8)
+
+
+def flags_of(backbone, data_dir, output, **flags):
+    flags = {
+        "backbone": backbone,
+        "task": "rte,cb",
+        "data-dir": data_dir,
+        "output-dir": output,
+        "reduction-factor": 2,
+        "max-length": 16,  # one bucket, and so one shape to compile
+        "batch-size": 8,
+        "eval-batch-size": 8,
+        "epochs": 2,
+        "learning-rate": 1e-2,
+        "backbone-dropout": 0,
+        "mixture": "temperature=2",
+        **flags,
+    }
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def prepared(flags):
+    work = job.prepare(tyro.cli(FitOptions, args=flags))
+    job.open_run(work.options)
+    return work
+
+
+def trained(flags):
+    """The job, and what its learners end with, on the host."""
+    work = prepared(flags)
+    with loop.Trainer(work, stopping.Stopping()) as trainer:
+        trainer.run()
+        return work, [training.host_state()["trained"] for training in trainer.learners]
+
+
+def assert_close(actual, expected, tolerance):
+    actual, expected = flatten_dict(actual, sep="/"), flatten_dict(expected, sep="/")
+    assert actual.keys() == expected.keys()
+    for path, leaf in actual.items():
+        assert (leaf is None) == (expected[path] is None)
+        if leaf is None:  # frozen
+            continue
+        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=tolerance, err_msg=path)
+
+
+@pytest.mark.slow
+def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, data_dir, tmp_path):
+    """Each step takes a batch of one task, and moves what both share and that task's head."""
+    work, (shared,) = trained(flags_of(tiny_backbone, data_dir, tmp_path / "run"))
+    order = work.order
+    assert len(order) == 2 * (3 + 5)
+    assert set(order) == {0, 1}
+    (learner,) = work.learners
+    params, frozen = cj.partition(learner.params, learner.labels)
+    heads = {lane.name: lane.params["classifier"] for lane in work.lanes}
+    assert [heads[name]["kernel"].shape[1] for name in ("rte", "cb")] == [2, 3]
+    warmup = optax.linear_schedule(0.0, 1e-2, round(0.1 * 16))
+    decay = optax.linear_schedule(1e-2, 0.0, 16 - round(0.1 * 16))
+    schedule = optax.join_schedules([warmup, decay], [round(0.1 * 16)])
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+    state = tx.init(params)
+    streams = [rows_of(lane, 8) for lane in work.lanes]
+    for lane in order:
+        batch = next(streams[lane])
+
+        def loss(params, lane=work.lanes[lane], batch=batch):
+            whole = cj.merge(params, frozen)
+            own = {key: value for key, value in whole.items() if key != "tasks"}
+            own["classifier"] = whole["tasks"][lane.name]["classifier"]
+            names = ("input_ids", "attention_mask", "token_type_ids")
+            logits = lane.model.apply({"params": own}, *(batch[name] for name in names))
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+            return jnp.sum(losses * batch["weights"]) / batch["weights"].sum()
+
+        updates, state = tx.update(jax.jit(jax.grad(loss))(params), state, params)
+        params = optax.apply_updates(params, updates)
+    # Adam divides by the root of squares that may be tiny.
+    assert_close(shared, params, 2e-5)
+    with pytest.raises(AssertionError):
+        assert_close(shared, cj.partition(learner.params, learner.labels)[0], 1e-3)
+
+
+def rows_of(lane, size):
+    """A task's batches, epoch after epoch."""
+    for epoch in itertools.count():
+        yield from data.batches(lane.encoded["train"], size, shuffle=True, seed=0, epoch=epoch)
+
+
+@pytest.mark.slow
+def test_an_adapter_for_each_task_is_that_of_a_run_of_its_own(tiny_backbone, data_dir, tmp_path):
+    flags = {"adapters": "per_task", "backbone-dropout": 0.1}
+    work, both = trained(flags_of(tiny_backbone, data_dir, tmp_path / "both", **flags))
+    steps = int((work.order == 1).sum())
+    flags |= {"task": "cb", "max-steps": steps, "epochs": 9}
+    _, (alone,) = trained(flags_of(tiny_backbone, data_dir, tmp_path / "cb", **flags))
+    jax.tree.map(np.testing.assert_array_equal, both[1], alone)
+
+
+@pytest.mark.slow
+def test_a_mixture_that_is_stopped_ends_with_the_same_bytes(
+    tiny_t5, data_dir, tmp_path, monkeypatch, capsys
+):
+    outputs = tmp_path / "whole", tmp_path / "stopped"
+    flags = [flags_of(tiny_t5, data_dir, output) for output in outputs]
+    assert main(["fit", *flags[0]]) == 0
+    dispatch, calls = loop.Trainer._dispatch, []
+
+    def stop(trainer, *arguments):
+        calls.append(1)
+        if len(calls) == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return dispatch(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_dispatch", stop)
+        assert main(["fit", *flags[1]]) == 0
+    assert "terminated at step 11" in capsys.readouterr().out
+    assert main(["fit", *flags[1], "--resume"]) == 0
+    for name in ("rte", "cb"):
+        left, right = (
+            {path.name: path.read_bytes() for path in (output / name / "adapter").iterdir()}
+            for output in outputs
+        )
+        assert left == right
+        for file in ("curves.png", "report.md", "metrics.json"):
+            assert (outputs[1] / name / file).stat().st_size > 0
+    result = json.loads((outputs[1] / "metrics.json").read_text())
+    assert list(result["tasks"]) == ["rte", "cb"]
+    steps = [result["tasks"][name]["steps"] for name in ("rte", "cb")]
+    assert sum(steps) == 16
+    # What was saved is what is evaluated, each with the head of its task.
+    command = ["evaluate", "--adapter", outputs[1] / "cb" / "adapter", "--task", "cb"]
+    command += ["--data-dir", data_dir, "--split", "validation", "--output", tmp_path / "out.json"]
+    assert main([str(part) for part in command]) == 0
+    scores = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    expected = result["tasks"]["cb"]["validation"]
+    assert scores == pytest.approx(expected, rel=1e-5)
+
+
+def test_tasks_that_do_not_go_together(tiny_backbone, data_dir, tmp_path, capsys):
+    def refusal(**flags):
+        assert main(["fit", *flags_of(tiny_backbone, data_dir, tmp_path / "run", **flags)]) == 2
+        return capsys.readouterr().err
+
+    assert "must be different names with commas between them" in refusal(task="rte,rte")
+    assert "files are those of one task" in refusal(**{"train-file": "train.csv"})
+    assert "--mixture 'temperature' must be" in refusal(mixture="temperature")
+    vocabulary = flags_of(
+        tiny_backbone,
+        data_dir,
+        tmp_path / "run",
+        **{"method": "prompt-tuning-vocabulary", "prompt-length": 3},
+    )
+    at = vocabulary.index("--reduction-factor")
+    assert main(["fit", *vocabulary[:at], *vocabulary[at + 2 :]]) == 2
+    assert "give --prompt-words, or --adapters per_task" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

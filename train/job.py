@@ -170,6 +170,7 @@ def prepare(options: FitOptions) -> Job:
       ValueError, OSError: for input that does not fit; nothing has been written.
     """
     _check_batch_size(options)
+    mixture.parse(options.mixture)
     names = task_names(options)
     lanes: list[Lane] = []
     for name in names:
@@ -371,8 +372,8 @@ def _clear(folder: Path) -> None:
     """Removes what a run writes, and nothing else: the folder may hold other things."""
     for name in ("adapter", "backbone", "checkpoints", "tensorboard", "profile"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    names = ("metrics.json", "curves.png", "report.md", "log.csv", "evaluations.csv", RUN_NAME)
-    for name in names:
+    results = ("metrics.json", "report.md", "curves.png", "log.png")
+    for name in (*results, "log.csv", "evaluations.csv", RUN_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
