@@ -1,16 +1,19 @@
 """A backbone divided over a mesh computes what it does on one device; each device has a part."""
 
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import compacter_jax as cj
 from benchmarks import devices
+from compacter_jax.config import dense_twin
 from tests.test_step import make_batch, setup, text_batch
 from train import mesh, step
 from train.compute import make_compute
@@ -68,6 +71,41 @@ def test_a_mesh_gives_what_one_device_gives(make, inputs, loss, batch):
     divided = run(compute(model, labels, inputs, loss, mesh="data=2,model=2"))
     for a, b in zip(jax.tree.leaves(divided), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_the_mesh_fetch_weights_and_add_up_gradients_alone():
+    model, params, labels = t5(**GATED)
+    laid_out = mesh.make_mesh("data=4")
+    trained, frozen = cj.partition(params, labels)
+    tx = cj.optimizer(optax.adamw(1e-3), labels)
+    update = functools.partial(
+        step.loss_and_update,
+        apply=step.apply_function(model, T5[1]),
+        loss=step.loss_function("tokens"),
+        tx=tx,
+        mesh=laid_out,
+    )
+    state = step.TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
+    arguments = (mesh.replicate(state, laid_out), mesh.place(frozen, laid_out))
+    batch = mesh.shard_batch(T5[3], laid_out)
+    whole = NamedSharding(laid_out, PartitionSpec())
+    jitted = jax.jit(lambda s, f, b: update(s, f, b, jax.random.key(0)), out_shardings=whole)
+    lowered = jitted.lower(*arguments, batch)
+    kernels = sum("kernel" in path for path in flatten_dict(frozen, sep="/"))
+    # The backward pass fetches them again, but for those it has no use of.
+    assert lowered.as_text().count("sharding_constraint") > 1.5 * kernels
+    moved = {"all-gather": 0, "all-reduce": 0, "all-to-all": 0, "collective-permute": 0}
+    for line in lowered.compile().as_text().splitlines():
+        if match := re.search(rf"= (.*?) ({'|'.join(moved)})(-start)?\(", line):
+            for shape in re.findall(r"f32\[([\d,]*)\]", match[1]):
+                moved[match[2]] += int(np.prod([int(n) for n in shape.split(",") if n]))
+    # The gradients, of adapters as those of the weights they make, the loss, the number of tokens.
+    dense = model.clone(method=dense_twin(model.method))
+    shapes = jax.eval_shape(dense.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
+    made = cj.count(shapes, cj.label_params(shapes, dense.method)).trained
+    assert moved["all-reduce"] == made + 2
+    assert moved["all-to-all"] == moved["collective-permute"] == 0
+    assert moved["all-gather"] > 0
 
 
 def test_every_device_has_its_part():

@@ -87,6 +87,7 @@ def make_compute(
       ValueError: as `train.mesh.make_mesh`.
     """
     devices = list(devices or jax.devices())
+    laid_out = None if mesh is None else make_mesh(mesh, devices)
     axis_name = AXIS if len(devices) > 1 and mesh is None else None
 
     # The seed is an argument, not a constant: runs that differ in it alone share what is compiled.
@@ -103,13 +104,14 @@ def make_compute(
             tx=tx,
             accumulation_steps=accumulation_steps,
             axis_name=axis_name,
+            mesh=laid_out,
         )
 
     def forward(trained: Params, frozen: Params, batch: Batch) -> Any:
         return (outputs or logits_of(apply))(merge(trained, frozen), batch)
 
-    if mesh is not None:
-        compiled = _on_mesh(update, forward, make_mesh(mesh, devices))
+    if laid_out is not None:
+        compiled = _on_mesh(update, forward, laid_out)
     elif axis_name:
         compiled = _on_several(update, forward, devices)
     else:

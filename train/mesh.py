@@ -26,6 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from compacter_jax.params import GROUPS
 
 HOSTS, DATA, MODEL = "hosts", "data", "model"
+# What `refetched` computes again: fetching, and what makes a copy of what was fetched.
+_NOT_KEPT = frozenset({"sharding_constraint", "convert_element_type", "transpose"})
 
 # Regular expression over whole `/`-joined paths -> the axis that each dimension is divided over;
 # the first match wins. What is small is whole on every device.
@@ -133,6 +135,33 @@ def place(tree: Any, mesh: Mesh) -> Any:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every array whole on every device."""
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def fetch(frozen: Any, mesh: Mesh) -> Any:
+    """Within a jitted step: weights of `place`, whole along `data`.
+
+    Left to itself, the compiler divides products along `data`, too, and adds up their parts, which
+    are larger than the weights where a batch has many tokens. To be called in a function that
+    `refetched` wraps.
+    """
+
+    def whole(path: Any, leaf: Array) -> Array:
+        spec = spec_of(joined(path), leaf.shape, mesh.shape)
+        if DATA not in spec:
+            return leaf
+        rest = PartitionSpec(*(None if axis == DATA else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, rest))
+
+    return jax.tree_util.tree_map_with_path(whole, frozen)
+
+
+def refetched(function: Any) -> Any:
+    """`function`, whose backward pass fetches weights again instead of keeping what was fetched."""
+
+    def keeps(primitive: Any, *_: Any, **__: Any) -> bool:
+        return primitive.name not in _NOT_KEPT
+
+    return jax.checkpoint(function, policy=keeps)
 
 
 def joined(path: Sequence[Any]) -> str:

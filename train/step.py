@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from compacter_jax.params import merge
 from train.data import IGNORED
+from train.mesh import fetch, refetched
 
 Batch = Mapping[str, Any]
 Params = Any
@@ -83,6 +85,7 @@ def loss_and_update(
     tx: optax.GradientTransformation,
     accumulation_steps: int = 1,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One update of the trained half from one global batch.
 
@@ -101,6 +104,7 @@ def loss_and_update(
       tx: optimizer, `compacter_jax.optimizer`.
       accumulation_steps: parts to divide this device's rows into, one after the other.
       axis_name: of the pmap axis; None on one device.
+      mesh: that the frozen half is divided over, by `train.mesh.place`.
 
     Returns:
       The next state, and metrics equal on all devices.
@@ -112,8 +116,12 @@ def loss_and_update(
         weight = jax.lax.pmean(weight, axis_name)
 
     def part_loss(trained: Params, part: Batch, part_key: Array) -> Array:
-        logits = apply(merge(trained, frozen), part, part_key)
+        weights = frozen if mesh is None else fetch(frozen, mesh)
+        logits = apply(merge(trained, weights), part, part_key)
         return jnp.sum(loss(logits, part["labels"]) * part["weights"]) / weight
+
+    if mesh is not None:
+        part_loss = refetched(part_loss)
 
     def accumulate(total: Any, part_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
         value = jax.value_and_grad(part_loss)(state.trained, *part_and_key)
