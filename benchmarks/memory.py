@@ -8,8 +8,11 @@ peak is that of the device's allocator. On a CPU it is what the process had resi
 the steps after the first, beyond what it had before them, and the weights and the optimizer's state
 that were there already.
 
-With `--topology v5e:2x2x1` nothing is run: the step is compiled for such a TPU, which wants
-`pip install libtpu` and no TPU, and the peak is what the compiler has laid out.
+With `--topology v5e:2x2x1` nothing is run: the step is compiled for such a TPU, which wants libtpu
+and no TPU, and the peak is what the compiler has laid out. That libtpu does not look for one:
+
+    export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4
+    export TPU_TOPOLOGY=2x2 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0
 
 Dropout is off unless `--dropout` says otherwise: on a CPU, random bits of all layers, made first,
 would take more than all else. There XLA is also told to order operations for memory; its default,

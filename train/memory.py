@@ -2,8 +2,8 @@
 
 What is predicted is what a compiler keeps that fuses elementwise operations into those that read
 them, and keeps both operands of every product. For a TPU v5e XLA lays out 0.73 to 0.76 of it, as it
-fuses into products, too; on a CPU it takes 1.3 to 2.1 times as much. Seen with MiniLM, batches of
-32 x 64 tokens; `benchmarks/memory.py` measures it.
+fuses into products, too; on a CPU it takes 1.3 to 2.1 times as much. Seen with MiniLM and batches
+of 32 x 64 tokens, for the TPU with Compacter++ alone; `benchmarks/memory.py` measures it.
 """
 
 from __future__ import annotations
