@@ -578,12 +578,13 @@ def _write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str,
         result, folder = results[lane.name], job.folder(lane)
         if not job.is_mixture:
             result["measured"] = cost
-        inference.write_json(folder / "metrics.json", result)
         if _makes_backbone(job, lane):
             write_backbone(lane, folder)
         count = cj.count(lane.params, lane.labels)
         report.plot_curves(result, folder / "curves.png")
         report.write_report(result, job.options, lane.model.method, count, folder)
+        # Last: whoever started the run knows by it that it is done.
+        inference.write_json(folder / "metrics.json", result)
         print(report.result_text(result, folder))
     if job.is_mixture:
         options = job.options
