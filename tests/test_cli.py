@@ -148,6 +148,27 @@ def test_evaluate_gives_the_metrics_of_fit(fitted, files, capsys, tmp_path):
     assert written["examples"] == 43
 
 
+@pytest.mark.slow
+def test_a_backbone_of_int8_over_a_mesh(tiny_backbone, files, tmp_path):
+    """Trained on four devices, each with a part of the weights, and evaluated on one."""
+    flags = {"mesh": "data=2,model=2", "backbone-dtype": "int8", "remat": "dots"}
+    run = tmp_path / "run"
+    assert main(["fit", *fit_flags(tiny_backbone, files, run, **flags)]) == 0
+
+    def loss(*more):
+        output = tmp_path / "metrics.json"
+        given = ["--adapter", run / "adapter", "--test-file", files["test"], "--output", output]
+        assert main(["evaluate", *map(str, given), *more]) == 0
+        return json.loads(output.read_text())["metrics"]["loss"]
+
+    result = json.loads((run / "metrics.json").read_text())
+    assert result["test"]["accuracy"] > 0.8
+    assert loss() == pytest.approx(result["test"]["loss"], rel=1e-5)
+    exact = loss("--backbone-dtype", "float32")
+    assert exact == pytest.approx(result["test"]["loss"], rel=0.1)
+    assert exact != pytest.approx(result["test"]["loss"], rel=1e-5)
+
+
 FIT_AND_KEEP_LOGITS = """
 import sys
 import numpy as np

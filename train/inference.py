@@ -109,6 +109,10 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         dtype=jnp.dtype(options.dtype or settings["dtype"]),
     )
     model, params = cj.load_adapter(options.adapter, backbone)
+    stored = options.backbone_dtype or settings.get("backbone_dtype", "float32")
+    if stored != "float32":
+        trained, frozen = cj.partition(params, cj.label_params(params, model.method))
+        params = cj.merge(trained, cj.cast_frozen(frozen, stored))
     if isinstance(model.method, cj.IntrinsicConfig):
         # Its projection would be drawn again for every batch.
         model, params = model.built(params)

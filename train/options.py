@@ -444,6 +444,7 @@ class AdapterOptions:
       adapter: folder that `fit` wrote.
       backbone: the backbone it was trained with; by default where it was then.
       dtype: what matrix products compute in; by default as in training.
+      backbone_dtype: how what was not trained is stored; by default as in training.
       eval_batch_size: examples per batch.
       num_beams: of T5's generation; by default as in training.
     """
@@ -451,6 +452,7 @@ class AdapterOptions:
     adapter: Path
     backbone: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    backbone_dtype: BackboneDtype | None = None
     eval_batch_size: int = 64
     num_beams: int | None = None
 
