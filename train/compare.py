@@ -216,9 +216,10 @@ def _num_examples(options: CompareOptions) -> int:
         split_protocol=options.split_protocol,
     )
     if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
+        hint = "; --split-protocol paper makes a test split" if task.benchmark is not None else ""
         raise ValueError(
             "compare wants a task with training, validation and test examples, and "
-            f"{options.task!r} has {', '.join(task.splits)}"
+            f"{options.task!r} has {', '.join(task.splits)}{hint}"
         )
     return len(task.splits["train"])
 

@@ -237,9 +237,10 @@ def _loaded_lane(task: tasks.Task, options: FitOptions, first: Lane | None) -> L
     if first is not None:
         params = _shared(params, first.params)
     encoded = objective.encode_all(task.splits)
-    for split, examples in encoded.items():
-        for line in examples.notices(split):
-            print(line)
+    if hosts.is_first():
+        for split, examples in encoded.items():
+            for line in examples.notices(split):
+                print(line)
     labels = cj.label_params(params, method)
     return Lane(task, objective, encoded, backbone, model, params, labels)
 

@@ -123,6 +123,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
         options.check()
         hosts.start(options)
         check_run_folder(options)
+        hosts.wait("every host has looked at the run's folder")  # before one of them changes it
         job = prepare(options)
         if hosts.is_first():
             learner = job.learners[0]
