@@ -209,11 +209,7 @@ def _num_examples(options: CompareOptions) -> int:
     task = tasks.load_task(
         options.task,
         regression=options.regression,
-        train_file=options.train_file,
-        validation_file=options.validation_file,
-        test_file=options.test_file,
-        data_dir=options.data_dir,
-        split_protocol=options.split_protocol,
+        **tasks.sources(options),
     )
     if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
         hint = "; --split-protocol paper makes a test split" if task.benchmark is not None else ""

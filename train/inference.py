@@ -148,11 +148,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         options.task,
         regression=kind == "regression",
         text=kind == "text",
-        train_file=options.train_file,
-        validation_file=options.validation_file,
-        test_file=options.test_file,
-        data_dir=options.data_dir,
-        split_protocol=options.split_protocol,
+        **tasks.sources(options),
         splits=(options.split,),
         label_names=adapter.settings["label_names"] or None,
     )

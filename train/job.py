@@ -203,11 +203,7 @@ def _lane(name: str, options: FitOptions, first: Lane | None) -> Lane:
     task = tasks.load_task(
         name,
         regression=options.regression,
-        train_file=options.train_file,
-        validation_file=options.validation_file,
-        test_file=options.test_file,
-        data_dir=options.data_dir,
-        split_protocol=options.split_protocol,
+        **tasks.sources(options),
     )
     check_options(task, options)
     if options.train_size is not None:

@@ -134,6 +134,12 @@ def load_task(
     return Task(name or "custom", kind, names, rows)
 
 
+def sources(options: Any) -> dict[str, Any]:
+    """The arguments of `load_task` that say where rows come from, of a command's options."""
+    names = ("train_file", "validation_file", "test_file", "data_dir", "split_protocol")
+    return {name: getattr(options, name) for name in names}
+
+
 def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:
     """`size` rows drawn without replacement, in their original order.
 
