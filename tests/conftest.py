@@ -28,6 +28,15 @@ WORDS = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """A process that runs many files would otherwise hold gigabytes of programs of the first."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
     """A random BERT in the files of a Hugging Face checkpoint, with a tokenizer of `WORDS`."""
     import jax

@@ -4,10 +4,8 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -70,23 +68,6 @@ def fit_flags(folder, files, output, **flags):
         **flags,
     }
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-
-
-def run(*arguments, **keywords):
-    """A command in a process of its own, on one device."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", "train", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **keywords
-    )
-
-
-def start(*arguments):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", "train", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
 
 
 def adapter_bytes(output):
@@ -186,7 +167,8 @@ with loop.Trainer(work, stopping.Stopping()) as trainer:
 @pytest.mark.slow
 def test_predict_in_a_new_process_gives_the_logits_of_the_run(tiny_backbone, files, tmp_path):
     flags = fit_flags(tiny_backbone, files, tmp_path / "run", epochs=1)
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **one_device}
     command = [sys.executable, "-c", FIT_AND_KEEP_LOGITS, tmp_path / "logits.npy", *flags]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     command = [sys.executable, "-m", "train", "predict", "--logits"]
@@ -493,48 +475,6 @@ def test_a_config_file_gives_flags_and_the_command_line_wins(tiny_backbone, file
     assert run_settings["method_sites"] == ["attention", "feed_forward"]
     assert run_settings["remat"] == "full"
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_examples"] == 16
-
-
-def wait_for_checkpoint(process, folder, number):
-    """Returns when a checkpoint of step `number` or later is there."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read().decode()
-        if any(path.name.isdigit() and int(path.name) >= number for path in folder.glob("*")):
-            return
-        time.sleep(0.005)
-    raise TimeoutError(folder)
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_backbone, files, tmp_path):
-    keywords = {"epochs": 3, "checkpoint-steps": 1, "backbone-dropout": 0.1}
-    whole = run("fit", *fit_flags(tiny_backbone, files, tmp_path / "whole", **keywords))
-    assert whole.returncode == 0, whole.stderr
-    flags = fit_flags(tiny_backbone, files, tmp_path / "killed", **keywords)
-    # 15 steps an epoch: in the first epoch, in the second, and by Ctrl-C in the third.
-    for i, (step, sent) in enumerate(
-        [(4, signal.SIGKILL), (20, signal.SIGKILL), (33, signal.SIGINT)]
-    ):
-        process = start("fit", *flags, *["--resume"][:i])
-        wait_for_checkpoint(process, tmp_path / "killed" / "checkpoints", step)
-        process.send_signal(sent)
-        output = process.communicate(timeout=120)[0].decode()
-        assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
-    assert "interrupted at step" in output
-    assert "--resume" in output
-    resumed = run("fit", *flags, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed at step" in resumed.stdout
-    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
-    left, right = (
-        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed")
-    )
-    for result in (left, right):
-        result.pop("measured")
-        for record in result["history"]:
-            record.pop("examples_per_second")
-    assert left == right
 
 
 @pytest.mark.slow

@@ -489,6 +489,7 @@ def test_what_is_written(tmp_path):
 @pytest.mark.slow
 def test_end_to_end(tiny_backbone, files, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # on one device
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # its own stands back before the user's
     flags = {"methods": "compacter++,adapterdrop,full", "seeds": 2, "backbone": tiny_backbone}
     flags |= {"train-size": 20, "steps": 4, "batch-size": 8, "eval-batch-size": 16}
     flags |= {"reduction-factor": 2, "max-length": 16}
