@@ -40,6 +40,7 @@ def on_first_device(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_t5_11b_on_four_chips(capsys):
     command = ["params", "--backbone-config", "t5-11b", "--mesh", "data=4,model=1"]
     assert main([*command, "--backbone-dtype", "bfloat16", "--json"]) == 0
