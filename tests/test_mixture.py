@@ -128,6 +128,7 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
     params, frozen = cj.partition(learner.params, learner.labels)
     heads = {lane.name: lane.params["classifier"] for lane in work.lanes}
     assert [heads[name]["kernel"].shape[1] for name in ("rte", "cb")] == [2, 3]
+    assert cj.count(learner.params, learner.labels).groups["head"] == (5 * 25, 5 * 25)
     warmup = optax.linear_schedule(0.0, 1e-2, round(0.1 * 16))
     decay = optax.linear_schedule(1e-2, 0.0, 16 - round(0.1 * 16))
     schedule = optax.join_schedules([warmup, decay], [round(0.1 * 16)])
@@ -139,8 +140,7 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
 
         def loss(params, lane=work.lanes[lane], batch=batch):
             whole = cj.merge(params, frozen)
-            own = {key: value for key, value in whole.items() if key != "tasks"}
-            own["classifier"] = whole["tasks"][lane.name]["classifier"]
+            own = {**whole, "classifier": whole["classifier"][lane.name]}
             names = ("input_ids", "attention_mask", "token_type_ids")
             logits = lane.model.apply({"params": own}, *(batch[name] for name in names))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])

@@ -30,8 +30,6 @@ _NOT_RUN = (
     # How many devices there are counts, and is checked; who holds them does not.
     *("distributed", "coordinator_address", "num_processes", "process_id"),
 )
-# Under which a mixture keeps the parameters that each task has of its own.
-_OWN = "tasks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Learner:
     Attributes:
       name: of its only task, or of several with `+` between them.
       lanes: indices of its tasks in the job.
-      params: of all its lanes, what each has of its own under `tasks/NAME`.
+      params: of all its lanes; of several, `classifier/NAME/kernel` is the head of one.
       labels: what of them is trained.
       views: for each lane, a tree like `params`, or one half of it -> the lane's part of it.
     """
@@ -280,7 +278,7 @@ def _joined(lanes: Sequence[Lane]) -> Learner:
         own_labels = flatten_dict(lane.labels, sep="/")
         places = {}
         for path, leaf in flatten_dict(lane.params, sep="/").items():
-            place = f"{_OWN}/{lane.name}/{path}" if group_of(path) == "head" else path
+            place = _own(path, lane.name) if group_of(path) == "head" else path
             if place in params and params[place].shape != leaf.shape:
                 raise ValueError(
                     f"the tasks {lanes[0].name} and {lane.name} cannot share an adapter: {path} is "
@@ -298,6 +296,12 @@ def _joined(lanes: Sequence[Lane]) -> Learner:
         unflatten_dict(labels, sep="/"),
         tuple(views),
     )
+
+
+def _own(path: str, task: str) -> str:
+    """Where a mixture keeps a parameter that the task has of its own; it stays in its group."""
+    top, _, rest = path.partition("/")
+    return f"{top}/{task}/{rest}"
 
 
 def _view(places: Mapping[str, str], tree: Any) -> Any:

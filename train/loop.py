@@ -586,6 +586,8 @@ def _write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str,
         report.write_report(result, job.options, lane.model.method, count, folder)
         # Last: whoever started the run knows by it that it is done.
         inference.write_json(folder / "metrics.json", result)
+        if job.is_mixture:
+            print(f"{lane.name}:")
         print(report.result_text(result, folder))
     if job.is_mixture:
         options = job.options

@@ -27,7 +27,7 @@ class StepClock:
         self.seconds = seconds
         self._shapes: set[Any] = set()
         self._mark = 0.0
-        self._compiled = False
+        self._compiled = self._dispatched = False
 
     def start(self) -> None:
         """What came before is not part of the next step."""
@@ -35,6 +35,7 @@ class StepClock:
 
     def dispatched(self, batch: Mapping[str, Any], program: int = 0) -> None:
         """A step has been given to the device; a program's first of its shapes was compiled."""
+        self._dispatched = True
         shapes = (program, *(array.shape for array in batch.values()))
         self._compiled |= shapes not in self._shapes
         self._shapes.add(shapes)
@@ -42,14 +43,16 @@ class StepClock:
     def finished(self) -> float | None:
         """The result of the oldest step under way has been read; returns its seconds.
 
-        None where something was compiled.
+        None where something was compiled; or where no step was given to the device since the last
+        one was finished: a device that computes at once has finished both together.
         """
         now = time.perf_counter()
-        seconds = None if self._compiled else now - self._mark
+        seconds = now - self._mark if self._dispatched and not self._compiled else None
         if seconds is not None:
             self.seconds.append(seconds)
             del self.seconds[:-_KEPT]
-        self._compiled, self._mark = False, now
+        self._compiled = self._dispatched = False
+        self._mark = now
         return seconds
 
 
