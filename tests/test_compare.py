@@ -207,6 +207,8 @@ with open(os.environ["CALLS"], "a") as file:
 if method == os.environ.get("FAILS"):
     print("Traceback (most recent call last):\\nerror: it cannot work")
     sys.exit(2)
+if method == os.environ.get("STOPS"):
+    sys.exit(0)
 if method == os.environ.get("HANGS"):
     Path(os.environ["CALLS"] + ".hangs").touch()
     time.sleep(3)
@@ -307,6 +309,18 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
     assert main(flags) == 0  # failed runs are tried again
     assert pretended() == ["full 0", "full 1"]
     assert "cannot work" not in (output / "report.md").read_text()
+
+
+def test_a_run_that_was_terminated_is_not_taken_for_done(
+    pretended, files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("STOPS", "full")
+    flags = compare_flags(files, tmp_path / "out", methods="full,lora", seeds=1)
+    assert main(flags) == 1
+    assert "own, full, seed 0: terminated before its end, see" in capsys.readouterr().err
+    monkeypatch.delenv("STOPS")
+    assert main(flags) == 0
+    assert pretended() == ["full 0", "lora 0", "full 0"]
 
 
 def wait_for(path):

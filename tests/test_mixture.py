@@ -177,19 +177,27 @@ def test_a_mixture_that_is_stopped_ends_with_the_same_bytes(
     outputs = tmp_path / "whole", tmp_path / "stopped"
     flags = [flags_of(tiny_t5, data_dir, output) for output in outputs]
     assert main(["fit", *flags[0]]) == 0
-    dispatch, calls = loop.Trainer._dispatch, []
 
-    def stop(trainer, *arguments):
-        calls.append(1)
-        if len(calls) == 11:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return dispatch(trainer, *arguments)
+    def fit_until(place, number):
+        method, calls = getattr(loop.Trainer, place), []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_dispatch", stop)
-        assert main(["fit", *flags[1]]) == 0
-    assert "terminated at step 11" in capsys.readouterr().out
+        def stop(trainer, *arguments, **keywords):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return method(trainer, *arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Trainer, place, stop)
+            assert main(["fit", *flags[1], "--resume"]) == 0
+        return capsys.readouterr().out
+
+    # In the evaluation of the second task, when that of the first is done; then within an epoch.
+    assert "terminated at step 8;" in fit_until("scores", 2)
+    assert "terminated at step 11;" in fit_until("_dispatch", 3)
     assert main(["fit", *flags[1], "--resume"]) == 0
+    left, right = ((output / "evaluations.csv").read_text() for output in outputs)
+    assert left == right
     for name in ("rte", "cb"):
         left, right = (
             {path.name: path.read_bytes() for path in (output / name / "adapter").iterdir()}

@@ -91,7 +91,7 @@ def test_termination_writes_a_checkpoint_and_is_no_failure(
     assert run("_dispatch", 6, signal.SIGTERM) == 0
     assert "terminated at step 6; the training state is in" in capsys.readouterr().out
     # In the evaluation that ends the first epoch: what is trained is kept, not what is evaluated.
-    assert run("_validate", 1, signal.SIGTERM) == 0
+    assert run("scores", 1, signal.SIGTERM) == 0
     assert "terminated at step 15;" in capsys.readouterr().out
     assert not (output / "adapter").exists()
     assert run("_dispatch", 5, signal.SIGINT) == 130

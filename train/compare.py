@@ -293,6 +293,8 @@ def _fit(run: Run, options: CompareOptions, lock: int) -> str | None:
                 f"interrupted in {run.name}; the same command goes on with this run"
             ) from None
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    if process.returncode == 0 and not run.finished():
+        return f"terminated before its end, see {log}"  # as a run should be that gets SIGTERM
     if process.returncode == 0:
         if not options.keep_adapters:
             shutil.rmtree(run.folder / "adapter")

@@ -36,21 +36,29 @@ class Log:
       folder: of the run; exists.
       tensorboard: whether to write for TensorBoard, too.
       resume_step: step of the checkpoint that the run goes on from, 0 for a new run.
+      evaluated: whether evaluations at that step were over when it was written.
 
     Raises:
       OSError: if a file cannot be written, here and in every method.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False, resume_step: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = False,
+        resume_step: int = 0,
+        evaluated: bool = True,
+    ):
         self._tables: dict[str, _Table] = {}
         self._writer: Any = None
         if not hosts.is_first():
             return
-        for name, columns in (
-            (STEPS_NAME, _STEP_COLUMNS),
-            (EVALUATIONS_NAME, _EVALUATION_COLUMNS),
+        for name, columns, last in (
+            (STEPS_NAME, _STEP_COLUMNS, resume_step),
+            (EVALUATIONS_NAME, _EVALUATION_COLUMNS, resume_step - (not evaluated)),
         ):
-            self._tables[name] = _Table(folder / name, columns, resume_step)
+            self._tables[name] = _Table(folder / name, columns, last)
         if tensorboard:
             from tensorboardX import SummaryWriter  # noqa: PLC0415 - only where it is wanted
 

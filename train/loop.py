@@ -167,6 +167,8 @@ class Trainer:
                     folder,
                     tensorboard=self.options.log == "tensorboard",
                     resume_step=resumed_step,
+                    # Within an epoch, the evaluation at its end is still to come.
+                    evaluated=self.progress.batch == 0,
                 )
             )
             self._profiler = self._resources.enter_context(
@@ -187,6 +189,8 @@ class Trainer:
                 self._train_epoch()
                 self._finish_epoch()
             self._checkpoints.finish()
+            if self._stop.asked(now=True):
+                raise self._stopped()
         return self.progress
 
     def _train_epoch(self) -> None:
@@ -327,7 +331,10 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Validates, and keeps the adapters that are the best; returns whether one is."""
         progress = self.progress
-        scores = {lane: self._validate(lane) for lane in range(len(self.job.lanes))}
+        lanes = range(len(self.job.lanes))
+        # All of them before any is recorded: what stops in between starts with the first again.
+        found = [self.scores(lane, "validation", stops=True) for lane in lanes]
+        scores = [self._record(lane, values) for lane, values in enumerate(found)]
         better = False
         for training in self.learners:
             learner = training.learner
@@ -340,10 +347,9 @@ class Trainer:
         progress.losses, progress.examples, progress.seconds = {}, 0, 0.0
         return better
 
-    def _validate(self, index: int) -> float:
-        """Records the validation of a task; returns its metric."""
+    def _record(self, index: int, values: dict[str, float]) -> float:
+        """Records the metrics of a task's validation; returns the one that counts."""
         progress, lane = self.progress, self.job.lanes[index]
-        values = self.scores(index, "validation", stops=True)
         validation_loss = values.pop("loss")
         losses = progress.losses.get(lane.name, [])
         # A task of a mixture may not have come up.

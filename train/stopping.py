@@ -27,11 +27,15 @@ class Stopping:
         self._delayed = False
         self._calls = 0
 
-    def asked(self) -> bool:
-        """Whether to stop; the same in every process, where all call it equally often."""
+    def asked(self, *, now: bool = False) -> bool:
+        """Whether to stop; the same in every process, where all call it equally often.
+
+        Args:
+          now: ask the other processes, too, not only every so many calls.
+        """
         self._calls += 1
         if hosts.number() > 1:
-            if self._calls % _STEPS_BETWEEN_QUESTIONS:
+            if self._calls % _STEPS_BETWEEN_QUESTIONS and not now:
                 return False
             return hosts.any_of(self.caught is not None)
         return self.caught is not None
