@@ -55,6 +55,16 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     assert record(killed, range(5, 9), resume_step=4) == record(whole, range(1, 9))
 
 
+@pytest.mark.parametrize(("evaluated", "kept"), [(True, ["2", "4"]), (False, ["2"])])
+def test_an_evaluation_that_comes_again_is_taken_back(tmp_path, evaluated, kept):
+    with logs.Log(tmp_path) as log:
+        for number in (2, 4):
+            log.evaluation(number, "validation", {"loss": 0.5})
+    with logs.Log(tmp_path, resume_step=4, evaluated=evaluated):
+        pass
+    assert [row[0] for row in rows_of(tmp_path / logs.EVALUATIONS_NAME)] == ["step", *kept]
+
+
 def test_a_new_run_leaves_nothing_of_the_last(tmp_path):
     record(tmp_path, range(1, 7))
     steps, evaluations = record(tmp_path, [1])
