@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -290,9 +289,8 @@ def test_params_of_all_methods_are_the_paper_s(capsys):
 
 
 def test_methods_share_flags(capsys):
-    with pytest.raises(SystemExit):
-        main(["params", "--help"])
-    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert main(["params", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
     assert ", ".join(presets()[-3:]) in words
     assert "--dropout FLOAT rate on the method's output before it is added" in words
     assert "Of prefix_tuning: rate on the keys and values." in words

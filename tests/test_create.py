@@ -228,7 +228,7 @@ def test_logits_equal_those_of_pytorch(text_file, tmp_path, feed_forward, tied):
 def test_every_option_is_explained_and_has_a_flag():
     import tyro
 
-    documented = options._documented(CreateOptions)
+    documented = options.documented(CreateOptions)
     assert all(documented[field.name] for field in dataclasses.fields(CreateOptions))
     flags = ["--text-files", "a.txt", "b.txt", "--output-dir", "t5", "--feed-forward", "gated-gelu"]
     made = tyro.cli(CreateOptions, args=[*flags, "--no-tie-word-embeddings", "--d-model", "64"])

@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 
-from train import options
+from train import manual, options
 from train.errors import InterruptedRunError, StoppedRunError
 
 USAGE = """usage: python -m train COMMAND [OPTIONS]
 
 Fine-tune a pre-trained transformer by training a few thousand numbers.
 
-commands:
+to train:
   fit              fine-tune on a task and save the adapter of the best epoch
+  compare          train several methods with several seeds; tables and figures
+
+to use what was trained:
   evaluate         metrics of a saved adapter on a split
   predict          predictions of a saved adapter for every row of a file
-  plan             what a fit would cost, before it is run: steps, memory, time
+
+to know before:
+  plan             what a fit would cost: steps, memory, time
   params           what a method, or each of all, would train on a backbone
-  compare          train several methods with several seeds; tables and figures
+
+to exchange:
   convert          adapters of AdapterHub and PEFT into ours, and ours into theirs
   merge            write a backbone with LoRA, IA3 and the like merged into its weights
   create-backbone  make a small random T5 with a tokenizer, to be pre-trained with fit
 
-`python -m train COMMAND --help` lists the options of a command. For example:
+`python -m train COMMAND --help` has examples of a command, and its options. To begin with:
 
-  python -m train fit --backbone DIR --method compacter++ --task movie --output-dir runs/movie
-  python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
   python -m train params --backbone-config t5-base --method all
-  python -m train plan --config train/configs/glue_compacter_pp.toml
-  python -m train compare --backbone DIR --task movie --train-size 2000 --output-dir runs/compare
+  python -m train fit --backbone DIR --task movie --output-dir runs/movie
+  python -m train evaluate --adapter runs/movie/adapter --task movie
+  python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
+
+DIR is a folder with config.json, model.safetensors and tokenizer.json, or an id on the Hugging Face
+hub, such as bert-base-uncased. Without a network give folders, and --data-dir for benchmarks; the
+tasks movie, product, tweet and editorial come with this repository.
 """
 
 
@@ -128,8 +138,8 @@ def main(arguments: Sequence[str]) -> int:
 
     0 also for a run that was terminated, and has done what it then should.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(_help(arguments))
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
@@ -147,6 +157,15 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", InterruptedRunError.exit_code)
     return 0
+
+
+def _help(arguments: Sequence[str]) -> str:
+    """The manual page of the command that is named first, or of all."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return USAGE.rstrip()
+    name = arguments[0]
+    width = min(shutil.get_terminal_size().columns, 100)
+    return manual.page(name, COMMANDS[name][1](), width=width)
 
 
 def _parsed(name: str, arguments: Sequence[str]) -> Any:

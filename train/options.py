@@ -31,11 +31,11 @@ def _method_options() -> type:
     hints: dict[str, Any] = {}
     texts: dict[str, dict[str, list[str]]] = {}  # field -> explanation -> kinds of method
     for kind, cls in METHODS.items():
-        documented = _documented(cls)
+        told = documented(cls)
         for name, hint in _flag_fields(cls).items():
             if hints.setdefault(name, hint) != hint:
                 raise TypeError(f"{name} of {kind} is of type {hint}, elsewhere of {hints[name]}")
-            texts.setdefault(name, {}).setdefault(documented[name], []).append(kind)
+            texts.setdefault(name, {}).setdefault(told[name], []).append(kind)
     made = [
         (
             name,
@@ -61,7 +61,7 @@ def _joined(texts: Mapping[str, list[str]]) -> str:
     return " ".join([first, *(f"Of {', '.join(kinds)}: {text}" for text, kinds in others)])
 
 
-def _documented(cls: type) -> dict[str, str]:
+def documented(cls: type) -> dict[str, str]:
     """Field -> its explanation in the docstring of the class that declares it."""
     texts = {}
     for base in reversed(cls.__mro__):
@@ -129,11 +129,11 @@ class TaskOptions:
         qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, or a translation such as
         wmt16-ro-en; any other name for your own files; or span_corruption, the pre-training of T5,
         whose files are plain text.
-      train_file: .parquet, .jsonl, .csv or .tsv with the columns sentence, maybe sentence2, and
-        label, score or target; a target is text, which T5 learns to write.
+      train_file: your own examples: .parquet, .jsonl, .csv or .tsv with the columns sentence, maybe
+        sentence2, and label, score or target; a target is text, which T5 learns to write.
       validation_file: the same; the best epoch is chosen on it. span_corruption holds out a part of
         the text where there is none.
-      test_file: the same.
+      test_file: the same; scored once, at the end.
       data_dir: folder of a benchmark's data set, laid out as its repository on the hub (for mnli
         mnli/train-*.parquet ...); by default it is read from the hub.
       split_protocol: of benchmarks: official takes the hub's splits, and a test split where its
@@ -406,7 +406,7 @@ class CompareOptions(TrainingOptions):
 
     Attributes:
       output_dir: where results.json, report.md, the figures and runs/ go.
-      config: as for fit.
+      config: a TOML file of flags, as fit takes it; its method is --methods here.
       task: movie, product, tweet, editorial, several of them with commas, or a name for your files.
       methods: all, or presets with commas between them.
       train_size: train on random samples of this size, or of each of several (100,500,1000); by
@@ -415,7 +415,7 @@ class CompareOptions(TrainingOptions):
       steps: updates of each run, or for each size how many, instead of epochs.
       epochs: passes over the training data, where steps are not given.
       max_length: longest input in tokens; what is longer is cut.
-      max_evaluations: as for fit.
+      max_evaluations: evaluate so many times in a run at most, evenly spread.
       keep_adapters: keep the adapters, which are otherwise removed once their scores are known.
       overwrite: train finished runs again whose settings were others.
       method_options: changes to the presets that have the field, where not None.
@@ -471,12 +471,15 @@ class EvaluateOptions(AdapterOptions):
       task: movie, product, tweet or editorial; a benchmark, such as mnli; or any other name for
         your own files.
       split: which split; validation_mismatched is of mnli alone.
-      train_file: as for fit.
-      validation_file: as for fit.
-      test_file: as for fit.
-      data_dir: as for fit.
-      split_protocol: as for fit.
-      evaluate_by: as for fit; by default as in training.
+      train_file: your own examples, with the columns that fit wants; for --split train.
+      validation_file: the same, for --split validation.
+      test_file: the same, for --split test.
+      data_dir: folder of a benchmark's data set, laid out as its repository on the hub; by default
+        it is read from the hub.
+      split_protocol: of benchmarks: official are the hub's splits, paper those of the Compacter
+        paper.
+      evaluate_by: how T5's labels are predicted: by the likelihood of each label's text, or by
+        generating text; by default as in training.
       output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's
         folder.
     """

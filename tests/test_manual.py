@@ -1,0 +1,86 @@
+"""The help of the command line: complete, readable, and with examples that work as written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from train import manual
+from train.__main__ import COMMANDS, _parsed, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def page(name, width=100):
+    return manual.page(name, COMMANDS[name][1](), width=width)
+
+
+def listed_flags(text):
+    """Flags that have an entry, as argparse spells them."""
+    spelled = re.findall(r"^  --(\[no-\])?([\w-]+)", text, re.MULTILINE)
+    return sorted("--" + name for _, name in spelled)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_has_one_entry(name, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(COMMANDS[name][1](), args=["--help"])
+    text = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    known = re.findall(r"^\W*(?:-h, )?(--[a-z][\w-]+)", text, re.MULTILINE)
+    assert listed_flags(page(name)) == sorted(set(known) - {"--help"})
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_entry_is_explained(name):
+    # An entry, up to the next one, the next heading or the end: its flag, then its text.
+    options = page(name).partition("\nof this command:\n")[2]
+    for entry in re.split(r"\n(?=  --)|\n\n\w.*:\n", options):
+        assert re.match(r"  --\S+( \S+)*?(  +|\n +)\w", entry), entry
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("width", [80, 100])
+def test_lines_fit_the_terminal(name, width):
+    assert [line for line in page(name, width).splitlines() if len(line) > width] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_parse(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert manual.EXAMPLES[name]
+    for _, arguments in manual.EXAMPLES[name]:
+        parsed = _parsed(name, shlex.split(arguments))
+        if hasattr(parsed, "check"):
+            parsed.check()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_printed_as_one_shell_command(name):
+    text = page(name, 80).replace("\\\n      ", "")
+    for _, arguments in manual.EXAMPLES[name]:
+        assert f"\n  python -m train {name} {arguments}\n" in text
+
+
+def test_headings_defaults_and_switches():
+    text = page("fit")
+    headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert headings[:3] == ["examples", "required", "of this command"]
+    assert headings[-1] == "for intrinsic and intrinsic-said"
+    assert "--batch-size INT          examples per update, over all devices. (default: 32)" in text
+    assert (
+        "--seed INT                of initial values, order of the data and dropout. (default: 0)"
+        in text
+    )
+    assert "  --resume                  go on" in text
+    assert "--[no-]tie-word-embeddings" in page("create-backbone")
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_exits_with_zero(flag, capsys):
+    assert main([flag]) == 0
+    usage = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", usage, re.MULTILINE) for name in COMMANDS)
+    assert main(["fit", "--task", "movie", flag]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m train fit --backbone STR")
