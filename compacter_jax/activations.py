@@ -1,5 +1,6 @@
 """Activation functions by the names that Hugging Face configurations use."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,10 @@ ActivationFn = Callable[[Array], Array]
 
 
 def _gelu_exact(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
+    if jnp.finfo(x.dtype).bits < 32:  # 1 + erf(x) has no digits left at the negative end
+        return jax.nn.gelu(x, approximate=False)
+    # As PyTorch computes it; erfc, as in jax.nn.gelu, takes longer and keeps one array more.
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def _gelu_tanh(x: Array) -> Array:

@@ -13,7 +13,15 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import get_activation
-from compacter_jax.models.layers import Embed, Remat, dense, rematted, tied_logits
+from compacter_jax.models.layers import (
+    Embed,
+    Remat,
+    attention,
+    dense,
+    rematted,
+    split_heads,
+    tied_logits,
+)
 from compacter_jax.quantize import QuantizedArray
 from compacter_jax.sites import Site
 
@@ -156,8 +164,8 @@ class _BertModule(nn.Module):
             name="LayerNorm",
         )
 
-    def part(self, module: type["_BertModule"], name: str) -> "_BertModule":
-        return module(self.config, self.dtype, self.param_dtype, name=name)
+    def part(self, module: type["_BertModule"], name: str, **attributes: Any) -> "_BertModule":
+        return module(self.config, self.dtype, self.param_dtype, name=name, **attributes)
 
 
 class BertEmbeddings(_BertModule):
@@ -188,17 +196,20 @@ class BertSelfAttention(_BertModule):
     """Multi-head attention of a sequence to itself, before the output projection."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+    def __call__(self, x: Array, states: Array, bias: Array | None, deterministic: bool) -> Array:
+        """What tokens `x` `[batch, queries, hidden]` find in `states` `[batch, keys, hidden]`."""
         config = self.config
-        heads = config.num_attention_heads
-        head_size = config.hidden_size // heads
 
-        def project(name: str) -> Array:  # [batch, length, hidden] -> [batch, length, heads, size]
-            y = self.dense(config.hidden_size, name)(x)
-            return y.reshape(*y.shape[:-1], heads, head_size)
+        def project(name: str, source: Array) -> Array:
+            return split_heads(
+                self.dense(config.hidden_size, name)(source), config.num_attention_heads
+            )
 
-        y = self.attend(project("query"), project("key"), project("value"), (bias,), deterministic)
-        return y.reshape(x.shape)
+        query, key, value = (
+            project(name, source)
+            for name, source in (("query", x), ("key", states), ("value", states))
+        )
+        return self.attend(query, key, value, (bias,), deterministic).reshape(x.shape)
 
     def attend(
         self,
@@ -208,30 +219,11 @@ class BertSelfAttention(_BertModule):
         biases: tuple[Array | None, ...],
         deterministic: bool,
     ) -> Array:
-        """Attention itself.
-
-        Args:
-          query: `[batch, queries, heads, size]`.
-          key: `[batch, keys, heads, size]`.
-          value: as `key`.
-          biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
-          deterministic: no dropout.
-
-        Returns:
-          `[batch, queries, heads, size]`.
-        """
-        at_least_float32 = jnp.promote_types(query.dtype, jnp.float32)
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk", query, key, preferred_element_type=at_least_float32
-        ) / math.sqrt(query.shape[-1])
-        for bias in biases:
-            if bias is not None:
-                scores += bias
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        probabilities = nn.Dropout(self.config.attention_probs_dropout_prob, name="dropout")(
-            probabilities, deterministic
-        )
-        return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value)
+        """Attention itself, as `models.layers.attention` but for the dropout."""
+        rate = self.config.attention_probs_dropout_prob
+        dropout = nn.Dropout(rate, name="dropout", deterministic=deterministic)
+        scale = 1 / math.sqrt(query.shape[-1])
+        return attention(query, key, value, biases, scale=scale, dropout=dropout)
 
 
 class BertResidual(_BertModule):
@@ -252,8 +244,8 @@ class BertAttention(_BertModule):
     """Self-attention with its output projection and residual."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
-        y = self.part(BertSelfAttention, "self")(x, bias, deterministic)
+    def __call__(self, x: Array, states: Array, bias: Array | None, deterministic: bool) -> Array:
+        y = self.part(BertSelfAttention, "self")(x, states, bias, deterministic)
         return self.part(BertResidual, "output")(y, x, deterministic)
 
 
@@ -267,11 +259,19 @@ class BertIntermediate(_BertModule):
 
 
 class BertLayer(_BertModule):
-    """Attention and feed-forward network."""
+    """Attention and feed-forward network.
+
+    Attributes:
+      first_only: return the first token's state alone, `[batch, 1, hidden]`; nothing is computed
+        of the others but their keys and values.
+    """
+
+    first_only: bool = False
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
-        x = self.part(BertAttention, "attention")(x, bias, deterministic)
+        queries = x[:, :1] if self.first_only else x
+        x = self.part(BertAttention, "attention")(queries, x, bias, deterministic)
         y = self.part(BertIntermediate, "intermediate")(x)
         return self.part(BertResidual, "output")(y, x, deterministic)
 
@@ -280,13 +280,16 @@ class BertLayers(_BertModule):
     """The layers one after the other, named "0", "1", ..."""
 
     remat: Remat = "off"
+    first_only: bool = False
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
         # `deterministic` is argument 3 of BertLayer.__call__, self counted.
         layer = rematted(BertLayer, self.remat, static_argnums=(3,))
-        for i in range(self.config.num_hidden_layers):
-            x = self.part(layer, str(i))(x, bias, deterministic)
+        last = self.config.num_hidden_layers - 1
+        for i in range(last + 1):
+            first_only = self.first_only and i == last
+            x = self.part(layer, str(i), first_only=first_only)(x, bias, deterministic)
         return x
 
 
@@ -294,12 +297,11 @@ class BertEncoder(_BertModule):
     """The level `encoder` of the parameter names."""
 
     remat: Remat = "off"
+    first_only: bool = False
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
-        layers = BertLayers(
-            self.config, self.dtype, self.param_dtype, remat=self.remat, name="layer"
-        )
+        layers = self.part(BertLayers, "layer", remat=self.remat, first_only=self.first_only)
         return layers(x, bias, deterministic)
 
 
@@ -395,7 +397,9 @@ class Bert(nn.Module):
         "value": _LAYER + "attention/self/value",
         "output_projection": _LAYER + "attention/output/dense",
         "intermediate": _LAYER + "intermediate/dense",
-        "encoder_key_value": Site(host=_LAYER + "attention/self", method="attend", role="attend"),
+        "encoder_key_value": Site(
+            host=_LAYER + "attention/self", method="attend", role="attend", length_axis=2
+        ),
         "embedding": Site(host="embeddings/word_embeddings", role="embedding"),
     }
     """Site name -> where it is; a string is the `host` of a `Site`."""
@@ -468,7 +472,9 @@ class Bert(nn.Module):
         args = (config, self.dtype, self.param_dtype)
         embeddings = BertEmbeddings(*args, name="embeddings")
         x = embeddings(input_ids, token_type_ids, position_ids, deterministic)
-        encoder = BertEncoder(*args, remat=self.remat, name="encoder")
+        # A classifier reads the first token alone.
+        first_only = self.head == "sequence_classification"
+        encoder = BertEncoder(*args, remat=self.remat, first_only=first_only, name="encoder")
         x = encoder(x, _attention_bias(attention_mask, x.dtype), deterministic)
 
         if self.head == "masked_lm":

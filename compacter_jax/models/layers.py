@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
@@ -56,6 +57,48 @@ def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:
     """`x` `[…, features]` times the transpose of embeddings `[vocab, features]`, `[…, vocab]`."""
     x, table = _promote(x, table, dtype=dtype)
     return matmul(x, table.transposed()) if is_quantized(table) else jnp.dot(x, table.T)
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """`[batch, length, heads * size]` -> `[batch, heads, length, size]`."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], heads, -1), -2, -3)
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    biases: Iterable[Array | None] = (),
+    *,
+    scale: float = 1.0,
+    dropout: Callable[[Array], Array] = lambda x: x,
+) -> Array:
+    """`softmax(scale * query key^T + biases) value`, the softmax in float32 at least.
+
+    Heads come before lengths, so that every product of the forward and of the backward pass is of
+    matrices that lie in one piece: with the axes the other way round, on a CPU, both take up to
+    1.7 times as long (`benchmarks/NOTES.md`).
+
+    Args:
+      query: `[batch, heads, queries, size]`.
+      key: `[batch, heads, keys, size]`.
+      value: as `key`.
+      biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
+      scale: of the scores.
+      dropout: applied to the probabilities `[batch, heads, queries, keys]`.
+
+    Returns:
+      `[batch, queries, heads, size]`.
+    """
+    at_least_float32 = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=at_least_float32)
+    if scale != 1:
+        scores *= scale
+    for bias in biases:
+        if bias is not None:
+            scores += bias
+    probabilities = dropout(jax.nn.softmax(scores, axis=-1).astype(value.dtype))
+    return jnp.moveaxis(jnp.einsum("bhqk,bhkd->bhqd", probabilities, value), -3, -2)
 
 
 def rematted(layer: type[nn.Module], remat: Remat, *, static_argnums: tuple[int, ...]) -> Any:

@@ -17,7 +17,7 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import ActivationFn, get_activation
-from compacter_jax.models.layers import Embed, Remat, dense, rematted
+from compacter_jax.models.layers import Embed, Remat, attention, dense, rematted, split_heads
 from compacter_jax.sites import Site
 
 Dtype = Any
@@ -309,9 +309,7 @@ class T5Attention(_T5Module):
         inner = config.num_heads * config.d_kv
 
         def project(name: str, source: Array, stddev: float) -> Array:
-            y = self.dense(inner, name, stddev)(source)
-            y = y.reshape(*y.shape[:-1], config.num_heads, config.d_kv)
-            return jnp.moveaxis(y, -2, -3)  # [batch, heads, length, size]
+            return split_heads(self.dense(inner, name, stddev)(source), config.num_heads)
 
         query = project("q", x, (config.d_model * config.d_kv) ** -0.5)
         if cached is not None and index is None:
@@ -339,30 +337,12 @@ class T5Attention(_T5Module):
         biases: tuple[Array | None, ...],
         deterministic: bool,
     ) -> Array:
-        """Attention itself.
+        """Attention itself, as `models.layers.attention` but for the dropout."""
 
-        Args:
-          query: `[batch, heads, queries, size]`.
-          key: `[batch, heads, keys, size]`.
-          value: as `key`.
-          biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
-          deterministic: no dropout.
+        def dropout(x: Array) -> Array:
+            return self.dropout(x, deterministic)
 
-        Returns:
-          `[batch, queries, heads, size]`.
-        """
-        scores = jnp.einsum(
-            "bhqd,bhkd->bhqk",
-            query,
-            key,
-            preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
-        )
-        for bias in biases:
-            if bias is not None:
-                scores += bias
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        probabilities = self.dropout(probabilities, deterministic)
-        return jnp.einsum("bhqk,bhkd->bqhd", probabilities, value)
+        return attention(query, key, value, biases, dropout=dropout)
 
     def relative_bias(self, queries: int, keys: int, index: Array | None) -> Array:
         """`[1, heads, queries, keys]` in the dtype of the parameters; `index` of the one query."""
