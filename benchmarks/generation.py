@@ -9,9 +9,9 @@ of steps; runs of the two alternate, and each ratio is of two runs next to each 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from benchmarks.turns import alternate, seconds_of, spread
 from compacter_jax.config import preset
 from compacter_jax.decode import generate
 from compacter_jax.inject import Adapted, init_adapters
@@ -61,8 +62,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ).block_until_ready()
 
     runs = {"without": run(backbone.module, backbone.params), "with": run(model, params)}
-    first = {name: _seconds(run) for name, run in runs.items()}
-    seconds = _alternate(runs, options.repeats)
+    first = {name: seconds_of(run) for name, run in runs.items()}
+    timed = {name: functools.partial(seconds_of, run) for name, run in runs.items()}
+    seconds = alternate(timed, options.repeats)
     built = jax.eval_shape(lambda params: model.built(params)[1], params)
     return {
         "settings": vars(options),
@@ -74,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "first_call_seconds": first,
         "seconds": seconds,
         "median_seconds": {name: float(np.median(times)) for name, times in seconds.items()},
-        "ratio": _spread(np.divide(seconds["with"], seconds["without"])),
+        "ratio": spread(np.divide(seconds["with"], seconds["without"])),
         "counted": {
             name: count_work(tree, config, options.batch, options.length, options.tokens)._asdict()
             for name, tree in (("without", backbone.params), ("with", built))
@@ -101,26 +103,6 @@ def _random_backbone(config: T5Config, dtype: Any) -> Backbone:
     module = T5(config, dtype=dtype, param_dtype=dtype)
     init = jax.jit(lambda key: module.init(key, *module.dummy_inputs())["params"])
     return Backbone(module=module, params=init(jax.random.key(0)), config=config, name="random")
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run; which goes first alternates too, so that a drift favours neither."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeats):
-        for name in sorted(runs, reverse=bool(i % 2)):
-            seconds[name].append(_seconds(runs[name]))
-    return seconds
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    names = ("lowest", "first_quartile", "median", "third_quartile", "highest")
-    return dict(zip(names, np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))
 
 
 def count_work(params: Any, config: T5Config, batch: int, length: int, tokens: int) -> Work:

@@ -50,15 +50,20 @@ def traced(model, inputs, loss, batch):
     return program.gradient_program(step.apply_function(model, inputs), loss, *parts, batch)
 
 
-def bert_layers(tokens, keys):
+# Tokens whose state is computed: all of them, but the first alone in a classifier's last layer.
+TOKENS = (BERT.num_hidden_layers - 1) * B * L + B
+
+
+def bert_layers():
     """Forward FLOPs of BERT's layers by hand: four projections, two of attention, two dense."""
     d, ff = BERT.hidden_size, BERT.intermediate_size
-    return BERT.num_hidden_layers * 2 * tokens * (4 * d * d + 2 * keys * d + 2 * d * ff)
+    keys_and_values = BERT.num_hidden_layers * 2 * B * L * 2 * d * d
+    return keys_and_values + 2 * TOKENS * (2 * d * d + 2 * L * d + 2 * d * ff)
 
 
 def test_full_fine_tuning_of_bert_by_hand():
     d = BERT.hidden_size
-    forward = bert_layers(B * L, L) + 2 * B * (d * d + 2 * d)  # pooler and classifier
+    forward = bert_layers() + 2 * B * (d * d + 2 * d)  # pooler and classifier
     # Backward, each product has two gradients; that to the embeddings is no product.
     assert flops.of_step(traced(*bert_step(cj.preset("full")))) == 3 * forward
 
@@ -66,12 +71,11 @@ def test_full_fine_tuning_of_bert_by_hand():
 def test_an_adapter_needs_no_gradients_of_frozen_weights_by_hand():
     d, r = BERT.hidden_size, BERT.hidden_size // 32
     method = cj.preset("houlsby")  # trains the layer norm of the embeddings, below all layers
-    bottlenecks = BERT.num_hidden_layers * 2 * (2 * B * L * 2 * d * r)
-    layers = bert_layers(B * L, L)
-    attention = BERT.num_hidden_layers * 2 * B * L * 2 * L * d
+    bottlenecks = 2 * (2 * TOKENS * 2 * d * r)
+    attention = 2 * TOKENS * 2 * L * d
     # Attention is a product of activations: both its gradients are needed. The pooler is frozen.
     head, pooler = 2 * B * 2 * d, 2 * B * d * d
-    expected = 2 * layers + attention + 3 * bottlenecks + 3 * head + 2 * pooler
+    expected = 2 * bert_layers() + attention + 3 * bottlenecks + 3 * head + 2 * pooler
     assert flops.of_step(traced(*bert_step(method))) == expected
 
 
@@ -115,6 +119,17 @@ def test_xla_counts_as_much(make, method):
     counted = flops.of_step(traced(model, inputs, loss, batch))
     # XLA counts elementwise operations too, which weigh more the narrower a model is.
     assert 0.75 * compiled.cost_analysis()["flops"] < counted <= compiled.cost_analysis()["flops"]
+
+
+def test_sizes_of_products():
+    def function(x, weight, keys):
+        return jnp.einsum("bqd,bkd->bqk", jnp.tanh(x @ weight), keys)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 5, 3), (3, 7), (2, 4, 7))]
+    made = program.traced(function, *shapes)
+    sizes = [operation.product for operation in made.operations]
+    assert [size for size in sizes if size is not None] == [(1, 10, 3, 7), (2, 5, 7, 4)]
+    assert flops.of_step(made) == 2 * (10 * 3 * 7 + 2 * 5 * 7 * 4)
 
 
 def test_rounds_of_a_loop_count():

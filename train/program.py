@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,12 +38,14 @@ class Operation:
       inputs: numbers of the arrays it reads.
       outputs: numbers of those it makes.
       flops: floating-point operations, those of matrix products alone.
+      product: of a matrix product, its sizes: `[batch, m, k] @ [batch, k, n]`; else None.
     """
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     flops: int
+    product: tuple[int, int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +89,12 @@ def gradient_program(
         return jax.value_and_grad(mean_loss)(trained)
 
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
-    return _program(jax.make_jaxpr(run)(trained, frozen, batch, seed))
+    return traced(run, trained, frozen, batch, seed)
 
 
-def _program(closed: ClosedJaxpr) -> Program:
+def traced(function: Callable[..., Any], *arguments: Any) -> Program:
+    """What a function does to trees of arrays, or of their shapes."""
+    closed = jax.make_jaxpr(function)(*arguments)
     tracer = _Flattened()
     inputs = [tracer.new(var) for var in (*closed.jaxpr.constvars, *closed.jaxpr.invars)]
     outputs = tracer.add(closed.jaxpr, inputs)
@@ -128,7 +132,13 @@ class _Flattened:
                 continue
             made = [self.new(var) for var in equation.outvars]
             numbers |= dict(zip(equation.outvars, made, strict=True))
-            operation = Operation(name, tuple(read(equation.invars)), tuple(made), _flops(equation))
+            operation = Operation(
+                name,
+                tuple(read(equation.invars)),
+                tuple(made),
+                _flops(equation),
+                _product(equation),
+            )
             self.operations.append(operation)
         return read(jaxpr.outvars)
 
@@ -145,13 +155,21 @@ def _inner(parameters: Any) -> Iterator[Jaxpr]:
 
 def _flops(equation: Any) -> int:
     """Of a matrix product, `2 m k n`; of a loop, those of all its rounds."""
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        size = math.prod(equation.outvars[0].aval.shape)
-        return 2 * size * math.prod(left[axis] for axis in contracted)
+    if (sizes := _product(equation)) is not None:
+        return 2 * math.prod(sizes)
     rounds = equation.params.get("length", 1)
     return rounds * sum(_flops(inner) for body in _inner(equation.params) for inner in body.eqns)
+
+
+def _product(equation: Any) -> tuple[int, int, int, int] | None:
+    """`(batch, m, k, n)` of a matrix product."""
+    if equation.primitive.name != "dot_general":
+        return None
+    (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+    left, right = (var.aval for var in equation.invars[:2])
+    k = math.prod(left.shape[axis] for axis in contracted)
+    batch = math.prod(left.shape[axis] for axis in batched)
+    return batch, left.size // (batch * k), k, right.size // (batch * k)
 
 
 def _needed(operations: Sequence[Operation], outputs: Sequence[int]) -> list[Operation]:

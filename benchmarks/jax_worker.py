@@ -1,0 +1,192 @@
+"""The side of this package in `benchmarks.peers`: a process that does what it is asked to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+import compacter_jax as cj
+from benchmarks.contest import ADAPTER, GENERATED, WEIGHT_DECAY, Size, Task, batch_of, cross_entropy
+from benchmarks.turns import Work, serve
+from compacter_jax.models.convert import Backbone
+from compacter_jax.models.families import bert_to_hugging_face, t5_to_hugging_face
+from compacter_jax.params import group_of
+from train import compute, step
+
+# Spread of what is added to an adapter's initial values, so that every number of it has a say.
+_NOISE = 0.05
+_FAMILIES = {
+    "bert": (cj.Bert, cj.BertConfig, "BertForSequenceClassification", "sequence_classification"),
+    "t5": (cj.T5, cj.T5Config, "T5ForConditionalGeneration", "conditional_generation"),
+}
+# What a model is called with, of a batch.
+INPUTS = {
+    "bert": ("input_ids", "attention_mask", "token_type_ids"),
+    "t5": ("input_ids", "attention_mask", "decoder_input_ids"),
+}
+_NO_DROPOUT = {
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "t5": {"dropout_rate": 0.0},
+}
+
+
+def method_of(name: str, **changes: Any) -> cj.MethodConfig:
+    """The preset with layer norms frozen, as the peers leave them."""
+    return cj.preset(name, **({} if name == "full" else {"train_layer_norms": False}), **changes)
+
+
+def random_backbone(size: Size) -> Backbone:
+    """Random weights, and a module without dropout."""
+    module_class, config_class, _, head = _FAMILIES[size.family]
+    config = config_class(**{**size.config, **_NO_DROPOUT[size.family]})
+    module: Any = module_class(config, head=head)
+    init = jax.jit(lambda key: module.init(key, *module.dummy_inputs())["params"])
+    return Backbone(module, init(jax.random.key(0)), config, size.name)
+
+
+def write_backbone(size: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Writes random weights of a size as transformers saves them; says where JAX runs."""
+    made = Size(**size)
+    backbone = random_backbone(made)
+    to_hugging_face = bert_to_hugging_face if made.family == "bert" else t5_to_hugging_face
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = to_hugging_face(backbone.params)
+    file = target / "model.safetensors"
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    settings = {"model_type": made.family, "architectures": [_FAMILIES[made.family][2]]}
+    settings |= dataclasses.asdict(backbone.config)
+    (target / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return {"platform": jax.default_backend()}
+
+
+def write_adapter(
+    folder: str, method: str, changes: dict[str, Any], ours: str, peers: str
+) -> dict[str, Any]:
+    """A random adapter for the backbone in `folder`, in our files and in those of the peer."""
+    backbone = cj.load_backbone(folder)
+    model = cj.Adapted(backbone.module, method_of(method, **changes))
+    params = cj.init_adapters(model, backbone, jax.random.key(1))
+    rng = np.random.default_rng(1)
+    flat = {
+        path: leaf + _NOISE * rng.standard_normal(leaf.shape, np.float32)
+        if group_of(path) in ("adapters", "rule")
+        else leaf
+        for path, leaf in flatten_dict(params, sep="/").items()
+    }
+    params = unflatten_dict(flat, sep="/")
+    cj.save_adapter(ours, model, params)
+    if method == "lora":
+        cj.export_peft(peers, model, params)
+    else:
+        cj.export_adapterhub(peers, model, params, name=ADAPTER)
+    return {}
+
+
+def prepare(task: dict[str, Any]) -> Work:
+    """Loads what a `Task` names, and gives what to run."""
+    made = Task.from_json(task)
+    backbone = cj.load_backbone(made.folder, dtype=_dtype(made))
+    if made.adapter is None:
+        model, params = cj.Adapted(backbone.module, method_of(made.method)), backbone.params
+    else:
+        model, params = cj.load_adapter(made.adapter, backbone)
+    labels = cj.label_params(params, model.method)
+    batch = batch_of(made.size, backbone.config.vocab_size, made.shortest)
+    targets = batch["labels"]
+    if made.dtype != "float32":
+        trained, frozen = cj.partition(params, labels)
+        params = cj.merge(trained, cj.cast_frozen(frozen, made.dtype))
+    value: Callable[[Any], Any]
+    if made.work == "step":
+        run = training_step(model, params, labels, batch, made.size, made.learning_rate)
+        value = float
+    elif made.work == "forward":
+        run = forward(model, params, batch, made.size)
+
+        def value(logits: Any) -> float:
+            return cross_entropy(np.asarray(logits, np.float32), targets)
+    else:
+        run = greedy(model, params, batch)
+
+        def value(ids: Any) -> list[list[int]]:
+            return np.asarray(ids).tolist()
+
+    return Work(
+        run=run,
+        wait=jax.block_until_ready,
+        value=value,
+        trained=cj.count(params, labels).trained,
+        platform=jax.default_backend(),
+        device_peak=_device_peak,
+    )
+
+
+def _dtype(task: Task) -> Any:
+    return None if task.dtype == "float32" else jnp.dtype(task.dtype)
+
+
+def training_step(
+    model: Any, params: Any, labels: Any, batch: Any, size: Size, learning_rate: float
+) -> Callable[[], Array]:
+    """The step that `python -m train fit` runs, from one state to the next; returns the loss."""
+    trained, frozen = cj.partition(params, labels)
+    made = compute.make_compute(
+        step.apply_function(model, INPUTS[size.family]),
+        loss_function(size),
+        cj.optimizer(optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY), labels),
+        seed=0,
+        devices=jax.local_devices()[:1],
+    )
+    state, placed = made.init_state(trained), made.place(frozen)
+
+    def run() -> Array:
+        nonlocal state
+        state, metrics = made.step(state, placed, batch)
+        return metrics.loss
+
+    return run
+
+
+def loss_function(size: Size) -> step.LossFunction:
+    """That of the family."""
+    return step.loss_function("tokens" if size.family == "t5" else "classification")
+
+
+def forward(model: Any, params: Any, batch: Any, size: Size) -> Callable[[], Array]:
+    """Logits without dropout."""
+    apply = step.apply_function(model, INPUTS[size.family])
+    # The weights are arguments: constants would be folded into what is compiled.
+    compiled = jax.jit(lambda params, batch: apply(params, batch, None))
+    arguments = jax.device_put((params, batch))
+    return lambda: compiled(*arguments)
+
+
+def greedy(model: Any, params: Any, batch: Any) -> Callable[[], Array]:
+    """Greedy search that never ends early."""
+    params = jax.device_put(params)
+    prompt = (batch["input_ids"], batch["attention_mask"])
+
+    def run() -> Array:
+        return cj.generate(model, params, *prompt, max_new_tokens=GENERATED, eos_token_id=())
+
+    return run
+
+
+def _device_peak() -> int | None:
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+if __name__ == "__main__":
+    serve({"prepare": prepare, "write_backbone": write_backbone, "write_adapter": write_adapter})

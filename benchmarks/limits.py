@@ -1,0 +1,401 @@
+"""How near this package comes to what the machine can do, and what part of a step adapters take.
+
+    python -m benchmarks.limits --case "minilm/*" --json limits.json
+    python -m benchmarks.limits --case "t5-base/*/step" --rows 64 --dtype bfloat16  # on a GPU
+
+A case is SIZE/METHOD/WORK, as in `benchmarks.peers`, but with layer norms trained, as in the paper.
+For each are counted
+
+- the matrix products that must be computed: those of the forward pass, of the gradients to
+  activations down to the lowest that is trained, and of the gradients of what is trained. Each
+  shape among them is timed by itself, on operands that lie in one piece; the sum of these times is
+  the limit.
+- the bytes that must move: weights, once for each product that reads them; what is kept for the
+  backward pass, written and read; gradients and the state of the optimizer. They are told as time
+  at the memory's measured bandwidth. Where that is more than the products', it is the limit.
+
+"of limit" is the part of the measured time that the limit would take.
+
+"no adapters" is a step of the same backbone without adapters in which the gradient goes as deep:
+layer norms and head are trained, as they are beside adapters. The adapters' share of a step is what
+it takes beyond that. Beside it stands the time relative to full fine-tuning. Steps of one size are
+run in turns, and each ratio is of neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import path_aware_map
+
+import compacter_jax as cj
+from benchmarks import jax_worker
+from benchmarks.contest import LEARNING_RATE, METHODS, SIZES, Size, batch_of, choose, command, write
+from benchmarks.turns import alternate, noise, processor, seconds_of, spread
+from compacter_jax.models.convert import Backbone
+from compacter_jax.params import FREEZE, TRAIN, group_of
+from train import memory, step
+from train.program import Program, gradient_program, traced
+
+FULL, WITHOUT = "full", "no adapters"
+_BESIDE = (*METHODS, WITHOUT)
+_TRAINED_BESIDE = ("layer norms", "head")
+WORKS = ("step", "forward")
+# A measurement of a rate takes the best of so many, each at least so long.
+_TRIES, _TRY_SECONDS = 3, 0.05
+# Shapes that together are a smaller part of the operations are not timed, but taken at the mean.
+_NEGLIGIBLE = 1e-3
+_STREAM_BYTES = 2**28
+_SIDES = {"cpu": 2048}  # elsewhere more
+# Reading these gives the same values, or those of another type.
+_VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "copy", "convert_element_type")
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What must be done, counted.
+
+    Attributes:
+      products: sizes `(batch, m, k, n)` of matrix products -> how many.
+      weight_bytes: of weights, once for each operation that reads them.
+      kept_bytes: of activations, written in the forward pass and read in the backward pass.
+      update_bytes: of gradients, trained parameters and optimizer state.
+    """
+
+    products: Mapping[tuple[int, int, int, int], int]
+    weight_bytes: int
+    kept_bytes: int = 0
+    update_bytes: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Of the products."""
+        return sum(count * 2 * math.prod(size) for size, count in self.products.items())
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.weight_bytes + self.kept_bytes + self.update_bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints a row for each case, and writes JSON where asked to.
+
+    Raises:
+      SystemExit: with what is wrong, if no case has such a name.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        cases = choose(options.case, _BESIDE, WORKS)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    rates = Rates(jnp.dtype(options.dtype))
+    print(
+        f"{jax.devices()[0].device_kind} ({processor()}), JAX {jax.__version__}: "
+        f"{rates.bandwidth / 1e9:.1f} GB/s, {rates.square / 1e9:,.0f} GFLOP/s of products of "
+        f"{rates.side} x {rates.side} in {options.dtype}\n{_HEADING}"
+    )
+    report: dict[str, Any] = {
+        "settings": vars(options),
+        "device": {"kind": jax.devices()[0].device_kind, "processor": processor()},
+        "bandwidth": rates.bandwidth,
+        "square_product_rate": rates.square,
+        "cases": [],
+    }
+    together: dict[tuple[str, str], list[str]] = {}
+    for size, method, work in cases:
+        together.setdefault((size.name, work), []).append(method)
+    for (size_name, work), methods in together.items():
+        size = SIZES[size_name]
+        if options.rows is not None:
+            size = dataclasses.replace(size, rows=options.rows)
+        for case in measure(size, work, methods, rates, options.repeats):
+            report["cases"].append(case)
+            print(_row(case), flush=True)
+        write(options.json, report)
+
+
+# --- what must be done --------------------------------------------------------------------------
+
+
+def need_of_step(
+    model: Any, params: Any, labels: Any, batch: Mapping[str, Any], size: Size
+) -> Need:
+    """Of a training step with AdamW; `params` may be shapes."""
+    trained, frozen = cj.partition(params, labels)
+    apply = step.apply_function(model, jax_worker.INPUTS[size.family])
+    program = gradient_program(apply, jax_worker.loss_function(size), trained, frozen, batch)
+    _, kept = memory.at_peak(program)
+    moments = memory.size(jax.eval_shape(optax.adamw(LEARNING_RATE).init, trained))
+    return Need(
+        products=_products(program),
+        weight_bytes=_weight_bytes(program, (trained, frozen)),
+        kept_bytes=2 * kept,
+        # A gradient, a parameter and its moments: each is written and read.
+        update_bytes=2 * (2 * memory.size(trained) + moments),
+    )
+
+
+def need_of_forward(model: Any, params: Any, batch: Mapping[str, Any], size: Size) -> Need:
+    """Of the logits without dropout; `params` may be shapes."""
+    apply = step.apply_function(model, jax_worker.INPUTS[size.family])
+    program = traced(lambda params, batch: apply(params, batch, None), params, batch)
+    return Need(products=_products(program), weight_bytes=_weight_bytes(program, params))
+
+
+def _products(program: Program) -> Counter[tuple[int, int, int, int]]:
+    return Counter(o.product for o in program.operations if o.product is not None)
+
+
+def _weight_bytes(program: Program, params: Any) -> int:
+    """Of parameters, once for each operation that reads them; of a look-up, the rows looked up.
+
+    Args:
+      program: whose first arguments are the parameters.
+      params: trees of arrays or shapes.
+    """
+    sizes = [memory.size(leaf) for leaf in jax.tree.leaves(params)]
+    # Arrays are numbered in the order of their appearance: constants come before arguments.
+    inputs = sorted(program.inputs)
+    starts = range(len(inputs) - len(sizes) + 1)
+    bytes_of = [program.bytes[array] for array in inputs]
+    start = next(i for i in starts if bytes_of[i : i + len(sizes)] == sizes)
+    origin = {array: array for array in inputs[start : start + len(sizes)]}
+    total = 0
+    for operation in program.operations:
+        read = [origin[array] for array in operation.inputs if array in origin]
+        if not read:
+            continue
+        if operation.name in _VIEWS:
+            origin |= dict.fromkeys(operation.outputs, read[0])
+        elif operation.name == "gather":
+            total += sum(program.bytes[array] for array in operation.outputs)
+        else:
+            total += sum(program.bytes[array] for array in read)
+    return total
+
+
+# --- what the machine can do --------------------------------------------------------------------
+
+
+class Rates:
+    """Rates of this machine, measured when asked for.
+
+    Attributes:
+      bandwidth: bytes per second of the memory.
+      side: of the square matrices of `square`.
+      square: operations per second of a product of large square matrices.
+
+    Args:
+      dtype: of the products.
+    """
+
+    def __init__(self, dtype: Any):
+        self.dtype = jnp.dtype(dtype)
+        self.side = _SIDES.get(jax.default_backend(), 8192)
+        self._seconds: dict[tuple[int, int, int, int], float] = {}
+        self.bandwidth = _bandwidth()
+        self.square = 2 * self.side**3 / self.product_seconds((1, self.side, self.side, self.side))
+
+    def product_seconds(self, size: tuple[int, int, int, int]) -> float:
+        """Seconds of one product `[batch, m, k] @ [batch, k, n]`."""
+        if size not in self._seconds:
+            batch, m, k, n = size
+            batched = (batch,) if batch > 1 else ()
+            left, right = (jnp.ones((*batched, *shape), self.dtype) for shape in ((m, k), (k, n)))
+            self._seconds[size] = _best_seconds(jax.jit(jnp.matmul), left, right)
+        return self._seconds[size]
+
+    def seconds_of(self, need: Need) -> float:
+        """Seconds of all products, each at the rate of its shape."""
+        of_size = {size: n * 2 * math.prod(size) for size, n in need.products.items()}
+        largest = sorted(of_size, key=lambda size: of_size[size], reverse=True)
+        seconds, timed = 0.0, 0
+        for size in largest:
+            if timed >= (1 - _NEGLIGIBLE) * need.flops:
+                break
+            seconds += need.products[size] * self.product_seconds(size)
+            timed += of_size[size]
+        return seconds * need.flops / timed
+
+
+def _best_seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of one call, of many queued: the best of some tries."""
+    jax.block_until_ready(function(*arguments))
+    once = seconds_of(lambda: jax.block_until_ready(function(*arguments)))
+    times = max(1, math.ceil(_TRY_SECONDS / once))
+
+    def run() -> None:
+        for _ in range(times):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+
+    return min(seconds_of(run) for _ in range(_TRIES)) / times
+
+
+def _bandwidth() -> float:
+    """Bytes per second: the best of a sum, which reads, and a multiple, which reads and writes."""
+    x = jnp.ones(_STREAM_BYTES // 4, jnp.float32)
+    read = _best_seconds(jax.jit(jnp.sum), x)
+    both = _best_seconds(jax.jit(lambda x: 2 * x), x)
+    return max(x.nbytes / read, 2 * x.nbytes / both)
+
+
+# --- what it does -------------------------------------------------------------------------------
+
+
+def measure(
+    size: Size, work: str, methods: Iterable[str], rates: Rates, repeats: int
+) -> Iterable[dict[str, Any]]:
+    """Cases of one size in turns; with those that others are compared with, if they are steps.
+
+    Args:
+      size: of the backbone and the batch.
+      work: one of `WORKS`.
+      methods: of `benchmarks.contest.METHODS`, or "no adapters".
+      rates: of this machine, in the dtype of the computation.
+      repeats: rounds.
+
+    Returns:
+      For each method, JSON-ready: "need", "limit_seconds" of products and of bytes, the measured
+      "seconds", "of_limit"; of a step also "of_full", the spread of its ratios to full fine-tuning,
+      and "adapters_share", of what it takes beyond a step without adapters.
+    """
+    names = list(methods)
+    beside = [name for name in (FULL, WITHOUT) if work == "step" and name not in names]
+    backbone = jax_worker.random_backbone(size)
+    if rates.dtype != jnp.float32:
+        module = backbone.module.clone(dtype=rates.dtype)
+        backbone = dataclasses.replace(backbone, module=module)
+    batch = batch_of(size, backbone.config.vocab_size)
+    needs: dict[str, Need] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name in (*names, *beside):
+        needs[name], runs[name] = _prepared(backbone, name, work, size, batch, rates)
+    for run in runs.values():
+        for _ in range(2):
+            jax.block_until_ready(run())
+    waited = {
+        name: lambda run=run: seconds_of(lambda: jax.block_until_ready(run()))
+        for name, run in runs.items()
+    }
+    seconds = {name: np.array(found) for name, found in alternate(waited, repeats).items()}
+    return [_case(name, size, work, needs[name], seconds, rates) for name in names]
+
+
+def _prepared(
+    backbone: Backbone,
+    name: str,
+    work: str,
+    size: Size,
+    batch: Mapping[str, np.ndarray],
+    rates: Rates,
+) -> tuple[Need, Callable[[], Any]]:
+    """What must be done, and what does it."""
+    plain = name in (FULL, WITHOUT)
+    method = cj.preset(FULL) if plain else cj.preset(name, train_layer_norms=True)
+    model = cj.Adapted(backbone.module, method)
+    params = backbone.params if plain else cj.init_adapters(model, backbone, jax.random.key(1))
+    labels = labels_without(params) if name == WITHOUT else cj.label_params(params, method)
+    if rates.dtype != jnp.float32:
+        trained, frozen = cj.partition(params, labels)
+        params = cj.merge(trained, cj.cast_frozen(frozen, rates.dtype))
+    if work == "forward":
+        need = need_of_forward(model, params, batch, size)
+        return need, jax_worker.forward(model, params, batch, size)
+    need = need_of_step(model, params, labels, batch, size)
+    return need, jax_worker.training_step(model, params, labels, batch, size, LEARNING_RATE)
+
+
+def labels_without(params: Any) -> Any:
+    """Labels of a backbone without adapters, trained where one with adapters is trained beside."""
+    return path_aware_map(
+        lambda path, _: TRAIN if group_of("/".join(map(str, path))) in _TRAINED_BESIDE else FREEZE,
+        params,
+    )
+
+
+def _case(
+    name: str,
+    size: Size,
+    work: str,
+    need: Need,
+    seconds: Mapping[str, np.ndarray],
+    rates: Rates,
+) -> dict[str, Any]:
+    own = seconds[name]
+    limits = {"products": rates.seconds_of(need), "bytes": need.bytes / rates.bandwidth}
+    limit = max(limits.values())
+    case = {
+        "case": f"{size.name}/{name}/{work}",
+        "size": dataclasses.asdict(size),
+        "need": {
+            "flops": need.flops,
+            **{
+                field: getattr(need, field)
+                for field in ("weight_bytes", "kept_bytes", "update_bytes")
+            },
+            "products": [[*shape, count] for shape, count in need.products.items()],
+        },
+        "limit_seconds": limits,
+        "seconds": own.tolist(),
+        "median_seconds": float(np.median(own)),
+        "noise": noise(own),
+        "of_limit": spread(limit / own),
+        "flops_per_second": need.flops / float(np.median(own)),
+    }
+    if work == "step":
+        case["of_full"] = spread(own / seconds[FULL])
+        case["adapters_share"] = spread(1 - seconds[WITHOUT] / own)
+    return case
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+_COLUMNS = "{:<32}{:>9}{:>11}{:>8}{:>9}{:>10}{:>22}{:>22}{:>24}{:>7}"
+_HEADING = _COLUMNS.format(
+    *("case", "GFLOP", "limit, s", "GB", "GB, s", "seconds", "of limit (quartiles)"),
+    *("of full", "adapters' share", "noise"),
+)
+
+
+def _row(case: Mapping[str, Any]) -> str:
+    need, limits = case["need"], case["limit_seconds"]
+    moved = need["weight_bytes"] + need["kept_bytes"] + need["update_bytes"]
+    of_adapters = case["case"].split("/")[1] not in (FULL, WITHOUT) and "adapters_share" in case
+    return _COLUMNS.format(
+        case["case"],
+        f"{need['flops'] / 1e9:.2f}",
+        f"{limits['products']:.4f}",
+        f"{moved / 1e9:.3f}",
+        f"{limits['bytes']:.4f}",
+        f"{case['median_seconds']:.4f}",
+        _spread_text(case["of_limit"]),
+        _spread_text(case["of_full"]) if "of_full" in case else "",
+        _spread_text(case["adapters_share"]) if of_adapters else "",
+        f"{case['noise']:.1%}",
+    )
+
+
+def _spread_text(values: Mapping[str, float]) -> str:
+    return f"{values['median']:.3f} ({values['first_quartile']:.3f}-{values['third_quartile']:.3f})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command("benchmarks.limits", __doc__)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""The same work in this package and in the libraries for PyTorch, in turns.
+
+    python -m benchmarks.peers                                # every case, about half an hour
+    python -m benchmarks.peers --case minilm/compacter++/step --case "t5-*/lora/*" --json peers.json
+    python -m benchmarks.peers --case "t5-base/*/step" --rows 64 --dtype bfloat16  # on a GPU
+
+A case is SIZE/METHOD/WORK: a training step (AdamW), a forward pass, or greedy generation. The
+peers are transformers for full fine-tuning, PEFT for LoRA and AdapterHub's `adapters` for the rest;
+where there is a GPU, each compiled by torch.compile, too. Every side runs in a process of its own,
+new for each case, with as many threads and processors as the other; they take turns, and sleep in
+between.
+
+Both sides get one set of random weights, one adapter and one batch, and no dropout. That they do
+the same is checked first: equal numbers are trained, and losses (of a step those of several
+updates; tokens, when text is generated) agree to TOLERANCES. It is an error if they do not.
+
+A ratio is of our seconds to the peer's in the same round, below 1 where this package is faster;
+printed are its median and quartiles. "memory" is what a process had resident at most during the
+timed runs (on a GPU: what was allocated there since its start), libraries and weights included.
+"first" is the first call, which compiles. "noise" is the distance of the quartiles of the seconds,
+as a part of their median, of the side where it is larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contest import Size, Task, choose, command, write
+from benchmarks.turns import Worker, WorkerError, noise, processor, spread, take_turns
+
+OURS = "compacter_jax"
+_PEERS = {"full": "transformers", "lora": "peft"}  # and `adapters` for the other methods
+COMPILED = "torch.compile"
+# Largest difference of the first loss, and of the losses after updates, relative to the peer's;
+# least part of generated tokens that agree. Random weights in bfloat16 choose other tokens.
+TOLERANCES = {
+    "float32": {"loss": 1e-4, "later losses": 1e-3, "tokens": 0.9},
+    "bfloat16": {"loss": 2e-2, "later losses": 5e-2, "tokens": 0.0},
+}
+_WARM_UPS = 3
+# On a GPU a step takes milliseconds; a turn is of so many that it lasts at least so long.
+_TURN_SECONDS = 0.1
+_VERSIONS = ("jax", "flax", "optax", "torch", "transformers", "adapters", "peft")
+_ENVIRONMENT = {
+    # What is compiled must be compiled, and what is measured told by nobody else.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How cases are measured.
+
+    Attributes:
+      repeats: rounds, after those that warm up.
+      threads: of each side; None leaves all to the libraries.
+      dtypes: of the computation.
+      compiled: measure the peers compiled, too; None where there is a GPU.
+      shortest: see `benchmarks.contest.Task`.
+      method_changes: method -> fields of its preset.
+    """
+
+    repeats: int = 15
+    threads: int | None = 2
+    dtypes: tuple[str, ...] | None = None
+    compiled: bool | None = None
+    shortest: float = 1.0
+    method_changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints a row for each case, and writes JSON and a figure where asked to.
+
+    Raises:
+      SystemExit: with what is wrong, if no case has such a name or two sides do not do the same.
+    """
+    options = _parser().parse_args(arguments)
+    settings = Settings(
+        repeats=options.repeats,
+        threads=options.threads or None,
+        dtypes=tuple(TOLERANCES) if options.dtype == "both" else options.dtype and (options.dtype,),
+        compiled={"auto": None, "on": True, "off": False}[options.torch_compile],
+        shortest=options.shortest,
+    )
+    report: dict[str, Any] = {"settings": dataclasses.asdict(settings), "machine": _machine()}
+    report["settings"]["rows"] = options.rows
+    report["cases"] = []
+    try:
+        cases = choose(options.case)
+        print(_heading(report["machine"], settings))
+        for case in measure(cases, settings, rows=options.rows):
+            report["cases"].append(case)
+            print(_row(case), flush=True)
+            write(options.json, report)  # what is measured is kept, whatever comes
+    except (ValueError, WorkerError) as error:
+        sys.exit(f"error: {error}")
+    if options.plot:
+        _plot(report, options.plot)
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def measure(
+    cases: Sequence[tuple[Size, str, str]], settings: Settings, rows: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Measures cases one after the other.
+
+    Args:
+      cases: size, method and work of each.
+      settings: of all.
+      rows: of the batches, in place of each size's own.
+
+    Yields:
+      For each case and dtype, what `_compare` returns.
+
+    Raises:
+      ValueError: if two sides do not do the same.
+      WorkerError: if this package cannot do it, or a peer that is not compiled cannot.
+    """
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        platforms: dict[str, str] = {}
+        for size, method, work in cases:
+            if rows is not None:
+                size = dataclasses.replace(size, rows=rows)  # noqa: PLW2901
+            backbone = Path(folder) / size.name
+            if size.name not in platforms:
+                platforms[size.name] = _ask_ours(
+                    "write_backbone", settings, size=dataclasses.asdict(size), folder=str(backbone)
+                )["platform"]
+            on_gpu = platforms[size.name] != "cpu"
+            dtypes = settings.dtypes or (("float32", "bfloat16") if on_gpu else ("float32",))
+            ours, theirs = _adapters_of(method, backbone, settings)
+            for dtype in dtypes:
+                task = Task(size, method, work, str(backbone), ours, dtype, settings.shortest)
+                compiled = on_gpu if settings.compiled is None else settings.compiled
+                yield _compare(task, theirs, settings, compiled)
+
+
+def _adapters_of(
+    method: str, backbone: Path, settings: Settings
+) -> tuple[str, str] | tuple[None, None]:
+    """Folders with one adapter, in our files and in those of the peer; written where they are not.
+
+    None for full fine-tuning.
+    """
+    if method == "full":
+        return None, None
+    ours, theirs = (f"{backbone}-{method}-{side}" for side in ("ours", "peer"))
+    if not Path(ours).exists():
+        changes = dict(settings.method_changes.get(method, {}))
+        names = {"folder": str(backbone), "method": method, "ours": ours, "peers": theirs}
+        _ask_ours("write_adapter", settings, changes=changes, **names)
+    return ours, theirs
+
+
+def _ask_ours(action: str, settings: Settings, **arguments: Any) -> dict[str, Any]:
+    """What a process of this package answers, which then ends: it leaves no memory in use."""
+    with _worker(OURS, settings) as worker:
+        return worker.ask(action, **arguments)
+
+
+def _worker(name: str, settings: Settings) -> Worker:
+    module = "benchmarks.jax_worker" if name == OURS else "benchmarks.torch_worker"
+    # This package needs no PyTorch: transformers would load it where it is installed.
+    own = {"USE_TORCH": "0"} if name == OURS else {}
+    return Worker(name, module, threads=settings.threads, environment=_ENVIRONMENT | own)
+
+
+def _compare(
+    task: Task, peers_adapter: str | None, settings: Settings, compiled: bool
+) -> dict[str, Any]:
+    """One case, JSON-ready: what each side needed, and the ratios of ours to each peer's."""
+    peer = _PEERS.get(task.method, "adapters")
+    of_peer = dataclasses.replace(task, adapter=peers_adapter)
+    tasks = {OURS: task, peer: of_peer}
+    if compiled:
+        tasks[f"{peer}, {COMPILED}"] = dataclasses.replace(of_peer, compiled=True)
+    sides: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for name, of_side in tasks.items():
+            worker = stack.enter_context(_worker(name, settings))
+            try:
+                sides[name] = _prepared(worker, of_side)
+            except WorkerError as error:
+                if not of_side.compiled:
+                    raise
+                failures[name] = str(error)  # what torch.compile cannot do is a result, too
+                continue
+            if name != OURS:
+                check_same(task, sides[OURS], sides[name], name)
+            workers.append(worker)
+        for worker in workers:
+            sides[worker.name] |= worker.ask("start_peak")
+        fastest = min(min(side["warm_up_seconds"]) for side in sides.values())
+        times = math.ceil(_TURN_SECONDS / fastest)
+        for name, answers in take_turns(workers, settings.repeats, times).items():
+            sides[name] |= _timed(answers)
+        for worker in workers:
+            sides[worker.name] |= worker.ask("memory")
+    peers = [name for name in sides if name != OURS]
+    return {
+        "case": f"{task.size.name}/{task.method}/{task.work}",
+        "size": dataclasses.asdict(task.size),
+        "dtype": task.dtype,
+        "runs_per_turn": times,
+        "sides": sides,
+        "ratios": {name: _ratios(sides[OURS], sides[name]) for name in peers},
+        "failures": failures,
+    }
+
+
+def _prepared(worker: Worker, task: Task) -> dict[str, Any]:
+    """Loads the task and runs it until it is warm."""
+    prepared = worker.ask("prepare", task=dataclasses.asdict(task))
+    first, *others = [worker.ask("run", times=1) for _ in range(1 + _WARM_UPS)]
+    return {
+        "trained": prepared["trained"],
+        "platform": prepared["platform"],
+        "load_seconds": prepared["seconds"],
+        "first_call_seconds": first["seconds"],
+        "warm_up_seconds": [answer["seconds"] for answer in others],
+        "values": [answer["value"] for answer in (first, *others)],
+    }
+
+
+def _timed(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns = {name: [answer[name] for answer in answers] for name in ("seconds", "cpu_seconds")}
+    medians = {f"median_{name}": float(np.median(values)) for name, values in columns.items()}
+    return {**columns, **medians, "noise": noise(columns["seconds"])}
+
+
+def _ratios(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ours to the peer's: spreads of neighbouring runs, and of the largest memory."""
+    ratios: dict[str, Any] = {
+        name: spread(np.divide(ours[name], peer[name])) for name in ("seconds", "cpu_seconds")
+    }
+    kind = "device_peak" if ours["device_peak"] else "peak"
+    if ours[kind] and peer[kind]:
+        ratios["memory"] = ours[kind] / peer[kind]
+    return ratios
+
+
+def check_same(task: Task, ours: Mapping[str, Any], peer: Mapping[str, Any], name: str) -> None:
+    """Checks that two sides do the same.
+
+    Args:
+      task: what they do.
+      ours: "platform", "trained" and "values" of the first runs; and so is `peer`.
+      peer: see there.
+      name: of the peer.
+
+    Raises:
+      ValueError: if they do not, with what differs.
+    """
+    case = f"{task.size.name}/{task.method}/{task.work} in {task.dtype}"
+    tolerances = TOLERANCES[task.dtype]
+    for what in ("platform", "trained"):
+        if ours[what] != peer[what]:
+            meaning = {"platform": "runs on", "trained": "trains"}[what]
+            raise ValueError(
+                f"{case}: {OURS} {meaning} {ours[what]} and {name} {peer[what]}; they must be equal"
+            )
+    if task.work == "generate":
+        own, others = np.asarray(ours["values"][0]), np.asarray(peer["values"][0])
+        same = float(np.mean(own == others)) if own.shape == others.shape else 0.0
+        if own.shape != others.shape or same < tolerances["tokens"]:
+            raise ValueError(
+                f"{case}: {OURS} generates {own.shape} tokens and {name} {others.shape}, of which "
+                f"{same:.1%} are equal; at least {tolerances['tokens']:.0%} must be"
+            )
+        return
+    for i, (own, others) in enumerate(zip(ours["values"], peer["values"], strict=True)):
+        tolerance = tolerances["later losses" if i and task.work == "step" else "loss"]
+        if not abs(own - others) <= tolerance * abs(others):
+            when = f"after {i} updates" if task.work == "step" else "of the logits"
+            raise ValueError(
+                f"{case}: the loss {when} is {own:.7g} in {OURS} and {others:.7g} in {name}; they "
+                f"may differ by {tolerance:.0e} of it"
+            )
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+
+def _machine() -> dict[str, Any]:
+    found = {}
+    for name in _VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {
+        "processor": processor(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "load_before": os.getloadavg()[0],
+        "versions": found,
+    }
+
+
+_COLUMNS = "{:<36}{:>18}{:>18}{:>22}{:>8}{:>16}{:>8}{:>14}{:>8}"
+
+
+def _heading(machine: Mapping[str, Any], settings: Settings) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    threads = f"{settings.threads} threads" if settings.threads else "threads as they come"
+    columns = _COLUMNS.format(
+        *("case, peer", "seconds", "CPU seconds", "ratio (quartiles)", "CPU"),
+        *("memory, MB", "ratio", "first, s", "noise"),
+    )
+    return (
+        f"{machine['processor']}, {machine['processors']} processors, load "
+        f"{machine['load_before']:.1f}; {versions}\n"
+        f"{threads} on each side, median of {settings.repeats} rounds; in pairs: ours, the peer's\n"
+        f"{columns}"
+    )
+
+
+def _row(case: Mapping[str, Any]) -> str:
+    """A line for each peer."""
+    lines = [f"{case['case']} {case['dtype']}, {name}: {text}" for name, text in _failed(case)]
+    ours = case["sides"][OURS]
+    memory = "device_peak" if ours["device_peak"] else "peak"
+    for name, ratio in case["ratios"].items():
+        peer, seconds = case["sides"][name], ratio["seconds"]
+        dtype = "" if case["dtype"] == "float32" else f" {case['dtype']}"
+        pairs = [
+            f"{ours[column]:.4g} {peer[column]:.4g}"
+            for column in ("median_seconds", "median_cpu_seconds")
+        ]
+        measured = "memory" in ratio
+        cells = [
+            f"{case['case']}{dtype}, {name}",
+            *pairs,
+            f"{seconds['median']:.3f} "
+            f"({seconds['first_quartile']:.3f}-{seconds['third_quartile']:.3f})",
+            f"{ratio['cpu_seconds']['median']:.3f}",
+            f"{ours[memory] / 1e6:,.0f} {peer[memory] / 1e6:,.0f}" if measured else "",
+            f"{ratio['memory']:.3f}" if measured else "",
+            f"{ours['first_call_seconds']:.1f} {peer['first_call_seconds']:.1f}",
+            f"{max(ours['noise'], peer['noise']):.1%}",
+        ]
+        lines.append(_COLUMNS.format(*cells))
+    return "\n".join(lines)
+
+
+def _failed(case: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, text.splitlines()[0]) for name, text in case["failures"].items()]
+
+
+def _plot(report: Mapping[str, Any], path: str) -> None:
+    """Ratios of time and memory, a bar for each case and peer."""
+    import matplotlib as mpl  # noqa: PLC0415 - only for this
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    rows = [
+        (f"{case['case']}{'' if case['dtype'] == 'float32' else ' ' + case['dtype']}, {name}", r)
+        for case in report["cases"]
+        for name, r in case["ratios"].items()
+    ][::-1]
+    places = np.arange(len(rows))
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 1.5 + 0.3 * len(rows)), sharey=True, layout="constrained"
+    )
+    found = [ratio["seconds"] for _, ratio in rows]
+    medians = np.array([seconds["median"] for seconds in found])
+    below = medians - [seconds["first_quartile"] for seconds in found]
+    above = np.array([seconds["third_quartile"] for seconds in found]) - medians
+    axes[0].barh(places, medians, xerr=[below, above], color="tab:blue", capsize=2)
+    axes[1].barh(places, [ratio.get("memory", np.nan) for _, ratio in rows], color="tab:orange")
+    axes[0].set_yticks(places, [name for name, _ in rows])
+    for axis, title in zip(axes, ("seconds", "peak memory"), strict=True):
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlim(left=0)
+        axis.set_title(title)
+        axis.set_xlabel("this package / peer (below 1 is better)")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command("benchmarks.peers", __doc__)
+    parser.add_argument("--threads", type=int, default=2, help="of each side; 0: as they come")
+    parser.add_argument("--dtype", choices=[*TOLERANCES, "both"], help="on a GPU: both")
+    parser.add_argument("--torch-compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--shortest", type=float, default=1.0, help="row, as part of the longest")
+    parser.add_argument("--plot", metavar="FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

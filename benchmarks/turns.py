@@ -1,0 +1,263 @@
+"""Measuring several things in turns, so that a busy machine slows all of them alike.
+
+What runs in processes of its own, one for each contender, talks over pipes in lines of JSON: the
+process that measures asks (`Worker`), the others answer (`serve`) and sleep between their turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+# Idle threads of a pool spin for some milliseconds before they sleep.
+_PAUSE = 0.03
+_STATUS = Path("/proc/self/status")
+
+T = TypeVar("T")
+
+
+# --- in one process -----------------------------------------------------------------------------
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], T]], repeats: int, pause: float = 0.0
+) -> dict[str, list[T]]:
+    """What each run returns, every time; who begins changes, so that a drift favours nobody.
+
+    Args:
+      runs: name -> what to run.
+      repeats: times that each is run.
+      pause: seconds before each.
+    """
+    results: dict[str, list[T]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(repeats):
+        first = i % len(names)
+        for name in (*names[first:], *names[:first]):
+            time.sleep(pause)
+            results[name].append(runs[name]())
+    return results
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Lowest, quartiles, median and highest."""
+    names = ("lowest", "first_quartile", "median", "third_quartile", "highest")
+    return dict(zip(names, np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))
+
+
+def noise(values: Sequence[float] | np.ndarray) -> float:
+    """Distance of the quartiles, as a part of the median."""
+    found = spread(values)
+    return (found["third_quartile"] - found["first_quartile"]) / found["median"]
+
+
+def processor() -> str:
+    """What the operating system calls the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- the process that measures ------------------------------------------------------------------
+
+
+class WorkerError(RuntimeError):
+    """A worker failed; the message has what it wrote."""
+
+
+class Worker:
+    """A process that does one thing when asked, and sleeps otherwise; a context manager.
+
+    Args:
+      name: for messages.
+      module: run with `python -m`, calls `serve`.
+      threads: of its pools, which get as many processors; None leaves both as they are.
+      environment: variables beside those of this process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        *,
+        threads: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, **_thread_variables(threads), **(environment or {})},
+            cwd=ROOT,
+        )
+        if threads is not None and hasattr(os, "sched_setaffinity"):
+            # Before it has threads: those to come inherit it.
+            os.sched_setaffinity(self._process.pid, processors(threads))
+
+    def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+          WorkerError: if the worker could not do it, or has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer
+            self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            written = "".join(self._errors.readlines()[-20:])
+            raise WorkerError(f"{self.name} ended with code {code} at {action!r}:\n{written}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.name} failed at {action!r}: {answer['error']}")
+        return answer
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()  # it has nothing to put away
+        self._process.communicate()
+        self._errors.close()
+
+
+def processors(threads: int) -> list[int]:
+    """So many of the processors that this process may use, or all where they are fewer."""
+    return sorted(os.sched_getaffinity(0))[:threads]
+
+
+def _thread_variables(threads: int | None) -> dict[str, str]:
+    """OpenMP's, those of BLAS libraries, and NPROC, which XLA takes for the processors it has."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
+    return {} if threads is None else dict.fromkeys(names, str(threads))
+
+
+def take_turns(
+    workers: Sequence[Worker], repeats: int, times: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Answers of each to "run", in turns; each turn runs the work `times` times."""
+    asked = {
+        worker.name: lambda worker=worker: worker.ask("run", times=times) for worker in workers
+    }
+    return alternate(asked, repeats, _PAUSE)
+
+
+# --- the processes that are measured ------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """What a worker has been asked to prepare.
+
+    Attributes:
+      run: starts it once; what it returns may not be computed yet.
+      wait: until such a value is computed.
+      value: of it, for JSON.
+      trained: numbers that are trained.
+      platform: where it runs, "cpu" or "gpu".
+      device_peak: bytes that were allocated at most on a device of its own; None without one.
+    """
+
+    run: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    value: Callable[[Any], Any]
+    trained: int
+    platform: str
+    device_peak: Callable[[], int | None]
+
+
+def serve(actions: Mapping[str, Callable[..., Any]]) -> None:
+    """Answers requests on standard input until it is closed.
+
+    Args:
+      actions: name -> function of a request's arguments. It returns a `Work`, which the requests
+        "run", "start_peak" and "memory" are about from then on, or a dict for JSON.
+    """
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    work: Work | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        action = request.pop("action")
+        try:
+            if action in actions:
+                start = time.perf_counter()
+                answer = actions[action](**request)
+                if isinstance(answer, Work):
+                    work = answer
+                    answer = {"trained": work.trained, "platform": work.platform}
+                answer["seconds"] = time.perf_counter() - start
+            else:
+                answer = _OF_WORK[action](work, **request)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=channel, flush=True)
+
+
+def _run(work: Work, times: int) -> dict[str, Any]:
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        result = work.run()
+    work.wait(result)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    return {"seconds": seconds / times, "cpu_seconds": cpu / times, "value": work.value(result)}
+
+
+def _start_peak(work: Work) -> dict[str, Any]:
+    peak = peak_memory()
+    # What libraries freed while loading is not part of what the work needs.
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return {"peak_before": peak, "resident_before": peak_memory()}
+
+
+def _memory(work: Work) -> dict[str, Any]:
+    return {"peak": peak_memory(), "device_peak": work.device_peak()}
+
+
+_OF_WORK: dict[str, Callable[..., dict[str, Any]]] = {
+    "run": _run,
+    "start_peak": _start_peak,
+    "memory": _memory,
+}
+
+
+def peak_memory() -> int | None:
+    """Bytes that this process had resident at most since "start_peak"; None if not on Linux."""
+    if not _STATUS.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    return 1024 * int(fields["VmHWM"].split()[0])

@@ -1,0 +1,192 @@
+"""The benchmark against other libraries: that both sides do the same, and what its report holds."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import contest, jax_worker, peers, turns
+
+torch_worker = pytest.importorskip("benchmarks.torch_worker", exc_type=ImportError)
+pytest.importorskip("adapters")
+pytest.importorskip("peft")
+
+pytestmark = [
+    # `adapters` calls T5's blocks as transformers 4.57 did before.
+    pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated"),
+]
+
+BERT = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.2,
+}
+T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+SIZES = {
+    "bert": contest.Size("tiny-bert", "bert", BERT, rows=3, length=6),
+    "t5": contest.Size("tiny-t5", "t5", T5, rows=3, length=6, target_length=4),
+}
+NARROW = {"reduction_factor": 8}
+CHANGES = dict.fromkeys(("houlsby", "compacter", "compacter++"), NARROW)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With both backbones."""
+    root = tmp_path_factory.mktemp("peers")
+    for name, size in SIZES.items():
+        jax_worker.write_backbone(dataclasses.asdict(size), str(root / name))
+    return root
+
+
+@pytest.fixture(scope="module")
+def task_of(folder):
+    """Function of family, method and work: the task of this package, and that of the peer."""
+
+    def make(family, method, work, **fields):
+        ours, theirs = (folder / f"{family}-{method}-{side}" for side in ("ours", "peer"))
+        task = contest.Task(SIZES[family], method, work, str(folder / family), None, **fields)
+        if method == "full":
+            return task, task
+        if not ours.exists():
+            names = (str(folder / family), method, CHANGES.get(method, {}), str(ours), str(theirs))
+            jax_worker.write_adapter(*names)
+        return tuple(dataclasses.replace(task, adapter=str(side)) for side in (ours, theirs))
+
+    return make
+
+
+def outcome(worker, task, runs=3):
+    """What a side tells of its first runs."""
+    work = worker.prepare(dataclasses.asdict(task))
+    values = []
+    for _ in range(runs):
+        result = work.run()
+        work.wait(result)
+        values.append(work.value(result))
+    return {"platform": work.platform, "trained": work.trained, "values": values}
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "work"),
+    [
+        ("bert", "compacter", "step"),
+        ("bert", "lora", "step"),
+        ("bert", "houlsby", "forward"),
+        ("t5", "compacter++", "step"),
+        ("t5", "full", "step"),
+        ("t5", "lora", "generate"),
+    ],
+)
+def test_both_sides_do_the_same(family, method, work, task_of):
+    task, of_peer = task_of(family, method, work, shortest=0.5)
+    runs = 1 if work == "generate" else 3
+    ours, peer = outcome(jax_worker, task, runs), outcome(torch_worker, of_peer, runs)
+    peers.check_same(task, ours, peer, "the peer")
+    assert ours["trained"] == peer["trained"] > 0
+    if work == "step":
+        assert abs(ours["values"][2] - ours["values"][0]) > 1e-3  # it learns
+    if work == "generate":
+        assert np.shape(ours["values"][0]) == (3, 1 + contest.GENERATED)
+
+
+def test_a_peer_with_another_adapter_is_refused(task_of, tmp_path):
+    task, of_peer = task_of("bert", "compacter++", "forward")
+    ours = outcome(jax_worker, task, 1)
+    peers.check_same(task, ours, outcome(torch_worker, of_peer, 1), "adapters")
+    other = tmp_path / "other"
+    names = (of_peer.folder, "compacter++", {**NARROW, "phm_dim": 2}, str(tmp_path / "a"))
+    jax_worker.write_adapter(*names, str(other))
+    wrong = outcome(torch_worker, dataclasses.replace(of_peer, adapter=str(other)), 1)
+    with pytest.raises(ValueError, match=r"compacter_jax trains \d+ and adapters \d+; they must"):
+        peers.check_same(task, ours, wrong, "adapters")
+    with pytest.raises(ValueError, match=r"loss of the logits is \S+ in compacter_jax and \S+ in"):
+        peers.check_same(task, ours, {**wrong, "trained": ours["trained"]}, "adapters")
+
+
+def made_up(values, **changes):
+    return {"platform": "cpu", "trained": 7, "values": values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("work", "ours", "peer", "message"),
+    [
+        ("step", made_up([1.0, 0.9]), made_up([1.0, 0.9], platform="gpu"), "runs on cpu and"),
+        ("step", made_up([1.0, 0.9]), made_up([1.0005, 0.9]), "loss after 0 updates is 1 in"),
+        ("step", made_up([1.0, 0.9]), made_up([1.0, 0.902]), "loss after 1 updates is 0.9 in"),
+        ("step", made_up([float("nan")]), made_up([float("nan")]), "loss after 0 updates is nan"),
+        ("generate", made_up([[[0, 1, 2]]]), made_up([[[0, 1, 3]]]), "66.7% are equal; at least 9"),
+        ("generate", made_up([[[0, 1, 2]]]), made_up([[[0, 1]]]), r"generates \(1, 3\) tokens and"),
+    ],
+)
+def test_what_differs_is_refused(work, ours, peer, message):
+    task = contest.Task(SIZES["t5"], "full", work, "", None)
+    with pytest.raises(ValueError, match=message):
+        peers.check_same(task, ours, peer, "the peer")
+
+
+@pytest.mark.slow
+def test_the_report_of_processes_that_take_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contest, "SIZES", {"tiny-t5": SIZES["t5"]})
+    narrow = functools.partial(peers.Settings, method_changes=CHANGES)
+    monkeypatch.setattr(peers, "Settings", narrow)
+    file, figure = tmp_path / "peers.json", tmp_path / "peers.png"
+    arguments = ["--case", "tiny-t5/compacter++/step", "--repeats", "2", "--rows", "2"]
+    peers.main([*arguments, "--json", str(file), "--plot", str(figure)])
+    (case,) = json.loads(file.read_text())["cases"]
+    ours, adapters = case["sides"]["compacter_jax"], case["sides"]["adapters"]
+    assert case["size"]["rows"] == 2
+    assert ours["trained"] == adapters["trained"]
+    np.testing.assert_allclose(ours["values"], adapters["values"], rtol=1e-4)
+    ratios = np.divide(ours["seconds"], adapters["seconds"])
+    assert len(ratios) == 2
+    assert case["ratios"]["adapters"]["seconds"]["median"] == pytest.approx(np.median(ratios))
+    assert case["ratios"]["adapters"]["memory"] == ours["peak"] / adapters["peak"]
+    assert ours["peak"] >= ours["resident_before"] > 0
+    assert "tiny-t5/compacter++/step, adapters" in capsys.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_cases_are_refused():
+    with pytest.raises(SystemExit, match=r"error: no case is called 't5'; .* sizes minilm, bert-b"):
+        peers.main(["--case", "t5"])
+    names = {"/".join((size.name, *rest)) for size, *rest in contest.choose(["t5-*/l*/*"])}
+    expected = {f"{size}/lora/{work}" for size in ("t5-small", "t5-base") for work in contest.WORKS}
+    assert names == expected - {"t5-base/lora/generate"}
+
+
+def test_batches_have_the_padding_asked_for():
+    batch = contest.batch_of(contest.Size("", "t5", {}, 3, 8, 2), 50, shortest=0.5)
+    assert batch["attention_mask"].sum(1).tolist() == [4, 6, 8]
+    assert ((batch["input_ids"] > 1) == batch["attention_mask"]).all()
+    assert batch["decoder_input_ids"].tolist() == [[0, row[0]] for row in batch["labels"]]
+
+
+def test_turns_change_who_begins():
+    order = []
+    runs = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+    assert turns.alternate(runs, 3) == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    assert "".join(order) == "abcbcacab"
+
+
+def test_a_worker_that_fails_says_why():
+    with turns.Worker("ours", "benchmarks.jax_worker") as worker:
+        message = "ours failed at 'prepare': KeyError: 'size'"
+        with pytest.raises(turns.WorkerError, match=message):
+            worker.ask("prepare", task={})
+        message = "ours failed at 'run': AttributeError"
+        with pytest.raises(turns.WorkerError, match=message):
+            worker.ask("run", times=1)
+
+
+def test_a_worker_that_ends_leaves_what_it_wrote():
+    worker = turns.Worker("nobody", "benchmarks.nobody")
+    message = "(?s)nobody ended with code 1 at 'run'.*No module named benchmarks.nobody"
+    with worker, pytest.raises(turns.WorkerError, match=message):
+        worker.ask("run", times=1)
