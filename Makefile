@@ -38,12 +38,14 @@ find = $(shell for v in $(1); do \
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-main test-newest test-oldest test-wheel clean
+.PHONY: help demo test lint docs notebooks test-main test-newest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         set up, then fine-tune a small BERT on film reviews; see train/configs/demo.toml"
-	@echo "make test         set up, then lint, test-wheel, test-newest and test-main"
+	@echo "make test         set up, then lint, docs, test-wheel, test-newest and test-main"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the documentation, in build/docs; a warning is an error"
+	@echo "make notebooks    run the notebooks at full size, and write them with their outputs"
 	@echo "make test-wheel   build wheel and sdist, and use the wheel in an empty environment"
 	@echo "make test-newest  the fast tests on the newest Python, JAX and transformers found"
 	@echo "make test-main    every test"
@@ -56,13 +58,21 @@ demo: $(MAIN)/train.stamp
 	@$(MAIN)/bin/python -m train fit --config train/configs/demo.toml \
 	  --backbone "$$($(MAIN)/bin/python -c '$(MINILM_PATH)')" --output-dir runs/demo --overwrite $(DEMO_ARGS)
 
-test: lint test-wheel test-newest test-main  # test-main last: its summary ends the output
+test: lint docs test-wheel test-newest test-main  # test-main last: its summary ends the output
 
 lint: $(MAIN)/test.stamp
 	@echo "== ruff and mypy"
 	@$(MAIN)/bin/python -m ruff check --quiet .
 	@$(MAIN)/bin/python -m ruff format --quiet --check --diff .
 	@$(MAIN)/bin/python -m mypy
+
+docs: $(MAIN)/test.stamp
+	@echo "== documentation, in build/docs"
+	@$(MAIN)/bin/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+
+notebooks: $(MAIN)/test.stamp
+	@echo "== running the notebooks at full size"
+	@$(MAIN)/bin/python notebooks/run.py
 
 test-main: $(MAIN)/test.stamp
 	@echo "== every test, in $(MAIN)"
@@ -107,7 +117,7 @@ $(MAIN)/test.stamp: $(MAIN)/train.stamp
 	  elif $(MAIN)/bin/python -m pip install -q '$(TORCH)'; then oracle=,oracle; \
 	  else echo "!! $(TORCH) could not be installed: the tests that compare with PyTorch will be skipped"; fi; \
 	echo "== installing what the tests need in $(MAIN)"; \
-	$(MAIN)/bin/python -m pip install -q -e ".[train,test$$oracle]" '$(TRANSFORMERS)'
+	$(MAIN)/bin/python -m pip install -q -e ".[train,test,docs$$oracle]" '$(TRANSFORMERS)'
 	@touch $@
 
 $(NEWEST)/test.stamp: $(SETUP)
@@ -131,4 +141,4 @@ $(WHEEL)/wheel.stamp: $(SETUP)
 	@touch $@
 
 clean:
-	rm -rf $(MAIN) $(NEWEST) $(OLDEST) $(WHEEL) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(MAIN) $(NEWEST) $(OLDEST) $(WHEEL) build dist .pytest_cache .mypy_cache .ruff_cache
