@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from train import manual, options
+from train import compiled, manual, options
 from train.errors import InterruptedRunError, StoppedRunError
 
 USAGE = """usage: python -m train COMMAND [OPTIONS]
@@ -191,5 +191,11 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    import jax
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Of transformers only configurations and tokenizers are used: it would load PyTorch where
+    # that is installed, and take 2 seconds and 250 MB for it.
+    os.environ.setdefault("USE_TORCH", "0")
+    compiled.keep(os.environ, jax.config.update)
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""What the command line compiles is kept; what cannot be kept fails nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import compiled
+
+pytest.importorskip("filelock")
+ROOT = Path(compiled.__file__).parents[1]
+
+
+def keep(environment):
+    """With what is told to JAX left untold: this process is to keep nothing."""
+    return compiled.keep(environment, lambda name, value: None)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+def test_the_folder_is_the_users_own(environment, tmp_path):
+    told = {}
+    folder = compiled.keep(environment, told.__setitem__)
+    assert told == {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 2**30,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    assert folder.parent == tmp_path / "cache" / "compacter_jax"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {name.upper(): str(value) for name, value in told.items()}.items() <= environment.items()
+    assert keep({"HOME": "/", "XDG_CACHE_HOME": str(tmp_path / "cache")}) == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_COMPILATION_CACHE_DIR", "/elsewhere"),
+        ("JAX_COMPILATION_CACHE_DIR", ""),
+        ("JAX_ENABLE_COMPILATION_CACHE", "false"),
+        ("JAX_ENABLE_COMPILATION_CACHE", "0"),
+    ],
+)
+def test_the_users_own_choice_comes_first(environment, tmp_path, name, value):
+    environment[name] = value
+    before = dict(environment)
+    assert keep(environment) is None
+    assert environment == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_users_size_is_kept(environment):
+    environment["JAX_COMPILATION_CACHE_MAX_SIZE"] = "5"
+    assert keep(environment)
+    assert environment["JAX_COMPILATION_CACHE_MAX_SIZE"] == "5"
+
+
+def test_a_folder_that_cannot_be_used_is_left_alone(environment, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    assert keep(environment) is None
+    assert "JAX_COMPILATION_CACHE_DIR" not in environment
+    assert "what is compiled is not kept for the next run" in caplog.text
+
+
+def test_a_folder_that_others_can_write_to_is_left_alone(environment, caplog):
+    keep(environment).chmod(0o777)
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    assert keep(environment) is None
+    assert "writable for nobody else" in caplog.text
+
+
+def test_what_was_left_half_written_is_removed(environment):
+    folder = keep(environment)
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (folder / name).write_text("")
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    keep(environment)
+    assert {path.name for path in folder.iterdir()} - {".lockfile"} == {
+        "whole-cache",
+        "whole-atime",
+    }
+
+
+PROGRAM = """
+import os, jax, numpy as np
+from train import compiled
+compiled.keep(os.environ, jax.config.update)
+def run(x):
+    for i in range(40):
+        x = jax.numpy.sin(x @ x + i)
+    return x
+print(np.asarray(jax.jit(run)(np.ones((8, 8), np.float32))).tobytes().hex())
+"""
+
+
+def test_jax_finds_what_another_process_compiled(environment):
+    own = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    own |= environment | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            cwd=ROOT,
+            env=own,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        entries = Path(environment["XDG_CACHE_HOME"]).rglob("*-cache")
+        return done.stdout, {entry: entry.stat().st_mtime_ns for entry in entries}
+
+    first, second = run(), run()
+    assert first == second  # of both the result and what is kept
+    assert first[1]
