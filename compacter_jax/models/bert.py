@@ -14,6 +14,7 @@ from jax import Array
 
 from compacter_jax.activations import get_activation
 from compacter_jax.models.layers import (
+    Dropout,
     Embed,
     Remat,
     attention,
@@ -185,7 +186,7 @@ class BertEmbeddings(_BertModule):
         x += self.embed(config.type_vocab_size, "token_type_embeddings")(token_type_ids)
         x += self.embed(config.max_position_embeddings, "position_embeddings")(position_ids)
         x = self.layer_norm()(x)
-        return nn.Dropout(config.hidden_dropout_prob, name="dropout")(x, deterministic)
+        return Dropout(config.hidden_dropout_prob, name="dropout")(x, deterministic)
 
     def word_table(self) -> Array | QuantizedArray:
         """`[vocab, hidden]` word embeddings, as they are stored."""
@@ -221,7 +222,7 @@ class BertSelfAttention(_BertModule):
     ) -> Array:
         """Attention itself, as `models.layers.attention` but for the dropout."""
         rate = self.config.attention_probs_dropout_prob
-        dropout = nn.Dropout(rate, name="dropout", deterministic=deterministic)
+        dropout = Dropout(rate, name="dropout", deterministic=deterministic)
         scale = 1 / math.sqrt(query.shape[-1])
         return attention(query, key, value, biases, scale=scale, dropout=dropout)
 
@@ -232,7 +233,7 @@ class BertResidual(_BertModule):
     @nn.compact
     def __call__(self, x: Array, residual: Array, deterministic: bool) -> Array:
         x = self.dense(self.config.hidden_size, "dense")(x)
-        x = nn.Dropout(self.config.hidden_dropout_prob, name="dropout")(x, deterministic)
+        x = Dropout(self.config.hidden_dropout_prob, name="dropout")(x, deterministic)
         return self.add(residual, x, self.layer_norm())
 
     def add(self, residual: Array, output: Array, layer_norm: nn.LayerNorm) -> Array:
@@ -490,7 +491,7 @@ class Bert(nn.Module):
             name, width = "classifier", self.num_labels
             rate = config.classifier_dropout
             rate = config.hidden_dropout_prob if rate is None else rate
-            x = nn.Dropout(rate, name="dropout")(x, deterministic)
+            x = Dropout(rate, name="dropout")(x, deterministic)
         return dense(
             width,
             dtype=self.dtype,

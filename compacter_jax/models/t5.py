@@ -17,7 +17,15 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import ActivationFn, get_activation
-from compacter_jax.models.layers import Embed, Remat, attention, dense, rematted, split_heads
+from compacter_jax.models.layers import (
+    Dropout,
+    Embed,
+    Remat,
+    attention,
+    dense,
+    rematted,
+    split_heads,
+)
 from compacter_jax.sites import Site
 
 Dtype = Any
@@ -252,7 +260,7 @@ class _T5Module(nn.Module):
         )
 
     def dropout(self, x: Array, deterministic: bool, name: str = "dropout") -> Array:
-        return nn.Dropout(self.config.dropout_rate, name=name)(x, deterministic)
+        return Dropout(self.config.dropout_rate, name=name)(x, deterministic)
 
     def add(self, residual: Array, output: Array) -> Array:
         """The end of a sub-layer."""
