@@ -46,7 +46,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation, in build/docs; a warning is an error"
 	@echo "make notebooks    run the notebooks at full size, and write them with their outputs"
-	@echo "make test-wheel   build wheel and sdist, and use the wheel in an empty environment"
+	@echo "make test-wheel   build wheel and sdist, use the wheel in an empty environment, type-check a user"
 	@echo "make test-newest  the fast tests on the newest Python, JAX and transformers found"
 	@echo "make test-main    every test"
 	@echo "make test-oldest  the fast tests on every lower bound in pyproject.toml; not part of make test"
@@ -100,6 +100,9 @@ test-wheel: $(MAIN)/test.stamp
 	@echo "== using the wheel in an empty environment, $(WHEEL)"
 	@$(WHEEL)/bin/python -m pip install -q --force-reinstall --no-deps dist/*.whl
 	@cd / && "$(CURDIR)/$(WHEEL)/bin/python" -I "$(CURDIR)/tests/wheel_smoke.py" "$(CURDIR)/dist"
+	@echo "== type-checking a user's project against the wheel"
+	@cd / && "$(CURDIR)/$(MAIN)/bin/python" -m mypy --strict --cache-dir "$(CURDIR)/.mypy_cache" \
+	  --python-executable "$(CURDIR)/$(WHEEL)/bin/python" "$(CURDIR)/tests/typed_user.py"
 
 $(MAIN)/train.stamp: $(SETUP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

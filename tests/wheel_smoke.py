@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import compacter_jax as cj
 
-OUTSIDE = ("train", "tests", "notebooks", "benchmarks")
+OUTSIDE = ("train", "tests", "notebooks", "benchmarks", "docs")
 NOT_REQUIRED = ("torch", "datasets", "pytest", "train")
 
 
@@ -37,6 +37,9 @@ def check_archives(dist: Path) -> None:
         names = archive.namelist()
     package = ("compacter_jax/__init__.py", "compacter_jax/py.typed")
     check_contents(names, (*package, f"{stem}.dist-info/licenses/LICENSE"), wheel.name)
+    check(stem == f"compacter_jax-{cj.__version__}", f"{stem} is not of version {cj.__version__}")
+    data = [n for n in names if "dist-info/" not in n and not n.endswith((".py", "/py.typed"))]
+    check(not data, f"{wheel.name} should have modules alone, not {data}")
     extra = {name.split("/")[0] for name in names} - {"compacter_jax", f"{stem}.dist-info"}
     check(not extra, f"{wheel.name} should not have {extra}")
     with tarfile.open(sdist) as archive:
