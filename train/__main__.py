@@ -194,6 +194,8 @@ if __name__ == "__main__":
     import jax
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Without a network it tells of every attempt, twice; our error says what to do.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # Of transformers only configurations and tokenizers are used: it would load PyTorch where
     # that is installed, and take 2 seconds and 250 MB for it.
     os.environ.setdefault("USE_TORCH", "0")
