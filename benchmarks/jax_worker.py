@@ -97,17 +97,11 @@ def write_adapter(
 def prepare(task: dict[str, Any]) -> Work:
     """Loads what a `Task` names, and gives what to run."""
     made = Task.from_json(task)
-    backbone = cj.load_backbone(made.folder, dtype=_dtype(made))
-    if made.adapter is None:
-        model, params = cj.Adapted(backbone.module, method_of(made.method)), backbone.params
-    else:
-        model, params = cj.load_adapter(made.adapter, backbone)
-    labels = cj.label_params(params, model.method)
-    batch = batch_of(made.size, backbone.config.vocab_size, made.shortest)
+    # On the host: a device would count what is there only while it is loaded into its peak.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model, params, labels = _loaded(made)
+    batch = batch_of(made.size, model.backbone.config.vocab_size, made.shortest)
     targets = batch["labels"]
-    if made.dtype != "float32":
-        trained, frozen = cj.partition(params, labels)
-        params = cj.merge(trained, cj.cast_frozen(frozen, made.dtype))
     value: Callable[[Any], Any]
     if made.work == "step":
         run = training_step(model, params, labels, batch, made.size, made.learning_rate)
@@ -133,8 +127,19 @@ def prepare(task: dict[str, Any]) -> Work:
     )
 
 
-def _dtype(task: Task) -> Any:
-    return None if task.dtype == "float32" else jnp.dtype(task.dtype)
+def _loaded(task: Task) -> tuple[cj.Adapted, Any, Any]:
+    """The model, its parameters with frozen ones in the task's dtype, and their labels."""
+    plain = task.dtype == "float32"
+    backbone = cj.load_backbone(task.folder, dtype=None if plain else jnp.dtype(task.dtype))
+    if task.adapter is None:
+        model, params = cj.Adapted(backbone.module, method_of(task.method)), backbone.params
+    else:
+        model, params = cj.load_adapter(task.adapter, backbone)
+    labels = cj.label_params(params, model.method)
+    if plain:
+        return model, params, labels
+    trained, frozen = cj.partition(params, labels)
+    return model, cj.merge(trained, cj.cast_frozen(frozen, task.dtype)), labels
 
 
 def training_step(
@@ -169,13 +174,13 @@ def forward(model: Any, params: Any, batch: Any, size: Size) -> Callable[[], Arr
     apply = step.apply_function(model, INPUTS[size.family])
     # The weights are arguments: constants would be folded into what is compiled.
     compiled = jax.jit(lambda params, batch: apply(params, batch, None))
-    arguments = jax.device_put((params, batch))
+    arguments = jax.device_put((params, batch), jax.local_devices()[0])
     return lambda: compiled(*arguments)
 
 
 def greedy(model: Any, params: Any, batch: Any) -> Callable[[], Array]:
     """Greedy search that never ends early."""
-    params = jax.device_put(params)
+    params = jax.device_put(params, jax.local_devices()[0])
     prompt = (batch["input_ids"], batch["attention_mask"])
 
     def run() -> Array:

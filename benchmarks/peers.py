@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers                                # every case, about half an hour
     python -m benchmarks.peers --case minilm/compacter++/step --case "t5-*/lora/*" --json peers.json
-    python -m benchmarks.peers --case "t5-base/*/step" --rows 64 --dtype bfloat16  # on a GPU
+    python -m benchmarks.peers --case "t5-base/*/step" --rows 64 --threads 0       # on a GPU
 
 A case is SIZE/METHOD/WORK: a training step (AdamW), a forward pass, or greedy generation. The
 peers are transformers for full fine-tuning, PEFT for LoRA and AdapterHub's `adapters` for the rest;
