@@ -387,6 +387,7 @@ def _plot(report: Mapping[str, Any], path: str) -> None:
     axes[0].barh(places, medians, xerr=[below, above], color="tab:blue", capsize=2)
     axes[1].barh(places, [ratio.get("memory", np.nan) for _, ratio in rows], color="tab:orange")
     axes[0].set_yticks(places, [name for name, _ in rows])
+    axes[0].margins(y=0.01)
     for axis, title in zip(axes, ("seconds", "peak memory"), strict=True):
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlim(left=0)
