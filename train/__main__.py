@@ -50,9 +50,9 @@ tasks movie, product, tweet and editorial come with this repository.
 
 def fit(arguments: options.FitOptions) -> None:
     """Runs the command `fit`."""
-    from train import loop  # noqa: PLC0415 - help and bad flags should not wait for JAX
+    from train import grid, loop  # noqa: PLC0415 - help and bad flags should not wait for JAX
 
-    loop.fit(arguments)
+    (grid if arguments.is_grid else loop).fit(arguments)
 
 
 def evaluate(arguments: options.EvaluateOptions) -> None:

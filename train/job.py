@@ -161,18 +161,24 @@ class Job:
         return self.options.output_dir / lane.name if self.is_mixture else self.options.output_dir
 
 
-def prepare(options: FitOptions) -> Job:
+def prepare(options: FitOptions, *, like: Job | None = None, num_devices: int | None = None) -> Job:
     """Reads and checks task, tokenizer, backbone and method.
+
+    Args:
+      options: of the command line.
+      like: a run of the same task on the same backbone, whose arrays of the backbone it shares.
+      num_devices: over which a batch is divided; by default all of them.
 
     Raises:
       ValueError, OSError: for input that does not fit; nothing has been written.
     """
-    _check_batch_size(options)
+    _check_batch_size(options, num_devices or jax.local_device_count())
     mixture.parse(options.mixture)
     names = task_names(options)
     lanes: list[Lane] = []
     for name in names:
-        lanes.append(_lane(name, options, lanes[0] if lanes else None))
+        known = like.lanes[0].backbone if like else lanes[0].backbone if lanes else None
+        lanes.append(_lane(name, options, lanes[0] if lanes else None, known))
     if options.adapters == "per_task" or len(lanes) == 1:
         learners = [
             Learner(lane.name, (i,), lane.params, lane.labels, (lambda tree: tree,))
@@ -196,8 +202,8 @@ def task_names(options: FitOptions) -> list[str]:
     return names
 
 
-def _lane(name: str, options: FitOptions, first: Lane | None) -> Lane:
-    """One task; its backbone's arrays are those of the first, where there is one."""
+def _lane(name: str, options: FitOptions, first: Lane | None, known: cj.Backbone | None) -> Lane:
+    """One task; its arrays are those of the first, its backbone's those known, where they are."""
     task = tasks.load_task(
         name,
         regression=options.regression,
@@ -209,10 +215,12 @@ def _lane(name: str, options: FitOptions, first: Lane | None) -> Lane:
         task = dataclasses.replace(task, splits={**task.splits, "train": sample})
     # On the host: what goes to the devices may be divided among them, and of another dtype.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return _loaded_lane(task, options, first)
+        return _loaded_lane(task, options, first, known)
 
 
-def _loaded_lane(task: tasks.Task, options: FitOptions, first: Lane | None) -> Lane:
+def _loaded_lane(
+    task: tasks.Task, options: FitOptions, first: Lane | None, known: cj.Backbone | None
+) -> Lane:
     backbone = cj.load_backbone(
         options.backbone,
         **head_arguments(options.backbone, task.num_labels, task.kind),
@@ -221,8 +229,8 @@ def _loaded_lane(task: tasks.Task, options: FitOptions, first: Lane | None) -> L
         remat=options.remat,
         seed=options.seed,
     )
-    if first is not None:
-        backbone = dataclasses.replace(backbone, params=_shared(backbone.params, first.params))
+    if known is not None:
+        backbone = dataclasses.replace(backbone, params=_shared(backbone.params, known.params))
     tokenizer = inference.load_tokenizer(options.backbone, backbone, options.max_length)
     method = _method(options, task, tokenizer)
     model = cj.Adapted(backbone.module, method)
@@ -310,9 +318,8 @@ def _view(places: Mapping[str, str], tree: Any) -> Any:
     return unflatten_dict({path: flat[place] for path, place in places.items()}, sep="/")
 
 
-def _check_batch_size(options: FitOptions) -> None:
+def _check_batch_size(options: FitOptions, per_host: int) -> None:
     """Batches are divided among hosts, their devices, or the rows of the mesh, and parts."""
-    per_host = jax.local_device_count()
     if options.mesh is not None:
         per_host = mesh.parse(options.mesh)["data"]
     devices = hosts.number() * per_host

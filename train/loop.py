@@ -8,9 +8,9 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from train.errors import NonFiniteLossError
 from train.job import Job, Lane, Learner, check_run_folder, open_run, prepare
 from train.options import FitOptions
 from train.profiler import Profiler
+
+# Lane and batch of every update -> its metrics.
+Steps: TypeAlias = Generator[tuple[int, data.Batch], step.StepMetrics | None, None]
 
 
 @dataclasses.dataclass
@@ -132,10 +135,10 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
         open_run(options)
         with Trainer(job, stop) as trainer:
             trainer.run()
-            results = {lane.name: _result(trainer, i) for i, lane in enumerate(job.lanes)}
+            results = {lane.name: result_of(trainer, i) for i, lane in enumerate(job.lanes)}
         if hosts.is_first():
             cost = measure.cost(trainer.progress.step_seconds, started)
-            _write_results(job, results, cost)
+            write_results(job, results, cost)
     return results
 
 
@@ -148,9 +151,22 @@ class Trainer:
       progress: where the run stands.
     """
 
-    def __init__(self, job: Job, stop: stopping.Stopping):
-        self.job, self.options, self._stop = job, job.options, stop
-        self.learners = _trainings(job)
+    def __init__(
+        self, job: Job, stop: stopping.Stopping, *, name: str = "", like: Trainer | None = None
+    ):
+        """Puts what is trained on the devices.
+
+        Args:
+          job: what to do.
+          stop: what ends it early.
+          name: of the run among those that are trained at once; these use the first device.
+          like: another of them, whose compiled functions and frozen arrays it shares.
+        """
+        self.job, self.options, self._stop, self._name = job, job.options, stop, name
+        self._placed: dict[int, Any] = {} if like is None else like._placed
+        devices = jax.local_devices()[:1] if name else None
+        computes = None if like is None else like.learners[0].computes
+        self.learners: list[Training] = _trainings(job, self._placed, computes, devices)
         self.progress = Progress()
         self._clock = measure.StepClock(self.progress.step_seconds)
         self._meters = [_meter(job.options, lane) for lane in job.lanes]
@@ -185,15 +201,30 @@ class Trainer:
     def run(self) -> Progress:
         """Trains until the last epoch is done; returns the history."""
         with self._stop.delayed():
-            while self.progress.epoch < self.job.epochs:
-                self._train_epoch()
-                self._finish_epoch()
-            self._checkpoints.finish()
-            if self._stop.asked(now=True):
-                raise self._stopped()
-        return self.progress
+            steps = self.steps()
+            metrics: step.StepMetrics | None = None  # a generator is first sent None
+            while True:
+                try:
+                    lane, batch = steps.send(metrics)
+                except StopIteration:
+                    return self.progress
+                training, compute = self.of_lane(lane)
+                with self._profiler.step(self._step_number() + 1):
+                    training.state, metrics = compute.step(training.state, training.frozen, batch)
 
-    def _train_epoch(self) -> None:
+    def steps(self) -> Steps:
+        """The run but for its updates: yields a lane and its batch, is sent the update's metrics.
+
+        Whoever iterates updates the state of the lane's learner in between.
+        """
+        while self.progress.epoch < self.job.epochs:
+            yield from self._train_epoch()
+            self._finish_epoch()
+        self._checkpoints.finish()
+        if self._stop.asked(now=True):
+            raise self._stopped()
+
+    def _train_epoch(self) -> Steps:
         """The batches of this epoch from the next one on."""
         progress = self.progress
         started, seconds = time.perf_counter(), progress.seconds
@@ -208,7 +239,7 @@ class Trainer:
             while progress.batch < steps:
                 lane = int(self.job.order[first + progress.batch])
                 batch, examples = next(streams[lane])
-                current = self._dispatch(lane, batch)
+                current = yield from self._dispatch(lane, batch)
                 # Reading a loss waits for it: read the last one, while this step computes.
                 self._note(pending, bar)
                 pending = current
@@ -248,12 +279,14 @@ class Trainer:
                 yield part, min(options.batch_size, len(examples) - done)
             epoch, batch = epoch + 1, 0
 
-    def _dispatch(self, lane: int, batch: data.Batch) -> _Pending:
-        """Gives a step to the devices."""
-        training, compute = self.of_lane(lane)
+    def _dispatch(
+        self, lane: int, batch: data.Batch
+    ) -> Generator[tuple[int, data.Batch], step.StepMetrics | None, _Pending]:
+        """Has a step given to the devices."""
+        training, _ = self.of_lane(lane)
         number = self._step_number() + 1
-        with self._profiler.step(number):
-            training.state, metrics = compute.step(training.state, training.frozen, batch)
+        metrics = yield lane, batch
+        assert metrics is not None
         self._clock.dispatched(batch, lane)
         learning_rate = float(training.schedule(training.steps))
         training.steps += 1
@@ -274,7 +307,7 @@ class Trainer:
             unit="ex",
             # A log file wants a line now and then, a person a bar that moves.
             mininterval=0.2 if sys.stderr.isatty() else 20,
-            disable=not hosts.is_first(),
+            disable=bool(self._name) or not hosts.is_first(),
         )
         if not progress.history:
             bar.set_postfix_str("compiling for each new length of input")
@@ -368,7 +401,8 @@ class Trainer:
         self._log.evaluation(self._step_number(), split, {"loss": validation_loss, **values})
         name = lane.task.metric
         if hosts.is_first():
-            task = f"{lane.name}: " if self.job.is_mixture else ""
+            name_of = lane.name if self.job.is_mixture else self._name
+            task = f"{name_of}: " if name_of else ""
             invalid = f", {values['invalid']} invalid" if values.get("invalid") else ""
             tqdm.write(
                 f"epoch {progress.epoch + 1}: {task}train loss {report.number(train_loss)}, "
@@ -472,14 +506,26 @@ class Trainer:
         return restored.step
 
 
-def _trainings(job: Job) -> list[Training]:
-    """The learners on the devices; what is frozen of several is there once."""
+def _trainings(
+    job: Job,
+    placed: dict[int, Any],
+    computes: tuple[Compute, ...] | None,
+    devices: Sequence[jax.Device] | None,
+) -> list[Training]:
+    """The learners on the devices; what is frozen of several is there once.
+
+    Args:
+      job: the run.
+      placed: array on the host, by identity -> the same on the devices; new ones are added.
+      computes: compiled functions to share, of a run like this one.
+      devices: to compile for, otherwise; None for all.
+    """
     made: list[Training] = []
-    placed: dict[int, Any] = {}  # by the array on the host
     for learner in job.learners:
-        schedule, tx = _optimizer(job, job.steps_of_learner(learner))
-        computes = tuple(
-            _compute(job, job.lanes[lane], view, cj.optimizer(tx, learner.labels))
+        schedule = _schedule(job, job.steps_of_learner(learner))
+        tx = cj.optimizer(transformation(job.options, schedule), learner.labels)
+        computes = computes or tuple(
+            _compute(job, job.lanes[lane], view, tx, devices)
             for lane, view in zip(learner.lanes, learner.views, strict=True)
         )
         trained, frozen = cj.partition(learner.params, learner.labels)
@@ -504,26 +550,42 @@ def _placed_once(tree: Any, dtype: str, compute: Compute, placed: dict[int, Any]
     return jax.tree.map(lambda leaf, copy: placed.setdefault(id(leaf), copy), tree, copies)
 
 
-def _optimizer(job: Job, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    options = job.options
-    warmup_steps = round(options.warmup_fraction * steps)
-    schedule = step.linear_schedule(job.learning_rate, warmup_steps, steps)
+def _schedule(job: Job, steps: int) -> optax.Schedule:
+    return step.linear_schedule(
+        job.learning_rate, round(job.options.warmup_fraction * steps), steps
+    )
+
+
+def transformation(options: FitOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """How a run's gradients become updates: AdamW, after clipping where that is asked for."""
     adamw = optax.adamw(schedule, weight_decay=options.weight_decay)
     if options.clip_norm:
         adamw = optax.chain(optax.clip_by_global_norm(options.clip_norm), adamw)
-    return schedule, adamw
+    return adamw
 
 
-def _compute(job: Job, lane: Lane, view: Any, tx: optax.GradientTransformation) -> Compute:
-    """A step of the learner's parameters on a task's batch; outputs of the task's own."""
+def apply_of(lane: Lane, view: Any) -> step.ApplyFunction:
+    """The model as a task sees it, of the parameters of its learner."""
     apply = lane.objective.apply
+    return lambda params, batch, key: apply(view(params), batch, key)
+
+
+def _compute(
+    job: Job,
+    lane: Lane,
+    view: Any,
+    tx: optax.GradientTransformation,
+    devices: Sequence[jax.Device] | None,
+) -> Compute:
+    """A step of the learner's parameters on a task's batch; outputs of the task's own."""
     return make_compute(
-        lambda params, batch, key: apply(view(params), batch, key),
+        apply_of(lane, view),
         lane.objective.loss,
         tx,
         outputs=lane.objective.outputs,
         seed=job.options.seed,
         accumulation_steps=job.options.accumulation_steps,
+        devices=devices,
         mesh=job.options.mesh,
     )
 
@@ -549,7 +611,7 @@ def _thinned(losses: list[float], most: int = 50) -> list[float]:
     return [float(part.mean()) for part in parts]
 
 
-def _result(trainer: Trainer, index: int) -> dict[str, Any]:
+def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
     """Evaluates the best adapter of a task as it was written to disk."""
     job, lane = trainer.job, trainer.job.lanes[index]
     training, compute = trainer.of_lane(index)
@@ -579,7 +641,7 @@ def _result(trainer: Trainer, index: int) -> dict[str, Any]:
     }
 
 
-def _write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, Any]) -> None:
+def write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, Any]) -> None:
     """Numbers, curves and report of every task, and of a mixture all numbers in one file."""
     for lane in job.lanes:
         result, folder = results[lane.name], job.folder(lane)

@@ -297,6 +297,10 @@ class FitOptions(HostOptions, TrainingOptions):
         name a base, and hold tables [tasks.NAME] for single tasks.
       train_size: train on a random sample of this size.
       seed: of initial values, order of the data and dropout.
+      seeds: several seeds with commas: as many runs at once, each in a folder of its own in
+        output_dir, which says what each gives and mean and spread of all.
+      learning_rates: several learning rates with commas; with seeds, all pairs.
+      train_sizes: several training sizes with commas, likewise.
       mixture: how often each of several tasks comes: temperature=1 in proportion to its examples,
         temperature=10 almost equally, limit=65536 as if none had more.
       adapters: of several tasks, one that they share, or one for each; heads are never shared.
@@ -323,6 +327,9 @@ class FitOptions(HostOptions, TrainingOptions):
     config: Path | None = None
     train_size: int | None = None
     seed: int = 0
+    seeds: str | None = None
+    learning_rates: str | None = None
+    train_sizes: str | None = None
     mixture: str = "temperature=1"
     adapters: Literal["shared", "per_task"] = "shared"
     max_steps: int | None = None
@@ -355,6 +362,11 @@ class FitOptions(HostOptions, TrainingOptions):
         _check(self, wanted)
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one")
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether there are several runs to be trained at once."""
+        return any((self.seeds, self.learning_rates, self.train_sizes))
 
     def method_config(self) -> MethodConfig:
         """The preset with this run's changes."""
@@ -389,6 +401,9 @@ class PlanOptions(FitOptions):
     def check(self) -> None:
         """ValueError for a number that cannot work."""
         super().check()
+        if self.is_grid:
+            flags = "--seeds, --learning-rates, --train-sizes"
+            raise ValueError(f"plan is for one run; leave {flags} out")
         wanted = {
             "devices": (self.devices >= 1, "at least 1"),
             "utilisation": (0 < self.utilisation <= 1, "above 0, at most 1"),
