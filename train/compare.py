@@ -1,4 +1,4 @@
-"""The command `compare`: every method with every seed, each run in a process of its own."""
+"""The command `compare`: every method with every seed, in processes of their own."""
 
 from __future__ import annotations
 
@@ -84,8 +84,15 @@ class Run:
             **{name: result[name] for name in kept},
             "validation": result["validation"],
             "test": result["test"],
-            **result["measured"],
+            **_shares(result["measured"]),
         }
+
+
+def _shares(measured: dict[str, Any]) -> dict[str, Any]:
+    """Of what a process took, the part of each of the runs in it; memory is that of all."""
+    runs = measured.get("runs_at_once", 1)
+    times = {name: measured[name] for name in ("step_seconds", "seconds")}
+    return measured | {name: value and value / runs for name, value in times.items()}
 
 
 def compare(each: Sequence[CompareOptions]) -> None:
@@ -132,6 +139,8 @@ def plan(each: Sequence[CompareOptions]) -> list[Run]:
 def _runs(options: CompareOptions) -> list[Run]:
     """Those on one task, by size, then by seed."""
     options.check()
+    if options.at_once < 1:
+        raise ValueError(f"at_once={options.at_once} must be at least 1")
     methods = list(presets()) if options.methods == ALL else _names(options.methods)
     for name in methods:
         method_of(name, options_of(name, options.method_options))
@@ -251,34 +260,50 @@ def _run_all(runs: Sequence[Run], options: CompareOptions, lock: int) -> dict[Ru
     # A run that another comparison left may have finished while this one waited for it.
     done = [run for run in runs if run.finished() and run.same_flags()]
     left = [run for run in runs if run not in done]
-    before = len(done)
+    number = len(done)
     if done:
-        print(f"{before} of {len(runs)} runs are finished already")
-    for number, run in enumerate(left, 1):
-        reason = _fit(run, options, lock)
-        if reason:
-            failures[run] = reason
-            outcome = f"failed: {reason}"
-        else:
-            done.append(run)
-            record = run.record()
-            score = record["test"][record["metric"]]
-            outcome = f"test {record['metric']} {score:.4f} in {record['seconds']:.0f} s"
-        rest = _duration(_seconds_left(done, left[number:]))
-        print(f"[{before + number}/{len(runs)}] {run.name}: {outcome}; {rest}", flush=True)
+        print(f"{number} of {len(runs)} runs are finished already")
+    for together in _together(left, options.at_once):
+        reason = _fit(together, options, lock)
+        for run in together:
+            number += 1
+            left.remove(run)
+            if reason and not run.finished():
+                failures[run] = reason
+                outcome = f"failed: {reason}"
+            else:
+                done.append(run)
+                record = run.record()
+                score = record["test"][record["metric"]]
+                outcome = f"test {record['metric']} {score:.4f} in {record['seconds']:.0f} s"
+            rest = _duration(_seconds_left(done, left))
+            print(f"[{number}/{len(runs)}] {run.name}: {outcome}; {rest}", flush=True)
     return failures
 
 
-def _fit(run: Run, options: CompareOptions, lock: int) -> str | None:
+def _together(runs: Sequence[Run], most: int) -> list[list[Run]]:
+    """The runs, so many at once at most that differ in nothing but the seed."""
+    groups: dict[Any, list[list[Run]]] = {}
+    ordered: list[list[Run]] = []
+    for run in runs:
+        of_method = groups.setdefault((run.task, run.size, run.method), [])
+        if not of_method or len(of_method[-1]) == most:
+            of_method.append([])
+            ordered.append(of_method[-1])
+        of_method[-1].append(run)
+    return ordered
+
+
+def _fit(runs: Sequence[Run], options: CompareOptions, lock: int) -> str | None:
     """Trains in a new process; returns why that failed, None if it did not."""
-    shutil.rmtree(run.folder, ignore_errors=True)
-    run.folder.mkdir(parents=True)
-    write_json(run.folder / _FLAGS_NAME, list(run.flags))
-    command = [sys.executable, "-m", "train", "fit", *run.flags, "--output-dir", str(run.folder)]
-    log = run.folder / _LOG_NAME
+    for run in runs:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True)
+        write_json(run.folder / _FLAGS_NAME, list(run.flags))
+    log = runs[0].folder / _LOG_NAME
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "train", "fit", *_flags(runs)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_environment(options.output_dir),
@@ -290,19 +315,33 @@ def _fit(run: Run, options: CompareOptions, lock: int) -> str | None:
             process.terminate()
             process.wait()
             raise InterruptedRunError(
-                f"interrupted in {run.name}; the same command goes on with this run"
+                f"interrupted in {runs[0].name}; the same command goes on with this run"
             ) from None
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    if process.returncode == 0 and not run.finished():
-        return f"terminated before its end, see {log}"  # as a run should be that gets SIGTERM
-    if process.returncode == 0:
-        if not options.keep_adapters:
+    for run in runs:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        if run.finished() and not options.keep_adapters:
             shutil.rmtree(run.folder / "adapter")
+    if all(run.finished() for run in runs):
         return None
+    if process.returncode == 0:
+        return f"terminated before its end, see {log}"  # as a run should be that gets SIGTERM
     if process.returncode < 0:
         return f"ended by signal {-process.returncode}, see {log}"
     lines = log.read_text("utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
+
+
+def _flags(runs: Sequence[Run]) -> list[str]:
+    """Of one `fit` for all."""
+    if len(runs) == 1:
+        return [*runs[0].flags, "--output-dir", str(runs[0].folder)]
+    flags = list(runs[0].flags)
+    if "--seed" in flags:
+        at = flags.index("--seed")
+        del flags[at : at + 2]
+    seeds = ",".join(str(run.seed) for run in runs)
+    # The runs' folders are those that `fit` makes for each seed.
+    return [*flags, "--seeds", seeds, "--output-dir", str(runs[0].folder.parent)]
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -427,6 +427,8 @@ class CompareOptions(TrainingOptions):
       train_size: train on random samples of this size, or of each of several (100,500,1000); by
         default on all there is. Sizes above a task's number of examples are left out.
       seeds: how many runs of each method, or for each size how many (5,5,3).
+      at_once: how many seeds of a method to train at once, in one process: pays on an accelerator
+        that small batches leave idle; the times of these runs are then shares of their process.
       steps: updates of each run, or for each size how many, instead of epochs.
       epochs: passes over the training data, where steps are not given.
       max_length: longest input in tokens; what is longer is cut.
@@ -442,6 +444,7 @@ class CompareOptions(TrainingOptions):
     methods: str = "all"
     train_size: str | None = None
     seeds: str = "3"
+    at_once: int = 1
     steps: str | None = None
     epochs: int = 2
     max_length: int = 64
