@@ -9,8 +9,13 @@ from compacter_jax.adapterhub import (
     read_adapterhub_head,
 )
 from compacter_jax.adapters import Bottleneck, PHMLinear
+from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
 from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter, save_backbone
+from compacter_jax.compose import minimize_entropy, mixing_sites
 from compacter_jax.config import (
+    Average,
+    AverageMaps,
+    Bank,
     BitFitConfig,
     BottleneckConfig,
     CombinedConfig,
@@ -20,9 +25,11 @@ from compacter_jax.config import (
     LoRAConfig,
     LowRankBottleneckConfig,
     MethodConfig,
+    Parallel,
     PHMBottleneckConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    Stack,
     preset,
     presets,
 )
@@ -41,7 +48,10 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "T5",
     "Adapted",
+    "Average",
+    "AverageMaps",
     "Backbone",
+    "Bank",
     "Bert",
     "BertConfig",
     "BitFitConfig",
@@ -56,15 +66,18 @@ __all__ = [
     "MethodConfig",
     "PHMBottleneckConfig",
     "PHMLinear",
+    "Parallel",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "Site",
+    "Stack",
     "T5Config",
     "cast_frozen",
     "count",
     "export_adapterhub",
     "export_peft",
     "generate",
+    "get_member",
     "import_adapterhub",
     "import_peft",
     "init_adapters",
@@ -75,6 +88,8 @@ __all__ = [
     "load_backbone",
     "merge",
     "merge_adapter",
+    "minimize_entropy",
+    "mixing_sites",
     "optimizer",
     "partition",
     "preset",
@@ -83,4 +98,7 @@ __all__ = [
     "read_adapterhub_head",
     "save_adapter",
     "save_backbone",
+    "set_member",
+    "stack_adapters",
+    "unstack",
 ]

@@ -101,6 +101,8 @@ class PHMLinear(nn.Module):
       phm_rank: rank of the blocks, None for full blocks.
       factorized_phm_rule: an own rule is a product of rank one.
       use_bias: add a bias, initially zero.
+      folded: multiply with the factors, for a layer whose parameters differ from row to row;
+        otherwise the shapes decide.
       rule_init, blocks_init: initialisers, see `phm`.
       dtype: of the computation; None promotes as flax does. Parameters stay in `param_dtype`.
       param_dtype: of the parameters.
@@ -114,6 +116,7 @@ class PHMLinear(nn.Module):
     phm_rank: int | None = 1
     factorized_phm_rule: bool = False
     use_bias: bool = True
+    folded: bool = False
     rule_init: phm.Initializer = phm.rule_init("normal", 1e-2)
     blocks_init: phm.Initializer = phm.blocks_init("glorot-uniform", 1e-2)
     dtype: Dtype | None = None
@@ -150,7 +153,8 @@ class PHMLinear(nn.Module):
             blocks = (left, right)
         else:
             x, rule, bias, blocks = promote_dtype(x, rule, bias, blocks, dtype=self.dtype)
-        y = phm.kronecker_sum_matmul(x, rule, blocks)
+        matmul = phm.folded_matmul if self.folded else phm.kronecker_sum_matmul
+        y = matmul(x, rule, blocks)
         return y if bias is None else y + bias
 
 
@@ -192,6 +196,7 @@ class Bottleneck(nn.Module):
       config: sizes, activation and initial values; dense or PHM projections by its class.
       dtype: of the computation; None promotes as flax does.
       param_dtype: of the parameters.
+      folded: never build the weights of PHM projections, as in `PHMLinear`.
 
     References:
       arXiv:2106.04647, section 3.2; arXiv:1902.00751.
@@ -200,6 +205,7 @@ class Bottleneck(nn.Module):
     config: BottleneckConfig
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -269,6 +275,7 @@ class Bottleneck(nn.Module):
             phm_dim=config.phm_dim,
             phm_rank=config.phm_rank if config.factorized_phm_W else None,
             factorized_phm_rule=config.factorized_phm_rule,
+            folded=self.folded,
             rule_init=phm.rule_init(config.phm_c_init, config.phm_init_range),
             blocks_init=phm.blocks_init(config.w_init, config.phm_init_range),
             name=name,
@@ -538,11 +545,34 @@ def build_weights(params: Mapping[str, Any]) -> dict[str, Any]:
     return build(params)
 
 
+def dense_params(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the dense bottleneck that equals one of another kind.
+
+    Args:
+      own: the parameters of a `Bottleneck`, dense, PHM or of low rank.
+      shared: what it is called with that others share: `rule`, `down_blocks`, `up_blocks`.
+    """
+    top = {"phm_rule": shared["rule"]} if "rule" in shared else {}
+    for name in ("down", "up"):
+        blocks = shared.get(f"{name}_blocks", ())
+        if isinstance(blocks, tuple):
+            factors = zip(("left", "right"), blocks, strict=False)
+            top |= {f"phm_{name}_{factor}": value for factor, value in factors}
+        else:
+            top[f"phm_{name}_blocks"] = blocks
+    return _dense_adapter(own, top)
+
+
 def _dense_adapter(adapter: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """One adapter's own parameters with built kernels; `top` has what is shared."""
     built = dict(adapter)
     for name in ("down", "up"):
         own = adapter[name]
+        if "kernel" in own:
+            continue
+        if "left" in own and own["left"].ndim == 2:  # of low rank
+            built[name] = {"kernel": own["left"] @ own["right"], "bias": own["bias"]}
+            continue
         prefix = f"phm_{name}_"
         shared = {key.removeprefix(prefix): top[key] for key in top if key.startswith(prefix)}
         rule = _stored((own, top), "phm_rule", "phm_rule_left", "phm_rule_right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,12 @@ RULE_INITS = ("normal", "uniform")
 ADAPTER = "adapter"
 # Task heads, by `/`-joined paths: made for the task, so no method adapts them as a backbone.
 HEAD = r"(classifier|qa_outputs)/.*"
+# In a composition: `…/adapter/NAMES/replaced/…` are a member's own leaves of the host itself, its
+# norm or head; `adapters/NAMES/…` what the adapters of a member share, and which slots of a bank
+# are occupied.
+REPLACED = "replaced"
+SHARED = "adapters"
+OCCUPIED = "occupied"
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -531,6 +538,378 @@ class CombinedConfig(MethodConfig):
         return super().replace(**{**kept, "parts": tuple(parts)})
 
 
+@dataclasses.dataclass(frozen=True, init=False)
+class Composition(MethodConfig):
+    """What all compositions of adapters have in common; a composition is a method.
+
+    Members may be compositions themselves. Layer norms, head, pooler and, with BitFit, biases that
+    a member trains are its own: the backbone keeps the ones it had, so the fields `train_…` are
+    those of the members.
+
+    Attributes:
+      members: methods, given by position.
+      names: of the members in the tree of parameters, `…/adapter/NAME/…`; by default 0, 1, ….
+      frozen: names of members that are not trained.
+    """
+
+    members: tuple[MethodConfig, ...] = ()
+    names: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+    def __init__(self, *members: MethodConfig, **fields: Any) -> None:
+        if members:
+            fields["members"] = members
+        known = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in fields.keys() - known.keys():
+            raise ValueError(
+                f"method {self.kind!r} has no field {name!r}{_near(name, list(known))}; "
+                f"its fields are {', '.join(known)}"
+            )
+        for name, default in known.items():
+            object.__setattr__(self, name, fields.get(name, default))
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.members:
+            raise ValueError(f"{self.kind} has no members; name at least one method")
+        for name in ("train_layer_norms", "train_head", "train_pooler"):
+            if getattr(self, name) != getattr(MethodConfig, name):
+                raise ValueError(f"{name} is for the members of {self.kind!r} to say; set it there")
+        for member in self.members:
+            if not isinstance(member, InsertedConfig | CombinedConfig | Composition):
+                raise ValueError(
+                    f"method {member.kind!r} cannot be a member of {self.kind!r}: it changes "
+                    "weights of the backbone; use one that inserts something"
+                )
+        if not self.names:
+            object.__setattr__(self, "names", tuple(map(str, range(len(self.members)))))
+        self._check_names()
+        copies_of(self)
+
+    def _check_names(self) -> None:
+        if len(self.names) != len(self.members) or len(set(self.names)) < len(self.names):
+            raise ValueError(
+                f"names={self.names} must be {len(self.members)} different names, one for each "
+                "member"
+            )
+        for name in self.names:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (REPLACED, OCCUPIED):
+                raise ValueError(
+                    f"{name!r} cannot name a member; use letters, digits, '_', '-' and '.', and "
+                    f"neither {REPLACED!r} nor {OCCUPIED!r}"
+                )
+        for name in self.frozen:
+            if name not in self.names:
+                raise ValueError(
+                    f"frozen names {name!r}{_near(name, list(self.names))}, but the members are "
+                    f"{', '.join(self.names)}"
+                )
+
+    def _refuse(self, kinds: type | types.UnionType, why: str) -> None:
+        """ValueError if a method anywhere in the composition is one of `kinds`."""
+        for part in parts_of(self):
+            if isinstance(part, kinds):
+                raise ValueError(f"method {part.kind!r} cannot be in {self.kind!r}: {why}")
+
+    def _refuse_unjoined(self) -> None:
+        for part in parts_of(self):
+            if isinstance(part, BottleneckConfig) and not part.original_ln_after:
+                raise ValueError(
+                    f"original_ln_after=False cannot be in {self.kind!r}: what a member returns "
+                    "would take the place of the residual that others read; set it to True"
+                )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Bank(Composition):
+    """Adapters of one shape, of which each row of a batch uses one, or a mixture.
+
+    Their parameters are those of one adapter with a leading axis `size`. A model with a bank is
+    called with `adapter_ids` `[batch]`, the member of each row (-1: the plain backbone), or with
+    `mix`, weights of the members' outputs.
+
+    Attributes:
+      size: how many there is room for; a program that is compiled for a size serves all members
+        that come and go.
+      shared_rule: all members have one rule; otherwise each has its own.
+    """
+
+    kind: ClassVar[str] = "bank"
+
+    size: int = 1
+    shared_rule: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.size >= 1, "size", self.size, "at least 1")
+        if len(self.members) != 1 or isinstance(self.members[0], Composition):
+            raise ValueError(
+                "a bank has one method, which is no composition, and `size` adapters of it; "
+                "compose banks, rather than to bank compositions"
+            )
+
+    @property
+    def member(self) -> MethodConfig:
+        """The method of every member."""
+        return self.members[0]
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether a row can be one of the plain backbone: not with tokens or positions put in."""
+        return not any(
+            isinstance(part, PromptTuningConfig) or getattr(part, "shift_positions", False)
+            for part in parts_of(self.member)
+        )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Stack(Composition):
+    """Adapters one on top of the other: at each site a member reads what the one before returns.
+
+    Layer norms (or biases, of BitFit) can be one member's alone; the head is the last member's.
+
+    References:
+      Pfeiffer et al., MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer,
+      EMNLP 2020, arXiv:2005.00052.
+    """
+
+    kind: ClassVar[str] = "stack"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_unjoined()
+        prompts = [part for part in parts_of(self) if isinstance(part, PromptTuningConfig)]
+        if len(prompts) > 1:
+            raise ValueError("a stack can have one member that is 'prompt_tuning', not several")
+        owners = [
+            name
+            for name, member in zip(self.names, self.members, strict=True)
+            if any(own.replaces & {"layer norms", "biases"} for own in members_of(member, True))
+        ]
+        if len(owners) > 1:
+            raise ValueError(
+                f"the members {', '.join(owners)} of a stack each have layer norms or biases of "
+                "their own, and a host can have one; set train_layer_norms=False in all but one"
+            )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Parallel(Composition):
+    """Adapters beside each other: the rows of a batch go through each, and a call returns a tuple.
+
+    A member that has no adapter at a site, and what is below the first, leaves rows as they are.
+    """
+
+    kind: ClassVar[str] = "parallel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_unjoined()
+        self._refuse(
+            PrefixTuningConfig | PromptTuningConfig,
+            "its rows are longer than those of the other members; call each model by itself",
+        )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Average(Composition):
+    """The weighted sum of the members' outputs at every site, `sum_m w_m y_m`.
+
+    What is missing from a sum of 1 is what there would be without adapters, so the weights can be
+    those of task arithmetic, too. Heads and layer norms are averaged likewise.
+
+    Attributes:
+      weights: one for each member; by default the mean.
+
+    References:
+      Wang et al., Efficient Test Time Adapter Ensembling for Low-resource Language Varieties,
+      Findings of EMNLP 2021, arXiv:2109.04877.
+    """
+
+    kind: ClassVar[str] = "average"
+
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.weights:
+            count = len(self.members)
+            object.__setattr__(self, "weights", (1 / count,) * count)
+        if len(self.weights) != len(self.members):
+            raise ValueError(
+                f"weights={self.weights} must be {len(self.members)}, one for each member"
+            )
+        self._refuse_unjoined()
+        self._refuse(
+            PrefixTuningConfig | PromptTuningConfig,
+            "what it adds are tokens to attend to, and no output that could be averaged",
+        )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class AverageMaps(Average):
+    """One adapter whose linear maps are the weighted sums of the members' maps.
+
+    `down` is `sum_m w_m W_m`, and so are `up`, biases and layer norms; the non-linearity is between
+    them, so this costs one adapter and is not the average of outputs. Nor is it the average of
+    parameters, where maps are products of factors: with `W_m = sum_i A_i (x) l_i r_i`, averaged
+    factors bring in `A_i (x) l_i r_i` with each factor from another member, `M^3` terms where
+    the average of maps has the `M` whose factors belong together. For methods without a
+    non-linearity (LoRA, IA3, BitFit) it is equal to `Average`.
+
+    References:
+      Wang et al., AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning, EMNLP 2022,
+      arXiv:2205.12410 (averages parameters of dense adapters, which are their maps).
+    """
+
+    kind: ClassVar[str] = "average_maps"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(isinstance(member, Composition | CombinedConfig) for member in self.members):
+            raise ValueError("average_maps is of single methods; compositions have no one map")
+        if isinstance(self.members[0], BottleneckConfig):
+            twins = [_without_init(member) for member in self.members]
+            if any(twin != twins[0] for twin in twins):
+                raise ValueError(
+                    f"the members {', '.join(self.names)} of average_maps differ in more than how "
+                    "their projections are stored; their widths, sites and activations must agree"
+                )
+        elif len({type(member) for member in self.members}) > 1:
+            kinds = ", ".join(member.kind for member in self.members)
+            raise ValueError(f"average_maps is of members of one kind, not of {kinds}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A single method of a composition.
+
+    Attributes:
+      path: names that lead to it; none outside of compositions and in a bank that is the method.
+      method: what it is.
+      bank: the bank whose members it describes, or None.
+      trained: whether it is.
+      replaces: groups of the backbone's parameters of which it has its own: "layer norms", "head",
+        "pooler" or "biases".
+    """
+
+    path: tuple[str, ...]
+    method: MethodConfig
+    bank: Bank | None = None
+    trained: bool = True
+    replaces: frozenset[str] = frozenset()
+
+
+def members_of(method: MethodConfig, composed: bool = False) -> tuple[Member, ...]:
+    """The single methods of a composition, or the one that `method` is, in order.
+
+    Args:
+      method: any method.
+      composed: whether it is a member of a composition.
+    """
+    if isinstance(method, Bank):
+        replaces = _replaced_groups(method.member)
+        return (Member((), method.member, method, method.names[0] not in method.frozen, replaces),)
+    if not isinstance(method, Composition):
+        return (Member((), method, replaces=_replaced_groups(method) if composed else frozenset()),)
+    members: list[Member] = []
+    for name, child in zip(method.names, method.members, strict=True):
+        # The head follows the whole stack.
+        keeps_head = not isinstance(method, Stack) or name == method.names[-1]
+        members += [
+            dataclasses.replace(
+                member,
+                path=(name, *member.path),
+                trained=member.trained and name not in method.frozen,
+                replaces=member.replaces - (set() if keeps_head else {"head", "pooler"}),
+            )
+            for member in members_of(child, composed=True)
+        ]
+    return tuple(members)
+
+
+def _replaced_groups(method: MethodConfig) -> frozenset[str]:
+    choices = {
+        # Made for the task, so it is the member's whether it is trained or not.
+        "head": True,
+        "layer norms": method.train_layer_norms,
+        "pooler": method.train_pooler,
+        "biases": any(isinstance(part, BitFitConfig) for part in parts_of(method)),
+    }
+    return frozenset(group for group, chosen in choices.items() if chosen)
+
+
+# Group of parameters -> regular expression over whole `/`-joined paths; the first match wins.
+GROUPS: dict[str, str] = {
+    "rule": r"(.*/)?phm_rule(_left|_right)?",
+    "adapters": rf"(.*/)?{ADAPTER}/.*|(phm_(down|up)|prefix|intrinsic)_.*|{SHARED}/.*",
+    "layer norms": r"(?!cls/)(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
+    "head": HEAD,
+    "pooler": r"pooler/.*",
+    "backbone": r".*",
+}
+
+
+def group_of(path: str) -> str:
+    """The group of `GROUPS` that a `/`-joined path belongs to."""
+    return next(name for name, pattern in GROUPS.items() if re.fullmatch(pattern, path))
+
+
+BIAS = re.compile("(.*/)?bias")
+
+
+def replaces(member: Member, path: str) -> bool:
+    """Whether a composition's member has a leaf of its own in place of the backbone's at `path`."""
+    group = group_of(path)
+    bias = "biases" in member.replaces and group != "head" and BIAS.fullmatch(path)
+    return bool(bias) or group in member.replaces
+
+
+def own_path(members: tuple[Member, ...], path: str) -> tuple[Member, str] | None:
+    """Whose a leaf of a composition is, and its path in a model of that member alone.
+
+    Args:
+      members: of the composition.
+      path: `/`-joined.
+
+    Returns:
+      None for what is the backbone's, or says which places of a bank are occupied.
+    """
+    parts = path.split("/")
+    if parts[0] == SHARED:
+        host, inside = [], parts[1:]
+    elif ADAPTER in parts:
+        split = parts.index(ADAPTER)
+        host, inside = parts[:split], parts[split + 1 :]
+    else:
+        at_root = not members[0].path and group_of(path) in ("rule", "adapters")
+        return (members[0], path) if at_root else None
+    member = next(m for m in members if tuple(inside[: len(m.path)]) == m.path)
+    rest = inside[len(member.path) :]
+    if rest == [OCCUPIED]:
+        return None
+    if rest[0] == REPLACED:
+        return member, "/".join((*host, *rest[1:]))
+    own = rest if parts[0] == SHARED else (*host, ADAPTER, *rest)
+    return member, "/".join(own)
+
+
+def copies_of(method: MethodConfig) -> int:
+    """How many times a model of `method` has every row of a batch."""
+    if not isinstance(method, Composition):
+        return 1
+    copies = [copies_of(member) for member in method.members]
+    if isinstance(method, Parallel):
+        return sum(copies)
+    if len(set(copies) - {1}) > 1:
+        raise ValueError(
+            f"the members {', '.join(method.names)} of {method.kind!r} have {copies} copies of a "
+            "row; those with several must have as many"
+        )
+    return max(copies)
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     cls.kind: cls
     for cls in (
@@ -546,6 +925,10 @@ METHODS: dict[str, type[MethodConfig]] = {
         IntrinsicConfig,
         CombinedConfig,
     )
+}
+
+COMPOSITIONS: dict[str, type[Composition]] = {
+    cls.kind: cls for cls in (Bank, Stack, Parallel, Average, AverageMaps)
 }
 
 _PARALLEL = BottleneckConfig(
@@ -595,16 +978,27 @@ _PRESETS: dict[str, MethodConfig] = {
 
 
 def parts_of(method: MethodConfig) -> tuple[InsertedConfig, ...]:
-    """What `method` inserts: itself, its parts, or nothing."""
+    """What `method` inserts: itself, its parts, those of all its members, or nothing."""
     if isinstance(method, CombinedConfig):
         return method.parts
+    if isinstance(method, Composition):
+        return tuple(part for member in method.members for part in parts_of(member))
     return (method,) if isinstance(method, InsertedConfig) else ()
 
 
-def dense_twin(method: PHMBottleneckConfig) -> BottleneckConfig:
+def dense_twin(method: BottleneckConfig) -> BottleneckConfig:
     """The dense bottleneck that computes what `method` does once its weights are built."""
     fields = {field.name for field in dataclasses.fields(BottleneckConfig)}
     return BottleneckConfig(**{name: getattr(method, name) for name in fields})
+
+
+def _without_init(method: MethodConfig) -> MethodConfig:
+    """The dense twin of a bottleneck, its initial values and what it trains left out of account."""
+    if not isinstance(method, BottleneckConfig):
+        return method
+    default = BottleneckConfig()
+    names = ("w_init", "w_init_range", "train_layer_norms", "train_head", "train_pooler")
+    return dense_twin(method).replace(**{name: getattr(default, name) for name in names})
 
 
 def presets() -> tuple[str, ...]:
@@ -688,9 +1082,10 @@ def from_dict(values: Mapping[str, Any]) -> MethodConfig:
         raise ValueError(f"a method must be a mapping of its fields, not {values!r}")
     fields = dict(values)
     kind = fields.pop("kind", None)
-    if not isinstance(kind, str) or kind not in METHODS:
-        raise ValueError(f"unknown kind of method {kind!r}; known are {', '.join(METHODS)}")
-    cls = METHODS[kind]
+    classes = METHODS | COMPOSITIONS
+    if not isinstance(kind, str) or kind not in classes:
+        raise ValueError(f"unknown kind of method {kind!r}; known are {', '.join(classes)}")
+    cls = classes[kind]
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
         if name not in known:
@@ -698,6 +1093,7 @@ def from_dict(values: Mapping[str, Any]) -> MethodConfig:
                 f"method {kind!r} has no field {name!r}{_near(name, known)}; "
                 f"its fields are {', '.join(known)}"
             )
-    if isinstance(fields.get("parts"), list):
-        fields["parts"] = tuple(from_dict(part) for part in fields["parts"])
+    for name in ("parts", "members"):
+        if isinstance(fields.get(name), list):
+            fields[name] = tuple(from_dict(part) for part in fields[name])
     return cls(**fields)

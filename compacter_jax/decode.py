@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ import numpy as np
 from flax.core import FrozenDict
 from jax import Array, lax
 
+from compacter_jax import compose
 from compacter_jax.inject import Adapted
 
 # One decoding step: tokens [rows], self-attention cache, position -> logits [rows, vocab], cache.
@@ -142,6 +143,8 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     decoder_start_token_id: int | None = None,
+    adapter_ids: Any = None,
+    mix: Any = None,
 ) -> Array:
     """Generates text: greedy search, beam search for `num_beams > 1`, or sampling.
 
@@ -177,6 +180,8 @@ def generate(
         that of the model's config, here and below.
       pad_token_id: follows the end of a sequence; without any, the first of `eos_token_id` does.
       decoder_start_token_id: begins every sequence.
+      adapter_ids: of a model with a bank of adapters, as for a call of it.
+      mix: likewise.
 
     Returns:
       `[batch * num_return_sequences, width]` int32, the start token first. Inside a
@@ -213,7 +218,19 @@ def generate(
     input_ids = jnp.asarray(input_ids)
     if attention_mask is not None:
         attention_mask = jnp.asarray(attention_mask)
-    ids, width = _generate(_hashable(model), settings, params, input_ids, attention_mask, key)
+    chosen = {"adapter_ids": adapter_ids, "mix": mix}
+    chosen = {
+        name: value if isinstance(value, Mapping) else jnp.asarray(value)
+        for name, value in chosen.items()
+        if value is not None
+    }
+    if isinstance(model, Adapted):
+        compose.select(model.method, params, **{"adapter_ids": None, "mix": None, **chosen})
+    elif chosen:
+        raise ValueError(f"{' and '.join(chosen)} given, but the model has no bank of adapters")
+    ids, width = _generate(
+        _hashable(model), settings, params, input_ids, attention_mask, key, chosen
+    )
     if isinstance(width, jax.core.Tracer):
         return ids
     # On the host: an array sliced on the device compiles once per width.
@@ -283,11 +300,12 @@ def _generate(
     input_ids: Array,
     attention_mask: Array | None,
     key: Array | None,
+    chosen: dict[str, Any],
 ) -> tuple[Array, Array]:
     """Ids `[rows, 1 + max_new_tokens]`, and the width transformers would cut them to."""
     if attention_mask is None:
         attention_mask = _default_mask(input_ids, settings)
-    step, cache = _start(model, settings, params, input_ids, attention_mask)
+    step, cache = _start(model, settings, params, input_ids, attention_mask, chosen)
     rows = input_ids.shape[0]
     if settings.num_beams > 1:
         return _beam_search(step, cache, rows, settings)
@@ -301,7 +319,12 @@ def _default_mask(input_ids: Array, settings: _Settings) -> Array:
 
 
 def _start(
-    model: nn.Module, settings: _Settings, params: Any, input_ids: Array, attention_mask: Array
+    model: nn.Module,
+    settings: _Settings,
+    params: Any,
+    input_ids: Array,
+    attention_mask: Array,
+    chosen: dict[str, Any],
 ) -> tuple[Step, Any]:
     """Runs the encoder; returns a decoding step and the self-attention cache it starts from.
 
@@ -314,18 +337,28 @@ def _start(
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:
         return model.apply({"params": params}, *args, method=method, **kwargs)
 
-    states = apply("encode", input_ids, attention_mask)
-    cache = apply("start_cache", states, settings.max_new_tokens)
+    states = apply("encode", input_ids, attention_mask, **chosen)
+    cache = apply("start_cache", states, settings.max_new_tokens, **chosen)
     copies = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
     # Copied after the cross-attention's keys and values are computed, not before.
     cache, mask = jax.tree.map(
         lambda leaf: jnp.repeat(leaf, copies, axis=0), (cache, attention_mask)
     )
+    rows = input_ids.shape[0]
+
+    def repeat(choice: Array) -> Array:
+        # Weights that all rows share, `[size]` or `[1, sites, size]`, have no axis of rows.
+        of_rows = choice.shape[0] == rows and choice.ndim + ("adapter_ids" in chosen) > 1
+        return jnp.repeat(choice, copies, axis=0) if of_rows else choice
+
+    chosen = jax.tree.map(repeat, chosen)
 
     def step(tokens: Array, self_attention: Any, index: Array) -> tuple[Array, Any]:
         # The cross-attention's part never changes, so it is no part of the loop's state.
         now = cache._replace(self_attention=self_attention)
-        logits, now = apply("decode", tokens[:, None], attention_mask=mask, cache=now, index=index)
+        logits, now = apply(
+            "decode", tokens[:, None], attention_mask=mask, cache=now, index=index, **chosen
+        )
         return logits[:, 0].astype(jnp.float32), now.self_attention
 
     return step, cache.self_attention

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from compacter_jax import adapters
+from compacter_jax import adapters, compose
 from compacter_jax.adapters import Dtype
+from compacter_jax.compose import Call, Path, Selection, Shared
 from compacter_jax.config import (
     ADAPTER,
+    REPLACED,
+    AverageMaps,
     BitFitConfig,
     BottleneckConfig,
+    Composition,
     IA3Config,
     InsertedConfig,
     LoRAConfig,
+    Member,
+    MethodConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    copies_of,
+    dense_twin,
+    members_of,
+    replaces,
 )
 from compacter_jax.sites import Role, Site
+
+_Run = Callable[..., Any]
 
 # Kind of method -> the roles of sites where it can act.
 _ROLES: dict[type[InsertedConfig], tuple[Role, ...]] = {
@@ -83,8 +97,16 @@ class Place:
     site: Site
     pattern: re.Pattern[str]
     config: InsertedConfig
-    shared: Mapping[str, Any]
+    shared: Shared
+    member: Member
     met: set[int | None] = dataclasses.field(default_factory=set)  # None where there are no layers
+
+    @property
+    def is_before(self) -> bool:
+        """Whether the layer acts before its host, on what the host is called with."""
+        if self.site.role in ("join", "attend", "positions"):
+            return True
+        return isinstance(self.config, IA3Config) and self.name not in self.config.sites
 
 
 def _both(one: Place, other: Place, path: str) -> str:
@@ -95,22 +117,45 @@ def _both(one: Place, other: Place, path: str) -> str:
 
 
 class Hook:
-    """The interceptor: runs the host, and a layer inside the host's scope."""
+    """The interceptor: runs the host, and layers inside the host's scope.
 
-    def __init__(self, places: list[Place], *, depth: int, deterministic: bool, param_dtype: Dtype):
-        self.places, self.depth = places, depth
+    Attributes:
+      method: of the model; a composition or a single method.
+      places: where what acts.
+      selections: of the banks of a composition.
+      hosts: the hosts of a composition's members, in the order in which a `mix` may list them.
+    """
+
+    def __init__(
+        self,
+        method: MethodConfig,
+        places: list[Place],
+        *,
+        depth: int,
+        deterministic: bool,
+        param_dtype: Dtype,
+        selections: Mapping[Path, Selection],
+        hosts: tuple[str, ...],
+    ):
+        self.method, self.places, self.depth = method, places, depth
         self.deterministic, self.param_dtype = deterministic, param_dtype
+        self.selections, self.hosts, self.copies = selections, hosts, copies_of(method)
+        self.members = members_of(method) if isinstance(method, Composition) else ()
         self.pushed: dict[Any, nn.Module] = {}
         self.owners: dict[Any, Place] = {}
+        self.opened: set[Any] = set()
         self.running: set[tuple[int, str]] = set()
+        self.is_aside = False
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         host = context.module
         path = "/".join(host.path[self.depth :])
         # A class that calls super().__call__ comes twice: the outer call is the host's.
         call = (id(host), context.method_name)
-        place = None if call in self.running else self._place(path, context.method_name)
-        if place is None:
+        if self.is_aside or call in self.running:
+            return next_fun(*args, **kwargs)
+        places = self._places(path, context.method_name)
+        if not places and not (self.members and context.method_name == "__call__"):
             return next_fun(*args, **kwargs)
 
         def run(*args: Any) -> Any:
@@ -120,12 +165,13 @@ class Hook:
             finally:
                 self.running.discard(call)
 
-        act = next(act for cls, act in _ACTS.items() if isinstance(place.config, cls))
-        return act(_Acting(self, place, context, path), run, args)
+        if self.members and context.method_name == "__call__":
+            run = functools.partial(self._run_replaced, context, path, run, kwargs)
+        return self._around(places, context, path, run, args)
 
-    def _place(self, path: str, method: str) -> Place | None:
-        """Where `path` is, if a layer goes there; notes the layer, left out or not."""
-        found = None
+    def _places(self, path: str, method: str) -> list[Place]:
+        """Where `path` is, if layers go there, one of each member; notes a layer left out, too."""
+        found: dict[Path, Place] = {}
         for place in self.places:
             if place.site.method != method or not (match := place.pattern.fullmatch(path)):
                 continue
@@ -133,10 +179,54 @@ class Hook:
             place.met.add(None if layer is None else int(layer))
             if layer is not None and int(layer) in place.config.leave_out:
                 continue
-            if found is not None:
-                raise ValueError(_both(found, place, path))
-            found = place
-        return found
+            if place.member.path in found:
+                raise ValueError(_both(found[place.member.path], place, path))
+            found[place.member.path] = place
+        return list(found.values())
+
+    def _around(self, places: list[Place], context: Any, path: str, run: _Run, args: Any) -> Any:
+        """The host with what acts before and after it."""
+        before = [place for place in places if place.is_before]
+        after = [place for place in places if not place.is_before]
+        if before:
+            acts = self._acts(before, context, path, run, args)
+            state, read, put_back = _held(before[0].site.role, args)
+            state = compose.combine(self.method, acts, state, read)
+            if not getattr(before[0].config, "original_ln_after", True):
+                return state
+            args = put_back(state)
+        y = run(*args)
+        if not after:
+            return y
+        acts = self._acts(after, context, path, run, args)
+        read = args[0] if args else None
+        if isinstance(y, tuple) and any(place.site.role == "parallel" for place in after):
+            return (compose.combine(self.method, acts, y[0], read), *y[1:])
+        return compose.combine(self.method, acts, y, read)
+
+    def _acts(
+        self, places: list[Place], context: Any, path: str, run: _Run, args: Any
+    ) -> dict[Path, compose.Act]:
+        """What each member does; the members of `AverageMaps` do one thing together."""
+        acting = {
+            place.member.path: _Acting(self, place, context, path, run, args) for place in places
+        }
+        for maps in self._averaged():
+            together = {key: acting.pop(key) for key in list(acting) if key[:-1] == maps}
+            if together:
+                node = _node_at(self.method, maps)
+                acting[maps] = _ActingTogether.of(node, together)
+        return {key: functools.partial(_act, one) for key, one in acting.items()}
+
+    def _averaged(self) -> set[Path]:
+        """Paths of what averages the maps of bottlenecks: those of other methods are linear."""
+        return {
+            member.path[:-1]
+            for member in self.members
+            if member.path
+            and isinstance(member.method, BottleneckConfig)
+            and isinstance(_node_at(self.method, member.path[:-1]), AverageMaps)
+        }
 
     def check(self) -> None:
         """ValueError if a site met no module or a layer to leave out does not exist."""
@@ -161,22 +251,162 @@ class Hook:
             if layers <= leave_out:
                 raise ValueError(f"leave_out leaves no layer of site {place.name!r} to adapt")
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, calls of modules are no hosts: they are those of layers."""
+        before, self.is_aside = self.is_aside, True
+        try:
+            yield
+        finally:
+            self.is_aside = before
+
+    def open(self, host: nn.Module, path: str, member: Path) -> Any:
+        """The scope of a composition's member under a host, made by hand."""
+        scope = host.scope
+        assert scope is not None
+        if scope not in self.opened and scope.name_reserved(ADAPTER):
+            raise ValueError(_NAME_TAKEN.format(path))
+        self.opened.add(scope)
+        for name in (ADAPTER, *member):
+            scope = scope.push(name, reuse=True)
+        return scope
+
+    def select(self, host: str, bank: Path, rows: int) -> Selection:
+        """Which rows use which members of the bank at a host, all three by their paths."""
+        selection = self.selections[bank]
+        if selection.occupied is None:  # the model is being initialised
+            occupied = jnp.ones(selection.bank.size, bool)
+            ids = jnp.zeros(rows, jnp.int32)
+            return dataclasses.replace(selection, ids=ids, occupied=occupied)
+        mix = selection.mix
+        if mix is not None and mix.ndim == 3 and mix.shape[1] != len(self.hosts):
+            raise ValueError(
+                f"mix has shape {mix.shape}, but the bank acts at {len(self.hosts)} sites; "
+                "mixing_sites(params) lists them"
+            )
+        return selection.at(self.hosts.index(host), rows, self.copies)
+
+    def _run_replaced(
+        self, context: Any, path: str, run: _Run, kwargs: Mapping[str, Any], *args: Any
+    ) -> Any:
+        """The host, with the members' leaves in place of its own where they have such."""
+        host = context.module
+        if host.is_initializing():
+            y = run(*args)
+            self._create_replacements(host, path)
+            return y
+        own = dict(host.variables.get("params", {}))
+        inserted = own.pop(ADAPTER, {})
+        replaced = {
+            name: {
+                member.path: _descend(inserted, (*member.path, REPLACED, name))
+                for member in members
+            }
+            for name, members in self._replacing(own, path).items()
+        }
+        if not replaced:
+            return run(*args)
+        if len(args) != 1 or kwargs or any(isinstance(leaf, Mapping) for leaf in own.values()):
+            raise ValueError(
+                f"{path} is not a plain norm or dense layer, so members of a composition cannot "
+                f"have {', '.join(replaced)} of their own there"
+            )
+        (x,) = args
+        select = functools.partial(self.select, path)
+        leaves = {
+            name: compose.effective(
+                self.method, compose.Leaf(own[name]), stored, select, x.shape[0]
+            )
+            for name, stored in replaced.items()
+        }
+        with self.aside():
+            return compose.run_with(host, own, leaves, x)
+
+    def _replacing(self, own: Mapping[str, Any], path: str) -> dict[str, list[Member]]:
+        """Which members have leaves in place of a host's `own`, by the names of the leaves."""
+        replacing: dict[str, list[Member]] = {}
+        for name, leaf in own.items():
+            whole = f"{path}/{name}" if path else name
+            members = [member for member in self.members if replaces(member, whole)]
+            if members and not isinstance(leaf, Mapping):
+                replacing[name] = members
+        return replacing
+
+    def _create_replacements(self, host: nn.Module, path: str) -> None:
+        own = dict(host.variables.get("params", {}))
+        for name, members in self._replacing(own, path).items():
+            for member in members:
+                scope = self.open(host, path, (*member.path, REPLACED))
+                scope.put_variable("params", name, compose.stored_leaf(own[name], member))
+
+
+def _descend(tree: Any, path: Path) -> Any:
+    return functools.reduce(lambda node, name: node[name], path, tree)
+
+
+def _node_at(method: MethodConfig, path: Path) -> MethodConfig:
+    """The member of a composition to which names lead."""
+    for name in path:
+        assert isinstance(method, Composition)
+        method = dict(zip(method.names, method.members, strict=True))[name]
+    return method
+
+
+_NAME_TAKEN = (
+    "the host {} has something of its own named '" + ADAPTER + "'; choose another module as site"
+)
+
+
+def _call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return layer(*args, **kwargs)  # type: ignore[operator]
+
 
 @dataclasses.dataclass
 class _Acting:
-    """One call of a host where a layer acts."""
+    """One call of a host where a layer of one member acts.
+
+    Attributes:
+      run: the host, which a layer that acts before it may have to call by itself.
+      args: what it is called with.
+    """
 
     hook: Hook
     place: Place
     context: Any
     path: str
+    run: _Run
+    args: Any
 
     @property
     def deterministic(self) -> bool:
         return self.hook.deterministic
 
-    def layer(self, cls: Callable[..., nn.Module], like: Any, *args: Any, **settings: Any) -> Any:
-        """A layer of class `cls` in the scope of the host, computing in the dtype of `like`.
+    @property
+    def bottleneck(self) -> BottleneckConfig:
+        """The method, which is one of bottlenecks."""
+        assert isinstance(self.place.config, BottleneckConfig)
+        return self.place.config
+
+    def layer(
+        self,
+        cls: Callable[..., nn.Module],
+        like: Any,
+        *args: Any,
+        inputs: tuple[Any, ...],
+        plain: Any,
+        how: Callable[..., Any] = _call,
+        **named: Any,
+    ) -> Any:
+        """Calls a layer in the scope of the host, computing in the dtype of `like`.
+
+        Args:
+          cls: of the layer.
+          like: an array.
+          *args: what the layer is made with.
+          inputs: with `plain`, `how` and `named` what a `compose.Call` is.
+          plain: see there.
+          how: see there.
+          **named: see there.
 
         Raises:
           ValueError: if `like` is no array, or the host has something named as adapters are.
@@ -186,88 +416,241 @@ class _Acting:
                 f"the host {self.path} returns {type(like).__name__}, not an array; choose as site "
                 "the module that returns the hidden states alone"
             )
+        settings = {"dtype": like.dtype, "param_dtype": self.hook.param_dtype}
+        create = functools.partial(cls, *args, **settings)
+        return self._called(create, Call(inputs, named, plain, how))
+
+    def _called(self, create: functools.partial[nn.Module], call: Call) -> Any:
+        if self.place.member.bank is not None:
+            return self._banked(create, call)
+        shared = self.place.shared.common
+        return call.how(self._module(create), *call.inputs, **call.named, **shared)
+
+    def _module(self, create: Callable[..., nn.Module]) -> nn.Module:
         host, pushed = self.context.module, self.hook.pushed
+        member = self.place.member.path
         # A second call of the same host shares its adapter's parameters.
-        if host.scope in pushed:
-            return pushed[host.scope]
-        owner = self.hook.owners.setdefault(host.scope, self.place)
+        key = (host.scope, member)
+        if key in pushed:
+            return pushed[key]
+        owner = self.hook.owners.setdefault(key, self.place)
         if owner is not self.place:
             raise ValueError(_both(owner, self.place, self.path))
+        if member:
+            pushed[key] = create(parent=self.hook.open(host, self.path, member))
+            return pushed[key]
         if host.scope.name_reserved(ADAPTER):
-            raise ValueError(
-                f"the host {self.path} has something of its own named {ADAPTER!r}; choose another "
-                "module as site"
-            )
-        settings |= {"dtype": like.dtype, "param_dtype": self.hook.param_dtype}
+            raise ValueError(_NAME_TAKEN.format(self.path))
         # A method other than a call is a part of a compact call.
         compact = hasattr(self.context.orig_method, "compact")
         if compact or self.place.site.method != "__call__":
-            return cls(*args, name=ADAPTER, **settings)
+            return create(name=ADAPTER)
         # A setup-style host allows no submodules in its call, so the scope is made by hand.
-        pushed[host.scope] = cls(*args, parent=host.scope.push(ADAPTER), **settings)
-        return pushed[host.scope]
+        pushed[key] = create(parent=host.scope.push(ADAPTER))
+        return pushed[key]
+
+    def _params(self, init: Callable[[jax.Array], Any]) -> Any:
+        """A layer's parameters as a tree, made by `init` while the model is initialised."""
+        host, member = self.context.module, self.place.member.path
+        owner = self.hook.owners.setdefault((host.scope, member), self.place)
+        if owner is not self.place:
+            raise ValueError(_both(owner, self.place, self.path))
+        scope = self.hook.open(host, self.path, member)
+        stored = host.variables.get("params", {})
+        own = dict(_descend(stored, (ADAPTER, *member))) if _holds(stored, member) else {}
+        own.pop(REPLACED, None)
+        if host.is_initializing() and not own:
+            with self.hook.aside():
+                own = init(scope.make_rng("params"))
+            for name, leaf in own.items():
+                scope.put_variable("params", name, leaf)
+        return own
+
+    def _dropout_key(self, call: Call) -> jax.Array | None:
+        host = self.context.module
+        drops = not call.named.get("deterministic", True) and host.has_rng("dropout")
+        scope = self.hook.open(host, self.path, self.place.member.path)
+        return scope.make_rng("dropout") if drops else None
+
+    def _banked(self, create: Callable[..., nn.Module], call: Call) -> Any:
+        member, shared = self.place.member, self.place.shared
+        assert member.bank is not None
+        size = member.bank.size
+
+        def init(key: jax.Array) -> Any:
+            def one(key: jax.Array, stacked: Any) -> Any:
+                return _initial(create(parent=None), key, call, **shared.common, **stacked)
+
+            return jax.vmap(one)(jax.random.split(key, size), shared.stacked)
+
+        params = self._params(init)
+        selection = self.hook.select(self.path, member.path, call.inputs[0].shape[0])
+        if selection.mix is None and not member.bank.has_plain:
+            call = call._replace(plain=None)
+        key = self._dropout_key(call)
+        layer = compose.BankedLayer(_foldable(create), params, selection, shared, key)
+        with self.hook.aside():
+            return layer(call)
+
+    def hiding(self, count: int, key: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+        """Biases of attention that hide the first `count` keys in rows of the plain backbone."""
+        member = self.place.member
+        if member.bank is None or not member.bank.has_plain:
+            return ()
+        is_plain = self.hook.select(self.path, member.path, key.shape[0]).is_plain
+        hidden = is_plain[:, None] & (jnp.arange(key.shape[axis]) < count)
+        dtype = jnp.promote_types(key.dtype, jnp.float32)
+        return (jnp.where(hidden, jnp.finfo(dtype).min, 0).astype(dtype)[:, None, None, :],)
 
 
-# What a method does at a site: `run` is the host, to be called before a layer is made, so that its
-# rng counters and names stay as they were; `args` are its arguments.
-_Run = Callable[..., Any]
+def _holds(stored: Mapping[str, Any], member: Path) -> bool:
+    for name in (ADAPTER, *member):
+        if name not in stored:
+            return False
+        stored = stored[name]
+    return True
 
 
-def _bottleneck(acting: _Acting, run: _Run, args: Any) -> Any:
-    config, role = acting.place.config, acting.place.site.role
-    assert isinstance(config, BottleneckConfig)
+def _foldable(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`create` that takes `folded`, which means something to bottlenecks alone."""
 
-    def adapt(x: Any, skip: Any) -> Any:
-        layer = acting.layer(adapters.Bottleneck, x, config)
-        return layer(x, skip=skip, deterministic=acting.deterministic, **acting.place.shared)
+    def make(*, folded: bool = False) -> nn.Module:
+        layer = create(parent=None)
+        return layer.clone(folded=folded) if isinstance(layer, adapters.Bottleneck) else layer
+
+    return make
+
+
+@dataclasses.dataclass
+class _ActingTogether(_Acting):
+    """The members of `AverageMaps` where they act: one bottleneck with the average of their maps.
+
+    Attributes:
+      members: with their weights.
+    """
+
+    members: tuple[tuple[float, _Acting], ...] = ()
+
+    @classmethod
+    def of(cls, node: MethodConfig, acting: Mapping[Path, _Acting]) -> _ActingTogether:
+        assert isinstance(node, AverageMaps)
+        weights = dict(zip(node.names, node.weights, strict=True))
+        members = tuple((weights[path[-1]], one) for path, one in acting.items())
+        first = next(iter(acting.values()))
+        return cls(
+            first.hook, first.place, first.context, first.path, first.run, first.args, members
+        )
+
+    def _called(self, create: functools.partial[nn.Module], call: Call) -> Any:
+        """As for one member; what the members share is built into their maps."""
+        settings = create.keywords
+        maps = []
+        for weight, member in self.members:
+            shared = member.place.shared.common
+            layer = adapters.Bottleneck(member.bottleneck, **settings, parent=None)
+            own = member._params(functools.partial(_initial, layer, call=call, **shared))
+            dense = adapters.dense_params(own, shared)
+            maps.append(jax.tree.map(lambda leaf, weight=weight: weight * leaf, dense))
+        params = jax.tree.map(lambda *leaves: sum(leaves), *maps)
+        layer = adapters.Bottleneck(dense_twin(self.bottleneck), **settings, parent=None)
+        key = self.members[0][1]._dropout_key(call)
+        with self.hook.aside():
+            return call.apply(layer, params, key)
+
+
+def _initial(layer: nn.Module, key: jax.Array, call: Call, **shared: Any) -> Any:
+    """The parameters of a layer at first."""
+    named = {**call.named, **shared}
+    if "deterministic" in named:
+        named["deterministic"] = True
+    return layer.init(key, *call.inputs, **named, method=call.how)["params"]
+
+
+def _held(role: Role, args: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """Of a host's arguments what is acted on, what else is read, and how to put the former back."""
+    first = {"join": 1, "attend": 1, "positions": 1}.get(role, 0)
+    last = 4 if role == "attend" else first + 1
+    state = tuple(args[first:last]) if role == "attend" else args[first]
+
+    def put_back(state: Any) -> Any:
+        changed = state if role == "attend" else (state,)
+        return (*args[:first], *changed, *args[last:])
+
+    return state, args[0] if role == "join" else None, put_back
+
+
+# What a method does at a site: `state` is what it acts on, of the host's arguments if it acts
+# before it, otherwise its result; `read` is what else it reads, the residual or the host's input.
+
+
+def _bottleneck(acting: _Acting, state: Any, read: Any) -> Any:
+    config, role = acting.bottleneck, acting.place.site.role
+
+    def adapt(x: Any, skip: Any, plain: Any) -> Any:
+        deterministic = acting.deterministic
+        return acting.layer(
+            adapters.Bottleneck,
+            x,
+            config,
+            inputs=(x,),
+            plain=plain,
+            skip=skip,
+            deterministic=deterministic,
+        )
 
     if role == "output":
-        y = run(*args)
-        return adapt(y, None)
+        return adapt(state, None, state)
     if role == "parallel":
-        y = run(*args)
-        if isinstance(y, tuple):
-            return (adapt(args[0], y[0]), *y[1:])
-        return adapt(args[0], y)
-    residual, output, *rest = args
-    joined = run(residual, output, *rest) if config.original_ln_before else output
-    skip = output if config.residual_before_ln else joined
-    out = adapt(residual if config.parallel else joined, skip)
-    return run(residual, out, *rest) if config.original_ln_after else out
+        return adapt(read, state, state)
+    needs_plain = acting.place.member.bank is not None and not config.original_ln_after
+    needed = config.original_ln_before or needs_plain
+    whole = acting.run(read, state, *acting.args[2:]) if needed else state
+    joined = whole if config.original_ln_before else state
+    skip = state if config.residual_before_ln else joined
+    plain = whole if needs_plain else state
+    return adapt(read if config.parallel else joined, skip, plain)
 
 
-def _lora(acting: _Acting, run: _Run, args: Any) -> Any:
-    y = run(*args)
-    delta = acting.layer(adapters.LoRADelta, y, acting.place.config, y.shape[-1])
-    return y + delta(args[0], acting.deterministic)
+def _lora(acting: _Acting, y: Any, x: Any) -> Any:
+    config = acting.place.config
+    return y + acting.layer(
+        adapters.LoRADelta,
+        y,
+        config,
+        y.shape[-1],
+        inputs=(x,),
+        plain=0.0,
+        deterministic=acting.deterministic,
+    )
 
 
-def _ia3(acting: _Acting, run: _Run, args: Any) -> Any:
-    config, x = acting.place.config, args[0]
-    assert isinstance(config, IA3Config)
-    if acting.place.name in config.sites:
-        y = run(*args)
-        return acting.layer(adapters.IA3Scale, y, "scale")(y)
-    return run(acting.layer(adapters.IA3Scale, x, "input_scale")(x), *args[1:])
+def _ia3(acting: _Acting, state: Any, _: Any) -> Any:
+    name = "input_scale" if acting.place.is_before else "scale"
+    return acting.layer(adapters.IA3Scale, state, name, inputs=(state,), plain=state)
 
 
-def _bitfit(acting: _Acting, run: _Run, args: Any) -> Any:
-    y = run(*args)
-    return acting.layer(adapters.AddedBias, y)(y)
+def _bitfit(acting: _Acting, y: Any, _: Any) -> Any:
+    return acting.layer(adapters.AddedBias, y, inputs=(y,), plain=y)
 
 
-def _prefix_tuning(acting: _Acting, run: _Run, args: Any) -> Any:
+def _prefix_tuning(acting: _Acting, state: Any, _: Any) -> Any:
     config, site = acting.place.config, acting.place.site
     assert isinstance(config, PrefixTuningConfig)
     if site.role == "positions":
-        queries, keys, *rest = args
-        return run(queries, keys + config.prefix_length, *rest)
-    query, key, value, biases, *rest = args
+        return state + config.prefix_length
+    key, value, biases = state
     length, heads = site.length_axis, 3 - site.length_axis
     width = key.shape[heads] * key.shape[3]
-    layer = acting.layer(adapters.PrefixKeyValue, key, config, width)
-    hidden = acting.place.shared.get(acting.place.name)
-    prefixes = layer(key.shape[0], hidden, acting.deterministic)
+    prefixes = acting.layer(
+        adapters.PrefixKeyValue,
+        key,
+        config,
+        width,
+        inputs=(key,),
+        plain=None,
+        how=_prefixes_like,
+        deterministic=acting.deterministic,
+    )
 
     def extend(array: Any, prefix: Any) -> Any:
         prefix = prefix.reshape(*prefix.shape[:2], key.shape[heads], key.shape[3])
@@ -281,15 +664,20 @@ def _prefix_tuning(acting: _Acting, run: _Run, args: Any) -> Any:
         count = 0 if bias is None else key.shape[length] - bias.shape[-1]
         return jnp.pad(bias, ((0, 0),) * (bias.ndim - 1) + ((count, 0),)) if count else bias
 
-    return run(query, key, value, tuple(lengthen(bias) for bias in biases), *rest)
+    biases = tuple(lengthen(bias) for bias in biases)
+    return key, value, (*biases, *acting.hiding(config.prefix_length, key, length))
 
 
-def _prompt_tuning(acting: _Acting, run: _Run, args: Any) -> Any:
-    y = run(*args)
-    return acting.layer(adapters.SoftPrompt, y, acting.place.config)(y)
+def _prefixes_like(layer: nn.Module, key: Any, hidden: Any = None, **named: Any) -> Any:
+    assert isinstance(layer, adapters.PrefixKeyValue)
+    return layer(key.shape[0], hidden, **named)
 
 
-_ACTS: dict[type[InsertedConfig], Callable[[_Acting, _Run, Any], Any]] = {
+def _prompt_tuning(acting: _Acting, y: Any, _: Any) -> Any:
+    return acting.layer(adapters.SoftPrompt, y, acting.place.config, inputs=(y,), plain=y)
+
+
+_ACTS: dict[type[InsertedConfig], Callable[[_Acting, Any, Any], Any]] = {
     BottleneckConfig: _bottleneck,
     LoRAConfig: _lora,
     IA3Config: _ia3,
@@ -297,3 +685,8 @@ _ACTS: dict[type[InsertedConfig], Callable[[_Acting, _Run, Any], Any]] = {
     PrefixTuningConfig: _prefix_tuning,
     PromptTuningConfig: _prompt_tuning,
 }
+
+
+def _act(acting: _Acting, state: Any, read: Any) -> Any:
+    act = next(act for cls, act in _ACTS.items() if isinstance(acting.place.config, cls))
+    return act(acting, state, read)

@@ -13,24 +13,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax import adapters, hooks, intrinsic
+from compacter_jax import adapters, compose, hooks, intrinsic
 from compacter_jax.activations import get_activation
-from compacter_jax.adapters import Dtype
+from compacter_jax.adapters import Dtype, ParamFunction
 from compacter_jax.config import (
     ADAPTER,
+    OCCUPIED,
+    REPLACED,
+    SHARED,
     BitFitConfig,
     BottleneckConfig,
     CombinedConfig,
+    Composition,
     FullFineTuningConfig,
     IA3Config,
     InsertedConfig,
     IntrinsicConfig,
     LoRAConfig,
+    Member,
     MethodConfig,
     PHMBottleneckConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    copies_of,
     dense_twin,
+    members_of,
+    own_path,
     parts_of,
 )
 from compacter_jax.quantize import check_float, is_quantized
@@ -51,6 +59,13 @@ class Adapted(nn.Module):
     `…/adapter/…`, and what adapters share at the top. It is called as the backbone is, and
     returns what the backbone returns. `deterministic=False`, where the backbone takes it, turns
     on the adapters' dropout too.
+
+    A model with a `Bank` is called with one argument more, by name: `adapter_ids`, `[batch]`
+    integers, the member that each row uses, -1 for the plain backbone; or `mix`, floating-point
+    weights of the members' outputs, `[size]` for all rows, `[batch, size]`, or `[batch or 1, sites,
+    size]` with weights for every site of `mixing_sites`. With several banks each is a mapping of
+    their names, `/`-joined. An id that no member has is a ValueError where ids are known, and
+    where they are traced the row is NaN. A model with `Parallel` returns a tuple, of its members.
 
     Enter it inside the traced function: a function jitted before, outside, ignores the hook.
 
@@ -83,7 +98,15 @@ class Adapted(nn.Module):
 
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)
-        self.shared = tuple(self._shared(part) for part in parts_of(self.method))
+        self.shared = tuple(
+            self._shared(member, part)
+            for member in members_of(self.method)
+            for part in parts_of(member.method)
+        )
+        for member in members_of(self.method):
+            if (bank := member.bank) is not None:
+                slots = self._param_under((SHARED, *member.path))
+                slots(OCCUPIED, lambda _, size=bank.size: jnp.ones(size, bool))
         self.intrinsic: dict[str, Any] = {}
         if isinstance(self.method, IntrinsicConfig):
             self.intrinsic = self._intrinsic_params(self.method)
@@ -119,6 +142,8 @@ class Adapted(nn.Module):
           The model and its parameters; both as given if there is nothing to compute, or kernels of
           few bits would round away what is merged into them. Outputs are equal to rounding.
         """
+        if isinstance(self.method, Composition):
+            return self, params
         if isinstance(self.method, PHMBottleneckConfig):
             return self.clone(method=dense_twin(self.method)), adapters.build_weights(params)
         if isinstance(self.method, LoRAConfig | IA3Config) and _has_narrow_kernels(params):
@@ -134,17 +159,37 @@ class Adapted(nn.Module):
         return self, params
 
     @nn.nowrap
-    def _shared(self, part: InsertedConfig) -> dict[str, Any]:
-        """What the layers of `part` share: arrays, as arguments of a layer, or by site."""
+    def _shared(self, member: Member, part: InsertedConfig) -> compose.Shared:
+        """What the layers of a part share: arrays, as arguments of a layer, or by site."""
+
+        def create(param: ParamFunction) -> dict[str, Any]:
+            return self._create_shared(part, param)
+
+        param = self._param_under((SHARED, *member.path)) if member.path else self.param
+        if member.bank is None:
+            return compose.Shared(create(param), {})
+        return compose.banked_shared(create, param, member.bank)
+
+    @nn.nowrap
+    def _create_shared(self, part: InsertedConfig, param: ParamFunction) -> dict[str, Any]:
         width = getattr(getattr(self.backbone, "config", None), "hidden_size", None)
         if isinstance(part, PHMBottleneckConfig):
-            return adapters.shared_params(self.param, part, width, self.param_dtype)
+            return adapters.shared_params(param, part, width, self.param_dtype)
         if isinstance(part, PrefixTuningConfig) and not part.flat:
             return {
-                site: adapters.prefix_hidden(self.param, part, site, width, self.param_dtype)
+                site: adapters.prefix_hidden(param, part, site, width, self.param_dtype)
                 for site in self._sites_of(part)
             }
         return {}
+
+    @nn.nowrap
+    def _param_under(self, path: tuple[str, ...]) -> ParamFunction:
+        """The `param` method of a scope below the model's."""
+        scope = self.scope
+        assert scope is not None
+        for name in path:
+            scope = scope.push(name, reuse=True)
+        return scope.param
 
     @nn.nowrap
     def _intrinsic_params(self, config: IntrinsicConfig) -> dict[str, Any]:
@@ -169,9 +214,18 @@ class Adapted(nn.Module):
             return self._perturbed(name, args, kwargs)
         call = getattr(self.backbone, name)
         parts = parts_of(self.method)
+        kwargs, selections = self._selections(kwargs)
         if not parts:
             return call(*args, **kwargs)
         bound = inspect.signature(call).bind(*args, **kwargs)
+        copies = copies_of(self.method)
+        if copies > 1 and name != "__call__":
+            raise ValueError(
+                f"a model with Parallel has no {name!r}: what it returns would be of {copies} "
+                "members; use a model of each"
+            )
+        if copies > 1:
+            _repeat_rows(bound.arguments, copies)
         prompt = sum(p.prompt_length for p in parts if isinstance(p, PromptTuningConfig))
         deterministic = _deterministic(bound)
         if prompt:
@@ -181,18 +235,14 @@ class Adapted(nn.Module):
                     f"{type(self.backbone).__name__} is not"
                 )
             _make_room(bound.arguments, prompt, getattr(self.backbone, "config", None))
-        places = [
-            # Arrays, not modules, are shared: closing over a module breaks under remat.
-            hooks.Place(site_name, acted_on, re.compile(site.host), part, shared)
-            for part, shared in zip(parts, self.shared, strict=True)
-            for site_name, site in self._sites_of(part).items()
-            for acted_on in (site, *hooks.companions(site, part))
-        ]
         hook = hooks.Hook(
-            places,
+            self.method,
+            self._places(),
             depth=len(self.path),
             deterministic=deterministic,
             param_dtype=self.param_dtype,
+            selections=selections,
+            hosts=compose.mixing_sites(self.variables.get("params", {})) if selections else (),
         )
         with nn.intercept_methods(hook):
             y = call(*bound.args, **bound.kwargs)
@@ -201,7 +251,30 @@ class Adapted(nn.Module):
         hook.check()
         if prompt and hasattr(self.backbone, "without_first"):
             y = self.backbone.without_first(y, prompt)
-        return y
+        return _apart(y, copies) if copies > 1 else y
+
+    @nn.nowrap
+    def _selections(self, kwargs: Any) -> tuple[dict[str, Any], dict[Any, compose.Selection]]:
+        """A call's arguments for the backbone, and those for the banks."""
+        given = {name: kwargs.get(name) for name in ("adapter_ids", "mix")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in given}
+        params = {} if self.is_initializing() else self.variables.get("params", {})
+        return kwargs, compose.select(self.method, params, **given)
+
+    @nn.nowrap
+    def _places(self) -> list[hooks.Place]:
+        """Where what acts."""
+        shared, places = iter(self.shared), []
+        for member in members_of(self.method):
+            for part in parts_of(member.method):
+                own = next(shared)
+                for name, site in self._sites_of(part).items():
+                    for acted_on in (site, *hooks.companions(site, part)):
+                        # Arrays, not modules, are shared: closing over a module breaks under remat.
+                        of_site = own.at(name) if isinstance(part, PrefixTuningConfig) else own
+                        pattern = re.compile(site.host)
+                        places.append(hooks.Place(name, acted_on, pattern, part, of_site, member))
+        return places
 
     @nn.nowrap
     def _perturbed(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -296,6 +369,25 @@ def _make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
         arguments["position_ids"] = jnp.concatenate([first, positions + count], axis=1)
 
 
+def _repeat_rows(arguments: dict[str, Any], copies: int) -> None:
+    """Puts as many copies of a batch behind each other; what is one row for all stays one."""
+    rows = max(np.shape(x)[0] for x in jax.tree.leaves(arguments) if np.ndim(x))
+
+    def repeat(x: Any) -> Any:
+        is_batch = np.ndim(x) > 0 and np.shape(x)[0] == rows
+        return jnp.concatenate([jnp.asarray(x)] * copies) if is_batch else x
+
+    for name, value in arguments.items():
+        arguments[name] = jax.tree.map(repeat, value)
+
+
+def _apart(y: Any, copies: int) -> tuple[Any, ...]:
+    """What was returned for each copy of a batch."""
+    leaves, structure = jax.tree.flatten(y)
+    parts = zip(*(jnp.split(leaf, copies) for leaf in leaves), strict=True)
+    return tuple(jax.tree.unflatten(structure, part) for part in parts)
+
+
 def merge_adapter(model: Adapted, params: Any) -> Any:
     """The backbone's parameters with a weight-space method merged into them.
 
@@ -338,6 +430,8 @@ def _unmergeable(method: MethodConfig) -> str:
         return "its adapters have a non-linearity, and no weight of the backbone is equal to one"
     if isinstance(method, BitFitConfig):
         return "its biases are new, and the backbone's architecture has no place for them"
+    if isinstance(method, Composition):
+        return "it is several adapters"
     if isinstance(method, PrefixTuningConfig | PromptTuningConfig):
         return "it adds tokens to attend to, not weights"
     return "one of its parts adds more than weights"
@@ -390,6 +484,11 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
         return {path: leaf for path, leaf in flat.items() if path not in given}
 
     new = init(key)
+    members = members_of(model.method)
+    for path, leaf in new.items():
+        # A member's own norms and heads start as the backbone's are, not as they are initialised.
+        if f"/{REPLACED}/" in path and (owned := own_path(members, path)) is not None:
+            new[path] = jnp.broadcast_to(given[owned[1]], leaf.shape)
     for part in parts_of(model.method):
         if isinstance(part, PromptTuningConfig) and part.prompt_init == "vocabulary":
             new |= _prompts_of_tokens(model, part, given, new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,16 @@ import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
 from compacter_jax.config import (
-    ADAPTER,
-    HEAD,
+    BIAS,
+    GROUPS,
     BitFitConfig,
+    Composition,
     FullFineTuningConfig,
     MethodConfig,
     PHMBottleneckConfig,
+    group_of,
+    members_of,
+    own_path,
     parts_of,
 )
 from compacter_jax.quantize import is_quantized, quantize
@@ -26,7 +30,6 @@ from compacter_jax.quantize import is_quantized, quantize
 Params = Any
 Labels = Any
 
-_BIAS = re.compile("(.*/)?bias")
 # What int8 is for, and the axis that a channel runs along: kernels of linear layers, and the
 # vocabulary's embeddings.
 _QUANTIZED = (
@@ -35,21 +38,6 @@ _QUANTIZED = (
 )
 
 TRAIN, FREEZE = "train", "freeze"
-
-# Group of parameters -> regular expression over whole `/`-joined paths; the first match wins.
-GROUPS: dict[str, str] = {
-    "rule": r"(.*/)?phm_rule(_left|_right)?",
-    "adapters": rf"(.*/)?{ADAPTER}/.*|(phm_(down|up)|prefix|intrinsic)_.*",
-    "layer norms": r"(?!cls/)(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
-    "head": HEAD,
-    "pooler": r"pooler/.*",
-    "backbone": r".*",
-}
-
-
-def group_of(path: str) -> str:
-    """The group of `GROUPS` that a `/`-joined path belongs to."""
-    return next(name for name, pattern in GROUPS.items() if re.fullmatch(pattern, path))
 
 
 def label_params(
@@ -71,15 +59,8 @@ def label_params(
         that the parameters do not have.
     """
     paths = list(flatten_dict(params, sep="/"))
-    present = {group_of(path) for path in paths}
-    trained, biases = trained_groups(method), _trains_biases(method)
-    for group in sorted(trained - present - _optional_groups(method)):
-        raise ValueError(
-            f"method {method.kind!r} trains the {group}, but no parameter is one: "
-            f"no path matches {GROUPS[group]!r}"
-        )
-    if biases and not any(_BIAS.fullmatch(path) for path in paths):
-        raise ValueError(f"method {method.kind!r} trains biases, but the parameters have none")
+    if not isinstance(method, Composition):
+        _check_present(paths, method)
     for pattern, chosen in rules:
         if chosen not in (TRAIN, FREEZE):
             raise ValueError(f"label {chosen!r} of pattern {pattern!r} must be 'train' or 'freeze'")
@@ -91,11 +72,43 @@ def label_params(
         for pattern, chosen in rules:
             if re.fullmatch(pattern, joined):
                 return chosen
-        group = group_of(joined)
-        is_trained = group in trained or (biases and group != "head" and _BIAS.fullmatch(joined))
-        return TRAIN if is_trained else FREEZE
+        return TRAIN if is_trained(joined) else FREEZE
 
+    is_trained = _trained_by(method)
     return path_aware_map(label, params)
+
+
+def _check_present(paths: Sequence[str], method: MethodConfig) -> None:
+    """ValueError if `method` trains something of which there is nothing."""
+    present = {group_of(path) for path in paths}
+    for group in sorted(trained_groups(method) - present - _optional_groups(method)):
+        raise ValueError(
+            f"method {method.kind!r} trains the {group}, but no parameter is one: "
+            f"no path matches {GROUPS[group]!r}"
+        )
+    if _trains_biases(method) and not any(BIAS.fullmatch(path) for path in paths):
+        raise ValueError(f"method {method.kind!r} trains biases, but the parameters have none")
+
+
+def _trained_by(method: MethodConfig) -> Callable[[str], bool]:
+    """Whether `method` trains what is at a `/`-joined path."""
+    if isinstance(method, Composition):
+        members = members_of(method)
+        # A member trains what it would if it were alone.
+        alone = {member.path: _trained_by(member.method) for member in members}
+
+        def by_member(path: str) -> bool:
+            owned = own_path(members, path)
+            return owned is not None and owned[0].trained and alone[owned[0].path](owned[1])
+
+        return by_member
+    trained, biases = trained_groups(method), _trains_biases(method)
+
+    def by_group(path: str) -> bool:
+        group = group_of(path)
+        return group in trained or (biases and group != "head" and bool(BIAS.fullmatch(path)))
+
+    return by_group
 
 
 def _trains_biases(method: MethodConfig) -> bool:

@@ -110,6 +110,27 @@ def factored_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
     return y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
 
 
+def folded_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
+    """`x @ W` as two products with small matrices, for a `W` that few rows of `x` have in common.
+
+    The rule is multiplied into the factors of the narrower side first, so that two products are
+    left in place of three; where each row of a batch has its own `W`, these are batched.
+
+    Shapes, dtype and equation as for `kronecker_sum_matmul`.
+    """
+    if not isinstance(blocks, tuple):
+        return factored_matmul(x, rule, blocks)
+    left, right = blocks
+    (n, a, b), (_, p, r), q = rule.shape, left.shape, right.shape[2]
+    if b * q <= a * p:
+        narrow = jnp.einsum("nab,nrq->anrbq", rule, right).reshape(a * n * r, b * q)
+        mixed = jnp.einsum("...ap,npr->...anr", x.reshape(*x.shape[:-1], a, p), left)
+        return mixed.reshape(*x.shape[:-1], a * n * r) @ narrow
+    narrow = jnp.einsum("nab,npr->apbnr", rule, left).reshape(a * p, b * n * r)
+    mixed = (x @ narrow).reshape(*x.shape[:-1], b, n * r)
+    return (mixed @ right.reshape(n * r, q)).reshape(*x.shape[:-1], b * q)
+
+
 def blocks_init(w_init: str, init_range: float) -> Initializer:
     """Initialiser of blocks or of their factors, each of the `n` drawn by itself.
 

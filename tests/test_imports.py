@@ -26,6 +26,7 @@ ORDER = (
     "models",
     "params",
     "checkpoint",
+    "banks",
     "foreign",
     "adapterhub",
     "peft",

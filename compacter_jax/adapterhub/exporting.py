@@ -29,6 +29,7 @@ from compacter_jax.config import (
     ADAPTER,
     BitFitConfig,
     BottleneckConfig,
+    Composition,
     FullFineTuningConfig,
     InsertedConfig,
     IntrinsicConfig,
@@ -112,6 +113,11 @@ _INEXPRESSIBLE: dict[type[MethodConfig], str] = {
 
 def _check_expressible(model: inject.Adapted) -> None:
     method, head = model.method, model.backbone.head
+    if isinstance(method, Composition):
+        raise ValueError(
+            f"AdapterHub saves one adapter at a time, and method {method.kind!r} is of several: "
+            "export each that get_member gives"
+        )
     for part in parts_of(method) or (method,):
         for cls, reason in _INEXPRESSIBLE.items():
             if isinstance(part, cls):

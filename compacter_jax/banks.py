@@ -1,0 +1,319 @@
+"""Members of banks and other compositions: from saved adapters, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compacter_jax import config
+from compacter_jax.checkpoint import load_adapter, read_adapter_config
+from compacter_jax.compose import NO_LABEL
+from compacter_jax.config import (
+    OCCUPIED,
+    SHARED,
+    Bank,
+    Member,
+    MethodConfig,
+    group_of,
+    members_of,
+    own_path,
+    replaces,
+)
+from compacter_jax.inject import Adapted, HasParams, init_adapters
+
+Params = Any
+# A folder of `save_adapter`, or what `load_adapter` makes of it.
+Source = str | os.PathLike[str] | tuple[Adapted, Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backbone:
+    module: Any
+    params: Any
+
+
+def stack_adapters(
+    sources: Sequence[Source],
+    backbone: Any,
+    *,
+    capacity: int | None = None,
+    shared_rule: bool = False,
+) -> tuple[Adapted, Params]:
+    """A bank of adapters of one shape.
+
+    Heads are stacked, too, as wide as the widest set of labels; a label that a member does not have
+    gets no probability. What the backbone itself has, its norms and its head, stays as it is.
+
+    Args:
+      sources: folders written by `save_adapter`, or pairs of an adapted module and its parameters.
+      backbone: has `module` and `params`; its head may have any number of labels.
+      capacity: how many members there is room for; by default as many as there are. With
+        `set_member` members can be put in the places that are left, and nothing compiles anew.
+      shared_rule: store one rule for all; the members' must be equal then.
+
+    Returns:
+      A module that is called with `adapter_ids` or `mix`, see `Adapted`, and its parameters.
+
+    Raises:
+      ValueError: if there are none or more than `capacity`, or they differ in more than numbers and
+        labels; it lists the differences. Or as `load_adapter` does.
+    """
+    capacity = len(sources) if capacity is None else capacity
+    if not 1 <= len(sources) <= capacity:
+        raise ValueError(
+            f"{len(sources)} adapters for a bank with a capacity of {capacity}; give at least one "
+            "and at most as many"
+        )
+    loaded = [_load(source, backbone) for source in sources]
+    _check_equal(sources, [model for model, _ in loaded])
+    first, _ = loaded[0]
+    labels = [getattr(model.backbone, "num_labels", None) for model, _ in loaded]
+    width = max((count for count in (*labels, _num_labels(backbone)) if count), default=None)
+    bank = Bank(first.method, size=capacity, shared_rule=shared_rule)
+    wide = _with_labels(backbone, width)
+    model = Adapted(wide.module, bank, first.sites, first.param_dtype)
+    shapes = jax.eval_shape(lambda key: init_adapters(model, wide, key), jax.random.key(0))
+    (member,) = members_of(bank)
+    own = flatten_dict(wide.params, sep="/")
+    members = [_own_leaves(member, params) for _, params in loaded]
+    params = {}
+    for path, shape in flatten_dict(shapes, sep="/").items():
+        owned = own_path((member,), path)
+        if path in own:
+            params[path] = own[path]
+        elif owned is None:
+            params[path] = jnp.arange(capacity) < len(sources)
+        else:
+            leaves = [leaves[owned[1]] for leaves in members]
+            params[path] = _stacked(path, owned[1], leaves, shape, capacity)
+    return model, unflatten_dict(params, sep="/")
+
+
+def unstack(model: Adapted, params: Params) -> list[tuple[Adapted, Params]]:
+    """The members of a bank, each an adapted module and its parameters, as they were stacked.
+
+    Args:
+      model: its method is a `Bank`.
+      params: of it.
+
+    Raises:
+      ValueError: if the model is no bank.
+    """
+    if not isinstance(model.method, Bank):
+        raise ValueError(
+            f"the model's method is {model.method.kind!r}, not a bank; get_member gives one member "
+            "of another composition"
+        )
+    occupied = np.asarray(params[SHARED][OCCUPIED])
+    return [get_member(model, params, int(index)) for index in np.flatnonzero(occupied)]
+
+
+def get_member(model: Adapted, params: Params, which: int | str) -> tuple[Adapted, Params]:
+    """One member of a composition as a model of its own.
+
+    Args:
+      model: of a composition.
+      params: of it.
+      which: name of the member, names of nested compositions `/`-joined; in a bank the index, after
+        the name of the bank where there is one (`"tasks/3"`).
+
+    Returns:
+      The adapted module and its parameters; leaves of the backbone that the member does not replace
+      are the composition's.
+
+    Raises:
+      ValueError: if there is no such member.
+    """
+    member, index = _find(model.method, which)
+    flat = flatten_dict(params, sep="/")
+    own, mine = {}, {}
+    for path, leaf in flat.items():
+        owned = own_path(members_of(model.method), path)
+        if owned is not None and owned[0] == member:
+            mine[owned[1]] = leaf if index is None or _is_common(member, path) else leaf[index]
+        elif owned is None and not path.startswith(f"{SHARED}/"):
+            own[path] = leaf
+    labels = _labels_of(mine)
+    alone = {**own, **{path: _narrow(path, leaf, labels) for path, leaf in mine.items()}}
+    backbone = model.backbone if labels is None else model.backbone.clone(num_labels=labels)
+    return model.clone(backbone=backbone, method=member.method), unflatten_dict(alone, sep="/")
+
+
+def set_member(model: Adapted, params: Params, which: int | str, source: Source) -> Params:
+    """The parameters with another member in one place.
+
+    Shapes stay what they are, so nothing that was compiled for the model is compiled again.
+
+    Args:
+      model: of a composition.
+      params: of it; they are not changed.
+      which: as for `get_member`; a place of a bank that holds no member is filled.
+      source: a folder written by `save_adapter`, or an adapted module and its parameters.
+
+    Raises:
+      ValueError: if there is no such place, or the source differs from what is wanted there in more
+        than numbers and labels; it lists the differences.
+    """
+    member, index = _find(model.method, which)
+    given, given_params = _load(source, _plain_backbone(model, params))
+    _check_method(f"the adapter for {which!r}", given, member.method, model)
+    leaves = _own_leaves(member, given_params)
+    flat = dict(flatten_dict(params, sep="/"))
+    members = members_of(model.method)
+    for path, leaf in flat.items():
+        owned = own_path(members, path)
+        if owned is None or owned[0] != member:
+            continue
+        new = _wide(owned[1], leaves[owned[1]], leaf.shape[-1])
+        if index is None or _is_common(member, path):
+            if index is not None and not np.array_equal(new, leaf):
+                raise ValueError(
+                    f"the bank has one {path} for all members, and the adapter for {which!r} has "
+                    "another; build the bank with shared_rule=False"
+                )
+            _check_shape(path, new, leaf.shape)
+            flat[path] = jnp.asarray(new, leaf.dtype)
+        else:
+            _check_shape(path, new, leaf.shape[1:])
+            flat[path] = leaf.at[index].set(new)
+    if index is not None:
+        occupied = "/".join((SHARED, *member.path, OCCUPIED))
+        flat[occupied] = flat[occupied].at[index].set(True)
+    return unflatten_dict(flat, sep="/")
+
+
+def _find(method: MethodConfig, which: int | str) -> tuple[Member, int | None]:
+    """The member that names lead to, and its index where it is a bank's."""
+    members = members_of(method)
+    names = tuple(str(which).split("/"))
+    for member in members:
+        size = member.bank.size if member.bank is not None else None
+        if size is None and member.path == names:
+            return member, None
+        in_bank = size is not None and member.path == names[:-1] and names[-1].isdigit()
+        if in_bank and int(names[-1]) < (size or 0):
+            return member, int(names[-1])
+    known = [
+        "/".join((*member.path, *([f"0 to {member.bank.size - 1}"] if member.bank else [])))
+        for member in members
+    ]
+    raise ValueError(f"there is no member {which!r}; the composition has {', '.join(known)}")
+
+
+def _load(source: Source, backbone: Any) -> tuple[Adapted, Params]:
+    if isinstance(source, tuple):
+        return source
+    labels = read_adapter_config(source)["num_labels"]
+    return load_adapter(source, _with_labels(backbone, labels))
+
+
+def _num_labels(backbone: Any) -> int | None:
+    return getattr(backbone.module, "num_labels", None)
+
+
+def _with_labels(backbone: Any, labels: int | None) -> Any:
+    """The backbone with so many labels; those that it did not have get no probability."""
+    if labels is None or _num_labels(backbone) in (None, labels):
+        return backbone
+    flat = flatten_dict(backbone.params, sep="/")
+    flat = {path: _narrow(path, _wide(path, leaf, labels), labels) for path, leaf in flat.items()}
+    module = backbone.module.clone(num_labels=labels)
+    return _Backbone(module, unflatten_dict(flat, sep="/"))
+
+
+def _is_head(path: str) -> bool:
+    return group_of(path) == "head" and path.startswith("classifier/")
+
+
+def _wide(path: str, leaf: Any, width: int) -> Any:
+    """A leaf of a head with columns for labels that it does not have."""
+    if not _is_head(path) or leaf.shape[-1] >= width:
+        return leaf
+    fill = NO_LABEL if path.endswith("/bias") else 0.0
+    pad = ((0, 0),) * (leaf.ndim - 1) + ((0, width - leaf.shape[-1]),)
+    return jnp.pad(jnp.asarray(leaf), pad, constant_values=fill)
+
+
+def _narrow(path: str, leaf: Any, labels: int | None) -> Any:
+    """Inverse of `_wide`."""
+    return leaf[..., :labels] if labels is not None and _is_head(path) else leaf
+
+
+def _labels_of(leaves: Mapping[str, Any]) -> int | None:
+    """How many labels a head has; None if there is none of several."""
+    bias = leaves.get("classifier/bias")
+    return None if bias is None else int(np.sum(np.asarray(bias) > NO_LABEL / 2))
+
+
+def _own_leaves(member: Member, params: Params) -> dict[str, Any]:
+    """Of the parameters of a model of one adapter those that are not the plain backbone's."""
+    flat = flatten_dict(params, sep="/")
+    return {
+        path: leaf
+        for path, leaf in flat.items()
+        if group_of(path) in ("adapters", "rule") or replaces(member, path)
+    }
+
+
+def _is_common(member: Member, path: str) -> bool:
+    """Whether the members of a bank have a leaf in common."""
+    return member.bank is not None and member.bank.shared_rule and group_of(path) == "rule"
+
+
+def _stacked(path: str, own: str, leaves: Sequence[Any], shape: Any, capacity: int) -> Any:
+    """One leaf of a bank; places that hold no member have the first one's numbers."""
+    if group_of(own) == "rule" and shape.shape == leaves[0].shape:
+        if any(not np.array_equal(leaf, leaves[0]) for leaf in leaves):
+            raise ValueError(
+                f"shared_rule=True, but the adapters have different values of {own}; leave it out"
+            )
+        return jnp.asarray(leaves[0])
+    wide = [np.asarray(_wide(own, leaf, shape.shape[-1])) for leaf in leaves]
+    stacked = jnp.asarray(np.stack(wide + [wide[0]] * (capacity - len(leaves))))
+    _check_shape(path, stacked, shape.shape)
+    return stacked
+
+
+def _check_shape(path: str, leaf: Any, wanted: tuple[int, ...]) -> None:
+    if leaf.shape != wanted:
+        raise ValueError(
+            f"{path} is of shape {leaf.shape}, wanted is {wanted}; adapters with more labels than "
+            "the model's head, or of backbones whose layers are stacked (nn.scan), do not fit"
+        )
+
+
+def _check_equal(sources: Sequence[Source], models: Sequence[Adapted]) -> None:
+    first = models[0]
+    for i, (source, model) in enumerate(zip(sources, models, strict=True)):
+        name = f"adapter {i}" if isinstance(source, tuple) else f"the adapter in {Path(source)}"
+        _check_method(name, model, first.method, first)
+
+
+def _check_method(name: str, given: Adapted, wanted: MethodConfig, like: Adapted) -> None:
+    """ValueError that lists in what an adapter is not as wanted."""
+    pairs = {"sites": (given.sites, like.sites)}
+    pairs["head"] = (getattr(given.backbone, "head", None), getattr(like.backbone, "head", None))
+    theirs, ours = config.to_dict(given.method), config.to_dict(wanted)
+    for key in sorted(theirs.keys() | ours.keys()):
+        pairs[key] = (theirs.get(key), ours.get(key))
+    if differences := [f"{key}: {a!r}, not {b!r}" for key, (a, b) in pairs.items() if a != b]:
+        raise ValueError(f"{name} is not like the others; {'; '.join(differences)}")
+
+
+def _plain_backbone(model: Adapted, params: Params) -> HasParams:
+    """The backbone of a composition, whose own leaves it leaves alone."""
+    members = members_of(model.method)
+    flat = {
+        path: leaf
+        for path, leaf in flatten_dict(params, sep="/").items()
+        if own_path(members, path) is None and not path.startswith(f"{SHARED}/")
+    }
+    return _Backbone(model.backbone, unflatten_dict(flat, sep="/"))

@@ -1,0 +1,192 @@
+"""Banks made of saved adapters, and members that are put in and taken out."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import compacter_jax as cj
+from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
+from compacter_jax.checkpoint import load_adapter, save_adapter
+from compacter_jax.compose import NO_LABEL
+from compacter_jax.config import Bank, Parallel, Stack
+from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.models.bert import Bert
+from compacter_jax.params import count, label_params
+from tests.helpers import ONE_LAYER, backbone_of, quick_key
+from tests.hosts import PLUS_PLUS, assert_same, run
+from tests.test_compose import METHODS, ROWS, assert_near, trained_alone
+
+
+def bert(labels=2, **settings):
+    """Of any number of labels, with the same weights below the head."""
+    make = functools.partial(Bert, ONE_LAYER, head="sequence_classification")
+    own = backbone_of(make(num_labels=labels, **settings))
+    params = {**backbone_of(make()).params, "classifier": own.params["classifier"]}
+    return types.SimpleNamespace(module=own.module, params=params)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of three adapters with 2, 4 and 3 labels, and what is in them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    alone = []
+    for seed, labels in enumerate((2, 4, 3)):
+        alone.append(trained_alone(bert(labels), PLUS_PLUS, seed + 1))
+        save_adapter(folder / str(seed), *alone[-1])
+    return [folder / str(seed) for seed in range(3)], alone
+
+
+def test_saved_adapters_are_stacked_and_given_back_to_the_bit(saved):
+    folders, alone = saved
+    model, params = stack_adapters(folders, bert(), capacity=5)
+    assert model.method == Bank(PLUS_PLUS, size=5)
+    assert model.backbone.num_labels == 4
+    np.testing.assert_array_equal(params["adapters"]["occupied"], [True] * 3 + [False] * 2)
+    members = unstack(model, params)
+    assert len(members) == 3
+    for (given, leaves), (single, own) in zip(members, alone, strict=True):
+        assert given == single
+        assert_same(leaves, own)
+
+
+def test_labels_that_a_member_lacks_have_no_probability(saved):
+    folders, alone = saved
+    model, params = stack_adapters(folders, bert())
+    logits = run(model, params, *ROWS, adapter_ids=np.array([0, 1, 2, -1]))
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    for row, (labels, (single, own)) in enumerate(zip((2, 4, 3), alone, strict=True)):
+        assert_near(logits[row, :labels], run(single, own, *ROWS)[row])
+        np.testing.assert_array_equal(probabilities[row, labels:], 0)
+    plain = run(bert().module, bert().params, *ROWS)
+    np.testing.assert_array_equal(logits[3, :2], plain[3])
+    np.testing.assert_array_equal(logits[3, 2:], np.float32(NO_LABEL))
+
+
+def test_a_bank_on_disk(saved, tmp_path):
+    folders, alone = saved
+    model, params = stack_adapters(folders, bert(4))
+    save_adapter(tmp_path, model, params, metadata={"names": ["a", "b", "c"]})
+    loaded_model, loaded = load_adapter(tmp_path, bert(4))
+    assert loaded_model == model
+    assert_same(loaded, params)
+    # A head is of 12 weights and a bias for each label.
+    single = count(alone[1][1], label_params(alone[1][1], PLUS_PLUS)).trained
+    assert count(params, label_params(params, model.method)).trained == 3 * single
+
+
+def test_one_rule_for_all(saved):
+    _, alone = saved
+    model, params = alone[0]
+    other = {**alone[0][1], "phm_rule": params["phm_rule"]}
+    bank, stacked = stack_adapters([alone[0], (model, other)], bert(4), shared_rule=True)
+    assert stacked["phm_rule"].shape == params["phm_rule"].shape
+    for single, own in unstack(bank, stacked):
+        assert single == model
+        assert_same(own, params)
+    with pytest.raises(ValueError, match="shared_rule=True, but the adapters have different value"):
+        stack_adapters(alone, bert(), shared_rule=True)
+    with pytest.raises(ValueError, match="the bank has one phm_rule for all members, and the adap"):
+        set_member(bank, stacked, 1, alone[1])
+
+
+def test_a_member_takes_its_place(saved):
+    folders, alone = saved
+    bank, params = stack_adapters(folders[1:], bert(), capacity=4)
+    params = set_member(bank, params, 3, folders[0])
+    np.testing.assert_array_equal(params["adapters"]["occupied"], [True, True, False, True])
+    params = set_member(bank, params, 0, alone[2])
+    for index, which in ((0, 2), (1, 2), (3, 0)):
+        assert get_member(bank, params, index)[0] == alone[which][0]
+        assert_same(get_member(bank, params, index)[1], alone[which][1])
+    for which in (4, -1, "a"):
+        with pytest.raises(ValueError, match=f"no member {which!r}; the composition has 0 to 3"):
+            set_member(bank, params, which, folders[0])
+
+
+def test_members_of_a_composition_from_disk(saved):
+    folders, alone = saved
+    backbone = bert(4)
+    dense = METHODS["houlsby"].replace(train_layer_norms=False, train_pooler=False)
+    tasks = Bank(PLUS_PLUS, size=2)
+    model = Adapted(backbone.module, Stack(dense, tasks, names=("language", "tasks")))
+    params = init_adapters(model, backbone, quick_key(0))
+    language = trained_alone(bert(), dense, 9)
+    params = set_member(model, params, "language", language)
+    params = set_member(model, params, "tasks/0", folders[1])
+    params = set_member(model, params, "tasks/1", folders[2])
+    for which, index in (("tasks/0", 1), ("tasks/1", 2)):
+        single, own = get_member(model, params, which)
+        assert single == alone[index][0]
+        assert_same(own, alone[index][1])
+    taken = flatten_dict(get_member(model, params, "language")[1], sep="/")
+    given = flatten_dict(language[1], sep="/")
+    for path in taken:
+        if "/adapter/" in path:
+            np.testing.assert_array_equal(taken[path], given[path])
+    with pytest.raises(
+        ValueError, match="there is no member 'task'; the composition has language, "
+    ):
+        get_member(model, params, "task")
+    with pytest.raises(ValueError, match="the model's method is 'stack', not a bank; get_member"):
+        unstack(model, params)
+
+
+def test_adapters_that_do_not_fit(saved, tmp_path):
+    folders, alone = saved
+    with pytest.raises(ValueError, match="0 adapters for a bank with a capacity of 0"):
+        stack_adapters([], bert())
+    with pytest.raises(ValueError, match="3 adapters for a bank with a capacity of 2"):
+        stack_adapters(folders, bert(), capacity=2)
+    other = trained_alone(bert(), PLUS_PLUS.replace(reduction_factor=4, sites=("attention",)), 0)
+    save_adapter(tmp_path, *other)
+    message = (
+        rf"the adapter in {tmp_path} is not like the others; "
+        r"sites: \['attention'\], not \['feed_forward'\]; reduction_factor: 4, not 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        stack_adapters([folders[0], tmp_path], bert())
+    with pytest.raises(ValueError, match="adapter 1 is not like the others; sites"):
+        stack_adapters([alone[0], other], bert())
+    bank, params = stack_adapters(folders[:1], bert(), capacity=2)
+    with pytest.raises(ValueError, match="the adapter for 1 is not like the others; sites"):
+        set_member(bank, params, 1, other)
+    with pytest.raises(ValueError, match=r"is of shape \(4,\), wanted is \(2,\); adapters with"):
+        set_member(bank, params, 1, folders[1])
+    elsewhere = bert()
+    elsewhere.params["pooler"] = jax.tree.map(jnp.zeros_like, elsewhere.params["pooler"])
+    with pytest.raises(ValueError, match="was made for a backbone with the hash"):
+        stack_adapters(folders, elsewhere)
+
+
+def test_a_parallel_model_of_tasks_with_their_labels(saved):
+    folders, alone = saved
+    backbone = bert(4)
+    model = Adapted(backbone.module, Parallel(PLUS_PLUS, PLUS_PLUS, names=("two", "four")))
+    params = init_adapters(model, backbone, quick_key(0))
+    params = set_member(model, params, "two", folders[0])
+    params = set_member(model, params, "four", folders[1])
+    two, four = run(model, params, *ROWS)
+    assert_near(two[:, :2], run(*alone[0], *ROWS))
+    np.testing.assert_array_equal(jax.nn.softmax(two)[:, 2:], 0)
+    assert_near(four, run(*alone[1], *ROWS))
+
+
+def test_what_is_for_one_adapter_says_so(saved, tmp_path):
+    folders, _ = saved
+    model, params = stack_adapters(folders, bert())
+    for refuse, message in (
+        (lambda: cj.merge_adapter(model, params), "cannot be merged .*: it is several adapters"),
+        (
+            lambda: cj.export_adapterhub(tmp_path, model, params),
+            "each that get_member gives",
+        ),
+        (lambda: cj.export_peft(tmp_path, model, params), "PEFT does not have the method 'bank'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+    assert model.built(params)[0] is model
