@@ -35,6 +35,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--epochs 3 --output-dir runs/rte",
         ),
         (
+            "Three seeds at two learning rates, six runs in one program:",
+            "--backbone DIR --task movie --seeds 0,1,2 --learning-rates 1e-3,3e-3 "
+            "--output-dir runs/grid",
+        ),
+        (
             "Go on with a run that was interrupted:",
             "--backbone DIR --task movie --method compacter++ --output-dir runs/movie --resume",
         ),
