@@ -64,9 +64,12 @@ def evaluate(arguments: options.EvaluateOptions) -> None:
 
 def predict(arguments: options.PredictOptions) -> None:
     """Runs the command `predict`."""
-    from train import inference  # noqa: PLC0415
+    from train import banked, inference  # noqa: PLC0415
 
-    inference.predict(arguments)
+    if members := banked.members_of(arguments.adapter):
+        banked.predict(arguments, members)
+    else:
+        inference.predict(arguments)
 
 
 def plan(each: Sequence[options.PlanOptions]) -> None:

@@ -95,13 +95,7 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
       FileNotFoundError, ValueError: as `compacter_jax.load_adapter`, or if `fit` did not write it.
     """
     options.check()
-    settings = cj.read_adapter_config(options.adapter)
-    missing = {"backbone", "max_length", "kind", "label_names", "dtype"} - settings.keys()
-    if missing:
-        raise ValueError(
-            f"the adapter in {options.adapter} was saved neither by `python -m train fit` nor by "
-            f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
-        )
+    settings = settings_of(options.adapter)
     name = options.backbone or settings["backbone"]
     backbone = cj.load_backbone(
         name,
@@ -109,10 +103,7 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         dtype=jnp.dtype(options.dtype or settings["dtype"]),
     )
     model, params = cj.load_adapter(options.adapter, backbone)
-    stored = options.backbone_dtype or settings.get("backbone_dtype", "float32")
-    if stored != "float32":
-        trained, frozen = cj.partition(params, cj.label_params(params, model.method))
-        params = cj.merge(trained, cj.cast_frozen(frozen, stored))
+    params = stored(params, model.method, options, settings)
     if isinstance(model.method, cj.IntrinsicConfig):
         # Its projection would be drawn again for every batch.
         model, params = model.built(params)
@@ -120,6 +111,29 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
     compiled = jax.jit(objective.outputs)
     return LoadedAdapter(settings, objective, lambda batch: jax.device_get(compiled(params, batch)))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` has; ValueError if that is not enough to predict with it."""
+    settings = cj.read_adapter_config(folder)
+    missing = {"backbone", "max_length", "kind", "label_names", "dtype"} - settings.keys()
+    if missing:
+        raise ValueError(
+            f"the adapter in {folder} was saved neither by `python -m train fit` nor by "
+            f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
+        )
+    return settings
+
+
+def stored(
+    params: Any, method: cj.MethodConfig, options: AdapterOptions, settings: Mapping[str, Any]
+) -> Any:
+    """The parameters, what was not trained in the dtype that is asked for, or that of training."""
+    dtype = options.backbone_dtype or settings.get("backbone_dtype", "float32")
+    if dtype == "float32":
+        return params
+    trained, frozen = cj.partition(params, cj.label_params(params, method))
+    return cj.merge(trained, cj.cast_frozen(frozen, dtype))
 
 
 def head_of(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -515,9 +515,12 @@ class EvaluateOptions(AdapterOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions(AdapterOptions):
-    """Predict every row of a file with a saved adapter.
+    """Predict every row of a file with a saved adapter, or each row with the one that it names.
 
     Attributes:
+      adapter: folder that `fit` wrote; or a folder of such folders, and then the input has a column
+        adapter with the name of one in every row: classifiers of one shape on one encoder, whatever
+        their labels.
       input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2; or
         with the columns that the adapter's benchmark has on the hub.
       output: file of one of these formats: the input's columns, prediction, and for labels

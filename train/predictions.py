@@ -65,23 +65,19 @@ def predict_file(
     """
     input_path, output_path = Path(input_path), Path(output_path)
     check_files(input_path, output_path)
-    added = _added_names(label_names, write_logits)
+    added = added_names(label_names, write_logits)
     num_rows = 0
     read: tuple[str, ...] = ()
     with write_rows(output_path) as write:
         for rows in read_rows(input_path, chunk_rows, max_characters, columns):
             names = column_names(rows)
-            if taken := [name for name in added if name in names]:
-                raise ValueError(
-                    f"{input_path}: already has a column {taken[0]!r}, which predictions need; "
-                    "rename or remove it"
-                )
+            check_not_taken(input_path, names, added)
             read = read or columns_read(names, columns)
             predicted = predict_chunk({name: column_values(rows, name) for name in read})
             if not isinstance(predicted, list):
                 predicted = np.asarray(predicted, np.float64)
-                _check_logits(predicted, len(rows), len(label_names) or 1)
-            write(_add_columns(rows, _added_columns(predicted, label_names, added)))
+                check_logits(predicted, len(rows), len(label_names) or 1)
+            write(add_columns(rows, added_columns(predicted, label_names, added)))
             num_rows += len(rows)
             if progress is not None:
                 progress(len(rows))
@@ -271,19 +267,30 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path}: is empty (0 bytes)")
 
 
-def _added_names(label_names: Sequence[str], write_logits: bool) -> list[str]:
+def check_not_taken(path: Path, names: Sequence[str], added: Sequence[str]) -> None:
+    """ValueError if a file with columns `names` has one that is to be added."""
+    if taken := [name for name in added if name in names]:
+        raise ValueError(
+            f"{path}: already has a column {taken[0]!r}, which predictions need; rename or remove "
+            "it"
+        )
+
+
+def added_names(label_names: Sequence[str], write_logits: bool) -> list[str]:
+    """The columns that predictions are: of labels, by name, or of numbers or texts."""
     names = ["prediction", "label_id", "probability"] if label_names else ["prediction"]
     return names + ["logits"] * write_logits
 
 
-def _check_logits(logits: np.ndarray, num_rows: int, num_labels: int) -> None:
+def check_logits(logits: np.ndarray, num_rows: int, num_labels: int) -> None:
+    """ValueError if they are not `[num_rows, num_labels]` numbers."""
     if logits.shape != (num_rows, num_labels):
         raise ValueError(f"logits have shape {logits.shape}, not {(num_rows, num_labels)}")
     if not np.isfinite(logits).all():
         raise ValueError("logits are not finite; the adapter or the backbone is damaged")
 
 
-def _added_columns(
+def added_columns(
     predicted: Predicted, label_names: Sequence[str], added: Sequence[str]
 ) -> dict[str, pa.Array]:
     """The columns named in `added`, from `[rows, num_labels]` float64 logits or predictions."""
@@ -303,7 +310,8 @@ def _added_columns(
     return {name: values[name] for name in added}
 
 
-def _add_columns(rows: Rows, added: dict[str, pa.Array]) -> Rows:
+def add_columns(rows: Rows, added: dict[str, pa.Array]) -> Rows:
+    """The rows with columns behind their own."""
     if isinstance(rows, pa.Table):
         for name, values in added.items():
             rows = rows.append_column(name, values)
