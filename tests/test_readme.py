@@ -15,7 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def example(number):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     return examples[number]
 
 
@@ -63,6 +63,26 @@ def test_training(tiny_backbone, tmp_path, monkeypatch):
     ]
 
 
+def test_many_adapters_on_one_backbone(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
+    saved = {}
+    for seed, folder in enumerate(("my-adapter", "another-adapter", "a-third-adapter")):
+        model = cj.Adapted(backbone.module, cj.preset("compacter++", reduction_factor=2))
+        saved[folder] = model, cj.init_adapters(model, backbone, jax.random.key(seed))
+        cj.save_adapter(folder, *saved[folder])
+    input_ids = jnp.array([[2, 10, 11, 3], [2, 15, 16, 3], [2, 12, 3, 0]])
+    mask = input_ids != 0
+    names = {"cj": cj, "jax": jax, "jnp": jnp, "backbone": backbone}
+    names |= {"input_ids": input_ids, "attention_mask": mask}
+    exec(example(2).replace("capacity=1000", "capacity=5"), names)
+    for row, folder in enumerate(("a-third-adapter", "my-adapter", "another-adapter")):
+        model, params = saved[folder]
+        alone = model.apply({"params": params}, input_ids[row : row + 1], mask[row : row + 1])
+        np.testing.assert_allclose(names["logits"][row], alone[0], atol=1e-6)
+    assert names["serve"]._cache_size() == 1
+
+
 def test_adapters_of_other_libraries(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
@@ -71,7 +91,7 @@ def test_adapters_of_other_libraries(tiny_backbone, tmp_path, monkeypatch):
     cj.export_adapterhub("from-adapters", model, params)
     cj.export_peft("from-peft", model, params)
     names = {"cj": cj, "backbone": backbone}
-    exec(example(2), names)
+    exec(example(3), names)
     left = "encoder/layer/1/attention/self/query/adapter/left"
     imported, own = (flatten_dict(tree, sep="/") for tree in (names["params"], params))
     np.testing.assert_array_equal(imported[left], own[left])
