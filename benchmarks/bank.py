@@ -1,10 +1,15 @@
-"""Many on one backbone: several runs trained at once against one after another.
+"""Many adapters on one backbone: rows of a thousand in one forward pass, and several runs at once.
 
     python -m benchmarks.bank --backbone DIR --json bank.json
 
-Batches are those that `fit` trains on, in its order, so that what padding costs is counted: runs
-trained at once pad to the longest of them. A round is a step of every run, done both ways; who
-begins changes. The ratio is of neighbours in time, above 1 where at once is faster.
+First a forward pass whose rows are of members drawn from a bank, against one with a single adapter:
+the ratio is of neighbours in time, below 1 where the bank is faster; and the bank's bytes, counted
+and as they are.
+
+Then runs of `fit` trained at once, against one after another. Batches are those that `fit` trains
+on, in its order, so that what padding costs is counted: runs trained at once pad to the longest of
+them. A round is a step of every run, done both ways; who begins changes. The ratio is of neighbours
+in time, above 1 where at once is faster.
 """
 
 from __future__ import annotations
@@ -18,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+import compacter_jax as cj
 from benchmarks.contest import write
-from benchmarks.turns import processor, seconds_of, spread
+from benchmarks.turns import alternate, processor, seconds_of, spread
 from train import data, grid, loop, stopping
 from train.job import Job, prepare
 from train.options import FitOptions
@@ -30,15 +38,79 @@ from train.options import FitOptions
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes JSON where asked to."""
     options = _parser().parse_args(arguments)
-    report = {
+    report: dict[str, Any] = {
         "settings": {name: str(value) for name, value in vars(options).items()},
         "device": jax.devices()[0].device_kind,
         "processor": processor(),
-        "runs_at_once": [at_once(options, batch) for batch in options.batch_sizes],
+        "bank": bank(options),
+        "runs_at_once": [],
     }
-    for row in report["runs_at_once"]:
-        print(_text(row, options.runs), flush=True)
+    print(_bank_text(report["bank"]), flush=True)
+    for batch in options.batch_sizes:
+        report["runs_at_once"].append(at_once(options, batch))
+        print(_text(report["runs_at_once"][-1], options.runs), flush=True)
     write(options.json, report)
+
+
+def bank(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a forward pass with one adapter and routed over the members of a bank, and bytes.
+
+    Args:
+      options: of the command line.
+    """
+    backbone = cj.load_backbone(options.backbone, head="sequence_classification", num_labels=2)
+    method = cj.preset(options.method)
+    one = cj.Adapted(backbone.module, method)
+    params = cj.init_adapters(one, backbone, jax.random.key(0))
+    many, banked = cj.stack_adapters([(one, params)], backbone, capacity=options.members)
+    # Every place holds a member, each with numbers of its own.
+    flat = flatten_dict(banked, sep="/")
+    stored = {path for path in flat if path not in flatten_dict(backbone.params, sep="/")}
+    generator = np.random.default_rng(0)
+    for path in stored:
+        leaf = flat[path]
+        whole = leaf.dtype == bool
+        drawn = generator.normal(0, 0.02, leaf.shape).astype(leaf.dtype)
+        flat[path] = jnp.ones_like(leaf) if whole else jnp.asarray(drawn)
+    banked = unflatten_dict(flat, sep="/")
+    rows, length = options.rows, options.length
+    ids = generator.integers(5, backbone.module.config.vocab_size, (rows, length))
+    mask = np.ones((rows, length), np.int32)
+    single = jax.jit(lambda params: one.apply({"params": params}, ids, mask))
+    routed = jax.jit(
+        lambda params, members: many.apply({"params": params}, ids, mask, adapter_ids=members)
+    )
+    runs = {
+        "one_adapter": lambda: single(params).block_until_ready(),
+        "bank": lambda: routed(
+            banked, generator.integers(0, options.members, rows)
+        ).block_until_ready(),
+    }
+    for run in runs.values():
+        run()
+    timed = {name: functools.partial(seconds_of, run) for name, run in runs.items()}
+    seconds = alternate(timed, options.rounds)
+    trained, _ = cj.partition(params, cj.label_params(params, method))
+    of_one = sum(leaf.nbytes for leaf in jax.tree.leaves(trained))
+    return {
+        "members": options.members,
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratio": spread(np.divide(seconds["bank"], seconds["one_adapter"])),
+        # A byte a place says whether it is taken.
+        "bytes_predicted": options.members * (of_one + 1),
+        "bytes": sum(flat[path].nbytes for path in stored),
+    }
+
+
+def _bank_text(result: dict[str, Any]) -> str:
+    one, many = (1000 * result["seconds"][name]["median"] for name in ("one_adapter", "bank"))
+    ratio = result["ratio"]
+    return (
+        f"forward, one adapter {one:.0f} ms, rows routed over {result['members']:,} {many:.0f} ms; "
+        f"ratio {ratio['median']:.3f} ({ratio['first_quartile']:.3f} to "
+        f"{ratio['third_quartile']:.3f}); bank of {result['bytes']:,} bytes, predicted "
+        f"{result['bytes_predicted']:,}"
+    )
 
 
 def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
@@ -138,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--task", default="movie")
     parser.add_argument("--method", default="compacter++")
+    parser.add_argument("--members", type=int, default=1000, help="of the bank")
+    parser.add_argument("--rows", type=int, default=32, help="of the forward pass")
+    parser.add_argument("--length", type=int, default=64, help="of its rows, in tokens")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=15, help="steps that are timed")
