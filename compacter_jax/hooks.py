@@ -35,6 +35,7 @@ from compacter_jax.config import (
     members_of,
     replaces,
 )
+from compacter_jax.quantize import is_quantized
 from compacter_jax.sites import Role, Site
 
 _Run = Callable[..., Any]
@@ -313,12 +314,11 @@ class Hook:
             )
         (x,) = args
         select = functools.partial(self.select, path)
-        leaves = {
-            name: compose.effective(
-                self.method, compose.Leaf(own[name]), stored, select, x.shape[0]
-            )
-            for name, stored in replaced.items()
-        }
+        leaves = {}
+        for name, stored in replaced.items():
+            mine = own[name].dequantized() if is_quantized(own[name]) else own[name]
+            leaf = compose.Leaf(mine)
+            leaves[name] = compose.effective(self.method, leaf, stored, select, x.shape[0])
         with self.aside():
             return compose.run_with(host, own, leaves, x)
 

@@ -23,7 +23,7 @@ from compacter_jax.config import (
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.t5 import T5
-from compacter_jax.params import label_params, merge, partition
+from compacter_jax.params import cast_frozen, label_params, merge, partition
 from tests.helpers import (
     IDS,
     MASK,
@@ -386,6 +386,23 @@ def test_dropout_differs_by_row_and_by_member():
         assert np.abs(apply(quick_key(1), **chosen) - y).max() > 1e-3
         told = apply(quick_key(0), deterministic=True, **chosen)
         assert_near(told, np.tile(told[:1], (4, 1)))
+
+
+@pytest.mark.parametrize("name", ["bitfit", "lora"])
+def test_a_backbone_of_int8(name):
+    alone, model, params = bank_of(bert(), METHODS[name], size=2)
+    params = narrow(model, params)
+    rows = run(model, params, *ROWS, adapter_ids=np.array([0, 1, -1, 1]))
+    one = quick_jit(alone[0][0].apply)
+    expected = [one({"params": narrow(*single)}, *ROWS) for single in alone]
+    for row, index in ((0, 0), (1, 1), (3, 1)):
+        assert_near(rows[row], expected[index][row])
+
+
+def narrow(model, params):
+    """The frozen half in eight bits."""
+    trained, frozen = partition(params, label_params(params, model.method))
+    return merge(trained, cast_frozen(frozen, "int8"))
 
 
 # --- T5 ------------------------------------------------------------------------------------------
