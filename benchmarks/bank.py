@@ -162,6 +162,7 @@ def _jobs(options: argparse.Namespace, batch_size: int) -> list[Job]:
         task=options.task,
         method=options.method,
         batch_size=batch_size,
+        max_length=options.max_length,
         output_dir=Path("never-written"),
     )
     jobs: list[Job] = []
@@ -213,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--members", type=int, default=1000, help="of the bank")
     parser.add_argument("--rows", type=int, default=32, help="of the forward pass")
     parser.add_argument("--length", type=int, default=64, help="of its rows, in tokens")
+    parser.add_argument("--max-length", type=int, default=64, help="of the texts of the runs")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=15, help="steps that are timed")

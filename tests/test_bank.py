@@ -12,7 +12,7 @@ from benchmarks.bank import main
 @pytest.mark.slow
 def test_bytes_and_rates(tiny_backbone, tmp_path, capsys):
     flags = ["--backbone", tiny_backbone, "--method", "lora", "--members", 7, "--rows", 4]
-    flags += ["--length", 8, "--runs", 2, "--batch-sizes", 8, "--rounds", 2]
+    flags += ["--length", 8, "--runs", 2, "--batch-sizes", 8, "--rounds", 2, "--max-length", 32]
     main([str(flag) for flag in [*flags, "--json", tmp_path / "bank.json"]])
     report = json.loads((tmp_path / "bank.json").read_text())
     backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
