@@ -629,6 +629,9 @@ class Bank(Composition):
     called with `adapter_ids` `[batch]`, the member of each row (-1: the plain backbone), or with
     `mix`, weights of the members' outputs.
 
+    `stack_adapters` makes one of saved adapters; `Bank(method, size=n)` is a method like any other,
+    with `init_adapters` for parameters to train.
+
     Attributes:
       size: how many there is room for; a program that is compiled for a size serves all members
         that come and go.
@@ -698,7 +701,8 @@ class Stack(Composition):
 class Parallel(Composition):
     """Adapters beside each other: the rows of a batch go through each, and a call returns a tuple.
 
-    A member that has no adapter at a site, and what is below the first, leaves rows as they are.
+    Rows are copied for each member where the backbone begins, so a call costs what one call for
+    each would, in one program.
     """
 
     kind: ClassVar[str] = "parallel"
