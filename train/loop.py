@@ -517,21 +517,21 @@ def _trainings(
     Args:
       job: the run.
       placed: array on the host, by identity -> the same on the devices; new ones are added.
-      computes: compiled functions to share, of a run like this one.
+      computes: compiled functions to share, of a run like this one, of one learner.
       devices: to compile for, otherwise; None for all.
     """
     made: list[Training] = []
     for learner in job.learners:
         schedule = _schedule(job, job.steps_of_learner(learner))
         tx = cj.optimizer(transformation(job.options, schedule), learner.labels)
-        computes = computes or tuple(
+        compiled = computes or tuple(
             _compute(job, job.lanes[lane], view, tx, devices)
             for lane, view in zip(learner.lanes, learner.views, strict=True)
         )
         trained, frozen = cj.partition(learner.params, learner.labels)
-        frozen = _placed_once(frozen, job.options.backbone_dtype, computes[0], placed)
-        state = computes[0].init_state(trained)
-        made.append(Training(learner, computes, schedule, state, frozen))
+        frozen = _placed_once(frozen, job.options.backbone_dtype, compiled[0], placed)
+        state = compiled[0].init_state(trained)
+        made.append(Training(learner, compiled, schedule, state, frozen))
     return made
 
 
