@@ -1059,6 +1059,12 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
 
     Raises:
       ValueError: unknown name or field, or a value that cannot work; it says which would.
+
+    Example:
+      >>> preset("compacter++", reduction_factor=16).bottleneck_width(768)
+      48
+      >>> preset("lora", rank=4, sites=("query", "key")).factor
+      2.0
     """
     if name not in _PRESETS:
         raise ValueError(

@@ -143,6 +143,10 @@ def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
 
     JAX sees no leaf where None stands: gradients, norms, optimizer state and all-reduces of the
     trained half are those of the trained leaves alone.
+
+    Example:
+      >>> partition({"a": 1, "b": 2}, {"a": "train", "b": "freeze"})
+      ({'a': 1, 'b': None}, {'a': None, 'b': 2})
     """
     trained = jax.tree.map(lambda label, leaf: leaf if label == TRAIN else None, labels, params)
     frozen = jax.tree.map(lambda label, leaf: None if label == TRAIN else leaf, labels, params)
@@ -154,6 +158,10 @@ def merge(trained: Params, frozen: Params) -> Params:
 
     Raises:
       ValueError: if a leaf is in both halves or in neither.
+
+    Example:
+      >>> merge({"a": 1, "b": None}, {"a": None, "b": 2})
+      {'a': 1, 'b': 2}
     """
 
     def choose(path: Any, a: Any, b: Any) -> Any:

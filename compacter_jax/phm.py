@@ -35,6 +35,13 @@ def kronecker_sum(rule: Array, blocks: Blocks) -> Array:
       ValueError: if an operand is not rank 3, the leading axes differ, or the ranks of `left` and
         `right` do.
 
+    Example:
+      >>> rule = jnp.stack([jnp.eye(2), jnp.array([[0.0, -1.0], [1.0, 0.0]])])
+      >>> blocks = jnp.array([[[1.0, 2.0]], [[0.0, 3.0]]])
+      >>> kronecker_sum(rule, blocks)
+      Array([[ 1.,  2.,  0., -3.],
+             [ 0.,  3.,  1.,  2.]], dtype=float32)
+
     References:
       Zhang et al., Beyond Fully-Connected Layers with Quaternions, ICLR 2021, arXiv:2102.08597.
     """
@@ -62,6 +69,11 @@ def kronecker_sum_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
 
     Raises:
       ValueError: as `kronecker_sum`, or if the last axis of `x` is not `a * p`.
+
+    Example:
+      >>> rule, blocks = jnp.ones((4, 4, 4)), (jnp.ones((4, 192, 1)), jnp.ones((4, 1, 6)))
+      >>> kronecker_sum_matmul(jnp.ones((2, 768)), rule, blocks).shape
+      (2, 24)
     """
     _check(rule, blocks)
     in_features = rule.shape[1] * (blocks[0] if isinstance(blocks, tuple) else blocks).shape[1]
