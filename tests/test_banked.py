@@ -153,5 +153,6 @@ def test_adapters_that_do_not_go_together(adapters, tmp_path, capsys):
 
 def test_one_adapter_is_no_bank(adapters, tmp_path):
     assert banked.members_of(adapters / "three" / "adapter") == {}
+    assert banked.members_of(adapters / "three") == {}  # the folder of a run
     assert banked.members_of(tmp_path / "nothing") == {}
     assert list(banked.members_of(adapters)) == ["seed-0", "seed-1", "three"]

@@ -194,6 +194,7 @@ def test_a_run_that_diverges_leaves_the_others_alone(tiny_backbone, files, tmp_p
     ("flags", "message"),
     [
         ({"seeds": "0,a"}, "--seeds '0,a' must be numbers with commas between them"),
+        ({"seeds": ""}, "--seeds '' must be numbers with commas between them"),
         ({"seeds": "1,1"}, "--seeds '1,1' has a number twice"),
         ({"seeds": "1,2", "seed": 3}, "--seed and --seeds contradict each other"),
         ({"seeds": "-1,2"}, "seed=-1 must be from 0 to"),
@@ -220,6 +221,16 @@ def test_the_runs_of_a_grid_are_all_combinations(tmp_path):
     }
     assert all(run.output_dir == tmp_path / name for name, run in runs.items())
     assert not any(run.is_grid for run in runs.values())
+
+
+def test_runs_with_long_numbers_have_folders_of_their_own(tmp_path):
+    options = FitOptions(backbone="b", task="movie", output_dir=tmp_path, seeds="1234567,1234568")
+    assert list(grid.runs_of(options)) == ["seed-1234567", "seed-1234568"]
+
+
+def test_a_single_run_is_not_overwritten(trained, tiny_backbone, files, capsys):
+    flags = grid_flags(tiny_backbone, files, trained / "seed-0_train-size-60", seeds="0,1")
+    assert "holds a single run" in refusal(capsys, "fit", *flags)
 
 
 def test_batches_are_padded_to_the_longest():

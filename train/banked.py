@@ -26,7 +26,9 @@ _SHARED = ("backbone", "head", "kind", "max_length", "dtype", "backbone_dtype")
 
 def members_of(folder: Path) -> dict[str, Path]:
     """The adapters in a folder by name: `NAME/` itself, or `NAME/adapter/` as `fit` writes it."""
-    if (folder / "adapter_config.json").exists() or not folder.is_dir():
+    # An adapter, or the folder of a single run, is no bank.
+    alone = (folder, folder / "adapter")
+    if not folder.is_dir() or any((path / "adapter_config.json").exists() for path in alone):
         return {}
     found = {}
     for path in sorted(folder.iterdir()):

@@ -21,7 +21,7 @@ import compacter_jax as cj
 from compacter_jax.checkpoint import replace_file
 from train import data, inference, loop, measure, report, step, stopping
 from train.errors import FailedRunsError, NonFiniteLossError, StoppedRunError
-from train.job import Job, check_run_folder, open_run, prepare
+from train.job import RUN_NAME, Job, check_run_folder, open_run, prepare
 from train.options import FitOptions
 
 _AXIS = "runs"
@@ -46,7 +46,7 @@ def runs_of(options: FitOptions) -> dict[str, FitOptions]:
     runs = {}
     for point in itertools.product(*axes.values()):
         values = dict(zip(axes, point, strict=True))
-        name = "_".join(f"{axis.replace('_', '-')}-{value:g}" for axis, value in values.items())
+        name = "_".join(f"{axis.replace('_', '-')}-{value}" for axis, value in values.items())
         changes = {**values, "output_dir": options.output_dir / name}
         runs[name] = dataclasses.replace(alone, **changes)
     return runs
@@ -95,6 +95,11 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     with stopping.handled() as stop:
         runs = runs_of(options)
+        if (options.output_dir / RUN_NAME).exists():
+            raise ValueError(
+                f"{options.output_dir} holds a single run, whose results those of several would "
+                "replace; choose another --output-dir"
+            )
         for each in runs.values():
             each.check()
             check_run_folder(each)

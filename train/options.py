@@ -366,7 +366,8 @@ class FitOptions(HostOptions, TrainingOptions):
     @property
     def is_grid(self) -> bool:
         """Whether there are several runs to be trained at once."""
-        return any((self.seeds, self.learning_rates, self.train_sizes))
+        lists = (self.seeds, self.learning_rates, self.train_sizes)
+        return any(values is not None for values in lists)
 
     def method_config(self) -> MethodConfig:
         """The preset with this run's changes."""
