@@ -2,15 +2,21 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
-from pathlib import Path
+import runpy
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
+from tests.pages import ROOT, code_blocks, rows_of_tables
+from train.__main__ import main
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 MODULES = ["compacter_jax"] + [
     module.name for module in pkgutil.walk_packages(cj.__path__, "compacter_jax.")
@@ -66,3 +72,123 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{page.name} links to {target}"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def python(page, number, **replaced):
+    """A block of Python of a page, with what is of the size of a real backbone replaced."""
+    code = code_blocks(ROOT / "docs" / page, "python")[number]
+    for written, here in replaced.items():
+        assert written in code
+        code = code.replace(written, here)
+    return code
+
+
+def test_training_on_the_first_page(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = {"path/or/hub-id": str(tiny_backbone), "factor=16": "factor=2"}
+    before, after = python("index.md", 0, **here).split("# ... and after training:\n")
+    names = {}
+    exec(before, names)
+    input_ids = jnp.array([[2, 10, 11, 3], [2, 15, 16, 3]])
+    batch = (input_ids, jnp.ones_like(input_ids), jnp.array([1, 0]))
+    losses = []
+    for _ in range(8):
+        names["trained"], names["opt_state"], loss = names["step"](
+            names["trained"], names["opt_state"], *batch
+        )
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    trained = names["trained"]
+    exec(after, names)
+    np.testing.assert_array_equal(names["params"]["phm_rule"], trained["phm_rule"])
+
+
+def test_many_adapters_on_the_first_page(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
+    saved = {}
+    for seed, folder in enumerate(("my-adapter", "another-adapter", "a-third-adapter")):
+        model = cj.Adapted(backbone.module, cj.preset("compacter++", reduction_factor=2))
+        saved[folder] = model, cj.init_adapters(model, backbone, jax.random.key(seed))
+        cj.save_adapter(folder, *saved[folder])
+    input_ids = jnp.array([[2, 10, 11, 3], [2, 15, 16, 3], [2, 12, 3, 0]])
+    mask = input_ids != 0
+    names = {"cj": cj, "jax": jax, "jnp": jnp, "backbone": backbone}
+    names |= {"input_ids": input_ids, "attention_mask": mask}
+    exec(python("index.md", 1, **{"capacity=1000": "capacity=5"}), names)
+    for row, folder in enumerate(("a-third-adapter", "my-adapter", "another-adapter")):
+        model, params = saved[folder]
+        alone = model.apply({"params": params}, input_ids[row : row + 1], mask[row : row + 1])
+        np.testing.assert_allclose(names["logits"][row], alone[0], atol=1e-6)
+    assert names["serve"]._cache_size() == 1
+
+
+def test_generation_of_t5(tiny_t5):
+    names = {"cj": cj, "jax": jax, "input_ids": jnp.array([[5, 9, 1], [7, 1, 0]])}
+    names["attention_mask"] = names["input_ids"] != 0
+    here = {"path/or/hub-id-of-a-T5": str(tiny_t5), "factor=16": "factor=2"}
+    exec(python("t5.md", 0, **here), names)
+    ids = names["ids"]
+    assert ids.shape[0] == 2
+    assert 2 <= ids.shape[1] <= 33
+    np.testing.assert_array_equal(ids[:, 0], 0)
+
+
+def test_adapters_of_other_libraries(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
+    model = cj.Adapted(backbone.module, cj.preset("lora", rank=2))
+    params = cj.init_adapters(model, backbone, jax.random.key(0))
+    cj.export_adapterhub("from-adapters", model, params)
+    cj.export_peft("from-peft", model, params)
+    names = {"cj": cj, "backbone": backbone}
+    exec(python("methods.md", 0), names)
+    left = "encoder/layer/1/attention/self/query/adapter/left"
+    imported, own = (flatten_dict(tree, sep="/") for tree in (names["params"], params))
+    np.testing.assert_array_equal(imported[left], own[left])
+    for folder in ("adapters", "peft"):
+        written, read = (tmp_path / f"{way}-{folder}" for way in ("for", "from"))
+        assert sorted(f.name for f in written.iterdir()) == sorted(f.name for f in read.iterdir())
+
+
+@pytest.mark.slow
+def test_counts_are_those_of_params(capsys):
+    def counted(*arguments):
+        command = ["params", "--backbone-config", "t5-base", "--json", *arguments]
+        assert main(command) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def shown(record):
+        """With the vocabulary of the tokens there are."""
+        (told,) = record["other_vocabularies"]
+        part = 100 * told["trained"] / told["backbone_total"]
+        return [f"{told['trained']:,}", "100 %" if part == 100 else f"{part:.3f} %"]
+
+    wanted = {record["method"]: shown(record) for record in counted("--method", "all")}
+    for name in ("compacter", "compacter++"):
+        record = counted("--method", name, "--phm-dim", "12")
+        wanted[f"{name}, n = 12"] = shown(record)
+    found = {}
+    for row in rows_of_tables(ROOT / "docs/methods.md"):
+        names = re.findall(r"`([^`]+)`", row[0])
+        if len(row) == 6 and names:
+            # The preset `phm` has n = 12.
+            variant = ", n = 12" if "n = 12" in row[0] and names != ["phm"] else ""
+            found |= {name + variant: row[-2:] for name in names}
+    assert found == wanted
+
+
+def test_sites_of_the_table():
+    named = set()
+    for row in rows_of_tables(ROOT / "docs/methods.md"):
+        if len(row) == 3:
+            named |= set(re.findall(r"`([^`]+)`", row[0])) - {"sites"}
+    assert named == {*cj.Bert.sites, *cj.T5.sites}
+
+
+def test_picture_of_sites(tmp_path, monkeypatch):
+    """It is drawn, and names no site that there is not."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("sys.argv", ["sites.py", str(tmp_path / "sites.png")])
+    runpy.run_path(str(ROOT / "docs/pictures/sites.py"), run_name="__main__")
+    assert (tmp_path / "sites.png").stat().st_size > 10_000

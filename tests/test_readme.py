@@ -1,100 +1,219 @@
-"""The Python examples of the README run as they stand, on small backbones."""
+"""What the README shows is so: its examples run, its numbers are those that were measured."""
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
+from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 
-README = Path(__file__).parents[1] / "README.md"
-
-
-def example(number):
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 4
-    return examples[number]
+README = ROOT / "README.md"
+BIAS = "encoder/layer/0/output/dense/adapter/up/bias"
+IDS = np.array([[2, 10, 11, 3], [2, 15, 16, 3], [2, 12, 3, 0]])
+MASK = (IDS != 0).astype(np.int32)
 
 
-def small_example(number, path, backbone):
-    """Code of the README, with `path` and the sizes replaced by those of a small backbone."""
-    code = example(number)
-    for written, here in ((path, str(backbone)), ("factor=16", "factor=2")):
+def small(code, **replaced):
+    """`code` with what is of the size of a real backbone replaced."""
+    for written, here in {"factor=16": "factor=2", **replaced}.items():
         assert written in code
         code = code.replace(written, here)
     return code
 
 
-def test_generation(tiny_t5):
-    names = {"cj": cj, "jax": jax, "input_ids": jnp.array([[5, 9, 1], [7, 1, 0]])}
-    names["attention_mask"] = names["input_ids"] != 0
-    exec(small_example(1, "path/or/hub-id-of-a-T5", tiny_t5), names)
-    ids = names["ids"]
-    assert ids.shape[0] == 2
-    assert 2 <= ids.shape[1] <= 33
-    np.testing.assert_array_equal(ids[:, 0], 0)
-
-
-def test_training(tiny_backbone, tmp_path, monkeypatch):
+def test_the_example(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = small_example(0, "path/or/hub-id", tiny_backbone)
-    before, after = code.split("# ... and after training:\n")
-    names = {}
-    exec(before, names)
-    input_ids = jnp.array([[2, 10, 11, 3], [2, 15, 16, 3]])
-    batch = (input_ids, jnp.ones_like(input_ids), jnp.array([1, 0]))
-    losses = []
-    for _ in range(8):
-        names["trained"], names["opt_state"], loss = names["step"](
-            names["trained"], names["opt_state"], *batch
-        )
-        losses.append(float(loss))
-    assert losses[-1] < losses[0]
-    trained = names["trained"]
-    exec(after, names)
-    rule = names["params"]["phm_rule"]
-    np.testing.assert_array_equal(rule, trained["phm_rule"])
+    (code,) = code_blocks(README, "python")
+    assert len([line for line in code.splitlines() if line]) <= 15
+    names = {"batch": (jnp.array(IDS), jnp.array(MASK), jnp.array([1, 0, 1]))}
+    exec(small(code, **{"path/or/hub-id": str(tiny_backbone)}), names)
+    again, params, trained = names["model"], names["params"], names["trained"]
+    np.testing.assert_array_equal(params["phm_rule"], trained["phm_rule"])
+    start = cj.init_adapters(again, names["backbone"], jax.random.key(0))
+    biases = [flatten_dict(tree, sep="/")[BIAS] for tree in (params, start)]
+    moved = np.abs(biases[0] - biases[1])
+    assert moved.max() > 1e-3  # one step of Adam
     assert sorted(path.name for path in (tmp_path / "my-adapter").iterdir()) == [
         "adapter.safetensors",
         "adapter_config.json",
     ]
 
 
-def test_many_adapters_on_one_backbone(tiny_backbone, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
-    saved = {}
-    for seed, folder in enumerate(("my-adapter", "another-adapter", "a-third-adapter")):
-        model = cj.Adapted(backbone.module, cj.preset("compacter++", reduction_factor=2))
-        saved[folder] = model, cj.init_adapters(model, backbone, jax.random.key(seed))
-        cj.save_adapter(folder, *saved[folder])
-    input_ids = jnp.array([[2, 10, 11, 3], [2, 15, 16, 3], [2, 12, 3, 0]])
-    mask = input_ids != 0
-    names = {"cj": cj, "jax": jax, "jnp": jnp, "backbone": backbone}
-    names |= {"input_ids": input_ids, "attention_mask": mask}
-    exec(example(2).replace("capacity=1000", "capacity=5"), names)
-    for row, folder in enumerate(("a-third-adapter", "my-adapter", "another-adapter")):
-        model, params = saved[folder]
-        alone = model.apply({"params": params}, input_ids[row : row + 1], mask[row : row + 1])
-        np.testing.assert_allclose(names["logits"][row], alone[0], atol=1e-6)
-    assert names["serve"]._cache_size() == 1
+def test_methods():
+    """Every preset has its row; the numbers are those of the page, which are counted."""
+    presets = {f"`{name}`" for name in cj.presets()}
+    first = rows_of_tables(README)[: len(presets) + 2]
+    table = {row[0]: row[2:4] for row in first}
+    page = {}
+    for row in rows_of_tables(ROOT / "docs/methods.md"):
+        for name in re.findall(r"`[^`]+`", row[0]):
+            page.setdefault(name, row[-2:])  # the first is the preset as it is
+    for name in presets:
+        assert table[name] == page[name]
 
 
-def test_adapters_of_other_libraries(tiny_backbone, tmp_path, monkeypatch):
+NAMES = {"minilm": "MiniLM", "bert-base": "BERT-base", "t5-small": "T5-small", "t5-base": "T5-base"}
+
+
+def speed_rows():
+    """Of the recorded measurement: what the README has of each case, and what the page has."""
+    report = json.loads((ROOT / "benchmarks/results/peers_cpu.json").read_text(encoding="utf-8"))
+    for case in report["cases"]:
+        size = case["size"]
+        model, method, work = case["case"].split("/")
+        out = 32 if work == "generate" else size["target_length"]
+        shape = f"{size['rows']} x {size['length']}" + (f" -> {out}" if out else "")
+        ((peer, ratio),) = case["ratios"].items()
+        seconds, sides = ratio["seconds"], [case["sides"][s] for s in ("compacter_jax", peer)]
+        quartiles = f"({seconds['first_quartile']:.2f} to {seconds['third_quartile']:.2f})"
+        head = [f"{NAMES[model]} {shape}", f"`{method}`", work, peer]
+        told, memory = f"{seconds['median']:.2f} {quartiles}", f"{ratio['memory']:.2f}"
+        medians = [f"{side['median_seconds']:.2f}" for side in sides]
+        noise = f"{max(side['noise'] for side in sides):.0%}"
+        cpu = f"{ratio['cpu_seconds']['median']:.2f}"
+        yield [*head, told, memory], [*head, *medians, told, cpu, memory, noise]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
+def test_speed(page):
+    wanted = [rows[page != "README.md"] for rows in speed_rows()]
+    found = [row for row in rows_of_tables(ROOT / page) if row[0].split()[0] in NAMES.values()]
+    assert found == wanted
+
+
+def side_by_side(number, side):
+    """What to do -> the lines of code of a side, of one of the two tables of other libraries."""
+    tables = re.findall(r"^\| \| .*\n(?:\|.*\n)+", README.read_text("utf-8"), re.MULTILINE)
+    assert len(tables) == 2
+    rows = [cells(line) for line in tables[number].strip().splitlines()[2:]]
+    return {row[0]: re.findall(r"`([^`]+)`", row[1 + side]) for row in rows}
+
+
+@pytest.fixture
+def backbone(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
-    model = cj.Adapted(backbone.module, cj.preset("lora", rank=2))
-    params = cj.init_adapters(model, backbone, jax.random.key(0))
-    cj.export_adapterhub("from-adapters", model, params)
-    cj.export_peft("from-peft", model, params)
-    names = {"cj": cj, "backbone": backbone}
-    exec(example(3), names)
-    left = "encoder/layer/1/attention/self/query/adapter/left"
-    imported, own = (flatten_dict(tree, sep="/") for tree in (names["params"], params))
-    np.testing.assert_array_equal(imported[left], own[left])
-    for folder in ("adapters", "peft"):
-        written, read = (tmp_path / f"{way}-{folder}" for way in ("for", "from"))
-        assert sorted(f.name for f in written.iterdir()) == sorted(f.name for f in read.iterdir())
+    Path("ours").mkdir()
+    return cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
+
+
+def names_here(backbone):
+    key, batch = jax.random.key(0), {"ids": jnp.array(IDS), "mask": jnp.array(MASK)}
+    return {"cj": cj, "jnp": jnp, "backbone": backbone, "key": key, **batch}
+
+
+def run(lines, names):
+    for line in lines:
+        exec(small(line) if "factor=16" in line else line, names)
+
+
+def save_another(backbone):
+    model = cj.Adapted(backbone.module, cj.preset("compacter++", reduction_factor=2))
+    cj.save_adapter("tone", model, cj.init_adapters(model, backbone, jax.random.key(1)))
+
+
+def test_our_side_of_adapterhub(backbone):
+    code, names = side_by_side(0, 1), names_here(backbone)
+    save_another(backbone)
+    for what in ("add", "freeze", "save", "load", "run"):
+        run(code[what], names)
+    alone = names["logits"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(names["trained"])) < 2000
+    run(code["several"], names)
+    np.testing.assert_allclose(names["logits"][:2], alone[:2], atol=1e-6)
+
+
+def test_our_side_of_peft(backbone):
+    code, names = side_by_side(1, 1), names_here(backbone)
+    for what in ("add", "save, load"):
+        run(code[what], names)
+    cj.export_peft("peft", names["model"], names["params"])
+    for what in ("exchange", "merge"):
+        run(code[what], names)
+    merged = cj.load_backbone("merged")
+    np.testing.assert_array_equal(
+        merged.module.apply({"params": merged.params}, IDS, MASK),
+        backbone.module.apply({"params": names["merged"]}, IDS, MASK),
+    )
+
+
+@pytest.fixture
+def torch_model(tiny_backbone):
+    """Function that makes a classifier of transformers, always the same."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def make():
+        torch.manual_seed(0)
+        kind = transformers.BertForSequenceClassification
+        return kind.from_pretrained(tiny_backbone, num_labels=2).eval()
+
+    return make
+
+
+def torch_batch():
+    import torch
+
+    return {"ids": torch.tensor(IDS), "mask": torch.tensor(MASK)}
+
+
+def logits_of(model):
+    import torch
+
+    with torch.no_grad():
+        return model(*torch_batch().values()).logits.numpy()
+
+
+@pytest.mark.slow
+def test_both_sides_of_adapterhub(backbone, torch_model):
+    adapters = pytest.importorskip("adapters")
+    code, names = side_by_side(0, 0), {"adapters": adapters, "model": torch_model()}
+    names |= torch_batch()
+    run(code["add"], names)
+    model = names["model"]
+    model.add_adapter("tone", config=names["config"])
+    model.save_adapter("tone", "tone", use_safetensors=True)
+    model.delete_adapter("tone")
+    run(code["freeze"], names)
+    trained = {name for name, leaf in model.named_parameters() if leaf.requires_grad}
+    assert all("adapters.film" in name or "phm" in name or "class" in name for name in trained)
+    model.eval()
+    for what in ("save", "load", "run", "several"):
+        run(code[what], names)
+    model.set_active_adapters("film")
+    theirs = logits_of(model)
+    save, load = code["exchange"]
+    run([save], names)
+    mine = names_here(backbone)
+    run(side_by_side(0, 1)["exchange"], mine)
+    own = mine["model"].apply({"params": mine["params"]}, IDS, MASK)
+    np.testing.assert_allclose(own, theirs, atol=2e-5)
+    names["model"] = torch_model()
+    adapters.init(names["model"])
+    run([load], names)
+    np.testing.assert_allclose(logits_of(names["model"].eval()), theirs, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_both_sides_of_peft(backbone, torch_model):
+    peft = pytest.importorskip("peft")
+    code = side_by_side(1, 0)
+    names = {"peft": peft, "model": torch_model(), "base": torch_model()}
+    for what in ("add", "save, load", "exchange"):
+        run(code[what], names)
+    theirs = logits_of(names["model"].eval())
+    mine = names_here(backbone)
+    run(side_by_side(1, 1)["exchange"], mine)
+    own = mine["model"].apply({"params": mine["params"]}, IDS, MASK)
+    np.testing.assert_allclose(own, theirs, atol=2e-5)
+    exported = peft.PeftModel.from_pretrained(torch_model(), "lora-for-peft").eval()
+    np.testing.assert_allclose(logits_of(exported), theirs, atol=2e-5)
+    run(code["merge"], names)
+    merged = cj.load_backbone("merged")
+    logits = merged.module.apply({"params": merged.params}, IDS, MASK)
+    np.testing.assert_allclose(logits, theirs, atol=2e-5)

@@ -1,0 +1,154 @@
+"""The worked examples of docs/extending.md: each is done as it stands there."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.pages import ROOT, code_blocks
+from train.__main__ import main
+
+PATH = ROOT / "docs/extending.md"
+PAGE = PATH.read_text(encoding="utf-8")
+
+# Run in a copy of the repository that has the edits of the page; its arguments are folders: of a
+# backbone, and with PAWS.
+USES = """
+import contextlib, io, json, sys
+from pathlib import Path
+
+import jax, jax.numpy as jnp, numpy as np
+
+import compacter_jax as cj
+from train import learning_rates, tasks
+from train.__main__ import main
+
+backbone = cj.load_backbone(sys.argv[1], head="sequence_classification", num_labels=2)
+model = cj.Adapted(backbone.module, cj.preset("scale-shift"))
+params = cj.init_adapters(model, backbone, jax.random.key(0))
+ids = jnp.array([[2, 10, 11, 3], [2, 15, 16, 3]])
+
+
+def logits(model, params, **options):
+    return np.asarray(model.apply({"params": params}, ids, **options))
+
+
+plain = logits(backbone.module, backbone.params)
+np.testing.assert_allclose(logits(model, params), plain, atol=1e-6)
+labels = cj.label_params(params, model.method)
+trained, frozen = cj.partition(params, labels)
+
+
+
+def loss(trained):
+    return (model.apply({"params": cj.merge(trained, frozen)}, ids) ** 2).sum()
+
+
+moved = jax.tree.map(lambda x, slope: x - 0.1 * slope, trained, jax.grad(loss)(trained))
+params = cj.merge(moved, frozen)
+assert np.abs(logits(model, params) - plain).max() > 1e-3
+cj.save_adapter("saved", model, params)
+again, read = cj.load_adapter("saved", backbone)
+np.testing.assert_array_equal(logits(again, read), logits(model, params))
+many, bank = cj.stack_adapters(["saved", "saved"], backbone)
+routed = logits(many, bank, adapter_ids=jnp.array([1, -1]))
+np.testing.assert_allclose(routed, [logits(model, params)[0], plain[1]], atol=1e-6)
+
+assert set(learning_rates.CLASSIFIER) == set(learning_rates.TEXT_TO_TEXT) == set(cj.presets())
+task = tasks.load_task("paws", data_dir=Path(sys.argv[2]))
+printed = io.StringIO()
+with contextlib.redirect_stdout(printed):
+    main(["params", "--backbone-config", "t5-small", "--method", "scale-shift", "--json"])
+print(json.dumps({
+    "trained": json.loads(printed.getvalue())["trained"],
+    "labels": task.label_names,
+    "rows": {name: len(rows) for name, rows in task.splits.items()},
+    "first": task.benchmark.for_encoder(task.splits["train"])["sentence2"][0],
+}))
+"""
+
+
+def blocks(kind):
+    return code_blocks(PATH, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the edits")
+def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    copy = tmp_path / "copy"
+    for package in ("compacter_jax", "train"):
+        shutil.copytree(
+            ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for edit in blocks("diff"):
+        command = ["git", "apply", "--recount", "-C1", "-"]
+        subprocess.run(command, cwd=copy, input=edit, text=True, check=True)
+    text = Value("string")
+    features = {"id": Value("int32"), "sentence1": text, "sentence2": text}
+    features["label"] = ClassLabel(names=["0", "1"])
+    folder = tmp_path / "paws/labeled_final"
+    folder.mkdir(parents=True)
+    for split, size in {"train": 4, "validation": 3, "test": 2}.items():
+        rows = [
+            {"id": i, "sentence1": f"film {i}", "sentence2": f"plot {i}", "label": i % 2}
+            for i in range(size)
+        ]
+        made = Dataset.from_list(rows, features=Features(features))
+        table = made.with_format("arrow")[:]
+        table = table.replace_schema_metadata(made.features.arrow_schema.metadata)
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    uses = [sys.executable, "-c", USES, str(tiny_backbone), str(tmp_path / "paws")]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        uses, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    (printed,) = re.findall(r"prints ([\d,]+) trained numbers", PAGE)
+    assert f"{said['trained']:,}" == printed
+    assert said["labels"] == ["0", "1"]
+    assert said["rows"] == {"train": 4, "validation": 3, "test": 2}
+    assert said["first"] == "plot 0"
+
+
+def test_a_module_of_somebody_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    theirs, ours = blocks("python")
+    names = {"__name__": "example"}
+    exec(theirs, names)
+    exec(ours, names)
+    groups = {"rule": (64, 64), "adapters": (4 * (72 + 72 + 8 + 64), 4 * (72 + 72 + 8 + 64))}
+    assert f"'adapters': {groups['adapters']}" in capsys.readouterr().out
+    jax, cj, model = names["jax"], names["cj"], names["model"]
+    trained, frozen = cj.partition(names["params"], cj.label_params(names["params"], model.method))
+    ids = names["module"].dummy_inputs()
+
+    def loss(trained):
+        return (model.apply({"params": cj.merge(trained, frozen)}, *ids) ** 2).sum()
+
+    slopes = jax.grad(loss)(trained)["block_3"]["down"]["adapter"]["up"]["bias"]
+    assert np.abs(slopes).max() > 0
+    rules = re.findall(r'rules=\[\((r"[^"]*"),\s+"train"\)\]', PAGE)
+    labels = cj.label_params(names["params"], model.method, rules=[(eval(rules[0]), "train")])
+    assert labels["block_0"]["norm"] == {"scale": "train", "bias": "train"}
+
+
+@pytest.mark.slow
+def test_files_of_ones_own(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (rows,) = [block for block in blocks("") if block.startswith("sentence,")]
+    for name in ("train", "validation"):
+        Path(f"{name}.csv").write_text(rows, encoding="utf-8")
+    (command,) = [block for block in blocks("") if "--train-file" in block]
+    arguments = command.replace("DIR", str(tiny_backbone)).split()[3:]
+    assert main([*arguments, "--reduction-factor", "2", "--epochs", "1", "--max-length", "64"]) == 0
+    assert Path("runs/own/adapter/adapter.safetensors").is_file()
