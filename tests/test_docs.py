@@ -6,6 +6,7 @@ import json
 import pkgutil
 import re
 import runpy
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from tests.pages import ROOT, code_blocks, rows_of_tables
-from train.__main__ import main
+from train.__main__ import _parsed, main
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 MODULES = ["compacter_jax"] + [
@@ -45,6 +46,19 @@ def test_every_public_name_has_its_place():
         re.findall(r"auto(?:function|class):: compacter_jax\.(\w+)$", text, re.MULTILINE)
     )
     assert documented == set(cj.__all__), "docs/api has one entry for each name in __all__"
+
+
+COMMAND_PAGES = [page for page in [*PAGES, ROOT / "README.md"] if code_blocks(page)]
+
+
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda page: page.stem)
+def test_commands_parse(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for block in code_blocks(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            if found := re.match(r"(?:\$ )?python -m train (.*)", line):
+                name, *arguments = shlex.split(found[1], comments=True)
+                _parsed(name, arguments)
 
 
 def slug(heading):

