@@ -1,4 +1,4 @@
-"""The figure of the README's T5 section: `python -m benchmarks.plot_t5 RESULTS.json`.
+"""The figure of docs/t5.md: `python -m benchmarks.plot_t5 RESULTS.json`.
 
 The picture goes beside the file, with the suffix .png.
 """

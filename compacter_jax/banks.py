@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import config
-from compacter_jax.checkpoint import load_adapter, read_adapter_config
+from compacter_jax.checkpoint import AdapterReader, read_adapter_config
 from compacter_jax.compose import NO_LABEL
 from compacter_jax.config import (
     OCCUPIED,
@@ -72,7 +72,8 @@ def stack_adapters(
             f"{len(sources)} adapters for a bank with a capacity of {capacity}; give at least one "
             "and at most as many"
         )
-    loaded = [_load(source, backbone) for source in sources]
+    reader, backbones = AdapterReader(), {None: backbone, _num_labels(backbone): backbone}
+    loaded = [_load(source, backbones, reader) for source in sources]
     _check_equal(sources, [model for model, _ in loaded])
     first, _ = loaded[0]
     labels = [getattr(model.backbone, "num_labels", None) for model, _ in loaded]
@@ -156,15 +157,18 @@ def set_member(model: Adapted, params: Params, which: int | str, source: Source)
       model: of a composition.
       params: of it; they are not changed.
       which: as for `get_member`; a place of a bank that holds no member is filled.
-      source: a folder written by `save_adapter`, or an adapted module and its parameters.
+      source: a folder written by `save_adapter`, or an adapted module and its parameters; these may
+        have another head where the composition does not use it, as in a `Stack` below the last.
 
     Raises:
       ValueError: if there is no such place, or the source differs from what is wanted there in more
         than numbers and labels; it lists the differences.
     """
     member, index = _find(model.method, which)
-    given, given_params = _load(source, _plain_backbone(model, params))
-    _check_method(f"the adapter for {which!r}", given, member.method, model)
+    backbone = _plain_backbone(model, params)
+    backbones = {None: backbone, _num_labels(backbone): backbone}
+    given, given_params = _load(source, backbones, AdapterReader())
+    _check_method(f"the adapter for {which!r}", given, member, model)
     leaves = _own_leaves(member, given_params)
     flat = dict(flatten_dict(params, sep="/"))
     members = members_of(model.method)
@@ -208,11 +212,16 @@ def _find(method: MethodConfig, which: int | str) -> tuple[Member, int | None]:
     raise ValueError(f"there is no member {which!r}; the composition has {', '.join(known)}")
 
 
-def _load(source: Source, backbone: Any) -> tuple[Adapted, Params]:
+def _load(
+    source: Source, backbones: dict[int | None, Any], reader: AdapterReader
+) -> tuple[Adapted, Params]:
+    """An adapter on the backbone with as many labels as it has; `backbones` gets what is made."""
     if isinstance(source, tuple):
         return source
     labels = read_adapter_config(source)["num_labels"]
-    return load_adapter(source, _with_labels(backbone, labels))
+    if labels not in backbones:
+        backbones[labels] = _with_labels(backbones[None], labels)
+    return reader.read(source, backbones[labels])
 
 
 def _num_labels(backbone: Any) -> int | None:
@@ -294,14 +303,17 @@ def _check_equal(sources: Sequence[Source], models: Sequence[Adapted]) -> None:
     first = models[0]
     for i, (source, model) in enumerate(zip(sources, models, strict=True)):
         name = f"adapter {i}" if isinstance(source, tuple) else f"the adapter in {Path(source)}"
-        _check_method(name, model, first.method, first)
+        wanted = Member((), first.method, replaces=frozenset({"head"}))
+        _check_method(name, model, wanted, first)
 
 
-def _check_method(name: str, given: Adapted, wanted: MethodConfig, like: Adapted) -> None:
+def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> None:
     """ValueError that lists in what an adapter is not as wanted."""
     pairs = {"sites": (given.sites, like.sites)}
-    pairs["head"] = (getattr(given.backbone, "head", None), getattr(like.backbone, "head", None))
-    theirs, ours = config.to_dict(given.method), config.to_dict(wanted)
+    if "head" in wanted.replaces:
+        own, other = (getattr(each.backbone, "head", None) for each in (given, like))
+        pairs["head"] = (own, other)
+    theirs, ours = config.to_dict(given.method), config.to_dict(wanted.method)
     for key in sorted(theirs.keys() | ours.keys()):
         pairs[key] = (theirs.get(key), ours.get(key))
     if differences := [f"{key}: {a!r}, not {b!r}" for key, (a, b) in pairs.items() if a != b]:

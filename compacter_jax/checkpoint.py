@@ -101,30 +101,70 @@ def load_adapter(
       ValueError: for a truncated or foreign file, another backbone or head, missing or unknown
         leaves; it says which.
     """
-    directory = Path(directory)
-    settings = read_adapter_config(directory)
-    for name in ("head", "num_labels"):
-        given = getattr(backbone.module, name, None)
-        if given != settings[name]:
+    return AdapterReader().read(directory, backbone)
+
+
+class AdapterReader:
+    """`load_adapter` for many: what adapters of one shape have in common is computed once.
+
+    That is the hash of the backbone, and which leaves a method has beside it.
+    """
+
+    def __init__(self) -> None:
+        # Arrays and modules are kept, so that nothing else can come to have their identity.
+        self._hashes: dict[tuple[int, ...], tuple[str, list[Any]]] = {}
+        self._splits: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._modules: list[Any] = []
+
+    def read(
+        self, directory: str | os.PathLike[str], backbone: Any
+    ) -> tuple[inject.Adapted, dict[str, Any]]:
+        """See `load_adapter`."""
+        directory = Path(directory)
+        settings = read_adapter_config(directory)
+        for name in ("head", "num_labels"):
+            given = getattr(backbone.module, name, None)
+            if given != settings[name]:
+                raise ValueError(
+                    f"the adapter in {directory} was saved with {name}={settings[name]!r}, the "
+                    f"backbone has {name}={given!r}; load the backbone with the adapter's"
+                )
+        stored = _read_weights(directory, settings["weights_sha256"])
+        method = config.from_dict(settings["method"])
+        model = inject.Adapted(backbone.module, method, sites=_sites_from_json(settings["sites"]))
+        wanted, frozen = self._split(model, backbone, settings)
+        check_leaves(directory, stored, wanted)
+        own = flatten_dict(backbone.params, sep="/")
+        left = {path: own[path] for path in frozen}
+        actual = self._hash(left)
+        if actual != settings["backbone_sha256"]:
             raise ValueError(
-                f"the adapter in {directory} was saved with {name}={settings[name]!r}, the "
-                f"backbone has {name}={given!r}; load the backbone with the adapter's"
+                f"the adapter in {directory} was made for a backbone with the hash "
+                f"{settings['backbone_sha256'][:12]}…, this one has {actual[:12]}…; "
+                f"load the backbone it was trained with{_named(settings)}"
             )
-    stored = _read_weights(directory, settings["weights_sha256"])
-    method = config.from_dict(settings["method"])
-    model = inject.Adapted(backbone.module, method, sites=_sites_from_json(settings["sites"]))
-    wanted, frozen = _split(_shapes(model, backbone), method)
-    check_leaves(directory, stored, wanted)
-    own = flatten_dict(backbone.params, sep="/")
-    left = {path: own[path] for path in frozen}
-    actual = hash_params(left)
-    if actual != settings["backbone_sha256"]:
-        raise ValueError(
-            f"the adapter in {directory} was made for a backbone with the hash "
-            f"{settings['backbone_sha256'][:12]}…, this one has {actual[:12]}…; "
-            f"load the backbone it was trained with{_named(settings)}"
-        )
-    return model, unflatten_dict({**left, **stored}, sep="/")
+        return model, unflatten_dict({**left, **stored}, sep="/")
+
+    def _split(
+        self, model: inject.Adapted, backbone: Any, settings: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Shapes of what is stored, and of what is not, by path."""
+        key = (model.method, repr(settings["sites"]), id(backbone.module))
+        if key not in self._splits:
+            self._modules.append(backbone.module)
+            shapes = jax.eval_shape(
+                lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0)
+            )
+            self._splits[key] = _split(shapes, model.method)
+        return self._splits[key]
+
+    def _hash(self, left: Mapping[str, Any]) -> str:
+        """`hash_params`, of the same arrays once."""
+        arrays = [left[path] for path in sorted(left)]
+        key = tuple(map(id, arrays))
+        if key not in self._hashes:
+            self._hashes[key] = hash_params(left), arrays
+        return self._hashes[key][0]
 
 
 def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, config: Any) -> None:
@@ -263,11 +303,6 @@ def _sites_from_json(sites: Any) -> Any:
         }
     except TypeError as error:
         raise ValueError(f"sites={sites!r} are none of this library: {error}") from None
-
-
-def _shapes(model: inject.Adapted, backbone: Any) -> Any:
-    """The backbone's parameters, and the shapes of what the adapter adds."""
-    return jax.eval_shape(lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0))
 
 
 def _read_weights(directory: Path, sha256: str) -> dict[str, jax.Array]:

@@ -981,6 +981,20 @@ _PRESETS: dict[str, MethodConfig] = {
 }
 
 
+def parallel_names(method: MethodConfig) -> tuple[str, ...]:
+    """Of what a call of a model returns, if that is a tuple: names of members, `/`-joined."""
+    if not isinstance(method, Composition):
+        return ()
+    inner = [parallel_names(member) for member in method.members]
+    if not isinstance(method, Parallel):
+        return max(inner, key=len)
+    return tuple(
+        "/".join(filter(None, (name, each)))
+        for name, names in zip(method.names, inner, strict=True)
+        for each in names or ("",)
+    )
+
+
 def parts_of(method: MethodConfig) -> tuple[InsertedConfig, ...]:
     """What `method` inserts: itself, its parts, those of all its members, or nothing."""
     if isinstance(method, CombinedConfig):

@@ -352,8 +352,22 @@ def test_seeds_at_once(pretended, files, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("DIVERGES")
     assert main(compare_flags(files, output, **flags)) == 0
     assert pretended() == ["lora 1"]
-    error = refusal(capsys, *compare_flags(files, tmp_path / "b", **{**flags, "at-once": 0}))
-    assert "at_once=0 must be at least 1" in error
+    for flag, name in (("at-once", "at_once"), ("processes", "processes")):
+        error = refusal(capsys, *compare_flags(files, tmp_path / "b", **{**flags, flag: 0}))
+        assert f"{name}=0 must be at least 1" in error
+
+
+def test_runs_side_by_side(pretended, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HANGS", "full")  # and does not keep the others waiting
+    monkeypatch.setenv("FAILS", "ia3")
+    output = tmp_path / "out"
+    flags = compare_flags(files, output, methods="full,lora,ia3", seeds=1, processes=2)
+    assert main(flags) == 1
+    ends = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] == "["]
+    assert ends == ["[1/3] own, lora, seed 0", "[2/3] own, ia3, seed 0", "[3/3] own, full, seed 0"]
+    report = (output / "report.md").read_text()
+    assert "2 runs at a time, each with its share of the processors" in report
+    assert "| own, ia3, seed 0 | it cannot work |" in report
 
 
 def wait_for(path):

@@ -1,11 +1,19 @@
-"""What the backbones are built of: attention and dropout."""
+"""What the backbones are built of: attention, GELU and dropout."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compacter_jax.models.layers import Dropout, attention, dropout_mask, split_heads
+from compacter_jax.activations import get_activation
+from compacter_jax.models.layers import (
+    Dropout,
+    attention,
+    dropout_mask,
+    split_heads,
+)
 
 RNG = np.random.default_rng(5)
 
@@ -52,6 +60,59 @@ def test_gradients_of_attention_are_finite_differences():
     )
     found = sum(np.sum(np.float64(g) * d) for g, d in zip(gradients, direction, strict=True))
     np.testing.assert_allclose(found, slope, rtol=1e-5)
+
+
+def test_attention_to_nothing_but_padding_is_the_mean():
+    """As of the softmax of equal scores; and a bias of -inf leaves a key out altogether."""
+    query, key, value = jnp.asarray(RNG.standard_normal((3, 1, 1, 4, 2)), jnp.float32)
+    least = jnp.full((1, 1, 1, 4), jnp.finfo(jnp.float32).min)
+    out = attention(query, key, value, (least,))[0, :, 0]
+    np.testing.assert_allclose(out, np.tile(value[0, 0].mean(0), (4, 1)), atol=1e-6)
+    one = attention(query, key, value, (jnp.array([0, -jnp.inf, -jnp.inf, -jnp.inf]),))
+    np.testing.assert_allclose(one[0, :, 0], np.tile(value[0, 0, 0], (4, 1)), atol=1e-6)
+
+
+def test_dropped_probabilities_leave_the_others_scaled():
+    query, key, value = RNG.standard_normal((3, 2, 3, 5, 4))
+    mask = RNG.random((2, 3, 5, 5)) < 0.6
+    arrays = [jnp.float32(x) for x in (query, key, value)]
+    out = attention(*arrays, dropout=lambda x: jnp.where(mask, x / 0.6, 0))
+    weights = np.exp(query @ np.swapaxes(key, -1, -2))
+    weights /= weights.sum(-1, keepdims=True)
+    exact = np.swapaxes(np.where(mask, weights / 0.6, 0) @ value, 1, 2)
+    np.testing.assert_allclose(out, exact, atol=2e-6)
+
+
+def test_gelu_and_its_derivatives_are_those_of_the_error_function():
+    x = np.concatenate([np.linspace(-8, 8, 101), RNG.standard_normal(50) * 3])
+    below = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+    density = np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+    gelu = get_activation("gelu")
+    np.testing.assert_allclose(gelu(jnp.float32(x)), x * below, atol=1e-6)
+    slope = jax.vmap(jax.grad(gelu))
+    np.testing.assert_allclose(slope(jnp.float32(x)), below + x * density, atol=1e-6)
+    ones = jnp.ones(len(x))
+    _, forward = jax.jvp(gelu, [jnp.float32(x)], [ones])
+    np.testing.assert_allclose(forward, below + x * density, atol=1e-6)
+    _, second = jax.jvp(slope, [jnp.float32(x)], [ones])
+    np.testing.assert_allclose(second, (2 - x**2) * density, atol=2e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about XLA on a CPU")
+def test_of_a_feed_forward_layer_one_array_is_kept():
+    rows, width, inner, layers = 256, 16, 512, 6
+    down, up = RNG.standard_normal((2, layers, width, inner)) / 16
+
+    def loss(x):
+        for i in range(layers):
+            x = x + get_activation("gelu")(x @ jnp.float32(down[i])) @ jnp.float32(up[i]).T
+        return x.sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((rows, width))).compile()
+    kept = compiled.memory_analysis().temp_size_in_bytes
+    one = rows * inner * 4
+    # Beside those of all layers there is what the layer under way has.
+    assert kept < (layers + 3) * one
 
 
 def test_heads_are_parts_of_the_width():

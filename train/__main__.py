@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from train import compiled, manual, options
+from train import allocator, compiled, manual, options
 from train.errors import InterruptedRunError, StoppedRunError
 
 USAGE = """usage: python -m train COMMAND [OPTIONS]
@@ -134,6 +134,8 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[], type]]] = {
 }
 # These read `--config FILE.toml`, and the last two are told the options of each task.
 _CONFIGURED, _OF_EACH_TASK = ("fit", "plan", "compare"), ("plan", "compare")
+# These compute for so long that the process is prepared for it.
+_LONG = {"fit", "compare", "evaluate", "predict"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -194,6 +196,9 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    if _LONG & set(sys.argv[1:2]):
+        allocator.use_huge_pages()
+
     import jax
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -20,8 +20,6 @@ from train.files import read_chunks
 from train.options import PredictOptions
 
 COLUMN = "adapter"
-# What adapters must share to be computed together.
-_SHARED = ("backbone", "head", "kind", "max_length", "dtype", "backbone_dtype")
 
 
 def members_of(folder: Path) -> dict[str, Path]:
@@ -118,7 +116,7 @@ def _listed(names: Sequence[str], most: int = 10) -> str:
 def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
     options.check()
     settings = {name: inference.settings_of(folder) for name, folder in members.items()}
-    first_name, first = next(iter(settings.items()))
+    first = next(iter(settings.values()))
     for name, each in settings.items():
         if each["kind"] not in ("classification", "regression") or "text_to_text" in each:
             raise ValueError(
@@ -129,12 +127,7 @@ def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
                 f"{members[name]} reads the columns of {each['benchmark']['name']}; predict with "
                 "it by itself"
             )
-        for key in _SHARED:
-            if each.get(key) != first.get(key):
-                raise ValueError(
-                    f"adapters in one file must share their {key}: {first_name} has "
-                    f"{first.get(key)!r}, {name} has {each.get(key)!r}"
-                )
+    inference.check_shared(settings)
     source = options.backbone or first["backbone"]
     backbone = cj.load_backbone(
         source, **inference.head_of(first), dtype=jnp.dtype(options.dtype or first["dtype"])

@@ -29,6 +29,7 @@ from train.options import (
     method_of,
     options_of,
 )
+from train.processes import side_by_side
 
 _ROOT = Path(__file__).parents[1]
 ALL = "all"
@@ -139,8 +140,9 @@ def plan(each: Sequence[CompareOptions]) -> list[Run]:
 def _runs(options: CompareOptions) -> list[Run]:
     """Those on one task, by size, then by seed."""
     options.check()
-    if options.at_once < 1:
-        raise ValueError(f"at_once={options.at_once} must be at least 1")
+    for name in ("at_once", "processes"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     methods = list(presets()) if options.methods == ALL else _names(options.methods)
     for name in methods:
         method_of(name, options_of(name, options.method_options))
@@ -263,21 +265,29 @@ def _run_all(runs: Sequence[Run], options: CompareOptions, lock: int) -> dict[Ru
     number = len(done)
     if done:
         print(f"{number} of {len(runs)} runs are finished already")
-    for together in _together(left, options.at_once):
-        reason = _fit(together, options, lock)
-        for run in together:
-            number += 1
-            left.remove(run)
-            if reason and not run.finished():
-                failures[run] = reason
-                outcome = f"failed: {reason}"
-            else:
-                done.append(run)
-                record = run.record()
-                score = record["test"][record["metric"]]
-                outcome = f"test {record['metric']} {score:.4f} in {record['seconds']:.0f} s"
-            rest = _duration(_seconds_left(done, left))
-            print(f"[{number}/{len(runs)}] {run.name}: {outcome}; {rest}", flush=True)
+    groups = _together(left, options.at_once)
+    ends = side_by_side(groups, lambda runs: _start(runs, options, lock), options.processes)
+    try:
+        for together, code in ends:
+            reason = _ended(together, code, options)
+            for run in together:
+                number += 1
+                left.remove(run)
+                if reason and not run.finished():
+                    failures[run] = reason
+                    outcome = f"failed: {reason}"
+                else:
+                    done.append(run)
+                    record = run.record()
+                    score = record["test"][record["metric"]]
+                    outcome = f"test {record['metric']} {score:.4f} in {record['seconds']:.0f} s"
+                rest = _duration(_seconds_left(done, left, options.processes))
+                print(f"[{number}/{len(runs)}] {run.name}: {outcome}; {rest}", flush=True)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"interrupted with {len(left)} of {len(runs)} runs left; the same command goes on with "
+            "them"
+        ) from None
     return failures
 
 
@@ -294,41 +304,42 @@ def _together(runs: Sequence[Run], most: int) -> list[list[Run]]:
     return ordered
 
 
-def _fit(runs: Sequence[Run], options: CompareOptions, lock: int) -> str | None:
-    """Trains in a new process; returns why that failed, None if it did not."""
+def _start(runs: Sequence[Run], options: CompareOptions, lock: int) -> subprocess.Popen[bytes]:
+    """A process that trains `runs`."""
     for run in runs:
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)
         write_json(run.folder / _FLAGS_NAME, list(run.flags))
-    log = runs[0].folder / _LOG_NAME
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    with _log(runs).open("wb") as output:
+        return subprocess.Popen(
             [sys.executable, "-m", "train", "fit", *_flags(runs)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_environment(options.output_dir),
             pass_fds=(lock,),
         )
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise InterruptedRunError(
-                f"interrupted in {runs[0].name}; the same command goes on with this run"
-            ) from None
+
+
+def _ended(runs: Sequence[Run], code: int, options: CompareOptions) -> str | None:
+    """Clears up after the process of `runs`; returns why it failed, None if it did not."""
     for run in runs:
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
         if run.finished() and not options.keep_adapters:
             shutil.rmtree(run.folder / "adapter")
     if all(run.finished() for run in runs):
         return None
-    if process.returncode == 0:
+    log = _log(runs)
+    if code == 0:
         return f"terminated before its end, see {log}"  # as a run should be that gets SIGTERM
-    if process.returncode < 0:
-        return f"ended by signal {-process.returncode}, see {log}"
+    if code < 0:
+        return f"ended by signal {-code}, see {log}"
     lines = log.read_text("utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
+    return lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+
+
+def _log(runs: Sequence[Run]) -> Path:
+    """Where the process of `runs` says what it does."""
+    return runs[0].folder / _LOG_NAME
 
 
 def _flags(runs: Sequence[Run]) -> list[str]:
@@ -354,7 +365,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return {**cache, **os.environ, "PYTHONPATH": path}
 
 
-def _seconds_left(done: Sequence[Run], left: Sequence[Run]) -> float | None:
+def _seconds_left(done: Sequence[Run], left: Sequence[Run], processes: int) -> float | None:
     """A guess: as long as the same with other seeds, or as all together on average."""
     seconds: dict[Any, list[float]] = {}
     for run in done:
@@ -363,7 +374,7 @@ def _seconds_left(done: Sequence[Run], left: Sequence[Run]) -> float | None:
         return None
     average = statistics.mean(itertools.chain.from_iterable(seconds.values()))
     of_run = [seconds.get((run.task, run.size, run.method), [average]) for run in left]
-    return sum(map(statistics.mean, of_run))
+    return sum(map(statistics.mean, of_run)) / processes
 
 
 def _duration(seconds: float | None) -> str:

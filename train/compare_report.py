@@ -131,6 +131,11 @@ def _explanation(settings: Mapping[str, Any]) -> str:
         "score; mean and sample standard deviation over the seeds, whose number stands in "
         "parentheses. Parameters trained are in percent of all, adapter and head included. Step: "
         "median, without those that compiled. Memory: largest of the process."
+        + (
+            f" {settings['processes']} runs at a time, each with its share of the processors."
+            if settings.get("processes", 1) > 1
+            else ""
+        )
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.checkpoint import replace_file
-from train import data, hosts, predictions, step, tasks
+from compacter_jax.config import parallel_names
+from train import compositions, data, hosts, predictions, step, tasks
 from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions
 from train.report import number
@@ -95,14 +96,18 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
       FileNotFoundError, ValueError: as `compacter_jax.load_adapter`, or if `fit` did not write it.
     """
     options.check()
-    settings = settings_of(options.adapter)
+    expression = compositions.of_saved(options.adapter)
+    settings = settings_of(options.adapter) if expression is None else joined_settings(expression)
     name = options.backbone or settings["backbone"]
     backbone = cj.load_backbone(
         name,
         **head_of(settings),
         dtype=jnp.dtype(options.dtype or settings["dtype"]),
     )
-    model, params = cj.load_adapter(options.adapter, backbone)
+    if expression is None:
+        model, params = cj.load_adapter(options.adapter, backbone)
+    else:
+        model, params = compositions.load(expression, backbone, name)
     params = stored(params, model.method, options, settings)
     if isinstance(model.method, cj.IntrinsicConfig):
         # Its projection would be drawn again for every batch.
@@ -123,6 +128,59 @@ def settings_of(folder: Path) -> dict[str, Any]:
             f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
         )
     return settings
+
+
+# What saved adapters must share to be computed together.
+SHARED = ("backbone", "head", "kind", "max_length", "dtype", "backbone_dtype")
+
+
+def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = SHARED) -> None:
+    """ValueError if adapters, name -> settings, cannot be computed together."""
+    first_name, first = next(iter(settings.items()))
+    for name, each in settings.items():
+        for key in keys:
+            if each.get(key) != first.get(key):
+                raise ValueError(
+                    f"adapters that are computed together must share their {key}: {first_name} has "
+                    f"{first.get(key)!r}, {name} has {each.get(key)!r}"
+                )
+
+
+def joined_settings(expression: compositions.Node) -> dict[str, Any]:
+    """What to predict with a composition of saved adapters by, as `settings_of` one.
+
+    Raises:
+      ValueError: if those whose heads are used differ in more than labels, or in these where they
+        are not beside each other.
+    """
+    folders = compositions.with_heads(expression)
+    settings = {name: settings_of(folder) for name, folder in folders.items()}
+    check_shared(settings, (*SHARED, "text_to_text", "benchmark"))
+    joined = dict(next(iter(settings.values())))
+    parallel = parallel_names(compositions.of_all(expression))
+    labels = {}
+    for group in parallel or ("",):
+        of_group = {
+            name: each
+            for name, each in settings.items()
+            if not group or f"{name}/".startswith(f"{group}/")
+        }
+        check_shared(of_group, ("label_names",))
+        labels[group] = next(iter(of_group.values()))["label_names"]
+    if parallel:
+        joined["parallel_label_names"] = labels
+    counts = [each["num_labels"] for each in settings.values() if each["num_labels"] is not None]
+    return joined | {"num_labels": max(counts, default=None)}
+
+
+def labels_of(adapter: LoadedAdapter) -> list[str] | dict[str, list[str]]:
+    """Names of the labels; of adapters beside each other, name -> those of one."""
+    names = parallel_names(adapter.objective.model.method)
+    own: list[str] = adapter.settings["label_names"]
+    if not names:
+        return own
+    each: dict[str, list[str]] = adapter.settings.get("parallel_label_names", {})
+    return {name: each.get(name, own) for name in names}
 
 
 def stored(
@@ -158,6 +216,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """The command `evaluate`: metrics of a split, printed and written as JSON."""
     adapter = load(options, evaluate_by=options.evaluate_by)
     kind = adapter.settings["kind"]
+    names = labels_of(adapter)
+    if isinstance(names, dict) and len({tuple(each) for each in names.values()}) > 1:
+        raise ValueError(
+            f"the adapters of {options.adapter} have different labels, and a task has one set of "
+            "them; evaluate each by itself"
+        )
     task = tasks.load_task(
         options.task,
         regression=kind == "regression",
@@ -182,12 +246,17 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     }
     if encoded.target_texts is not None:
         result["truncated_targets"] = encoded.target_texts.num_truncated
-    output = options.output or options.adapter / f"evaluation_{options.task}_{options.split}.json"
+    output = options.output or _beside(options) / f"evaluation_{options.task}_{options.split}.json"
     write_json(output, result)
     for name, value in scores.items():
         print(f"{options.split} {name}: {number(value)}")
     print(f"written to {output}")
     return result
+
+
+def _beside(options: EvaluateOptions) -> Path:
+    """Where results go by default: to the adapter; of a composition, to the folder we are in."""
+    return Path() if compositions.of_saved(options.adapter) else options.adapter
 
 
 def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> None:
@@ -209,11 +278,19 @@ def predict(options: PredictOptions) -> int:
     objective = adapter.objective
     objective.check_predicts(logits=options.logits)
 
-    def predict_chunk(columns: dict[str, list[Any]]) -> predictions.Predicted:
+    labels: Any = labels_of(adapter)
+
+    def predict_chunk(columns: dict[str, list[Any]]) -> Any:
         encoded = objective.encode(columns)
         outputs = split_outputs(adapter.outputs, encoded, options.eval_batch_size, description=None)
         predicted = objective.predictions(outputs, encoded)
         truncated.append(encoded.num_truncated)
+        if isinstance(predicted, Mapping):
+            # Logits are as wide as the widest set of labels.
+            return {
+                name: np.asarray(each)[:, : len(labels[name]) or 1]
+                for name, each in predicted.items()
+            }
         invalid.append(sum(value is None for value in predicted))
         return predicted
 
@@ -224,7 +301,7 @@ def predict(options: PredictOptions) -> int:
             options.input,
             options.output,
             predict_chunk,
-            label_names=adapter.settings["label_names"],
+            label_names=labels,
             columns=objective.benchmark.columns if objective.benchmark is not None else {},
             write_logits=options.logits,
             progress=bar.update,

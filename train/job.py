@@ -18,9 +18,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import compacter_jax as cj
 from compacter_jax.config import FullFineTuningConfig, IntrinsicConfig, MethodConfig
 from compacter_jax.params import group_of
-from train import data, hosts, inference, mesh, mixture, prompts, tasks
+from train import compositions, data, hosts, inference, mesh, mixture, prompts, tasks
 from train.objective import Objective, check_options, for_task, head_arguments
-from train.options import FitOptions
+from train.options import FitOptions, is_composition
 
 RUN_NAME = "run.json"
 # What may differ between an interrupted run and the one that resumes it.
@@ -236,6 +236,10 @@ def _loaded_lane(
     model = cj.Adapted(backbone.module, method)
     objective = for_task(task, options, model, tokenizer)
     params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
+    if is_composition(options.method):
+        expression = compositions.parse(options.method)
+        params = compositions.with_saved(expression, model, params, backbone, options.backbone)
+    options.peak_learning_rate(objective.learning_rates)  # which must be there
     if first is not None:
         params = _shared(params, first.params)
     encoded = objective.encode_all(task.splits)

@@ -40,6 +40,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--output-dir runs/grid",
         ),
         (
+            "A new adapter on top of a saved one, which stays as it is:",
+            "--backbone DIR --task movie --method 'stack(runs/english,compacter++)' "
+            "--output-dir runs/stack",
+        ),
+        (
             "Go on with a run that was interrupted:",
             "--backbone DIR --task movie --method compacter++ --output-dir runs/movie --resume",
         ),
@@ -67,6 +72,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "With the logits, as Parquet:",
             "--adapter runs/movie/adapter --input new.csv --output labelled.parquet --logits",
         ),
+        (
+            "Every row by the adapter that its column adapter names, of those in a folder:",
+            "--adapter runs --input mixed.csv --output labelled.csv",
+        ),
+        (
+            "By two adapters at once, their outputs averaged in every layer:",
+            "--adapter 'average(0.7*runs/a,0.3*runs/b)' --input new.csv --output labelled.csv",
+        ),
     ),
     "plan": (
         (
@@ -92,6 +105,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "Three methods, three seeds each, on 2,000 examples:",
             "--backbone DIR --task movie --methods full,compacter,compacter++ "
             "--train-size 2000 --output-dir runs/compare",
+        ),
+        (
+            "Every method, two runs side by side on a CPU:",
+            "--backbone DIR --task movie --train-size 2000 --processes 2 --output-dir runs/compare",
         ),
         (
             "How the methods do as the data grows:",

@@ -19,7 +19,12 @@ SplitProtocol: TypeAlias = Literal["official", "paper"]
 BackboneDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 AdapterFormat: TypeAlias = Literal["compacter_jax", "adapterhub", "peft"]
 MethodName: TypeAlias = Annotated[
-    str, tyro.conf.arg(help=f"preset of the method: {', '.join(presets())}.")
+    str,
+    tyro.conf.arg(
+        help=f"preset of the method: {', '.join(presets())}; or a composition of presets, which "
+        "are trained, and of folders of adapters, which are not: "
+        "'stack(runs/english,compacter++)', with parallel, average and average_maps likewise."
+    ),
 ]
 
 
@@ -86,6 +91,11 @@ MethodFlags: TypeAlias = tyro.conf.OmitArgPrefixes[MethodOptions]  # type: ignor
 def method_of(name: str, options: Any) -> MethodConfig:
     """The preset with the options that were given."""
     return preset(name, **given_options(options))
+
+
+def is_composition(text: str) -> bool:
+    """Whether `train.compositions.parse` is to read it, and not a name."""
+    return "(" in text
 
 
 def given_options(options: Any) -> dict[str, Any]:
@@ -319,11 +329,15 @@ class FitOptions(HostOptions, TrainingOptions):
         them is used; by default those of its kind, where known.
       prompt_words: for prompts that start as embeddings of the vocabulary, the words whose tokens
         they are; by default the commonest tokens of the training texts.
-      method_options: changes to the preset, where not None.
+      train_members: which members of a composition to train, by name, with commas between them; by
+        default the presets in it.
+      method_options: changes to the preset, where not None; of a composition, to the presets that
+        have the field.
     """
 
     output_dir: Path
     method: MethodName = "compacter++"
+    train_members: str | None = None
     config: Path | None = None
     train_size: int | None = None
     seed: int = 0
@@ -362,6 +376,13 @@ class FitOptions(HostOptions, TrainingOptions):
         _check(self, wanted)
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one")
+        if is_composition(self.method):
+            if "," in self.task and self.adapters == "shared":
+                raise ValueError("tasks cannot share a composition; give --adapters per_task")
+        elif self.train_members is not None:
+            raise ValueError(
+                f"--train-members are those of a composition, and --method {self.method} is none"
+            )
 
     @property
     def is_grid(self) -> bool:
@@ -370,12 +391,33 @@ class FitOptions(HostOptions, TrainingOptions):
         return any(values is not None for values in lists)
 
     def method_config(self) -> MethodConfig:
-        """The preset with this run's changes."""
-        return method_of(self.method, self.method_options)
+        """The preset with this run's changes, or the composition."""
+        if not is_composition(self.method):
+            return method_of(self.method, self.method_options)
+        from train import compositions  # noqa: PLC0415 - it needs these options
+
+        expression = compositions.parse(self.method)
+        return compositions.composed(expression, self.method_options, self.train_members)
 
     def peak_learning_rate(self, defaults: Mapping[str, float]) -> float:
-        """The learning rate given, or of `defaults` the method's."""
-        return self.learning_rate or defaults[self.method]
+        """The learning rate given, or of `defaults` the method's.
+
+        Raises:
+          ValueError: for a composition whose presets do not have one between them.
+        """
+        if self.learning_rate is not None or not is_composition(self.method):
+            return self.learning_rate or defaults[self.method]
+        from train import compositions  # noqa: PLC0415 - it needs these options
+
+        names = compositions.parse(self.method).presets()
+        rates = {defaults[name] for name in names}
+        if len(rates) != 1:
+            told = ", ".join(f"{name} {defaults[name]:g}" for name in names) or "none of a preset"
+            raise ValueError(
+                f"a composition of saved adapters, or of presets with different learning rates, is "
+                f"trained at one rate ({told}); give --learning-rate"
+            )
+        return rates.pop()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -414,7 +456,7 @@ class PlanOptions(FitOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions(TrainingOptions):
-    """Train methods with several seeds, one run after the other, and compare what they give.
+    """Train methods with several seeds, and compare what they give.
 
     Each run is a `fit` in a process of its own, at its method's learning rate. What was interrupted
     goes on with the same command; methods, sizes and seeds that are added are trained beside those
@@ -430,6 +472,8 @@ class CompareOptions(TrainingOptions):
       seeds: how many runs of each method, or for each size how many (5,5,3).
       at_once: how many seeds of a method to train at once, in one process: pays on an accelerator
         that small batches leave idle; the times of these runs are then shares of their process.
+      processes: how many runs to train side by side, each on its share of the processors: on a CPU
+        more is done in the same time, though each run takes longer; not for an accelerator.
       steps: updates of each run, or for each size how many, instead of epochs.
       epochs: passes over the training data, where steps are not given.
       max_length: longest input in tokens; what is longer is cut.
@@ -446,6 +490,7 @@ class CompareOptions(TrainingOptions):
     train_size: str | None = None
     seeds: str = "3"
     at_once: int = 1
+    processes: int = 1
     steps: str | None = None
     epochs: int = 2
     max_length: int = 64
@@ -460,7 +505,9 @@ class AdapterOptions:
     """A saved adapter and its backbone.
 
     Attributes:
-      adapter: folder that `fit` wrote.
+      adapter: folder that `fit` wrote; or a composition of such folders, such as
+        'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', with stack, parallel and average_maps
+        likewise.
       backbone: the backbone it was trained with; by default where it was then.
       dtype: what matrix products compute in; by default as in training.
       backbone_dtype: how what was not trained is stored; by default as in training.
@@ -521,7 +568,7 @@ class PredictOptions(AdapterOptions):
     Attributes:
       adapter: folder that `fit` wrote; or a folder of such folders, and then the input has a column
         adapter with the name of one in every row: classifiers of one shape on one encoder, whatever
-        their labels.
+        their labels; or a composition of folders, as `evaluate` takes it.
       input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2; or
         with the columns that the adapter's benchmark has on the hub.
       output: file of one of these formats: the input's columns, prediction, and for labels

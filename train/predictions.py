@@ -21,8 +21,10 @@ SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 
 # Logits `[rows, num_labels]`, or the predictions themselves, None where there is none.
 Predicted: TypeAlias = np.ndarray | list[str] | list[float | None]
+# Of one model, or of several by name.
+Predictions: TypeAlias = Predicted | Mapping[str, Predicted]
 # Columns that a model reads -> what it makes of their rows.
-PredictChunk: TypeAlias = Callable[[dict[str, list[Any]]], Predicted]
+PredictChunk: TypeAlias = Callable[[dict[str, list[Any]]], Predictions]
 
 
 def predict_file(
@@ -30,7 +32,7 @@ def predict_file(
     output_path: str | Path,
     predict_chunk: PredictChunk,
     *,
-    label_names: Sequence[str],
+    label_names: Sequence[str] | Mapping[str, Sequence[str]],
     columns: Mapping[str, type] | None = None,
     write_logits: bool = False,
     progress: Callable[[int], object] | None = None,
@@ -40,15 +42,17 @@ def predict_file(
     """Copies a file with predictions added, a chunk at a time.
 
     After the input's columns come `prediction` (the label's name; for regression the number; else
-    the text), `label_id` and `probability` (for labels alone) and, if asked for, `logits`. The
-    formats of input and output may differ.
+    the text), `label_id` and `probability` (for labels alone) and, if asked for, `logits`; of
+    several models `prediction_NAME` and so on for each. The formats of input and output may differ.
 
     Args:
       input_path: .parquet, .jsonl, .csv or .tsv, as `read_rows` takes it.
       output_path: one of the same formats; it appears, or is replaced, only when complete.
       predict_chunk: columns, `sentence` and, for pairs, `sentence2`, or those below -> logits
-        `[rows, num_labels]`, or a list of texts or numbers, None where there is no prediction.
-      label_names: one name per class; empty for regression, which has one logit, and for texts.
+        `[rows, num_labels]`, or a list of texts or numbers, None where there is no prediction; of
+        several models name -> these.
+      label_names: one name per class; empty for regression, which has one logit, and for texts; of
+        several models name -> these.
       columns: as `read_rows` takes them.
       write_logits: whether to add the column `logits`; not where there are none.
       progress: called after each chunk with the number of its rows.
@@ -65,7 +69,12 @@ def predict_file(
     """
     input_path, output_path = Path(input_path), Path(output_path)
     check_files(input_path, output_path)
-    added = added_names(label_names, write_logits)
+    labels_of = label_names if isinstance(label_names, Mapping) else {"": label_names}
+    added = [
+        _named(column, name)
+        for name, labels in labels_of.items()
+        for column in added_names(labels, write_logits)
+    ]
     num_rows = 0
     read: tuple[str, ...] = ()
     with write_rows(output_path) as write:
@@ -74,14 +83,31 @@ def predict_file(
             check_not_taken(input_path, names, added)
             read = read or columns_read(names, columns)
             predicted = predict_chunk({name: column_values(rows, name) for name in read})
-            if not isinstance(predicted, list):
-                predicted = np.asarray(predicted, np.float64)
-                check_logits(predicted, len(rows), len(label_names) or 1)
-            write(add_columns(rows, added_columns(predicted, label_names, added)))
+            each = predicted if isinstance(predicted, Mapping) else {"": predicted}
+            new: dict[str, pa.Array] = {}
+            for name, labels in labels_of.items():
+                found = _checked(each[name], len(rows), len(labels) or 1)
+                values = added_columns(found, labels, added_names(labels, write_logits))
+                new |= {_named(column, name): array for column, array in values.items()}
+            write(add_columns(rows, new))
             num_rows += len(rows)
             if progress is not None:
                 progress(len(rows))
     return num_rows
+
+
+def _named(column: str, name: str) -> str:
+    """A column of predictions, of several models with the name of one."""
+    return f"{column}_{name}" if name else column
+
+
+def _checked(predicted: Predicted, num_rows: int, num_labels: int) -> Predicted:
+    """Predictions as they are, logits in float64; ValueError as of `check_logits`."""
+    if isinstance(predicted, list):
+        return predicted
+    logits = np.asarray(predicted, np.float64)
+    check_logits(logits, num_rows, num_labels)
+    return logits
 
 
 def check_files(input_path: Path, output_path: Path) -> None:

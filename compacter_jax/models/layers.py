@@ -144,7 +144,8 @@ def attention(
       value: as `key`.
       biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
       scale: of the scores.
-      dropout: applied to the probabilities `[batch, heads, queries, keys]`.
+      dropout: applied to the probabilities `[batch, heads, queries, keys]`, times a number for
+        each query: it zeroes some and scales the others.
 
     Returns:
       `[batch, queries, heads, size]`.
@@ -156,8 +157,13 @@ def attention(
     for bias in biases:
         if bias is not None:
             scores += bias
-    probabilities = dropout(jax.nn.softmax(scores, axis=-1).astype(value.dtype))
-    return jnp.moveaxis(jnp.einsum("bhqk,bhkd->bhqd", probabilities, value), -3, -2)
+    # What makes the sum 1 comes last, so that of the largest arrays one is kept for the backward
+    # pass, and not the exponentials and the probabilities both.
+    exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    weights = dropout(exponentials).astype(value.dtype)
+    y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=at_least_float32)
+    y /= exponentials.sum(-1, keepdims=True)
+    return jnp.moveaxis(y.astype(value.dtype), -3, -2)
 
 
 def rematted(layer: type[nn.Module], remat: Remat, *, static_argnums: tuple[int, ...]) -> Any:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 import compacter_jax as cj
+from compacter_jax.config import parallel_names, parts_of
 from compacter_jax.models.convert import read_config
 from train import prompts, span_corruption, tasks, text
 from train.objective.base import Objective
 from train.objective.decoder import SpanCorruption, TextToText
-from train.objective.encoder import Chooser, Classifier, SpanExtractor
+from train.objective.encoder import Chooser, Classifier, ParallelClassifier, SpanExtractor
 from train.options import FitOptions, TextToTextOptions
 from train.tasks.benchmarks import Benchmark, Choice, Kind, find
 
@@ -58,6 +59,10 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
       ValueError: if a T5 cannot write text, or the labels or the special tokens do not suit.
     """
     module = model.backbone
+    if isinstance(module, cj.T5) and parallel_names(model.method):
+        raise ValueError(
+            "adapters beside each other (parallel) are for encoders; use each by itself on a T5"
+        )
     if not isinstance(module, cj.T5):
         return _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
     if module.head != "conditional_generation":
@@ -150,7 +155,7 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
 
 def check_length(config: Any, method: Any, max_length: int) -> None:
     """ValueError if inputs with a method's prompt do not fit an encoder's absolute positions."""
-    prompt_length = getattr(method, "prompt_length", 0)
+    prompt_length = sum(getattr(part, "prompt_length", 0) for part in parts_of(method))
     positions = config.max_position_embeddings
     if prompt_length and max_length + prompt_length > positions:
         raise ValueError(
@@ -175,7 +180,14 @@ def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
 def _of_encoder(
     model: Any, tokenizer: Any, kind: Kind, max_length: int, benchmark: Benchmark | None
 ) -> Objective:
-    """What a head on an encoder does for a task."""
+    """What a head on an encoder does for a task; ValueError if `Parallel` cannot do it."""
+    if names := parallel_names(model.method):
+        if kind not in ("classification", "regression") or isinstance(benchmark, Choice):
+            raise ValueError(
+                "adapters beside each other (parallel) have labels or scores of their own, and a "
+                f"{kind} task has none; use each by itself"
+            )
+        return ParallelClassifier(model, tokenizer, kind, max_length, benchmark, names)
     if benchmark is not None and kind == "span":
         return SpanExtractor(model, tokenizer, max_length, benchmark)
     if isinstance(benchmark, Choice):

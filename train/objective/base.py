@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from train import data, step
-from train.predictions import Predicted
+from train.predictions import Predictions
 from train.tasks.benchmarks import Benchmark
 
 
@@ -57,7 +57,7 @@ class Objective(abc.ABC):
         """
 
     @abc.abstractmethod
-    def predictions(self, outputs: Any, encoded: data.Encoded) -> Predicted:
+    def predictions(self, outputs: Any, encoded: data.Encoded) -> Predictions:
         """What `predict_file` writes, for each row."""
 
     def check_predicts(self, *, logits: bool) -> None:  # noqa: B027 - most can do everything

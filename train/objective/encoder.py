@@ -13,7 +13,7 @@ from jax import Array
 from train import data, metrics, spans, step
 from train import learning_rates as rates
 from train.objective.base import Objective, targets_of
-from train.predictions import Predicted
+from train.predictions import Predictions
 from train.tasks.benchmarks import Benchmark, Choice
 
 # Logit of a token that cannot be: finite, so that no sum with it is NaN.
@@ -66,9 +66,50 @@ class Classifier(Objective):
             "loss": _mean_loss(self.loss, outputs, encoded),
         }
 
-    def predictions(self, outputs: np.ndarray, encoded: data.Encoded) -> Predicted:
+    def predictions(self, outputs: np.ndarray, encoded: data.Encoded) -> Predictions:
         """The logits."""
         return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelClassifier(Classifier):
+    """Classifiers beside each other, of a model that returns a tuple of their logits.
+
+    What is trained is the mean of their losses; the metrics are those of each, as
+    `NAME/accuracy`, and their means.
+
+    Attributes:
+      names: of the classifiers.
+    """
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> step.LossFunction:
+        """The mean over the classifiers."""
+        of_one = super().loss
+
+        def mean(logits: Any, labels: Array) -> Array:
+            return jnp.mean(jnp.stack([of_one(each, labels) for each in logits]), axis=0)
+
+        return mean
+
+    def outputs(self, params: step.Params, batch: step.Batch) -> Any:
+        """A tuple of `[batch, num_labels]` float32 logits."""
+        return tuple(each.astype(jnp.float32) for each in self.apply(params, batch, None))
+
+    def scores(self, outputs: Any, encoded: data.Encoded) -> dict[str, float]:
+        """Those of each classifier, and under the metrics' own names their means."""
+        alone = Classifier(self.model, self.tokenizer, self.kind, self.max_length, self.benchmark)
+        each = [alone.scores(logits, encoded) for logits in outputs]
+        means = {name: float(np.mean([scores[name] for scores in each])) for name in each[0]}
+        named = zip(self.names, each, strict=True)
+        own = {f"{who}/{name}": value for who, found in named for name, value in found.items()}
+        return means | own
+
+    def predictions(self, outputs: Any, encoded: data.Encoded) -> dict[str, Any]:
+        """Name -> logits."""
+        return dict(zip(self.names, outputs, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +130,7 @@ class Chooser(Classifier):
             "loss": _mean_loss(self.loss, outputs, encoded),
         }
 
-    def predictions(self, outputs: np.ndarray, encoded: data.Encoded) -> Predicted:
+    def predictions(self, outputs: np.ndarray, encoded: data.Encoded) -> Predictions:
         """What is chosen; where candidates are labels, `[rows, labels]` logits of them.
 
         A candidate's logit is by how much it is rather right than wrong.
