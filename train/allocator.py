@@ -2,7 +2,7 @@
 
 XLA gives the memory of a step's intermediate arrays back when the step ends, and the next step
 takes it again from the kernel, page by page. With huge pages that is 200 pages instead of 85,000
-for a step of MiniLM, and the step 13 % shorter (`benchmarks/NOTES.md`). glibc asks for them if
+for a step of MiniLM, and the step 14 % shorter (`benchmarks/NOTES.md`). glibc asks for them if
 a variable says so when a process begins.
 """
 

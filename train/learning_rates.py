@@ -1,7 +1,7 @@
 """The learning rate that each preset is trained with unless `--learning-rate` says otherwise."""
 
 # For a head on an encoder, as in the demo. Those of `full` and the PHM methods were chosen on the
-# demo backbone, see docs/numbers.md. With 2,000 examples of `movie`, 3 epochs and one seed, validation
+# demo backbone, see docs/numbers.md. On 2,000 examples of `movie`, 3 epochs, one seed, validation
 # accuracies at these rates: `lora` 0.82 (0.79 at 1e-3), `bitfit` 0.80, `parallel` 0.80, `ia3` 0.79,
 # `prefix-tuning` 0.77. After 1 epoch: `pfeiffer-feed-forward` 0.78 (0.71 at 1e-3), `houlsby` 0.76
 # (0.72 at 1e-3), `scaled-parallel` 0.74 and `mam` 0.73 (both 0.50 at 1e-3), `low-rank` 0.72 (0.67
