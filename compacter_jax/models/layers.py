@@ -157,13 +157,15 @@ def attention(
     for bias in biases:
         if bias is not None:
             scores += bias
+    if value.dtype != at_least_float32:  # rounded probabilities are kept, and nothing wider
+        weights = dropout(jax.nn.softmax(scores, axis=-1).astype(value.dtype))
+        return jnp.moveaxis(jnp.einsum("bhqk,bhkd->bhqd", weights, value), -3, -2)
     # What makes the sum 1 comes last, so that of the largest arrays one is kept for the backward
     # pass, and not the exponentials and the probabilities both.
     exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = dropout(exponentials).astype(value.dtype)
-    y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=at_least_float32)
+    y = jnp.einsum("bhqk,bhkd->bhqd", dropout(exponentials), value)
     y /= exponentials.sum(-1, keepdims=True)
-    return jnp.moveaxis(y.astype(value.dtype), -3, -2)
+    return jnp.moveaxis(y, -3, -2)
 
 
 def rematted(layer: type[nn.Module], remat: Remat, *, static_argnums: tuple[int, ...]) -> Any:
