@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
@@ -157,15 +158,33 @@ def attention(
     for bias in biases:
         if bias is not None:
             scores += bias
-    if value.dtype != at_least_float32:  # rounded probabilities are kept, and nothing wider
-        weights = dropout(jax.nn.softmax(scores, axis=-1).astype(value.dtype))
-        return jnp.moveaxis(jnp.einsum("bhqk,bhkd->bhqd", weights, value), -3, -2)
     # What makes the sum 1 comes last, so that of the largest arrays one is kept for the backward
     # pass, and not the exponentials and the probabilities both.
-    exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    y = jnp.einsum("bhqk,bhkd->bhqd", dropout(exponentials), value)
-    y /= exponentials.sum(-1, keepdims=True)
-    return jnp.moveaxis(y, -3, -2)
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    exponentials = _exponentials(scores - largest, value.dtype)
+    y = jnp.einsum(
+        "bhqk,bhkd->bhqd",
+        dropout(exponentials),
+        value,
+        preferred_element_type=at_least_float32,
+    )
+    y /= exponentials.sum(-1, keepdims=True, dtype=at_least_float32)
+    return jnp.moveaxis(y.astype(value.dtype), -3, -2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _exponentials(x: Array, dtype: Dtype) -> Array:
+    """`exp(x)` rounded to `dtype`; its derivative is by what was rounded, which alone is kept."""
+    return jnp.exp(x).astype(dtype)
+
+
+@_exponentials.defjvp
+def _exponentials_jvp(
+    dtype: Dtype, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (dx,) = tangents
+    y = _exponentials(*primals, dtype)
+    return y, (y.astype(dx.dtype) * dx).astype(dtype)
 
 
 def rematted(layer: type[nn.Module], remat: Remat, *, static_argnums: tuple[int, ...]) -> Any:
