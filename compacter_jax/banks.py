@@ -40,6 +40,24 @@ class _Backbone:
     params: Any
 
 
+class _Loader:
+    """Loads adapters onto a backbone, each with as many labels as it has."""
+
+    def __init__(self, backbone: Any) -> None:
+        self._backbone = backbone
+        self._by_labels: dict[int | None, Any] = {_num_labels(backbone): backbone}
+        self._reader = AdapterReader()
+
+    def load(self, source: Source) -> tuple[Adapted, Params]:
+        """See `load_adapter`; a pair is what it is."""
+        if isinstance(source, tuple):
+            return source
+        labels = read_adapter_config(source)["num_labels"]
+        if labels not in self._by_labels:
+            self._by_labels[labels] = _with_labels(self._backbone, labels)
+        return self._reader.read(source, self._by_labels[labels])
+
+
 def stack_adapters(
     sources: Sequence[Source],
     backbone: Any,
@@ -72,8 +90,8 @@ def stack_adapters(
             f"{len(sources)} adapters for a bank with a capacity of {capacity}; give at least one "
             "and at most as many"
         )
-    reader, backbones = AdapterReader(), {None: backbone, _num_labels(backbone): backbone}
-    loaded = [_load(source, backbones, reader) for source in sources]
+    loader = _Loader(backbone)
+    loaded = [loader.load(source) for source in sources]
     _check_equal(sources, [model for model, _ in loaded])
     first, _ = loaded[0]
     labels = [getattr(model.backbone, "num_labels", None) for model, _ in loaded]
@@ -165,9 +183,7 @@ def set_member(model: Adapted, params: Params, which: int | str, source: Source)
         than numbers and labels; it lists the differences.
     """
     member, index = _find(model.method, which)
-    backbone = _plain_backbone(model, params)
-    backbones = {None: backbone, _num_labels(backbone): backbone}
-    given, given_params = _load(source, backbones, AdapterReader())
+    given, given_params = _Loader(_plain_backbone(model, params)).load(source)
     _check_method(f"the adapter for {which!r}", given, member, model)
     leaves = _own_leaves(member, given_params)
     flat = dict(flatten_dict(params, sep="/"))
@@ -210,18 +226,6 @@ def _find(method: MethodConfig, which: int | str) -> tuple[Member, int | None]:
         for member in members
     ]
     raise ValueError(f"there is no member {which!r}; the composition has {', '.join(known)}")
-
-
-def _load(
-    source: Source, backbones: dict[int | None, Any], reader: AdapterReader
-) -> tuple[Adapted, Params]:
-    """An adapter on the backbone with as many labels as it has; `backbones` gets what is made."""
-    if isinstance(source, tuple):
-        return source
-    labels = read_adapter_config(source)["num_labels"]
-    if labels not in backbones:
-        backbones[labels] = _with_labels(backbones[None], labels)
-    return reader.read(source, backbones[labels])
 
 
 def _num_labels(backbone: Any) -> int | None:
@@ -301,9 +305,9 @@ def _check_shape(path: str, leaf: Any, wanted: tuple[int, ...]) -> None:
 
 def _check_equal(sources: Sequence[Source], models: Sequence[Adapted]) -> None:
     first = models[0]
+    wanted = Member((), first.method, replaces=frozenset({"head"}))
     for i, (source, model) in enumerate(zip(sources, models, strict=True)):
         name = f"adapter {i}" if isinstance(source, tuple) else f"the adapter in {Path(source)}"
-        wanted = Member((), first.method, replaces=frozenset({"head"}))
         _check_method(name, model, wanted, first)
 
 

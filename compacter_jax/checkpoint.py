@@ -111,10 +111,9 @@ class AdapterReader:
     """
 
     def __init__(self) -> None:
-        # Arrays and modules are kept, so that nothing else can come to have their identity.
+        # By identity; arrays and modules are kept, so that nothing else can come to have theirs.
         self._hashes: dict[tuple[int, ...], tuple[str, list[Any]]] = {}
-        self._splits: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}
-        self._modules: list[Any] = []
+        self._splits: dict[Any, tuple[Any, tuple[dict[str, Any], dict[str, Any]]]] = {}
 
     def read(
         self, directory: str | os.PathLike[str], backbone: Any
@@ -151,12 +150,11 @@ class AdapterReader:
         """Shapes of what is stored, and of what is not, by path."""
         key = (model.method, repr(settings["sites"]), id(backbone.module))
         if key not in self._splits:
-            self._modules.append(backbone.module)
             shapes = jax.eval_shape(
                 lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0)
             )
-            self._splits[key] = _split(shapes, model.method)
-        return self._splits[key]
+            self._splits[key] = backbone.module, _split(shapes, model.method)
+        return self._splits[key][1]
 
     def _hash(self, left: Mapping[str, Any]) -> str:
         """`hash_params`, of the same arrays once."""

@@ -10,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
+from compacter_jax import checkpoint
 from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
 from compacter_jax.checkpoint import load_adapter, save_adapter
 from compacter_jax.compose import NO_LABEL
@@ -65,6 +66,19 @@ def test_labels_that_a_member_lacks_have_no_probability(saved):
     plain = run(bert().module, bert().params, *ROWS)
     np.testing.assert_array_equal(logits[3, :2], plain[3])
     np.testing.assert_array_equal(logits[3, 2:], np.float32(NO_LABEL))
+
+
+def test_the_backbone_is_hashed_once(saved, tmp_path, monkeypatch):
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        save_adapter(folder, *trained_alone(bert(), PLUS_PLUS, seed))
+    hashed = []
+    once = checkpoint.hash_params
+    monkeypatch.setattr(checkpoint, "hash_params", lambda params: hashed.append(1) or once(params))
+    stack_adapters(folders, bert())
+    assert len(hashed) == 1
+    stack_adapters([*folders, *saved[0]], bert())  # of other labels, too
+    assert len(hashed) == 2
 
 
 def test_a_bank_on_disk(saved, tmp_path):

@@ -418,12 +418,17 @@ def t5():
 def test_rows_of_encoder_and_decoder(t5):
     backbone, alone, model, params, inputs = t5
     ids = np.array([1, -1, 0])
-    rows = run(model, params, *inputs, adapter_ids=ids)
-    one = quick_jit(alone[0][0].apply)
-    expected = [one({"params": own}, *inputs) for _, own in alone]
-    assert_near(rows[0], expected[1][0])
-    assert_near(rows[2], expected[0][2])
-    np.testing.assert_array_equal(rows[1], run(backbone.module, backbone.params, *inputs)[1])
+    plain = run(backbone.module, backbone.params, *inputs)
+    cotangent = np.float32(np.random.default_rng(0).standard_normal(plain.shape))
+    expected, gradients, of_one = plain, {}, output_and_gradient(alone[0][0], inputs)
+    for index, (_, own) in enumerate(alone):
+        chosen = ids == index
+        y, gradients[index] = of_one(own, chosen[:, None, None] * cotangent)
+        expected = np.where(chosen[:, None, None], y, expected)
+    routed, gradient = output_and_gradient(model, inputs)(params, cotangent, adapter_ids=ids)
+    assert_near(routed, expected)
+    np.testing.assert_array_equal(routed[1], plain[1])
+    _check_gradients(model, gradient, gradients)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
