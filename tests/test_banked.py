@@ -4,11 +4,12 @@ import csv
 import json
 import shutil
 
+import hub_data
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_cli import BAD, GOOD, fit_flags, refusal, write_examples
+from test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 
 from train import banked
 from train.__main__ import main
@@ -18,11 +19,7 @@ NAMES = ("bad", "fine", "good")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
-        for seed, (split, rows) in enumerate({"train": 60, "validation": 20}.items())
-    }
+    return write_splits(tmp_path_factory.mktemp("files"), {"train": 60, "validation": 20})
 
 
 def three_labels(folder):
@@ -71,32 +68,106 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_row_has_the_prediction_of_its_adapter(adapters, tmp_path, capsys):
-    rows = mixed_rows(70)
-    source, target = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    flags = ["--eval-batch-size", "16", "--logits"]
-    command = ["predict", "--adapter", adapters, "--input", source, "--output", target, *flags]
-    assert main([str(part) for part in command]) == 0
-    found = read_jsonl(target)
-    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+def predict(adapter, source, target, *flags):
+    flags = ["--adapter", adapter, "--input", source, "--output", target, *flags]
+    assert main(["predict", *map(str, flags)]) == 0
+    return read_jsonl(target)
+
+
+def check_as_alone(folder, rows, tmp_path, capsys, *flags):
+    """Predictions of the rows, each that of its adapter alone."""
+    flags = ["--eval-batch-size", "16", *flags]
+    found = predict(
+        folder, write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", *flags
+    )
+    for row, of_file in zip(found, rows, strict=True):
+        assert {name: row[name] for name in of_file} == of_file
     printed = capsys.readouterr().out
-    for name in ("seed-0", "seed-1", "three"):
+    for name in sorted({row["adapter"] for row in rows}):
         own = [i for i, row in enumerate(rows) if row["adapter"] == name]
         assert f"{name}: {len(own)} rows" in printed
         alone = write_jsonl(tmp_path / "alone.jsonl", [rows[i] for i in own])
-        command = ["predict", "--adapter", adapters / name / "adapter", "--input", alone]
-        command += ["--output", tmp_path / "wanted.jsonl", *flags]
-        assert main([str(part) for part in command]) == 0
-        for i, wanted in zip(own, read_jsonl(tmp_path / "wanted.jsonl"), strict=True):
-            row = found[i]
-            assert (row["prediction"], row["label_id"]) == (
-                wanted["prediction"],
-                wanted["label_id"],
-            )
-            assert row["probability"] == pytest.approx(wanted["probability"], abs=1e-6)
-            np.testing.assert_allclose(row["logits"], wanted["logits"], atol=1e-5)
+        wanted = predict(folder / name / "adapter", alone, tmp_path / "wanted.jsonl", *flags)
+        for row, of_one in zip([found[i] for i in own], wanted, strict=True):
+            assert row.keys() == of_one.keys()
+            assert row["prediction"] == of_one["prediction"]
+            if "probability" in row:
+                assert row["probability"] == pytest.approx(of_one["probability"], abs=1e-6)
+            if "logits" in row:
+                np.testing.assert_allclose(row["logits"], of_one["logits"], atol=1e-5)
+    return found
+
+
+def test_every_row_has_the_prediction_of_its_adapter(adapters, tmp_path, capsys):
+    found = check_as_alone(adapters, mixed_rows(70), tmp_path, capsys, "--logits")
     assert {len(row["logits"]) for row in found if row["adapter"] == "three"} == {3}
     assert {row["prediction"] for row in found if row["adapter"] == "three"} <= set(NAMES)
+
+
+@pytest.mark.slow
+def test_tasks_with_columns_of_their_own(adapters, tiny_backbone, tmp_path, capsys):
+    """Rows of a benchmark of pairs among those of sentences."""
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters / "three", folder / "three")
+    hub_data.write(tmp_path / "data", "mnli")
+    flags = {"task": "mnli", "epochs": 1, "data-dir": tmp_path / "data"}
+    assert main(["fit", *fit_flags(tiny_backbone, {}, folder / "mnli", **flags)]) == 0
+    rows = [row for row in mixed_rows(20) if row["adapter"] == "three"]
+    for i, row in enumerate(mixed_rows(12, seed=1)):
+        pair = {"premise": row["sentence"], "hypothesis": "the film was dull"}
+        rows.insert(2 * i, {"adapter": "mnli", **pair, "number": 100 + i})
+    check_as_alone(folder, rows, tmp_path, capsys, "--logits")
+    rows[2]["hypothesis"] = None
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    flags = ["--adapter", folder, "--input", source, "--output", tmp_path / "bad.jsonl"]
+    assert main(["predict", *map(str, flags)]) == 2
+    assert "row 3: hypothesis is missing (null)" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_parts_of_texts_in_several_windows(tiny_backbone, tmp_path, capsys):
+    hub_data.write(tmp_path / "data", "squad")
+    folder, flags = tmp_path / "adapters", {"task": "squad", "data-dir": tmp_path / "data"}
+    flags |= {"epochs": 1, "seeds": "0,1", "max-length": 32}
+    assert main(["fit", *fit_flags(tiny_backbone, {}, folder, **flags)]) == 0
+    rows = []
+    for i, row in enumerate(mixed_rows(14)):
+        context = "the plot was dull. " * (1 + i % 3 * 6) + row["sentence"]
+        name = ("seed-0", "seed-1")[i // 2 % 2]
+        rows.append({"adapter": name, "question": "what was it", "context": context})
+    check_as_alone(folder, rows, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_labels_of_a_t5(tiny_t5, files, tmp_path, capsys):
+    """Labels are likelihoods of text, of one task with two and of one with three."""
+    folder, flags = tmp_path / "adapters", {"epochs": 1, "max-length": 16}
+    own = fit_flags(tiny_t5, files, folder / "movie", task="movie", **flags)
+    assert main(["fit", *own]) == 0
+    three = three_labels(tmp_path)
+    assert main(["fit", *fit_flags(tiny_t5, three, folder / "three", task="three", **flags)]) == 0
+    rows = mixed_rows(24)
+    for i, row in enumerate(rows):
+        row["adapter"] = ("three", "movie")[i % 3 % 2]
+    found = check_as_alone(folder, rows, tmp_path, capsys, "--logits")
+    assert {len(row["logits"]) for row in found if row["adapter"] == "three"} == {3}
+
+
+def test_texts_that_a_t5_writes(tiny_t5, tmp_path, capsys):
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["sentence,target", *(f"{word},{word} very" for word in GOOD + BAD)]))
+    folder, flags = tmp_path / "adapters", {"epochs": 8, "max-length": 16, "seeds": "0,1"}
+    paths = {"train": path, "validation": path}
+    own = fit_flags(tiny_t5, paths, folder, task="copy", **flags)
+    assert main(["fit", *own, "--max-target-length", "6"]) == 0
+    rows = mixed_rows(12)
+    for i, row in enumerate(rows):
+        row["adapter"] = f"seed-{i % 2}"
+    check_as_alone(folder, rows, tmp_path, capsys)
+    capsys.readouterr()
+    source = tmp_path / "in.jsonl"
+    flags = ["--adapter", folder, "--input", source, "--output", tmp_path / "o.csv", "--logits"]
+    assert "generated text, which has none" in refusal(capsys, "predict", *flags)
 
 
 def test_a_csv_keeps_its_columns(adapters, tmp_path):
@@ -118,6 +189,7 @@ def test_a_csv_keeps_its_columns(adapters, tmp_path):
             "names adapters that there are not: none, seed-7; there are seed-0, seed-1, three",
         ),
         ([{"sentence": "good"}], "no column 'adapter'"),
+        ([], "is empty (0 bytes)"),
         (
             [{"adapter": "three", "sentence": "good"}, {"adapter": "", "sentence": "good"}],
             "row 2: adapter names no adapter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from train import data, inference, predictions
-from train.files import read_chunks
+from train.files import Rows, read_chunks
+from train.objective import Objective, from_settings
 from train.options import PredictOptions
 
 COLUMN = "adapter"
@@ -38,20 +40,37 @@ def members_of(folder: Path) -> dict[str, Path]:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Group:
+    """Adapters whose rows become examples, and outputs predictions, in the same way.
+
+    Attributes:
+      members: their places in the bank.
+      objective: of all of them.
+      outputs: batch with `adapter_ids` -> what the objective predicts by, on the host.
+      reader: of the columns that it reads.
+    """
+
+    members: list[int]
+    objective: Objective
+    outputs: inference.OutputsFunction
+    reader: predictions.ColumnReader
+
+
+@dataclasses.dataclass(frozen=True)
 class _Bank:
     """Adapters ready to compute.
 
     Attributes:
-      index: name -> member.
+      index: name -> place.
       label_names: of each member.
-      encode: columns -> examples.
-      outputs: (batch, members of its rows) -> logits, as wide as the widest set of labels.
+      groups: which share a way of computing; every member is in one.
+      max_length: of their inputs, in tokens.
     """
 
     index: dict[str, int]
     label_names: list[list[str]]
-    encode: Any
-    outputs: Any
+    groups: list[_Group]
+    max_length: int
 
 
 def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
@@ -70,21 +89,26 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
     counted = _counted(options.input, members)
     bank = _load(options, {name: members[name] for name in sorted(counted)})
     added = predictions.added_names(bank.label_names[0], options.logits)
-    rows_done = 0
+    rows_done, cut, invalid = 0, 0, 0
     with predictions.write_rows(options.output) as write, tqdm(desc="predict", unit="row") as bar:
-        for rows in predictions.read_rows(options.input):
-            names = predictions.column_names(rows)
-            predictions.check_not_taken(options.input, names, added)
-            read = predictions.columns_read(names, None)
-            texts = {name: predictions.column_values(rows, name) for name in read}
+        for rows in read_chunks(options.input, 1024):
+            predictions.check_not_taken(options.input, predictions.column_names(rows), added)
             ids = np.array([bank.index[n] for n in predictions.column_values(rows, COLUMN)])
-            logits = _logits(bank, texts, ids, options.eval_batch_size)
-            write(predictions.add_columns(rows, _columns(bank, logits, ids, added)))
+            parts = []
+            for group in bank.groups:
+                positions = np.flatnonzero(np.isin(ids, group.members))
+                if len(positions):
+                    encoded = _encoded(group, rows, positions, rows_done)
+                    predicted = _predicted(group, encoded, ids[positions], options.eval_batch_size)
+                    parts += _columns(bank, predicted, positions, ids[positions], added)
+                    cut += encoded.num_truncated
+            write(predictions.add_columns(rows, _in_order(parts)))
+            invalid += sum(columns["prediction"].null_count for _, columns in parts)
             rows_done += len(rows)
             bar.update(len(rows))
     for name, count in counted.items():
         print(f"{name}: {count:,} rows")
-    print(f"{rows_done} rows written to {options.output}")
+    inference.say_predicted(options.output, rows_done, cut, bank.max_length, invalid)
     return rows_done
 
 
@@ -100,6 +124,8 @@ def _counted(path: Path, members: Mapping[str, Path]) -> Counter[str]:
                 raise ValueError(f"{path}, row {row}: {COLUMN} names no adapter; name one")
         counted.update(values)
         first_row += len(rows)
+    if not counted:
+        raise ValueError(f"{path}: has no rows")
     if unknown := sorted(counted.keys() - members.keys()):
         raise ValueError(
             f"{path}: names adapters that there are not: {_listed(unknown)}; there are "
@@ -117,16 +143,6 @@ def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
     options.check()
     settings = {name: inference.settings_of(folder) for name, folder in members.items()}
     first = next(iter(settings.values()))
-    for name, each in settings.items():
-        if each["kind"] not in ("classification", "regression") or "text_to_text" in each:
-            raise ValueError(
-                f"{members[name]} is no classifier on an encoder; predict with it by itself"
-            )
-        if "benchmark" in each:
-            raise ValueError(
-                f"{members[name]} reads the columns of {each['benchmark']['name']}; predict with "
-                "it by itself"
-            )
     inference.check_shared(settings)
     source = options.backbone or first["backbone"]
     backbone = cj.load_backbone(
@@ -135,47 +151,102 @@ def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
     model, params = cj.stack_adapters(list(members.values()), backbone)
     params = inference.stored(params, model.method, options, first)
     tokenizer = inference.load_tokenizer(source, backbone, first["max_length"])
-
-    @jax.jit
-    def compute(params: Any, batch: Mapping[str, Any], ids: Any) -> Any:
-        inputs = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
-        logits: Any = model.apply({"params": params}, *inputs, adapter_ids=ids)
-        return logits.astype(jnp.float32)
-
+    groups: dict[str, list[int]] = {}
+    for place, each in enumerate(settings.values()):
+        groups.setdefault(_way_of_computing(each), []).append(place)
+    numbered = list(settings.values())
     return _Bank(
-        {name: i for i, name in enumerate(members)},
-        [each["label_names"] for each in settings.values()],
-        lambda columns: data.tokenize(columns, tokenizer, first["max_length"]),
-        lambda batch, ids: jax.device_get(compute(params, batch, ids)),
+        {name: place for place, name in enumerate(members)},
+        [each["label_names"] for each in numbered],
+        [
+            _group(options, places, numbered[places[0]], model, params, tokenizer)
+            for places in groups.values()
+        ],
+        first["max_length"],
     )
 
 
-def _logits(
-    bank: _Bank, texts: Mapping[str, Sequence[str]], ids: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """`[rows, widest]` float64."""
+def _way_of_computing(settings: Mapping[str, Any]) -> str:
+    """What adapters of one group have in common: on a T5 labels, too, which are text there."""
+    names = ["benchmark", "text_to_text"]
+    names += ["label_names"] if "text_to_text" in settings else []
+    return json.dumps([settings.get(name) for name in names], sort_keys=True)
 
-    def outputs(batch: Any) -> np.ndarray:
+
+def _group(
+    options: PredictOptions,
+    members: list[int],
+    settings: Mapping[str, Any],
+    model: cj.Adapted,
+    params: Any,
+    tokenizer: Any,
+) -> _Group:
+    objective = from_settings(
+        settings, model, tokenizer, num_beams=options.num_beams, evaluate_by="scoring"
+    )
+    objective.check_predicts(logits=options.logits)
+    compiled = jax.jit(objective.outputs)
+    return _Group(
+        members,
+        objective,
+        lambda batch: jax.device_get(compiled(params, batch)),
+        predictions.ColumnReader(
+            options.input, objective.benchmark.columns if objective.benchmark is not None else {}
+        ),
+    )
+
+
+def _encoded(group: _Group, rows: Rows, positions: np.ndarray, before: int) -> data.Encoded:
+    """Examples of the rows at these positions of a chunk that has `before` others before it."""
+    own = rows.take(positions) if isinstance(rows, pa.Table) else [rows[i] for i in positions]
+    names = predictions.column_names(own)
+    # Rows of another adapter may be pairs, these none.
+    if "sentence2" in names and not any(predictions.column_values(own, "sentence2")):
+        names.remove("sentence2")
+    return group.objective.encode(group.reader.read(own, names, (before + 1 + positions).tolist()))
+
+
+def _predicted(
+    group: _Group, encoded: data.Encoded, ids: np.ndarray, batch_size: int
+) -> predictions.Predicted:
+    """Predictions of rows, each by its member; several examples may be of one row."""
+    of_example = (ids if encoded.groups is None else ids[encoded.groups]).astype(np.int32)
+
+    def outputs(batch: Any) -> Any:
         # A filling row's index is -1: any member will do.
-        return bank.outputs(batch, ids[batch["indices"]].astype(np.int32))
+        return group.outputs({**batch, "adapter_ids": of_example[batch["indices"]]})
 
-    encoded = bank.encode(texts)
     found = inference.split_outputs(outputs, encoded, batch_size, description=None)
-    return np.asarray(found, np.float64)
+    predicted: Any = group.objective.predictions(found, encoded)
+    return predicted
 
 
 def _columns(
-    bank: _Bank, logits: np.ndarray, ids: np.ndarray, added: Sequence[str]
-) -> dict[str, pa.Array]:
-    """The columns to add: of each row from the logits of its adapter's labels."""
-    parts: dict[str, list[pa.Array]] = {name: [] for name in added}
-    order = []
+    bank: _Bank,
+    predicted: predictions.Predicted,
+    positions: np.ndarray,
+    ids: np.ndarray,
+    added: Sequence[str],
+) -> list[tuple[np.ndarray, dict[str, pa.Array]]]:
+    """For each member the positions of its rows, and the columns to add to them."""
+    parts = []
     for member in np.unique(ids):
         rows, names = np.flatnonzero(ids == member), bank.label_names[member]
-        own = logits[rows, : len(names) or 1]
-        predictions.check_logits(own, len(rows), len(names) or 1)
-        for name, values in predictions.added_columns(own, names, added).items():
-            parts[name].append(values)
-        order.append(rows)
-    back = pa.array(np.argsort(np.concatenate(order)))
-    return {name: pa.concat_arrays(arrays).take(back) for name, arrays in parts.items()}
+        own: Any
+        if isinstance(predicted, list):
+            own = [predicted[i] for i in rows]
+        else:
+            # As many labels as the member has; the bank's heads are as wide as the widest.
+            own = np.asarray(predicted, np.float64)[rows, : len(names) or 1]
+            predictions.check_logits(own, len(rows), len(names) or 1)
+        parts.append((positions[rows], predictions.added_columns(own, names, added)))
+    return parts
+
+
+def _in_order(parts: Sequence[tuple[np.ndarray, dict[str, pa.Array]]]) -> dict[str, pa.Array]:
+    """The columns of all rows, as these stand in the file."""
+    back = pa.array(np.argsort(np.concatenate([positions for positions, _ in parts])))
+    return {
+        name: pa.concat_arrays([columns[name] for _, columns in parts]).take(back)
+        for name in parts[0][1]
+    }

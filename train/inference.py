@@ -306,13 +306,18 @@ def predict(options: PredictOptions) -> int:
             write_logits=options.logits,
             progress=bar.update,
         )
-    if sum(truncated):
-        limit = adapter.settings["max_length"]
-        print(f"{sum(truncated)} of {rows} rows were cut to {limit} tokens")
-    if sum(invalid):
-        print(f"{sum(invalid)} of {rows} rows have no prediction: the text was no number")
-    print(f"{rows} rows written to {options.output}")
+    limit = adapter.settings["max_length"]
+    say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))
     return rows
+
+
+def say_predicted(output: Path, rows: int, truncated: int, limit: int, invalid: int) -> None:
+    """Prints what became of the rows of a file: how many were cut, or have no prediction."""
+    if truncated:
+        print(f"{truncated} of {rows} rows were cut to {limit} tokens")
+    if invalid:
+        print(f"{invalid} of {rows} rows have no prediction: the text was no number")
+    print(f"{rows} rows written to {output}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -156,27 +156,65 @@ def read_rows(
     path = Path(path)
     _check_file(path)
     first_row = 1
-    read: tuple[str, ...] = ()
+    reader = ColumnReader(path, columns, max_characters)
     for rows in read_chunks(path, chunk_rows):
-        names = column_names(rows)
-        if first_row == 1:
-            read = columns_read(names, columns)
-            instead = f", nor all of {', '.join(columns)}" if columns else ""
-            require_column(path, names, read[0], instead)
-        elif read == ("sentence",) and "sentence2" in names:
-            raise ValueError(
-                f"{path}: there is a sentence2 after row {first_row - 1}, but none before"
-            )
-        for name in read:
-            values, kind = column_values(rows, name), (columns or {}).get(name, str)
-            if kind is str:
-                check_texts(path, name, values, first_row, max_characters)
-            else:
-                _check_values(path, name, values, first_row, kind)
+        reader.read(rows, column_names(rows), range(first_row, first_row + len(rows)))
         yield rows
         first_row += len(rows)
     if first_row == 1:
         raise ValueError(f"{path}: has no rows")
+
+
+class ColumnReader:
+    """Reads the columns that a model is called with, chunk by chunk, and checks them.
+
+    Args:
+      path: of the file, for errors.
+      columns: as `read_rows` takes them.
+      max_characters: limit on the length of one sentence.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Mapping[str, type] | None = None,
+        max_characters: int = 100_000,
+    ):
+        self._path, self._columns, self._max_characters = path, columns or {}, max_characters
+        self._read: tuple[str, ...] = ()
+
+    def read(
+        self, rows: Rows, names: Sequence[str], numbers: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """Name -> values of the columns to read, which the first rows decide on.
+
+        These are all that the reader was made with, if the rows have them, else `sentence` and,
+        where it is, `sentence2`.
+
+        Args:
+          rows: at least one.
+          names: of their columns.
+          numbers: of the rows in the file, counted from 1.
+
+        Raises:
+          ValueError: as `read_rows`.
+        """
+        if not self._read:
+            self._read = columns_read(names, self._columns)
+            instead = f", nor all of {', '.join(self._columns)}" if self._columns else ""
+            require_column(self._path, names, self._read[0], instead)
+        elif self._read == ("sentence",) and "sentence2" in names:
+            raise ValueError(
+                f"{self._path}: there is a sentence2 after row {numbers[0] - 1}, but none before"
+            )
+        values = {name: column_values(rows, name) for name in self._read}
+        for name, column in values.items():
+            kind = self._columns.get(name, str)
+            if kind is str:
+                check_texts(self._path, name, column, numbers, self._max_characters)
+            else:
+                _check_values(self._path, name, column, numbers, kind)
+        return values
 
 
 def columns_read(names: Sequence[str], columns: Mapping[str, type] | None) -> tuple[str, ...]:
@@ -209,10 +247,10 @@ def require_column(path: Path, columns: Sequence[str], name: str, instead: str =
 
 
 def check_texts(
-    path: Path, name: str, values: list[Any], first_row: int, max_characters: int
+    path: Path, name: str, values: list[Any], numbers: Sequence[int], max_characters: int
 ) -> None:
     """Raises ValueError, naming the row, if a value of a column is no text, empty or too long."""
-    for row, value in enumerate(values, first_row):
+    for row, value in zip(numbers, values, strict=True):
         if isinstance(value, str) and value.strip() and len(value) <= max_characters:
             try:
                 value.encode()
@@ -232,9 +270,11 @@ def check_texts(
             raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
 
 
-def _check_values(path: Path, name: str, values: list[Any], first_row: int, kind: type) -> None:
+def _check_values(
+    path: Path, name: str, values: list[Any], numbers: Sequence[int], kind: type
+) -> None:
     """Raises ValueError, naming the row, if a value is not of a type, or text of an integer."""
-    for row, value in enumerate(values, first_row):
+    for row, value in zip(numbers, values, strict=True):
         of_number = kind is int and isinstance(value, str) and value.strip().isdecimal()
         if not isinstance(value, kind) and not of_number:
             raise ValueError(

@@ -149,7 +149,10 @@ def loss_and_update(
 def apply_function(
     module: Any, inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids")
 ) -> ApplyFunction:
-    """How the steps call a module: with these parts of a batch, dropout where there is a key."""
+    """How the steps call a module: with these parts of a batch, dropout where there is a key.
+
+    Where a batch has `adapter_ids`, they are the members of a bank that its rows are for.
+    """
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
         return module.apply(
@@ -157,9 +160,16 @@ def apply_function(
             *(batch[name] for name in inputs),
             deterministic=dropout_key is None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
+            **routing(batch),
         )
 
     return apply
+
+
+def routing(batch: Batch, copies: int = 1) -> dict[str, Array]:
+    """The argument that tells a bank whose rows are whose, each row `copies` times; {} if none."""
+    ids = batch.get("adapter_ids")
+    return {} if ids is None else {"adapter_ids": jnp.repeat(ids, copies)}
 
 
 def logits_of(apply: ApplyFunction) -> OutputsFunction:

@@ -117,6 +117,7 @@ class TextToText(Seq2Seq):
             eos_token_id=self.config.eos_token_id,
             pad_token_id=self.config.pad_token_id,
             decoder_start_token_id=self.config.decoder_start_token_id,
+            adapter_ids=batch.get("adapter_ids"),
         )
         forced = self.teacher_forced(params, batch) if "decoder_input_ids" in batch else {}
         return {"ids": ids, **forced}
@@ -189,7 +190,9 @@ class TextToText(Seq2Seq):
         """Log-likelihood of each label's text, all labels in one call of the decoder."""
         labels, rows = jnp.asarray(self.label_ids), batch["input_ids"].shape[0]
         mask = batch["attention_mask"]
-        states = self.model.apply({"params": params}, batch["input_ids"], mask, method="encode")
+        states = self.model.apply(
+            {"params": params}, batch["input_ids"], mask, method="encode", **step.routing(batch)
+        )
         inputs = data.shifted(
             self.label_ids, self.config.pad_token_id, self.config.decoder_start_token_id
         )
@@ -199,6 +202,7 @@ class TextToText(Seq2Seq):
             jnp.repeat(states, len(labels), axis=0),
             jnp.repeat(mask, len(labels), axis=0),
             method="decode",
+            **step.routing(batch, len(labels)),
         )
         likelihoods = step.token_log_likelihoods(logits, jnp.tile(labels, (rows, 1)))
         return likelihoods.sum(-1).reshape(rows, len(labels))

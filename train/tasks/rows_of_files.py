@@ -75,7 +75,8 @@ def _read_split(path: Path, target: str, max_characters: int) -> dict[str, list[
     if target == "score":
         columns["score"] = [_score(path, row, x) for row, x in enumerate(columns["score"], 1)]
     elif target == "target":
-        check_texts(path, target, columns[target], 1, max_characters)
+        texts = columns[target]
+        check_texts(path, target, texts, range(1, 1 + len(texts)), max_characters)
     else:
         class_names = _class_names(path)
         columns["label"] = [
