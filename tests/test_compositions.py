@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from test_banked import read_jsonl, three_labels, write_jsonl
-from test_cli import BAD, GOOD, fit_flags, refusal, write_examples
+from test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 from test_cli_t5 import t5_flags
 
 import compacter_jax as cj
@@ -20,11 +20,7 @@ STEPS = {"epochs": 1, "backbone-dropout": 0}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
-        for seed, (split, rows) in enumerate({"train": 60, "validation": 20}.items())
-    }
+    return write_splits(tmp_path_factory.mktemp("files"), {"train": 60, "validation": 20})
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +245,7 @@ def test_one_of_two_saved_adapters_is_trained_on(saved, files, tiny_backbone, tm
 
 
 def test_a_composition_on_a_t5(tiny_t5, tmp_path, capsys):
-    files = {
-        split: write_examples(tmp_path / f"{split}.parquet", rows, seed=seed)
-        for seed, (split, rows) in enumerate({"train": 24, "validation": 12}.items())
-    }
+    files = write_splits(tmp_path, {"train": 24, "validation": 12})
     flags = {"epochs": 1, "learning-rate": 1e-2}
     runs = {}
     for name, method in {
@@ -371,3 +364,19 @@ def test_saved_adapters_that_do_not_compose(adapter, message, saved, rows, tmp_p
     flags = ["--adapter", adapter, "--input", source, "--output", tmp_path / "out.jsonl"]
     assert message in refusal(capsys, "predict", *flags)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_a_composition_trains_is_counted(saved, tiny_backbone, capsys):
+    def groups(method, *flags):
+        command = ["params", "--backbone", tiny_backbone, "--json", "--method", method, *flags]
+        assert main([str(part) for part in [*command, "--reduction-factor", "2"]]) == 0
+        record = json.loads(capsys.readouterr().out)
+        return record["trained"], {name: each["trained"] for name, each in record["groups"].items()}
+
+    dense, new = groups("pfeiffer-feed-forward")[1], groups("compacter++")[0]
+    assert groups("stack(pfeiffer-feed-forward,compacter++)")[0] == dense["adapters"] + new
+    average = f"average(old={saved / 'a'},new=compacter++)"
+    assert groups(average)[0] == new
+    assert groups(average, "--train-members", "old,new")[0] == 2 * new
+    command = ["params", "--backbone", tiny_backbone, "--method", "lora", "--train-members", "old"]
+    assert "--method lora is none" in refusal(capsys, *command)

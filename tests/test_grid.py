@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_cli import ROOT, fit_flags, refusal, write_examples
+from test_cli import ROOT, fit_flags, refusal, write_splits
 
 from train import data, grid
 from train.__main__ import main
@@ -25,12 +25,9 @@ sys.exit(max(main(["fit", *flags]) for flags in json.load(sys.stdin)))
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    sizes = {"train": 120, "validation": 44, "test": 43}
-    return {
-        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
-        for seed, (split, rows) in enumerate(sizes.items())
-    }
+    return write_splits(
+        tmp_path_factory.mktemp("files"), {"train": 120, "validation": 44, "test": 43}
+    )
 
 
 def run_alone(runs):

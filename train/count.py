@@ -77,8 +77,10 @@ def params(options: ParamsOptions) -> None:
 
     Raises:
       ValueError: if not exactly one of backbone and configuration is given, or it is none; if a
-        mesh is given with all methods, or is none; or, of one method, as `compacter_jax.Adapted`.
+        mesh is given with all methods, or is none; or, of one method, as `compacter_jax.Adapted`,
+        and of a composition as `train.compositions.composed`.
     """
+    options.check_members()
     if options.mesh is not None and options.method == ALL:
         raise ValueError("--mesh is for one method; give its name instead of all")
     backbones = counted_backbones(options)
@@ -174,7 +176,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
-    method = method_of(options.method, options.method_options)
+    method = options.method_config()
     found = counts(method, backbones)
     sums = [_sums(*pair) for pair in zip(found, backbones, strict=True)]
     held = None

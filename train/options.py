@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import docstring_parser
 import tyro
 
 from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, presets
+
+if TYPE_CHECKING:
+    from train import compositions
 
 EvaluateBy: TypeAlias = Literal["scoring", "generation"]
 SplitProtocol: TypeAlias = Literal["official", "paper"]
@@ -294,8 +298,38 @@ class HostOptions:
             raise ValueError(f"process_id={self.process_id} must be from 0 to {last}")
 
 
+class _ChoosesMethod:
+    """Of the commands that take a preset or a composition."""
+
+    method: str
+    train_members: str | None
+    method_options: Any
+
+    def check_members(self) -> None:
+        """ValueError if members of a composition are named where there is none."""
+        if self.train_members is not None and not is_composition(self.method):
+            raise ValueError(
+                f"--train-members are those of a composition, and --method {self.method} is none"
+            )
+
+    @functools.cached_property
+    def composition(self) -> compositions.Node | None:
+        """What `method` says, where it is no preset; raises as `train.compositions.parse`."""
+        from train import compositions  # noqa: PLC0415 - it needs these options
+
+        return compositions.parse(self.method) if is_composition(self.method) else None
+
+    def method_config(self) -> MethodConfig:
+        """The preset with the changes that are given, or the composition."""
+        if self.composition is None:
+            return method_of(self.method, self.method_options)
+        from train import compositions  # noqa: PLC0415 - it needs these options
+
+        return compositions.composed(self.composition, self.method_options, self.train_members)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitOptions(HostOptions, TrainingOptions):
+class FitOptions(_ChoosesMethod, HostOptions, TrainingOptions):
     """Fine-tune a backbone on a task and save the adapter of the best epoch.
 
     Several tasks with commas are trained together, a batch of one after a batch of another; each
@@ -376,13 +410,9 @@ class FitOptions(HostOptions, TrainingOptions):
         _check(self, wanted)
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one")
-        if is_composition(self.method):
-            if "," in self.task and self.adapters == "shared":
-                raise ValueError("tasks cannot share a composition; give --adapters per_task")
-        elif self.train_members is not None:
-            raise ValueError(
-                f"--train-members are those of a composition, and --method {self.method} is none"
-            )
+        self.check_members()
+        if is_composition(self.method) and "," in self.task and self.adapters == "shared":
+            raise ValueError("tasks cannot share a composition; give --adapters per_task")
 
     @property
     def is_grid(self) -> bool:
@@ -390,26 +420,15 @@ class FitOptions(HostOptions, TrainingOptions):
         lists = (self.seeds, self.learning_rates, self.train_sizes)
         return any(values is not None for values in lists)
 
-    def method_config(self) -> MethodConfig:
-        """The preset with this run's changes, or the composition."""
-        if not is_composition(self.method):
-            return method_of(self.method, self.method_options)
-        from train import compositions  # noqa: PLC0415 - it needs these options
-
-        expression = compositions.parse(self.method)
-        return compositions.composed(expression, self.method_options, self.train_members)
-
     def peak_learning_rate(self, defaults: Mapping[str, float]) -> float:
         """The learning rate given, or of `defaults` the method's.
 
         Raises:
           ValueError: for a composition whose presets do not have one between them.
         """
-        if self.learning_rate is not None or not is_composition(self.method):
+        if self.learning_rate is not None or self.composition is None:
             return self.learning_rate or defaults[self.method]
-        from train import compositions  # noqa: PLC0415 - it needs these options
-
-        names = compositions.parse(self.method).presets()
+        names = self.composition.presets()
         rates = {defaults[name] for name in names}
         if len(rates) != 1:
             told = ", ".join(f"{name} {defaults[name]:g}" for name in names) or "none of a preset"
@@ -547,7 +566,7 @@ class EvaluateOptions(AdapterOptions):
       evaluate_by: how T5's labels are predicted: by the likelihood of each label's text, or by
         generating text; by default as in training.
       output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's
-        folder.
+        folder; of a composition of several, in the current one.
     """
 
     task: str = "custom"
@@ -567,8 +586,8 @@ class PredictOptions(AdapterOptions):
 
     Attributes:
       adapter: folder that `fit` wrote; or a folder of such folders, and then the input has a column
-        adapter with the name of one in every row: classifiers of one shape on one encoder, whatever
-        their labels; or a composition of folders, as `evaluate` takes it.
+        adapter with the name of one in every row: adapters of one shape on one backbone, for tasks
+        of one kind, whatever their labels; or a composition of folders, as `evaluate` takes it.
       input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2; or
         with the columns that the adapter's benchmark has on the hub.
       output: file of one of these formats: the input's columns, prediction, and for labels
@@ -634,13 +653,14 @@ class MergeOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParamsOptions:
+class ParamsOptions(_ChoosesMethod):
     """Print what a method trains on a backbone, by group, or what each of all methods does.
 
     Attributes:
       backbone: folder of a Hugging Face checkpoint, or its id on the hub.
       backbone_config: in place of a backbone, the name of a published size, such as t5-base or
         google/flan-t5-xl, or a config.json; needs no weights.
+      train_members: which members of a composition are trained, as for fit.
       mesh: with one method, print what each device has to hold if the backbone is divided so, as by
         fit; no device is needed.
       backbone_dtype: with a mesh, what weights that are not trained are stored in.
@@ -655,8 +675,13 @@ class ParamsOptions:
     backbone: str | None = None
     backbone_config: str | None = None
     method: Annotated[
-        str, tyro.conf.arg(help=f"preset of the method, or all: {', '.join(presets())}.")
+        str,
+        tyro.conf.arg(
+            help=f"preset of the method, or all: {', '.join(presets())}; or a composition, as fit "
+            "takes it."
+        ),
     ] = "compacter++"
+    train_members: str | None = None
     mesh: str | None = None
     backbone_dtype: BackboneDtype = "float32"
     num_labels: int = 2
