@@ -44,13 +44,19 @@ def write_examples(path, rows, *, seed, score=False):
     return path
 
 
+def write_splits(folder, sizes, *, score=False):
+    """Split -> a file of so many examples; those of one split are not those of another."""
+    return {
+        split: write_examples(folder / f"{split}.parquet", rows, seed=seed, score=score)
+        for seed, (split, rows) in enumerate(sizes.items())
+    }
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
-        for seed, (split, rows) in enumerate({"train": 120, "validation": 44, "test": 43}.items())
-    }
+    return write_splits(
+        tmp_path_factory.mktemp("files"), {"train": 120, "validation": 44, "test": 43}
+    )
 
 
 def fit_flags(folder, files, output, **flags):
@@ -201,10 +207,7 @@ def test_predict_keeps_the_columns_of_a_csv(fitted, tmp_path):
 
 @pytest.mark.slow
 def test_regression(tiny_backbone, tmp_path):
-    paths = {
-        split: write_examples(tmp_path / f"{split}.parquet", rows, seed=seed, score=True)
-        for seed, (split, rows) in enumerate({"train": 120, "validation": 40}.items())
-    }
+    paths = write_splits(tmp_path, {"train": 120, "validation": 40}, score=True)
     flags = fit_flags(tiny_backbone, paths, tmp_path / "run", epochs=4)
     assert main(["fit", *flags, "--regression"]) == 0
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -644,3 +647,9 @@ def test_a_truncated_backbone(tiny_backbone, files, tmp_path, capsys):
     error = refusal(capsys, "fit", *fit_flags(backbone, files, tmp_path / "run"))
     assert "model.safetensors" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    path = tmp_path / "missing.toml"
+    told = refusal(capsys, "fit", "--config", path, "--output-dir", tmp_path)
+    assert told == f"error: {path}: no such file or directory"

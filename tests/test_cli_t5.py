@@ -23,7 +23,7 @@ from test_cli import (
     fit_flags,
     refusal,
     small_flags,
-    write_examples,
+    write_splits,
 )
 
 import compacter_jax as cj
@@ -43,11 +43,9 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
-        for seed, (split, rows) in enumerate({"train": 120, "validation": 40, "test": 43}.items())
-    }
+    return write_splits(
+        tmp_path_factory.mktemp("files"), {"train": 120, "validation": 40, "test": 43}
+    )
 
 
 def write_corpus(path, documents, *, seed):
@@ -169,10 +167,7 @@ def test_label_scores_are_the_likelihoods_of_the_labels_alone(fitted):
 
 
 def test_regression_by_generation(tiny_t5, tmp_path, capsys):
-    paths = {
-        split: write_examples(tmp_path / f"{split}.parquet", 24, seed=seed, score=True)
-        for seed, split in enumerate(("train", "validation"))
-    }
+    paths = write_splits(tmp_path, {"train": 24, "validation": 24}, score=True)
     flags = {"task": "stars", "max-target-length": 8, "epochs": 2}
     command(
         "fit", *t5_flags(tiny_t5, paths, tmp_path / "run", **flags), "--regression", "--prefix", "s"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 from matplotlib import pyplot as plt
-from test_cli import refusal, write_examples
+from test_cli import refusal, write_splits
 
 import compacter_jax as cj
 from train import compare, compare_report, job, learning_rates, measure, prompts, tasks
@@ -127,11 +127,9 @@ def test_evaluations_are_spread_over_the_epochs(epochs, most, expected):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        split: write_examples(folder / f"{split}.parquet", rows, seed=seed)
-        for seed, (split, rows) in enumerate({"train": 40, "validation": 16, "test": 16}.items())
-    }
+    return write_splits(
+        tmp_path_factory.mktemp("files"), {"train": 40, "validation": 16, "test": 16}
+    )
 
 
 def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):

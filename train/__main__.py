@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run(_of_each_task(name, rest) if name in _OF_EACH_TASK else _parsed(name, rest))
     except (ValueError, OSError) as error:
-        return _fail(str(error), 2)
+        return _fail(_told(error), 2)
     except StoppedRunError as error:
         if error.exit_code:
             return _fail(str(error), error.exit_code)
@@ -162,6 +162,13 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", InterruptedRunError.exit_code)
     return 0
+
+
+def _told(error: Exception) -> str:
+    """What an error says; of one of the system, the file first and no number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 def _help(arguments: Sequence[str]) -> str:

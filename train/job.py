@@ -20,7 +20,7 @@ from compacter_jax.config import FullFineTuningConfig, IntrinsicConfig, MethodCo
 from compacter_jax.params import group_of
 from train import compositions, data, hosts, inference, mesh, mixture, prompts, tasks
 from train.objective import Objective, check_options, for_task, head_arguments
-from train.options import FitOptions, is_composition
+from train.options import FitOptions
 
 RUN_NAME = "run.json"
 # What may differ between an interrupted run and the one that resumes it.
@@ -236,9 +236,10 @@ def _loaded_lane(
     model = cj.Adapted(backbone.module, method)
     objective = for_task(task, options, model, tokenizer)
     params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
-    if is_composition(options.method):
-        expression = compositions.parse(options.method)
-        params = compositions.with_saved(expression, model, params, backbone, options.backbone)
+    if options.composition is not None:
+        params = compositions.with_saved(
+            options.composition, model, params, backbone, options.backbone
+        )
     options.peak_learning_rate(objective.learning_rates)  # which must be there
     if first is not None:
         params = _shared(params, first.params)
