@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import main
+from train.compare_report import method_table, summaries
 
 README = ROOT / "README.md"
 BIAS = "encoder/layer/0/output/dense/adapter/up/bias"
@@ -65,6 +66,26 @@ def test_methods():
             page.setdefault(name, row[-2:])  # the first is the preset as it is
     for name in presets:
         assert table[name] == page[name]
+
+
+def compared(name):
+    """Of a recorded comparison, what it had of each method."""
+    path = ROOT / "benchmarks/results" / name
+    return summaries(json.loads(path.read_text(encoding="utf-8"))["runs"])
+
+
+def test_scores():
+    """The README and the page have the scores of all methods as they were measured."""
+    found = compared("comparison_movie.json")
+    assert [s.method for s in found] == list(cj.presets())
+    assert {len(s.scores) for s in found} == {3}
+    presets = {f"`{name}`" for name in cj.presets()}
+    table = {row[0]: row[-1] for row in rows_of_tables(README)[: len(presets) + 2]}
+    assert {row: table[row] for row in presets} == {
+        f"`{s.method}`": f"{s.mean:.4f} ± {s.deviation:.4f}" for s in found
+    }
+    page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
+    assert method_table(found) in page
 
 
 NAMES = {"minilm": "MiniLM", "bert-base": "BERT-base", "t5-small": "T5-small", "t5-base": "T5-base"}
