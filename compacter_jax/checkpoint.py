@@ -132,7 +132,7 @@ class AdapterReader:
         method = config.from_dict(settings["method"])
         model = inject.Adapted(backbone.module, method, sites=_sites_from_json(settings["sites"]))
         wanted, frozen = self._split(model, backbone, settings)
-        check_leaves(directory, stored, wanted)
+        check_leaves(directory, stored, wanted, trained_with=_named(settings))
         own = flatten_dict(backbone.params, sep="/")
         left = {path: own[path] for path in frozen}
         actual = self._hash(left)
@@ -321,7 +321,13 @@ def _read_weights(directory: Path, sha256: str) -> dict[str, jax.Array]:
     return stored
 
 
-def check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_leaves(
+    directory: Path,
+    stored: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    trained_with: str = "",
+) -> None:
     """ValueError that lists what is missing in `stored`, left over, or of another shape."""
     missing = sorted(wanted.keys() - stored.keys())
     left_over = sorted(stored.keys() - wanted.keys())
@@ -332,8 +338,8 @@ def check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str
     ]
     if missing or left_over or shapes:
         raise ValueError(
-            f"the adapter in {directory} does not fit this backbone; "
-            f"missing: {missing or 'none'}; left over: {left_over or 'none'}; "
+            f"the adapter in {directory} does not fit this backbone; load the one it was trained "
+            f"with{trained_with}; missing: {missing or 'none'}; left over: {left_over or 'none'}; "
             f"of another shape: {shapes or 'none'}"
         )
 

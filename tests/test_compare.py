@@ -172,6 +172,7 @@ def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
         ({"train-size": "100,x"}, "--train-size '100,x' must be numbers"),
         ({"seeds": "0"}, "--seeds '0' must be numbers from 1 on"),
         ({"train-size": "10,20", "seeds": "1,2,3"}, "--seeds has 3 numbers for 2 training sizes"),
+        ({"train-size": "99999"}, "--train-size 99999 leaves nothing to train on"),
         ({"steps": "10,20"}, "--steps has 2 numbers for 1 training sizes"),
         ({"task": "films"}, "unknown task 'films'"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
@@ -210,7 +211,7 @@ if method == os.environ.get("STOPS"):
     sys.exit(0)
 if method == os.environ.get("HANGS"):
     Path(os.environ["CALLS"] + ".hangs").touch()
-    time.sleep(3)
+    time.sleep(float(os.environ.get("SECONDS_OF_HANGING", "3")))
 for seed in seeds.split(","):
     run = folder / f"seed-{seed}" if "--seeds" in values else folder
     (run / "adapter").mkdir()
@@ -389,6 +390,8 @@ def test_a_comparison_that_was_killed_goes_on(sent, pretended, files, tmp_path, 
     output = tmp_path / "out"
     flags = compare_flags(files, output, methods="full,lora,bitfit", seeds=1)
     environment = {**os.environ, "HANGS": "lora", "PYTHONPATH": str(Path(__file__).parents[1])}
+    if sent == signal.SIGINT:  # which ends the run long before
+        environment["SECONDS_OF_HANGING"] = "60"
     real = shlex.split((tmp_path / "python").read_text().splitlines()[1])[1]
     command = [real, "-c", COMPARE, sys.executable, *flags]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:

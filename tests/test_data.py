@@ -72,7 +72,7 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     for source, reason in [
         (tmp_path / "none", "none: no such folder"),
-        (tmp_path / "empty", "cannot load a tokenizer from '.*empty': "),
+        (tmp_path / "empty", "cannot load a tokenizer from '.*empty': no file of one there "),
         (tmp_path / "broken", "cannot load a tokenizer from '.*broken': "),
         ("no/such/place", "cannot load a tokenizer from 'no/such/place': "),
         ("nobody/nothing-of-this-name", "cannot load a tokenizer from 'nobody/nothing"),

@@ -207,6 +207,10 @@ def test_unknown_task_and_splits(train_file):
         "mnli, qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, a translation "
         "such as wmt16-ro-en, or give files of your own"
     )
+    for name in (None, "custom"):  # which the user did not write
+        error = load_error(name=name)
+        assert error.startswith("no examples were given; for --task use movie, product, tweet, ")
+        assert error.endswith(" or your own with --train-file, --validation-file or --test-file")
     assert load_error(train_file=train_file, splits=["dev"]) == (
         "no file for the split 'dev'; there are train"
     )

@@ -109,6 +109,8 @@ def compare(each: Sequence[CompareOptions]) -> None:
     """
     options = _joined(each)
     runs = plan(each)
+    if not runs:
+        raise ValueError(f"--train-size {options.train_size} leaves nothing to train on")
     _check_finished(runs, options)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     with _alone(options.output_dir) as lock:

@@ -144,13 +144,18 @@ def load_tokenizer(
     source = str(path_or_hub_id)
     if Path(source).is_absolute() and not Path(source).exists():
         raise ValueError(f"{source}: no such folder")
+    wanted = "it wants a folder with tokenizer.json or vocab.txt, or a name on the hub"
+    if Path(source).is_dir() and not any(map(_is_of_tokenizer, Path(source).iterdir())):
+        raise ValueError(
+            f"cannot load a tokenizer from {source!r}: no file of one there ({wanted})"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the kinds differ between versions and file formats
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise ValueError(
-            f"cannot load a tokenizer from {source!r}: {reason} (it wants a folder with "
-            "tokenizer.json or vocab.txt, or a name on the hub, which must be reachable or cached)"
+            f"cannot load a tokenizer from {source!r}: {reason} ({wanted}, which must be reachable "
+            "or cached)"
         ) from error
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(
@@ -170,6 +175,10 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {source!r} has no padding token; set its pad_token")
     return tokenizer
+
+
+def _is_of_tokenizer(path: Path) -> bool:
+    return path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model"
 
 
 def tokenize(

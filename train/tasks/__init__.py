@@ -18,6 +18,7 @@ from train.tasks.rows_of_files import SENTIMENT, SENTIMENT_LABELS
 
 BUILT_IN = ("movie", "product", "tweet", "editorial")
 SPAN_CORRUPTION = "span_corruption"
+CUSTOM = "custom"  # what the user's own files are called where no --task was given
 SPLITS = ("train", "validation", "test")
 
 _METRICS: dict[Kind, str] = {
@@ -89,7 +90,7 @@ def load_task(
 
     Args:
       name: one of `BUILT_IN`, of `BENCHMARKS`, a translation such as wmt16-ro-en,
-        `SPAN_CORRUPTION`, or any other name for the user's files ("custom" if None).
+        `SPAN_CORRUPTION`, or any other name for the user's files (`CUSTOM` if None).
       regression: predict `score` instead of `label`.
       text: predict `target` instead of `label`.
       train_file: .parquet, .jsonl, .csv or .tsv.
@@ -131,7 +132,7 @@ def load_task(
     names = tuple(label_names or (SENTIMENT_LABELS if name in BUILT_IN else ()))
     target = "score" if regression else "target" if text else "label" if names else None
     kind, names, rows = rows_of_files.load(files, wanted, target, names, max_characters)
-    return Task(name or "custom", kind, names, rows)
+    return Task(name or CUSTOM, kind, names, rows)
 
 
 def sources(options: Any) -> dict[str, Any]:
@@ -176,11 +177,14 @@ def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Pa
     if name in BUILT_IN:
         files = {split: SENTIMENT / str(name) / f"{split}.parquet" for split in SPLITS}
     files |= {split: Path(path) for split, path in zip(SPLITS, given, strict=True) if path}
-    if not files:
+    if files:
+        return files
+    if name == SPAN_CORRUPTION:
+        raise ValueError(f"{name} needs a text file; give --train-file")
+    known = f"use {', '.join((*BUILT_IN, *BENCHMARKS))}, a translation such as wmt16-ro-en, or "
+    if name in (None, CUSTOM):
         raise ValueError(
-            f"{name} needs a text file; give --train-file"
-            if name == SPAN_CORRUPTION
-            else f"unknown task {name!r}; use {', '.join((*BUILT_IN, *BENCHMARKS))}, a translation "
-            "such as wmt16-ro-en, or give files of your own"
+            f"no examples were given; for --task {known}your own with --train-file, "
+            "--validation-file or --test-file"
         )
-    return files
+    raise ValueError(f"unknown task {name!r}; {known}give files of your own")
