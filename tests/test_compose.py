@@ -128,7 +128,6 @@ def test_routing_and_one_hot_mixing_equal_each_row_alone(name):
     ids = ADAPTER_IDS if model.method.has_plain else np.abs(ADAPTER_IDS)
     cotangent = np.float32(np.random.default_rng(0).standard_normal((4, 2)))
     expected = np.array(run(backbone.module, backbone.params, *ROWS))
-    plain = expected.copy()
     gradients, of_one = {}, output_and_gradient(alone[0][0])
     for index, (_, own) in enumerate(alone):
         chosen = ids == index
@@ -137,9 +136,6 @@ def test_routing_and_one_hot_mixing_equal_each_row_alone(name):
     of_bank = output_and_gradient(model)
     routed, gradient = of_bank(params, cotangent, adapter_ids=ids)
     assert_near(routed, expected)
-    # Attention with prefixes sums over more keys, and a pooler of many is another product.
-    if (ids == -1).any() and name not in HAS_PREFIXES and not method.train_pooler:
-        np.testing.assert_array_equal(routed[1], plain[1])
     _check_gradients(model, gradient, gradients)
     if name in HAS_PREFIXES:
         with pytest.raises(ValueError, match="no output that could be mixed"):
@@ -427,7 +423,6 @@ def test_rows_of_encoder_and_decoder(t5):
         expected = np.where(chosen[:, None, None], y, expected)
     routed, gradient = output_and_gradient(model, inputs)(params, cotangent, adapter_ids=ids)
     assert_near(routed, expected)
-    np.testing.assert_array_equal(routed[1], plain[1])
     _check_gradients(model, gradient, gradients)
 
 
