@@ -76,7 +76,7 @@ notebooks: $(MAIN)/test.stamp
 
 test-main: $(MAIN)/test.stamp
 	@echo "== every test, in $(MAIN)"
-	@$(MAIN)/bin/python $(PYTEST) $(PYTEST_ARGS)
+	@$(MAIN)/bin/python $(PYTEST) --durations 40 --durations-min 5 $(PYTEST_ARGS)
 
 test-newest:
 	@python='$(call find,3.13 3.12)'; if [ -z "$$python" ]; then \
