@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -148,9 +149,28 @@ class _Compiled(NamedTuple):
     host_state: Callable[[TrainState], TrainState]
 
 
+@functools.cache
+def compiler_options(device: jax.Device) -> dict[str, bool] | None:
+    """What a step is best compiled with on a device: on a CPU, to run in the order of the program.
+
+    XLA would begin there whatever is ready, and keep its arrays for longer: of BERT-base, 8 x 128,
+    a fifth more memory for the same time (`benchmarks/NOTES.md`).
+    """
+    if device.platform != "cpu":
+        return None
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    try:
+        with jax.default_device(device):
+            jax.jit(jnp.negative, compiler_options=options).lower(np.float32(0)).compile()
+    except jax.errors.JaxRuntimeError:  # XLA's options come and go with its versions
+        return None
+    return options
+
+
 def _on_one(update: Any, forward: Any, device: jax.Device) -> _Compiled:
     """By jit."""
-    step, evaluate = jax.jit(update, donate_argnums=0), jax.jit(forward)
+    step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(device))
+    evaluate = jax.jit(forward)
 
     def put(tree: Any) -> Any:
         return jax.device_put(tree, device)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import compacter_jax as cj
 from compacter_jax.checkpoint import replace_file
 from train import data, inference, loop, measure, report, step, stopping
+from train.compute import compiler_options
 from train.errors import FailedRunsError, NonFiniteLossError, StoppedRunError
 from train.job import RUN_NAME, Job, check_run_folder, open_run, prepare
 from train.options import FitOptions
@@ -235,7 +236,11 @@ class Joint:
             {i: leaf for i, leaf in enumerate(leaves[0]) if i not in own}, whole
         )
         self._seeds = np.array([trainer.options.seed for trainer in trainers], np.uint32)
-        self._step = jax.jit(self._compiled(first), donate_argnums=0)
+        self._step = jax.jit(
+            self._compiled(first),
+            donate_argnums=0,
+            compiler_options=compiler_options(self._devices[0]),
+        )
         for index, trainer in enumerate(trainers):
             trainer.learners[0].state = cast(step.TrainState, _Row(self, index))
 
