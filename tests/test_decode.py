@@ -229,6 +229,14 @@ def logits_of(model, params, ids, mask, decoder_ids):
     return compiled(model)({"params": params}, ids, mask, decoder_ids)
 
 
+def test_the_most_probable_token_is_the_first_of_equals():
+    logits = np.random.default_rng(0).integers(0, 4, (5, 17)).astype(np.float32)
+    logits[1], logits[2, 3:] = -np.inf, -np.inf
+    np.testing.assert_array_equal(decode._most_probable(jnp.asarray(logits)), logits.argmax(-1))
+    logits[3, 5] = np.nan
+    assert decode._most_probable(jnp.asarray(logits))[3] in range(17)
+
+
 def test_cached_logits_equal_those_of_the_whole_decoder():
     model, params = adapted("plain")
     ids, mask = prompts(3, 20)

@@ -58,7 +58,13 @@ class Embed(nn.Embed):
 def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:
     """`x` `[…, features]` times the transpose of embeddings `[vocab, features]`, `[…, vocab]`."""
     x, table = _promote(x, table, dtype=dtype)
-    return matmul(x, table.transposed()) if is_quantized(table) else jnp.dot(x, table.T)
+    if is_quantized(table):
+        return matmul(x, table.transposed())
+    if x.ndim == 3 and x.shape[1] == 1:
+        # The next token of each row: what takes the time is to read the table, which a CPU does
+        # faster along its rows (`benchmarks/NOTES.md`).
+        return jnp.einsum("vf,btf->vbt", table, x).transpose(1, 2, 0)
+    return jnp.dot(x, table.T)
 
 
 class Dropout(nn.Dropout):
