@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import main
-from train.compare_report import method_table, summaries
+from train.compare_report import method_table, size_table, summaries
 
 README = ROOT / "README.md"
 BIAS = "encoder/layer/0/output/dense/adapter/up/bias"
@@ -86,6 +86,24 @@ def test_scores():
     }
     page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
     assert method_table(found) in page
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "sizes"),
+    [
+        ("comparison_sizes.json", "movie", [100, 500, 1000, 2000, 4000]),
+        ("comparison_sizes.json", "product", [100, 500, 1000, 2000]),
+        ("comparison_longer.json", "movie", [100]),
+    ],
+)
+def test_scores_by_training_size(name, task, sizes):
+    """The page has them as they were measured, with five seeds below 2,000 examples."""
+    found = [s for s in compared(name) if s.task == task]
+    assert {s.method for s in found} == {"full", "houlsby", "compacter++"}
+    assert all(len(s.scores) == (5 if s.size < 2000 else 3) for s in found)
+    assert sorted({s.size for s in found}) == sizes
+    page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
+    assert size_table(found) in page
 
 
 NAMES = {"minilm": "MiniLM", "bert-base": "BERT-base", "t5-small": "T5-small", "t5-base": "T5-base"}
