@@ -427,6 +427,10 @@ def test_what_cannot_be_converted(tiny_backbone, tmp_path, capsys):
     ours = ["convert", "--from", "compacter_jax", tmp_path / "ours", "--to", tmp_path / "to"]
     assert "are the same; choose another --to-format" in refusal(capsys, *ours)
     assert "bitfit" in refusal(capsys, *ours, "--to-format", "peft")
+    other = ["convert", "--from", "other", tmp_path / "ours", "--to", tmp_path / "to"]
+    assert "names no format; use --from compacter_jax, adapterhub or peft" in refusal(
+        capsys, *other
+    )
     assert "does not exist" in refusal(
         capsys, *("convert", "--from", "peft", tmp_path / "none", "--backbone", tiny_backbone),
         *("--to", tmp_path / "to"),

@@ -188,6 +188,14 @@ def test_bad_flags(flags, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_place_of_the_output_folder(tmp_path, capsys):
+    file = tmp_path / "out"
+    file.write_text("kept")
+    error = refusal(capsys, "compare", "--backbone", "DIR", "--task", "movie", "--output-dir", file)
+    assert f"{file} is a file; choose another --output-dir" in error
+    assert file.read_text() == "kept"
+
+
 def test_a_task_without_a_test_split(files, tmp_path, capsys):
     given = ["--train-file", files["train"], "--validation-file", files["validation"]]
     flags = ["--backbone", "DIR", "--task", "own", *given, "--output-dir", tmp_path / "out"]

@@ -234,6 +234,14 @@ def test_a_t5_has_no_labels(tmp_path):
             give()
 
 
+def test_a_t5_has_no_head_of_bert(tmp_path):
+    folder, _ = written(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"'sequence_classification' is for another kind of backb"):
+        load_backbone(folder, head="sequence_classification", num_labels=2)
+    with pytest.raises(ValueError, match="unknown head 'regression'"):
+        load_backbone(folder, head="regression")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

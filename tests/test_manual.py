@@ -1,7 +1,10 @@
 """The help of the command line: complete, readable, and with examples that work as written."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,15 @@ def test_help_exits_with_zero(flag, capsys):
     assert all(re.search(rf"^  {name} ", usage, re.MULTILINE) for name in COMMANDS)
     assert main(["fit", "--task", "movie", flag]) == 0
     assert capsys.readouterr().out.startswith("usage: python -m train fit --backbone STR")
+
+
+def test_a_reader_that_has_gone_gets_no_traceback():
+    """As with `| head`; of a pipe whose reading end is closed, the first write fails."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "train", "fit", "--help"]
+    done = subprocess.run(
+        command, check=False, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -153,6 +153,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         run(_of_each_task(name, rest) if name in _OF_EACH_TASK else _parsed(name, rest))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _fail(_told(error), 2)
     except StoppedRunError as error:
@@ -215,4 +217,10 @@ if __name__ == "__main__":
     # that is installed, and take 2 seconds and 250 MB for it.
     os.environ.setdefault("USE_TORCH", "0")
     compiled.keep(os.environ, jax.config.update)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it, such as `head`, has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

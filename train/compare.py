@@ -112,6 +112,8 @@ def compare(each: Sequence[CompareOptions]) -> None:
     if not runs:
         raise ValueError(f"--train-size {options.train_size} leaves nothing to train on")
     _check_finished(runs, options)
+    if options.output_dir.is_file():
+        raise ValueError(f"{options.output_dir} is a file; choose another --output-dir")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     with _alone(options.output_dir) as lock:
         failures = _run_all(runs, options, lock)

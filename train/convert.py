@@ -46,6 +46,11 @@ def convert(options: ConvertOptions) -> None:
         for what the folder does not say; nothing is written then.
     """
     source, folder = options.source
+    if source not in (OURS, *_IMPORTS):
+        raise ValueError(
+            f"--from {source} {folder} names no format; use --from {OURS}, "
+            f"{' or '.join(_IMPORTS)}, and the folder after it"
+        )
     if source == options.to_format:
         raise ValueError(
             f"--from {source} and --to-format {source} are the same; choose another --to-format"

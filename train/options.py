@@ -620,7 +620,7 @@ class ConvertOptions(TextToTextOptions):
     """
 
     source: Annotated[
-        tuple[AdapterFormat, Path],
+        tuple[str, Path],
         tyro.conf.arg(
             name="from",
             help="what to read, and its folder.",

@@ -145,11 +145,13 @@ def module_from_config(
 
     Raises:
       ValueError: if the configuration is not of a supported model, "auto" finds no known
-        architecture in it, or `num_labels` is given for a head without labels.
+        architecture in it, models of its family have no such head, or `num_labels` is given for
+        a head without labels.
     """
     family = family_of(config)
     if head == "auto":
         head = _head_of_architecture(config, family)
+    _check_head(head, config.model_type)
     return family.module(
         config, head, num_labels, dropout_rate, dtype=dtype, param_dtype=param_dtype, remat=remat
     )
@@ -206,6 +208,17 @@ def _head_of_architecture(config: Any, family: Family) -> str | None:
             f"{', '.join(family.architectures)}. To load the weights all the same, pass head=…"
         )
     return family.architectures[names[0]]
+
+
+def _check_head(head: str | None, model_type: str) -> None:
+    """ValueError for a head of another family; one that none has is refused by the module."""
+    heads = FAMILIES[model_type].heads
+    if head not in heads and any(head in family.heads for family in FAMILIES.values()):
+        raise ValueError(
+            f"head={head!r} is for another kind of backbone; one of model_type={model_type!r} has "
+            f"{', '.join(str(known) for known in heads)}. An adapter fits the kind of backbone it "
+            "was trained on"
+        )
 
 
 def _other_task(config: Any, family: Family, module: Any) -> bool:

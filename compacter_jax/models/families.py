@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.models.bert import HEADS as BERT_HEADS
 from compacter_jax.models.bert import Bert, BertConfig
+from compacter_jax.models.t5 import HEADS as T5_HEADS
 from compacter_jax.models.t5 import T5, T5Config
 
 Params = dict[str, Any]
@@ -22,6 +23,7 @@ class Family:
 
     Attributes:
       architectures: name in config.json -> head.
+      heads: all that its modules have.
       module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)`
         -> module.
       from_hugging_face: tensors -> nested parameters.
@@ -39,6 +41,7 @@ class Family:
     """
 
     architectures: Mapping[str, str | None]
+    heads: tuple[str | None, ...]
     module: Callable[..., nn.Module]
     from_hugging_face: Callable[[Mapping[str, np.ndarray]], Params]
     parts: tuple[str, ...]
@@ -320,6 +323,7 @@ def _t5_family(prefix: str) -> Family:
             f"{prefix}Model": None,
             f"{prefix}EncoderModel": "encoder",
         },
+        heads=T5_HEADS,
         module=_t5_module,
         from_hugging_face=t5_from_hugging_face,
         to_hugging_face=t5_to_hugging_face,
@@ -340,6 +344,7 @@ FAMILIES = {
             "BertForPreTraining": "masked_lm",
             "BertForQuestionAnswering": "question_answering",
         },
+        heads=BERT_HEADS,
         module=_bert_module,
         from_hugging_face=bert_from_hugging_face,
         to_hugging_face=bert_to_hugging_face,
