@@ -128,9 +128,17 @@ def speed_rows():
         yield [*head, told, memory], [*head, *medians, told, cpu, memory, noise]
 
 
+def in_readme(row):
+    """The README has Compacter++, and the steps of the two methods with other peers."""
+    return row[1] == "`compacter++`" or (row[1] in ("`full`", "`lora`") and row[2] == "step")
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
 def test_speed(page):
-    wanted = [rows[page != "README.md"] for rows in speed_rows()]
+    if page == "README.md":
+        wanted = [short for short, _ in speed_rows() if in_readme(short)]
+    else:
+        wanted = [long for _, long in speed_rows()]
     found = [row for row in rows_of_tables(ROOT / page) if row[0].split()[0] in NAMES.values()]
     assert found == wanted
 
