@@ -24,6 +24,7 @@ from compacter_jax.config import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
+from compacter_jax.dropout import Dropout
 
 Dtype = Any
 # `nn.Module.param` of whichever module owns the parameter.
@@ -244,7 +245,7 @@ class Bottleneck(nn.Module):
         h = self._projection(width, "up", h, rule, up_blocks)
         if config.layer_norm_after:
             h = self._layer_norm("layer_norm_after")(h)
-        h = nn.Dropout(config.dropout, name="dropout")(h, deterministic=deterministic)
+        h = Dropout(config.dropout, name="dropout")(h, deterministic=deterministic)
         return (x if skip is None else skip) + config.scaling * h
 
     def _layer_norm(self, name: str) -> nn.LayerNorm:
@@ -307,7 +308,7 @@ class LoRADelta(nn.Module):
         rank = self.config.rank
         left = self.param("left", _linear_init, (x.shape[-1], rank), self.param_dtype)
         right = self.param("right", nn.initializers.zeros, (rank, self.features), self.param_dtype)
-        x = nn.Dropout(self.config.dropout, name="dropout")(x, deterministic)
+        x = Dropout(self.config.dropout, name="dropout")(x, deterministic)
         x, left, right = promote_dtype(x, left, right, dtype=self.dtype)
         return self.config.factor * (x @ left @ right)
 
@@ -427,7 +428,7 @@ class PrefixKeyValue(nn.Module):
             hidden, kernel, bias = promote_dtype(hidden, kernel, bias, dtype=self.dtype)
             both = hidden @ kernel + bias
         both = jnp.broadcast_to(both.astype(self.dtype or both.dtype), (batch, *both.shape))
-        both = nn.Dropout(self.config.dropout, name="dropout")(both, deterministic)
+        both = Dropout(self.config.dropout, name="dropout")(both, deterministic)
         return both[..., : self.width], both[..., self.width :]
 
 

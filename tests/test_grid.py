@@ -1,6 +1,7 @@
 """Several runs at once: each is what it is alone."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 from test_cli import ROOT, fit_flags, refusal, write_splits
 
-from train import data, grid
+from train import data, grid, job
 from train.__main__ import main
 from train.options import FitOptions
 
+# Of the backbone and of the adapters: batches of several runs are padded to the longest.
+DROPOUT = {"backbone-dropout": 0.1, "dropout": 0.1}
 ONE_AFTER_ANOTHER = """
 import json, sys
 from train.__main__ import main
@@ -72,9 +75,10 @@ def check_equal(folder, alone):
 
 
 def grid_flags(backbone, files, output, **flags):
-    given = fit_flags(backbone, files, output, **{"epochs": 4, "backbone-dropout": 0.1, **flags})
-    if "learning-rates" in flags:
-        del given[(at := given.index("--learning-rate")) : at + 2]
+    given = fit_flags(backbone, files, output, **{"epochs": 4, **DROPOUT, **flags})
+    unused = {"learning-rate": "learning-rates" in flags, "reduction-factor": "method" in flags}
+    for name in (name for name, is_unused in unused.items() if is_unused):
+        del given[(at := given.index(f"--{name}")) : at + 2]
     return given
 
 
@@ -100,6 +104,24 @@ def test_each_run_is_what_it_is_alone(trained, tiny_backbone, files, tmp_path):
         check_equal(trained / f"seed-{seed}_train-size-{size}", tmp_path / f"{seed}-{size}")
     assert len(losses_of(trained / "seed-0_train-size-60")) == 32
     assert len(losses_of(trained / "seed-0_train-size-120")) == 60
+
+
+@pytest.mark.slow
+def test_five_runs_of_lora_on_one_device(tiny_backbone, files, tmp_path):
+    """Four devices do not divide five runs."""
+    flags = {"epochs": 1, "method": "lora", "train-size": 60}
+    seeds = {"seeds": "0,1,2,3,4"}
+    given = grid_flags(tiny_backbone, files, tmp_path / "grid", **flags, **seeds)
+    assert main(["fit", *given]) == 0
+    alone = {seed: tmp_path / f"alone-{seed}" for seed in (1, 4)}
+    run_alone(
+        [
+            grid_flags(tiny_backbone, files, folder, **flags, seed=seed)
+            for seed, folder in alone.items()
+        ]
+    )
+    for seed, folder in alone.items():
+        check_equal(tmp_path / "grid" / f"seed-{seed}", folder)
 
 
 def test_mean_and_spread_are_over_seeds(trained):
@@ -228,6 +250,21 @@ def test_runs_with_long_numbers_have_folders_of_their_own(tmp_path):
 def test_a_single_run_is_not_overwritten(trained, tiny_backbone, files, capsys):
     flags = grid_flags(tiny_backbone, files, trained / "seed-0_train-size-60", seeds="0,1")
     assert "holds a single run" in refusal(capsys, "fit", *flags)
+
+
+def test_several_runs_are_not_overwritten(trained, tiny_backbone, files, tmp_path, capsys):
+    """By a single one, unless it is told to."""
+    results = {name: (trained / name).read_bytes() for name in ("metrics.json", "report.md")}
+    message = "holds the metrics.json of several runs"
+    flags = grid_flags(tiny_backbone, files, trained)
+    for more in ([], ["--resume"]):
+        assert message in refusal(capsys, "fit", *flags, *more)
+    assert results == {name: (trained / name).read_bytes() for name in results}
+    options = FitOptions(backbone="b", task="movie", output_dir=tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        job.check_run_folder(options)
+    job.check_run_folder(dataclasses.replace(options, overwrite=True))
 
 
 def test_batches_are_padded_to_the_longest():

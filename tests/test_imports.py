@@ -14,6 +14,7 @@ ROOT = Path(compacter_jax.__file__).parent
 ORDER = (
     "sites",
     "quantize",
+    "dropout",
     "config",
     "activations",
     "phm",

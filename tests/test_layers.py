@@ -24,7 +24,7 @@ from compacter_jax.config import (
     PromptTuningConfig,
     preset,
 )
-from tests.helpers import Model, quick_jit
+from tests.helpers import Model, quick_jit, random_tree
 
 IN, OUT, LENGTH = 60, 36, 5
 STATES = np.float32(np.random.default_rng(0).standard_normal((3, 7, IN)))
@@ -165,6 +165,31 @@ def test_dropout_is_off_by_default_and_unbiased_when_on(layer, args):
         assert (draws[:, :, 0] != draws[:, :, 1]).any()
     with pytest.raises(flax.errors.InvalidRngError):
         layer.apply({"params": params}, *args, False)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LoRADelta(LoRAConfig(rank=4, dropout=0.5), OUT),
+        Bottleneck(preset("houlsby", reduction_factor=4, dropout=0.5)),
+        Bottleneck(preset("compacter", reduction_factor=5, dropout=0.5)),
+    ],
+    ids=["LoRA", "dense", "compacter"],
+)
+def test_dropout_of_what_is_no_padding_does_not_depend_on_it(layer):
+    """A run whose batch another, longer one pads is to drop out what it does by itself."""
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), STATES))["params"]
+    params = random_tree(shapes, 4)
+
+    def run(x):
+        rngs = {"dropout": jax.random.key(5)}
+        return layer.apply({"params": params}, x, deterministic=False, rngs=rngs)
+
+    short, rows = run(STATES[:2, :4]), run(STATES[:2, 3])
+    whole = run(STATES)
+    assert np.abs(whole - layer.apply({"params": params}, STATES)).max() > 0.1
+    np.testing.assert_allclose(short, whole[:2, :4], atol=1e-5)
+    assert rows.shape == (2, whole.shape[-1])
 
 
 @pytest.mark.parametrize("name", ["parallel", "scaled-parallel"])

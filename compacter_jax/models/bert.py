@@ -13,8 +13,8 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.activations import get_activation
+from compacter_jax.dropout import Dropout
 from compacter_jax.models.layers import (
-    Dropout,
     Embed,
     Remat,
     attention,
