@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compacter_jax.activations import get_activation
-from compacter_jax.models.layers import attention, split_heads
+from compacter_jax.models.layers import LayerNorm, RMSNorm, attention, split_heads
 
 RNG = np.random.default_rng(5)
 
@@ -108,6 +108,52 @@ def test_of_a_feed_forward_layer_one_array_is_kept():
     one = rows * inner * 4
     # Beside those of all layers there is what the layer under way has.
     assert kept < (layers + 3) * one
+
+
+def norm_by_hand(x, scale, bias, centred, epsilon):
+    """`[..., features]` in float64, and the gradient of the sum of its squares."""
+    width = x.shape[-1]
+    away = x - x.mean(-1, keepdims=True) if centred else x
+    inverse = 1 / np.sqrt((away**2).mean(-1, keepdims=True) + epsilon)
+    y = away * inverse * scale + bias
+    slope = 2 * y * scale * inverse
+    slope -= away * inverse**2 * (slope * away).sum(-1, keepdims=True) / width
+    return y, slope - slope.mean(-1, keepdims=True) if centred else slope
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("shape", [(3, 5, 12), (2, 7), (1, 1, 1, 33)])
+def test_norms_are_those_of_numpy(norm, dtype, tolerance, shape):
+    # One entry much larger than the rest, as in BERT.
+    x = np.asarray(jnp.asarray(RNG.standard_normal(shape), dtype), np.float64)
+    x[..., 1] += 32
+    scale, bias = np.float32(1 + RNG.standard_normal((2, shape[-1])) / 4).astype(np.float64)
+    params = {"scale": jnp.float32(scale)}
+    params |= {"bias": jnp.float32(bias)} if norm is LayerNorm else {}
+    module = norm(1e-6, dtype=jnp.dtype(dtype))
+    centred = norm is LayerNorm
+    expected, slope = norm_by_hand(x, scale, bias if centred else 0, centred, 1e-6)
+
+    def run(x):
+        return module.apply({"params": params}, x)
+
+    y = run(jnp.asarray(x, dtype))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(
+        np.float64(y), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
+    )
+    got = jax.grad(lambda x: (run(x).astype(jnp.float32) ** 2).sum())(jnp.asarray(x, dtype))
+    np.testing.assert_allclose(np.float64(got), slope, atol=4 * tolerance * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_of_a_norm_one_array_is_kept(norm):
+    x = jnp.asarray(RNG.standard_normal((4, 6, 10)), jnp.float32)
+    module = norm(1e-6)
+    params = module.init(jax.random.key(0), x)
+    _, backward = jax.vjp(lambda x: module.apply(params, x), x)
+    assert [leaf.shape for leaf in jax.tree.leaves(backward)].count(x.shape) == 1
 
 
 def test_heads_are_parts_of_the_width():

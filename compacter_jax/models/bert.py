@@ -16,6 +16,7 @@ from compacter_jax.activations import get_activation
 from compacter_jax.dropout import Dropout
 from compacter_jax.models.layers import (
     Embed,
+    LayerNorm,
     Remat,
     attention,
     dense,
@@ -154,14 +155,11 @@ class _BertModule(nn.Module):
             name=name,
         )
 
-    def layer_norm(self) -> nn.LayerNorm:
-        # The fast variance, E[x^2] - E[x]^2, cancels in float32: states of BERT have a few
-        # entries much larger than the rest.
-        return nn.LayerNorm(
-            epsilon=self.config.layer_norm_eps,
+    def layer_norm(self) -> LayerNorm:
+        return LayerNorm(
+            self.config.layer_norm_eps,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            use_fast_variance=False,
             name="LayerNorm",
         )
 
@@ -236,7 +234,7 @@ class BertResidual(_BertModule):
         x = Dropout(self.config.hidden_dropout_prob, name="dropout")(x, deterministic)
         return self.add(residual, x, self.layer_norm())
 
-    def add(self, residual: Array, output: Array, layer_norm: nn.LayerNorm) -> Array:
+    def add(self, residual: Array, output: Array, layer_norm: LayerNorm) -> Array:
         """The end of a sub-layer."""
         return layer_norm(output + residual)
 

@@ -274,7 +274,8 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
         raise OSError(
             f"{name!r} is not a folder here, and could not be had from the Hugging Face hub "
             f"({type(error).__name__}: {error}). Check the name and the connection, or download "
-            "config.json and *.safetensors and give their folder"
+            "config.json and *.safetensors, for the command line the tokenizer's files "
+            "(tokenizer.json or spiece.model, tokenizer_config.json), too, and give their folder"
         ) from error
 
 
@@ -369,6 +370,7 @@ def _fit(
             "%s does not have %s: newly initialised, to be trained before use",
             folder,
             ", ".join(new),
+            extra={"new_parameters": new},  # for who has these parameters from elsewhere
         )
         # Only these leave the compiled function, so that nothing else is computed.
         fresh = jax.jit(lambda key: {path: initial(key)[path] for path in new})(key)

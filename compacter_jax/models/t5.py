@@ -21,6 +21,7 @@ from compacter_jax.dropout import Dropout
 from compacter_jax.models.layers import (
     Embed,
     Remat,
+    RMSNorm,
     attention,
     dense,
     rematted,
@@ -249,10 +250,9 @@ class _T5Module(nn.Module):
             name=name,
         )
 
-    def norm(self, name: str = "layer_norm") -> nn.RMSNorm:
-        # Its statistics are computed in float32 whatever the dtype.
-        return nn.RMSNorm(
-            epsilon=self.config.layer_norm_epsilon,
+    def norm(self, name: str = "layer_norm") -> RMSNorm:
+        return RMSNorm(
+            self.config.layer_norm_epsilon,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             scale_init=initializers.constant(self.config.initializer_factor),
