@@ -68,7 +68,8 @@ def stack_adapters(
     """A bank of adapters of one shape.
 
     Heads are stacked, too, as wide as the widest set of labels; a label that a member does not have
-    gets no probability. What the backbone itself has, its norms and its head, stays as it is.
+    gets no probability, and in a mixture one that any member with a weight does not have. What the
+    backbone itself has, its norms and its head, stays as it is.
 
     Args:
       sources: folders written by `save_adapter`, or pairs of an adapted module and its parameters.

@@ -37,7 +37,8 @@ Act = Callable[[Any, Any], Any]
 
 # The id of no member: the plain backbone.
 PLAIN = -1
-# Bias of a label that a member of a bank does not have: no probability, no gradient.
+# Bias of a label that a member of a bank, or its backbone, does not have: no probability, no
+# gradient.
 NO_LABEL = -1e30
 
 
@@ -58,29 +59,35 @@ class Selection:
     ids: Array | None = None
     mix: Array | None = None
 
-    def at(self, site: int, rows: int, copies: int) -> Selection:
-        """That of the site of this number, for so many rows.
+    def at(self, site: int, rows: int, batch: int) -> Selection:
+        """That of the site of this number, for rows that are copies of a batch.
+
+        Args:
+          site: its number.
+          rows: how many there are here, a multiple of `batch`.
+          batch: how many rows the model was called with.
 
         Raises:
-          ValueError: if it is of another number of rows.
+          ValueError: if it is of another number of rows than the batch.
         """
         ids, mix = self.ids, self.mix
         if mix is not None and mix.ndim == 3:
             mix = mix[:, site]
             mix = mix[0] if mix.shape[0] == 1 else mix
         if mix is None or mix.ndim == 1:
-            given = rows if ids is None else ids.shape[0]
+            given = batch if ids is None else ids.shape[0]
         else:
             given = mix.shape[0]
-        if given != rows and given * copies != rows:
+        if given != batch:
             name = "mix" if ids is None else "adapter_ids"
             raise ValueError(
-                f"{name} is of {given} rows, and the backbone is called with {rows // copies}; "
+                f"{name} is of {given} rows, and the backbone is called with {batch}; "
                 "give one for each row of the batch"
             )
-        if given != rows:
-            ids = None if ids is None else jnp.tile(ids, copies)
-            mix = None if mix is None else jnp.tile(mix, (copies, 1))
+        if ids is not None and rows > batch:
+            ids = jnp.tile(ids, rows // batch)
+        if mix is not None and mix.ndim == 2 and rows > batch:
+            mix = jnp.tile(mix, (rows // batch, 1))
         return dataclasses.replace(self, ids=ids, mix=mix)
 
     def gather(self, stacked: Any) -> Any:
@@ -119,6 +126,9 @@ class Selection:
     def choose(self, stacked: Array, own: Array) -> Array:
         """One leaf of the bank, or a mixture of them, where the backbone has `own`.
 
+        A label has a probability where every member with a weight has it; whether the backbone
+        does counts in rows that no member has a part in.
+
         Args:
           stacked: `[size, …]`.
           own: `[…]` or `[rows, …]`.
@@ -129,8 +139,35 @@ class Selection:
         if self.mix is None:
             return self.or_plain(own, self.gather(stacked))
         weights = self.weights.astype(stacked.dtype)
-        mixed = jnp.tensordot(weights, stacked, axes=1, precision="highest")
-        return mixed + _along(1 - weights.sum(-1), mixed) * own
+        values, lacking = _labels_apart(stacked)
+        mixed = jnp.tensordot(weights, values, axes=1, precision="highest")
+        used = (weights != 0).astype(stacked.dtype)
+        count = jnp.tensordot(used, lacking.astype(stacked.dtype), axes=1)
+        rest, unused = _along(1 - weights.sum(-1), mixed), _along(used.sum(-1) == 0, mixed)
+        return _with_rest(mixed, count > 0, rest, unused, own)
+
+
+def _labels_apart(leaf: Array) -> tuple[Array, Array]:
+    """A leaf with 0 for labels that it lacks, and which those are."""
+    lacking = leaf <= NO_LABEL / 2
+    return jnp.where(lacking, 0, leaf), lacking
+
+
+def _with_rest(mixed: Array, lacking: Array, rest: Any, unused: Any, own: Array) -> Array:
+    """A weighted sum of members' leaves, with what is missing from a sum of 1 the backbone's.
+
+    That rest is often nothing but rounding, which must not be multiplied by `NO_LABEL`.
+
+    Args:
+      mixed: the sum, with 0 for labels that a member lacks.
+      lacking: those that one with a weight lacks.
+      rest: 1 less the sum of the weights.
+      unused: where no member has a weight.
+      own: the backbone's.
+    """
+    values, own_lacking = _labels_apart(own)
+    # Added, not put in place, so that what is not a number stays so.
+    return mixed + rest * values + jnp.where(lacking | (own_lacking & unused), NO_LABEL, 0)
 
 
 def _along(rows: Array, y: Array) -> Array:
@@ -379,9 +416,13 @@ def effective(
         return own
     if isinstance(node, Average):
         leaves = [of_child(name, child, own, rows) for name, child in children]
-        value = (1 - sum(node.weights)) * own.value
+        mixed: Any = 0
+        lacking: Any = False
         for weight, (part, _) in zip(node.weights, leaves, strict=True):
-            value = value + weight * part
+            values, lacks = _labels_apart(part)
+            mixed, lacking = mixed + weight * values, lacking | (lacks & (weight != 0))
+        rest, unused = 1 - sum(node.weights), not any(node.weights)
+        value = _with_rest(mixed, lacking, rest, unused, own.value)
         return Leaf(value, any(by_row for _, by_row in (own, *leaves)))
     assert isinstance(node, Parallel)
     parts: list[Array] = []

@@ -635,7 +635,8 @@ class Bank(Composition):
     Attributes:
       size: how many there is room for; a program that is compiled for a size serves all members
         that come and go.
-      shared_rule: all members have one rule; otherwise each has its own.
+      shared_rule: all members have one rule, if each has one for the whole model; otherwise each
+        has its own.
     """
 
     kind: ClassVar[str] = "bank"
@@ -650,6 +651,18 @@ class Bank(Composition):
             raise ValueError(
                 "a bank has one method, which is no composition, and `size` adapters of it; "
                 "compose banks, rather than to bank compositions"
+            )
+        if self.shared_rule:
+            self._check_rule()
+
+    def _check_rule(self) -> None:
+        rules = [part for part in parts_of(self.member) if isinstance(part, PHMBottleneckConfig)]
+        if not any(part.shared_phm_rule for part in rules):
+            has = "has a rule in every projection" if rules else "has no rule"
+            fix = "set shared_phm_rule=True in it, or " if rules else ""
+            raise ValueError(
+                f"shared_rule=True is for a method with one rule for the whole model, and "
+                f"{self.member.kind!r} {has}; {fix}leave shared_rule out"
             )
 
     @property
@@ -702,7 +715,9 @@ class Parallel(Composition):
     """Adapters beside each other: the rows of a batch go through each, and a call returns a tuple.
 
     Rows are copied for each member where the backbone begins, so a call costs what one call for
-    each would, in one program.
+    each would, in one program. A T5 is called like any other backbone, but `generate` takes a model
+    of one member, and the command line has adapters beside each other on encoders alone, for tasks
+    with labels or scores.
     """
 
     kind: ClassVar[str] = "parallel"

@@ -30,7 +30,6 @@ from compacter_jax.config import (
     MethodConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
-    copies_of,
     dense_twin,
     members_of,
     replaces,
@@ -125,6 +124,8 @@ class Hook:
       places: where what acts.
       selections: of the banks of a composition.
       hosts: the hosts of a composition's members, in the order in which a `mix` may list them.
+      batch: how many rows the model is called with, where the backbone has copies of them; None
+        where it has them as they are.
     """
 
     def __init__(
@@ -137,10 +138,11 @@ class Hook:
         param_dtype: Dtype,
         selections: Mapping[Path, Selection],
         hosts: tuple[str, ...],
+        batch: int | None,
     ):
         self.method, self.places, self.depth = method, places, depth
         self.deterministic, self.param_dtype = deterministic, param_dtype
-        self.selections, self.hosts, self.copies = selections, hosts, copies_of(method)
+        self.selections, self.hosts, self.batch = selections, hosts, batch
         self.members = members_of(method) if isinstance(method, Composition) else ()
         self.pushed: dict[Any, nn.Module] = {}
         self.owners: dict[Any, Place] = {}
@@ -285,7 +287,9 @@ class Hook:
                 f"mix has shape {mix.shape}, but the bank acts at {len(self.hosts)} sites; "
                 "mixing_sites(params) lists them"
             )
-        return selection.at(self.hosts.index(host), rows, self.copies)
+        # Each member of a `Parallel` within another sees some of the copies of the batch.
+        batch = rows if self.batch is None else self.batch
+        return selection.at(self.hosts.index(host), rows, batch)
 
     def _run_replaced(
         self, context: Any, path: str, run: _Run, kwargs: Mapping[str, Any], *args: Any

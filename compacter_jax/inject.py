@@ -224,8 +224,7 @@ class Adapted(nn.Module):
                 f"a model with Parallel has no {name!r}: what it returns would be of {copies} "
                 "members; use a model of each"
             )
-        if copies > 1:
-            _repeat_rows(bound.arguments, copies)
+        batch = _repeat_rows(bound.arguments, copies) if copies > 1 else None
         prompt = sum(p.prompt_length for p in parts if isinstance(p, PromptTuningConfig))
         deterministic = _deterministic(bound)
         if prompt:
@@ -243,6 +242,7 @@ class Adapted(nn.Module):
             param_dtype=self.param_dtype,
             selections=selections,
             hosts=compose.mixing_sites(self.variables.get("params", {})) if selections else (),
+            batch=batch,
         )
         with nn.intercept_methods(hook):
             y = call(*bound.args, **bound.kwargs)
@@ -369,8 +369,12 @@ def _make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
         arguments["position_ids"] = jnp.concatenate([first, positions + count], axis=1)
 
 
-def _repeat_rows(arguments: dict[str, Any], copies: int) -> None:
-    """Puts as many copies of a batch behind each other; what is one row for all stays one."""
+def _repeat_rows(arguments: dict[str, Any], copies: int) -> int:
+    """Puts as many copies of a batch behind each other; what is one row for all stays one.
+
+    Returns:
+      How many rows the batch has.
+    """
     rows = max(np.shape(x)[0] for x in jax.tree.leaves(arguments) if np.ndim(x))
 
     def repeat(x: Any) -> Any:
@@ -379,6 +383,7 @@ def _repeat_rows(arguments: dict[str, Any], copies: int) -> None:
 
     for name, value in arguments.items():
         arguments[name] = jax.tree.map(repeat, value)
+    return rows
 
 
 def _apart(y: Any, copies: int) -> tuple[Any, ...]:

@@ -10,11 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from compacter_jax import checkpoint
+from compacter_jax import checkpoint, compose
 from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
 from compacter_jax.checkpoint import load_adapter, save_adapter
 from compacter_jax.compose import NO_LABEL
-from compacter_jax.config import Bank, Parallel, Stack
+from compacter_jax.config import Average, Bank, Parallel, Stack
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.models.bert import Bert
 from compacter_jax.params import count, label_params
@@ -66,6 +66,84 @@ def test_labels_that_a_member_lacks_have_no_probability(saved):
     plain = run(bert().module, bert().params, *ROWS)
     assert_near(logits[3, :2], plain[3])
     np.testing.assert_array_equal(logits[3, 2:], np.float32(NO_LABEL))
+
+
+def of_weights(members, own, weights):
+    """A bias mixed in float64, a label that a member with a weight lacks without probability."""
+    lacking = members == NO_LABEL
+    mixed = weights @ np.where(lacking, 0, members)
+    mixed += (1 - weights.sum()) * np.where(own == NO_LABEL, 0, own)
+    absent = (lacking & (weights[:, None] != 0)).any(0)
+    return np.where(absent | ((own == NO_LABEL) & ~weights.any()), NO_LABEL, mixed)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_labels_of_a_mixture(narrow):
+    """Softmax weights, whose sum is 1 but for rounding, on a backbone of two labels or of four."""
+    rng = np.random.default_rng(0)
+    members, own = rng.standard_normal((3, 4)).astype(np.float32), np.float32(rng.random(4))
+    for row, labels in ((members[0], 2), (members[2], 3), (own, 2 if narrow else 4)):
+        row[labels:] = NO_LABEL
+    weights = np.array(jax.nn.softmax(jnp.float32(3 * rng.standard_normal((40, 3)))))
+    weights[0], weights[1], weights[2], weights[3] = [0, 1, 0], [0, 0, 0], [0, 2, -1], [0, 0.5, 0]
+    # Rounded so that their sum is never 1.
+    weights[20:, 0] += np.float32(1e-6)
+    bank, occupied = Bank(PLUS_PLUS, size=3), jnp.ones(3, bool)
+    found = compose.Selection(bank, occupied, mix=jnp.asarray(weights)).choose(members, own)
+    expected = [of_weights(members, own, each) for each in np.float64(weights)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    alone = compose.Selection(bank, occupied, mix=jnp.asarray(weights[7]))
+    np.testing.assert_allclose(alone.choose(members, own), expected[7], rtol=1e-5, atol=1e-5)
+    none = compose.Selection(bank, occupied, mix=jnp.zeros(3))
+    np.testing.assert_array_equal(none.choose(members, own), own)
+    unknown = compose.Selection(bank, jnp.array([True, True, False]), mix=jnp.asarray(weights[7]))
+    assert np.isnan(unknown.choose(members, own)).all()
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.2, 0.3), (2, -1, 0), (0, 0.5, 0), (0, 0, 0)])
+def test_labels_of_an_average(weights):
+    rng = np.random.default_rng(0)
+    members, own = rng.standard_normal((3, 4)).astype(np.float32), np.float32(rng.random(4))
+    members[1, 3] = own[2:] = NO_LABEL
+    method = Average(PLUS_PLUS, PLUS_PLUS, PLUS_PLUS, weights=weights)
+    stored = {(name,): jnp.asarray(leaf) for name, leaf in zip("012", members, strict=True)}
+    found = compose.effective(method, compose.Leaf(jnp.asarray(own)), stored, None, 4)
+    expected = of_weights(members, own, np.float64(weights))
+    np.testing.assert_allclose(found.value, expected, rtol=1e-5, atol=1e-5)
+    assert not found.by_row
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1 / 3, 1 / 3, 1 / 3)])
+def test_an_average_on_a_backbone_with_fewer_labels(weights):
+    """Sums of weights are rounded, too."""
+    members = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
+    own = jnp.array([1, 2, NO_LABEL, NO_LABEL])
+    method = Average(PLUS_PLUS, PLUS_PLUS, PLUS_PLUS, weights=weights)
+    stored = {(name,): jnp.asarray(leaf) for name, leaf in zip("012", members, strict=True)}
+    found = compose.effective(method, compose.Leaf(own), stored, None, 4)
+    np.testing.assert_allclose(found.value, weights @ members, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_on_a_backbone_with_fewer_labels():
+    """It is that on a backbone with as many as the members, which have no part in it."""
+    alone = [trained_alone(bert(4), PLUS_PLUS, seed) for seed in (1, 2, 3)]
+    mix = np.array(jax.nn.softmax(jnp.float32(np.random.default_rng(1).standard_normal((4, 3)))))
+
+    def mixed(labels):
+        model, params = stack_adapters(alone, bert(labels))
+
+        def logits_fn(params, mix, ids, mask):
+            return model.apply({"params": params}, ids[None], mask[None], mix=mix[None])[0]
+
+        function = jax.tree_util.Partial(logits_fn, params)
+        least = cj.minimize_entropy(function, 3, *ROWS, steps=3, learning_rate=0.5)
+        return run(model, params, *ROWS, mix=mix), least
+
+    (narrow, least), (wide, wanted) = mixed(2), mixed(4)
+    assert_near(narrow, wide, 1e-5)
+    assert (np.diff(least.entropies, axis=1) < 0).all()
+    np.testing.assert_allclose(least.weights, wanted.weights, atol=1e-4)
+    np.testing.assert_allclose(least.logits, wanted.logits, atol=1e-3)
 
 
 def test_the_backbone_is_hashed_once(saved, tmp_path, monkeypatch):

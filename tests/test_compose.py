@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
+from compacter_jax import compose
 from compacter_jax.banks import stack_adapters
 from compacter_jax.compose import minimize_entropy, mixing_sites
 from compacter_jax.config import (
@@ -202,12 +204,18 @@ LOW_RANK = preset("low-rank", reduction_factor=2, sites=("feed_forward",), train
 COMPACT = PLUS_PLUS.replace(train_layer_norms=False)
 
 
+class WideChain(Chain):
+    """Which says how wide its states are, for what is shared between layers."""
+
+    config = types.SimpleNamespace(hidden_size=WIDTH)
+
+
 def chain(method, names, seed=0):
     """A model of one host, random parameters, and functions of the members in float64.
 
     The functions take states to what a member makes of them, and the `down` and `up` of one.
     """
-    model = Adapted(Chain(), method, SITES)
+    model = Adapted(WideChain(), method, SITES)
     params = random_tree(adapted_shapes(model), seed)
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
 
@@ -268,6 +276,95 @@ def test_an_average_of_outputs_and_one_of_maps(weights):
     assert np.abs(results[Average] - results[AverageMaps]).max() > 1e-2
 
 
+FOUR_IDS = {"one": np.array([1, -1, 0, 1]), "two": np.array([0, 1, -1, -1])}
+
+
+def of_members(own, method, name, y, ids):
+    """What a bank under a name makes of states, each row by its member alone."""
+    rows = [
+        y[i] if index < 0 else y[i] + adapter_update(method, own(name, index), y[i])
+        for i, index in enumerate(ids)
+    ]
+    return np.stack(rows)
+
+
+def four_states(seed):
+    return np.concatenate([random_states(seed), random_states(seed + 1)])
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_a_bank_on_top_of_another_member(rows):
+    method = Stack(LOW_RANK, Bank(COMPACT, size=2), names=("below", "one"))
+    model, params, own, host = chain(method, ())
+    x, ids = four_states(6)[:rows], FOUR_IDS["one"][:rows]
+    y = host(x)
+    y = y + adapter_update(LOW_RANK, own("below"), y)
+    expected = of_members(own, COMPACT, "one", y, ids)
+    for given in (ids, {"one": ids}):
+        assert_near(run(model, params, x, adapter_ids=given), expected, 1e-5)
+
+
+def test_an_average_of_banks():
+    banks = (Bank(COMPACT, size=2), Bank(DENSE, size=2))
+    method = Average(*banks, LOW_RANK, weights=(0.5, 0.3, 0.4), names=("one", "two", "three"))
+    model, params, own, host = chain(method, ())
+    x = four_states(8)
+    y = host(x)
+    expected = 0.5 * of_members(own, COMPACT, "one", y, FOUR_IDS["one"])
+    expected += 0.3 * of_members(own, DENSE, "two", y, FOUR_IDS["two"])
+    expected += 0.4 * (y + adapter_update(LOW_RANK, own("three"), y)) - 0.2 * y
+    assert_near(run(model, params, x, adapter_ids=FOUR_IDS), expected, 1e-5)
+
+
+def test_banks_beside_each_other():
+    """Each with ids of its own, norms and heads included; and what is no mapping of the banks."""
+    backbone, banks = bert(), (Bank(PLUS_PLUS, size=2), Bank(METHODS["lora"], size=2))
+    model = Adapted(backbone.module, Parallel(*banks, names=("one", "two")))
+    params = init_adapters(model, backbone, quick_key(0))
+    alone = {}
+    for name, method in (("one", PLUS_PLUS), ("two", METHODS["lora"])):
+        alone[name] = [trained_alone(backbone, method, seed) for seed in (1, 2)]
+        for i, source in enumerate(alone[name]):
+            params = cj.set_member(model, params, f"{name}/{i}", source)
+    outputs = run(model, params, *ROWS, adapter_ids=FOUR_IDS)
+    plain = run(backbone.module, backbone.params, *ROWS)
+    for (name, ids), actual in zip(FOUR_IDS.items(), outputs, strict=True):
+        each = np.stack([plain, *(run(*single, *ROWS) for single in alone[name])])
+        assert_near(actual, each[ids + 1, np.arange(4)])
+    nothing = (
+        "adapter_ids has nothing for the bank '{}'; a composition with 2 banks wants a mapping"
+    )
+    for wrong, message in (
+        (FOUR_IDS["one"], f"{nothing.format('one')} of their names, got ndarray"),
+        ({"one": ADAPTER_IDS % 2}, rf"{nothing.format('two')} of their names, got \['one'\]"),
+        ({**FOUR_IDS, "two": np.array([0, 2, 0, 0])}, "adapter_ids has 2, but the bank has memb"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.apply({"params": params}, *ROWS, adapter_ids=wrong)
+
+
+def test_a_bank_before_members_beside_each_other_within_others_beside_each_other():
+    below = Stack(Bank(COMPACT, size=2), Parallel(DENSE, LOW_RANK), names=("one", "tasks"))
+    model, params, own, host = chain(Parallel(below, LOW_RANK, names=("a", "b")), ())
+    x, ids = four_states(10)[:3], FOUR_IDS["one"][:3]
+    y = host(x)
+    banked = of_members(own, COMPACT, "a/one", y, ids)
+    expected = [
+        banked + adapter_update(DENSE, own("a/tasks/0"), banked),
+        banked + adapter_update(LOW_RANK, own("a/tasks/1"), banked),
+        y + adapter_update(LOW_RANK, own("b"), y),
+    ]
+    weights = np.float32(np.arange(2) == ids[:, None])
+    mixes = (weights, weights[:, None])
+    for chosen in ({"adapter_ids": ids}, *({"mix": mix} for mix in mixes)):
+        for actual, wanted in zip(run(model, params, x, **chosen), expected, strict=True):
+            assert_near(actual, wanted, 1e-5)
+    for wrong in (np.tile(ids, 2), np.tile(ids, 3), ids[:2]):
+        message = f"adapter_ids is of {len(wrong)} rows, and the backbone is called with 3; give"
+        with pytest.raises(ValueError, match=message):
+            model.apply({"params": params}, x, adapter_ids=wrong)
+
+
 def test_a_mixture_is_the_weighted_sum_of_the_members_outputs():
     for bank in (Bank(COMPACT, size=3), Bank(COMPACT, size=3, shared_rule=True)):
         model, params, own, host = chain(bank, ())
@@ -307,11 +404,20 @@ def sizes_of_intermediates(jaxpr):
                 yield from sizes_of_intermediates(inner)
 
 
-@pytest.mark.parametrize("method", [COMPACT, LOW_RANK], ids=["compacter", "low-rank"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        COMPACT,
+        COMPACT.replace(shared_W_phm=True),
+        preset("phm", **SMALL, sites=("feed_forward",), train_layer_norms=False),
+        LOW_RANK,
+    ],
+    ids=["compacter", "compacter, shared blocks", "phm", "low-rank"],
+)
 def test_no_row_has_a_weight_of_its_own(method):
     rows, bottleneck = 20, WIDTH // method.reduction_factor
     model, params, _, _ = chain(Bank(method, size=2), ())
-    x = jnp.ones((rows, 2, WIDTH))  # few tokens, so that activations are smaller than a weight
+    x = jnp.ones((rows, 1, WIDTH))  # one token, so that activations are smaller than a weight
 
     frozen = params.pop("adapters")
     ids = np.arange(rows) % 2
@@ -446,6 +552,22 @@ def test_rows_are_generated_each_with_its_member(t5, beams):
             cj.generate(backbone.module, params, ids, mask, mix=[1.0], **settings)
 
 
+def test_members_beside_each_other_in_encoder_and_decoder(t5):
+    backbone, alone, _, _, inputs = t5
+    method = alone[0][0].method
+    model = Adapted(backbone.module, Parallel(method, method, names=("one", "two")))
+    params = init_adapters(model, backbone, quick_key(0))
+    for name, source in zip(("one", "two"), alone, strict=True):
+        params = cj.set_member(model, params, name, source)
+    outputs = run(model, params, *inputs)
+    assert isinstance(outputs, tuple)
+    for actual, single in zip(outputs, alone, strict=True):
+        assert_near(actual, run(*single, *inputs))
+    message = "a model with Parallel has no 'encode': what it returns would be of 2 members; use a"
+    with pytest.raises(ValueError, match=message):
+        cj.generate(model, params, *inputs[:2], max_new_tokens=2)
+
+
 # --- what is trained -----------------------------------------------------------------------------
 
 
@@ -521,6 +643,14 @@ def test_a_frozen_member_beside_a_trained_one_stays(tmp_path):
         ),
         (lambda: Bank(DENSE, size=0), "size=0 must be at least 1"),
         (lambda: Bank(Stack(DENSE)), "a bank has one method, which is no composition"),
+        (
+            lambda: Bank(preset("phm"), size=2, shared_rule=True),
+            "'phm_bottleneck' has a rule in every projection; set shared_phm_rule=True in it, or",
+        ),
+        (
+            lambda: Bank(METHODS["mam"], size=2, shared_rule=True),
+            "'combined' has no rule; leave shared_rule out",
+        ),
         (lambda: Average(METHODS["mam"]), "method 'prefix_tuning' cannot be in 'average'"),
         (lambda: Average(DENSE, DENSE, weights=(1,)), r"weights=\(1.0,\) must be 2, one for each"),
         (lambda: Parallel(METHODS["prompt-tuning-random"]), "its rows are longer than those"),
@@ -642,15 +772,32 @@ def test_each_example_finds_its_mixture_of_a_bank():
     assert_near(run(model, params, *ROWS, mix=result.weights), result.logits, 1e-5)
 
 
+def test_other_inputs_and_parameters_compile_nothing():
+    def logits_fn(table, weights, x):
+        return x @ jnp.tensordot(weights, table, 1)
+
+    before, found = compose._minimize._cache_size(), []
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        table, x = (jnp.float32(rng.standard_normal(shape)) for shape in ((3, 4, 2), (5, 4)))
+        function = jax.tree_util.Partial(logits_fn, table)
+        result = minimize_entropy(function, 3, x, steps=2, learning_rate=0.5 + seed)
+        found.append(np.asarray(result.weights))
+    assert compose._minimize._cache_size() == before + 1
+    assert np.abs(found[0] - found[1]).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"n": 0}, "n=0 must be positive"),
         ({"steps": 0}, "steps=0 must be positive"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+        ({"inputs": ()}, r"minimize_entropy wants inputs, arrays \[batch, …\], after n"),
     ],
 )
 def test_settings_of_the_least_entropy_that_are_refused(change, message):
-    settings = {"n": 2, "steps": 1, "learning_rate": 1.0} | change
+    settings = {"n": 2, "inputs": (np.ones((2, 2)),), "steps": 1, "learning_rate": 1.0} | change
+    n, inputs = settings.pop("n"), settings.pop("inputs")
     with pytest.raises(ValueError, match=message):
-        minimize_entropy(lambda w, x: w + x, settings.pop("n"), np.ones((2, 2)), **settings)
+        minimize_entropy(lambda w, x: w + x, n, *inputs, **settings)

@@ -193,7 +193,9 @@ def test_a_task_adapter_is_trained_on_top_of_a_frozen_one(
     np.testing.assert_allclose(read_jsonl(target)[0]["logits"], logits[0], atol=1e-5)
 
 
-def test_members_beside_each_other_learn_as_each_does_alone(saved, files, tiny_backbone, tmp_path):
+def test_members_beside_each_other_learn_as_each_does_alone(
+    saved, files, tiny_backbone, rows, tmp_path
+):
     both = fit(
         tiny_backbone,
         files,
@@ -218,14 +220,30 @@ def test_members_beside_each_other_learn_as_each_does_alone(saved, files, tiny_b
         before, after = stored(saved / name / "adapter"), of_member(stored(both / "adapter"), name)
         assert any(np.abs(after[path] - before[path]).max() > 1e-3 for path in after)
     assert together["validation_loss"] == pytest.approx(np.mean(losses), rel=2e-3)
+    # What was saved predicts what each of its members does.
+    found = predicted(both / "adapter", rows, tmp_path)
+    backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
+    composed = cj.load_adapter(both / "adapter", backbone)
+    settings = cj.read_adapter_config(both / "adapter")
+    needed = ("backbone", "max_length", "kind", "label_names", "dtype")
+    for name in ("a", "b"):
+        member = tmp_path / f"member-{name}"
+        of_task = {key: settings[key] for key in needed}
+        cj.save_adapter(member, *cj.get_member(*composed, name), metadata=of_task)
+        wanted = predicted(member, rows, tmp_path)
+        own = logits_of(found, f"logits_{name}")
+        np.testing.assert_allclose(own, logits_of(wanted), atol=1e-5)
+        labels = [row["prediction"] for row in wanted]
+        assert [row[f"prediction_{name}"] for row in found] == labels
 
 
-def test_one_of_two_saved_adapters_is_trained_on(saved, files, tiny_backbone, tmp_path):
+@pytest.mark.parametrize("kind", ["average", pytest.param("average_maps", marks=pytest.mark.slow)])
+def test_one_of_two_saved_adapters_is_trained_on(kind, saved, files, tiny_backbone, tmp_path):
     output = fit(
         tiny_backbone,
         files,
         tmp_path / "out",
-        f"average(0.25*{saved}/a,0.75*{saved}/b)",
+        f"{kind}(0.25*{saved}/a,0.75*{saved}/b)",
         **{"train-members": "1"},
     )
     leaves = stored(output / "adapter")
