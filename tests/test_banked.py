@@ -192,7 +192,15 @@ def test_a_csv_keeps_its_columns(adapters, tmp_path):
         ([], "is empty (0 bytes)"),
         (
             [{"adapter": "three", "sentence": "good"}, {"adapter": "", "sentence": "good"}],
-            "row 2: adapter names no adapter",
+            "row 2: adapter names no adapter; name one",
+        ),
+        (
+            [{"adapter": "three", "sentence": "good"}, {"adapter": None, "sentence": "good"}],
+            "row 2: adapter names no adapter; name one",
+        ),
+        (
+            [{"adapter": "three", "sentence": "good"}, {"adapter": 3, "sentence": "good"}],
+            "row 2: adapter is 3, not text",
         ),
         ([{"adapter": "three", "sentence": " "}], "row 1: sentence is empty"),
         (
@@ -205,6 +213,35 @@ def test_rows_that_are_refused(rows, message, adapters, tmp_path, capsys):
     source, target = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     flags = ["--adapter", adapters, "--input", source, "--output", target]
     assert main(["predict", *map(str, flags)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["three"] * 1049 + [""] + ["three"] * 50, "row 1050: adapter names no adapter; name one"),
+        (list(range(1100)), "row 1: adapter is 0, not text"),
+    ],
+)
+def test_a_row_of_a_later_chunk_is_refused_by_its_number(
+    names, message, adapters, tmp_path, capsys
+):
+    source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    pq.write_table(pa.table({"adapter": names, "sentence": ["good"] * len(names)}), source)
+    flags = ["--adapter", adapters, "--input", source, "--output", target]
+    assert message in refusal(capsys, "predict", *flags)
+    assert not target.exists()
+
+
+def test_a_sentence_of_a_later_chunk_is_refused_by_its_number(adapters, tmp_path, capsys):
+    sentences = ["good"] * 1100
+    sentences[1049] = " "
+    source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    pq.write_table(pa.table({"adapter": ["three"] * 1100, "sentence": sentences}), source)
+    flags = ["--adapter", adapters, "--input", source, "--output", target]
+    assert main(["predict", *map(str, flags)]) == 2
+    message = "row 1050: sentence is empty; remove or fill the row"
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not target.exists()
 

@@ -120,8 +120,10 @@ def _counted(path: Path, members: Mapping[str, Path]) -> Counter[str]:
         predictions.require_column(path, predictions.column_names(rows), COLUMN)
         values = predictions.column_values(rows, COLUMN)
         for row, value in enumerate(values, first_row):
-            if not isinstance(value, str) or not value:
+            if value is None or value == "":
                 raise ValueError(f"{path}, row {row}: {COLUMN} names no adapter; name one")
+            if not isinstance(value, str):
+                raise ValueError(f"{path}, row {row}: {COLUMN} is {value!r:.40}, not text")
         counted.update(values)
         first_row += len(rows)
     if not counted:
