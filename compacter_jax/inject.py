@@ -146,11 +146,14 @@ class Adapted(nn.Module):
             return self, params
         if isinstance(self.method, PHMBottleneckConfig):
             return self.clone(method=dense_twin(self.method)), adapters.build_weights(params)
-        if isinstance(self.method, LoRAConfig | IA3Config) and _has_narrow_kernels(params):
+        parts = parts_of(self.method)
+        moves_kernels = any(isinstance(part, LoRAConfig | IA3Config) for part in parts)
+        is_merged = moves_kernels and _unmergeable(self) is None
+        if is_merged and _has_narrow_kernels(params):
             return self, params
-        if isinstance(self.method, LoRAConfig | IA3Config | IntrinsicConfig):
+        if is_merged or isinstance(self.method, IntrinsicConfig):
             return self.clone(method=FullFineTuningConfig()), merge_adapter(self, params)
-        for part in parts_of(self.method):
+        for part in parts:
             if isinstance(part, PrefixTuningConfig) and not part.flat:
                 flat = part.replace(flat=True)
                 hosts = {name: site.host for name, site in self._sites_of(part).items()}
@@ -400,8 +403,8 @@ def merge_adapter(model: Adapted, params: Any) -> Any:
     `save_backbone` writes them.
 
     Args:
-      model: the adapted module: LoRA, IA3, intrinsic dimension, full fine-tuning, or BitFit on a
-        backbone with biases of its own.
+      model: the adapted module: LoRA, IA3, BitFit on a backbone with biases of its own, several
+        of these at once, intrinsic dimension, or full fine-tuning.
       params: its parameters.
 
     Returns:
@@ -413,33 +416,66 @@ def merge_adapter(model: Adapted, params: Any) -> Any:
     """
     check_float(params, "merging an adapter")
     method = model.method
+    if (reason := _unmergeable(model)) is not None:
+        raise ValueError(f"method {method.kind!r} cannot be merged into the backbone: {reason}")
     if isinstance(method, IntrinsicConfig):
         vector, scale = params["intrinsic_vector"], params.get("intrinsic_scale")
         own = _at_least_float32(_without_intrinsic(params))
         return intrinsic.perturb(own, vector, scale, method.projection_seed)
     if isinstance(method, LoRAConfig | IA3Config):
         return adapters.merge_weights(params, method)
-    if isinstance(method, FullFineTuningConfig):
-        return params
-    if isinstance(method, BitFitConfig) and not any(
-        ADAPTER in path for path in flatten_dict(params)
-    ):
-        return params
-    raise ValueError(
-        f"method {method.kind!r} cannot be merged into the backbone: {_unmergeable(method)}"
-    )
+    return _merge_parts(model, params) if isinstance(method, CombinedConfig) else params
 
 
-def _unmergeable(method: MethodConfig) -> str:
-    if isinstance(method, BottleneckConfig):
-        return "its adapters have a non-linearity, and no weight of the backbone is equal to one"
-    if isinstance(method, BitFitConfig):
-        return "its biases are new, and the backbone's architecture has no place for them"
-    if isinstance(method, Composition):
+def _unmergeable(model: Adapted) -> str | None:
+    """Why weights of the backbone cannot express the method, None if they can."""
+    if isinstance(model.method, Composition):
         return "it is several adapters"
-    if isinstance(method, PrefixTuningConfig | PromptTuningConfig):
+    for part in parts_of(model.method):
+        if (reason := _unmergeable_part(model, part)) is not None:
+            is_all = part is model.method
+            return reason if is_all else f"of its parts, {part.kind!r} cannot: {reason}"
+    return None
+
+
+def _unmergeable_part(model: Adapted, part: InsertedConfig) -> str | None:
+    if isinstance(part, LoRAConfig | IA3Config):
+        return None
+    if isinstance(part, BottleneckConfig):
+        return "its adapters have a non-linearity, and no weight of the backbone is equal to one"
+    if isinstance(part, BitFitConfig):
+        new = "its biases are new, and the backbone's architecture has no place for them"
+        return new if model._sites_of(part) else None
+    if isinstance(part, PrefixTuningConfig | PromptTuningConfig):
         return "it adds tokens to attend to, not weights"
-    return "one of its parts adds more than weights"
+    return "it adds more than weights"
+
+
+def _merge_parts(model: Adapted, params: Any) -> Any:
+    """The backbone's parameters with one part after the other merged: a host has one part's."""
+    places = [
+        (re.compile(site.host), part)
+        for part in parts_of(model.method)
+        for site in model._sites_of(part).values()
+    ]
+
+    def part_at(host: str) -> InsertedConfig:
+        for pattern, part in places:
+            match = pattern.fullmatch(host)
+            if match and (match["layer"] is None or int(match["layer"]) not in part.leave_out):
+                return part
+        raise ValueError(f"no part of the method acts at {host}, where there is an adapter")
+
+    flat = flatten_dict(params, sep="/")
+    hosts = {path: path.partition(f"/{ADAPTER}/")[0] for path in flat}
+    owners = {path: part_at(host) for path, host in hosts.items() if host != path}
+    merged = {path: leaf for path, leaf in flat.items() if path not in owners}
+    for part in parts_of(model.method):
+        if isinstance(part, LoRAConfig | IA3Config):
+            own = {path: flat[path] for path, owner in owners.items() if owner is part}
+            tree = adapters.merge_weights(unflatten_dict({**merged, **own}, sep="/"), part)
+            merged = flatten_dict(tree, sep="/")
+    return unflatten_dict(merged, sep="/")
 
 
 def _has_narrow_kernels(params: Mapping[str, Any]) -> bool:

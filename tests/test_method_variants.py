@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,7 @@ PLACEMENTS = {
 }
 VARIANTS = {
     **PLACEMENTS,
+    "skip from the sum": residual(True, True, "post_add"),
     "beside, with the residual": residual(True, False, False, parallel=True, scaling=0.7),
     "parallel at both": cj.preset("scaled-parallel", sites=BESIDE, layer_norm_before=True),
     "low rank of 3": cj.preset("low-rank", reduction_factor=2, rank=3),
@@ -215,11 +217,37 @@ def test_low_rank_is_not_the_authors_product_of_elements():
 # --- ways to run --------------------------------------------------------------------------------
 
 
+def others_at_once(**bitfit):
+    """The kinds of bottlenecks that `all_at_once` has not, a residual's among them, and BitFit."""
+    half = {"reduction_factor": 2}
+    return cj.CombinedConfig(
+        parts=(
+            cj.preset("pfeiffer-feed-forward", **half),
+            cj.preset("phm", **SMALL, sites=("attention",)),
+            cj.preset("low-rank", **half, sites=("feed_forward",)),
+            cj.preset("bitfit", **bitfit),
+        )
+    )
+
+
 RUNS = {
     "bert": (BERT, ALL_AT_ONCE["bert"]),
     "t5": (T5, ALL_AT_ONCE["t5"]),
     "intrinsic": (BERT, cj.preset("intrinsic-said", dimension=30)),
+    "bert, others": (BERT, others_at_once()),
+    "gated t5, others": (GATED, others_at_once(sites=("norm", "logits"))),
+    "t5, BitFit and at the residual": (
+        T5,
+        cj.CombinedConfig(
+            parts=(
+                cj.preset("pfeiffer-feed-forward", reduction_factor=2),
+                cj.preset("bitfit"),
+            )
+        ),
+    ),
 }
+# One number added to all the scores of a query: the softmax does not see it.
+NO_GRADIENT = re.compile(r".*(/self/key/bias|/k/adapter/bias)")
 
 
 def batch_of(module):
@@ -267,7 +295,9 @@ def test_four_devices_that_recompute_do_what_one_does(module, method):
     np.testing.assert_allclose(four, one, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), after_four, after_one)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), after_one, trained)
-    assert all(jax.tree.leaves(moved))
+    # None is what is not trained.
+    still = [path for path, has in flatten_dict(moved, sep="/").items() if has is False]
+    assert [path for path in still if not NO_GRADIENT.fullmatch(path)] == []
 
 
 # --- decoding -----------------------------------------------------------------------------------
@@ -316,9 +346,17 @@ MERGED = {
     "intrinsic": cj.preset("intrinsic-said", dimension=30),
     "full": cj.preset("full"),
 }
+# Of different factors, so that it matters which part is where.
+SEVERAL = (
+    cj.preset("lora", sites=("query", "output_projection"), rank=3, lora_alpha=2.0),
+    cj.preset("lora", sites=("key",), rank=2, lora_alpha=5.0),
+    cj.preset("ia3", sites=("value",)),
+)
 MERGES = [
     *((BERT, method) for method in (*MERGED.values(), cj.preset("bitfit"))),
+    (BERT, cj.CombinedConfig(parts=(*SEVERAL, cj.preset("bitfit")))),
     *((GATED, MERGED[name]) for name in ("LoRA", "IA3", "intrinsic")),
+    (GATED, cj.CombinedConfig(parts=SEVERAL)),
 ]
 
 
@@ -360,6 +398,21 @@ def test_merged_weights_give_equal_logits_in_pytorch_too(module, method, tmp_pat
     np.testing.assert_allclose(output.logits.numpy(), logits, rtol=0, atol=2e-5)
 
 
+def test_parts_of_a_union_are_merged_where_each_acts():
+    """Two at one site, in different layers."""
+    module = BERT.clone(config=dataclasses.replace(BERT.config, num_hidden_layers=2))
+    first, second = (
+        cj.preset("lora", rank=2, lora_alpha=alpha, leave_out=left)
+        for alpha, left in ((2.0, (1,)), (5.0, (0,)))
+    )
+    model, params = adapted(module, cj.CombinedConfig(parts=(first, second)))
+    logits = model.apply({"params": params}, IDS, MASK)
+    merged = cj.merge_adapter(model, params)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, own_params(module))
+    assert_close(module.apply({"params": merged}, IDS, MASK), logits, 3e-6)
+    assert np.abs(plain_logits(module) - logits).max() > 1e-2 * np.abs(logits).max()
+
+
 @pytest.mark.parametrize(
     ("module", "method", "reason"),
     [
@@ -372,7 +425,16 @@ def test_merged_weights_give_equal_logits_in_pytorch_too(module, method, tmp_pat
         (T5, cj.preset("bitfit"), "its biases are new, and the backbone's architecture has no pla"),
         (BERT, cj.preset("prompt-tuning-random", prompt_length=2), "adds tokens to attend to, not"),
         (BERT, cj.preset("prefix-tuning", **PREFIX), "it adds tokens to attend to, not weights"),
-        (T5, ALL_AT_ONCE["t5"], "one of its parts adds more than weights"),
+        (
+            T5,
+            ALL_AT_ONCE["t5"],
+            "of its parts, 'prompt_tuning' cannot: it adds tokens to attend to",
+        ),
+        (
+            BERT,
+            cj.CombinedConfig(parts=(*SEVERAL, residual(True, True, True))),
+            "of its parts, 'bottleneck' cannot: its adapters have a non-linearity",
+        ),
     ],
 )
 def test_what_cannot_be_merged_says_why(module, method, reason):
