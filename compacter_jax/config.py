@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
 _FACTOR_INITS = WEIGHT_INITS[:3]
@@ -34,8 +35,14 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{name}={value!r} must be a list")
         element = typing.get_args(hint)[0]
         return tuple(_typed(name, item, element) for item in value)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        return value
     if hint is float and type(value) is int:
-        return float(value)
+        # JSON has whole numbers that no float can hold.
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
         # Exactly the type, for a bool is an int too; but a kind of method is a method.
         fits = isinstance(value, hint) if issubclass(hint, MethodConfig) else type(value) is hint
@@ -151,15 +158,17 @@ class BottleneckConfig(InsertedConfig):
 
     Attributes:
       reduction_factor: the bottleneck is `width // reduction_factor` wide.
-      non_linearity: name of the activation, `compacter_jax.activations` lists them.
+      non_linearity: the activation: gelu, gelu_10, gelu_accurate, gelu_fast, gelu_new, gelu_python,
+        gelu_python_tanh, gelu_pytorch_tanh, leaky_relu, linear, mish, quick_gelu, relu, relu2,
+        relu6, sigmoid, silu, swish or tanh.
       w_init: distribution of the projections' initial weights; one of `WEIGHT_INITS`. The Glorot
         kinds have gain sqrt(2), as the authors of Compacter use; `lora` starts `up` at zero, for
         dense projections and LoRA alone.
       w_init_range: standard deviation of `w_init="normal"`.
       scaling: factor on the adapter's output.
-      dropout: rate on the method's output before it is added; of LoRA, on its input.
-      layer_norm_before, layer_norm_after: a layer norm of the adapter's own on its input, on its
-        output before the skip connection.
+      dropout: rate on the method's output before it is added.
+      layer_norm_before: a layer norm of the adapter's own, on its input.
+      layer_norm_after: a layer norm of the adapter's own, on its output before the skip connection.
       parallel: the adapter reads the sub-layer's input (at the sites `residual_...`, its residual)
         and is added to the sub-layer's output; for the sites `parallel_...` and `residual_...`.
       original_ln_before: at the sites `residual_...`, the adapter reads the sub-layer's output with
@@ -167,7 +176,7 @@ class BottleneckConfig(InsertedConfig):
       original_ln_after: at the sites `residual_...`, residual and norm of the sub-layer follow the
         adapter; otherwise its output is the sub-layer's.
       residual_before_ln: with `original_ln_before`, the adapter's skip connection starts before
-        residual and norm are applied; otherwise after.
+        residual and norm are applied; False: after both; `post_add`: between the two, at the sum.
 
     References:
       Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019, arXiv:1902.00751;
@@ -190,13 +199,18 @@ class BottleneckConfig(InsertedConfig):
     parallel: bool = False
     original_ln_before: bool = False
     original_ln_after: bool = True
-    residual_before_ln: bool = True
+    residual_before_ln: Literal[True, False, "post_add"] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(
             self.reduction_factor >= 1, "reduction_factor", self.reduction_factor, "at least 1"
         )
+        if self.residual_before_ln == "post_add" and not self.original_ln_before:
+            raise ValueError(
+                "residual_before_ln='post_add' is for adapters that read the sum with the "
+                "residual; set original_ln_before=True"
+            )
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         _require(self.w_init_range > 0, "w_init_range", self.w_init_range, "above 0")
         _choose("w_init", self.w_init, self._weight_inits())
@@ -282,7 +296,7 @@ class LowRankBottleneckConfig(BottleneckConfig):
     The released code multiplies the two element by element, which is the product at rank 1 alone.
 
     Attributes:
-      rank: of each projection; of LoRA, of each update.
+      rank: of each projection.
 
     References:
       arXiv:2106.04647, section 5.2 ("Low-rank").
@@ -343,7 +357,7 @@ class IA3Config(InsertedConfig):
 
     Attributes:
       sites: linear layers whose outputs are multiplied, element by element.
-      input_sites: linear layers whose inputs are.
+      input_sites: linear layers whose inputs are multiplied, element by element.
 
     References:
       Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
@@ -1070,12 +1084,14 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
       arXiv:2106.04647, arXiv:2104.08691 |
     | `intrinsic-said` | all weights within 20,000 dimensions, a scale for each layer | 3e-2 |
       arXiv:2106.04647, arXiv:2012.13255 |
-    | `intrinsic` | the same without scales | 3e-2 | arXiv:2012.13255 |
-    | `lora` | rank 8 on queries and values | 5e-4 | arXiv:2106.09685, table 9 (RoBERTa) |
+    | `intrinsic` | the same without scales | 3e-2 | arXiv:2012.13255; the rate is that of
+      arXiv:2106.04647 for `intrinsic-said` |
+    | `lora` | rank 8 on queries and values, `lora_alpha` 8 | 5e-4 | arXiv:2106.09685, table 9
+      (RoBERTa) |
     | `ia3` | factors on keys, values and inner feed-forward activations | 3e-3 |
       arXiv:2205.05638 |
     | `prefix-tuning` | 30 keys and values before each attention's, through a bottleneck of 512 |
-      2e-4 | AdapterHub's `prefix_tuning`; arXiv:2101.00190 |
+      2e-4 | AdapterHub's `prefix_tuning`, arXiv:2101.00190; the rate was chosen here |
     | `parallel` | a bottleneck of `width // 2` beside feed-forward, ReLU, `up` zero at first |
       1e-4 | arXiv:2110.04366 |
     | `scaled-parallel` | the same times 4 | 1e-4 | arXiv:2110.04366 |

@@ -56,14 +56,31 @@ def read_tensors(directory: Path, stems: Sequence[str]) -> dict[str, np.ndarray]
     Raises:
       FileNotFoundError: if there is none; it lists the names.
       ValueError: if the file is truncated, is not what its suffix says, or holds anything but
-        named tensors; or if it is pickled and there is no PyTorch, or one that reads unsafely.
+        named tensors of floating-point numbers; or if it is pickled and there is no PyTorch, or
+        one that reads unsafely.
     """
-    names = [f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
-    for name in names:
-        path = directory / name
-        if path.is_file():
-            return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    raise FileNotFoundError(f"{directory} has none of {', '.join(names)}")
+    path = find_tensors(directory, stems)
+    if path is None:
+        raise FileNotFoundError(f"{directory} has none of {', '.join(_file_names(stems))}")
+    stored = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    for name, array in stored.items():
+        # Whole numbers are of a quantised adapter, whose scales would be needed, too.
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} in {path} is of type {array.dtype}, not floating-point; save the adapter "
+                "in float32 where it was made"
+            )
+    return stored
+
+
+def find_tensors(directory: Path, stems: Sequence[str]) -> Path | None:
+    """The file that `read_tensors` reads, None if there is none."""
+    paths = (directory / name for name in _file_names(stems))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _file_names(stems: Sequence[str]) -> list[str]:
+    return [f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -610,7 +610,10 @@ def _bottleneck(acting: _Acting, state: Any, read: Any) -> Any:
     needed = config.original_ln_before or needs_plain
     whole = acting.run(read, state, *acting.args[2:]) if needed else state
     joined = whole if config.original_ln_before else state
-    skip = state if config.residual_before_ln else joined
+    if config.residual_before_ln == "post_add":
+        skip = read + state
+    else:
+        skip = state if config.residual_before_ln else joined
     plain = whole if needs_plain else state
     return adapt(read if config.parallel else joined, skip, plain)
 

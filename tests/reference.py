@@ -82,6 +82,8 @@ class Reference:
         x = add(residual, output) if config.original_ln_before else output
         from_output = config.residual_before_ln or not config.original_ln_before
         skip = output if from_output else x
+        if config.residual_before_ln == "post_add":
+            skip = residual + output
         out = skip + self._update(host, residual if config.parallel else x)
         return add(residual, out) if config.original_ln_after else out
 

@@ -213,6 +213,9 @@ OF_BERT = {
     "PHM without biases": lambda: phm(phm_bias=False, scaling="learned"),
     "no second norm": lambda: bottleneck(original_ln_before=True, original_ln_after=False),
     "no norm": lambda: bottleneck(original_ln_after=False, non_linearity="gelu"),
+    "skip from the sum": lambda: bottleneck(original_ln_before=True, residual_before_ln="post_add"),
+    # Without a norm of the adapter's own, it says nothing.
+    "skip added before no norm": lambda: bottleneck(adapter_residual_before_ln=True),
     "own norms, scaled": lambda: bottleneck(
         ln_before=True, ln_after=True, scaling=0.7, non_linearity="gelu_new"
     ),
@@ -222,6 +225,9 @@ OF_BERT = {
     ),
     "parallel without residual": lambda: bottleneck(
         is_parallel=True, original_ln_before=True, original_ln_after=False, residual_before_ln=False
+    ),
+    "parallel, skip from the sum": lambda: bottleneck(
+        is_parallel=True, residual_before_ln="post_add"
     ),
     "IA3 everywhere, scaled": lambda: adapters.IA3Config(
         output_lora=True, attn_matrices=["q", "k", "v"], alpha=2
@@ -250,11 +256,20 @@ OF_T5 = {
 }
 CASES = [(family, name) for family in ("bert", "t5") for name in EVERYWHERE]
 CASES += [("bert", name) for name in OF_BERT] + [("t5", name) for name in OF_T5]
-CASES += [("gated t5", name) for name in ("compacter", "LoRA", "IA3")]
+CASES += [
+    ("t5", name) for name in ("PHM-Adapter", "no second norm", "no norm", "own norms, scaled")
+]
+CASES += [
+    ("gated t5", name)
+    for name in (
+        *("compacter", "compacter++", "PHM-Adapter", "double_seq_bn, layer left out", "par_bn"),
+        *("LoRA", "IA3"),
+    )
+]
 
 
 def config_of(family, name):
-    own = OF_BERT if family == "bert" else OF_T5
+    own = OF_BERT if family == "bert" else OF_BERT | OF_T5
     return (EVERYWHERE | own)[name]()
 
 
@@ -327,6 +342,12 @@ OURS = {
     ),
     "mam": lambda: preset("mam", prefix_length=2, bottleneck_size=5),
     "rules not learned": lambda: preset("phm", **SMALL, learn_phm=False, **PLAIN),
+    "skip from the sum": lambda: BottleneckConfig(
+        sites=("residual_feed_forward",),
+        reduction_factor=2,
+        original_ln_before=True,
+        residual_before_ln="post_add",
+    ),
 }
 OURS_ON = {
     "bert": (
@@ -338,7 +359,10 @@ OURS_ON = {
         "mam",
         "rules not learned",
     ),
-    "t5": ("compacter", "after cross-attention", "lora, stabilised", "flat prefixes"),
+    "t5": (
+        *("compacter", "after cross-attention", "lora, stabilised", "flat prefixes"),
+        "skip from the sum",
+    ),
     "gated t5": ("ia3", "pfeiffer-feed-forward"),
 }
 
@@ -467,6 +491,12 @@ HEADS = {
         "BertAdapterModel",
         with_head("sequence_classification", 1),
         lambda model: model.add_classification_head("a", num_labels=1, layers=1, use_pooler=True),
+        "heads",
+    ),
+    "flexible classifier of several labels at once": (
+        "BertAdapterModel",
+        with_head("sequence_classification", 3),
+        lambda model: model.add_classification_head("a", num_labels=3, multilabel=True),
         "heads",
     ),
     "flexible tagger": (
@@ -662,6 +692,24 @@ def test_shared_rule(family, cls, complete, tmp_path):
     np.testing.assert_array_equal(params["phm_rule"], rule.detach())
 
 
+@pytest.mark.parametrize("kind", ["task", "lang"])
+def test_names_of_earlier_releases(kind, tmp_path):
+    model = saved(tmp_path, bottleneck(), use_safetensors=True)
+    path = tmp_path / "adapter.safetensors"
+    tensors = {
+        key.replace(
+            ".adapters.",
+            f".{'attention' if '.attention.' in key else 'layer'}_text_{kind}_adapters.",
+        ): tensor
+        for key, tensor in safetensors.numpy.load_file(path).items()
+    }
+    assert not any(".adapters." in key for key in tensors)
+    safetensors.numpy.save_file(tensors, path)
+    backbone, inputs = BACKBONES["bert"], inputs_of(BACKBONES["bert"])
+    adapted, params = import_adapterhub(tmp_path, backbone)
+    assert_equal_logits(logits(adapted, params, inputs), hub_logits(model, inputs))
+
+
 def test_lora_of_earlier_releases_is_not_scaled(tmp_path):
     saved(tmp_path, adapters.LoRAConfig(r=2, alpha=8))
     factors = {}
@@ -686,7 +734,21 @@ REFUSED = {
     "invertible": (bottleneck(), {"inv_adapter": "nice"}, "inv_adapter='nice'"),
     "gated": (bottleneck(), {"use_gating": True}, "use_gating=True"),
     "gated prefixes": (prefixes(), {"use_gating": True}, "use_gating=True"),
-    "post_add": (bottleneck(), {"residual_before_ln": "post_add"}, "residual_before_ln='post_add'"),
+    "no sum to skip from": (
+        bottleneck(),
+        {"residual_before_ln": "post_add"},
+        "residual_before_ln='post_add' with original_ln_before=False in .* fails there itself",
+    ),
+    "unknown skip": (
+        bottleneck(),
+        {"residual_before_ln": "before"},
+        "residual_before_ln='before' in .* only True or False or 'post_add' is",
+    ),
+    "a number for a skip": (
+        bottleneck(),
+        {"residual_before_ln": 1},
+        "residual_before_ln=1 in .* must be true or false",
+    ),
     "dropped paths": (bottleneck(), {"stochastic_depth": 0.1}, "stochastic_depth=0.1"),
     "norm of the skip": (
         bottleneck(),
@@ -696,6 +758,8 @@ REFUSED = {
     "factors by layer": (bottleneck(), {"reduction_factor": {"default": 2}}, "reduction_factor={"),
     "wider": (bottleneck(), {"reduction_factor": 0.5}, "no whole number leaves"),
     "between": (bottleneck(), {"reduction_factor": 1.5}, "no whole number leaves"),
+    "huge": (bottleneck(), {"reduction_factor": 10**400}, "reduction_factor=1000.* be a number"),
+    "huge, of LoRA": (lora(), {"alpha": 10**400}, "lora_alpha=inf must be finite"),
     "unknown scaling": (bottleneck(), {"scaling": "vector"}, "scaling='vector'"),
     "unknown activation": (bottleneck(), {"non_linearity": "gelo"}, "unknown activation 'gelo'"),
     "no activation": (bottleneck(), {"non_linearity": None}, "non_linearity=None"),
@@ -759,6 +823,15 @@ def test_mt5_is_t5(tmp_path):
     saved(tmp_path, lora(), "t5")
     edit(tmp_path / "adapter_config.json", lambda c: c.update(model_type="mt5"))
     import_adapterhub(tmp_path, BACKBONES["t5"])
+
+
+def test_skips_from_a_sum_are_refused_on_t5(tmp_path):
+    config = bottleneck(original_ln_before=True, residual_before_ln="post_add")
+    content = full_config(config) | {"model_type": "t5"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    message = "residual_before_ln='post_add' on a T5 in .* fails there itself"
+    with pytest.raises(ValueError, match=message):
+        import_adapterhub(tmp_path, BACKBONES["t5"])
 
 
 def test_prefixes_in_some_layers_of_t5_are_refused(tmp_path):
@@ -828,6 +901,11 @@ def missing_tensor_of_the_head(tensors):
     del tensors["classifier.bias"]
 
 
+@of_file("model_head.safetensors")
+def whole_numbers_of_the_head(tensors):
+    tensors["classifier.weight"] = tensors["classifier.weight"].astype(np.int8)
+
+
 def truncated(folder):
     path = folder / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
@@ -854,6 +932,14 @@ MALFORMED = {
     "copies that differ": (copies_that_differ, "are one tensor, but differ"),
     "unknown of the head": (unknown_tensor_of_the_head, r"left over: \['classifier/more/kernel'\]"),
     "missing of the head": (missing_tensor_of_the_head, r"missing: \['classifier/bias'\]"),
+    "whole numbers of the head": (
+        whole_numbers_of_the_head,
+        r"classifier\.weight in .*model_head.* is of type int8, not floating-point",
+    ),
+    "head without what it is": (
+        lambda folder: (folder / "head_config.json").unlink(),
+        r"model_head\.safetensors is of a head, and there is no head_config\.json beside it",
+    ),
     "truncated": (truncated, "is truncated or no safetensors file"),
     "no JSON": (
         lambda folder: (folder / "adapter_config.json").write_text("{"),
@@ -895,6 +981,14 @@ MALFORMED = {
     "head of another class": (
         replaced("head_config.json", lambda c: c.update(model_class="BertForMultipleChoice")),
         "the head of a 'BertForMultipleChoice' .* has no counterpart here",
+    ),
+    "head of no class": (
+        replaced("head_config.json", lambda c: c.update(model_class=["x"])),
+        r"the head of a \['x'\] .* has no counterpart here",
+    ),
+    "head of no number of labels": (
+        replaced("head_config.json", lambda c: c.update(num_labels="3")),
+        "num_labels='3' in .* must be a whole number from 1 on",
     ),
     "head of another number of labels": (
         replaced("head_config.json", lambda c: c.update(num_labels=4)),

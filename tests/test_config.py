@@ -292,6 +292,18 @@ def test_round_trip_of_every_field_changed(kind):
         ("compacter", {"learn_phm": 1}, "learn_phm=1 must be of type bool"),
         ("compacter", {"scaling": True}, "scaling=True must be of type float"),
         ("compacter", {"scaling": "1"}, "scaling='1' must be of type float"),
+        ("compacter", {"scaling": 10**400}, "scaling=inf must be finite"),
+        (
+            "compacter",
+            {"residual_before_ln": "after"},
+            "residual_before_ln='after' must be one of True, False, 'post_add'",
+        ),
+        ("compacter", {"residual_before_ln": 1}, "residual_before_ln=1 must be one of True, False"),
+        (
+            "compacter",
+            {"residual_before_ln": "post_add"},
+            "residual_before_ln='post_add' is for .* the residual; set original_ln_before=True",
+        ),
         # Values.
         ("compacter", {"sites": ()}, "sites is empty; name at least one, 'feed_forward'"),
         ("compacter", {"sites": ("attention",) * 2}, "sites names 'attention' twice"),

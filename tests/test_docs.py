@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import json
 import pkgutil
 import re
 import runpy
@@ -16,7 +15,9 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from tests.pages import ROOT, code_blocks, rows_of_tables
-from train.__main__ import _parsed, main
+from train import count
+from train.__main__ import _parsed
+from train.options import ParamsOptions
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 MODULES = ["compacter_jax"] + [
@@ -127,7 +128,7 @@ def test_many_adapters_on_the_first_page(tiny_backbone, tmp_path, monkeypatch):
         cj.save_adapter(folder, *saved[folder])
     input_ids = jnp.array([[2, 10, 11, 3], [2, 15, 16, 3], [2, 12, 3, 0]])
     mask = input_ids != 0
-    names = {"cj": cj, "jax": jax, "jnp": jnp, "backbone": backbone}
+    names = {"cj": cj, "jax": jax, "backbone": backbone}
     names |= {"input_ids": input_ids, "attention_mask": mask}
     exec(python("index.md", 1, **{"capacity=1000": "capacity=5"}), names)
     for row, folder in enumerate(("a-third-adapter", "my-adapter", "another-adapter")):
@@ -165,31 +166,63 @@ def test_adapters_of_other_libraries(tiny_backbone, tmp_path, monkeypatch):
         assert sorted(f.name for f in written.iterdir()) == sorted(f.name for f in read.iterdir())
 
 
+def value_of(formula, **sizes):
+    """The number that a formula of a page stands for, such as `24 (2db + b + d)`."""
+    text = re.sub(r" \([^()]*[a-z]{3}[^()]*\)", "", formula)  # words
+    text = text.replace(",", "").replace("·", "*").replace("³", "**3")
+    return eval(re.sub(r"(?<=[\da-z)]) ?(?=[a-z(])", "*", text), {}, sizes)
+
+
+def test_formulas_are_read_as_they_are_written():
+    sizes = {"d": 5, "b": 3, "n": 2, "r": 7}
+    assert value_of("24 (2db / n + b + d)", **sizes) == 24 * (2 * 5 * 3 / 2 + 3 + 5)
+    assert value_of("2r(d + b) + 96 n³", **sizes) == 2 * 7 * (5 + 3) + 96 * 8
+    assert value_of("22 · 12 d + 1,100 (norms, logits)", **sizes) == 22 * 12 * 5 + 1100
+
+
+def counted_backbone(name, **options):
+    """What `params` counts with."""
+    return count.counted_backbones(ParamsOptions(backbone_config=name, **options))[0]
+
+
+def check_row(row, name, backbone, method):
+    """Every cell of a method in the table of counts."""
+    (counted,) = count.counts(method, [backbone])
+    part = 100 * counted.trained / backbone.total
+    assert row[4:] == [f"{counted.trained:,}", "100 %" if part == 100 else f"{part:.3f} %"]
+    if name == "full":  # the backbone itself
+        return
+    sizes = {"d": 768, "b": 24, **{size: int(n) for size, n in re.findall(r"(\w) = (\d+)", row[0])}}
+    for group, cell in zip(("adapters", "rule", "layer norms"), row[1:4], strict=True):
+        formula, _, number = cell.partition(" = ")
+        value = value_of(formula or "0", **sizes)
+        assert value == counted.groups.get(group, (0, 0))[0], (row[0], group)
+        assert not number or value == value_of(number), (row[0], group)
+
+
 @pytest.mark.slow
-def test_counts_are_those_of_params(capsys):
-    def counted(*arguments):
-        command = ["params", "--backbone-config", "t5-base", "--json", *arguments]
-        assert main(command) == 0
-        return json.loads(capsys.readouterr().out)
-
-    def shown(record):
-        """With the vocabulary of the tokens there are."""
-        (told,) = record["other_vocabularies"]
-        part = 100 * told["trained"] / told["backbone_total"]
-        return [f"{told['trained']:,}", "100 %" if part == 100 else f"{part:.3f} %"]
-
-    wanted = {record["method"]: shown(record) for record in counted("--method", "all")}
-    for name in ("compacter", "compacter++"):
-        record = counted("--method", name, "--phm-dim", "12")
-        wanted[f"{name}, n = 12"] = shown(record)
-    found = {}
+def test_counts_are_those_of_params():
+    # With the vocabulary of the tokens there are.
+    backbone = counted_backbone("t5-base", vocab_size=32_100)
+    found = []
     for row in rows_of_tables(ROOT / "docs/methods.md"):
-        names = re.findall(r"`([^`]+)`", row[0])
-        if len(row) == 6 and names:
-            # The preset `phm` has n = 12.
-            variant = ", n = 12" if "n = 12" in row[0] and names != ["phm"] else ""
-            found |= {name + variant: row[-2:] for name in names}
-    assert found == wanted
+        if len(row) < 6 or row[0] == "preset" or row[0].startswith("---"):
+            continue
+        for name in re.findall(r"`([^`]+)`", row[0]):
+            is_other = "n = 12" in row[0] and name != "phm"  # which has it as it is
+            check_row(row, name, backbone, cj.preset(name, **({"phm_dim": 12} if is_other else {})))
+            found.append((name, is_other))
+    others = [("compacter", True), ("compacter++", True)]
+    assert sorted(found) == sorted([*((name, False) for name in cj.presets()), *others])
+
+
+def test_the_head_is_counted_as_documented():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    formula, of_t5 = re.search(r"of k labels (.+?), of T5, which has none, (\d+)\.", text).groups()
+    backbones = [counted_backbone("bert-base-uncased", num_labels=3), counted_backbone("t5-small")]
+    heads = [count.counts(cj.preset("lora"), [each])[0].groups.get("head") for each in backbones]
+    assert heads[0][0] == value_of(formula, d=768, k=3)
+    assert (heads[1] or (0, 0))[0] == int(of_t5)
 
 
 def test_sites_of_the_table():

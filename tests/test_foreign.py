@@ -61,7 +61,6 @@ def arrays(seed=0):
         "matrix": np.float32(rng.standard_normal((3, 4))),
         "half": rng.standard_normal((2, 3)).astype(np.float16),
         "brain": rng.standard_normal(5).astype(jnp.bfloat16),
-        "count": rng.integers(9, size=2),
         "scalar": np.array(rng.standard_normal(), np.float32),
     }
 
@@ -173,6 +172,20 @@ def test_nothing_in_a_pickle_runs(tmp_path, written_by):
 def test_pickles_of_anything_but_named_tensors_are_refused(tmp_path, make, message):
     torch = pytest.importorskip("torch")
     torch.save(make(torch), tmp_path / "adapter.bin")
+    with pytest.raises(ValueError, match=message):
+        read_tensors(tmp_path, STEMS)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.bool_])
+def test_tensors_of_whole_numbers_are_refused(tmp_path, suffix, dtype):
+    content = {"half": arrays()["half"], "count": np.ones(2, dtype)}
+    if suffix == "bin":
+        torch = pytest.importorskip("torch")
+        torch.save({k: to_torch(v) for k, v in content.items()}, tmp_path / "adapter.bin")
+    else:
+        save_file(content, tmp_path / "adapter.safetensors")
+    message = f"count in .*{suffix} is of type {np.dtype(dtype)}, not floating-point; save the ad"
     with pytest.raises(ValueError, match=message):
         read_tensors(tmp_path, STEMS)
 

@@ -617,6 +617,10 @@ def test_settings_that_change_nothing_are_read(folder, settings):
         ({"base_model.model.stranger": ZEROS}, "left over: .*base_model.model.stranger"),
         ({"value.lora_B.weight": ZEROS}, r"value.lora_B.weight: \(2, 2\) stored, \(12, 2\) wanted"),
         ({"classifier.weight": ZEROS}, r"classifier.weight: \(2, 2\) stored, \(3, 12\) wanted"),
+        (
+            {"query.lora_A.weight": np.ones((2, 12), np.int8)},
+            "query.lora_A.weight in .* is of type int8, not floating-point",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_listed(folder, tensors, message):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import tomllib
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import docstring_parser
 import tyro
 
+from compacter_jax import config
 from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, presets
 
 if TYPE_CHECKING:
@@ -76,13 +79,22 @@ def documented(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         for attribute in docstring_parser.parse(base.__doc__ or "").params:
             for name in attribute.arg_name.split(", "):
-                texts[name] = " ".join((attribute.description or "").replace("`", "").split())
+                text = re.sub(r"`([A-Z_]+)`", _values_of, attribute.description or "")
+                texts[name] = " ".join(text.replace("`", "").split())
     return texts
+
+
+def _values_of(name: re.Match[str]) -> str:
+    """What is to choose from, in place of the name of the constant that lists it."""
+    values = getattr(config, name[1], None)
+    return ", ".join(values) if isinstance(values, tuple) else name[0]
 
 
 def _metavar(hint: Any) -> str:
     if hint is bool:
         return "{True,False}"
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
     if typing.get_origin(hint) is tuple:
         return f"{typing.get_args(hint)[0].__name__.upper()} [...]"
     return hint.__name__.upper()
@@ -524,8 +536,8 @@ class AdapterOptions:
     """A saved adapter and its backbone.
 
     Attributes:
-      adapter: folder that `fit` wrote; or a composition of such folders, such as
-        'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', with stack, parallel and average_maps
+      adapter: folder that `fit` wrote, or adapter/ in it; or a composition of such folders, such
+        as 'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', with stack, parallel and average_maps
         likewise.
       backbone: the backbone it was trained with; by default where it was then.
       dtype: what matrix products compute in; by default as in training.
@@ -585,9 +597,10 @@ class PredictOptions(AdapterOptions):
     """Predict every row of a file with a saved adapter, or each row with the one that it names.
 
     Attributes:
-      adapter: folder that `fit` wrote; or a folder of such folders, and then the input has a column
-        adapter with the name of one in every row: adapters of one shape on one backbone, for tasks
-        of one kind, whatever their labels; or a composition of folders, as `evaluate` takes it.
+      adapter: folder that `fit` wrote, or adapter/ in it; or a folder of such folders, and then the
+        input has a column adapter with the name of one in every row: adapters of one shape on one
+        backbone, for tasks of one kind, whatever their labels; or a composition of folders, as
+        `evaluate` takes it.
       input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2; or
         with the columns that the adapter's benchmark has on the hub.
       output: file of one of these formats: the input's columns, prediction, and for labels
@@ -642,7 +655,7 @@ class MergeOptions:
     """Write a backbone with a method merged into its weights, as a Hugging Face checkpoint.
 
     Attributes:
-      adapter: folder that `fit` or `convert` wrote.
+      adapter: folder that `fit` or `convert` wrote, or adapter/ in it.
       backbone: the backbone it was trained with; by default where it was then.
       to: folder to make.
     """
@@ -688,6 +701,35 @@ class ParamsOptions(_ChoosesMethod):
     vocab_size: int | None = None
     json: bool = False
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
+
+
+def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """How a number, or none, is read; tyro itself answers what is no number with Python's types."""
+    is_union = typing.get_origin(info.type) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(info.type)) if is_union else {info.type}
+    if kinds - {type(None)} not in ({int}, {float}):
+        return None
+    (kind,) = kinds - {type(None)}
+
+    def read(values: list[str]) -> Any:
+        try:
+            return None if values == ["None"] and is_union else kind(values[0])
+        except ValueError:
+            wanted = "whole number" if kind is int else "number"
+            raise ValueError(f"{values[0]!r} is no {wanted}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, (kind, *kinds)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+# Within it, tyro reads numbers by `_number`.
+NUMBERS = tyro.constructors.ConstructorRegistry()
+NUMBERS.primitive_rule(_number)
 
 
 def expand_config(arguments: Sequence[str], options_class: type = FitOptions) -> list[str]:

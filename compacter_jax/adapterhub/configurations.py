@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,9 +67,10 @@ class _Architecture:
                     f"{' or '.join(map(repr, allowed))} is"
                 )
         for field, default in self.fields.items():
-            kind = bool if field in self.locations else type(default)
-            if kind in (bool, list) and type(values[field]) is not kind:
-                wanted = "true or false" if kind is bool else "a list"
+            kinds = {type(value) for value in self.only.get(field, (default,))}
+            kinds = {bool} if field in self.locations else kinds
+            if kinds & {bool, list} and type(values[field]) not in kinds:
+                wanted = "true or false" if bool in kinds else "a list"
                 raise ValueError(f"{field}={values[field]!r} in {path} must be {wanted}")
         if any(type(layer) is not int for layer in values["leave_out"]):
             raise ValueError(f"leave_out={values['leave_out']} in {path} must be whole numbers")
@@ -140,7 +142,7 @@ _BOTTLENECK = _Architecture(
     only={
         "use_gating": (False,),
         "inv_adapter": (None,),
-        "residual_before_ln": (True, False),
+        "residual_before_ln": (True, False, "post_add"),
         "stochastic_depth": (0.0, None),
     },
     locations=("mh_adapter", "cross_adapter", "output_adapter"),
@@ -272,6 +274,8 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
             f"adapter_residual_before_ln=True with ln_after=True in {source.path} is not "
             "supported: no adapter here normalises its skip connection"
         )
+    if values["residual_before_ln"] == "post_add" and not parallel:
+        _check_sum(values, source)
     scaling = _number(values, "scaling", source.path, besides=("learned", "channel"))
     # Here the factor comes after an own norm, there before it.
     kept = 1.0 if isinstance(scaling, str) or values["ln_after"] else scaling
@@ -285,8 +289,8 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
             "is no sum of Kronecker products"
         )
     same = {ours: values[theirs] for theirs, ours in _BOTTLENECK.same.items()}
-    # A parallel adapter reads the residual, whatever this says.
-    same["original_ln_before"] = same["original_ln_before"] and not parallel
+    if parallel:  # it reads the residual and skips from the output, whatever these say
+        same |= {"original_ln_before": False, "residual_before_ln": True}
     locations = [name for name in _BOTTLENECK.locations if values[name]]
     placement, shunned = _placement(locations, values["leave_out"], source)
     method = cls(
@@ -298,6 +302,21 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
         **{field: values[field] for field in fields},
     )
     return Part(method, shunned, factor, values["phm_bias"])
+
+
+def _check_sum(values: Mapping[str, Any], source: Source) -> None:
+    """ValueError where `adapters` finds no sum that a skip connection could start from."""
+    where = "on a T5" if _normalises_before(source.layout) else "with original_ln_before=False"
+    if _normalises_before(source.layout) or not values["original_ln_before"]:
+        raise ValueError(
+            f"residual_before_ln='post_add' {where} in {source.path} is not supported: {VERSION} "
+            "fails there itself, for it has the sum only where a norm follows it"
+        )
+
+
+def _normalises_before(layout: Layout) -> bool:
+    """Whether norms are in front of sub-layers, and nothing follows the sum with the residual."""
+    return has_relative_positions(layout)
 
 
 def _check_shared_blocks(values: Mapping[str, Any], factor: Any) -> None:
@@ -314,7 +333,8 @@ def _number(
     values: Mapping[str, Any], field: str, path: Path, besides: tuple[str, ...] = ()
 ) -> float | str:
     value = values[field]
-    if value in besides or (type(value) in (int, float) and math.isfinite(value)):
+    # JSON has whole numbers that no float can hold.
+    if value in besides or (type(value) in (int, float) and abs(value) <= sys.float_info.max):
         return value
     others = "".join(f" or {other!r}" for other in besides)
     raise ValueError(f"{field}={value!r} in {path} is not supported; it must be a number{others}")
@@ -477,7 +497,7 @@ def _written(part: Any, hosts: set[str], layout: Layout, layers: list[Layer]) ->
         architecture, always = _PREFIX_TUNING, {"self_prefix"}
         own = {theirs: getattr(part, ours) for theirs, ours in architecture.same.items()}
     elif isinstance(part, BottleneckConfig):
-        architecture, always, own = _BOTTLENECK, set(), _bottleneck_fields(part)
+        architecture, always, own = _BOTTLENECK, set(), _bottleneck_fields(part, layout)
     else:
         architecture, always, own = _LORA, set(), _lora_fields(part)
     used, leave_out = _located(part, hosts, always, architecture.locations, layers)
@@ -489,8 +509,10 @@ def _written(part: Any, hosts: set[str], layout: Layout, layers: list[Layer]) ->
     return architecture.write({**own, "leave_out": leave_out}, used)
 
 
-def _bottleneck_fields(part: BottleneckConfig) -> dict[str, Any]:
+def _bottleneck_fields(part: BottleneckConfig, layout: Layout) -> dict[str, Any]:
     own = {theirs: getattr(part, ours) for theirs, ours in _BOTTLENECK.same.items()}
+    if own["residual_before_ln"] == "post_add" and _normalises_before(layout):
+        own["residual_before_ln"] = False  # the same there
     own |= {
         "reduction_factor": part.reduction_factor,
         "non_linearity": part.non_linearity,

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from compacter_jax.adapterhub.layout import layout_of
 from compacter_jax.adapterhub.tensors import Tensors
 from compacter_jax.checkpoint import check_leaves
-from compacter_jax.foreign import read_json, read_tensors
+from compacter_jax.foreign import find_tensors, read_json, read_tensors
 from compacter_jax.models.families import FAMILIES, Family
 
 HEAD_CONFIG_NAME = "head_config.json"
@@ -101,14 +101,28 @@ def read_adapterhub_head(directory: str | os.PathLike[str]) -> dict[str, Any]:
       `head` and, of a classifier, `num_labels`; nothing where the folder has no head.
 
     Raises:
-      ValueError: if the head has no counterpart here.
+      ValueError: if the head has no counterpart here, or nothing says what head it is.
     """
-    path = Path(directory) / HEAD_CONFIG_NAME
-    if not path.is_file():
+    path = _config_path(Path(directory))
+    if path is None:
         return {}
     head = _head_of(path)
     labels = {} if head.num_labels is None else {"num_labels": head.num_labels}
     return {"head": head.head, **labels}
+
+
+def _config_path(directory: Path) -> Path | None:
+    """What says which head is in the folder, None where there is no head."""
+    path = directory / HEAD_CONFIG_NAME
+    if path.is_file():
+        return path
+    tensors = find_tensors(directory, HEAD_STEMS)
+    if tensors is None:
+        return None
+    raise ValueError(
+        f"{tensors} is of a head, and there is no {HEAD_CONFIG_NAME} beside it that says which; "
+        f"copy it from where the adapter was saved, or remove {tensors.name} to do without the head"
+    )
 
 
 def _head_of(path: Path) -> _Head:
@@ -120,13 +134,21 @@ def _head_of(path: Path) -> _Head:
     for family in FAMILIES.values():
         architectures |= family.architectures
     model_class = settings.get("model_class")
-    head = architectures.get(model_class)
+    head = architectures.get(model_class) if isinstance(model_class, str) else None
     if head not in _TOPS:
         raise ValueError(
             f"the head of a {model_class!r} in {path} has no counterpart here; leave it out with "
             "with_head=False"
         )
-    return _Head(head, settings.get("num_labels") if _TOPS[head] == "classifier" else None, {})
+    return _Head(head, _num_labels(settings, head, path), {})
+
+
+def _num_labels(settings: Mapping[str, Any], head: str, path: Path) -> int | None:
+    """Of a classifier; None of other heads, or where it is not said."""
+    labels = settings.get("num_labels") if _TOPS[head] == "classifier" else None
+    if labels is not None and (type(labels) is not int or labels < 1):
+        raise ValueError(f"num_labels={labels!r} in {path} must be a whole number from 1 on")
+    return labels
 
 
 def _flex_head(config: Mapping[str, Any], name: Any, path: Path) -> _Head:
@@ -135,7 +157,7 @@ def _flex_head(config: Mapping[str, Any], name: Any, path: Path) -> _Head:
     for settings, head, modules in candidates:
         if all(config.get(field, value) == value for field, value in settings.items()):
             layers = {f"heads.{name}.{i}": module for i, module in modules.items()}
-            labels = config.get("num_labels") if _TOPS[head] == "classifier" else None
+            labels = _num_labels(config, head, path)
             activation = config.get("activation_function") if head == "masked_lm" else None
             return _Head(head, labels, layers, activation)
     wanted = " or ".join(str(dict(flex.settings)) for flex in candidates)
@@ -158,10 +180,11 @@ def read_head(directory: Path, module: Any, own: Mapping[str, Any]) -> dict[str,
       Parameters by path; none where the folder has no head.
 
     Raises:
-      ValueError: if the backbone has another head, or the tensors are not those of the head.
+      ValueError: if the backbone has another head, the tensors are not those of the head, or
+        nothing says what head they are of.
     """
-    path = directory / HEAD_CONFIG_NAME
-    if not path.is_file():
+    path = _config_path(directory)
+    if path is None:
         return {}
     head = _head_of(path)
     _check_head(directory, head, module)

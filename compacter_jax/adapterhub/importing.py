@@ -137,6 +137,8 @@ def _check_backbone(settings: Mapping[str, Any], source: Source) -> None:
         )
 
 
+# What bottlenecks were under in adapter-transformers 1, which told tasks from languages.
+_EARLIER = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
 # One pool of prefixes, under the name of each layer that uses it.
 _POOL = re.compile(r".+\.prefix_tuning\.pool\.(prefix_tunings\..+)")
 
@@ -147,11 +149,10 @@ def _stored(directory: Path, naming: Naming) -> Tensors:
     stored = read_tensors(directory, STEMS)
     once: Tensors = {}
     for key, array in stored.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{key} in {directory} is of type {array.dtype}, not floating-point")
         # An own norm is named as itself and as the first layer of `adapter_down`.
         norm = key.replace(".adapter_down.0.", ".adapter_norm_before.")
-        name = _POOL.sub(r"prefix_tuning.\1", norm if norm in stored else key).removeprefix(base)
+        now = _EARLIER.sub(".adapters.", norm if norm in stored else key)
+        name = _POOL.sub(r"prefix_tuning.\1", now).removeprefix(base)
         if name in once and not np.array_equal(once[name], array, equal_nan=True):
             raise ValueError(f"{key} and {name} in {directory} are one tensor, but differ")
         once[name] = np.asarray(array, np.float32)
