@@ -453,7 +453,11 @@ def test_params_of_a_configuration_file(tiny_t5, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["bitfit", "prompt-tuning-vocabulary", "intrinsic-said", "prefix-tuning", "lora"]
+    "method",
+    [
+        *("bitfit", "prompt-tuning-vocabulary", "intrinsic-said", "prefix-tuning", "lora"),
+        *("low-rank", "ia3", "mam"),
+    ],
 )
 def test_every_kind_of_method(method, tiny_t5, files, tmp_path, capsys):
     flags = small_flags(tiny_t5, files, tmp_path / "run", method)

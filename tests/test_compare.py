@@ -164,13 +164,22 @@ def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
     assert runs[3].name == "movie, 4,000 examples, lora, seed 0"
 
 
+def test_the_plan_of_all_methods_has_every_preset(tmp_path):
+    # `rank` is for some of them, and kept from the others.
+    flags = {"method_options": MethodOptions(rank=4), "train_size": "100"}
+    options = CompareOptions(backbone="DIR", output_dir=tmp_path, methods="all", seeds="1", **flags)
+    runs = compare.plan([options])
+    assert tuple(run.method for run in runs) == cj.presets()
+    assert {run.method for run in runs if "--rank" in run.flags} == {"low-rank", "lora"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"methods": "full,compactor"}, "did you mean 'compacter'"),
         ({"methods": "full,full"}, "must be different names"),
         ({"train-size": "100,x"}, "--train-size '100,x' must be numbers"),
-        ({"seeds": "0"}, "--seeds '0' must be numbers from 1 on"),
+        ({"seeds": "0"}, "from 1 on, with commas between them: how many seeds"),
         ({"train-size": "10,20", "seeds": "1,2,3"}, "--seeds has 3 numbers for 2 training sizes"),
         ({"train-size": "99999"}, "--train-size 99999 leaves nothing to train on"),
         ({"steps": "10,20"}, "--steps has 2 numbers for 1 training sizes"),

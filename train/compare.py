@@ -33,6 +33,8 @@ from train.processes import side_by_side
 
 _ROOT = Path(__file__).parents[1]
 ALL = "all"
+# What a flag's numbers mean, where fit's flag of this name means something else.
+_MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
 # What the parent writes into the folder of a run, and where the process's own words go.
 _FLAGS_NAME, _LOG_NAME = "flags.json", "fit.log"
 
@@ -204,7 +206,10 @@ def _names(text: str) -> list[str]:
 def _numbers(name: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise ValueError(f"--{name} {text!r} must be numbers from 1 on, with commas between them")
+        meaning = _MEANINGS.get(name, "")
+        raise ValueError(
+            f"--{name} {text!r} must be numbers from 1 on, with commas between them{meaning}"
+        )
     return [int(part) for part in parts]
 
 
