@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 import tyro
 from conftest import WORDS, write_backbone
 
 import compacter_jax as cj
 from compacter_jax import presets
-from train import inference, job
+from train import compiled, inference, job
 from train.__main__ import main
 from train.options import FitOptions
 
@@ -125,7 +126,9 @@ def test_evaluate_gives_the_metrics_of_fit(fitted, files, capsys, tmp_path):
     output = tmp_path / "metrics.json"
     flags = ["--adapter", fitted / "adapter", "--test-file", files["test"], "--output", output]
     assert main(["evaluate", *map(str, flags)]) == 0
-    assert "test accuracy: " in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "test accuracy: " in printed.out
+    assert printed.err == ""  # nothing of a new head, which the adapter brings
     written = json.loads(output.read_text())
     values, expected = written["metrics"], json.loads((fitted / "metrics.json").read_text())["test"]
     # One device here and four there: the logits of a row may differ by rounding.
@@ -298,6 +301,7 @@ def test_methods_share_flags(capsys):
     assert "--dropout FLOAT rate on the method's output before it is added" in words
     assert "Of prefix_tuning: rate on the keys and values." in words
     assert "--sites STR [...] where the method acts, names from the backbone's table" in words
+    assert "--residual-before-ln {True,False,post_add} with original_ln_before" in words
     assert "--parts" not in words
     # A bare mistake of one preset stays one.
     assert "no field 'rank'" in refusal(
@@ -431,11 +435,62 @@ def test_what_cannot_be_converted(tiny_backbone, tmp_path, capsys):
     assert "names no format; use --from compacter_jax, adapterhub or peft" in refusal(
         capsys, *other
     )
-    assert "does not exist" in refusal(
-        capsys, *("convert", "--from", "peft", tmp_path / "none", "--backbone", tiny_backbone),
-        *("--to", tmp_path / "to"),
-    )  # fmt: skip
+    theirs = ["convert", "--from", "peft", tmp_path / "none", "--backbone", tiny_backbone]
+    theirs += ["--to", tmp_path / "to"]
+    assert "does not exist" in refusal(capsys, *theirs)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    (tmp_path / "none").mkdir()
+    settings = {"peft_type": "LORA", "task_type": ["SEQ_CLS"], "target_modules": ["query"]}
+    (tmp_path / "none" / "adapter_config.json").write_text(json.dumps(settings))
+    assert "task_type=['SEQ_CLS'] in" in refusal(capsys, *theirs)
+
+
+def converted_head(tiny_backbone, folder, to, **head):
+    """The command that reads an AdapterHub folder whose head_config.json says `head`."""
+    if not folder.exists():
+        saved_adapter(folder.with_name("ours"), tiny_backbone, cj.preset("lora", rank=2))
+        back = ["convert", "--from", "compacter_jax", folder.with_name("ours"), "--to", folder]
+        assert main([*map(str, back), "--to-format", "adapterhub"]) == 0
+    path = folder / "head_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | head))
+    given = ["--backbone", tiny_backbone, "--max-length", "40", "--to", to]
+    return list(map(str, ["convert", "--from", "adapterhub", folder, *given]))
+
+
+def test_labels_of_a_folder_that_are_none(tiny_backbone, tmp_path, capsys):
+    folder, to = tmp_path / "theirs", tmp_path / "to"
+    for labels in (["dull", "fine"], {"dull": 0, "fine": "1"}, {"dull": 0, "fine": 2}, 3):
+        command = converted_head(tiny_backbone, folder, to, label2id=labels)
+        error = refusal(capsys, *command)
+        assert f"label2id={labels!r} in {folder / 'head_config.json'} must have names" in error
+        assert "give --label-names" in error
+    assert not to.exists()
+    assert main([*command, "--label-names", "dull", "fine"]) == 0
+    assert cj.read_adapter_config(to)["label_names"] == ["dull", "fine"]
+
+
+def test_a_head_of_several_labels_at_once_is_not_for_predicting(
+    tiny_backbone, files, tmp_path, capsys
+):
+    names = {"dull": 0, "fine": 1}
+    config = {"head_type": "multilabel_classification", "layers": 1, "use_pooler": True}
+    config |= {"num_labels": 2, "bias": True, "label2id": names}
+    folder = tmp_path / "theirs"
+    command = converted_head(tiny_backbone, folder, tmp_path / "to", config=config, name="adapter")
+    path = folder / "model_head.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    renamed = {
+        key.replace("classifier.", "heads.adapter.1."): tensor for key, tensor in tensors.items()
+    }
+    safetensors.numpy.save_file(renamed, path)
+    assert main(command) == 0
+    assert "multilabel classification" in capsys.readouterr().out
+    settings = cj.read_adapter_config(tmp_path / "to")
+    assert settings["backbone"] == str(tiny_backbone)
+    assert settings.keys().isdisjoint({"kind", "label_names"})
+    flags = ["--adapter", tmp_path / "to", "--input", files["test"]]
+    error = refusal(capsys, "predict", *flags, "--output", tmp_path / "out.csv")
+    assert "has no ['kind', 'label_names', 'max_length']" in error
 
 
 def test_merge_writes_an_equal_backbone(tiny_backbone, files, tmp_path):
@@ -575,6 +630,87 @@ def test_a_prompt_that_leaves_too_few_positions(tiny_backbone, files, tmp_path, 
     assert "max_length=40 and prompt_length=30 together exceed the backbone's 64" in error
     assert "use a max_length of 34 or less" in error
     assert not output.exists()
+
+
+def test_a_mesh_of_other_devices_leaves_the_folder_absent(tiny_backbone, files, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = fit_flags(tiny_backbone, files, output, mesh="data=8")
+    assert main(["fit", *flags]) == 2
+    printed = capsys.readouterr()
+    assert "--mesh 'data=8' is of 8 devices, but a host has 4" in printed.err
+    assert printed.out == ""
+    assert not output.exists()
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(fitted, files, tmp_path, capsys):
+    flags = [f"--test-file={files['test']}", "--task=custom"]
+    assert main(["evaluate", f"--adapter={fitted}", *flags]) == 0
+    assert (fitted / "adapter/evaluation_custom_test.json").exists()
+    predicted = tmp_path / "out.csv"
+    flags = [f"--input={files['test']}", f"--output={predicted}"]
+    assert main(["predict", f"--adapter={fitted}", *flags]) == 0
+    assert predicted.exists()
+    # Read, and refused for what it is.
+    capsys.readouterr()
+    ours, to = ["--from", "compacter_jax", fitted, "--to-format", "peft"], tmp_path / "new"
+    assert "PEFT" in refusal(capsys, "convert", *ours, "--to", to)
+    assert "merge" in refusal(capsys, "merge", "--adapter", fitted, "--to", to)
+
+
+def test_a_task_that_is_not_given(fitted, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name, content in adapter_bytes(fitted).items():
+        (adapter / name).write_bytes(content)
+    path = adapter / ADAPTER_FILES[1]
+    settings = json.loads(path.read_text("utf-8"))
+    assert "no examples were given" in refusal(capsys, "evaluate", "--adapter", adapter)
+    path.write_text(json.dumps({**settings, "task": "movie"}), "utf-8")
+    error = refusal(capsys, "evaluate", "--adapter", adapter)
+    assert f"the adapter in {adapter} was trained on movie: give --task movie" in error
+
+
+def test_a_new_head_is_told_of_by_fit_alone(tiny_backbone, files, tmp_path, capsys):
+    flags = fit_flags(tiny_backbone, files, tmp_path / "run", epochs=1)
+    assert main(["fit", *flags]) == 0
+    printed = capsys.readouterr()
+    new = "does not have classifier/bias, classifier/kernel: new, and trained here"
+    assert f"{tiny_backbone} {new}" in printed.out
+    assert "initialised" not in printed.err
+
+
+def test_compiling_is_announced_once_a_command(tiny_backbone, files, tmp_path, capsys):
+    output, announced = tmp_path / "run", "compiling for each new length of input"
+    data = [f"--test-file={files['test']}", f"--input={files['test']}"]
+    commands = {
+        "fit": fit_flags(tiny_backbone, files, output, epochs=2),
+        "evaluate": [f"--adapter={output}", data[0]],
+        "predict": [f"--adapter={output}", data[1], f"--output={tmp_path / 'out.csv'}"],
+    }
+    for name, flags in commands.items():
+        compiled.announce.cache_clear()  # as in a new process
+        assert main([name, *flags]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (at,) = (i for i, line in enumerate(lines) if line.startswith(announced))
+        assert "about 20 s" in lines[at]
+        results = [i for i, x in enumerate(lines) if x.startswith(("epoch", "test", "43 rows"))]
+        assert at < min(results)
+
+
+def test_an_adapter_of_ours_is_told_apart(fitted, tiny_backbone, tmp_path, capsys):
+    for library in ("peft", "adapterhub"):
+        flags = ["--from", library, fitted / "adapter", "--backbone", tiny_backbone]
+        error = refusal(capsys, "convert", *flags, "--to", tmp_path / "new")
+        assert "is a folder of this package: use --from compacter_jax" in error
+        assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_s_expression_that_cannot_be_read(tmp_path, capsys):
+    flags = ["--adapter", "average(nowhere)", "--input", __file__, "--output", tmp_path / "o.csv"]
+    error = refusal(capsys, "evaluate", *flags[:2])
+    assert "--adapter 'average(nowhere)' is no composition: 'nowhere' is not the folder" in error
+    assert "compacter" not in error
+    assert "average(0.7*runs/a" in error
 
 
 def test_unknown_flag_and_command(capsys):

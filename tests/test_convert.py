@@ -456,7 +456,8 @@ def test_places_that_are_no_checkpoint(tmp_path):
         with pytest.raises(ValueError, match=r"is not a folder, and not the id of a repository"):
             load_backbone(place)
     # The tests run with HF_HUB_OFFLINE=1, so no such id can be reached.
-    with pytest.raises(OSError, match=r"'nobody/nothing' is not a folder.*give their folder"):
+    hint = r"'nobody/nothing' is not a folder.*the tokenizer's files.*give their folder"
+    with pytest.raises(OSError, match=hint):
         load_backbone("nobody/nothing")
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from train import manual
+from compacter_jax import config
+from compacter_jax.activations import ACTIVATIONS
+from train import manual, options
 from train.__main__ import COMMANDS, _parsed, main
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,49 @@ def test_examples_are_printed_as_one_shell_command(name):
     text = page(name, 80).replace("\\\n      ", "")
     for _, arguments in manual.EXAMPLES[name]:
         assert f"\n  python -m train {name} {arguments}\n" in text
+
+
+def entry(flag):
+    """What the page of fit says of a flag."""
+    (text,) = re.findall(rf"^  {flag} (.*(?:\n {{10}}.*)*)", page("fit"), re.MULTILINE)
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--w-init", config.WEIGHT_INITS),
+        ("--phm-c-init", config.RULE_INITS),
+        ("--prompt-init", config.PROMPT_INITS),
+        ("--non-linearity", ACTIVATIONS),
+    ],
+)
+def test_what_is_to_choose_from_is_listed(flag, values):
+    words = re.findall(r"[\w-]+", entry(flag))
+    assert [value for value in values if value not in words] == []
+
+
+def test_no_two_flags_are_explained_alike():
+    of_flag = options.documented(config.BottleneckConfig)
+    assert len(set(of_flag.values())) == len(of_flag)
+    assert entry("--rank") == "INT of each projection. Of lora: of each update."
+    assert "inputs are multiplied" in entry("--input-sites")
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        (["--learning-rate", "abc"], "Error parsing --learning-rate: 'abc' is no number"),
+        (["--max-steps", "1.5"], "Error parsing --max-steps: '1.5' is no whole number"),
+        (["--epochs", "x"], "Error parsing --epochs: 'x' is no whole number"),
+    ],
+)
+def test_what_is_no_number(flag, told, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--backbone", "DIR", "--output-dir", "run", *flag])
+    assert told in capsys.readouterr().err
+    parsed = _parsed("fit", ["--backbone", "D", "--output-dir", "run", "--learning-rate", "None"])
+    assert parsed.learning_rate is None
 
 
 def test_headings_defaults_and_switches():

@@ -207,6 +207,7 @@ def test_unknown_task_and_splits(train_file):
         "mnli, qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, a translation "
         "such as wmt16-ro-en, or give files of your own"
     )
+    assert load_error(name="moive").startswith("unknown task 'moive' (did you mean 'movie'?); use ")
     for name in (None, "custom"):  # which the user did not write
         error = load_error(name=name)
         assert error.startswith("no examples were given; for --task use movie, product, tweet, ")

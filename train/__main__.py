@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -152,7 +153,9 @@ def main(arguments: Sequence[str]) -> int:
     run, _ = COMMANDS[name]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        run(_of_each_task(name, rest) if name in _OF_EACH_TASK else _parsed(name, rest))
+        parsed = _of_each_task(name, rest) if name in _OF_EACH_TASK else _parsed(name, rest)
+        with _without_warnings_of_new_parameters():
+            run(parsed)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
@@ -164,6 +167,24 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", InterruptedRunError.exit_code)
     return 0
+
+
+@contextlib.contextmanager
+def _without_warnings_of_new_parameters() -> Iterator[None]:
+    """Within, the library does not warn that a backbone lacks a head.
+
+    A saved adapter has it, `fit` trains it and says so, and `convert` says where it is from.
+    """
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not hasattr(record, "new_parameters")
+
+    logger = logging.getLogger("compacter_jax")
+    logger.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_kept)
 
 
 def _told(error: Exception) -> str:
@@ -187,7 +208,8 @@ def _parsed(name: str, arguments: Sequence[str]) -> Any:
     options_class = COMMANDS[name][1]()
     if name in _CONFIGURED:
         arguments = options.expand_config(arguments, options_class)
-    return tyro.cli(options_class, args=arguments, prog=f"python -m train {name}")
+    with options.NUMBERS:
+        return tyro.cli(options_class, args=arguments, prog=f"python -m train {name}")
 
 
 def _of_each_task(name: str, arguments: Sequence[str]) -> list[Any]:

@@ -7,6 +7,7 @@ JAX_ENABLE_COMPILATION_CACHE=false keeps nothing, JAX_COMPILATION_CACHE_MAX_SIZE
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -16,6 +17,8 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 _FOLDER, _ENABLED = "jax_compilation_cache_dir", "JAX_ENABLE_COMPILATION_CACHE"
 _DEFAULTS = {
     "jax_compilation_cache_max_size": 2**30,  # what was used longest ago goes first
@@ -24,6 +27,15 @@ _DEFAULTS = {
 }
 
 logger = logging.getLogger("train")
+
+
+@functools.cache
+def announce() -> None:
+    """Says that what comes first has to be compiled, and how long that may take; once a process."""
+    tqdm.write(
+        "compiling for each new length of input: up to about 20 s each on two cores, less where an "
+        "earlier run did it"
+    )
 
 
 def keep(

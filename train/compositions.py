@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 import compacter_jax as cj
+from compacter_jax.checkpoint import CONFIG_NAME
 from compacter_jax.config import (
     COMPOSITIONS,
     Bank,
@@ -28,6 +29,11 @@ from train.options import MethodOptions, given_options, is_composition, method_o
 
 _KINDS = [kind for kind in COMPOSITIONS if kind != Bank.kind]
 _WEIGHTED = ("average", "average_maps")
+# Flag that takes an expression -> one.
+_EXAMPLES = {
+    "--method": "stack(language=runs/english/adapter, task=compacter++)",
+    "--adapter": "average(0.7*runs/a/adapter, 0.3*runs/b/adapter)",
+}
 _TOKEN = re.compile(r"\s*([(),=*]|[^(),=*]+)")
 
 
@@ -75,7 +81,13 @@ class Node:
         return [leaf.text for leaf in self.leaves().values() if leaf.folder is None]
 
 
-def parse(text: str) -> Node:
+def folder_of(folder: Path) -> Path:
+    """Where an adapter is: `folder` itself, or `folder/adapter` where `fit` wrote into `folder`."""
+    candidates = (folder, folder / "adapter")
+    return next((path for path in candidates if (path / CONFIG_NAME).exists()), folder)
+
+
+def parse(text: str, flag: str = "--method") -> Node:
     """Reads an expression.
 
         expression = KIND "(" member { "," member } ")"
@@ -84,11 +96,15 @@ def parse(text: str) -> Node:
     KIND is stack, parallel, average or average_maps. Names are by default 0, 1, …; weights are for
     averages, of all members or of none.
 
+    Args:
+      text: the expression.
+      flag: it was given for; only `--method` takes presets.
+
     Raises:
       ValueError: for what cannot be read, an unknown kind, or a leaf that is neither a preset nor
         the folder of an adapter.
     """
-    parser = _Parser(text)
+    parser = _Parser(text, flag)
     made = parser.expression()
     parser.end()
     if isinstance(made, Leaf):
@@ -99,14 +115,14 @@ def parse(text: str) -> Node:
 class _Parser:
     """One expression, from left to right."""
 
-    def __init__(self, text: str):
-        self._text = text
+    def __init__(self, text: str, flag: str):
+        self._text, self._flag = text, flag
         self._tokens = [token.strip() for token in _TOKEN.findall(text.strip())]
 
     def error(self, why: str) -> ValueError:
         return ValueError(
-            f"--method {self._text!r} is no composition: {why}; an example is "
-            "'stack(language=runs/english/adapter, task=compacter++)'"
+            f"{self._flag} {self._text!r} is no composition: {why}; an example is "
+            f"{_EXAMPLES[self._flag]!r}"
         )
 
     def expression(self) -> Leaf | Node:
@@ -153,9 +169,11 @@ class _Parser:
     def _leaf(self, text: str) -> Leaf:
         if text in presets():
             return Leaf(text, None)
-        for folder in (Path(text), Path(text) / "adapter"):
-            if (folder / "adapter_config.json").exists():
-                return Leaf(text, folder)
+        folder = folder_of(Path(text))
+        if (folder / CONFIG_NAME).exists():
+            return Leaf(text, folder)
+        if self._flag != "--method":
+            raise self.error(f"{text!r} is not the folder of an adapter")
         raise self.error(
             f"{text!r} is neither the folder of an adapter nor one of the presets "
             f"{', '.join(presets())}"
@@ -311,7 +329,7 @@ def of_saved(adapter: Path) -> Node | None:
     text = str(adapter)
     if not is_composition(text) or adapter.exists():
         return None
-    expression = parse(text)
+    expression = parse(text, "--adapter")
     if new := expression.presets():
         raise ValueError(
             f"{new[0]!r} is a preset, and was not trained; name folders of saved adapters alone"

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from compacter_jax import adapterhub, peft
 from compacter_jax.foreign import read_json
-from train import inference, tasks, text
+from train import compositions, inference, tasks, text
 from train.objective import check_length
 from train.options import ConvertOptions, MergeOptions
 
@@ -57,8 +57,10 @@ def convert(options: ConvertOptions) -> None:
         )
     _check_new(options.to)
     if source == OURS:
+        folder = compositions.folder_of(folder)
         backbone, model, params = load_ours(folder, options.backbone)
     else:
+        _check_not_ours(source, folder)
         backbone = _load_backbone(options)
         model, params = _IMPORTS[source](folder, backbone)
         _note_new_head(backbone, params, folder)
@@ -80,8 +82,9 @@ def merge(options: MergeOptions) -> None:
       FileNotFoundError, ValueError: as `load_adapter` and `merge_adapter`; nothing is written then.
     """
     _check_new(options.to)
-    settings = cj.read_adapter_config(options.adapter)
-    backbone, model, params = load_ours(options.adapter, options.backbone)
+    folder = compositions.folder_of(options.adapter)
+    settings = cj.read_adapter_config(folder)
+    backbone, model, params = load_ours(folder, options.backbone)
     merged = cj.merge_adapter(model, params)
     tokenizer = inference.load_tokenizer(backbone.name, backbone, settings.get("max_length", 3))
     config = copy.deepcopy(backbone.config)
@@ -122,6 +125,17 @@ def _check_new(path: Path) -> None:
         raise ValueError(f"{path} exists already; choose another --to")
 
 
+def _check_not_ours(source: str, folder: Path) -> None:
+    """ValueError for an adapter of ours, whose file of settings is called as the others' are."""
+    try:
+        cj.read_adapter_config(compositions.folder_of(folder))
+    except (ValueError, OSError):
+        return
+    raise ValueError(
+        f"--from {source} {folder} is a folder of this package: use --from {OURS} {folder}"
+    )
+
+
 def _load_backbone(options: ConvertOptions) -> cj.Backbone:
     """The backbone with the head that the other library's folder is for."""
     source, folder = options.source
@@ -132,6 +146,7 @@ def _load_backbone(options: ConvertOptions) -> cj.Backbone:
         head = adapterhub.read_adapterhub_head(folder)
     else:
         task = read_json(folder / peft.CONFIG_NAME).get("task_type")
+        task = task if isinstance(task, str) else None  # anything else is refused where it is read
         if task in _PEFT_HEADS:
             head = {"head": _PEFT_HEADS[task]}
         if task in ("SEQ_CLS", "TOKEN_CLS"):
@@ -155,6 +170,12 @@ def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted)
     head = getattr(model.backbone, "head", None)
     if head not in ("sequence_classification", "conditional_generation"):
         print(f"head={head!r}: `evaluate` and `predict` have no use for this adapter")
+        return metadata
+    if head == "sequence_classification" and _is_multilabel(options, backbone):
+        print(
+            "the head says of each label by itself whether it holds (multilabel classification): "
+            "`evaluate` and `predict`, which choose one label, have no use for this adapter"
+        )
         return metadata
     writes = head == "conditional_generation"
     names = _label_names(options) or _names_of_folder(options) or _names_of(backbone.config)
@@ -202,13 +223,36 @@ def _label_names(options: ConvertOptions) -> tuple[str, ...]:
 
 def _names_of_folder(options: ConvertOptions) -> tuple[str, ...]:
     """Those that AdapterHub stores with a head."""
-    path = options.source[1] / adapterhub.HEAD_CONFIG_NAME
-    if options.source[0] != "adapterhub" or not path.is_file():
-        return ()
-    settings = json.loads(path.read_text("utf-8"))
+    settings = _head_of_folder(options)
     # Of models with flexible heads, one level down.
-    found = settings.get("label2id") or (settings.get("config") or {}).get("label2id") or {}
+    found = settings.get("label2id") or _flexible(settings).get("label2id") or {}
+    ids = list(found.values()) if isinstance(found, dict) else [found]
+    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(
+            f"label2id={found!r} in {options.source[1] / adapterhub.HEAD_CONFIG_NAME} must have "
+            f"names with the numbers from 0 on, each once; give --label-names"
+        )
     return _meaningful(sorted(found, key=lambda name: found[name]))
+
+
+def _head_of_folder(options: ConvertOptions) -> dict[str, Any]:
+    """What AdapterHub says of a head, nothing where there is none."""
+    library, folder = options.source
+    path = folder / adapterhub.HEAD_CONFIG_NAME
+    return read_json(path) if library == "adapterhub" and path.is_file() else {}
+
+
+def _flexible(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What it says of one of its own models' heads."""
+    config = settings.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _is_multilabel(options: ConvertOptions, backbone: cj.Backbone) -> bool:
+    """Whether the head is one of several labels at once."""
+    if head := _flexible(_head_of_folder(options)):
+        return head.get("head_type") == "multilabel_classification"
+    return getattr(backbone.config, "problem_type", None) == "multi_label_classification"
 
 
 def _names_of(config: Any) -> tuple[str, ...]:

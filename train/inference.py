@@ -16,10 +16,11 @@ from tqdm import tqdm
 import compacter_jax as cj
 from compacter_jax.checkpoint import replace_file
 from compacter_jax.config import parallel_names
-from train import compositions, data, hosts, predictions, step, tasks
+from train import compiled, compositions, data, hosts, predictions, step, tasks
 from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions
 from train.report import number
+from train.tasks.benchmarks import find as find_benchmark
 
 # batch -> tree of [batch, …] arrays
 OutputsFunction = Callable[[step.Batch], Any]
@@ -58,6 +59,8 @@ def split_outputs(
         for batch in data.batches(encoded, batch_size, shuffle=False, part=part):
             if before_batch is not None:
                 before_batch()
+            if hosts.is_first():
+                compiled.announce()
             indices, y = hosts.gather((batch["indices"], outputs(batch)))
             if rows is None:
                 rows = jax.tree.map(lambda x: np.zeros((len(encoded), *x.shape[1:]), x.dtype), y)
@@ -97,7 +100,10 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     """
     options.check()
     expression = compositions.of_saved(options.adapter)
-    settings = settings_of(options.adapter) if expression is None else joined_settings(expression)
+    if expression is None:
+        settings = settings_of(compositions.folder_of(options.adapter))
+    else:
+        settings = joined_settings(expression)
     name = options.backbone or settings["backbone"]
     backbone = cj.load_backbone(
         name,
@@ -105,7 +111,7 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         dtype=jnp.dtype(options.dtype or settings["dtype"]),
     )
     if expression is None:
-        model, params = cj.load_adapter(options.adapter, backbone)
+        model, params = cj.load_adapter(compositions.folder_of(options.adapter), backbone)
     else:
         model, params = compositions.load(expression, backbone, name)
     params = stored(params, model.method, options, settings)
@@ -114,8 +120,8 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         model, params = model.built(params)
     tokenizer = load_tokenizer(name, backbone, settings["max_length"])
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
-    compiled = jax.jit(objective.outputs)
-    return LoadedAdapter(settings, objective, lambda batch: jax.device_get(compiled(params, batch)))
+    jitted = jax.jit(objective.outputs)
+    return LoadedAdapter(settings, objective, lambda batch: jax.device_get(jitted(params, batch)))
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -215,6 +221,7 @@ def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """The command `evaluate`: metrics of a split, printed and written as JSON."""
     adapter = load(options, evaluate_by=options.evaluate_by)
+    _check_task_named(options, adapter.settings.get("task"))
     kind = adapter.settings["kind"]
     names = labels_of(adapter)
     if isinstance(names, dict) and len({tuple(each) for each in names.values()}) > 1:
@@ -256,7 +263,20 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 def _beside(options: EvaluateOptions) -> Path:
     """Where results go by default: to the adapter; of a composition, to the folder we are in."""
-    return Path() if compositions.of_saved(options.adapter) else options.adapter
+    if compositions.of_saved(options.adapter):
+        return Path()
+    return compositions.folder_of(options.adapter)
+
+
+def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
+    """ValueError if no task and no files are given where the adapter's own task could be."""
+    files = (options.train_file, options.validation_file, options.test_file)
+    known = trained_on in tasks.BUILT_IN or find_benchmark(trained_on or "") is not None
+    if options.task == tasks.CUSTOM and known and not any(files):
+        raise ValueError(
+            f"no --task was given; the adapter in {options.adapter} was trained on {trained_on}: "
+            f"give --task {trained_on}, another of the same labels, or files of your own"
+        )
 
 
 def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> None:

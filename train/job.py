@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax.config import FullFineTuningConfig, IntrinsicConfig, MethodConfig
-from compacter_jax.params import group_of
+from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import compositions, data, hosts, inference, mesh, mixture, prompts, tasks
 from train.objective import Objective, check_options, for_task, head_arguments
 from train.options import FitOptions
@@ -249,7 +249,19 @@ def _loaded_lane(
             for line in examples.notices(split):
                 print(line)
     labels = cj.label_params(params, method)
+    if known is None:
+        _say_new(backbone, labels)
     return Lane(task, objective, encoded, backbone, model, params, labels)
+
+
+def _say_new(backbone: cj.Backbone, labels: Any) -> None:
+    """Prints what the backbone's checkpoint lacks and is made here: as a rule a head to train."""
+    flat = flatten_dict(labels, sep="/")
+    fates = {TRAIN: "new, and trained here", FREEZE: "drawn at random, and not trained"}
+    for label, fate in fates.items():
+        paths = [path for path in backbone.new_parameters if flat.get(path) == label]
+        if paths and hosts.is_first():
+            print(f"{backbone.name} does not have {', '.join(paths)}: {fate}")
 
 
 def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:
@@ -345,11 +357,14 @@ def check_run_folder(options: FitOptions) -> None:
 
     Raises:
       ValueError: if it holds a run already and neither `resume` nor `overwrite` is set, or the run
-        to resume has other settings.
+        to resume has other settings, or it holds the results of several runs.
     """
     folder, settings = options.output_dir, _run_settings(options)
     run_file = folder / RUN_NAME
-    if not run_file.exists() or options.overwrite:
+    if options.overwrite:
+        return
+    if not run_file.exists():
+        _check_no_results(folder)
         return
     if not options.resume:
         raise ValueError(
@@ -366,6 +381,16 @@ def check_run_folder(options: FitOptions) -> None:
         raise ValueError(
             f"the run in {folder} has other settings: {'; '.join(changed)}; resume with the same, "
             "or start anew with --overwrite"
+        )
+
+
+def _check_no_results(folder: Path) -> None:
+    """ValueError if a folder that is no run's has results, such as those of several runs."""
+    if (folder / "metrics.json").exists():
+        raise ValueError(
+            f"{folder} holds the metrics.json of several runs, or of one of several tasks, which "
+            "that of a single run would replace; choose another --output-dir, or replace it with "
+            "--overwrite"
         )
 
 

@@ -20,7 +20,19 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.config import FullFineTuningConfig
-from train import data, flops, hosts, inference, logs, measure, report, step, stopping
+from train import (
+    compiled,
+    data,
+    flops,
+    hosts,
+    inference,
+    logs,
+    measure,
+    mesh,
+    report,
+    step,
+    stopping,
+)
 from train.checkpoints import Checkpoints
 from train.compute import Compute, make_compute
 from train.errors import NonFiniteLossError
@@ -125,6 +137,8 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     with stopping.handled() as stop:
         options.check()
         hosts.start(options)
+        if options.mesh is not None:
+            mesh.make_mesh(options.mesh)  # which must fit the devices, before anything is written
         check_run_folder(options)
         hosts.wait("every host has looked at the run's folder")  # before one of them changes it
         job = prepare(options)
@@ -218,6 +232,8 @@ class Trainer:
         Whoever iterates updates the state of the lane's learner in between.
         """
         while self.progress.epoch < self.job.epochs:
+            if hosts.is_first():
+                compiled.announce()
             yield from self._train_epoch()
             self._finish_epoch()
         self._checkpoints.finish()
@@ -310,7 +326,7 @@ class Trainer:
             disable=bool(self._name) or not hosts.is_first(),
         )
         if not progress.history:
-            bar.set_postfix_str("compiling for each new length of input")
+            bar.set_postfix_str("compiling")
         return bar
 
     def _checkpoint_due(self) -> bool:
@@ -524,14 +540,14 @@ def _trainings(
     for learner in job.learners:
         schedule = _schedule(job, job.steps_of_learner(learner))
         tx = cj.optimizer(transformation(job.options, schedule), learner.labels)
-        compiled = computes or tuple(
+        programs = computes or tuple(
             _compute(job, job.lanes[lane], view, tx, devices)
             for lane, view in zip(learner.lanes, learner.views, strict=True)
         )
         trained, frozen = cj.partition(learner.params, learner.labels)
-        frozen = _placed_once(frozen, job.options.backbone_dtype, compiled[0], placed)
-        state = compiled[0].init_state(trained)
-        made.append(Training(learner, compiled, schedule, state, frozen))
+        frozen = _placed_once(frozen, job.options.backbone_dtype, programs[0], placed)
+        state = programs[0].init_state(trained)
+        made.append(Training(learner, programs, schedule, state, frozen))
     return made
 
 

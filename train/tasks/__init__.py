@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,4 +188,6 @@ def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Pa
             f"no examples were given; for --task {known}your own with --train-file, "
             "--validation-file or --test-file"
         )
-    raise ValueError(f"unknown task {name!r}; {known}give files of your own")
+    close = difflib.get_close_matches(str(name), [*BUILT_IN, *BENCHMARKS, SPAN_CORRUPTION], n=1)
+    near = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"unknown task {name!r}{near}; {known}give files of your own")
