@@ -25,7 +25,7 @@
 # | run | `model(input_ids, attention_mask)` | `model.apply({"params": params}, input_ids, attention_mask)` |
 # | save | `model.save_adapter(folder, "a")` | `cj.save_adapter(folder, model, params)` |
 # | load | `model.load_adapter(folder)` | `model, params = cj.load_adapter(folder, backbone)` |
-# | merge | `model.merge_adapter("a")` | `params = cj.merge_adapter(model, params)` |
+# | merge (LoRA, IA3) | `model.merge_adapter("a")` | `params = cj.merge_adapter(model, params)` |
 # | PEFT | `get_peft_model(model, LoraConfig(r=8))` | `cj.Adapted(backbone.module, cj.preset("lora", rank=8))` |
 
 # %%
@@ -34,8 +34,10 @@ import os
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/OWNER/compacter_jax"  # where you found this notebook
+OWNER = ""  # the account on GitHub where you found this notebook
 if "google.colab" in sys.modules and not os.path.exists("demo.py"):
+    assert OWNER, "give OWNER above: the account on GitHub where you found this notebook"
+    REPOSITORY = f"https://github.com/{OWNER}/compacter_jax"
     subprocess.run(["git", "clone", "-q", REPOSITORY, "compacter_jax"], check=True)
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-qe", "compacter_jax[train,oracle]"], check=True

@@ -24,8 +24,10 @@ import os
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/OWNER/compacter_jax"  # where you found this notebook
+OWNER = ""  # the account on GitHub where you found this notebook
 if "google.colab" in sys.modules and not os.path.exists("demo.py"):
+    assert OWNER, "give OWNER above: the account on GitHub where you found this notebook"
+    REPOSITORY = f"https://github.com/{OWNER}/compacter_jax"
     subprocess.run(["git", "clone", "-q", REPOSITORY, "compacter_jax"], check=True)
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-qe", "compacter_jax[train]"], check=True

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 jupytext = pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
+LIMIT = 600  # seconds that all notebooks may take together at small size: what hangs is an error
 FOLDER = Path(__file__).parents[1] / "notebooks"
 _spec = importlib.util.spec_from_file_location("notebooks_run", FOLDER / "run.py")
 run = importlib.util.module_from_spec(_spec)
@@ -58,6 +60,14 @@ def test_first_cell_is_for_colab_alone(notebook):
     assert first.outputs == []
 
 
+def test_in_colab_the_owner_of_the_repository_must_be_given(notebook, tmp_path, monkeypatch):
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    with pytest.raises(AssertionError, match="give OWNER above"):
+        exec(first.source.replace('OWNER = "', 'OWNER = ""  # "'), {})
+
+
 def test_paths_of_a_machine_are_found():
     def of(text):
         output = {"output_type": "stream", "name": "stdout", "text": text}
@@ -69,13 +79,21 @@ def test_paths_of_a_machine_are_found():
     assert of("layer/0/output and https://arxiv.org/home/x, 3/4") == []
 
 
+@pytest.fixture(scope="module")
+def deadline():
+    return time.monotonic() + LIMIT
+
+
 @pytest.mark.slow
-def test_runs(name):
+def test_runs(name, deadline):
     if name == "adapterhub_interop":
         for oracle in ("torch", "adapters", "peft"):
             pytest.importorskip(oracle)
     # The tests' cache, but not their four devices.
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, str(FOLDER / "run.py"), "--check", name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    left = max(deadline - time.monotonic(), 1)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=left
+    )
     assert done.returncode == 0, done.stderr[-4000:]
