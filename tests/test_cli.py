@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -135,6 +136,26 @@ def test_evaluate_gives_the_metrics_of_fit(fitted, files, capsys, tmp_path):
     assert values.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
     assert values == expected
     assert written["examples"] == 43
+
+
+def test_a_backbone_without_a_pooler_knows_its_adapter_again(
+    tiny_backbone, files, tmp_path, capsys
+):
+    folder = shutil.copytree(tiny_backbone, tmp_path / "without")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    assert len(kept) == len(tensors) - 2
+    safetensors.numpy.save_file(kept, folder / "model.safetensors")
+    output = tmp_path / "run"
+    # Another seed than that of who loads the adapter: the pooler is neither trained nor saved.
+    assert main(["fit", *fit_flags(folder, files, output, seed=3, **{"max-steps": 2})]) == 0
+    assert "pooler/dense/kernel: drawn at random, and not trained" in capsys.readouterr().out
+    expected = json.loads((output / "metrics.json").read_text())["test"]
+    flags = ["--adapter", output, "--test-file", files["test"], "--output", tmp_path / "m.json"]
+    assert main(["evaluate", *map(str, flags)]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"]["loss"] == pytest.approx(
+        expected["loss"], rel=1e-6
+    )
 
 
 @pytest.mark.slow

@@ -221,14 +221,15 @@ def _lane(name: str, options: FitOptions, first: Lane | None, known: cj.Backbone
 def _loaded_lane(
     task: tasks.Task, options: FitOptions, first: Lane | None, known: cj.Backbone | None
 ) -> Lane:
-    backbone = cj.load_backbone(
+    load = functools.partial(
+        cj.load_backbone,
         options.backbone,
         **head_arguments(options.backbone, task.num_labels, task.kind),
         dropout_rate=options.backbone_dropout,
         dtype=jnp.dtype(options.dtype),
         remat=options.remat,
-        seed=options.seed,
     )
+    backbone = load(seed=options.seed)
     if known is not None:
         backbone = dataclasses.replace(backbone, params=_shared(backbone.params, known.params))
     tokenizer = inference.load_tokenizer(options.backbone, backbone, options.max_length)
@@ -249,17 +250,35 @@ def _loaded_lane(
             for line in examples.notices(split):
                 print(line)
     labels = cj.label_params(params, method)
+    if frozen := _new_paths(backbone, labels, FREEZE):
+        # As whoever loads the adapter draws them: they are not saved, but in the hash by which it
+        # knows its backbone.
+        drawn = load().params
+        params = _with_leaves(params, drawn, frozen)
+        own = _with_leaves(backbone.params, drawn, frozen)
+        backbone = dataclasses.replace(backbone, params=own)
     if known is None:
         _say_new(backbone, labels)
     return Lane(task, objective, encoded, backbone, model, params, labels)
 
 
+def _new_paths(backbone: cj.Backbone, labels: Any, label: str) -> list[str]:
+    """What the backbone's checkpoint lacks and has this label."""
+    fates = flatten_dict(labels, sep="/")
+    return [path for path in backbone.new_parameters if fates.get(path) == label]
+
+
+def _with_leaves(params: Any, others: Any, paths: Sequence[str]) -> Any:
+    """`params` with the leaves of others at these paths."""
+    flat, other = flatten_dict(params, sep="/"), flatten_dict(others, sep="/")
+    return unflatten_dict(flat | {path: other[path] for path in paths}, sep="/")
+
+
 def _say_new(backbone: cj.Backbone, labels: Any) -> None:
     """Prints what the backbone's checkpoint lacks and is made here: as a rule a head to train."""
-    flat = flatten_dict(labels, sep="/")
     fates = {TRAIN: "new, and trained here", FREEZE: "drawn at random, and not trained"}
     for label, fate in fates.items():
-        paths = [path for path in backbone.new_parameters if flat.get(path) == label]
+        paths = _new_paths(backbone, labels, label)
         if paths and hosts.is_first():
             print(f"{backbone.name} does not have {', '.join(paths)}: {fate}")
 
