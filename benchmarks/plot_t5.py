@@ -43,7 +43,7 @@ def plot(path: Path) -> Path:
     right.set_xticks(list(epochs))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right" if axes is left else "upper left")
+        axes.legend(loc="upper right" if axes is left else "center right", fontsize="small")
     output = path.with_suffix(".png")
     with replace_file(output) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

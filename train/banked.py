@@ -16,7 +16,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import compacter_jax as cj
-from train import data, inference, predictions
+from train import compositions, data, inference, predictions
 from train.files import Rows, read_chunks
 from train.objective import Objective, from_settings
 from train.options import PredictOptions
@@ -27,16 +27,10 @@ COLUMN = "adapter"
 def members_of(folder: Path) -> dict[str, Path]:
     """The adapters in a folder by name: `NAME/` itself, or `NAME/adapter/` as `fit` writes it."""
     # An adapter, or the folder of a single run, is no bank.
-    alone = (folder, folder / "adapter")
-    if not folder.is_dir() or any((path / "adapter_config.json").exists() for path in alone):
+    if not folder.is_dir() or compositions.holds_adapter(folder):
         return {}
-    found = {}
-    for path in sorted(folder.iterdir()):
-        for candidate in (path, path / "adapter"):
-            if (candidate / "adapter_config.json").exists():
-                found[path.name] = candidate
-                break
-    return found
+    inside = [path for path in sorted(folder.iterdir()) if compositions.holds_adapter(path)]
+    return {path.name: compositions.folder_of(path) for path in inside}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,11 @@ def folder_of(folder: Path) -> Path:
     return next((path for path in candidates if (path / CONFIG_NAME).exists()), folder)
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Whether there is an adapter in `folder_of` it."""
+    return (folder_of(folder) / CONFIG_NAME).exists()
+
+
 def parse(text: str, flag: str = "--method") -> Node:
     """Reads an expression.
 
