@@ -4,7 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
-WORKERS ?= 2
+# More than two processors: some tests wait for processes of their own.
+WORKERS ?= 3
 DEMO_ARGS ?=
 
 MAIN := .venv
