@@ -88,6 +88,18 @@ def test_scores():
     assert method_table(found) in page
 
 
+def test_scores_of_the_first_seed_again():
+    """The page says how many of them are the same, and how long the runs took."""
+    found, again = (
+        {s.method: s.scores[0] for s in compared(name)}
+        for name in ("comparison_movie.json", "comparison_movie_idle.json")
+    )
+    assert found.keys() == again.keys()
+    same = [method for method in found if found[method] == again[method]]
+    page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
+    assert f"{len(same)} of the {len(again)} scores are those of seed 0" in page
+
+
 @pytest.mark.parametrize(
     ("name", "task", "sizes"),
     [
@@ -109,9 +121,9 @@ def test_scores_by_training_size(name, task, sizes):
 NAMES = {"minilm": "MiniLM", "bert-base": "BERT-base", "t5-small": "T5-small", "t5-base": "T5-base"}
 
 
-def speed_rows():
-    """Of the recorded measurement: what the README has of each case, and what the page has."""
-    report = json.loads((ROOT / "benchmarks/results/peers_cpu.json").read_text(encoding="utf-8"))
+def speed_rows(name):
+    """Of a recorded measurement: what the README has of each case, and what the page has."""
+    report = json.loads((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))
     for case in report["cases"]:
         size = case["size"]
         model, method, work = case["case"].split("/")
@@ -136,9 +148,10 @@ def in_readme(row):
 @pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
 def test_speed(page):
     if page == "README.md":
-        wanted = [short for short, _ in speed_rows() if in_readme(short)]
+        wanted = [short for short, _ in speed_rows("peers_cpu.json") if in_readme(short)]
     else:
-        wanted = [long for _, long in speed_rows()]
+        files = ("peers_cpu.json", "peers_norms_cpu.json")
+        wanted = [long for name in files for _, long in speed_rows(name)]
     found = [row for row in rows_of_tables(ROOT / page) if row[0].split()[0] in NAMES.values()]
     assert found == wanted
 
