@@ -98,6 +98,9 @@ def test_scores_of_the_first_seed_again():
     same = [method for method in found if found[method] == again[method]]
     page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
     assert f"{len(same)} of the {len(again)} scores are those of seed 0" in page
+    path = ROOT / "benchmarks/results/comparison_movie_idle.json"
+    seconds = [run["seconds"] for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+    assert f"{min(seconds):.0f} to {max(seconds):.0f} s a run" in re.sub(r"\s+", " ", page)
 
 
 @pytest.mark.parametrize(
