@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from compacter_jax.checkpoint import replace_file
+from compacter_jax.files import replace_file
 
 
 def plot(path: Path) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from compacter_jax.checkpoint import replace_file
+from compacter_jax.files import replace_file
 
 SENTIMENT = Path(__file__).parent.parent / "train" / "sentiment"
 BLOCKS = {"p", "li", "td", "dd", "dt", "pre", "h1", "h2", "h3", "h4", "div", "title"}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import config, inject
+from compacter_jax.files import replace_file
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
 from compacter_jax.params import FREEZE, group_of, label_params
@@ -199,11 +199,8 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replace_file(directory / SINGLE_FILE) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors makes files that only their owner reads
         # "pt" is what transformers wants to see; the values are NumPy's.
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
     with replace_file(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
@@ -250,27 +247,6 @@ def hash_params(params: Mapping[str, Any]) -> str:
         digest.update(f"{path} {leaf.shape}\n".encode())
         digest.update(np.ascontiguousarray(leaf).view(np.uint16).data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
-
-    On an exception the temporary file is removed and `path` stays what it was; an OSError that
-    names no file, as that of a full disk, names `path`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _split(params: Any, method: config.MethodConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.checkpoint import check_leaves, replace_file
+from compacter_jax.checkpoint import check_leaves
 from compacter_jax.config import (
     ADAPTER,
     IA3Config,
@@ -28,6 +28,7 @@ from compacter_jax.config import (
     MethodConfig,
     PromptTuningConfig,
 )
+from compacter_jax.files import replace_file
 from compacter_jax.foreign import hugging_face_names, read_json, read_tensors
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.models.families import listing

@@ -12,6 +12,8 @@ import compacter_jax
 ROOT = Path(compacter_jax.__file__).parent
 # Each module imports from those before it alone.
 ORDER = (
+    "messages",
+    "files",
     "sites",
     "quantize",
     "dropout",

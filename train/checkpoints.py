@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from compacter_jax.checkpoint import replace_file
+from compacter_jax.files import replace_file
 from train import hosts
 
 _BEST = "best_step"

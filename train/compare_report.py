@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compacter_jax.checkpoint import replace_file
+from compacter_jax.files import replace_file
 from train.report import number, table
 
 # Where a label may stand: direction from its point, and how far in points; near ones first.

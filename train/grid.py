@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import compacter_jax as cj
-from compacter_jax.checkpoint import replace_file
+from compacter_jax.files import replace_file
 from train import data, inference, loop, measure, report, step, stopping
 from train.compute import compiler_options
 from train.errors import FailedRunsError, NonFiniteLossError, StoppedRunError

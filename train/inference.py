@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 import compacter_jax as cj
-from compacter_jax.checkpoint import replace_file
 from compacter_jax.config import parallel_names
+from compacter_jax.files import replace_file
 from train import compiled, compositions, data, hosts, predictions, step, tasks
 from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from compacter_jax.checkpoint import replace_file
+from compacter_jax.files import replace_file
 from train import hosts
 
 STEPS_NAME, EVALUATIONS_NAME, TENSORBOARD_NAME = "log.csv", "evaluations.csv", "tensorboard"

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compacter_jax.checkpoint import replace_file
+from compacter_jax.files import replace_file
 from train.files import Rows, read_chunks
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from compacter_jax.checkpoint import replace_file
 from compacter_jax.config import MethodConfig, to_dict
+from compacter_jax.files import replace_file
 from compacter_jax.params import Count
 from train import logs
 

@@ -24,7 +24,7 @@ from compacter_jax.adapterhub.heads import (
 from compacter_jax.adapterhub.importing import STEMS
 from compacter_jax.adapterhub.layout import VERSION, layout_of
 from compacter_jax.adapterhub.tensors import Naming, PartsAt, Tensors, leaves_by_host, to_tensors
-from compacter_jax.checkpoint import CONFIG_NAME, replace_file
+from compacter_jax.checkpoint import CONFIG_NAME
 from compacter_jax.config import (
     ADAPTER,
     BitFitConfig,
@@ -38,6 +38,7 @@ from compacter_jax.config import (
     PromptTuningConfig,
     parts_of,
 )
+from compacter_jax.files import replace_file
 from compacter_jax.params import group_of
 
 

@@ -1,0 +1,328 @@
+"""JSON and safetensors, each read by one function that trusts nothing, and one atomic writer."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from compacter_jax.messages import listing, quote, shorten
+
+# Tokenizers of many languages have 20 MB; nothing that is read here comes near.
+LARGEST_JSON = 64 * 2**20
+# How safetensors names the types that weights may have, and what NumPy holds them in.
+_WEIGHT_TYPES: Mapping[str, Any] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+# Asked for once: to read it one has to set it, for all threads.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    fields: Mapping[str, Any] | None = None,
+    *,
+    required: Iterable[str] = (),
+    what: str = "a JSON object",
+) -> dict[str, Any]:
+    """Reads the JSON object in a file.
+
+    Args:
+      path: of the file.
+      fields: name -> type that the field has where it is there, as `check_fields` takes it.
+      required: names of fields that must be there.
+      what: the file is, for messages: "the configuration of an adapter".
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is too large, is not UTF-8, not JSON, too deep, or not an object;
+        holds NaN, an infinite number or half a surrogate; or a field is missing or of another
+        type. The message names the file.
+    """
+    path = Path(path)
+    settings = parse_json(_text_of(path, LARGEST_JSON), str(path))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold {what}, a JSON object, not {_kind(settings)}")
+    missing = [name for name in required if name not in settings]
+    if missing:
+        raise ValueError(f"{path} is not {what}: it has no {listing(missing)}")
+    if fields is not None:
+        check_fields(str(path), settings, fields)
+    return settings
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Parses JSON as its standard has it, without NaN and infinities.
+
+    Args:
+      text: the JSON.
+      where: the text is from, for messages.
+
+    Raises:
+      ValueError: if it is no JSON, is too deep, or holds a number or a text that Python or UTF-8
+        cannot write again.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError(f"{where} is not valid JSON: its brackets are too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no text") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {shorten(str(error), 200)}") from None
+    return value
+
+
+def check_fields(where: str, settings: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Checks the types of the fields that are there.
+
+    Args:
+      where: the settings are from, for messages.
+      settings: as JSON has them.
+      fields: name -> type, such as `int`, `str | None`, `list[str]`, `dict[str, int]`,
+        `Literal["a", "b"]` or `Any`. A bool is no int, and an int is a float.
+
+    Raises:
+      ValueError: that names the place, the field, its value and the type wanted.
+    """
+    for name, hint in fields.items():
+        if name in settings and not conforms(settings[name], hint):
+            raise ValueError(
+                f"{where}: {name}={quote(settings[name], 100)} must be {_type_name(hint)}"
+            )
+
+
+def conforms(value: Any, hint: Any) -> bool:
+    """Returns True for a value of JSON that is of the type `hint`, as `check_fields` says."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(conforms(value, argument) for argument in arguments)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(conforms(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            conforms(item, arguments[1]) for item in value.values()
+        )
+    exact = {Any: (type(value),), float: (int, float), None: (type(None),)}
+    return type(value) in exact.get(hint, (hint,))
+
+
+def _text_of(path: Path, most: int) -> str:
+    """Reads a text file of at most `most` bytes; a pipe or a device is not read at all."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "does not exist", str(path))
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that are read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{shorten(digits, 40)} is too large a number")
+    return value
+
+
+_KINDS = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "a number")
+
+
+def _type_name(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type_name, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is list:
+        return f"a list, each item {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"an object, each value {_type_name(arguments[1])}"
+    names = {**_KINDS, int: "a whole number", float: "a number", Any: "anything"}
+    return names.get(type(None) if hint is None else hint, str(hint))
+
+
+# --- safetensors --------------------------------------------------------------------------------
+
+
+def read_tensors(
+    path: str | os.PathLike[str],
+    names: Iterable[str] | None = None,
+    *,
+    skip: Callable[[str], bool] = lambda name: False,
+) -> dict[str, np.ndarray]:
+    """Reads the weights in a safetensors file.
+
+    Args:
+      path: of the file.
+      names: of the tensors wanted; None for all.
+      skip: returns True for the name of a tensor that is not wanted, and may be of any type.
+
+    Returns:
+      Name -> array on the host, dtypes unchanged: bfloat16 is that of `jax.numpy`.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is truncated or no safetensors file, lacks a name, or has a tensor
+        that is not of 16 to 64 bits and floating-point, or with NaN or an infinite number in it.
+        The message names the file and the tensor.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "does not exist", str(path))
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        # framework="np" hands out bfloat16 as the dtype of that name which jax registers.
+        with safetensors.safe_open(path, framework="np") as opened:
+            there = [name for name in opened.keys() if not skip(name)]  # noqa: SIM118
+            wanted = there if names is None else [name for name in names if not skip(name)]
+            if absent := sorted(set(wanted) - set(there)):
+                raise ValueError(f"{path} has no tensor {listing(absent)}")
+            return {name: _tensor(path, opened, name) for name in wanted}
+    except safetensors.SafetensorError as error:
+        reason = shorten(str(error), 200)
+        raise ValueError(f"{path} is truncated or no safetensors file: {reason}") from None
+
+
+def parse_tensors(data: bytes, where: str) -> dict[str, np.ndarray]:
+    """Reads weights from the bytes of a safetensors file; see `read_tensors`.
+
+    Args:
+      data: all bytes of the file.
+      where: the bytes are from, for messages.
+    """
+    try:
+        found = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        reason = shorten(str(error), 200)
+        raise ValueError(f"{where} is truncated or no safetensors file: {reason}") from None
+    tensors = {}
+    for name, tensor in found:
+        check_weight_type(where, name, tensor["dtype"])
+        array = np.frombuffer(tensor["data"], _WEIGHT_TYPES[tensor["dtype"]])
+        tensors[name] = array.reshape(tensor["shape"])
+        check_finite(where, name, tensors[name])
+    return tensors
+
+
+def check_weight_type(where: str | Path, name: str, dtype: str) -> None:
+    """Checks what safetensors says of a tensor's type, before anything is made of it.
+
+    Raises:
+      ValueError: if it is not floating-point of 16 to 64 bits.
+    """
+    if dtype not in _WEIGHT_TYPES:
+        raise ValueError(
+            f"{shorten(name, 100)} in {where} is of type {dtype}; weights must be floating-point "
+            "of 16 bits or more (quantised ones are not supported: save them in float32 where they "
+            "were made)"
+        )
+
+
+def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
+    """Checks that a floating-point array has neither NaN nor infinite numbers in it.
+
+    Raises:
+      ValueError: that names the place and the tensor.
+    """
+    if array.dtype == jnp.bfloat16:  # whose own functions are slow
+        bad = (array.view(np.uint16) & 0x7F80) == 0x7F80
+    else:
+        bad = ~np.isfinite(array)
+    if count := int(np.count_nonzero(bad)):
+        raise ValueError(
+            f"{shorten(name, 100)} in {where} has {count:,} of {array.size:,} numbers that are NaN "
+            "or infinite; take weights from before the run that made them diverged"
+        )
+
+
+def _tensor(path: Path, opened: Any, name: str) -> np.ndarray:
+    check_weight_type(path, name, opened.get_slice(name).get_dtype())
+    array = opened.get_tensor(name)
+    check_finite(path, name, array)
+    return array
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
+
+    The temporary file is one that nobody could have put there before, its mode that of other new
+    files, and the folder is synced after the rename. On an exception the temporary file is removed
+    and `path` stays what it was; an OSError that names no file, or the temporary one, names `path`.
+
+    Args:
+      path: of the file to write; its folder exists.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent
+        )
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o666 & ~_UMASK)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        ours = temporary is None or error.filename == str(temporary)
+        if error.errno is not None and (error.filename is None or ours):
+            error.filename = str(path)
+        raise
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Returns when the names in a folder are on the disk, where the system can tell."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems have no such call; there is nothing else to wait for.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,53 @@
+"""Values and lists in error messages, cut so that one message stays one short line."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+# A message quotes no value beyond this, and no message is longer than `LONGEST`.
+LONGEST_VALUE = 200
+LONGEST = 500
+
+
+class _Repr(reprlib.Repr):
+    """`repr` that looks at no more of a value than it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = LONGEST_VALUE
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 12
+        self.maxlevel = 4
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write integers of more than 4,300 digits in decimal.
+        return hex(x)[: self.maxlong] + "…" if x.bit_length() > 1000 else str(x)
+
+
+_REPR = _Repr()
+
+
+def quote(value: Any, longest: int = LONGEST_VALUE) -> str:
+    """Returns `repr(value)`, cut in the middle of a long value.
+
+    Args:
+      value: anything; of a long or deep one only the beginning and the end are looked at.
+      longest: number of characters that the answer does not exceed.
+    """
+    return shorten(_REPR.repr(value), longest)
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """Returns a text whose middle is left out where it exceeds `longest` characters."""
+    if len(text) <= longest:
+        return text
+    end = (longest - 1) // 3
+    return f"{text[: longest - 1 - end]}…{text[-end:]}"
+
+
+def listing(items: Iterable[str], most: int = 8, longest: int = 60) -> str:
+    """Returns the items joined by commas, `most` of them at most, each cut at `longest`."""
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(shorten(item, longest) for item in items[:most]) + more
