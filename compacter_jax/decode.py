@@ -17,12 +17,15 @@ from jax import Array, lax
 
 from compacter_jax import compose
 from compacter_jax.inject import Adapted
+from compacter_jax.models.layers import check_ids
 
 # One decoding step: tokens [rows], self-attention cache, position -> logits [rows, vocab], cache.
 Step = Callable[[Array, Any, Array], tuple[Array, Any]]
 
 # What transformers adds to the score of a hypothesis that must not be chosen.
 _EXCLUDED = -1e9
+# The token of logits that are NaN, which no vocabulary has.
+_NO_TOKEN = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,12 +191,14 @@ def generate(
       transformation (`jit`, `pmap`, …) the width is `1 + max_new_tokens`; called by itself, the
       result ends with its longest sequence, as in transformers. What follows the end of a
       sequence is `pad_token_id`; in beam search, where that is 0, it is the first of
-      `eos_token_id`, which is what transformers writes.
+      `eos_token_id`, which is what transformers writes. Inside a transformation, where no error
+      can be raised for a row with an id that the vocabulary does not have, its tokens are -1, and
+      so are all others of logits that are NaN.
 
     Raises:
-      ValueError: if `model` cannot generate, the prompt is empty or not `[batch, length]`, a
-        setting is out of range or has no effect beside the others, a key is missing or not
-        needed, or no start token is known.
+      ValueError: if `model` cannot generate, the prompt is empty or not `[batch, length]`, or has
+        an id that the vocabulary does not have, a setting is out of range or has no effect beside
+        the others, a key is missing or not needed, no start token is known, or logits are NaN.
 
     References:
       Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762 (decoding); Holtzman et
@@ -215,6 +220,7 @@ def generate(
     )
     settings.check(config.vocab_size)
     _check_inputs(input_ids, key, do_sample)
+    check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
     input_ids = jnp.asarray(input_ids)
     if attention_mask is not None:
         attention_mask = jnp.asarray(attention_mask)
@@ -234,7 +240,13 @@ def generate(
     if isinstance(width, jax.core.Tracer):
         return ids
     # On the host: an array sliced on the device compiles once per width.
-    return jax.device_put(np.asarray(ids)[:, : int(width)], ids.sharding)
+    tokens = np.asarray(ids)[:, : int(width)]
+    if (broken := np.argwhere(tokens == _NO_TOKEN)).size:
+        raise ValueError(
+            f"the logits of row {broken[0, 0] // num_return_sequences} are NaN, so there is no "
+            "token to choose; look for NaN in params and mix"
+        )
+    return jax.device_put(tokens, ids.sharding)
 
 
 def _config(model: nn.Module) -> Any:
@@ -383,7 +395,8 @@ def _one_by_one(
             tokens = _most_probable(logits)
         else:
             logits = _cut(logits, settings)
-            tokens = jax.random.categorical(jax.random.fold_in(key, index), logits)
+            drawn = jax.random.categorical(jax.random.fold_in(key, index), logits)
+            tokens = jnp.where(jnp.isnan(logits.max(-1)), _NO_TOKEN, drawn)
         tokens = jnp.where(finished, ids[:, index + 1], tokens)  # padding, once finished
         ids = ids.at[:, index + 1].set(tokens.astype(jnp.int32))
         return index + 1, ids, finished | _is_end(tokens, settings), cache
@@ -394,15 +407,16 @@ def _one_by_one(
 
 
 def _most_probable(logits: Array) -> Array:
-    """`[rows, vocab] -> [rows]`, the first of equals.
+    """`[rows, vocab] -> [rows]`, the first of equals, `_NO_TOKEN` where there is a NaN.
 
     As `argmax`, in two reductions that XLA vectorizes on a CPU, where it does not that of pairs;
     and of the transpose, which is how `tied_logits` has computed them.
     """
     columns = logits.T
     index = lax.broadcasted_iota(jnp.int32, columns.shape, 0)
-    below = columns < columns.max(0)
-    return jnp.where(below, columns.shape[0], index).min(0)
+    largest = columns.max(0)
+    first = jnp.where(columns < largest, columns.shape[0], index).min(0)
+    return jnp.where(jnp.isnan(largest), _NO_TOKEN, first)
 
 
 def _is_end(tokens: Array, settings: _Settings) -> Array:
@@ -475,7 +489,8 @@ def _beam_search(step: Step, cache: Any, rows: int, settings: _Settings) -> tupl
 
     beams = lax.while_loop(unfinished, extend, _first_beams(cache, rows, settings))
     copies = settings.num_return_sequences
-    ids = beams.ended[:, :copies].reshape(rows * copies, -1)
+    ids = jnp.where(jnp.isnan(beams.ended_scores)[..., None], _NO_TOKEN, beams.ended)
+    ids = ids[:, :copies].reshape(rows * copies, -1)
     return ids, 1 + beams.lengths[:, :copies].max(initial=0)
 
 

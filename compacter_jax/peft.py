@@ -54,6 +54,13 @@ _TASKS = {
     "question_answering": "QUESTION_ANS",
     "conditional_generation": "SEQ_2_SEQ_LM",
 }
+# Type of a task -> ends of the names of its head, which PEFT saves and reads beside the adapter.
+# Since 0.11 it writes them into `modules_to_save`, too; before, that was null.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # Of sites that are linear layers, one name each, so that a layer has one.
 _LINEAR_SITES = ("query", "key", "value", "output_projection", "intermediate", "feed_forward")
 # Groups of the backbone's parameters that may be trained beside a method -> the field that says so.
@@ -67,8 +74,9 @@ _TRAINED_BESIDE = {
 def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapted, dict[str, Any]]:
     """Reads a folder that PEFT's `save_pretrained` wrote.
 
-    What the folder has of the head, pooler or layer norms (`modules_to_save`) takes the place of
-    the backbone's. Where `target_modules` are not all the modules of sites of the backbone, the
+    What the folder has of the head, pooler or layer norms takes the place of the backbone's: the
+    modules that `modules_to_save` names, and the head of the task, which PEFT before 0.11 did not
+    name there. Where `target_modules` are not all the modules of sites of the backbone, the
     model has a table of sites of its own.
 
     With prompt tuning, a BERT here leaves out the outputs at the prompts' positions, which PEFT
@@ -98,7 +106,10 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     names = hugging_face_names(module, backbone.params)
     _check_task(path, settings, module.head)
     method, sites = _READERS[peft_type](path, settings, module, names)
-    saved = _saved(path, settings, names)
+    stored = read_tensors(directory, (WEIGHTS_STEM,))
+    saved = _saved(
+        path, settings, names, lambda place: _tensor_name(place, names, method) in stored
+    )
     groups = {group_of(place) for place in saved}
     beside = {field: group in groups for group, field in _TRAINED_BESIDE.items()}
     model = Adapted(module, method.replace(**beside), sites=sites)
@@ -114,7 +125,6 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
         origin[place]: jax.eval_shape(functools.partial(_to_torch, place), leaf)
         for place, leaf in leaves.items()
     }
-    stored = read_tensors(directory, (WEIGHTS_STEM,))
     if isinstance(method, PromptTuningConfig):
         stored = _first_prompts(path, settings, stored, method.prompt_length)
     check_leaves(directory, stored, wanted)
@@ -472,7 +482,10 @@ def _targets(path: Path, settings: Mapping[str, Any], names: Mapping[str, str]) 
     modules = _modules(names)
     found = _found(wanted, modules)
     found -= _found(_names_or_pattern(path, settings, "exclude_modules"), modules)
-    for saved in _list_of_names(path, settings, "modules_to_save"):
+    kept = _list_of_names(path, settings, "modules_to_save")
+    # PEFT adds the head of this task alone before it looks for targets.
+    kept += _HEADS["SEQ_CLS"] if settings.get("task_type") == "SEQ_CLS" else ()
+    for saved in kept:
         found -= {name for name in found if f".{saved}." in f".{name}."}
     in_layers = _layer_filter(path, settings, wanted)
     found = {name for name in found if name in wanted or in_layers(name)}
@@ -514,18 +527,32 @@ def _layer_filter(
     return in_layers
 
 
-def _saved(path: Path, settings: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
-    """Paths of the backbone's parameters that a folder has by `modules_to_save`."""
+def _saved(
+    path: Path,
+    settings: Mapping[str, Any],
+    names: Mapping[str, str],
+    is_stored: Callable[[str], bool],
+) -> set[str]:
+    """Paths of the backbone's parameters that a folder has beside its adapter.
+
+    They are named by `modules_to_save`, or else they are the head of the task, where it is stored.
+    """
     ends = tuple(_list_of_names(path, settings, "modules_to_save"))
-    whole = {module for module in _modules(names) if module.endswith(ends)}
-    saved = {place for place, name in names.items() if _within(name, whole)}
+    saved = _under(ends, names)
     strangers = sorted(place for place in saved if group_of(place) not in _TRAINED_BESIDE)
     if strangers:
         raise ValueError(
             f"modules_to_save={list(ends)} in {path} has {listing(strangers)}; only a head, a "
             "pooler and layer norms can be kept beside an adapter"
         )
-    return saved
+    head = _under(_HEADS.get(settings.get("task_type") or "", ()), names)
+    return saved | head if any(map(is_stored, head)) else saved
+
+
+def _under(ends: tuple[str, ...], names: Mapping[str, str]) -> set[str]:
+    """Paths of the parameters of the modules whose names end in one of `ends`."""
+    whole = {module for module in _modules(names) if module.endswith(ends)}
+    return {place for place, name in names.items() if _within(name, whole)}
 
 
 def _within(name: str, modules: set[str]) -> bool:

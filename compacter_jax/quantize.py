@@ -57,9 +57,8 @@ class QuantizedArray:
         return (self.values * self.scale).astype(dtype)
 
     def rows(self, ids: Array, dtype: Dtype) -> Array:
-        """The rows `ids` `[…]` of embeddings, `[…, width]`."""
-        values, scale = jnp.take(self.values, ids, axis=0), jnp.take(self.scale, ids, axis=0)
-        return (values * scale).astype(dtype)
+        """The rows `ids` `[…]` of embeddings, `[…, width]`; NaN for an id that has no row."""
+        return (rows_of(self.values, ids) * rows_of(self.scale, ids)).astype(dtype)
 
 
 def quantize(weight: Any, axis: int) -> QuantizedArray:
@@ -80,6 +79,15 @@ def matmul(x: Array, kernel: QuantizedArray) -> Array:
     """`[…, in] -> […, out]` in the dtype of `x`; the scales are multiplied in float32."""
     y = jnp.matmul(x, kernel.values.astype(x.dtype))
     return (y * kernel.scale[0]).astype(x.dtype)
+
+
+def rows_of(table: Any, ids: Any) -> Array:
+    """The rows `ids` `[…]` of `table` `[rows, width]`, `[…, width]`.
+
+    An id that is negative, or too large, gives NaN, or of integers the least of their type.
+    """
+    # Not `jnp.take`, where negative ids count from the end.
+    return jnp.asarray(table).at[ids].get(mode="fill", wrap_negative_indices=False)
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -326,6 +326,49 @@ def test_adapters_are_where_peft_puts_them(
         np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
 
 
+# Fields of a folder as PEFT before 0.11 wrote it: it did not name the head that it saved.
+OLD = {
+    "sequences": ("sequences", "Lora", {"target_modules": ["query"]}),
+    "sequences, no LoRA at the head": ("sequences", "Lora", {"target_modules": r".*(query|fier)"}),
+    "sequences, IA3": ("sequences", "IA3", {}),
+    "sequences, prompts": ("sequences", "PromptTuning", {"num_virtual_tokens": 2}),
+    "tokens": ("tokens", "Lora", {"target_modules": ["value"]}),
+    "tokens, prompts": ("tokens", "PromptTuning", {"num_virtual_tokens": 2}),
+    "question": ("question", "IA3", {}),
+    "question, layer norms named": (
+        "question",
+        "Lora",
+        {"target_modules": ["key"], "modules_to_save": ["LayerNorm"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "kind", "fields"), OLD.values(), ids=OLD)
+def test_a_head_that_is_not_named_is_read_as_peft_reads_it(
+    tmp_path, oracles, torch_model, backbone, name, kind, fields
+):
+    torch, _, peft = oracles
+    own = fields.get("modules_to_save")
+    config = getattr(peft, f"{kind}Config")(task_type=TASKS[name], **fields)
+    trained(torch, peft, torch_model(name), config).save_pretrained(tmp_path / "theirs")
+    change(tmp_path / "theirs", modules_to_save=own)
+    if own is None:  # PEFT 0.2 has no such key yet, and later ones null
+        path = tmp_path / "theirs/adapter_config.json"
+        settings = json.loads(path.read_text())
+        assert settings.pop("modules_to_save") is None
+        path.write_text(json.dumps(settings))
+
+    read = peft.PeftModel.from_pretrained(torch_model(name), tmp_path / "theirs")
+    expected = peft.get_peft_model_state_dict(read)
+    model, params = import_peft(tmp_path / "theirs", backbone(name))
+    assert model.method.train_head
+    export_peft(tmp_path / "ours", model, params)
+    actual = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        np.testing.assert_array_equal(actual[key], tensor.detach().numpy(), err_msg=key)
+
+
 def test_a_pickled_folder_is_read(tmp_path, oracles, torch_model, backbone):
     torch, _, peft = oracles
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["key"])
@@ -570,7 +613,7 @@ PLAIN = {
         ({"modules_to_save": ["classifier", "dense"]}, "only a head, a pooler and layer norms"),
         ({"target_modules": ["query"]}, "left over: .*value.lora_A.weight"),
         ({"target_modules": ["query", "value", "key"]}, "missing: .*key.lora_A.weight"),
-        ({"modules_to_save": None}, "left over: .*model.classifier.bias"),
+        ({"modules_to_save": None, "task_type": None}, "left over: .*model.classifier.bias"),
         ({"modules_to_save": ["classifier", "pooler"]}, "missing: .*bert.pooler.dense.bias"),
         ({"r": 3}, r"query.lora_A.weight: \(2, 12\) stored, \(3, 12\) wanted"),
         ({"peft_type": "IA3"}, "not supported: lora_alpha=8, r=2"),
@@ -597,6 +640,7 @@ def test_settings_that_do_not_fit_are_refused(folder, settings, message):
         {"fan_in_fan_out": True, "init_lora_weights": "gaussian", "peft_version": "0.99"},
         {"of_the_future": None, "use_dora": False, "rank_pattern": {}, "loftq_config": {}},
         {"task_type": None, "modules_to_save": ["classifier", "score"]},
+        {"modules_to_save": None},
         {"layers_to_transform": [], "layers_pattern": None, "exclude_modules": []},
         {"target_modules": r"bert\..*\.(query|value)", "exclude_modules": r".*\.output\..*"},
     ],
@@ -608,6 +652,14 @@ def test_settings_that_change_nothing_are_read(folder, settings):
     model, params = import_peft(path, backbone)
     assert model == expected[0]
     assert_same(params, expected[1])
+
+
+def test_a_folder_without_a_head_leaves_the_backbone_s(folder):
+    path, backbone = folder
+    change(path, {"classifier.weight": None, "classifier.bias": None}, modules_to_save=None)
+    model, params = import_peft(path, backbone)
+    assert not model.method.train_head
+    assert_same(params["classifier"], backbone.params["classifier"])
 
 
 @pytest.mark.parametrize(

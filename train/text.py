@@ -171,10 +171,16 @@ def label_tokens(
 
 
 def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Generated token ids `[rows, length]`, start token first, as text without special tokens."""
-    return tokenizer.batch_decode(
-        ids[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    """Generated token ids `[rows, length]`, start token first, as text without special tokens.
+
+    Negative ids, which `generate` writes where logits are NaN, are no text.
+    """
+    return [
+        tokenizer.decode(
+            row[row >= 0], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        for row in ids[:, 1:]
+    ]
 
 
 def _plain(text: str) -> str:

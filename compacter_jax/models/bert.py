@@ -19,6 +19,7 @@ from compacter_jax.models.layers import (
     LayerNorm,
     Remat,
     attention,
+    check_ids,
     dense,
     rematted,
     split_heads,
@@ -457,7 +458,8 @@ class Bert(nn.Module):
 
         Raises:
           ValueError: if the sequence is longer than `max_position_embeddings`, a shape does not
-            fit `input_ids`, or a mask is of a floating-point type.
+            fit `input_ids`, a mask is of a floating-point type, or there is no embedding of an id,
+            negative ones included. Where ids are traced, the row that has such an id is NaN.
         """
         config = self.config
         batch_and_length = self._check_inputs(
@@ -528,6 +530,13 @@ class Bert(nn.Module):
                 f"attention_mask is {attention_mask.dtype}; it must be integers or booleans, "
                 "1 at tokens and 0 at padding"
             )
+        for name, ids, field in (
+            ("input_ids", input_ids, "vocab_size"),
+            ("token_type_ids", token_type_ids, "type_vocab_size"),
+            ("position_ids", position_ids, "max_position_embeddings"),
+        ):
+            if ids is not None:
+                check_ids(name, ids, getattr(self.config, field), field)
         return batch, length
 
 

@@ -23,6 +23,7 @@ from compacter_jax.models.layers import (
     Remat,
     RMSNorm,
     attention,
+    check_ids,
     dense,
     rematted,
     split_heads,
@@ -685,8 +686,9 @@ class T5(nn.Module):
           computation; for None a `T5Output`; for "encoder" `[batch, length, d_model]`.
 
         Raises:
-          ValueError: if a shape does not fit, a mask is of a floating-point type, or
-            `decoder_input_ids` are missing, or given to an encoder without decoder.
+          ValueError: if a shape does not fit, a mask is of a floating-point type,
+            `decoder_input_ids` are missing, or given to an encoder without decoder, or an id is not
+            in the vocabulary. Where ids are traced, the row that has such an id is NaN.
         """
         if self.head == "encoder":
             if decoder_input_ids is not None:
@@ -734,7 +736,8 @@ class T5(nn.Module):
           attention_mask: of the encoder's inputs.
           decoder_attention_mask: of the targets; not with a cache.
           cache: of `start_cache` or of the call for the token before.
-          index: with a cache, position of the token, an int32 scalar.
+          index: with a cache, position of the token, an int32 scalar; where it is traced and the
+            cache has no room there, the result is NaN.
           deterministic: as for a call.
 
         Returns:
@@ -742,7 +745,8 @@ class T5(nn.Module):
           of them and the cache with this token in it.
 
         Raises:
-          ValueError: as for a call, or if both or neither of cache and states are given.
+          ValueError: as for a call, or if both or neither of cache and states are given, or the
+            cache has no room for the token.
         """
         if (cache is None) == (encoder_hidden_states is None) or (cache is None) != (index is None):
             raise ValueError(
@@ -755,6 +759,9 @@ class T5(nn.Module):
                 f"decoder_input_ids has shape {decoder_input_ids.shape}; with a cache, decode "
                 "takes one token per row, [batch, 1], and no decoder_attention_mask"
             )
+        if cache is not None:
+            room = cache.self_attention[0][0].shape[2]
+            check_ids("index", index, room, "max_length of start_cache")
         return self._run(
             None,
             attention_mask,
@@ -818,7 +825,7 @@ class T5(nn.Module):
         )
         dtype = self.dtype or self.param_dtype
         if input_ids is not None:
-            _check_ids("input_ids", input_ids, "attention_mask", attention_mask)
+            _check_ids(config.vocab_size, "input_ids", input_ids, "attention_mask", attention_mask)
             encoder = T5Stack(config, remat=self.remat, name="encoder", **settings)
             padding = _padding_bias(attention_mask, dtype)
             x = self.embed_inputs(input_ids, shared)
@@ -828,6 +835,7 @@ class T5(nn.Module):
         if self.head == "encoder":
             raise ValueError(_NO_DECODER)
         _check_ids(
+            config.vocab_size,
             "decoder_input_ids",
             decoder_input_ids,
             "decoder_attention_mask",
@@ -918,11 +926,12 @@ def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     return np.where(distance < exact, distance, np.minimum(far, num_buckets - 1)).astype(np.int32)
 
 
-def _check_ids(name: str, ids: Array, mask_name: str, mask: Array | None) -> None:
+def _check_ids(vocab_size: int, name: str, ids: Array, mask_name: str, mask: Array | None) -> None:
     if ids.ndim != 2:
         raise ValueError(f"{name} has shape {ids.shape}; it must be [batch, length]")
     if not ids.shape[1]:
         raise ValueError(f"{name} has shape {ids.shape}, no tokens; give at least one per row")
+    check_ids(name, ids, vocab_size, "vocab_size")
     _check_mask(mask_name, mask, name, ids.shape)
 
 
@@ -976,7 +985,8 @@ def _causal_bias(
     """`[1 or batch, 1, length, keys]`: no token after the query, and no padding."""
     if cache is not None and index is not None:
         keys = cache.self_attention[0][0].shape[2]
-        return _bias(jnp.arange(keys)[None, None, None, :] <= index, dtype)
+        bias = _bias(jnp.arange(keys)[None, None, None, :] <= index, dtype)
+        return jnp.where((index >= 0) & (index < keys), bias, jnp.nan)
     positions = jnp.arange(length)
     allowed = positions[None, :] <= positions[:, None]
     if mask is not None:
