@@ -115,9 +115,11 @@ def test_csv_fields_come_back_as_they_were(tmp_path, suffix):
         ["id", "sentence", "note, of\tmine"],
         ["007", "good film", "NA"],
         ["", 'she said "no", twice\tand left', "null"],
-        ["1e5", "two\r\nlines\nor three", " padded "],
-        ["1.10", "schöne 映画 😀", "carriage\rreturn"],
+        ["1e5", "two, or three", " padded "],
+        ["1.10", "schöne 映画 😀", "null"],
     ]
+    if suffix == ".csv":  # a row of a .tsv is one line
+        rows[3][1], rows[4][2] = "two\r\nlines\nor three", "carriage\rreturn"
     with source.open("w", newline="", encoding="utf-8") as file:
         csv.writer(
             file, delimiter=delimiter, lineterminator="\r\n", quoting=csv.QUOTE_ALL

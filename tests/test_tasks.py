@@ -160,8 +160,10 @@ def test_integer_labels_are_names_before_they_are_positions(tmp_path):
     path = write(tmp_path / "t.csv", {"sentence": ["a", "b"], "label": [1, 2]})
     named = tasks.load_task(test_file=path, label_names=["2", "1"])
     assert named.splits["test"]["label"][:] == [1, 0]
-    position = tasks.load_task(test_file=path, label_names=["a", "b", "c"])
-    assert position.splits["test"]["label"][:] == [1, 2]
+    stated = {"label_names": ["a", "b", "c"], "stated_names": ["c", "b", "a"]}
+    position = tasks.load_task(test_file=path, **stated)
+    assert position.splits["test"]["label"][:] == [1, 0]
+    assert position.notes == (f"labels 1, 2 of {path} are read as b, a",)
 
 
 def test_built_in_labels_do_not_pass_as_those_of_another_adapter():

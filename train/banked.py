@@ -84,6 +84,9 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
     bank = _load(options, {name: members[name] for name in sorted(counted)})
     added = predictions.added_names(bank.label_names[0], options.logits)
     rows_done, cut, invalid = 0, 0, 0
+    unknown = data.Unknown()
+    names = list(bank.index)
+    labels = inference.LabelCounts(dict(zip(names, bank.label_names, strict=True)))
     with predictions.write_rows(options.output) as write, tqdm(desc="predict", unit="row") as bar:
         for rows in read_chunks(options.input, 1024):
             predictions.check_not_taken(options.input, predictions.column_names(rows), added)
@@ -96,12 +99,18 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
                     predicted = _predicted(group, encoded, ids[positions], options.eval_batch_size)
                     parts += _columns(bank, predicted, positions, ids[positions], added)
                     cut += encoded.num_truncated
+                    unknown += encoded.unknown
             write(predictions.add_columns(rows, _in_order(parts)))
+            for positions, columns in parts:
+                if "label_id" in columns:
+                    labels.count(names[ids[positions[0]]], columns["label_id"].to_numpy())
             invalid += sum(columns["prediction"].null_count for _, columns in parts)
             rows_done += len(rows)
             bar.update(len(rows))
     for name, count in counted.items():
         print(f"{name}: {count:,} rows")
+    for line in [*labels.lines(), *unknown.notices("inputs")]:
+        print(line)
     inference.say_predicted(options.output, rows_done, cut, bank.max_length, invalid)
     return rows_done
 

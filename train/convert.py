@@ -20,6 +20,7 @@ from compacter_jax.foreign import read_json
 from train import compositions, inference, tasks, text
 from train.objective import check_length
 from train.options import ConvertOptions, MergeOptions
+from train.tasks import labels
 
 OURS = "compacter_jax"
 _IMPORTS: dict[str, Callable[..., Any]] = {
@@ -67,11 +68,15 @@ def convert(options: ConvertOptions) -> None:
     if options.to_format != OURS:
         with new_folder(options.to) as temporary:
             _EXPORTS[options.to_format](temporary, model, params)
-            _name_labels(temporary, cj.read_adapter_config(folder).get("label_names") or ())
+            names = cj.read_adapter_config(folder).get("label_names") or ()
+            _name_labels(temporary, names)
     else:
         metadata = _metadata(options, backbone, model)
+        names = metadata.get("label_names", ())
         with new_folder(options.to) as temporary:
             cj.save_adapter(temporary, model, params, metadata=metadata)
+    if names:
+        print(labels.told(names, (), "in the order of the head's outputs"))
     print(f"{model.method.kind} adapter written to {options.to}")
 
 
@@ -284,6 +289,7 @@ def _check_names(names: Sequence[str], num_labels: int | None) -> None:
             f"the names of the {num_labels} labels are unknown; give --label-names, or --task for "
             "those of a built-in task, or --regression"
         )
+    labels.check_names(names, "--label-names")
     if num_labels is not None and len(names) != num_labels:
         raise ValueError(
             f"--label-names: {len(names)} names, {', '.join(names)}, for a head of {num_labels} "

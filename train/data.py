@@ -24,6 +24,65 @@ _WINDOW_BATCHES = 32
 IGNORED = -100
 
 
+# From this part of all tokens on the user is told of unknown ones.
+_TOLD_OF_UNKNOWN = 0.01
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """How many tokens stand for what the tokenizer has no token for.
+
+    Attributes:
+      tokens: how many do.
+      all_tokens: how many tokens there are, special ones left out.
+      texts: in how many texts some do.
+    """
+
+    tokens: int = 0
+    all_tokens: int = 0
+    texts: int = 0
+
+    def __add__(self, other: Unknown) -> Unknown:
+        return Unknown(
+            self.tokens + other.tokens,
+            self.all_tokens + other.all_tokens,
+            self.texts + other.texts,
+        )
+
+    def notices(self, what: str) -> list[str]:
+        """Returns a line on what the texts are called, if it is 1 % of the tokens or more."""
+        if not self.tokens or self.tokens < _TOLD_OF_UNKNOWN * self.all_tokens:
+            return []
+        part = 100 * self.tokens / self.all_tokens
+        return [
+            f"{self.tokens:,} of {self.all_tokens:,} tokens of the {what} ({part:.1f} %), in "
+            f"{self.texts:,} of them, are unknown to the tokenizer"
+        ]
+
+
+def count_unknown(
+    ids: np.ndarray, offsets: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> Unknown:
+    """Counts the tokens for what the tokenizer has no token for.
+
+    Args:
+      ids: `[tokens]` of texts, one after the other.
+      offsets: `[texts + 1]`; text `i` is `offsets[i]:offsets[i + 1]`.
+      tokenizer: whose `unk_token_id` is counted; none where another special token is the same.
+    """
+    unknown = tokenizer.unk_token_id
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id}
+    if unknown is None or unknown in ends:
+        return Unknown()
+    special = np.array([i for i in tokenizer.all_special_ids if i != unknown], ids.dtype)
+    places = np.flatnonzero(ids == unknown)
+    return Unknown(
+        len(places),
+        int(np.count_nonzero(~np.isin(ids, special))),
+        len(np.unique(np.searchsorted(offsets, places, side="right"))),
+    )
+
+
 @dataclass(frozen=True)
 class Texts:
     """Token ids of texts, one after the other.
@@ -33,12 +92,14 @@ class Texts:
       offsets: `[texts + 1]` int64; text `i` is `offsets[i]:offsets[i + 1]`.
       max_length: limit that the texts were cut to.
       num_truncated: how many were cut.
+      unknown: what of them the tokenizer does not know.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     max_length: int
     num_truncated: int = 0
+    unknown: Unknown = Unknown()
 
 
 @dataclass(frozen=True)
@@ -62,6 +123,7 @@ class Encoded:
         every row is one example.
       spans: `[tokens, 2]` int32, where each token of the second sentence begins and ends in it, in
         characters; -1 elsewhere.
+      unknown: what of the inputs the tokenizer does not know.
     """
 
     input_ids: np.ndarray
@@ -76,6 +138,7 @@ class Encoded:
     rows: Any = None
     groups: np.ndarray | None = None
     spans: np.ndarray | None = None
+    unknown: Unknown = Unknown()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -85,8 +148,10 @@ class Encoded:
         return self
 
     def notices(self, split: str) -> list[str]:
-        """What was cut, in words; empty if nothing was."""
-        lines = []
+        """What was cut or is unknown to the tokenizer, in words; empty if nothing was."""
+        lines = self.unknown.notices(f"{split} inputs")
+        if self.target_texts is not None:
+            lines += self.target_texts.unknown.notices(f"{split} targets")
         if self.num_truncated:
             lines.append(
                 f"{self.num_truncated} of {len(self)} {split} examples are cut to "
@@ -216,15 +281,22 @@ def tokenize(
         token_type_ids += [np.array(ids, np.int32) for ids in encodings["token_type_ids"]]
         lengths += [len(ids) for ids in encodings["input_ids"]]
         num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
+    flat, offsets = _flat(input_ids), np.cumsum(lengths, dtype=np.int64)
     return Encoded(
-        input_ids=np.concatenate(input_ids or [np.zeros(0, np.int32)]),
-        token_type_ids=np.concatenate(token_type_ids or [np.zeros(0, np.int32)]),
-        offsets=np.cumsum(lengths, dtype=np.int64),
+        input_ids=flat,
+        token_type_ids=_flat(token_type_ids),
+        offsets=offsets,
+        unknown=count_unknown(flat, offsets, tokenizer),
         targets=targets_of(dataset),
         max_length=max_length,
         pad_token_id=tokenizer.pad_token_id,
         num_truncated=num_truncated,
     )
+
+
+def _flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """`[tokens]` int32 of arrays of token ids, one after the other; there may be none."""
+    return np.concatenate([np.zeros(0, np.int32), *arrays])
 
 
 def columns_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> Sequence[str]:
@@ -246,7 +318,12 @@ def groups_of(columns: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | No
 
 
 def tokenize_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, what: str
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    what: str,
+    may_be_empty: bool = False,
 ) -> Texts:
     """Tokenises texts as T5 reads and writes them: the end-of-sequence token last.
 
@@ -255,9 +332,10 @@ def tokenize_texts(
       tokenizer: a fast tokenizer with such a token.
       max_length: longest in tokens, the end-of-sequence token included.
       what: "input", "target" or "label", for errors.
+      may_be_empty: whether "" is a text, of which the end-of-sequence token alone is left.
 
     Raises:
-      ValueError: if a text has no tokens, or `max_length` leaves room for none.
+      ValueError: if a text has no tokens otherwise, or `max_length` leaves room for none.
     """
     if max_length < 2:
         raise ValueError(f"a longest {what} of {max_length} tokens holds no word; use 2 or more")
@@ -271,18 +349,20 @@ def tokenize_texts(
             max_length=max_length - 1,
         )
         for row, tokens in enumerate(encodings["input_ids"], start + 1):
-            if not tokens:
+            if not tokens and not (may_be_empty and texts[row - 1] == ""):
                 raise ValueError(
                     f"row {row}: the tokenizer makes no tokens of the {what} {texts[row - 1]!r:.80}"
                 )
             ids += [np.array(tokens, np.int32), end]
             lengths.append(len(tokens) + 1)
         num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
+    flat, offsets = _flat(ids), np.cumsum(lengths, dtype=np.int64)
     return Texts(
-        ids=np.concatenate(ids or [np.zeros(0, np.int32)]),
-        offsets=np.cumsum(lengths, dtype=np.int64),
+        ids=flat,
+        offsets=offsets,
         max_length=max_length,
         num_truncated=num_truncated,
+        unknown=count_unknown(flat, offsets, tokenizer),
     )
 
 

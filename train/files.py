@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ Rows: TypeAlias = pa.Table | list[dict[str, Any]]
 
 # Bounds what a quotation mark that is never closed can swallow.
 _LONGEST_FIELD = 16 * 2**20
+_LINE_BREAK = re.compile("[\r\n]")
 
 
 def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
@@ -90,7 +92,11 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
-    """Lines that are not blank. The limit on a field, global to the process, is put back."""
+    """Yields the rows that are not blank, and puts back the process's limit on a field.
+
+    A row of a .tsv is one line: most of these files are not quoted, and two sentences that begin
+    and end with a quotation mark would swallow the rows between them.
+    """
     while True:
         line = reader.line_num + 1
         previous = csv.field_size_limit(_LONGEST_FIELD)
@@ -105,5 +111,12 @@ def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
             csv.field_size_limit(previous)
         if values is None:
             return
+        if path.suffix.lower() == ".tsv" and any(_LINE_BREAK.search(value) for value in values):
+            raise ValueError(
+                f"{path}, line {line}: a quotation mark opens a field that ends on line "
+                f"{reader.line_num}, and a field of a .tsv holds no line break; quote a field that "
+                'begins with a quotation mark, and double those inside it ("""so" he said"), or '
+                "save the file as .csv"
+            )
         if values:
             yield values

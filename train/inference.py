@@ -21,6 +21,7 @@ from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions
 from train.report import number
 from train.tasks.benchmarks import find as find_benchmark
+from train.tasks.labels import check_names, told
 
 # batch -> tree of [batch, …] arrays
 OutputsFunction = Callable[[step.Batch], Any]
@@ -133,7 +134,32 @@ def settings_of(folder: Path) -> dict[str, Any]:
             f"the adapter in {folder} was saved neither by `python -m train fit` nor by "
             f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
         )
+    _check_label_names(folder, settings)
     return settings
+
+
+def _check_label_names(folder: Path, settings: Mapping[str, Any]) -> None:
+    """ValueError if an adapter's labels are no names, or not as many as its head has outputs."""
+    names, where = settings["label_names"], f"adapter_config.json of {folder}"
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{where}: label_names is {str(names)[:80]!r}, not a list of texts; write one for each "
+            "label"
+        )
+    check_names(names, f"{where}: label_names")
+    kind, outputs = settings["kind"], settings.get("num_labels")
+    if kind != "classification":
+        fits = not names
+    elif "text_to_text" in settings or outputs is None:
+        fits = bool(names)
+    else:
+        fits = len(names) == outputs
+    if not fits:
+        raise ValueError(
+            f"{where}: label_names has {len(names)} names, which do not fit kind={kind!r:.80} and "
+            f"num_labels={outputs!r:.80}; write one for each output of the head, none where no "
+            "labels are predicted"
+        )
 
 
 # What saved adapters must share to be computed together.
@@ -239,6 +265,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     )
     _check_same_kind(options.adapter, adapter, task)
     encoded = adapter.objective.encode(task.splits[options.split])
+    for line in [*task.notices(), *adapter.objective.notices(), *encoded.notices(options.split)]:
+        print(line)
     outputs = split_outputs(
         adapter.outputs, encoded, options.eval_batch_size, description=options.split
     )
@@ -302,20 +330,26 @@ def predict(options: PredictOptions) -> int:
 
     def predict_chunk(columns: dict[str, list[Any]]) -> Any:
         encoded = objective.encode(columns)
+        unknown.append(encoded.unknown)
         outputs = split_outputs(adapter.outputs, encoded, options.eval_batch_size, description=None)
         predicted = objective.predictions(outputs, encoded)
         truncated.append(encoded.num_truncated)
         if isinstance(predicted, Mapping):
             # Logits are as wide as the widest set of labels.
-            return {
+            predicted = {
                 name: np.asarray(each)[:, : len(labels[name]) or 1]
                 for name, each in predicted.items()
             }
+            counts.count_logits(predicted)
+            return predicted
+        counts.count_logits({"": predicted})
         invalid.append(sum(value is None for value in predicted))
         return predicted
 
     truncated: list[int] = []
     invalid: list[int] = []
+    unknown: list[data.Unknown] = []
+    counts = LabelCounts(labels)
     with tqdm(desc="predict", unit="row") as bar:
         rows = predictions.predict_file(
             options.input,
@@ -326,9 +360,41 @@ def predict(options: PredictOptions) -> int:
             write_logits=options.logits,
             progress=bar.update,
         )
+    for line in [*counts.lines(), *sum(unknown, data.Unknown()).notices("inputs")]:
+        print(line)
     limit = adapter.settings["max_length"]
     say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))
     return rows
+
+
+class LabelCounts:
+    """How many rows of a file are predicted to have each label.
+
+    Args:
+      names: of the labels; of several models, name -> those of one.
+    """
+
+    def __init__(self, names: Sequence[str] | Mapping[str, Sequence[str]]):
+        self._names = names if isinstance(names, Mapping) else {"": names}
+        self._counts = {name: np.zeros(len(each), int) for name, each in self._names.items()}
+
+    def count(self, name: str, label_ids: Any) -> None:
+        """Counts the rows of a chunk by the label that a model gives them."""
+        self._counts[name] += np.bincount(label_ids, minlength=len(self._counts[name]))
+
+    def count_logits(self, predicted: Mapping[str, Any]) -> None:
+        """Counts a chunk: name -> `[rows, labels]` logits, or what is no label and not counted."""
+        for name, logits in predicted.items():
+            if len(self._counts[name]):
+                self.count(name, np.argmax(logits, -1))
+
+    def lines(self) -> list[str]:
+        """Returns a line for each model that predicts labels: these, and on how many rows."""
+        return [
+            told(self._names[name], [counts.tolist()], f"{name}, rows predicted".removeprefix(", "))
+            for name, counts in self._counts.items()
+            if len(counts)
+        ]
 
 
 def say_predicted(output: Path, rows: int, truncated: int, limit: int, invalid: int) -> None:

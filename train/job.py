@@ -178,7 +178,7 @@ def prepare(options: FitOptions, *, like: Job | None = None, num_devices: int | 
     lanes: list[Lane] = []
     for name in names:
         known = like.lanes[0].backbone if like else lanes[0].backbone if lanes else None
-        lanes.append(_lane(name, options, lanes[0] if lanes else None, known))
+        lanes.append(_lane(name, options, lanes[0] if lanes else None, known, say=like is None))
     if options.adapters == "per_task" or len(lanes) == 1:
         learners = [
             Learner(lane.name, (i,), lane.params, lane.labels, (lambda tree: tree,))
@@ -202,7 +202,14 @@ def task_names(options: FitOptions) -> list[str]:
     return names
 
 
-def _lane(name: str, options: FitOptions, first: Lane | None, known: cj.Backbone | None) -> Lane:
+def _lane(
+    name: str,
+    options: FitOptions,
+    first: Lane | None,
+    known: cj.Backbone | None,
+    *,
+    say: bool,
+) -> Lane:
     """One task; its arrays are those of the first, its backbone's those known, where they are."""
     task = tasks.load_task(
         name,
@@ -213,6 +220,8 @@ def _lane(name: str, options: FitOptions, first: Lane | None, known: cj.Backbone
     if options.train_size is not None:
         sample = tasks.subsample(task.splits["train"], options.train_size, options.seed)
         task = dataclasses.replace(task, splits={**task.splits, "train": sample})
+    if say:
+        say_all(task.notices())
     # On the host: what goes to the devices may be divided among them, and of another dtype.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return _loaded_lane(task, options, first, known)
@@ -245,10 +254,9 @@ def _loaded_lane(
     if first is not None:
         params = _shared(params, first.params)
     encoded = objective.encode_all(task.splits)
-    if hosts.is_first():
-        for split, examples in encoded.items():
-            for line in examples.notices(split):
-                print(line)
+    say_all(objective.notices())
+    for split, examples in encoded.items():
+        say_all(examples.notices(split))
     labels = cj.label_params(params, method)
     if frozen := _new_paths(backbone, labels, FREEZE):
         # As whoever loads the adapter draws them: they are not saved, but in the hash by which it
@@ -260,6 +268,12 @@ def _loaded_lane(
     if known is None:
         _say_new(backbone, labels)
     return Lane(task, objective, encoded, backbone, model, params, labels)
+
+
+def say_all(lines: Sequence[str]) -> None:
+    """Prints lines, on the first host alone."""
+    if lines and hosts.is_first():
+        print("\n".join(lines), flush=True)
 
 
 def _new_paths(backbone: cj.Backbone, labels: Any, label: str) -> list[str]:

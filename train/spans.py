@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.data import Encoded, columns_of
+from train.data import Encoded, columns_of, count_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +35,7 @@ def encode(
 
     Returns:
       An example for each window. Its targets are the first and the last token of the first answer,
-      or, where the window does not hold all of it, 0 and 0.
+      or, where the window does not hold all of it or there is no answer, 0 and 0, the token [CLS].
 
     Raises:
       ValueError: if `max_length` leaves no room, or an answer is not where `answer_start` says.
@@ -66,11 +66,15 @@ def encode(
             spans.append(window)
             groups.append(start + row)
             if answers is not None:
-                targets.append(_tokens_of(window, *answers[start + row]))
+                span = answers[start + row]
+                targets.append((0, 0) if span is None else _tokens_of(window, *span))
+    flat = np.concatenate(ids or [np.zeros(0, np.int32)])
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     return Encoded(
-        input_ids=np.concatenate(ids or [np.zeros(0, np.int32)]),
+        input_ids=flat,
         token_type_ids=np.concatenate(types or [np.zeros(0, np.int32)]),
-        offsets=np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        offsets=offsets,
+        unknown=count_unknown(flat, offsets, tokenizer),
         targets=np.array(targets, np.int32).reshape(-1, 2) if answers is not None else None,
         max_length=max_length,
         pad_token_id=tokenizer.pad_token_id,
@@ -81,23 +85,30 @@ def encode(
     )
 
 
-def answers(logits: np.ndarray, encoded: Encoded) -> list[str]:
+def answers(logits: np.ndarray, encoded: Encoded, *, may_be_none: bool = False) -> list[str]:
     """The likeliest part of each context, over all of its windows; "" where a context has no token.
 
     Args:
       logits: `[windows, length, 2]` of first and last tokens.
       encoded: of `encode`.
+      may_be_none: whether "" also stands where every window says with [CLS] that it holds no
+        answer: the least of the windows' sums there is above that of the likeliest part, as in
+        BERT's evaluation of SQuAD v2 with a threshold of 0.
     """
     assert encoded.spans is not None
     assert encoded.groups is not None
     contexts = encoded.rows["context"][:]
     texts, best = [""] * len(contexts), np.full(len(contexts), -np.inf)
+    none = np.full(len(contexts), np.inf)
     for window, row in enumerate(encoded.groups):
         tokens = slice(*encoded.offsets[window : window + 2])
         spans = encoded.spans[tokens]
         first, last, score = best_span(logits[window, : len(spans)], spans[:, 0] >= 0)
         if score > best[row]:
             best[row], texts[row] = score, contexts[row][spans[first, 0] : spans[last, 1]]
+        none[row] = min(none[row], float(logits[window, 0, 0] + logits[window, 0, 1]))
+    if may_be_none:
+        texts = ["" if none[row] > best[row] else text for row, text in enumerate(texts)]
     return texts
 
 
@@ -137,14 +148,19 @@ def _cut(
     return kept, num_cut
 
 
-def _answer_spans(rows: Any) -> list[tuple[int, int]]:
-    """Where the first answer of each row begins and ends in its context, in characters."""
-    spans = []
+def _answer_spans(rows: Any) -> list[tuple[int, int] | None]:
+    """Where the first answer of each row begins and ends in its context, in characters; or None."""
+    spans: list[tuple[int, int] | None] = []
     for row, (context, answer) in enumerate(
         zip(rows["context"][:], rows["answers"][:], strict=True), 1
     ):
-        start, text = answer["answer_start"][0], answer["text"][0]
-        if context[start : start + len(text)] != text:
+        places = (answer or {}).get("answer_start") or ()
+        pairs = zip((answer or {}).get("text") or (), places, strict=False)
+        text, start = next((pair for pair in pairs if pair[0].strip()), ("", 0))
+        if not text:
+            spans.append(None)
+            continue
+        if start < 0 or context[start : start + len(text)] != text:
             raise ValueError(
                 f"row {row}: the answer {text[:80]!r} is not at character {start} of its context"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +23,38 @@ if TYPE_CHECKING:
     from train.tasks import Kind
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+
+
+# Texts -> these as a tokenizer writes them.
+Write: TypeAlias = Callable[["Sequence[str] | np.ndarray"], list[str]]
+
+
+class Said(str):
+    """A text that a decoder wrote, which knows what its tokenizer makes of other texts.
+
+    A tokenizer does not write every text back as it was: T5's has no `<`, and makes of `½` a `12`.
+    Whoever compares a `Said` with a text compares it with what `write` makes of that.
+
+    Attributes:
+      write: texts -> what the tokenizer writes for them, as `written` does.
+    """
+
+    write: Write
+
+    def __new__(cls, text: str, write: Write) -> Said:
+        """Returns the text with its tokenizer's `write`."""
+        made = super().__new__(cls, text)
+        made.write = write
+        return made
+
+
+def as_said(predictions: Iterable[str], texts: Sequence[str] | np.ndarray) -> list[str]:
+    """Returns `texts` as the tokenizer of the predictions writes them.
+
+    Predictions that no decoder wrote, such as parts of a context, leave them as they are.
+    """
+    write: Write = next((text.write for text in predictions if isinstance(text, Said)), list)
+    return write(texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +126,20 @@ class Casting:
 
         Returns:
           `[texts]` int64 labels, -1 where the text is no label's name; or float64 scores, NaN where
-          it is no number; or the texts as objects. White space counts as one space, at the ends as
-          none.
+          it is no number; or the texts as objects. Labels' names are compared as the tokenizer of
+          the texts writes them. White space counts as one space, at the ends as none.
         """
-        texts = [_plain(text) for text in texts]
         if self.kind == "classification":
-            index = {_plain(name): i for i, name in enumerate(self.label_names)}
-            return np.array([index.get(text, -1) for text in texts], np.int64)
+            names = as_said(texts, self.label_names)
+            index = {_plain(name): i for i, name in enumerate(names)}
+            return np.array([index.get(_plain(text), -1) for text in texts], np.int64)
         if self.kind == "regression":
             return np.array([parse_score(text) for text in texts], np.float64)
-        return np.array(texts, object)
+        plain = [
+            Said(_plain(text), text.write) if isinstance(text, Said) else _plain(text)
+            for text in texts
+        ]
+        return np.array(plain, object)
 
 
 def to_json(casting: Casting) -> dict[str, Any]:
@@ -170,17 +207,68 @@ def label_tokens(
     return tokens
 
 
-def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Generated token ids `[rows, length]`, start token first, as text without special tokens.
+def check_written(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that labels differ, and are not empty, once the tokenizer has written them.
 
-    Negative ids, which `generate` writes where logits are NaN, are no text.
+    Raises:
+      ValueError: names two labels that do not, or one of which nothing is left.
     """
-    return [
-        tokenizer.decode(
-            row[row >= 0], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        for row in ids[:, 1:]
-    ]
+    found: dict[str, str] = {}
+    for name, text in zip(names, map(_plain, written(names, tokenizer)), strict=True):
+        if not text:
+            raise ValueError(
+                f"the tokenizer has no token for anything in the label {name!r:.200}, so that no "
+                "decoder can write it; rename it"
+            )
+        if text in found:
+            raise ValueError(
+                f"the tokenizer writes both labels {found[text]!r:.100} and {name!r:.100} as "
+                f"{text!r:.100}; rename one"
+            )
+        found[text] = name
+
+
+def check_scores(targets: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that scores cast as text are still these scores once the tokenizer has written them.
+
+    Raises:
+      ValueError: names one that is not.
+    """
+    different = sorted(set(targets))
+    for score, text in zip(different, written(different, tokenizer), strict=True):
+        if parse_score(text) != parse_score(score):
+            raise ValueError(
+                f"the tokenizer writes the score {score!r:.100} as {text!r:.100}, so that no "
+                "decoder can say it; use a backbone whose tokenizer has digits, point and sign"
+            )
+
+
+def written(texts: Sequence[str] | np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns `decode(tokenize(text))` for each text: what a decoder says that says its tokens.
+
+    Characters without a token are left out, others may be written differently, and nothing is said
+    after an end-of-sequence token.
+    """
+    if not len(texts):
+        return []
+    end = tokenizer.eos_token_id
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    said = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in ids]
+    return _decoded(said, tokenizer)
+
+
+def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Said]:
+    """Returns generated token ids `[rows, length]`, start token first, as text.
+
+    Special tokens are no text, nor are negative ids, which `generate` writes where logits are NaN.
+    """
+    write = functools.partial(written, tokenizer=tokenizer)
+    said = _decoded([row[row >= 0] for row in ids[:, 1:]], tokenizer)
+    return [Said(text, write) for text in said]
+
+
+def _decoded(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _plain(text: str) -> str:

@@ -64,7 +64,10 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
             "adapters beside each other (parallel) are for encoders; use each by itself on a T5"
         )
     if not isinstance(module, cj.T5):
-        return _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
+        made = _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
+        if task.benchmark is not None and task.benchmark.unanswered(task.splits["train"]):
+            made = _with_none(made)
+        return made
     if module.head != "conditional_generation":
         raise ValueError(
             f"{options.backbone} is a T5 with head={module.head!r}, which cannot write text; "
@@ -87,6 +90,7 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
     if task.kind == "regression":
         scores = task.splits["train"]["score"][:]
         casting = dataclasses.replace(casting, score_mean=float(np.mean(scores)))
+    text.check_written(task.label_names, tokenizer)
     return _text_to_text(
         model, tokenizer, module.config, casting, options.max_length, task.benchmark
     )
@@ -108,11 +112,14 @@ def from_settings(
         return _span_corruption(model, tokenizer, config, max_length, settings[kind])
     benchmark = _benchmark_of(settings)
     if "text_to_text" not in settings:
-        return _of_encoder(model, tokenizer, kind, max_length, benchmark)
+        made = _of_encoder(model, tokenizer, kind, max_length, benchmark)
+        return _with_none(made) if settings.get("benchmark", {}).get("may_be_none") else made
     names = settings["label_names"]
     casting = text.from_json(settings["text_to_text"], _casting_kind(kind), names)
     given = {name: value for name, value in changes.items() if value is not None}
     casting = dataclasses.replace(casting, **given)
+    if casting.kind == "classification" and casting.generates:
+        text.check_written(casting.label_names, tokenizer)
     return _text_to_text(model, tokenizer, config, casting, max_length, benchmark)
 
 
@@ -193,6 +200,13 @@ def _of_encoder(
     if isinstance(benchmark, Choice):
         return Chooser(model, tokenizer, "classification", max_length, benchmark)
     return Classifier(model, tokenizer, kind, max_length, benchmark)
+
+
+def _with_none(objective: Objective) -> Objective:
+    """One that may find no answer, where it looks for one in a text."""
+    if isinstance(objective, SpanExtractor):
+        return dataclasses.replace(objective, may_be_none=True)
+    return objective
 
 
 def _casting_kind(kind: Kind) -> Kind:

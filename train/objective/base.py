@@ -60,6 +60,10 @@ class Objective(abc.ABC):
     def predictions(self, outputs: Any, encoded: data.Encoded) -> Predictions:
         """What `predict_file` writes, for each row."""
 
+    def notices(self) -> list[str]:
+        """Returns what the user should know of the labels, a line each."""
+        return []
+
     def check_predicts(self, *, logits: bool) -> None:  # noqa: B027 - most can do everything
         """ValueError if there are no predictions, or no `logits` of them if these are wanted."""
 

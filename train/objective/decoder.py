@@ -21,6 +21,8 @@ from train.tasks.benchmarks import Benchmark
 
 # Part of a corpus without a validation file that is held out.
 _HELD_OUT = 0.02
+# Of labels in a notice.
+_MOST_SHOWN = 10
 # Noise and choice of held-out text are the same for every seed, so that runs compare.
 _FIXED_SEED = 0
 
@@ -62,6 +64,7 @@ class Seq2Seq(Objective):
             max_length=inputs.max_length,
             pad_token_id=self.config.pad_token_id,
             num_truncated=inputs.num_truncated,
+            unknown=inputs.unknown,
             target_texts=target_texts,
             decoder_start_token_id=self.config.decoder_start_token_id,
         )
@@ -129,6 +132,8 @@ class TextToText(Seq2Seq):
             rows = self.benchmark.named(rows)
             columns = self.benchmark.for_decoder(rows)
         targets = casting.targets(columns)
+        if targets is not None and casting.kind == "regression":
+            text.check_scores(targets, self.tokenizer)
         encoded = self.encoded(
             data.tokenize_texts(
                 casting.inputs(columns), self.tokenizer, self.max_length, what="input"
@@ -136,7 +141,11 @@ class TextToText(Seq2Seq):
             None
             if targets is None
             else data.tokenize_texts(
-                targets, self.tokenizer, casting.max_target_length, what="target"
+                targets,
+                self.tokenizer,
+                casting.max_target_length,
+                what="target",
+                may_be_empty=self.benchmark is not None,
             ),
             data.targets_of(columns),
         )
@@ -172,6 +181,25 @@ class TextToText(Seq2Seq):
         if self.casting.kind == "regression":
             return [None if np.isnan(score) else float(score) for score in read]
         return list(read)
+
+    def notices(self) -> list[str]:
+        """Returns which labels have characters that the tokenizer has no token for."""
+        names, unknown = self.casting.label_names, self.tokenizer.unk_token_id
+        if not names or unknown is None:
+            return []
+        said = zip(names, self.label_ids, text.written(names, self.tokenizer), strict=True)
+        found = [
+            f"{name!r:.100} (written {as_text!r:.100})"
+            for name, ids, as_text in said
+            if unknown in ids
+        ]
+        if not found:
+            return []
+        more = ", …" if len(found) > _MOST_SHOWN else ""
+        return [
+            f"{len(found)} of {len(names)} labels have characters that the tokenizer has no token "
+            f"for: {', '.join(found[:_MOST_SHOWN])}{more}"
+        ]
 
     def check_predicts(self, *, logits: bool) -> None:
         """Text that is generated has no logits of labels."""
@@ -238,7 +266,13 @@ class Corpus:
 
     def notices(self, split: str) -> list[str]:
         """How much text there is."""
-        return [f"{split}: {len(self.segments.tokens):,} tokens in {len(self):,} segments"]
+        size = f"{split}: {len(self.segments.tokens):,} tokens in {len(self):,} segments"
+        return [size, *self.unknown().notices(f"{split} segments")]
+
+    def unknown(self) -> data.Unknown:
+        """Counts what of the segments the tokenizer does not know."""
+        segments = self.segments
+        return data.count_unknown(segments.tokens, segments.offsets, self.objective.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +336,8 @@ class SpanCorruption(Seq2Seq):
         return span_corruption.read_segments(path, self.tokenizer, self.corruption.segment_length)
 
     def _fixed(self, segments: span_corruption.Segments) -> data.Encoded:
-        return Corpus(self, segments, _FIXED_SEED).of_epoch(0)
+        corpus = Corpus(self, segments, _FIXED_SEED)
+        return dataclasses.replace(corpus.of_epoch(0), unknown=corpus.unknown())
 
 
 def _num_tokens(encoded: data.Encoded) -> np.ndarray:

@@ -158,6 +158,7 @@ class SpanExtractor(Objective):
       tokenizer: joins pairs as the encoder wants them, and knows where tokens stand in the text.
       max_length: longest window on a context in tokens, question included.
       benchmark: whose rows are read.
+      may_be_none: whether an answer may be "", as where some questions of training have none.
     """
 
     inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
@@ -166,6 +167,7 @@ class SpanExtractor(Objective):
     tokenizer: Any
     max_length: int
     benchmark: Benchmark
+    may_be_none: bool = False
 
     @property
     def loss(self) -> step.LossFunction:
@@ -204,7 +206,15 @@ class SpanExtractor(Objective):
 
     def predictions(self, outputs: np.ndarray, encoded: data.Encoded) -> list[str]:
         """The answers, as they stand in their contexts."""
-        return spans.answers(outputs, encoded)
+        return spans.answers(outputs, encoded, may_be_none=self.may_be_none)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The benchmark, and whether an answer may be none where it may."""
+        settings = super().settings
+        if self.may_be_none:
+            settings["benchmark"]["may_be_none"] = True
+        return settings
 
     def check_predicts(self, *, logits: bool) -> None:
         """Parts of a text have no logits of labels."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from train.options import SplitProtocol
 from train.span_corruption import check_text_file
-from train.tasks import hub, rows_of_files
+from train.tasks import hub, labels, rows_of_files
 from train.tasks.benchmarks import BENCHMARKS, Benchmark, Kind, find
 from train.tasks.rows_of_files import SENTIMENT, SENTIMENT_LABELS
 
@@ -42,6 +42,7 @@ class Task:
         into `label_names`), `score` (float64) or, for "text", `target`. For "span_corruption" the
         path of a text file. Of a benchmark, its own columns.
       benchmark: how its rows are put to a backbone; None for other tasks.
+      notes: what the user should know of how the files were read, a line each.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     label_names: tuple[str, ...]
     splits: dict[str, Any]
     benchmark: Benchmark | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int:
@@ -65,6 +67,31 @@ class Task:
         """What the input of an encoder-decoder begins with unless the user says it."""
         return self.name if self.benchmark is None else self.benchmark.prefix
 
+    def notices(self) -> list[str]:
+        """Returns what the user should know before anything is computed, a line each.
+
+        That is how the files were read, which labels there are, in which order and on how many rows
+        of each split, and how many questions have no answer.
+        """
+        lines = list(self.notes)
+        splits = ", ".join(self.splits)
+        if self.label_names:
+            counts = [
+                np.bincount(rows["label"][:], minlength=len(self.label_names)).tolist()
+                for rows in self.splits.values()
+            ]
+            lines.append(labels.told(self.label_names, counts, f"{self.name}, rows of {splits}"))
+        if self.benchmark is not None:
+            rows_without = [self.benchmark.unanswered(rows) for rows in self.splits.values()]
+            if any(rows_without):
+                lines.append(f"questions without an answer ({splits}): {_listed(rows_without)}")
+            lines += self.benchmark.notices()
+        return lines
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers)
+
 
 def load_task(
     name: str | None = None,
@@ -78,16 +105,19 @@ def load_task(
     split_protocol: SplitProtocol = "official",
     splits: Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
+    stated_names: Sequence[str] | None = None,
     max_characters: int = 100_000,
 ) -> Task:
     """Reads a built-in task, a benchmark, or the user's files, which may replace built-in splits.
 
     A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text),
     `score` (numbers) or `target` (text). Which of them is predicted is, unless `regression`, `text`
-    or `label_names` says it, the first of these that the files have. Label names are the sorted
-    labels of the training file, or those of its `datasets.ClassLabel`; where no name is an integer,
-    integer labels are positions in them. The files of `SPAN_CORRUPTION` are plain text, not read
-    here.
+    or `label_names` says it, the first of these that the files have. Label names are
+    `stated_names`, or those of the training file's `datasets.ClassLabel`, or its labels, sorted.
+    Labels that look like missing ones are refused unless they are stated. Where no name is an
+    integer, integer labels are positions in an order that is stated: that of `stated_names`, of the
+    file's own or the training file's `ClassLabel`, or of a built-in task; in no other order are
+    they read. The files of `SPAN_CORRUPTION` are plain text, not read here.
 
     Args:
       name: one of `BUILT_IN`, of `BENCHMARKS`, a translation such as wmt16-ro-en,
@@ -101,6 +131,8 @@ def load_task(
       split_protocol: which splits a benchmark has, as `train.tasks.hub.load` explains.
       splits: which splits to return; by default all there are.
       label_names: the classes of a saved adapter; they take precedence over the training file's.
+      stated_names: what the integers from 0 on stand for in files; without `label_names` also the
+        classes, in their order.
       max_characters: limit on the length of one sentence.
 
     Raises:
@@ -116,6 +148,8 @@ def load_task(
             )
         if (regression or text) and benchmark.kind != ("regression" if regression else "text"):
             raise ValueError(f"{name} is a task of kind {benchmark.kind}, and cannot be another")
+        if stated_names:
+            raise ValueError(f"the labels of {name} have names already; leave --label-names out")
         return _of_benchmark(benchmark, data_dir, split_protocol, splits, label_names)
     if data_dir is not None and any(given):
         raise ValueError("--data-dir is for benchmarks such as mnli, not for your own files")
@@ -130,16 +164,24 @@ def load_task(
         for split in wanted:
             check_text_file(files[split])
         return Task(name, "span_corruption", (), {split: files[split] for split in wanted})
-    names = tuple(label_names or (SENTIMENT_LABELS if name in BUILT_IN else ()))
+    built_in = SENTIMENT_LABELS if name in BUILT_IN else ()
+    labels.check_stated(stated_names or (), label_names or ())
+    names = tuple(label_names or stated_names or built_in)
     target = "score" if regression else "target" if text else "label" if names else None
-    kind, names, rows = rows_of_files.load(files, wanted, target, names, max_characters)
-    return Task(name or CUSTOM, kind, names, rows)
+    order = tuple(stated_names or built_in)
+    read = rows_of_files.load(files, wanted, target, names, order, max_characters)
+    if stated_names and read.kind != "classification":
+        raise ValueError(f"--label-names are for labels, and {name or CUSTOM} is {read.kind}")
+    return Task(name or CUSTOM, read.kind, read.label_names, read.splits, notes=read.notes)
 
 
 def sources(options: Any) -> dict[str, Any]:
     """The arguments of `load_task` that say where rows come from, of a command's options."""
     names = ("train_file", "validation_file", "test_file", "data_dir", "split_protocol")
-    return {name: getattr(options, name) for name in names}
+    return {
+        **{name: getattr(options, name) for name in names},
+        "stated_names": options.label_names,
+    }
 
 
 def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:

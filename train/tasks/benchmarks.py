@@ -128,6 +128,22 @@ class Benchmark:
         """Whether a row can be learned from; None where all can."""
         return None
 
+    def check(self, rows: Rows) -> None:
+        """Checks what the types of columns do not say of rows to learn from or to score by.
+
+        Raises:
+          ValueError: names the row, counted from 1.
+        """
+        return
+
+    def unanswered(self, rows: Rows) -> int:
+        """Returns how many rows have no answer, where that is one."""
+        return 0
+
+    def notices(self) -> list[str]:
+        """Returns what the user should know of the metrics, a line each."""
+        return []
+
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
         """Metrics beside those of the kind; predictions are labels or texts, one for each row."""
         return {}
@@ -208,16 +224,15 @@ class Winograd(Benchmark):
         )
 
     def _marked(self, rows: Rows) -> list[str]:
-        return [
-            _marked(text, {"*": (int(index1), span1), "#": (int(index2), span2)})
-            for text, index1, span1, index2, span2 in zip(
-                *(
-                    rows[name][:]
-                    for name in ("text", "span1_index", "span1_text", "span2_index", "span2_text")
-                ),
-                strict=True,
-            )
-        ]
+        names = ("text", "span1_index", "span1_text", "span2_index", "span2_text")
+        marked = []
+        for row, values in enumerate(zip(*(rows[name][:] for name in names), strict=True), 1):
+            text, index1, span1, index2, span2 = values
+            try:
+                marked.append(_marked(text, {"*": (int(index1), span1), "#": (int(index2), span2)}))
+            except ValueError as error:
+                raise ValueError(f"row {row} of {self.name}: {error}") from error
+        return marked
 
 
 class Choice(Benchmark, abc.ABC):
@@ -279,11 +294,24 @@ class Record(Choice):
         """The names that are right; an entity may have several."""
         return "answers"
 
+    def check(self, rows: Rows) -> None:
+        """Checks that every row has entities, and answers that are texts."""
+        self.candidates(rows)
+        for row, names in enumerate(rows["answers"][:], 1):
+            if not names or not all(isinstance(name, str) and name.strip() for name in names):
+                raise ValueError(
+                    f"row {row} of {self.name} has no answer, or an empty one; remove or fill it"
+                )
+
+    def unanswered(self, rows: Rows) -> int:
+        """Returns how many rows have no name that is right."""
+        return sum(not names for names in rows["answers"][:])
+
     def candidates(self, rows: Rows) -> list[list[str]]:
         """The names of entities, each once."""
         found = [list(dict.fromkeys(names)) for names in rows["entities"][:]]
         for row, names in enumerate(found, 1):
-            if not names:
+            if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"row {row} of {self.name} has no entities to choose from")
         return found
 
@@ -331,7 +359,11 @@ class Record(Choice):
 
 
 class Squad(Benchmark):
-    """Questions whose answers are parts of a context; T5 writes them."""
+    """Questions whose answers are parts of a context; T5 writes them.
+
+    A question may have no answer, as in SQuAD v2: no text, an empty one or null. An encoder then
+    learns to say so, and T5 to write nothing.
+    """
 
     @property
     def wanted(self) -> str:
@@ -343,17 +375,51 @@ class Squad(Benchmark):
         """None: the paper's input begins with the question."""
         return ""
 
+    def answers(self, rows: Rows) -> list[list[str]]:
+        """Returns the texts of the answers to each question, none where there is none.
+
+        Raises:
+          ValueError: names the row whose `answers` are no texts.
+        """
+        found = []
+        for row, answer in enumerate(rows["answers"][:], 1):
+            is_none = answer is None or isinstance(answer, dict)
+            texts = (answer or {}).get("text") or [] if is_none else None
+            if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
+                raise ValueError(
+                    f"row {row} of {self.name}: answers are {str(answer)[:80]!r}, not an object "
+                    "with the lists text and answer_start"
+                )
+            found.append([text for text in texts if text.strip()])
+        return found
+
+    def check(self, rows: Rows) -> None:
+        """Checks that every answer has a place, and is there."""
+        for row, (texts, answer) in enumerate(
+            zip(self.answers(rows), rows["answers"][:], strict=True), 1
+        ):
+            starts = (answer or {}).get("answer_start") or []
+            if texts and len(starts) != len(answer["text"]):
+                raise ValueError(
+                    f"row {row} of {self.name}: {len(answer['text'])} answers and {len(starts)} "
+                    "places (answer_start); give as many of both"
+                )
+
+    def unanswered(self, rows: Rows) -> int:
+        """Returns how many questions have no answer."""
+        return sum(not texts for texts in self.answers(rows))
+
     def for_decoder(self, rows: Rows) -> Columns:
-        """The first answer is the target."""
+        """The first answer is the target, an empty text where there is none."""
         parts = zip(rows["question"][:], rows["context"][:], strict=True)
         texts = [_keyed({"question": question, "context": context}) for question, context in parts]
         if "answers" not in columns_of(rows):
             return {"text": texts}
-        return {"text": texts, "target": [answer["text"][0] for answer in rows["answers"][:]]}
+        return {"text": texts, "target": [next(iter(found), "") for found in self.answers(rows)]}
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
         """`exact_match` and `f1`, as the official script has them."""
-        return metrics.answer_metrics(predictions, [x["text"] for x in rows["answers"][:]])
+        return metrics.answer_metrics(predictions, self.answers(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,10 +446,19 @@ class Translation(Benchmark):
 
     def usable(self, rows: Rows) -> list[bool]:
         """Some sentences of WMT's training sets are aligned with nothing."""
-        return [
-            bool(pair[self.source].strip() and pair[self.to].strip())
-            for pair in rows["translation"][:]
-        ]
+        usable = []
+        for row, pair in enumerate(rows["translation"][:], 1):
+            if missing := [code for code in (self.source, self.to) if code not in pair]:
+                raise ValueError(
+                    f"row {row} of {self.name} has no {missing[0]!r}; it has {', '.join(pair):.200}"
+                )
+            usable.append(all((pair[code] or "").strip() for code in (self.source, self.to)))
+        return usable
+
+    def notices(self) -> list[str]:
+        """Returns by which words BLEU is, where they are not those of others' BLEU."""
+        _, told = metrics.bleu_tokenizer(self.to)
+        return [told] if told else []
 
     def named(self, rows: Rows) -> Rows:
         """Also of sentences without their translation."""
@@ -401,13 +476,19 @@ class Translation(Benchmark):
             if not pair.get(self.source):
                 raise ValueError(f"row {row} of {self.name} has nothing in {self.source!r}")
         columns = {"sentence": [pair[self.source] for pair in pairs]}
-        if all(pair.get(self.to) for pair in pairs):
+        translated = [bool(pair.get(self.to)) for pair in pairs]
+        if all(translated):
             columns["target"] = [pair[self.to] for pair in pairs]
+        elif any(translated):
+            raise ValueError(
+                f"row {1 + translated.index(False)} of {self.name} has nothing in {self.to!r}, and "
+                "others have; fill it, or leave all of them out"
+            )
         return columns
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
-        """`bleu`, from 0 to 100."""
-        return {"bleu": metrics.bleu(predictions, self.for_decoder(rows)["target"])}
+        """Returns `bleu`, from 0 to 100, by the words of the target language."""
+        return {"bleu": metrics.bleu(predictions, self.for_decoder(rows)["target"], self.to)}
 
 
 def find(name: str) -> Benchmark | None:

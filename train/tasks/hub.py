@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,9 +65,17 @@ def load(
                 f"{benchmark.name} has no split {split!r} whose answers are published; "
                 f"--split-protocol {protocol} has {', '.join(s for s in makers if s != split)}"
             )
+    if not made:
+        raise ValueError(
+            f"no split of {benchmark.name} was asked for; there are {', '.join(makers)}"
+        )
     names = _label_names(benchmark, next(iter(made.values())))
     for split, rows in made.items():
         _check_labels(benchmark, split, rows, names)
+        try:
+            benchmark.check(rows)
+        except ValueError as error:
+            raise ValueError(f"{benchmark.name}, {split}, {error}") from error
     return made, names
 
 
@@ -105,6 +114,11 @@ def _divided(
     """The rows of `size(number)` questions drawn at random, and the others, in their order."""
     groups = _groups(benchmark, rows)
     number = int(groups.max()) + 1
+    if not 0 < size(number) < number:
+        raise ValueError(
+            f"{benchmark.name} has {number} rows or questions, too few for --split-protocol paper "
+            f"to take {size(number) or 1} of them and leave some; use --split-protocol official"
+        )
     order = np.random.default_rng(_SEED).permutation(number)
     taken = np.isin(groups, order[: size(number)])
     return rows.select(np.flatnonzero(taken)), rows.select(np.flatnonzero(~taken))
@@ -180,6 +194,7 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
             )
     if not len(rows):
         raise ValueError(f"{where}: has no rows")
+    _check_present(benchmark, rows, where)
     for name, kind in benchmark.columns.items():
         value = rows[0][name]
         if not isinstance(value, kind):
@@ -203,15 +218,28 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
             "out"
         )
         rows = rows.select(np.flatnonzero(usable))
+        if not len(rows):
+            raise ValueError(f"{where}: has no rows with a text on both sides")
     return rows.rename_column("label", "score") if benchmark.kind == "regression" else rows
+
+
+def _check_present(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> None:
+    """ValueError if a value is null; a label or an answer that is belongs to a hidden split."""
+    for name in benchmark.columns:
+        nulls = rows.data.column(name).is_null().to_pylist()
+        if any(nulls):
+            raise ValueError(
+                f"{where}, row {1 + nulls.index(True)}: {name} is missing (null); remove or fill "
+                "the row"
+            )
 
 
 def _is_hidden(benchmark: Benchmark, rows: datasets.Dataset) -> bool:
     """Whether what is to be predicted is kept by the benchmark's makers, as for most tests."""
     if benchmark.kind in ("classification", "regression"):
         (values,) = benchmark.targets(rows).values()
-        return all(value == -1 for value in values)
-    return benchmark.wanted == "answers" and not any(rows["answers"][:])
+        return all(value is None or value == -1 for value in values)
+    return benchmark.wanted == "answers" and benchmark.unanswered(rows) == len(rows)
 
 
 def _label_names(benchmark: Benchmark, rows: datasets.Dataset) -> tuple[str, ...]:
@@ -222,6 +250,10 @@ def _check_labels(
     benchmark: Benchmark, split: str, rows: datasets.Dataset, names: Sequence[str]
 ) -> None:
     """ValueError if a split has other labels than the first, or some of its labels are missing."""
+    if benchmark.kind == "regression":
+        for row, score in enumerate(rows["score"][:], 1):
+            if score is None or not math.isfinite(score) or score == -1:  # as the hidden ones are
+                raise ValueError(f"{benchmark.name}, {split}, row {row}: the score is missing")
     if benchmark.kind != "classification":
         return
     if (own := _label_names(benchmark, rows)) != names:
@@ -230,5 +262,5 @@ def _check_labels(
             f"{', '.join(names)}"
         )
     for row, label in enumerate(rows["label"][:], 1):
-        if not 0 <= label < len(names):
+        if label is None or not 0 <= label < len(names):
             raise ValueError(f"{benchmark.name}, {split}, row {row}: the label is missing")

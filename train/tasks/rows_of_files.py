@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from train.predictions import (
     read_rows,
     require_column,
 )
+from train.tasks import labels
 from train.tasks.benchmarks import Kind
 
 _KINDS: dict[str, Kind] = {"label": "classification", "score": "regression", "target": "text"}
@@ -24,20 +27,39 @@ SENTIMENT = Path(__file__).parents[1] / "sentiment"
 SENTIMENT_LABELS = ("negative", "positive")
 
 
+@dataclass(frozen=True)
+class Read:
+    """What files hold.
+
+    Attributes:
+      kind: of the task.
+      label_names: one for each class; empty unless it is classification.
+      splits: split -> rows.
+      notes: what the user should know of how they were read, a line each.
+    """
+
+    kind: Kind
+    label_names: tuple[str, ...]
+    splits: dict[str, datasets.Dataset]
+    notes: tuple[str, ...]
+
+
 def load(
     files: Mapping[str, Path],
     wanted: Sequence[str],
     target: str | None,
     names: tuple[str, ...],
+    order: tuple[str, ...],
     max_characters: int,
-) -> tuple[Kind, tuple[str, ...], dict[str, datasets.Dataset]]:
-    """Kind, label names and splits of a task.
+) -> Read:
+    """Reads the splits of a task.
 
     Args:
       files: split -> file.
       wanted: the splits to return.
       target: the column to predict; None takes the first of label, score and target there is.
       names: of labels; where there are none, those of the training file.
+      order: what integer labels from 0 on stand for, where that is stated.
       max_characters: limit on the length of one sentence.
 
     Raises:
@@ -48,14 +70,21 @@ def load(
     needed = [s for s in files if s in wanted or (s == "train" and target == "label" and not names)]
     columns = {split: _read_split(files[split], target, max_characters) for split in needed}
     _check_same_columns(files, columns)
+    notes: list[str] = []
     if target != "label":
         names = ()
     else:
-        names = names or _label_names(files, columns)
+        if "train" in columns:
+            _check_two_classes(files["train"], columns["train"]["label"])
+        if not names:
+            names, order, notes = _names_of_training(files, columns)
         for split, values in columns.items():
-            values["label"] = _label_indices(files[split], values["label"], names)
-        _check_two_classes(files, columns, names)
-    return _KINDS[target], names, {split: _dataset(columns[split], names) for split in wanted}
+            values["label"], told = labels.indices(files[split], values["label"], names, order)
+            notes += told
+        if "train" in columns:
+            _check_two_classes(files["train"], [names[i] for i in columns["train"]["label"]])
+    splits = {split: _dataset(columns[split], names) for split in wanted}
+    return Read(_KINDS[target], names, splits, tuple(dict.fromkeys(notes)))
 
 
 def _target_column(path: Path, max_characters: int) -> str:
@@ -93,14 +122,10 @@ def _check_same_columns(files: Mapping[str, Path], columns: Mapping[str, dict[st
         raise ValueError(f"{with_pairs} has a column 'sentence2' and {without} has none")
 
 
-def _check_two_classes(
-    files: Mapping[str, Path], columns: Mapping[str, dict[str, list[Any]]], names: Sequence[str]
-) -> None:
-    found = set(columns["train"]["label"]) if "train" in columns else set()
-    if len(found) == 1:
+def _check_two_classes(path: Path, found: Sequence[str]) -> None:
+    if len(set(found)) == 1:
         raise ValueError(
-            f"{files['train']}: every label is {names[found.pop()]!r}; "
-            "training needs at least two classes"
+            f"{path}: every label is {found[0]!r:.80}; training needs at least two classes"
         )
 
 
@@ -121,7 +146,7 @@ def _label(path: Path, row: int, value: Any, class_names: Sequence[str]) -> str:
     if (
         value is None
         or (isinstance(value, float) and math.isnan(value))
-        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, str) and not labels.key(value))
         or (class_names and value == -1)  # how `datasets` marks a hidden label
     ):
         raise ValueError(f"{path}, row {row}: the label is missing")
@@ -135,36 +160,20 @@ def _label(path: Path, row: int, value: Any, class_names: Sequence[str]) -> str:
     return str(value)
 
 
-def _label_names(
+def _names_of_training(
     files: Mapping[str, Path], columns: Mapping[str, dict[str, list[Any]]]
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """The labels' names, their order where the file states one, and what to say of them."""
     if "train" not in files:
         raise ValueError(
             "without a training file the label names are unknown; give train_file or label_names"
         )
-    class_names = _class_names(files["train"])
-    if class_names:
-        return tuple(class_names)
-    found = set(columns["train"]["label"])
-    return tuple(sorted(found, key=int if all(map(_is_integer, found)) else None))
-
-
-def _is_integer(label: str) -> bool:
-    """Whether `label` is how Python writes an integer, unlike "007"."""
-    return label.removeprefix("-").isdecimal() and label == str(int(label))
-
-
-def _label_indices(path: Path, labels: list[str], names: tuple[str, ...]) -> list[int]:
-    index = {name: i for i, name in enumerate(names)}
-    if not any(map(_is_integer, names)):  # otherwise "1" is a name, not a position
-        index |= {str(i): i for i in range(len(names))}
-    for row, label in enumerate(labels, 1):
-        if label not in index:
-            raise ValueError(
-                f"{path}, row {row}: label {label[:80]!r} is not one of "
-                f"{', '.join(map(repr, names)):.400}"
-            )
-    return [index[label] for label in labels]
+    found = Counter(columns["train"]["label"])
+    notes = labels.check_found(files["train"], found)
+    if class_names := tuple(_class_names(files["train"])):
+        return class_names, class_names, notes
+    names = sorted(found, key=int if all(map(labels.is_integer, found)) else None)
+    return tuple(names), (), notes
 
 
 def _score(path: Path, row: int, value: Any) -> float:
