@@ -26,16 +26,18 @@ from compacter_jax.checkpoint import (
 from compacter_jax.config import preset
 from compacter_jax.inject import Adapted
 from compacter_jax.models.bert import HEADS, Bert, BertConfig
-from tests.helpers import ONE_LAYER, SMALL, SOME_PRESETS, adapted_shapes, backbone_of, random_tree
+from tests.helpers import (
+    ONE_LAYER,
+    SMALL,
+    SOME_PRESETS,
+    adapted_shapes,
+    backbone_of,
+    random_tree,
+    weights_of,
+)
 
 SIZES = {"full": {}, "houlsby": {"reduction_factor": 2}}
 HEAD = "sequence_classification"
-
-
-def weights_of(folder):
-    """The file of weights in the folder of an adapter, which has one."""
-    (path,) = folder.glob("adapter*.safetensors")
-    return path
 
 
 def small(name, **overrides):
@@ -334,7 +336,10 @@ def method_with(**changes):
         (config_bytes, "is not UTF-8"),
         (config_text("[1]"), "must hold an adapter of this library, a JSON object, not a list"),
         (config_text("null"), "must hold an adapter of this library, a JSON object, not null"),
-        (config_text('{"architecture": "x"}'), "is not an adapter of .*: it has no backbone_sha256"),
+        (
+            config_text('{"architecture": "x"}'),
+            "is not an adapter of .*: it has no backbone_sha256",
+        ),
         (config_without("weights_sha256"), "is not an adapter of .*: it has no weights_sha256"),
         (config_with(format_version=2), "has format_version 2, this release reads 1; install"),
         (config_with(method=None), "json: method=None must be an object"),

@@ -133,11 +133,17 @@ def test_nothing_in_a_pickle_runs(tmp_path, written_by):
         (lambda torch: {3: torch.ones(2)}, "holds 3, a Tensor, beside its tensors"),
         (lambda torch: {"a": torch.eye(2).to_sparse()}, "has 'a', which NumPy cannot hold"),
         (lambda torch: {"a": torch.empty(2, device="meta")}, "has 'a', which NumPy cannot hold"),
-        (lambda torch: {"a": torch.ones(2).to(torch.float8_e4m3fn)}, "a in .*float8_e4m3fn; weights"),
+        (
+            lambda torch: {"a": torch.ones(2).to(torch.float8_e4m3fn)},
+            "a in .*float8_e4m3fn; weights",
+        ),
         (lambda torch: {"a": torch.ones(2, dtype=torch.complex64)}, "a in .*complex64; weights"),
         # Small in the file, and 4 TB where it is computed with.
         (lambda torch: {"a": torch.ones(1).expand(10**12)}, "a in .* repeats the same numbers"),
-        (lambda torch: {"a": torch.tensor([1, torch.nan])}, "a in .* has 1 of 2 numbers that are N"),
+        (
+            lambda torch: {"a": torch.tensor([1, torch.nan])},
+            "a in .* has 1 of 2 numbers that are N",
+        ),
         (
             lambda torch: {"a": torch.tensor([-torch.inf], dtype=torch.bfloat16)},
             "a in .* has 1 of 1 numbers that are NaN or infinite",
@@ -170,7 +176,7 @@ def test_safetensors_of_a_type_numpy_lacks_are_refused(tmp_path):
     header = json.dumps({"a": entry}).encode()
     file = tmp_path / "adapter.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(ValueError, match="a in .* is of type F8_E4M3; weights must be floating"):
+    with pytest.raises(ValueError, match=r"a in .* is of type F8_E4M3; weights must be floating"):
         read_tensors(tmp_path, STEMS)
 
 
