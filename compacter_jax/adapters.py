@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from compacter_jax.config import (
     PromptTuningConfig,
 )
 from compacter_jax.dropout import Dropout
+from compacter_jax.patterns import compiled
 
 Dtype = Any
 # `nn.Module.param` of whichever module owns the parameter.
@@ -609,9 +609,10 @@ def flat_prefixes(
     flat = flatten_dict(params, sep="/")
     built = {path: leaf for path, leaf in flat.items() if not path.startswith("prefix_")}
     for site, host in hosts.items():
+        kernels = compiled(f"({host})/{ADAPTER}/kernel")
         hidden = prefix_hidden(lambda name, *_: flat[name], config, site, 0, None)
         for path in flat:
-            if not re.fullmatch(f"({host})/{ADAPTER}/kernel", path):
+            if not kernels.fullmatch(path):
                 continue
             prefix = path.removesuffix("kernel")
             both = hidden @ built.pop(path) + built.pop(f"{prefix}bias")

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import config
-from compacter_jax.checkpoint import AdapterReader, read_adapter_config
+from compacter_jax.checkpoint import AdapterReader, read_saved
 from compacter_jax.compose import NO_LABEL
 from compacter_jax.config import (
     OCCUPIED,
@@ -28,6 +28,7 @@ from compacter_jax.config import (
     replaces,
 )
 from compacter_jax.inject import Adapted, HasParams, init_adapters
+from compacter_jax.messages import listing, quote, shorten
 
 Params = Any
 # A folder of `save_adapter`, or what `load_adapter` makes of it.
@@ -52,10 +53,14 @@ class _Loader:
         """See `load_adapter`; a pair is what it is."""
         if isinstance(source, tuple):
             return source
-        labels = read_adapter_config(source)["num_labels"]
+        saved = read_saved(source)
+        labels = saved.settings["num_labels"]
         if labels not in self._by_labels:
+            if not any(path.startswith("classifier/") for path in saved.tensors):
+                # Nothing says that there are so many; the reader refuses what does not fit.
+                return self._reader.join(Path(source), saved, self._backbone)
             self._by_labels[labels] = _with_labels(self._backbone, labels)
-        return self._reader.read(source, self._by_labels[labels])
+        return self._reader.join(Path(source), saved, self._by_labels[labels])
 
 
 def stack_adapters(
@@ -226,7 +231,9 @@ def _find(method: MethodConfig, which: int | str) -> tuple[Member, int | None]:
         "/".join((*member.path, *([f"0 to {member.bank.size - 1}"] if member.bank else [])))
         for member in members
     ]
-    raise ValueError(f"there is no member {which!r}; the composition has {', '.join(known)}")
+    raise ValueError(
+        f"there is no member {quote(which, 100)}; the composition has {listing(known)}"
+    )
 
 
 def _num_labels(backbone: Any) -> int | None:
@@ -290,8 +297,9 @@ def _stacked(path: str, own: str, leaves: Sequence[Any], shape: Any, capacity: i
                 f"shared_rule=True, but the adapters have different values of {own}; leave it out"
             )
         return jnp.asarray(leaves[0])
-    wide = [np.asarray(_wide(own, leaf, shape.shape[-1])) for leaf in leaves]
-    stacked = jnp.asarray(np.stack(wide + [wide[0]] * (capacity - len(leaves))))
+    wide = np.stack([np.asarray(_wide(own, leaf, shape.shape[-1])) for leaf in leaves])
+    empty = np.broadcast_to(wide[0], (capacity - len(leaves), *wide.shape[1:]))
+    stacked = jnp.asarray(np.concatenate([wide, empty]))
     _check_shape(path, stacked, shape.shape)
     return stacked
 
@@ -321,8 +329,12 @@ def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> N
     theirs, ours = config.to_dict(given.method), config.to_dict(wanted.method)
     for key in sorted(theirs.keys() | ours.keys()):
         pairs[key] = (theirs.get(key), ours.get(key))
-    if differences := [f"{key}: {a!r}, not {b!r}" for key, (a, b) in pairs.items() if a != b]:
-        raise ValueError(f"{name} is not like the others; {'; '.join(differences)}")
+    differences = [
+        f"{key}: {quote(a, 60)}, not {quote(b, 60)}" for key, (a, b) in pairs.items() if a != b
+    ]
+    if differences:
+        message = f"{name} is not like the others; {listing(differences, most=4, longest=150)}"
+        raise ValueError(shorten(message))
 
 
 def _plain_backbone(model: Adapted, params: Params) -> HasParams:

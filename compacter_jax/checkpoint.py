@@ -6,29 +6,52 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.flax
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import config, inject
-from compacter_jax.files import replace_file
+from compacter_jax.files import (
+    check_fields,
+    converted,
+    hold_folder,
+    parse_tensors,
+    read_json,
+    replace_file,
+)
+from compacter_jax.messages import about, listing, quote, shorten
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
 from compacter_jax.params import FREEZE, group_of, label_params
 from compacter_jax.quantize import check_float
 from compacter_jax.sites import Site
 
-WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
+# The file of weights where adapter_config.json names none, as releases before 0.2 wrote it.
+_UNNAMED_WEIGHTS = "adapter.safetensors"
+_WEIGHTS_NAME = re.compile(r"adapter(-[0-9a-f]{16})?\.safetensors")
+
+# Field of adapter_config.json -> its type; metadata may have any other.
+_REQUIRED_FIELDS: Mapping[str, Any] = {
+    "format_version": int,
+    "method": dict[str, Any],
+    "sites": dict[str, str | dict[str, str | int]] | None,
+    "head": str | None,
+    "num_labels": int | None,
+    "backbone_sha256": str,
+    "weights_sha256": str,
+}
+_FIELDS = {**_REQUIRED_FIELDS, "weights": str}
 
 # Saved although frozen: the backbone's checkpoint does not have them.
 _ALWAYS_SAVED = ("adapters", "rule", "head")
@@ -43,9 +66,11 @@ def save_adapter(
 ) -> None:
     """Writes what a fine-tuned model has beyond its backbone.
 
-    `adapter.safetensors` holds the trained leaves, the adapters, their rule and the head under
-    their `/`-joined paths; `adapter_config.json` the method, the head and a hash of every leaf
-    that is not stored. Each file is written to a temporary name, synced and renamed.
+    `adapter-HASH.safetensors` holds the trained leaves, the adapters, their rule and the head under
+    their `/`-joined paths; `adapter_config.json` its name, the method, the head and a hash of
+    every leaf that is not stored. An adapter that is in the directory already is there until the
+    new `adapter_config.json` takes the old one's place in one step; then the old weights are
+    removed. Several threads or processes may save to one directory.
 
     Args:
       directory: made if it does not exist.
@@ -63,6 +88,7 @@ def save_adapter(
     check_float(params, "saving an adapter")
     stored, left = _split(params, model.method)
     data = safetensors.flax.save(stored)
+    sha256 = hashlib.sha256(data).hexdigest()
     own = {
         "format_version": FORMAT_VERSION,
         "method": config.to_dict(model.method),
@@ -70,18 +96,32 @@ def save_adapter(
         "head": getattr(model.backbone, "head", None),
         "num_labels": getattr(model.backbone, "num_labels", None),
         "backbone_sha256": hash_params(left),
-        "weights_sha256": hashlib.sha256(data).hexdigest(),
+        "weights": f"adapter-{sha256[:16]}.safetensors",
+        "weights_sha256": sha256,
     }
     metadata = dict(metadata or {})
     if clash := sorted(own.keys() & metadata.keys()):
-        raise ValueError(f"metadata may not name {clash}, which save_adapter writes itself")
+        raise ValueError(f"metadata may not name {quote(clash)}, which save_adapter writes itself")
     text = json.dumps({**own, **metadata}, indent=2, sort_keys=True, ensure_ascii=False)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with replace_file(directory / WEIGHTS_NAME) as temporary:
+    with hold_folder(directory):
+        _commit(directory, str(own["weights"]), data, text + "\n")
+
+
+def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
+    """Writes weights, then the configuration that names them, then removes the weights before."""
+    path = directory / CONFIG_NAME
+    try:
+        before = _weights_name(path, read_json(path))
+    except (OSError, ValueError):  # there was no adapter, or a broken one
+        before = name
+    with replace_file(directory / name) as temporary:
         temporary.write_bytes(data)
-    with replace_file(directory / CONFIG_NAME) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    if before != name:
+        (directory / before).unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -119,20 +159,28 @@ class AdapterReader:
         self, directory: str | os.PathLike[str], backbone: Any
     ) -> tuple[inject.Adapted, dict[str, Any]]:
         """See `load_adapter`."""
-        directory = Path(directory)
-        settings = read_adapter_config(directory)
+        return self.join(Path(directory), read_saved(directory), backbone)
+
+    def join(
+        self, directory: Path, saved: Saved, backbone: Any
+    ) -> tuple[inject.Adapted, dict[str, Any]]:
+        """Puts what `read_saved` read from a directory onto the backbone; see `load_adapter`."""
+        settings, stored = saved
         for name in ("head", "num_labels"):
             given = getattr(backbone.module, name, None)
             if given != settings[name]:
                 raise ValueError(
-                    f"the adapter in {directory} was saved with {name}={settings[name]!r}, the "
-                    f"backbone has {name}={given!r}; load the backbone with the adapter's"
+                    f"the adapter in {directory} was saved with {name}={quote(settings[name])}, "
+                    f"the backbone has {name}={given!r}; load the backbone with the adapter's"
                 )
-        stored = _read_weights(directory, settings["weights_sha256"])
-        method = config.from_dict(settings["method"])
-        model = inject.Adapted(backbone.module, method, sites=_sites_from_json(settings["sites"]))
-        wanted, frozen = self._split(model, backbone, settings)
+        with about(directory / CONFIG_NAME):
+            method = config.from_dict(settings["method"])
+            check_count(method, stored)
+            sites = _sites_from_json(settings["sites"])
+            model = inject.Adapted(backbone.module, method, sites=sites)
+            wanted, frozen = self._split(model, backbone, settings)
         check_leaves(directory, stored, wanted, trained_with=_named(settings))
+        leaves = {path: as_leaf(path, leaf, wanted[path].dtype) for path, leaf in stored.items()}
         own = flatten_dict(backbone.params, sep="/")
         left = {path: own[path] for path in frozen}
         actual = self._hash(left)
@@ -142,7 +190,7 @@ class AdapterReader:
                 f"{settings['backbone_sha256'][:12]}…, this one has {actual[:12]}…; "
                 f"load the backbone it was trained with{_named(settings)}"
             )
-        return model, unflatten_dict({**left, **stored}, sep="/")
+        return model, unflatten_dict({**left, **leaves}, sep="/")
 
     def _split(
         self, model: inject.Adapted, backbone: Any, settings: Mapping[str, Any]
@@ -206,30 +254,88 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
 
 
 def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of `adapter_config.json`, metadata included.
+    """Returns the contents of `adapter_config.json`, metadata included.
 
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if it is not an adapter's, or of a newer format.
     """
     path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {directory} the folder of an adapter?")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    wanted = {"format_version", "method", "sites", "head", "num_labels"}
-    wanted |= {"backbone_sha256", "weights_sha256"}
-    missing = wanted - settings.keys() if isinstance(settings, dict) else wanted
-    if missing:
-        raise ValueError(f"{path} is no adapter of this library: it has no {sorted(missing)}")
+    settings = read_json(path, required=sorted(_REQUIRED_FIELDS), what="an adapter of this library")
+    check_fields(str(path), settings, _FIELDS)
     if settings["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {settings['format_version']!r}, this release reads "
+            f"{path} has format_version {quote(settings['format_version'])}, this release reads "
             f"{FORMAT_VERSION}; install the release that wrote it"
         )
+    if settings["num_labels"] is not None and settings["num_labels"] < 1:
+        raise ValueError(f"{path}: num_labels={settings['num_labels']} must be at least 1")
+    _weights_name(path, settings)
     return settings
+
+
+class Saved(NamedTuple):
+    """An adapter as it is on the disk.
+
+    Attributes:
+      settings: of adapter_config.json.
+      tensors: by `/`-joined path, as they are stored.
+    """
+
+    settings: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+def read_saved(directory: str | os.PathLike[str]) -> Saved:
+    """Reads the two files of an adapter, which are of one save even beside somebody who saves.
+
+    Raises:
+      FileNotFoundError: if one is missing.
+      ValueError: if one is broken, they are not of one adapter, a number is not finite, or the
+        head has other than `num_labels` labels.
+    """
+    directory, before = Path(directory), None
+    for _ in range(_ATTEMPTS):
+        settings = read_adapter_config(directory)
+        path = directory / _weights_name(directory / CONFIG_NAME, settings)
+        try:
+            tensors = _read_weights(path, settings["weights_sha256"])
+        except FileNotFoundError:
+            if settings == before:
+                break
+            before = settings
+            continue
+        _check_labels(directory, settings, tensors)
+        return Saved(settings, tensors)
+    raise FileNotFoundError(f"{path} does not exist, and {CONFIG_NAME} beside it names it")
+
+
+# Who saves all the time may remove what was named just now, each time that it is looked for.
+_ATTEMPTS = 100
+
+
+def _weights_name(path: Path, settings: Mapping[str, Any]) -> str:
+    """The name of the file of weights that adapter_config.json at `path` names."""
+    name = settings.get("weights", _UNNAMED_WEIGHTS)
+    if not isinstance(name, str) or not _WEIGHTS_NAME.fullmatch(name):
+        raise ValueError(
+            f"{path}: weights={quote(name, 100)} is no name of an adapter's weights, such as "
+            "adapter-0123456789abcdef.safetensors"
+        )
+    return name
+
+
+def _check_labels(directory: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """ValueError if a classifier is not as wide as the configuration says."""
+    for path, leaf in tensors.items():
+        if path.startswith("classifier/") and leaf.shape[-1:] != (settings["num_labels"],):
+            raise ValueError(
+                f"{directory / CONFIG_NAME}: num_labels={quote(settings['num_labels'])}, but the "
+                f"adapter's {path} is of shape {leaf.shape}; copy both files from where the "
+                "adapter was saved"
+            )
 
 
 def hash_params(params: Mapping[str, Any]) -> str:
@@ -268,33 +374,77 @@ def _sites_to_json(sites: Mapping[str, str | Site]) -> dict[str, Any]:
 
 
 def _sites_from_json(sites: Any) -> Any:
-    """Inverse; what is no mapping stays what it is, for `Adapted` to refuse."""
-    if not isinstance(sites, Mapping):
-        return sites
+    """Inverse; ValueError for what is no table of sites."""
+    if sites is None:
+        return None
+    return {
+        name: site if isinstance(site, str) else _site(name, site) for name, site in sites.items()
+    }
+
+
+def _site(name: str, fields: Mapping[str, Any]) -> Site:
+    check_fields(f"site {quote(name, 100)}", fields, typing.get_type_hints(Site))
     try:
-        return {
-            name: site if isinstance(site, str) else Site(**site) for name, site in sites.items()
-        }
+        return Site(**fields)
     except TypeError as error:
-        raise ValueError(f"sites={sites!r} are none of this library: {error}") from None
+        raise ValueError(f"site {quote(name, 100)} is none of this library: {error}") from None
 
 
-def _read_weights(directory: Path, sha256: str) -> dict[str, jax.Array]:
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+def _read_weights(path: Path, sha256: str) -> dict[str, np.ndarray]:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
     data = path.read_bytes()
-    try:
-        # Not `safetensors.flax.load`, which reads no bfloat16 from bytes.
-        stored = safetensors.flax.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    stored = parse_tensors(data, str(path), is_boolean=_is_boolean)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(
             f"{path} is not the file that {CONFIG_NAME} beside it describes: one of the two was "
             "replaced; copy both from where the adapter was saved"
         )
     return stored
+
+
+def _is_boolean(path: str) -> bool:
+    """Whether a leaf says which places of a bank are occupied."""
+    return path.rpartition("/")[2] == config.OCCUPIED
+
+
+def check_count(method: config.MethodConfig, stored: Mapping[str, Any]) -> None:
+    """Checks that a method has no more members and parts than there are tensors.
+
+    Raises:
+      ValueError: if it has more, before anything is made of them.
+    """
+    count = max(len(config.members_of(method)), len(config.parts_of(method)))
+    if count > max(1, len(stored)):
+        raise ValueError(
+            f"method {method.kind!r} has {count:,} members, but {len(stored):,} tensors are stored"
+        )
+
+
+def as_leaf(path: str, stored: np.ndarray, dtype: Any) -> jax.Array:
+    """Returns a stored leaf in the model's type, or in float32 where that was stored.
+
+    Adapters compute in the dtype of their parameters. One that is stored in 16 bits for a model of
+    32 is widened, which is exact. What was trained in float32 stays so beside a backbone of 16
+    bits, and float64 becomes float32.
+
+    Args:
+      path: for messages.
+      stored: of a floating-point type, or boolean.
+      dtype: of the model's leaf.
+
+    Raises:
+      ValueError: if a number is too large for float32, or one of the two is boolean alone.
+    """
+    dtype = jnp.dtype(dtype)
+    if "bool" in (stored.dtype.name, dtype.name):
+        if stored.dtype != dtype:
+            raise ValueError(f"{shorten(path, 100)} is of type {stored.dtype}, not {dtype}")
+        return jnp.asarray(stored)
+    target = jnp.promote_types(stored.dtype, dtype)
+    if target == jnp.float64 and dtype != jnp.float64:
+        target = jnp.dtype(jnp.float32)
+    return jnp.asarray(converted("the adapter", path, stored, target))
 
 
 def check_leaves(
@@ -313,13 +463,23 @@ def check_leaves(
         if stored[path].shape != wanted[path].shape
     ]
     if missing or left_over or shapes:
+        listed = [
+            f"{what}: {listing(items, most=2, longest=70)}"
+            for what, items in (
+                ("missing", missing),
+                ("left over", left_over),
+                ("of another shape", shapes),
+            )
+            if items
+        ]
         raise ValueError(
-            f"the adapter in {directory} does not fit this backbone; load the one it was trained "
-            f"with{trained_with}; missing: {missing or 'none'}; left over: {left_over or 'none'}; "
-            f"of another shape: {shapes or 'none'}"
+            shorten(
+                f"the adapter in {directory} does not fit this backbone; load the one it was "
+                f"trained with{trained_with}; {'; '.join(listed)}"
+            )
         )
 
 
 def _named(settings: Mapping[str, Any]) -> str:
     name = settings.get("backbone")
-    return f", {name}" if name else ""
+    return f", {shorten(str(name), 100)}" if name else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import math
@@ -12,6 +13,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
+from compacter_jax.messages import listing, quote
+
+# Of a size or an index: products of two are still numbers of 64 bits, which shapes are made of.
+_LARGEST_INT = 2**31 - 1
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
 _FACTOR_INITS = WEIGHT_INITS[:3]
 PROMPT_INITS = ("random", "vocabulary")
@@ -32,13 +37,14 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` as `hint` wants it (lists become tuples, ints floats); ValueError otherwise."""
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ValueError(f"{name}={value!r} must be a list")
+            raise ValueError(f"{name}={quote(value)} must be a list")
         element = typing.get_args(hint)[0]
         return tuple(_typed(name, item, element) for item in value)
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+            wanted = ", ".join(map(repr, choices))
+            raise ValueError(f"{name}={quote(value)} must be one of {wanted}")
         return value
     if hint is float and type(value) is int:
         # JSON has whole numbers that no float can hold.
@@ -49,7 +55,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     else:
         fits = True
     if not fits:
-        raise ValueError(f"{name}={value!r} must be of type {hint.__name__}")
+        raise ValueError(f"{name}={quote(value)} must be of type {hint.__name__}")
+    if hint is int and abs(value) > _LARGEST_INT:
+        raise ValueError(f"{name}={quote(value, 40)} is too large; use at most {_LARGEST_INT:,}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} must be finite")
     return value
@@ -57,16 +65,16 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
     if not holds:
-        raise ValueError(f"{name}={value!r} must be {wanted}")
+        raise ValueError(f"{name}={quote(value)} must be {wanted}")
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"unknown {name}={value!r}; use one of {', '.join(choices)}")
+        raise ValueError(f"unknown {name}={quote(value)}; use one of {', '.join(choices)}")
 
 
 def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:100], known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -99,7 +107,7 @@ class MethodConfig:
         for name in overrides:
             if name not in known:
                 raise ValueError(
-                    f"method {self.kind!r} has no field {name!r}{_near(name, known)}; "
+                    f"method {self.kind!r} has no field {quote(name, 100)}{_near(name, known)}; "
                     f"its fields are {', '.join(known)}"
                 )
         return dataclasses.replace(self, **overrides)
@@ -141,9 +149,9 @@ class InsertedConfig(MethodConfig):
         super().__post_init__()
         if not self.all_sites():
             raise ValueError("sites is empty; name at least one, 'feed_forward' for example")
-        for site in self.all_sites():
-            if self.all_sites().count(site) > 1:
-                raise ValueError(f"sites names {site!r} twice; name each site once")
+        for site, count in collections.Counter(self.all_sites()).items():
+            if count > 1:
+                raise ValueError(f"sites names {quote(site, 100)} twice; name each site once")
         for index in self.leave_out:
             _require(index >= 0, "leave_out", index, "layer indices from 0 on")
 
@@ -576,7 +584,7 @@ class Composition(MethodConfig):
         known = {field.name: field.default for field in dataclasses.fields(self)}
         for name in fields.keys() - known.keys():
             raise ValueError(
-                f"method {self.kind!r} has no field {name!r}{_near(name, list(known))}; "
+                f"method {self.kind!r} has no field {quote(name, 100)}{_near(name, list(known))}; "
                 f"its fields are {', '.join(known)}"
             )
         for name, default in known.items():
@@ -604,20 +612,22 @@ class Composition(MethodConfig):
     def _check_names(self) -> None:
         if len(self.names) != len(self.members) or len(set(self.names)) < len(self.names):
             raise ValueError(
-                f"names={self.names} must be {len(self.members)} different names, one for each "
+                f"names={quote(self.names)} must be {len(self.members)} different names, one for "
+                "each "
                 "member"
             )
         for name in self.names:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (REPLACED, OCCUPIED):
                 raise ValueError(
-                    f"{name!r} cannot name a member; use letters, digits, '_', '-' and '.', and "
+                    f"{quote(name, 100)} cannot name a member; use letters, digits, '_', '-' and "
+                    "'.', and "
                     f"neither {REPLACED!r} nor {OCCUPIED!r}"
                 )
         for name in self.frozen:
             if name not in self.names:
                 raise ValueError(
-                    f"frozen names {name!r}{_near(name, list(self.names))}, but the members are "
-                    f"{', '.join(self.names)}"
+                    f"frozen names {quote(name, 100)}{_near(name, list(self.names))}, but the "
+                    f"members are {listing(self.names)}"
                 )
 
     def _refuse(self, kinds: type | types.UnionType, why: str) -> None:
@@ -1113,7 +1123,7 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
     """
     if name not in _PRESETS:
         raise ValueError(
-            f"unknown method preset {name!r}{_near(name, list(_PRESETS))}; "
+            f"unknown method preset {quote(name, 100)}{_near(name, list(_PRESETS))}; "
             f"known are {', '.join(_PRESETS)}"
         )
     return _PRESETS[name].replace(**overrides)
@@ -1134,18 +1144,18 @@ def _to_json(value: Any) -> Any:
 def from_dict(values: Mapping[str, Any]) -> MethodConfig:
     """Inverse of `to_dict`; ValueError for an unknown kind, field or value."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"a method must be a mapping of its fields, not {values!r}")
+        raise ValueError(f"a method must be a mapping of its fields, not {quote(values)}")
     fields = dict(values)
     kind = fields.pop("kind", None)
     classes = METHODS | COMPOSITIONS
     if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"unknown kind of method {kind!r}; known are {', '.join(classes)}")
+        raise ValueError(f"unknown kind of method {quote(kind)}; known are {', '.join(classes)}")
     cls = classes[kind]
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
         if name not in known:
             raise ValueError(
-                f"method {kind!r} has no field {name!r}{_near(name, known)}; "
+                f"method {kind!r} has no field {quote(name, 100)}{_near(name, known)}; "
                 f"its fields are {', '.join(known)}"
             )
     for name in ("parts", "members"):

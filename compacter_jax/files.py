@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import tempfile
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +20,15 @@ import safetensors
 
 from compacter_jax.messages import listing, quote, shorten
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # Tokenizers of many languages have 20 MB; nothing that is read here comes near.
 LARGEST_JSON = 64 * 2**20
+# Of brackets within brackets. Who walks through a value may recur: Python allows 1,000 calls.
+DEEPEST_JSON = 64
 # How safetensors names the types that weights may have, and what NumPy holds them in.
 _WEIGHT_TYPES: Mapping[str, Any] = {
     "F64": np.dtype(np.float64),
@@ -29,6 +36,8 @@ _WEIGHT_TYPES: Mapping[str, Any] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
+# Locks of threads; a folder has one, which it may share with others.
+_HELD = [threading.Lock() for _ in range(64)]
 # Asked for once: to read it one has to set it, for all threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -84,13 +93,27 @@ def parse_json(text: str | bytes, where: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
+        is_deep = _depth(value) > DEEPEST_JSON
     except RecursionError:
-        raise ValueError(f"{where} is not valid JSON: its brackets are too deep") from None
+        is_deep = True
     except UnicodeEncodeError:
         raise ValueError(f"{where} holds half of a surrogate pair, which is no text") from None
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {shorten(str(error), 200)}") from None
+    if is_deep:
+        raise ValueError(
+            f"{where} is not valid JSON: its brackets are too deep, more than {DEEPEST_JSON}"
+        )
     return value
+
+
+def _depth(value: Any) -> int:
+    """Returns how many brackets are within each other; 0 for a number."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def check_fields(where: str, settings: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
@@ -132,7 +155,7 @@ def conforms(value: Any, hint: Any) -> bool:
 def _text_of(path: Path, most: int) -> str:
     """Reads a text file of at most `most` bytes; a pipe or a device is not read at all."""
     if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "does not exist", str(path))
+        raise FileNotFoundError(f"{path} does not exist")
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     if (size := path.stat().st_size) > most:
@@ -202,7 +225,7 @@ def read_tensors(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "does not exist", str(path))
+        raise FileNotFoundError(f"{path} does not exist")
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
@@ -218,12 +241,15 @@ def read_tensors(
         raise ValueError(f"{path} is truncated or no safetensors file: {reason}") from None
 
 
-def parse_tensors(data: bytes, where: str) -> dict[str, np.ndarray]:
+def parse_tensors(
+    data: bytes, where: str, *, is_boolean: Callable[[str], bool] = lambda name: False
+) -> dict[str, np.ndarray]:
     """Reads weights from the bytes of a safetensors file; see `read_tensors`.
 
     Args:
       data: all bytes of the file.
       where: the bytes are from, for messages.
+      is_boolean: returns True for the name of a tensor that may be of booleans.
     """
     try:
         found = safetensors.deserialize(data)
@@ -232,6 +258,9 @@ def parse_tensors(data: bytes, where: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{where} is truncated or no safetensors file: {reason}") from None
     tensors = {}
     for name, tensor in found:
+        if tensor["dtype"] == "BOOL" and is_boolean(name):
+            tensors[name] = np.frombuffer(tensor["data"], np.uint8).reshape(tensor["shape"]) != 0
+            continue
         check_weight_type(where, name, tensor["dtype"])
         array = np.frombuffer(tensor["data"], _WEIGHT_TYPES[tensor["dtype"]])
         tensors[name] = array.reshape(tensor["shape"])
@@ -268,6 +297,27 @@ def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
             f"{shorten(name, 100)} in {where} has {count:,} of {array.size:,} numbers that are NaN "
             "or infinite; take weights from before the run that made them diverged"
         )
+
+
+def converted(where: str | Path, name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Returns a floating-point array in another type.
+
+    Args:
+      where: it is from, for messages.
+      name: of the tensor.
+      array: without infinite numbers.
+      dtype: wanted.
+
+    Raises:
+      ValueError: if a number is too large for that type.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        changed = array.astype(dtype)
+    if not jnp.finfo(array.dtype).max <= jnp.finfo(dtype).max:
+        check_finite(f"{where}, as {jnp.dtype(dtype)},", name, changed)
+    return changed
 
 
 def _tensor(path: Path, opened: Any, name: str) -> np.ndarray:
@@ -313,6 +363,29 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Waits until no other thread or process holds a folder, and holds it meanwhile.
+
+    It is for short steps of several files. The lock is the system's and ends with the process;
+    file systems that have none keep only threads of one process apart.
+
+    Args:
+      folder: that exists.
+    """
+    with _HELD[hash(os.path.realpath(folder)) % len(_HELD)]:
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 
+from compacter_jax import files
+from compacter_jax.files import check_finite, check_weight_type
+from compacter_jax.messages import quote, shorten
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.families import FAMILIES
 from compacter_jax.models.t5 import T5
@@ -21,28 +22,8 @@ from compacter_jax.models.t5 import T5
 _SAFE_TORCH = (2, 6)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is not JSON, or not an object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; is {path.parent} the folder of an adapter?"
-        )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
-    return settings
-
-
 def read_tensors(directory: Path, stems: Sequence[str]) -> dict[str, np.ndarray]:
-    """The tensors of the first file there is of `STEM.safetensors`, then `STEM.bin`.
+    """Reads the tensors of the first file there is of `STEM.safetensors`, then `STEM.bin`.
 
     Pickled tensors (`.bin`) need PyTorch, whose restricted reader makes tensors and nothing else.
 
@@ -56,41 +37,23 @@ def read_tensors(directory: Path, stems: Sequence[str]) -> dict[str, np.ndarray]
     Raises:
       FileNotFoundError: if there is none; it lists the names.
       ValueError: if the file is truncated, is not what its suffix says, or holds anything but
-        named tensors of floating-point numbers; or if it is pickled and there is no PyTorch, or
-        one that reads unsafely.
+        named tensors of 16 to 64 bits and floating-point, all finite; or if it is pickled and there
+        is no PyTorch, or one that reads unsafely.
     """
     path = find_tensors(directory, stems)
     if path is None:
         raise FileNotFoundError(f"{directory} has none of {', '.join(_file_names(stems))}")
-    stored = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    for name, array in stored.items():
-        # Whole numbers are of a quantised adapter, whose scales would be needed, too.
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} in {path} is of type {array.dtype}, not floating-point; save the adapter "
-                "in float32 where it was made"
-            )
-    return stored
+    return files.read_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
 def find_tensors(directory: Path, stems: Sequence[str]) -> Path | None:
-    """The file that `read_tensors` reads, None if there is none."""
+    """Returns the file that `read_tensors` reads, None if there is none."""
     paths = (directory / name for name in _file_names(stems))
     return next((path for path in paths if path.is_file()), None)
 
 
 def _file_names(stems: Sequence[str]) -> list[str]:
     return [f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework="np") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
-    except (AttributeError, TypeError) as error:  # how NumPy lacks a dtype
-        raise ValueError(f"{path} has a tensor that NumPy cannot hold: {error}") from None
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -123,17 +86,37 @@ def _to_numpy(path: Path, name: Any, value: Any) -> np.ndarray:
 
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise ValueError(
-            f"{path} holds {name!r}, a {type(value).__name__}, beside its tensors; save the "
-            "adapter as safetensors"
+            f"{path} holds {quote(name, 100)}, a {type(value).__name__}, beside its tensors; save "
+            "the adapter as safetensors"
         )
+    check_weight_type(path, name, _TORCH_TYPES.get(str(value.dtype), str(value.dtype)))
     try:
         tensor = value.detach()
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{shorten(name, 100)} in {path} repeats the same numbers to a size of "
+                f"{tuple(tensor.shape)}; save the adapter as safetensors where it was made"
+            )
         if tensor.dtype == torch.bfloat16:  # which PyTorch does not hand to NumPy
-            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-        return tensor.numpy()
-    except (RuntimeError, TypeError) as error:  # sparse, quantised, without data, a dtype of 8 bits
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} has {name!r}, which NumPy cannot hold: {reason}") from None
+            array = tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
+        else:
+            array = tensor.numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, or without data
+        reason = shorten(str(error).partition("\n")[0], 100)
+        raise ValueError(
+            f"{path} has {quote(name, 100)}, which NumPy cannot hold: {reason}"
+        ) from None
+    check_finite(path, name, array)
+    return array
+
+
+# PyTorch's name of a type that weights may have -> that of safetensors.
+_TORCH_TYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+}
 
 
 def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str, str]:

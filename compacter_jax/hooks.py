@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +33,7 @@ from compacter_jax.config import (
     members_of,
     replaces,
 )
+from compacter_jax.patterns import Pattern, compiled
 from compacter_jax.quantize import is_quantized
 from compacter_jax.sites import Role, Site
 
@@ -59,7 +59,7 @@ def check_site(name: str, site: Site, part: InsertedConfig) -> None:
             f"it acts at sites of the roles {', '.join(roles)}"
         )
     in_layers = site.role not in ("embedding", "bias")
-    if in_layers and "layer" not in re.compile(site.host).groupindex:
+    if in_layers and "layer" not in compiled(site.host).groupindex:
         raise ValueError(
             f"the pattern {site.host!r} of site {name!r} has no group that is the "
             r"layer's index; write it as (?P<layer>\d+)"
@@ -95,7 +95,7 @@ class Place:
 
     name: str
     site: Site
-    pattern: re.Pattern[str]
+    pattern: Pattern
     config: InsertedConfig
     shared: Shared
     member: Member

@@ -41,6 +41,9 @@ from compacter_jax.config import (
     own_path,
     parts_of,
 )
+from compacter_jax.limits import check_memory
+from compacter_jax.messages import listing, quote
+from compacter_jax.patterns import compiled
 from compacter_jax.quantize import check_float, is_quantized
 from compacter_jax.sites import Site
 
@@ -275,7 +278,7 @@ class Adapted(nn.Module):
                     for acted_on in (site, *hooks.companions(site, part)):
                         # Arrays, not modules, are shared: closing over a module breaks under remat.
                         of_site = own.at(name) if isinstance(part, PrefixTuningConfig) else own
-                        pattern = re.compile(site.host)
+                        pattern = compiled(site.host)
                         places.append(hooks.Place(name, acted_on, pattern, part, of_site, member))
         return places
 
@@ -308,7 +311,8 @@ class Adapted(nn.Module):
         elif unknown or not present:
             name = (*unknown, *part.all_sites())[0]
             raise ValueError(
-                f"unknown site {name!r}; {type(self.backbone).__name__} has {', '.join(known)}"
+                f"unknown site {quote(name, 100)}; {type(self.backbone).__name__} has "
+                f"{listing(known, most=20)}"
             )
         return present
 
@@ -322,7 +326,8 @@ class Adapted(nn.Module):
             )
         if not isinstance(table, Mapping):
             raise ValueError(
-                f"sites={table!r} must be a mapping, {{name: regular expression of host paths}}"
+                f"sites={quote(table)} must be a mapping, "
+                f"{{name: regular expression of host paths}}"
             )
         return table
 
@@ -454,7 +459,7 @@ def _unmergeable_part(model: Adapted, part: InsertedConfig) -> str | None:
 def _merge_parts(model: Adapted, params: Any) -> Any:
     """The backbone's parameters with one part after the other merged: a host has one part's."""
     places = [
-        (re.compile(site.host), part)
+        (compiled(site.host), part)
         for part in parts_of(model.method)
         for site in model._sites_of(part).values()
     ]
@@ -524,6 +529,7 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
         flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
         return {path: leaf for path, leaf in flat.items() if path not in given}
 
+    check_memory("the adapters", jax.eval_shape(init, key), "use fewer members or a smaller method")
     new = init(key)
     members = members_of(model.method)
     for path, leaf in new.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # A message quotes no value beyond this, and no message is longer than `LONGEST`.
@@ -51,3 +52,20 @@ def listing(items: Iterable[str], most: int = 8, longest: int = 60) -> str:
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(shorten(item, longest) for item in items[:most]) + more
+
+
+@contextlib.contextmanager
+def about(place: Any) -> Iterator[None]:
+    """Puts a place in front of the message of a ValueError that does not name it.
+
+    Args:
+      place: what is read, such as the path of a file; anything with a `str`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        name, text = str(place), str(error)
+        if name in text and len(text) <= LONGEST:
+            raise
+        text = text if name in text else f"{name}: {text}"
+        raise ValueError(shorten(" ".join(text.split()))) from None

@@ -28,11 +28,12 @@ from compacter_jax.config import (
     MethodConfig,
     PromptTuningConfig,
 )
-from compacter_jax.files import replace_file
-from compacter_jax.foreign import hugging_face_names, read_json, read_tensors
+from compacter_jax.files import converted, read_json, replace_file
+from compacter_jax.foreign import hugging_face_names, read_tensors
 from compacter_jax.inject import Adapted, init_adapters
-from compacter_jax.models.families import listing
+from compacter_jax.messages import about, listing, quote
 from compacter_jax.params import TRAIN, group_of, label_params
+from compacter_jax.patterns import compiled
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
@@ -96,23 +97,25 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     """
     directory = Path(directory)
     path, module = directory / CONFIG_NAME, backbone.module
-    settings = read_json(path)
+    settings = read_json(path, _FIELDS, what="the configuration of an adapter of PEFT")
     peft_type = settings.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in _READERS:
+    if peft_type not in _READERS:
         raise ValueError(
-            f"peft_type={peft_type!r} in {path} is not supported; supported: "
+            f"peft_type={quote(peft_type)} in {path} is not supported; supported: "
             f"{', '.join(map(repr, _READERS))}"
         )
     names = hugging_face_names(module, backbone.params)
     _check_task(path, settings, module.head)
-    method, sites = _READERS[peft_type](path, settings, module, names)
+    with about(path):
+        method, sites = _READERS[peft_type](path, settings, module, names)
     stored = read_tensors(directory, (WEIGHTS_STEM,))
-    saved = _saved(
-        path, settings, names, lambda place: _tensor_name(place, names, method) in stored
-    )
-    groups = {group_of(place) for place in saved}
-    beside = {field: group in groups for group, field in _TRAINED_BESIDE.items()}
-    model = Adapted(module, method.replace(**beside), sites=sites)
+    with about(path):
+        saved = _saved(
+            path, settings, names, lambda place: _tensor_name(place, names, method) in stored
+        )
+        groups = {group_of(place) for place in saved}
+        beside = {field: group in groups for group, field in _TRAINED_BESIDE.items()}
+        model = Adapted(module, method.replace(**beside), sites=sites)
 
     shapes = jax.eval_shape(lambda: init_adapters(model, backbone, jax.random.key(0)))
     leaves = {
@@ -128,8 +131,9 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     if isinstance(method, PromptTuningConfig):
         stored = _first_prompts(path, settings, stored, method.prompt_length)
     check_leaves(directory, stored, wanted)
+    tensors = {place: _from_torch(place, stored[origin[place]]) for place in leaves}
     params = flatten_dict(backbone.params, sep="/") | {
-        place: jnp.asarray(_from_torch(place, stored[origin[place]]), leaf.dtype)
+        place: jnp.asarray(converted(directory, origin[place], tensors[place], leaf.dtype))
         for place, leaf in leaves.items()
     }
     return model, unflatten_dict(params, sep="/")
@@ -228,7 +232,7 @@ def _first_prompts(
     is_pair = settings["task_type"] == "SEQ_2_SEQ_LM"
     submodules = settings.get("num_transformer_submodules") or (2 if is_pair else 1)
     if submodules != 1 and not (is_pair and submodules == 2):
-        raise ValueError(f"num_transformer_submodules={submodules!r} in {path} must be 1")
+        raise ValueError(f"num_transformer_submodules={quote(submodules, 40)} in {path} must be 1")
     prompts = stored.get(_PROMPT)
     if prompts is None or prompts.shape[:1] != (submodules * count,):
         return stored  # not what is wanted, as is said where all tensors are checked
@@ -236,6 +240,27 @@ def _first_prompts(
 
 
 # --- settings -----------------------------------------------------------------------------------
+
+_MOST_NAMES = 10_000
+# Field of adapter_config.json that is read -> its type. Numbers that may be absent are null.
+_NAMES = str | list[str] | None
+_FIELDS: Mapping[str, Any] = {
+    "peft_type": str | None,
+    "task_type": str | None,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "feedforward_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "layers_to_transform": int | list[int] | None,
+    "modules_to_save": list[str] | None,
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "use_rslora": bool,
+    "init_lora_weights": bool | str | None,
+    "num_virtual_tokens": int,
+    "num_transformer_submodules": int | None,
+}
 
 # Keys that do not change what is computed, whatever they say: `fan_in_fan_out` is about layers that
 # BERT and T5 do not have, and some are read only beside another key that is refused.
@@ -275,7 +300,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any], *read: str) -> None
         if key not in _HARMLESS | _READ | set(read) and value and (key, value) != ("bias", "none")
     }
     if strangers:
-        listed = ", ".join(f"{key}={value!r}" for key, value in strangers.items())
+        listed = listing((f"{key}={quote(value, 60)}" for key, value in strangers.items()), most=4)
         raise ValueError(f"{path} has settings that are not supported: {listed}")
 
 
@@ -288,29 +313,27 @@ def _check_task(path: Path, settings: Mapping[str, Any], head: str | None) -> No
         )
     if task is not None and task != _TASKS[head]:
         raise ValueError(
-            f"task_type={task!r} in {path} is not for head={head!r}, whose is {_TASKS[head]!r}; "
+            f"task_type={quote(task)} in {path} is not for head={head!r}, whose is "
+            f"{_TASKS[head]!r}; "
             "load the backbone with the adapter's head"
         )
 
 
-def _list_of_names(path: Path, settings: Mapping[str, Any], key: str) -> list[str]:
-    """A list of strings, empty for None; ValueError if it is neither."""
-    value = settings.get(key)
-    value = [] if value is None else value
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{key}={value!r} in {path} must be a list of names")
-    return value
+def _list_of_names(settings: Mapping[str, Any], key: str) -> list[str]:
+    """A list of strings, empty for None; ValueError if it is longer than any model is deep."""
+    names: list[str] = settings.get(key) or []
+    if len(names) > _MOST_NAMES:
+        raise ValueError(f"{key} has {len(names):,} names; at most {_MOST_NAMES:,} are supported")
+    return names
 
 
-def _names_or_pattern(path: Path, settings: Mapping[str, Any], key: str) -> list[str] | str:
+def _names_or_pattern(settings: Mapping[str, Any], key: str) -> list[str] | str:
     """A regular expression, or a list of names; ValueError if it is neither."""
     value = settings.get(key)
     if not isinstance(value, str):
-        return _list_of_names(path, settings, key)
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{key}={value!r} in {path} is no regular expression: {error}") from None
+        return _list_of_names(settings, key)
+    with about(f"{key}={quote(value, 100)}"):
+        compiled(value)
     return value
 
 
@@ -328,7 +351,8 @@ def _read_lora(
     init = settings.get("init_lora_weights")
     if init not in _LORA_INITS:
         raise ValueError(
-            f"init_lora_weights={init!r} in {path} is not supported: it changes the backbone's "
+            f"init_lora_weights={quote(init)} in {path} is not supported: it changes the "
+            "backbone's "
             "weights; convert the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     (sites,), leave_out, table = _place(module, names, [_targets(path, settings, names)])
@@ -347,7 +371,7 @@ def _read_ia3(
     path: Path, settings: Mapping[str, Any], module: Any, names: Mapping[str, str]
 ) -> _Placed:
     _check_settings(path, settings, "feedforward_modules")
-    of_inputs = _names_or_pattern(path, settings, "feedforward_modules")
+    of_inputs = _names_or_pattern(settings, "feedforward_modules")
     if settings.get("feedforward_modules") is None:
         raise ValueError(
             f"feedforward_modules in {path} is missing; PEFT writes the names of the modules whose "
@@ -460,40 +484,41 @@ def _adapted_modules(params: Mapping[str, Any], leaf: str, names: Mapping[str, s
 def _found(wanted: list[str] | str, modules: Iterable[str]) -> set[str]:
     """The modules that PEFT finds by a regular expression, or by what their names end in."""
     if isinstance(wanted, str):
-        return {name for name in modules if re.fullmatch(wanted, name)}
+        pattern = compiled(wanted)
+        return {name for name in modules if pattern.fullmatch(name)}
     return {name for name in modules if any(f".{name}".endswith(f".{end}") for end in wanted)}
 
 
 def _is_feed_forward(wanted: list[str] | str, module: str) -> bool:
     """Whether IA3 scales the input of a module; an end of its name may start within a part."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+        return compiled(wanted).fullmatch(module) is not None
     return module.endswith(tuple(wanted))
 
 
 def _targets(path: Path, settings: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
     """Paths of the linear layers that a configuration means by `target_modules`."""
-    wanted = _names_or_pattern(path, settings, "target_modules")
+    wanted = _names_or_pattern(settings, "target_modules")
     if not wanted or str(wanted).lower() == "all-linear":
         raise ValueError(
-            f"target_modules={settings.get('target_modules')!r} in {path} does not name the "
+            f"target_modules={quote(settings.get('target_modules'))} in {path} does not name the "
             "modules; PEFT writes their names when it saves an adapter"
         )
     modules = _modules(names)
     found = _found(wanted, modules)
-    found -= _found(_names_or_pattern(path, settings, "exclude_modules"), modules)
-    kept = _list_of_names(path, settings, "modules_to_save")
+    found -= _found(_names_or_pattern(settings, "exclude_modules"), modules)
     # PEFT adds the head of this task alone before it looks for targets.
-    kept += _HEADS["SEQ_CLS"] if settings.get("task_type") == "SEQ_CLS" else ()
-    for saved in kept:
+    heads = _HEADS["SEQ_CLS"] if settings.get("task_type") == "SEQ_CLS" else ()
+    for saved in (*_list_of_names(settings, "modules_to_save"), *heads):
         found -= {name for name in found if f".{saved}." in f".{name}."}
     in_layers = _layer_filter(path, settings, wanted)
     found = {name for name in found if name in wanted or in_layers(name)}
     linear = _linear_layers(names)
     if not found or not found <= linear.keys():
-        listed = listing(sorted(found - linear.keys())) or "nothing"
+        listed = listing(sorted(found - linear.keys()), most=3) or "nothing"
         raise ValueError(
-            f"target_modules={wanted!r} in {path} matches {listed}, but must match linear layers"
+            f"target_modules={quote(wanted)} in {path} matches {listed}, but must match linear "
+            "layers"
         )
     return {linear[name] for name in found}
 
@@ -510,12 +535,13 @@ def _layer_filter(
     if indices is None or indices == []:
         return lambda name: True
     indices = indices if isinstance(indices, list) else [indices]
-    if isinstance(wanted, str) or not all(isinstance(index, int) for index in indices):
+    if isinstance(wanted, str):
         raise ValueError(
-            f"layers_to_transform={indices!r} in {path} must be indices of layers, with a list of "
+            f"layers_to_transform={quote(indices)} in {path} must be indices of layers, with a "
+            "list of "
             "names as target_modules"
         )
-    patterns = _names_or_pattern(path, settings, "layers_pattern")
+    patterns = _names_or_pattern(settings, "layers_pattern")
     patterns = [patterns] if isinstance(patterns, str) else patterns
     ahead = [rf"(?:.*?\.)?{re.escape(pattern)}" for pattern in patterns] or [r".*?\.[^.]*"]
 
@@ -537,12 +563,13 @@ def _saved(
 
     They are named by `modules_to_save`, or else they are the head of the task, where it is stored.
     """
-    ends = tuple(_list_of_names(path, settings, "modules_to_save"))
+    ends = tuple(_list_of_names(settings, "modules_to_save"))
     saved = _under(ends, names)
     strangers = sorted(place for place in saved if group_of(place) not in _TRAINED_BESIDE)
     if strangers:
         raise ValueError(
-            f"modules_to_save={list(ends)} in {path} has {listing(strangers)}; only a head, a "
+            f"modules_to_save={quote(list(ends))} in {path} has {listing(strangers, 3)}; only a "
+            "head, a "
             "pooler and layer norms can be kept beside an adapter"
         )
     head = _under(_HEADS.get(settings.get("task_type") or "", ()), names)

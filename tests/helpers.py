@@ -19,6 +19,13 @@ from compacter_jax.models.bert import BertConfig
 from compacter_jax.models.families import t5_to_hugging_face
 from compacter_jax.models.t5 import T5Config
 
+
+def weights_of(folder):
+    """The file of weights in the folder of an adapter, which has one."""
+    (path,) = folder.glob("adapter*.safetensors")
+    return path
+
+
 WIDTH = 12
 # A bottleneck of 6 beside a width of 12.
 SMALL = {"reduction_factor": 2, "phm_dim": 3}

@@ -12,6 +12,7 @@ from test_cli_t5 import t5_flags
 
 import compacter_jax as cj
 from compacter_jax.config import parallel_names
+from tests.helpers import weights_of
 from train import compositions
 from train.__main__ import main
 
@@ -65,7 +66,7 @@ def stored(folder):
     """The leaves that an adapter's file has."""
     import safetensors.numpy
 
-    return safetensors.numpy.load_file(Path(folder) / "adapter.safetensors")
+    return safetensors.numpy.load_file(weights_of(Path(folder)))
 
 
 def of_member(leaves, name):

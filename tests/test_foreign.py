@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from compacter_jax.checkpoint import save_backbone
-from compacter_jax.foreign import hugging_face_names, read_json, read_tensors
+from compacter_jax.foreign import hugging_face_names, read_tensors
 from compacter_jax.models.bert import HEADS as BERT_HEADS
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.t5 import HEADS as T5_HEADS
@@ -23,36 +23,6 @@ from tests.helpers import ONE_LAYER, TINY_T5, backbone_of
 from tests.hosts import CompactHost
 
 STEMS = ("adapter", "pytorch_adapter")
-
-
-def test_a_json_object_is_read(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text('{"name": "größer", "sizes": [1, 2]}', encoding="utf-8")
-    assert read_json(path) == {"name": "größer", "sizes": [1, 2]}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"a": ', "is not valid JSON"),
-        (b"", "is not valid JSON"),
-        (b"\xff\xfe\x00", "is not valid JSON"),
-        (b"[" * 100_000, "is not valid JSON"),
-        (b"[1]", "must hold a JSON object, not a list"),
-        (b"null", "must hold a JSON object, not a NoneType"),
-    ],
-    ids=["truncated", "empty", "not UTF-8", "too deep", "a list", "null"],
-)
-def test_what_is_no_json_object_is_refused(tmp_path, content, message):
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_json(path)
-
-
-def test_a_missing_json_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
-        read_json(tmp_path / "config.json")
 
 
 def arrays(seed=0):
@@ -165,7 +135,18 @@ def test_nothing_in_a_pickle_runs(tmp_path, written_by):
         (lambda torch: {"a": torch.empty(2, device="meta")}, "has 'a', which NumPy cannot hold"),
         (
             lambda torch: {"a": torch.ones(2).to(torch.float8_e4m3fn)},
-            "has 'a', which NumPy cannot hold",
+            "a in .*float8_e4m3fn; weights",
+        ),
+        (lambda torch: {"a": torch.ones(2, dtype=torch.complex64)}, "a in .*complex64; weights"),
+        # Small in the file, and 4 TB where it is computed with.
+        (lambda torch: {"a": torch.ones(1).expand(10**12)}, "a in .* repeats the same numbers"),
+        (
+            lambda torch: {"a": torch.tensor([1, torch.nan])},
+            "a in .* has 1 of 2 numbers that are N",
+        ),
+        (
+            lambda torch: {"a": torch.tensor([-torch.inf], dtype=torch.bfloat16)},
+            "a in .* has 1 of 1 numbers that are NaN or infinite",
         ),
     ],
 )
@@ -185,7 +166,7 @@ def test_tensors_of_whole_numbers_are_refused(tmp_path, suffix, dtype):
         torch.save({k: to_torch(v) for k, v in content.items()}, tmp_path / "adapter.bin")
     else:
         save_file(content, tmp_path / "adapter.safetensors")
-    message = f"count in .*{suffix} is of type {np.dtype(dtype)}, not floating-point; save the ad"
+    message = rf"count in .*{suffix} is of type \S+; weights must be floating-point of 16 bits"
     with pytest.raises(ValueError, match=message):
         read_tensors(tmp_path, STEMS)
 
@@ -195,7 +176,7 @@ def test_safetensors_of_a_type_numpy_lacks_are_refused(tmp_path):
     header = json.dumps({"a": entry}).encode()
     file = tmp_path / "adapter.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(ValueError, match="has a tensor that NumPy cannot hold"):
+    with pytest.raises(ValueError, match=r"a in .* is of type F8_E4M3; weights must be floating"):
         read_tensors(tmp_path, STEMS)
 
 

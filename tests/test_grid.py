@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_cli import ROOT, fit_flags, refusal, write_splits
 
+from tests.helpers import weights_of
 from train import data, grid, job
 from train.__main__ import main
 from train.options import FitOptions
@@ -68,7 +69,7 @@ def check_equal(folder, alone):
     assert found["learning_rate"] == wanted["learning_rate"]
     for one, other in zip(found["history"], wanted["history"], strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-    tensors = [load_file(f / "adapter" / "adapter.safetensors") for f in (folder, alone)]
+    tensors = [load_file(weights_of(f / "adapter")) for f in (folder, alone)]
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[0].items():
         np.testing.assert_allclose(tensor, tensors[1][name], atol=1e-4, err_msg=name)
@@ -189,8 +190,8 @@ def test_a_terminated_grid_goes_on_to_the_same_end(
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert main(["fit", *flags, "--resume"]) == 0
     for name in ("seed-0_train-size-60", "seed-1_train-size-120"):
-        wanted = load_file(trained / name / "adapter" / "adapter.safetensors")
-        found = load_file(tmp_path / "run" / name / "adapter" / "adapter.safetensors")
+        wanted = load_file(weights_of(trained / name / "adapter"))
+        found = load_file(weights_of(tmp_path / "run" / name / "adapter"))
         for path, tensor in wanted.items():
             np.testing.assert_array_equal(found[path], tensor, err_msg=path)
         np.testing.assert_array_equal(losses_of(tmp_path / "run" / name), losses_of(trained / name))

@@ -27,6 +27,7 @@ from tests.helpers import (
     quick_key,
     random_tree,
     t5_inputs,
+    weights_of,
 )
 from tests.reference import Reference
 
@@ -427,7 +428,7 @@ def check_files(model, backbone, params, labels, folder):
     """An adapter is saved, and loaded to the same bits on a backbone like its own."""
     cj.save_adapter(folder, model, params)
     params, own = (flatten_dict(tree, sep="/") for tree in (params, backbone.params))
-    stored = safetensors.numpy.load_file(folder / "adapter.safetensors")
+    stored = safetensors.numpy.load_file(weights_of(folder))
     trained = {path for path, label in labels.items() if label == "train"}
     assert stored.keys() == trained | (params.keys() - own.keys())
     fresh = types.SimpleNamespace(

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
+from tests.helpers import weights_of
 from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import main
 from train.compare_report import method_table, size_table, summaries
@@ -42,7 +43,7 @@ def test_the_example(tiny_backbone, tmp_path, monkeypatch):
     moved = np.abs(biases[0] - biases[1])
     assert moved.max() > 1e-3  # one step of Adam
     assert sorted(path.name for path in (tmp_path / "my-adapter").iterdir()) == [
-        "adapter.safetensors",
+        weights_of(tmp_path / "my-adapter").name,
         "adapter_config.json",
     ]
 

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from compacter_jax import adapterhub, peft
-from compacter_jax.foreign import read_json
+from compacter_jax.files import read_json
 from train import compositions, inference, tasks, text
 from train.objective import check_length
 from train.options import ConvertOptions, MergeOptions

@@ -26,7 +26,8 @@ from compacter_jax.config import (
     PHMBottleneckConfig,
     PrefixTuningConfig,
 )
-from compacter_jax.models.families import listing
+from compacter_jax.files import conforms
+from compacter_jax.messages import listing, quote
 from compacter_jax.sites import Site
 
 _REQUIRED = object()
@@ -57,13 +58,13 @@ class _Architecture:
         if unknown or missing:
             raise ValueError(
                 f"the config in {path} is not one of {VERSION}; unknown fields: "
-                f"{unknown or 'none'}; missing: {missing or 'none'}"
+                f"{listing(unknown, 4) or 'none'}; missing: {listing(missing) or 'none'}"
             )
         values = {**self.fields, **config}
         for field, allowed in self.only.items():
             if values[field] not in allowed:
                 raise ValueError(
-                    f"{field}={values[field]!r} in {path} is not supported; only "
+                    f"{field}={quote(values[field])} in {path} is not supported; only "
                     f"{' or '.join(map(repr, allowed))} is"
                 )
         for field, default in self.fields.items():
@@ -71,9 +72,12 @@ class _Architecture:
             kinds = {bool} if field in self.locations else kinds
             if kinds & {bool, list} and type(values[field]) not in kinds:
                 wanted = "true or false" if bool in kinds else "a list"
-                raise ValueError(f"{field}={values[field]!r} in {path} must be {wanted}")
-        if any(type(layer) is not int for layer in values["leave_out"]):
-            raise ValueError(f"leave_out={values['leave_out']} in {path} must be whole numbers")
+                raise ValueError(f"{field}={quote(values[field])} in {path} must be {wanted}")
+        for field in ("leave_out", "attn_matrices"):
+            item = int if field == "leave_out" else str
+            if field in values and not conforms(values[field], list[item]):  # type: ignore[valid-type]
+                wanted = "whole numbers" if item is int else "letters"
+                raise ValueError(f"{field}={quote(values[field])} in {path} must be {wanted}")
         return values
 
     def write(self, own: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def read_parts(config: Any, source: Source) -> list[Part]:
         if not isinstance(architecture, str | None) or architecture not in _READERS:
             known = ["null", *(f"{name!r}" for name in _READERS if name), "'union'"]
             raise ValueError(
-                f"architecture={architecture!r} in {source.path} is not supported; supported: "
+                f"architecture={quote(architecture)} in {source.path} is not supported; supported: "
                 f"{', '.join(known)}"
             )
         parts.append(_READERS[architecture](one, source))
@@ -337,7 +341,9 @@ def _number(
     if value in besides or (type(value) in (int, float) and abs(value) <= sys.float_info.max):
         return value
     others = "".join(f" or {other!r}" for other in besides)
-    raise ValueError(f"{field}={value!r} in {path} is not supported; it must be a number{others}")
+    raise ValueError(
+        f"{field}={quote(value, 100)} in {path} is not supported; it must be a number{others}"
+    )
 
 
 def _reduction_factor(values: Mapping[str, Any], source: Source) -> int:
@@ -349,7 +355,8 @@ def _reduction_factor(values: Mapping[str, Any], source: Source) -> int:
             if factor >= 1 and max(1, width // factor) == bottleneck:
                 return min(factor, width)
     raise ValueError(
-        f"reduction_factor={value} in {source.path} is not supported: no whole number leaves the "
+        f"reduction_factor={quote(value, 100)} in {source.path} is not supported: no whole number "
+        "leaves the "
         f"same bottleneck beside a width of {width}"
     )
 
@@ -361,7 +368,7 @@ def _width(source: Source) -> int:
 def _activation(values: Mapping[str, Any], path: Path) -> str:
     name = values["non_linearity"]
     if not isinstance(name, str):
-        raise ValueError(f"non_linearity={name!r} in {path} must be the name of an activation")
+        raise ValueError(f"non_linearity={quote(name)} in {path} must be the name of an activation")
     return "leaky_relu" if name.lower() == "leakyrelu" else name.lower()
 
 
@@ -376,7 +383,8 @@ def _read_lora(config: Mapping[str, Any], source: Source) -> Part:
     if values["composition_mode"] == "scale":
         if values["r"] != 1 or values["dropout"]:
             raise ValueError(
-                f"r={values['r']} and dropout={values['dropout']} in {source.path} must be 1 and 0 "
+                f"r={quote(values['r'], 40)} and dropout={quote(values['dropout'], 40)} in "
+                f"{source.path} must be 1 and 0 "
                 "with composition_mode='scale'"
             )
         alpha = _number(values, "alpha", source.path)

@@ -15,7 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from compacter_jax.adapterhub.layout import layout_of
 from compacter_jax.adapterhub.tensors import Tensors
 from compacter_jax.checkpoint import check_leaves
-from compacter_jax.foreign import find_tensors, read_json, read_tensors
+from compacter_jax.files import check_fields, converted, read_json
+from compacter_jax.foreign import find_tensors, read_tensors
+from compacter_jax.messages import about, quote
 from compacter_jax.models.families import FAMILIES, Family
 
 HEAD_CONFIG_NAME = "head_config.json"
@@ -75,6 +77,24 @@ _FLEX_HEADS = {
 }
 
 
+# Field of head_config.json -> its type, and of the `config` within.
+_FIELDS: Mapping[str, Any] = {
+    "config": dict[str, Any] | None,
+    "name": str | None,
+    "model_class": str | None,
+    "num_labels": int | None,
+}
+_CONFIG_FIELDS: Mapping[str, Any] = {
+    "head_type": str | None,
+    "num_labels": int | None,
+    "layers": int | None,
+    "activation_function": str | None,
+    "use_pooler": bool | None,
+    "layer_norm": bool | None,
+    "bias": bool | None,
+}
+
+
 class _Head(NamedTuple):
     """What head_config.json says.
 
@@ -126,18 +146,20 @@ def _config_path(directory: Path) -> Path | None:
 
 
 def _head_of(path: Path) -> _Head:
-    settings = read_json(path)
+    settings = read_json(path, _FIELDS, what="the configuration of a head")
     config = settings.get("config")
-    if isinstance(config, dict):
+    if config is not None:
+        check_fields(str(path), config, _CONFIG_FIELDS)
         return _flex_head(config, settings.get("name"), path)
     architectures: dict[Any, str | None] = {}
     for family in FAMILIES.values():
         architectures |= family.architectures
     model_class = settings.get("model_class")
-    head = architectures.get(model_class) if isinstance(model_class, str) else None
+    head = architectures.get(model_class)
     if head not in _TOPS:
         raise ValueError(
-            f"the head of a {model_class!r} in {path} has no counterpart here; leave it out with "
+            f"the head of a {quote(model_class)} in {path} has no counterpart here; leave it out "
+            "with "
             "with_head=False"
         )
     return _Head(head, _num_labels(settings, head, path), {})
@@ -146,8 +168,8 @@ def _head_of(path: Path) -> _Head:
 def _num_labels(settings: Mapping[str, Any], head: str, path: Path) -> int | None:
     """Of a classifier; None of other heads, or where it is not said."""
     labels = settings.get("num_labels") if _TOPS[head] == "classifier" else None
-    if labels is not None and (type(labels) is not int or labels < 1):
-        raise ValueError(f"num_labels={labels!r} in {path} must be a whole number from 1 on")
+    if labels is not None and labels < 1:
+        raise ValueError(f"num_labels={labels} in {path} must be a whole number from 1 on")
     return labels
 
 
@@ -162,8 +184,12 @@ def _flex_head(config: Mapping[str, Any], name: Any, path: Path) -> _Head:
             return _Head(head, labels, layers, activation)
     wanted = " or ".join(str(dict(flex.settings)) for flex in candidates)
     raise ValueError(
-        f"the head in {path}, {dict(config)}, has no counterpart here: "
-        + (f"head_type={kind!r} wants {wanted}" if wanted else f"head_type={kind!r} is unknown")
+        f"the head in {path}, {quote(dict(config), 120)}, has no counterpart here: "
+        + (
+            f"head_type={kind!r} wants {wanted}"
+            if wanted
+            else f"head_type={quote(kind)} is unknown"
+        )
         + "; leave it out with with_head=False"
     )
 
@@ -195,12 +221,16 @@ def read_head(directory: Path, module: Any, own: Mapping[str, Any]) -> dict[str,
         if not name.startswith("prefix_tuning."):
             tensors[f"{head.layers.get(layer, layer)}.{kind}"] = array
     family = _family(module)
-    found = flatten_dict(family.from_hugging_face(tensors), sep="/")
+    with about(directory):
+        found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     _check_ties(directory, found, own, family)
     parts = [layer.removeprefix("bert.").partition(".")[0] for layer in head.layers.values()]
     tops = {_TOPS[head.head], *parts}
     check_leaves(directory, found, {p: leaf for p, leaf in own.items() if _top(p) in tops})
-    return {path: jnp.asarray(array, own[path].dtype) for path, array in found.items()}
+    return {
+        path: jnp.asarray(converted(directory, path, array, own[path].dtype))
+        for path, array in found.items()
+    }
 
 
 def _check_head(directory: Path, head: _Head, module: Any) -> None:
@@ -216,7 +246,8 @@ def _check_head(directory: Path, head: _Head, module: Any) -> None:
     hidden_act = getattr(module.config, "hidden_act", None)
     if head.activation not in (None, hidden_act):
         raise ValueError(
-            f"the head in {directory} has activation_function={head.activation!r}, the backbone's "
+            f"the head in {directory} has activation_function={quote(head.activation)}, the "
+            "backbone's "
             f"has hidden_act={hidden_act!r}; leave it out with with_head=False"
         )
 
@@ -229,7 +260,7 @@ def _check_ties(
         if path not in found or path in own:
             continue
         copy, values = found.pop(path).T, np.asarray(own[original])
-        if not np.array_equal(copy.astype(values.dtype), values):
+        if not np.array_equal(converted(directory, path, copy, values.dtype), values):
             raise ValueError(
                 f"{path} in {directory} is not the backbone's {original}, to which it is tied: "
                 "load the backbone that the adapter was trained with, or leave out the head with "

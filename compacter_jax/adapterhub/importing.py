@@ -31,9 +31,11 @@ from compacter_jax.adapterhub.tensors import (
     leaves_by_host,
     to_tensors,
 )
-from compacter_jax.checkpoint import CONFIG_NAME, check_leaves
+from compacter_jax.checkpoint import CONFIG_NAME, check_count, check_leaves
 from compacter_jax.config import ADAPTER
-from compacter_jax.foreign import read_json, read_tensors
+from compacter_jax.files import converted, read_json
+from compacter_jax.foreign import read_tensors
+from compacter_jax.messages import about, listing, quote, shorten
 
 # Names of the file of tensors, without suffix: as safetensors, as pickle.
 STEMS = ("adapter", "pytorch_adapter")
@@ -70,22 +72,31 @@ def import_adapterhub(
     settings = _read_settings(directory)
     source = Source(directory / CONFIG_NAME, module, layout_of(module))
     _check_backbone(settings, source)
-    parts = read_parts(settings["config"], source)
     own = flatten_dict(backbone.params, sep="/")
     head = read_head(directory, module, own) if with_head else {}
-    method = method_of(parts, train_pooler=any(path.startswith("pooler/") for path in head))
-    model = inject.Adapted(module, method, sites=sites_of(parts, source))
-    shapes = jax.eval_shape(
-        lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0)
-    )
+    with about(source.path):
+        parts = read_parts(settings["config"], source)
+        method = method_of(parts, train_pooler=any(path.startswith("pooler/") for path in head))
+        model = inject.Adapted(module, method, sites=sites_of(parts, source))
+        shapes = jax.eval_shape(
+            lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0)
+        )
     new = {path: leaf for path, leaf in flatten_dict(shapes, sep="/").items() if path not in own}
     naming = Naming(source.layout, source.layout.layers(module), settings["name"])
     stored = _stored(directory, naming)
+    check_count(method, stored)
     found = _fit(directory, stored, new, PartsAt(model, parts), naming)
     adapters = {path: jnp.asarray(array, new[path].dtype) for path, array in found.items()}
     return model, unflatten_dict({**own, **head, **adapters}, sep="/")
 
 
+# Field of adapter_config.json that is read -> its type. `config` is checked where it is read.
+_FIELDS: Mapping[str, Any] = {
+    "name": str,
+    "model_type": str,
+    "hidden_size": int | None,
+    "version": str | None,
+}
 _OTHERS = {
     "adapter_fusion_config.json": "an AdapterFusion",
     "adapter_setup.json": "a setup of several adapters",
@@ -97,13 +108,12 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     for name, what in _OTHERS.items():
         if not path.is_file() and (directory / name).is_file():
             raise ValueError(f"{directory} holds {what}, which is not supported; give an adapter's")
-    settings = read_json(path)
+    settings = read_json(path, _FIELDS, what="the configuration of an adapter of AdapterHub")
     for key, reader in (("format_version", "load_adapter"), ("peft_type", "import_peft")):
         if key in settings:
             raise ValueError(f"{path} is not AdapterHub's, for it has {key!r}; use {reader}")
-    missing = sorted({"config", "model_type", "name"} - settings.keys())
-    if missing or not isinstance(settings["name"], str):
-        raise ValueError(f"{path} is not AdapterHub's: it has no {missing or 'name that is one'}")
+    if missing := sorted({"config", "model_type", "name"} - settings.keys()):
+        raise ValueError(f"{path} is not AdapterHub's: it has no {listing(missing)}")
     return settings | {"config": _modernised(settings)}
 
 
@@ -126,13 +136,14 @@ def _check_backbone(settings: Mapping[str, Any], source: Source) -> None:
     model_type, width = settings["model_type"], settings.get("hidden_size")
     if model_type not in source.layout.model_types:
         raise ValueError(
-            f"{source.path} is of model_type={model_type!r}, the backbone is a "
+            f"{source.path} is of model_type={quote(model_type)}, the backbone is a "
             f"{type(source.module).__name__}: load the one that the adapter was trained with"
         )
     wanted = source.module.config.hidden_size
     if width not in (None, wanted):
         raise ValueError(
-            f"{source.path} is of hidden_size={width}, the backbone's is {wanted}: load the one "
+            f"{source.path} is of hidden_size={quote(width, 40)}, the backbone's is {wanted}: load "
+            "the one "
             "that the adapter was trained with"
         )
 
@@ -153,9 +164,12 @@ def _stored(directory: Path, naming: Naming) -> Tensors:
         norm = key.replace(".adapter_down.0.", ".adapter_norm_before.")
         now = _EARLIER.sub(".adapters.", norm if norm in stored else key)
         name = _POOL.sub(r"prefix_tuning.\1", now).removeprefix(base)
-        if name in once and not np.array_equal(once[name], array, equal_nan=True):
-            raise ValueError(f"{key} and {name} in {directory} are one tensor, but differ")
-        once[name] = np.asarray(array, np.float32)
+        if name in once and not np.array_equal(once[name], array):
+            raise ValueError(
+                f"{shorten(key, 100)} and {shorten(name, 100)} in {directory} are one tensor, but "
+                "differ"
+            )
+        once[name] = converted(directory, key, array, np.float32)
     return once
 
 

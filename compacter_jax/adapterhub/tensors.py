@@ -11,6 +11,7 @@ import numpy as np
 from compacter_jax.adapterhub.layout import Layer, Layout
 from compacter_jax.config import ADAPTER, parts_of
 from compacter_jax.inject import Adapted
+from compacter_jax.patterns import compiled
 
 Tensors = dict[str, np.ndarray]
 Own = TypeVar("Own")
@@ -206,7 +207,7 @@ class PartsAt(Generic[Own]):
                 if name in table:  # others the method passes over
                     site = table[name]
                     host = site if isinstance(site, str) else site.host
-                    self._places.append((re.compile(host), part.leave_out, own))
+                    self._places.append((compiled(host), part.leave_out, own))
 
     def __call__(self, host: str) -> Own:
         for pattern, leave_out, part in self._places:

@@ -79,7 +79,8 @@ class BertConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
         if self.hidden_size % self.num_attention_heads:
-            divisors = [h for h in range(1, self.hidden_size + 1) if self.hidden_size % h == 0]
+            few = range(1, min(self.hidden_size, 128) + 1)
+            divisors = [h for h in few if self.hidden_size % h == 0]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide "
                 f"hidden_size={self.hidden_size}; use one of {', '.join(map(str, divisors))}"

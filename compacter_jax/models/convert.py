@@ -1,8 +1,9 @@
 """Hugging Face checkpoints <-> parameters of the linen backbones, read without PyTorch."""
 
-import json
 import logging
+import math
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from compacter_jax.files import check_fields, converted, read_json, read_tensors
+from compacter_jax.messages import about, listing, quote, shorten
 from compacter_jax.models import bert, t5
-from compacter_jax.models.families import FAMILIES, Family, Params, family_of, listing
+from compacter_jax.models.families import (
+    FAMILIES,
+    Family,
+    Params,
+    check_depths,
+    check_settings,
+    family_of,
+)
 from compacter_jax.models.layers import Remat
 
 Dtype = Any
 
 logger = logging.getLogger("compacter_jax")
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -87,16 +98,20 @@ def load_backbone(
     folder = _folder_of(path_or_hub_id)
     config = _read_config(folder)
     family = family_of(config)
-    module = module_from_config(
-        config,
-        head=head,
-        num_labels=num_labels,
-        dropout_rate=dropout_rate,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-    )
-    found = flatten_dict(family.from_hugging_face(_read_tensors(folder)), sep="/")
+    with about(folder / CONFIG_FILE):
+        module = module_from_config(
+            config,
+            head=head,
+            num_labels=num_labels,
+            dropout_rate=dropout_rate,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+        )
+    tensors = _read_tensors(folder)
+    with about(folder):
+        found = flatten_dict(family.from_hugging_face(tensors), sep="/")
+    check_depths(str(folder / CONFIG_FILE), module.config, family, found)
     if _other_task(config, family, module):
         found = _leave_out(found, family.ambiguous_parts, folder)
     params, new = _fit(found, module, family, folder=folder, seed=seed)
@@ -149,6 +164,7 @@ def module_from_config(
         a head without labels.
     """
     family = family_of(config)
+    _check_attributes("the configuration", config, family)
     if head == "auto":
         head = _head_of_architecture(config, family)
     _check_head(head, config.model_type)
@@ -204,7 +220,7 @@ def _head_of_architecture(config: Any, family: Family) -> str | None:
     names = config.architectures or ["none"]
     if names[0] not in family.architectures:
         raise ValueError(
-            f"config.json names the architecture {names[0]}; known: "
+            f"config.json names the architecture {shorten(names[0], 100)}; known: "
             f"{', '.join(family.architectures)}. To load the weights all the same, pass head=…"
         )
     return family.architectures[names[0]]
@@ -215,7 +231,8 @@ def _check_head(head: str | None, model_type: str) -> None:
     heads = FAMILIES[model_type].heads
     if head not in heads and any(head in family.heads for family in FAMILIES.values()):
         raise ValueError(
-            f"head={head!r} is for another kind of backbone; one of model_type={model_type!r} has "
+            f"head={quote(head)} is for another kind of backbone; one of model_type={model_type!r} "
+            "has "
             f"{', '.join(str(known) for known in heads)}. An adapter fits the kind of backbone it "
             "was trained on"
         )
@@ -232,26 +249,42 @@ def _read_config(place: Path) -> Any:
     """The configuration in a folder, or in the file itself."""
     from transformers import AutoConfig  # noqa: PLC0415 (importing compacter_jax stays light)
 
-    file = place / "config.json" if place.is_dir() else place
+    file = place / CONFIG_FILE if place.is_dir() else place
     try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        settings = read_json(file, what="the configuration of a model")
     except FileNotFoundError:
         raise ValueError(
-            f"{place} has no config.json; it must be a folder written by save_pretrained"
+            f"{place} has no {CONFIG_FILE}; it must be a folder written by save_pretrained"
         ) from None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if model_type not in FAMILIES:
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"{file} says model_type={model_type!r}; supported: {', '.join(map(repr, FAMILIES))}"
+            f"{file} says model_type={quote(model_type)}; supported: "
+            f"{', '.join(map(repr, FAMILIES))}"
         )
+    family = FAMILIES[model_type]
+    check_settings(str(file), settings, family)
     try:
-        return AutoConfig.from_pretrained(file, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # its classes of errors change between versions of transformers
-        raise ValueError(f"{file} is not a configuration of {model_type!r}: {error}") from error
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise ValueError(f"{file} is not a configuration of {model_type!r}: {reason}") from error
+    # Its other names of a field, such as hidden_size of a T5, have set the field by now.
+    _check_attributes(str(file), config, family)
+    return config
+
+
+def _check_attributes(where: str, config: Any, family: Family) -> None:
+    """ValueError if what the module reads of a configuration of transformers is not as it wants."""
+    fields = [*typing.get_type_hints(family.config_class), "num_labels", "architectures"]
+    own = {name: getattr(config, name) for name in fields if hasattr(config, name)}
+    check_settings(where, own, family)
 
 
 # --- files --------------------------------------------------------------------------------------
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?")
 
 
 def _folder_of(path_or_hub_id: str | Path) -> Path:
@@ -259,8 +292,10 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
     if folder.is_dir():
         return folder
     name = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"{name} is not a folder, and not the id of a repository on the hub")
+    if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"{shorten(name, 200)} is not a folder, and not the id of a repository on the hub"
+        )
 
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (only needed for hub ids)
 
@@ -273,7 +308,8 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
     except Exception as error:  # the classes of the hub's errors change between its versions
         raise OSError(
             f"{name!r} is not a folder here, and could not be had from the Hugging Face hub "
-            f"({type(error).__name__}: {error}). Check the name and the connection, or download "
+            f"({type(error).__name__}: {shorten(str(error), 100)}). Check the name and the "
+            "connection, or download "
             "config.json and *.safetensors, for the command line the tokenizer's files "
             "(tokenizer.json or spiece.model, tokenizer_config.json), too, and give their folder"
         ) from error
@@ -282,54 +318,40 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
-        return _read_safetensors(single)
+        return read_tensors(single, skip=_is_buffer)
     if index.is_file():
         return _read_shards(folder, index)
     others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".h5", ".msgpack"))
     raise ValueError(
         f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}"
-        + (f", only {', '.join(others)}" if others else "")
+        + (f", only {listing(others, most=3)}" if others else "")
         + ". Pickled weights (pytorch_model.bin) are never unpickled here, since that can run any "
         "code: convert them where PyTorch is installed, with transformers' "
         "model.save_pretrained(folder, safe_serialization=True)"
     )
 
 
+def _is_buffer(name: str) -> bool:
+    """Whether a tensor holds positions, whole numbers that are no parameter."""
+    return name.endswith("position_ids")
+
+
 def _read_shards(folder: Path, index: Path) -> dict[str, np.ndarray]:
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
+    what = "the index of a sharded checkpoint"
+    settings = read_json(index, required=["weight_map"], what=what)
+    check_fields(str(index), settings, {"weight_map": dict[str, str]})
+    shards: dict[str, list[str]] = {}
+    for name, shard in settings["weight_map"].items():
+        shards.setdefault(shard, []).append(name)
     tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise ValueError(f"{index} names the shard {shard!r}, which is not in its folder")
-        wanted = [name for name, file in weight_map.items() if file == shard]
-        tensors |= _read_safetensors(folder / shard, wanted)
-    return tensors
-
-
-def _read_safetensors(file: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (only needed for weights)
-
-    try:
-        # framework="np" hands out bfloat16 as the dtype of that name which jax registers.
-        with safe_open(file, framework="np") as opened:
-            tensors = {n: opened.get_tensor(n) for n in (opened.keys() if names is None else names)}
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file.parent / INDEX_FILE} names {file.name}, which is missing"
-        ) from None
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} cannot be read, it is truncated or not what it is said to be: {error}"
-        ) from error
-    for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating) and not name.endswith("position_ids"):
+    for shard, wanted in sorted(shards.items()):
+        if Path(shard).name != shard or "\0" in shard:
             raise ValueError(
-                f"{name} in {file} is of type {tensor.dtype}; weights must be floating-point "
-                "(quantised checkpoints are not supported)"
+                f"{index} names the shard {quote(shard, 100)}, which is not in its folder"
             )
+        if not (folder / shard).is_file():
+            raise ValueError(f"{index} names {shorten(shard, 100)}, which is missing")
+        tensors |= read_tensors(folder / shard, wanted, skip=_is_buffer)
     return tensors
 
 
@@ -363,6 +385,7 @@ def _fit(
 
     absent = [part for part in family.parts if not _within(part, found)]
     new = tuple(path for part in absent for path in _within(part, wanted))
+    _check_new(folder, {path: wanted[path] for path in new}, found)
     _check_shapes(found, {p: leaf for p, leaf in wanted.items() if p not in new}, folder)
     fresh: dict[str, Any] = {}
     if new:
@@ -375,10 +398,27 @@ def _fit(
         # Only these leave the compiled function, so that nothing else is computed.
         fresh = jax.jit(lambda key: {path: initial(key)[path] for path in new})(key)
     flat = {
-        path: fresh[path] if path in fresh else jnp.asarray(found[path], leaf.dtype)
+        path: fresh[path]
+        if path in fresh
+        else jnp.asarray(converted(folder, path, found[path], leaf.dtype))
         for path, leaf in wanted.items()
     }
     return unflatten_dict(flat, sep="/"), new
+
+
+# Of a new head on a small backbone, which may well be larger than that.
+_MANY = 2**24
+
+
+def _check_new(folder: Path, new: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """ValueError if parameters that nothing in the checkpoint speaks for are more than it has."""
+    for path, leaf in new.items():
+        size = math.prod(leaf.shape)
+        if size > max(_MANY, sum(array.size for array in found.values())):
+            raise ValueError(
+                f"{path} would be new and of shape {leaf.shape}, larger than all that is in "
+                f"{folder}; is the number of labels meant?"
+            )
 
 
 def _within(part: str, paths: Iterable[str]) -> list[str]:
@@ -423,8 +463,7 @@ def _settle_ties(
 
 def _says_tied(folder: Path) -> bool:
     """What config.json says itself: transformers 5 reads True of every T5."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings.get("tie_word_embeddings", True)
+    return read_json(folder / CONFIG_FILE).get("tie_word_embeddings", True)
 
 
 def _check_shapes(
@@ -452,5 +491,5 @@ def _check_shapes(
         ("of another shape", differing),
     ):
         if items:
-            lines.append(f"{title}: {listing(items)}")
-    raise ValueError("; ".join(lines))
+            lines.append(f"{title}: {listing(items, most=2, longest=90)}")
+    raise ValueError(shorten("; ".join(lines)))

@@ -1,7 +1,8 @@
 """What loading and saving need to know of each family: architectures, Hugging Face names, ties."""
 
 import re
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from compacter_jax.files import check_fields
+from compacter_jax.messages import listing, quote, shorten
 from compacter_jax.models.bert import HEADS as BERT_HEADS
 from compacter_jax.models.bert import Bert, BertConfig
 from compacter_jax.models.t5 import HEADS as T5_HEADS
@@ -36,6 +39,8 @@ class Family:
       untie: a module whose parameters of `ties` are its own takes the values of the other name
         where the checkpoint has only those and its configuration ties them. transformers 5 ties
         every T5 and saves one copy.
+      config_class: what the module is told; its fields are those of config.json.
+      depths: field of config.json -> path of the layers that it counts.
       ambiguous_parts: those of `parts` that several heads call by the same name; they are left out
         where config.json names an architecture with another head.
     """
@@ -47,6 +52,8 @@ class Family:
     parts: tuple[str, ...]
     ties: Mapping[str, str]
     to_hugging_face: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+    config_class: type[Any]
+    depths: Mapping[str, str]
     surplus: tuple[str, ...] = ()
     untie: bool = False
     ambiguous_parts: tuple[str, ...] = ()
@@ -56,7 +63,10 @@ def _add(
     flat: dict[str, np.ndarray], origin: dict[str, str], path: str, array: np.ndarray, name: str
 ) -> None:
     if path in flat:
-        raise ValueError(f"{origin[path]!r} and {name!r} both mean the parameter {path}")
+        raise ValueError(
+            f"{quote(origin[path], 100)} and {quote(name, 100)} both mean the parameter "
+            f"{shorten(path, 100)}"
+        )
     flat[path], origin[path] = array, name
 
 
@@ -66,7 +76,7 @@ def _to_tensors(params: Mapping[str, Any], known: re.Pattern[str], family: str) 
     strangers = [path for path in flat if not known.fullmatch(path)]
     if strangers:
         raise ValueError(
-            f"not parameters of {family}: {listing(strangers)}; take adapters out of the "
+            f"not parameters of {family}: {listing(strangers, most=4)}; take adapters out of the "
             "parameters before converting them"
         )
     tensors = {}
@@ -76,12 +86,6 @@ def _to_tensors(params: Mapping[str, Any], known: re.Pattern[str], family: str) 
         name = ".".join([*parents, "bias" if kind == "bias" else "weight"])
         tensors[name] = np.ascontiguousarray(array.T if kind == "kernel" else array)
     return tensors
-
-
-def listing(items: list[str], most: int = 20) -> str:
-    """The items joined by commas, `most` of them at most."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
 
 
 # --- BERT ---------------------------------------------------------------------------------------
@@ -170,7 +174,8 @@ def _bert_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
         return "/".join([*parents, "bias"]), tensor
     if kind != "weight" or not parents:
         raise ValueError(
-            f"tensor {name!r} is not one of BERT: its name ends in neither weight nor bias"
+            f"tensor {quote(name, 100)} is not one of BERT: its name ends in neither weight nor "
+            "bias"
         )
     if parents[-1] == "LayerNorm":
         return "/".join([*parents, "scale"]), tensor
@@ -190,7 +195,8 @@ def _bert_module(
         value = getattr(config, name, supported)
         if value != supported:
             raise ValueError(
-                f"{name}={value!r} in the configuration is not supported; only {supported!r} is"
+                f"{name}={quote(value, 100)} in the configuration is not supported; only "
+                f"{supported!r} is"
             )
     ours = BertConfig(**{f.name: getattr(config, f.name) for f in fields(BertConfig)})
     if dropout_rate is not None:
@@ -276,7 +282,9 @@ def t5_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _t5_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
     *parents, kind = name.split(".")
     if kind != "weight" or not parents:
-        raise ValueError(f"tensor {name!r} is not one of T5: its name does not end in weight")
+        raise ValueError(
+            f"tensor {quote(name, 100)} is not one of T5: its name does not end in weight"
+        )
     if parents[-1].endswith("layer_norm"):
         return "/".join([*parents, "scale"]), tensor
     if parents[-1] in ("shared", "embed_tokens", "relative_attention_bias"):
@@ -327,6 +335,8 @@ def _t5_family(prefix: str) -> Family:
         module=_t5_module,
         from_hugging_face=t5_from_hugging_face,
         to_hugging_face=t5_to_hugging_face,
+        config_class=T5Config,
+        depths={"num_layers": "encoder/block", "num_decoder_layers": "decoder/block"},
         parts=(),
         surplus=("decoder", "lm_head"),
         ties={"lm_head/kernel": "shared/embedding"},
@@ -348,6 +358,8 @@ FAMILIES = {
         module=_bert_module,
         from_hugging_face=bert_from_hugging_face,
         to_hugging_face=bert_to_hugging_face,
+        config_class=BertConfig,
+        depths={"num_hidden_layers": "encoder/layer"},
         parts=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
         ties={"cls/predictions/decoder/kernel": "embeddings/word_embeddings/embedding"},
         ambiguous_parts=("classifier",),
@@ -358,11 +370,80 @@ FAMILIES = {
 """`model_type` of config.json -> what is known of it."""
 
 
+# Fields of config.json that every family has -> type.
+_COMMON_FIELDS: Mapping[str, Any] = {
+    "architectures": list[str] | None,
+    "id2label": dict[str, Any] | None,
+    "label2id": dict[str, Any] | None,
+    "num_labels": int | None,
+    "tie_word_embeddings": bool,
+    "transformers_version": str | None,
+    "is_decoder": bool,
+    "add_cross_attention": bool,
+    "position_embedding_type": str | None,
+    "scale_decoder_outputs": bool | None,
+}
+# Larger than any model that was published, and small enough to be described in seconds.
+_MOST_LAYERS = 512
+_MOST_LABELS = 2**20
+_LARGEST_SIZE = 2**28
+
+
+def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> None:
+    """Checks fields of config.json, or attributes of what transformers makes of it.
+
+    Args:
+      where: they are from, for messages.
+      settings: name -> value.
+      family: of the model.
+
+    Raises:
+      ValueError: if one is of another type than the module wants, or too large for any model.
+    """
+    own = typing.get_type_hints(family.config_class)
+    # transformers reads a list here, too, and null as the number of layers of the encoder.
+    others = {"eos_token_id": int | list[int] | None, "num_decoder_layers": int | None}
+    fields = {**own, **{name: others[name] for name in others.keys() & own.keys()}}
+    check_fields(where, settings, {**_COMMON_FIELDS, **fields})
+    for name in ("id2label", "label2id"):
+        if len(settings.get(name) or ()) > _MOST_LABELS:
+            raise ValueError(f"{where}: {name} has more than {_MOST_LABELS:,} labels")
+    for name in (*fields, "num_labels"):
+        most = _LARGEST_SIZE
+        if name in family.depths:
+            most = _MOST_LAYERS
+        elif name == "num_labels":
+            most = _MOST_LABELS
+        value = settings.get(name)
+        if type(value) is int and value > most:
+            raise ValueError(
+                f"{where}: {name}={quote(value, 40)} is too large; at most {most:,} is supported"
+            )
+
+
+def check_depths(where: str, config: Any, family: Family, paths: Iterable[str]) -> None:
+    """Checks that there are weights for as many layers as a configuration says.
+
+    Raises:
+      ValueError: if there are fewer, before a module of so many is made.
+    """
+    paths = list(paths)
+    for field, prefix in family.depths.items():
+        layer = re.compile(rf"{prefix}/(\d{{1,9}})/")
+        found = {int(match[1]) for match in map(layer.match, paths) if match}
+        said = getattr(config, field)
+        if found and said > max(found) + 1:
+            raise ValueError(
+                f"{where}: {field}={said}, but the weights are of {max(found) + 1} layers; weights "
+                "are missing in the checkpoint, or config.json is of another model"
+            )
+
+
 def family_of(config: Any) -> Family:
     """The family of a configuration of transformers; ValueError if it is not supported."""
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={config.model_type!r} is not supported; supported: "
+            f"model_type={quote(config.model_type)} is not supported; supported: "
             f"{', '.join(map(repr, FAMILIES))}"
         )
     return FAMILIES[config.model_type]

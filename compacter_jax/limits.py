@@ -1,0 +1,40 @@
+"""Limits on what is asked for, checked before anything of its size is made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_memory(what: str, shapes: Mapping[str, Any], fix: str) -> None:
+    """Checks that arrays fit into the memory of this machine, before they are made.
+
+    Args:
+      what: the arrays are, for the message.
+      shapes: `/`-joined path -> anything with a `shape` and a `dtype`.
+      fix: what to do about it, for the message.
+
+    Raises:
+      ValueError: if all together are larger than the memory; it names the largest of them.
+    """
+    sizes = {
+        path: math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8)
+        for path, leaf in shapes.items()
+    }
+    wanted, there = sum(sizes.values()), _memory()
+    if there is not None and wanted > there:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise ValueError(
+            f"{what} would take {wanted / 2**30:,.0f} GiB, this machine has "
+            f"{there / 2**30:,.0f}; the largest is {largest[:100]} {shapes[largest].shape}; {fix}"
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of memory, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,78 @@
+"""Regular expressions of files and callers, matched within a limit of time.
+
+Python's `re` has no such limit, and no rule about the text of a pattern tells all the slow ones:
+`(a|a)*b` has no star within a star, and `.*.*.*.*.*!` no star around anything. The package `regex`,
+which transformers needs, too, reads the same language and gives up in time.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from typing import Any
+
+import regex
+
+from compacter_jax.messages import quote, shorten
+
+# A pattern of this library's own takes microseconds.
+MOST_SECONDS = 1.0
+_LONGEST = 20_000
+# Of the thread's own time; a quicker match is not counted, however often there is one.
+_SLOW = 1e-3
+
+
+class Pattern:
+    """A compiled regular expression; all its slow matches together have `MOST_SECONDS`.
+
+    Attributes:
+      pattern: the text.
+      groupindex: name of a group -> its number.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        if len(pattern) > _LONGEST:
+            raise ValueError(
+                f"the regular expression {quote(pattern, 100)} has {len(pattern):,} characters; "
+                f"use at most {_LONGEST:,}"
+            )
+        try:
+            re.compile(pattern)  # what only `regex` knows, such as recursion, is refused
+            self._compiled = regex.compile(pattern, regex.VERSION0)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            reason = shorten(str(error), 100) or type(error).__name__
+            raise ValueError(f"{quote(pattern, 200)} is no regular expression: {reason}") from None
+        self.pattern = pattern
+        self.groupindex: dict[str, int] = dict(self._compiled.groupindex)
+        self._spent = 0.0
+
+    def fullmatch(self, text: str) -> Any:
+        """Returns the match of all of `text`, or None, as `re.fullmatch` does.
+
+        Raises:
+          ValueError: if the pattern has taken longer than `MOST_SECONDS` of computing.
+        """
+        start = time.thread_time()
+        try:
+            match = self._compiled.fullmatch(text, timeout=MOST_SECONDS)
+        except (TimeoutError, MemoryError):
+            match, self._spent = None, MOST_SECONDS
+        if (took := time.thread_time() - start) > _SLOW:
+            self._spent += took
+        if self._spent >= MOST_SECONDS:
+            raise ValueError(
+                f"the regular expression {quote(self.pattern, 200)} takes too long to match; write "
+                "it without repetitions of what is repeated itself"
+            )
+        return match
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(pattern: str) -> Pattern:
+    """Returns the pattern, compiled once.
+
+    Raises:
+      ValueError: if it is no regular expression, or longer than any sensible one.
+    """
+    return Pattern(pattern)
