@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -27,7 +27,7 @@ _WEIGHT_TYPES: Mapping[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # Asked for once: to read it one has to set it, for all threads.
 _UMASK = os.umask(0o077)
@@ -59,7 +59,7 @@ def read_json(
         type. The message names the file.
     """
     path = Path(path)
-    settings = parse_json(_text_of(path, LARGEST_JSON), str(path))
+    settings = parse_json(read_text(path, LARGEST_JSON), str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold {what}, a JSON object, not {_kind(settings)}")
     missing = [name for name in required if name not in settings]
@@ -129,8 +129,17 @@ def conforms(value: Any, hint: Any) -> bool:
     return type(value) in exact.get(hint, (hint,))
 
 
-def _text_of(path: Path, most: int) -> str:
-    """Reads a text file of at most `most` bytes; a pipe or a device is not read at all."""
+def read_text(path: Path, most: int) -> str:
+    """Reads a file of UTF-8; a pipe or a device is not read at all.
+
+    Args:
+      path: of the file.
+      most: bytes that it may have.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no file, is larger, or is not UTF-8; the message names it.
+    """
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "does not exist", str(path))
     if not path.is_file():
@@ -259,7 +268,7 @@ def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
     Raises:
       ValueError: that names the place and the tensor.
     """
-    if array.dtype == jnp.bfloat16:  # whose own functions are slow
+    if array.dtype == ml_dtypes.bfloat16:  # whose own functions are slow
         bad = (array.view(np.uint16) & 0x7F80) == 0x7F80
     else:
         bad = ~np.isfinite(array)
