@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import stat
 import tempfile
 import types
 import typing
@@ -301,6 +302,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
       path: of the file to write; its folder exists.
     """
     path = Path(path)
+    _check_replaceable(path)
     temporary: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(
@@ -322,6 +324,13 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    """OSError, before anything is written, if there can be no file of this name."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -236,7 +236,7 @@ def _without_box(drawn: str) -> str:
     """The text in boxes that tyro draws, as one line: `;` for rules, and headings left out."""
     lines = re.sub(r"\x1b\[[\d;]*m|^[╭╰].*$", "", drawn, flags=re.MULTILINE).splitlines()
     text = " ".join(line.strip("│ ") for line in lines)
-    return re.sub(r"\W*─+\W*", "; ", text).strip()
+    return re.sub(r"\s*─+\s*", "; ", text).strip()
 
 
 def _of_each_task(name: str, arguments: Sequence[str]) -> list[Any]:
