@@ -113,7 +113,7 @@ def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
     """Writes weights, then the configuration that names them, then removes the weights before."""
     path = directory / CONFIG_NAME
     try:
-        before = _weights_name(path, read_json(path))
+        before = weights_name(path, read_json(path))
     except (OSError, ValueError):  # there was no adapter, or a broken one
         before = name
     with replace_file(directory / name) as temporary:
@@ -272,7 +272,7 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         )
     if settings["num_labels"] is not None and settings["num_labels"] < 1:
         raise ValueError(f"{path}: num_labels={settings['num_labels']} must be at least 1")
-    _weights_name(path, settings)
+    weights_name(path, settings)
     return settings
 
 
@@ -299,7 +299,7 @@ def read_saved(directory: str | os.PathLike[str]) -> Saved:
     directory, before = Path(directory), None
     for _ in range(_ATTEMPTS):
         settings = read_adapter_config(directory)
-        path = directory / _weights_name(directory / CONFIG_NAME, settings)
+        path = directory / weights_name(directory / CONFIG_NAME, settings)
         try:
             tensors = _read_weights(path, settings["weights_sha256"])
         except FileNotFoundError:
@@ -316,8 +316,12 @@ def read_saved(directory: str | os.PathLike[str]) -> Saved:
 _ATTEMPTS = 100
 
 
-def _weights_name(path: Path, settings: Mapping[str, Any]) -> str:
-    """The name of the file of weights that adapter_config.json at `path` names."""
+def weights_name(path: Path, settings: Mapping[str, Any]) -> str:
+    """Returns the name of the file of weights that adapter_config.json at `path` names.
+
+    Raises:
+      ValueError: if it is not the name of an adapter's weights.
+    """
     name = settings.get("weights", _UNNAMED_WEIGHTS)
     if not isinstance(name, str) or not _WEIGHTS_NAME.fullmatch(name):
         raise ValueError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import stat
 import tempfile
 import threading
 import types
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -34,7 +36,7 @@ _WEIGHT_TYPES: Mapping[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # Locks of threads; a folder has one, which it may share with others.
 _HELD = [threading.Lock() for _ in range(64)]
@@ -68,7 +70,7 @@ def read_json(
         type. The message names the file.
     """
     path = Path(path)
-    settings = parse_json(_text_of(path, LARGEST_JSON), str(path))
+    settings = parse_json(read_text(path, LARGEST_JSON), str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold {what}, a JSON object, not {_kind(settings)}")
     missing = [name for name in required if name not in settings]
@@ -152,8 +154,17 @@ def conforms(value: Any, hint: Any) -> bool:
     return type(value) in exact.get(hint, (hint,))
 
 
-def _text_of(path: Path, most: int) -> str:
-    """Reads a text file of at most `most` bytes; a pipe or a device is not read at all."""
+def read_text(path: Path, most: int) -> str:
+    """Reads a file of UTF-8; a pipe or a device is not read at all.
+
+    Args:
+      path: of the file.
+      most: bytes that it may have.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no file, is larger, or is not UTF-8; the message names it.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if not path.is_file():
@@ -288,7 +299,7 @@ def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
     Raises:
       ValueError: that names the place and the tensor.
     """
-    if array.dtype == jnp.bfloat16:  # whose own functions are slow
+    if array.dtype == ml_dtypes.bfloat16:  # whose own functions are slow
         bad = (array.view(np.uint16) & 0x7F80) == 0x7F80
     else:
         bad = ~np.isfinite(array)
@@ -315,8 +326,8 @@ def converted(where: str | Path, name: str, array: np.ndarray, dtype: Any) -> np
         return array
     with np.errstate(over="ignore"):
         changed = array.astype(dtype)
-    if not jnp.finfo(array.dtype).max <= jnp.finfo(dtype).max:
-        check_finite(f"{where}, as {jnp.dtype(dtype)},", name, changed)
+    if ml_dtypes.finfo(array.dtype).max > ml_dtypes.finfo(dtype).max:
+        check_finite(f"{where}, as {np.dtype(dtype)},", name, changed)
     return changed
 
 
@@ -342,6 +353,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
       path: of the file to write; its folder exists.
     """
     path = Path(path)
+    _check_replaceable(path)
     temporary: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(
@@ -386,6 +398,13 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
             yield
         finally:
             os.close(descriptor)
+
+
+def _check_replaceable(path: Path) -> None:
+    """OSError, before anything is written, if there can be no file of this name."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

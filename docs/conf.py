@@ -56,7 +56,7 @@ class Manual(SphinxDirective):
         """What the command prints, as it prints it."""
         text = USAGE.strip()
         if self.arguments:
-            text = manual.page(self.arguments[0], COMMANDS[self.arguments[0]][1](), width=96)
+            text = manual.page(self.arguments[0], COMMANDS[self.arguments[0]][1], width=96)
         return [nodes.literal_block(text, text, language="none")]
 
 

@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 
 from train import compiled
+from train.compiled import keep
 
 pytest.importorskip("filelock")
 ROOT = Path(compiled.__file__).parents[1]
-
-
-def keep(environment):
-    """With what is told to JAX left untold: this process is to keep nothing."""
-    return compiled.keep(environment, lambda name, value: None)
 
 
 @pytest.fixture
@@ -24,16 +20,15 @@ def environment(tmp_path):
 
 
 def test_the_folder_is_the_users_own(environment, tmp_path):
-    told = {}
-    folder = compiled.keep(environment, told.__setitem__)
-    assert told == {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_compilation_cache_max_size": 2**30,
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    folder = keep(environment)
+    assert environment.pop("XDG_CACHE_HOME") == str(tmp_path / "cache")
+    assert environment == {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     assert folder.parent == tmp_path / "cache" / "compacter_jax"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert {name.upper(): str(value) for name, value in told.items()}.items() <= environment.items()
     assert keep({"HOME": "/", "XDG_CACHE_HOME": str(tmp_path / "cache")}) == folder
 
 
@@ -87,9 +82,10 @@ def test_what_was_left_half_written_is_removed(environment):
 
 
 PROGRAM = """
-import os, jax, numpy as np
+import os
 from train import compiled
-compiled.keep(os.environ, jax.config.update)
+compiled.keep(os.environ)
+import jax, numpy as np
 def run(x):
     for i in range(40):
         x = jax.numpy.sin(x @ x + i)

@@ -36,6 +36,7 @@ ORDER = (
     "adapterhub",
     "peft",
     "decode",
+    "public",
 )
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 # Beyond the order: a backbone knows nothing of adapters, labels nothing of how they got in, and

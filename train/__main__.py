@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from compacter_jax.messages import LONGEST, shorten
 from train import allocator, compiled, manual, options
 from train.errors import InterruptedRunError, StoppedRunError
 
@@ -108,35 +111,30 @@ def merge(arguments: options.MergeOptions) -> None:
     convert.merge(arguments)
 
 
-def create_backbone(arguments: Any) -> None:
+def create_backbone(arguments: options.CreateOptions) -> None:
     """Runs the command `create-backbone`."""
     from train import create  # noqa: PLC0415
 
     create.create_backbone(arguments)
 
 
-def _create_options() -> type:
-    from train.create import CreateOptions  # noqa: PLC0415
-
-    return CreateOptions
-
-
-# Command -> what runs it, and what makes the class of its options.
-COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[], type]]] = {
-    "fit": (fit, lambda: options.FitOptions),
-    "evaluate": (evaluate, lambda: options.EvaluateOptions),
-    "predict": (predict, lambda: options.PredictOptions),
-    "plan": (plan, lambda: options.PlanOptions),
-    "params": (params, lambda: options.ParamsOptions),
-    "compare": (compare, lambda: options.CompareOptions),
-    "convert": (convert, lambda: options.ConvertOptions),
-    "merge": (merge, lambda: options.MergeOptions),
-    "create-backbone": (create_backbone, _create_options),
+# Command -> the function that runs it, and the class of its options.
+COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
+    "fit": (fit, options.FitOptions),
+    "evaluate": (evaluate, options.EvaluateOptions),
+    "predict": (predict, options.PredictOptions),
+    "plan": (plan, options.PlanOptions),
+    "params": (params, options.ParamsOptions),
+    "compare": (compare, options.CompareOptions),
+    "convert": (convert, options.ConvertOptions),
+    "merge": (merge, options.MergeOptions),
+    "create-backbone": (create_backbone, options.CreateOptions),
 }
 # These read `--config FILE.toml`, and the last two are told the options of each task.
 _CONFIGURED, _OF_EACH_TASK = ("fit", "plan", "compare"), ("plan", "compare")
 # These compute for so long that the process is prepared for it.
 _LONG = {"fit", "compare", "evaluate", "predict"}
+_HELP = {"-h", "--help"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -144,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
 
     0 also for a run that was terminated, and has done what it then should.
     """
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if not arguments or _HELP & set(arguments):
         print(_help(arguments))
         return 0 if arguments else 2
     name, *rest = arguments
@@ -158,12 +156,14 @@ def main(arguments: Sequence[str]) -> int:
             run(parsed)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
-        return _fail(_told(error), 2)
     except StoppedRunError as error:
         if error.exit_code:
             return _fail(str(error), error.exit_code)
         print(error)
+    except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
+        if (told := _told(error)) is None:
+            raise
+        return _fail(told, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", InterruptedRunError.exit_code)
     return 0
@@ -187,11 +187,22 @@ def _without_warnings_of_new_parameters() -> Iterator[None]:
         logger.removeFilter(is_kept)
 
 
-def _told(error: Exception) -> str:
-    """What an error says; of one of the system, the file first and no number."""
+def _told(error: Exception) -> str | None:
+    """The line for the user; None for an error that is no fault of the input.
+
+    Of an error of the system, the file comes first and no number. JAX has a class of its own for
+    memory that it does not get, which is a RuntimeError, as RecursionError is one.
+    """
+    told = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
-    return str(error)
+    if isinstance(error, MemoryError) or told.startswith("RESOURCE_EXHAUSTED"):
+        return f"there is not enough memory: {told.removeprefix('RESOURCE_EXHAUSTED: ')}"
+    if isinstance(error, RecursionError):
+        return "something in the input is nested too deeply to be read"
+    if isinstance(error, OverflowError):
+        return f"a number in the input is too large: {told}"
+    return told if isinstance(error, ValueError | OSError) else None
 
 
 def _help(arguments: Sequence[str]) -> str:
@@ -200,16 +211,32 @@ def _help(arguments: Sequence[str]) -> str:
         return USAGE.rstrip()
     name = arguments[0]
     width = min(shutil.get_terminal_size().columns, 100)
-    return manual.page(name, COMMANDS[name][1](), width=width)
+    return manual.page(name, COMMANDS[name][1], width=width)
 
 
 def _parsed(name: str, arguments: Sequence[str]) -> Any:
     """The options of a command."""
-    options_class = COMMANDS[name][1]()
+    options_class = COMMANDS[name][1]
     if name in _CONFIGURED:
         arguments = options.expand_config(arguments, options_class)
-    with options.NUMBERS:
-        return tyro.cli(options_class, args=arguments, prog=f"python -m train {name}")
+    told = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    try:
+        # Where both are UTF-8, tyro draws a box around what is wrong.
+        with options.NUMBERS, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            parsed: Any = tyro.cli(options_class, args=arguments, prog=f"python -m train {name}")
+    except SystemExit:
+        told.seek(0)
+        raise ValueError(_without_box(told.read())) from None
+    if (check := getattr(parsed, "check_method", None)) is not None:
+        check()
+    return parsed
+
+
+def _without_box(drawn: str) -> str:
+    """The text in boxes that tyro draws, as one line: `;` for rules, and headings left out."""
+    lines = re.sub(r"\x1b\[[\d;]*m|^[╭╰].*$", "", drawn, flags=re.MULTILINE).splitlines()
+    text = " ".join(line.strip("│ ") for line in lines)
+    return re.sub(r"\s*─+\s*", "; ", text).strip()
 
 
 def _of_each_task(name: str, arguments: Sequence[str]) -> list[Any]:
@@ -222,24 +249,30 @@ def _of_each_task(name: str, arguments: Sequence[str]) -> list[Any]:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print(shorten("error: " + " ".join(message.split()), LONGEST), file=sys.stderr)
     return code
 
 
-if __name__ == "__main__":
-    if _LONG & set(sys.argv[1:2]):
-        allocator.use_huge_pages()
-
-    import jax
-
+def _prepare() -> None:
+    """Sets what libraries read when they are imported, which a command does when it runs."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character gets its number.
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Without a network it tells of every attempt, twice; our error says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # Of transformers only configurations and tokenizers are used: it would load PyTorch where
     # that is installed, and take 2 seconds and 250 MB for it.
     os.environ.setdefault("USE_TORCH", "0")
-    compiled.keep(os.environ, jax.config.update)
+    compiled.keep(os.environ)
+
+
+if __name__ == "__main__":
+    if _LONG & set(sys.argv[1:2]) and not _HELP & set(sys.argv):
+        allocator.use_huge_pages()
     try:
+        _prepare()
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # who read it, such as `head`, has gone: nobody is left to tell

@@ -16,7 +16,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import compacter_jax as cj
-from train import compositions, data, inference, predictions
+from train import compositions, data, inference, predictions, saved
 from train.files import Rows, read_chunks
 from train.objective import Objective, from_settings
 from train.options import PredictOptions
@@ -146,7 +146,7 @@ def _listed(names: Sequence[str], most: int = 10) -> str:
 
 def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
     options.check()
-    settings = {name: inference.settings_of(folder) for name, folder in members.items()}
+    settings = {name: saved.settings_of(folder) for name, folder in members.items()}
     first = next(iter(settings.values()))
     inference.check_shared(settings)
     source = options.backbone or first["backbone"]

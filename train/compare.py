@@ -21,6 +21,7 @@ from train import compare_report, tasks
 from train.errors import FailedRunsError, InterruptedRunError
 from train.inference import write_json
 from train.options import (
+    ALL,
     CompareOptions,
     FitOptions,
     TrainingOptions,
@@ -32,7 +33,6 @@ from train.options import (
 from train.processes import side_by_side
 
 _ROOT = Path(__file__).parents[1]
-ALL = "all"
 # What a flag's numbers mean, where fit's flag of this name means something else.
 _MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
 # What the parent writes into the folder of a run, and where the process's own words go.

@@ -13,9 +13,8 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -38,17 +37,14 @@ def announce() -> None:
     )
 
 
-def keep(
-    environment: MutableMapping[str, str], configure: Callable[[str, Any], None]
-) -> Path | None:
-    """Has JAX keep what it compiles, here and in processes started from here.
+def keep(environment: MutableMapping[str, str]) -> Path | None:
+    """Has JAX, which is imported later, keep what it compiles; in processes started from here, too.
 
     A folder that cannot be made or written, or that others can write to (who could have this
     process run what they put there), is not used: that is logged, and fails nothing.
 
     Args:
-      environment: `os.environ`, read and added to: processes to come read it.
-      configure: `jax.config.update`, for this process, which has read it.
+      environment: `os.environ`, read and added to: JAX reads it when it is imported.
 
     Returns:
       The folder; None where the user has chosen another or none, or it cannot be used.
@@ -69,7 +65,6 @@ def keep(
     for name, value in {_FOLDER: str(folder), **_DEFAULTS}.items():
         if name.upper() not in environment:
             environment[name.upper()] = str(value)
-            configure(name, value)
     return folder
 
 

@@ -25,6 +25,8 @@ from compacter_jax.config import (
     members_of,
     presets,
 )
+from compacter_jax.messages import listing, quote
+from train import saved
 from train.options import MethodOptions, given_options, is_composition, method_of, options_of
 
 _KINDS = [kind for kind in COMPOSITIONS if kind != Bank.kind]
@@ -126,7 +128,7 @@ class _Parser:
 
     def error(self, why: str) -> ValueError:
         return ValueError(
-            f"{self._flag} {self._text!r} is no composition: {why}; an example is "
+            f"{self._flag} {quote(self._text, 100)} is no composition: {why}; an example is "
             f"{_EXAMPLES[self._flag]!r}"
         )
 
@@ -135,7 +137,7 @@ class _Parser:
         if self._peek() != "(":
             return self._leaf(name)
         if name not in _KINDS:
-            raise self.error(f"{name!r} is none of {', '.join(_KINDS)}")
+            raise self.error(f"{quote(name)} is none of {', '.join(_KINDS)}")
         self._take("(")
         members = [self._member(name)]
         while self._peek() == ",":
@@ -151,7 +153,7 @@ class _Parser:
 
     def end(self) -> None:
         if self._tokens:
-            raise self.error(f"{self._tokens[0]!r} comes after its end")
+            raise self.error(f"{quote(self._tokens[0])} comes after its end")
 
     def _member(self, kind: str) -> tuple[str | None, float | None, Leaf | Node]:
         name, weight = None, None
@@ -169,7 +171,7 @@ class _Parser:
         try:
             return float(text)
         except ValueError:
-            raise self.error(f"{text!r} is no weight") from None
+            raise self.error(f"{quote(text)} is no weight") from None
 
     def _leaf(self, text: str) -> Leaf:
         if text in presets():
@@ -178,9 +180,9 @@ class _Parser:
         if (folder / CONFIG_NAME).exists():
             return Leaf(text, folder)
         if self._flag != "--method":
-            raise self.error(f"{text!r} is not the folder of an adapter")
+            raise self.error(f"{quote(text)} is not the folder of an adapter")
         raise self.error(
-            f"{text!r} is neither the folder of an adapter nor one of the presets "
+            f"{quote(text, 100)} is neither the folder of an adapter nor one of the presets "
             f"{', '.join(presets())}"
         )
 
@@ -225,8 +227,11 @@ def composed(expression: Node, options: Any, trained: str | None) -> Composition
 
 
 def saved_method(folder: Path) -> MethodConfig:
-    """The method of a saved adapter."""
-    return from_dict(cj.read_adapter_config(folder)["method"])
+    """The method of a saved adapter; ValueError that names its file if there is none."""
+    try:
+        return from_dict(cj.read_adapter_config(folder)["method"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def _trained_names(expression: Node, trained: str | None) -> list[str]:
@@ -236,18 +241,18 @@ def _trained_names(expression: Node, trained: str | None) -> list[str]:
             return new
         raise ValueError(
             "all members of the composition are saved adapters, which are not trained unless "
-            f"--train-members names some of {', '.join(leaves)}"
+            f"--train-members names some of {listing(leaves)}"
         )
     names = [name.strip() for name in trained.split(",")]
     if unknown := [name for name in names if name not in leaves]:
         raise ValueError(
-            f"--train-members names {unknown[0]!r}; the members are {', '.join(leaves)}"
+            f"--train-members names {quote(unknown[0])}; the members are {listing(leaves)}"
         )
     left = [name for name, leaf in leaves.items() if leaf.folder is None and name not in names]
     if left:
         raise ValueError(
-            f"--train-members leaves out {left[0]!r}, a preset, which would stay as it was drawn; "
-            "name it, too"
+            f"--train-members leaves out {quote(left[0])}, a preset, which would stay as it was "
+            "drawn; name it, too"
         )
     return names
 
@@ -259,7 +264,7 @@ def _check_options(names: Sequence[str], options: Any) -> None:
         flag = "--" + unused[0].replace("_", "-")
         raise ValueError(
             f"{flag} is for new members of a composition, and none of them "
-            f"({', '.join(names) or 'all are saved adapters'}) has it"
+            f"({listing(names) or 'all are saved adapters'}) has it"
         )
 
 
@@ -317,6 +322,7 @@ def with_saved(
 def _with_head_of(folder: Path, backbone: cj.Backbone, source: str) -> cj.Backbone:
     """The backbone with the head that an adapter was saved with."""
     settings = cj.read_adapter_config(folder)
+    saved.check_head(folder, settings)
     head = {name: settings[name] for name in ("head", "num_labels")}
     if all(getattr(backbone.module, name, None) == value for name, value in head.items()):
         return backbone
@@ -337,7 +343,8 @@ def of_saved(adapter: Path) -> Node | None:
     expression = parse(text, "--adapter")
     if new := expression.presets():
         raise ValueError(
-            f"{new[0]!r} is a preset, and was not trained; name folders of saved adapters alone"
+            f"{quote(new[0])} is a preset, and was not trained; name folders of saved adapters "
+            "alone"
         )
     return expression
 

@@ -17,9 +17,8 @@ from compacter_jax.models.convert import module_from_config, module_from_name, r
 from compacter_jax.params import Count, group_of
 from train import memory, mesh, report
 from train.objective import head_arguments
-from train.options import ParamsOptions, method_of, options_of
+from train.options import ALL, ParamsOptions, method_of, options_of
 
-ALL = "all"
 # Entries of T5's embedding -> tokens there really are. arXiv:2106.04647 cuts the embedding to these
 # before it counts.
 _TOKENS = {32_128: 32_100}

@@ -14,13 +14,14 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 
 import compacter_jax as cj
 from compacter_jax.models import convert
+from train.options import CreateOptions
 from train.span_corruption import check_text_file, read_documents
 
 if TYPE_CHECKING:
@@ -42,50 +43,6 @@ _CHARACTER_COVERAGE = 0.9995  # SentencePiece's default
 _NEVER_CHOSEN = -1000.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CreateOptions:
-    """Make a T5 from scratch: a tokenizer trained on text files, and random weights.
-
-    Attributes:
-      text_files: UTF-8 text to train the tokenizer on.
-      output_dir: where config.json, model.safetensors, tokenizer.json and what belongs to them go.
-      vocab_size: tokens in all, 359 of them special tokens, sentinels and bytes; 512 or more.
-      d_model: width of the hidden states.
-      d_kv: width of an attention head.
-      d_ff: width inside the feed-forward networks.
-      num_layers: layers of the encoder, and as many of the decoder.
-      num_heads: attention heads.
-      feed_forward: relu is that of T5 v1.0, gated-gelu that of v1.1.
-      tie_word_embeddings: use the embedding for the output too, as T5 v1.0 does and v1.1 does not.
-      seed: of the weights.
-      overwrite: replace the backbone that this command made in output_dir.
-    """
-
-    text_files: tuple[Path, ...]
-    output_dir: Path
-    vocab_size: int = 8000
-    d_model: int = 256
-    d_kv: int = 64
-    d_ff: int = 1024
-    num_layers: int = 6
-    num_heads: int = 4
-    feed_forward: Literal["relu", "gated-gelu", "gated-silu"] = "relu"
-    tie_word_embeddings: bool = True
-    seed: int = 0
-    overwrite: bool = False
-
-    def check(self) -> None:
-        """ValueError for a value that cannot work."""
-        for name in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
-        if not self.text_files:
-            raise ValueError("text_files is empty; give at least one file of text")
-        _check_vocab_size(self.vocab_size)
-
-
 def create_backbone(options: CreateOptions) -> None:
     """Writes a folder that `cj.load_backbone` and transformers load, and prints what it holds.
 
@@ -101,6 +58,7 @@ def create_backbone(options: CreateOptions) -> None:
       Transformer, JMLR 2020, arXiv:1910.10683.
     """
     options.check()
+    _check_vocab_size(options.vocab_size)
     folder = options.output_dir.expanduser().resolve()
     check_output_folder(folder, overwrite=options.overwrite)
     for path in options.text_files:

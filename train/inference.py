@@ -16,12 +16,14 @@ from tqdm import tqdm
 import compacter_jax as cj
 from compacter_jax.config import parallel_names
 from compacter_jax.files import replace_file
+from compacter_jax.messages import quote
 from train import compiled, compositions, data, hosts, predictions, step, tasks
 from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions
 from train.report import number
+from train.saved import settings_of
 from train.tasks.benchmarks import find as find_benchmark
-from train.tasks.labels import check_names, told
+from train.tasks.labels import told
 
 # batch -> tree of [batch, …] arrays
 OutputsFunction = Callable[[step.Batch], Any]
@@ -125,43 +127,6 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     return LoadedAdapter(settings, objective, lambda batch: jax.device_get(jitted(params, batch)))
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` has; ValueError if that is not enough to predict with it."""
-    settings = cj.read_adapter_config(folder)
-    missing = {"backbone", "max_length", "kind", "label_names", "dtype"} - settings.keys()
-    if missing:
-        raise ValueError(
-            f"the adapter in {folder} was saved neither by `python -m train fit` nor by "
-            f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
-        )
-    _check_label_names(folder, settings)
-    return settings
-
-
-def _check_label_names(folder: Path, settings: Mapping[str, Any]) -> None:
-    """ValueError if an adapter's labels are no names, or not as many as its head has outputs."""
-    names, where = settings["label_names"], f"adapter_config.json of {folder}"
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"{where}: label_names is {str(names)[:80]!r}, not a list of texts; write one for each "
-            "label"
-        )
-    check_names(names, f"{where}: label_names")
-    kind, outputs = settings["kind"], settings.get("num_labels")
-    if kind != "classification":
-        fits = not names
-    elif "text_to_text" in settings or outputs is None:
-        fits = bool(names)
-    else:
-        fits = len(names) == outputs
-    if not fits:
-        raise ValueError(
-            f"{where}: label_names has {len(names)} names, which do not fit kind={kind!r:.80} and "
-            f"num_labels={outputs!r:.80}; write one for each output of the head, none where no "
-            "labels are predicted"
-        )
-
-
 # What saved adapters must share to be computed together.
 SHARED = ("backbone", "head", "kind", "max_length", "dtype", "backbone_dtype")
 
@@ -174,7 +139,7 @@ def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] 
             if each.get(key) != first.get(key):
                 raise ValueError(
                     f"adapters that are computed together must share their {key}: {first_name} has "
-                    f"{first.get(key)!r}, {name} has {each.get(key)!r}"
+                    f"{quote(first.get(key), 100)}, {name} has {quote(each.get(key), 100)}"
                 )
 
 
@@ -246,6 +211,20 @@ def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """The command `evaluate`: metrics of a split, printed and written as JSON."""
+    name = f"evaluation_{options.task}_{options.split}.json".replace("/", "_")
+    output = options.output or _beside(options) / name
+    # Opened first: a file that cannot be written is found before anything is computed.
+    with replace_file(output) as temporary:
+        result = _evaluated(options)
+        temporary.write_text(_as_json(result), encoding="utf-8")
+    for name, value in result["metrics"].items():
+        print(f"{options.split} {name}: {number(value)}")
+    print(f"written to {output}")
+    return result
+
+
+def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
+    """What `evaluate` writes."""
     adapter = load(options, evaluate_by=options.evaluate_by)
     _check_task_named(options, adapter.settings.get("task"))
     kind = adapter.settings["kind"]
@@ -270,22 +249,16 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     outputs = split_outputs(
         adapter.outputs, encoded, options.eval_batch_size, description=options.split
     )
-    scores = adapter.objective.scores(outputs, encoded)
     result = {
         "adapter": str(options.adapter),
         "task": options.task,
         "split": options.split,
         "examples": len(encoded),
         "truncated": encoded.num_truncated,
-        "metrics": scores,
+        "metrics": adapter.objective.scores(outputs, encoded),
     }
     if encoded.target_texts is not None:
         result["truncated_targets"] = encoded.target_texts.num_truncated
-    output = options.output or _beside(options) / f"evaluation_{options.task}_{options.split}.json"
-    write_json(output, result)
-    for name, value in scores.items():
-        print(f"{options.split} {name}: {number(value)}")
-    print(f"written to {output}")
     return result
 
 
@@ -408,6 +381,9 @@ def say_predicted(output: Path, rows: int, truncated: int, limit: int, invalid: 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_as_json(value), encoding="utf-8")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

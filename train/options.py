@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,8 @@ import tyro
 
 from compacter_jax import config
 from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, presets
+from compacter_jax.messages import quote
+from train import toml
 
 if TYPE_CHECKING:
     from train import compositions
@@ -25,6 +27,8 @@ EvaluateBy: TypeAlias = Literal["scoring", "generation"]
 SplitProtocol: TypeAlias = Literal["official", "paper"]
 BackboneDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 AdapterFormat: TypeAlias = Literal["compacter_jax", "adapterhub", "peft"]
+# In place of a preset, where a command takes them all.
+ALL = "all"
 MethodName: TypeAlias = Annotated[
     str,
     tyro.conf.arg(
@@ -320,6 +324,15 @@ class _ChoosesMethod:
     method: str
     train_members: str | None
     method_options: Any
+
+    def check_method(self) -> None:
+        """Checks the name and the options of a preset; a composition is read only when it is used.
+
+        Raises:
+          ValueError: for an unknown preset, or options that it does not have.
+        """
+        if not is_composition(self.method):
+            method_of(self.method, self.method_options)
 
     def check_members(self) -> None:
         """ValueError if members of a composition are named where there is none."""
@@ -709,6 +722,54 @@ class ParamsOptions(_ChoosesMethod):
     json: bool = False
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
+    def check_method(self) -> None:
+        """ValueError for an unknown preset, or options that it does not have; `all` has each."""
+        if self.method != ALL:
+            super().check_method()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CreateOptions:
+    """Make a T5 from scratch: a tokenizer trained on text files, and random weights.
+
+    Attributes:
+      text_files: UTF-8 text to train the tokenizer on.
+      output_dir: where config.json, model.safetensors, tokenizer.json and what belongs to them go.
+      vocab_size: tokens in all, 359 of them special tokens, sentinels and bytes; 512 or more.
+      d_model: width of the hidden states.
+      d_kv: width of an attention head.
+      d_ff: width inside the feed-forward networks.
+      num_layers: layers of the encoder, and as many of the decoder.
+      num_heads: attention heads.
+      feed_forward: relu is that of T5 v1.0, gated-gelu that of v1.1.
+      tie_word_embeddings: use the embedding for the output too, as T5 v1.0 does and v1.1 does not.
+      seed: of the weights.
+      overwrite: replace the backbone that this command made in output_dir.
+    """
+
+    text_files: tuple[Path, ...]
+    output_dir: Path
+    vocab_size: int = 8000
+    d_model: int = 256
+    d_kv: int = 64
+    d_ff: int = 1024
+    num_layers: int = 6
+    num_heads: int = 4
+    feed_forward: Literal["relu", "gated-gelu", "gated-silu"] = "relu"
+    tie_word_embeddings: bool = True
+    seed: int = 0
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """ValueError for a value that cannot work."""
+        for name in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
+        if not self.text_files:
+            raise ValueError("text_files is empty; give at least one file of text")
+
 
 def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     """How a number, or none, is read; tyro itself answers what is no number with Python's types."""
@@ -752,24 +813,41 @@ def expand_config(arguments: Sequence[str], options_class: type = FitOptions) ->
 
     Raises:
       FileNotFoundError: if a file does not exist.
-      ValueError: if it is no TOML, or has a key that is no flag.
+      ValueError: if it is no TOML, or has a key that is no flag or a value of another type.
     """
     path = _value_of("--config", arguments)
     if path is None:
         return list(arguments)
     values, of_tasks = _read_config(Path(path))
+    hints = _hints_of_keys(options_class)
+    if options_class is CompareOptions:
+        hints["method"] = str
+    for table in (values, *of_tasks.values()):
+        _check_keys(path, table, hints)
     if options_class is CompareOptions and "method" in values:
         values["methods"] = values.pop("method")
     values |= of_tasks.get(_value_of("--task", arguments) or values.get("task", ""), {})
-    not_keys = {"method_options", "config"}
-    known = {field.name for field in dataclasses.fields(options_class)} - not_keys
     own = {field.name for field in dataclasses.fields(MethodOptions)}
-    flags: list[str] = []
-    for key, value in values.items():
-        if key not in known | own:
-            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-        flags += flag(key, value, toggle=key in known)
+    flags = [part for key, value in values.items() for part in flag(key, value, key not in own)]
     return [*flags, *arguments]
+
+
+def _hints_of_keys(options_class: type) -> dict[str, Any]:
+    """Key that a configuration may have -> type."""
+    hints = typing.get_type_hints(options_class) | typing.get_type_hints(MethodOptions)
+    return {key: hint for key, hint in hints.items() if key not in ("method_options", "config")}
+
+
+def _check_keys(path: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """ValueError for a key that is no flag, or a value of another type."""
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            near = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"{path}: unknown key {quote(key)}{near}; keys are the flags that --help lists"
+            )
+    toml.check_values(path, values, hints)
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
@@ -785,11 +863,14 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The keys of a file and its base, and those of each of its tables by task."""
-    values, of_tasks = _read_toml(path)
+    values, of_tasks = _read_tables(path)
     if "base" not in values:
         return values, of_tasks
-    base_path = path.parent / values.pop("base")
-    base, of_tasks_in_base = _read_toml(base_path)
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base={quote(base)} must be text, the name of a file beside it")
+    base_path = path.parent / base
+    base, of_tasks_in_base = _read_tables(base_path)
     if "base" in base:
         raise ValueError(f"{base_path} is the base of {path} and has a base itself; name that one")
     tasks = of_tasks_in_base | of_tasks
@@ -797,26 +878,25 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
     return base | values, merged
 
 
-def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The keys of a file, and those of its tables `[tasks.NAME]`."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    values = toml.read_toml(path)
     tables = values.pop("tasks", {})
     if not isinstance(tables, dict) or not all(isinstance(x, dict) for x in tables.values()):
         raise ValueError(
-            f"{path}: tasks must be tables such as [tasks.rte], not {tables!r}; the tasks "
+            f"{path}: tasks must be tables such as [tasks.rte], not {quote(tables)}; the tasks "
             "themselves are named by the key task"
         )
     return values, tables
 
 
-def flag(key: str, value: Any, *, toggle: bool) -> list[str]:
+def flag(key: str, value: Any, toggle: bool) -> list[str]:
     """A field as arguments of the command line; a bool is `--key` or, without `toggle`, a value."""
     name = key.replace("_", "-")
     if isinstance(value, bool) and toggle:
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)]
+    if str(value).startswith("-"):  # which would be a flag by itself
+        return [f"--{name}={value}"]
     return [f"--{name}", str(value)]

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compacter_jax.files import replace_file
+from compacter_jax.messages import listing, quote, shorten
 from train.files import Rows, read_chunks
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
@@ -242,9 +243,7 @@ def column_values(rows: Rows, name: str) -> list[Any]:
 def require_column(path: Path, columns: Sequence[str], name: str, instead: str = "") -> None:
     """Raises ValueError, listing the columns of `path`, if `name` is not one of them."""
     if name not in columns:
-        raise ValueError(
-            f"{path}: no column {name!r}{instead}; its columns are {', '.join(columns)}"
-        )
+        raise ValueError(f"{path}: no column {name!r}{instead}; its columns are {listing(columns)}")
 
 
 def check_texts(
@@ -290,7 +289,7 @@ def _check_suffix(path: Path) -> str:
     if suffix not in SUFFIXES:
         hint = "; write one JSON object per line, as .jsonl" if suffix == ".json" else ""
         raise ValueError(
-            f"{path}: unsupported file type {suffix!r}; use {', '.join(SUFFIXES)}{hint}"
+            f"{path}: unsupported file type {quote(suffix, 40)}; use {', '.join(SUFFIXES)}{hint}"
         )
     return suffix
 
@@ -317,7 +316,7 @@ def write_rows(path: str | Path) -> Iterator[Callable[[Rows], None]]:
         raise ValueError(f"{path}: is a directory, not a file")
     with replace_file(path) as temporary:
         try:
-            file = temporary.open("xb")
+            file = temporary.open("wb")
         except OSError as error:
             raise ValueError(f"{path}: cannot write to its folder: {error.strerror}") from error
         with file, contextlib.closing(_WRITERS[suffix](file, path)) as writer:
@@ -404,7 +403,8 @@ class _Writer(abc.ABC):
         self.names = self.names or names
         if new := [name for name in names if name not in self.names]:
             raise ValueError(
-                f"{self.path}: column {new[0]!r} is not in the first rows; write .jsonl instead"
+                f"{self.path}: column {quote(new[0])} is not in the first rows; write .jsonl "
+                "instead"
             )
 
 
@@ -419,7 +419,7 @@ class _ParquetWriter(_Writer):
                 self.writer = pq.ParquetWriter(self.file, table.schema)
             self.writer.write_table(table)
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-            reason = str(error).partition("\n")[0].rstrip(": ")
+            reason = shorten(str(error).partition("\n")[0].rstrip(": "), 200)
             raise ValueError(
                 f"{self.path}: the rows do not fit in parquet: {reason}; write .jsonl instead"
             ) from error
@@ -448,13 +448,29 @@ class _JsonWriter(_Writer):
 
 
 class _CsvWriter(_Writer):
+    rows = 0  # written before
+
     def write(self, rows: Rows) -> None:
         header = not self.names
         self.check_names(column_names(rows))
         if header:
+            if cut := [name for name in self.names if _is_cut(name)]:
+                raise ValueError(
+                    f"{self.path}: the column {quote(cut[0])} has half a surrogate pair in its "
+                    "name; write .jsonl instead"
+                )
             self.write_line(self.names)
-        for record in _records(rows):
-            self.write_line([_cell(record.get(name)) for name in self.names])
+        for row, record in enumerate(_records(rows), self.rows + 1):
+            cells = [_cell(record.get(name)) for name in self.names]
+            try:
+                self.write_line(cells)
+            except UnicodeEncodeError:
+                name = next(n for n, cell in zip(self.names, cells, strict=True) if _is_cut(cell))
+                raise ValueError(
+                    f"{self.path}: row {row} of the input holds half a surrogate pair, which is no "
+                    f"character, in the column {quote(name)}; write .jsonl instead"
+                ) from None
+        self.rows += len(rows)
 
     def write_line(self, fields: list[str]) -> None:
         # The csv module leaves a lone carriage return unquoted, and then reads it as a new row.
@@ -475,6 +491,11 @@ _WRITERS: dict[str, type[_Writer]] = {
     ".csv": _CsvWriter,
     ".tsv": _CsvWriter,
 }
+
+
+def _is_cut(text: str) -> bool:
+    """Returns True for text that UTF-8 cannot write: it holds half a surrogate pair."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _records(rows: Rows) -> list[dict[str, Any]]:
