@@ -333,8 +333,7 @@ def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> N
         f"{key}: {quote(a, 60)}, not {quote(b, 60)}" for key, (a, b) in pairs.items() if a != b
     ]
     if differences:
-        message = f"{name} is not like the others; {listing(differences, most=4, longest=150)}"
-        raise ValueError(shorten(message))
+        raise ValueError(shorten(f"{name} is not like the others; {'; '.join(differences)}"))
 
 
 def _plain_backbone(model: Adapted, params: Params) -> HasParams:

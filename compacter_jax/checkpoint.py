@@ -28,7 +28,7 @@ from compacter_jax.files import (
     read_json,
     replace_file,
 )
-from compacter_jax.messages import about, listing, quote, shorten
+from compacter_jax.messages import about, mismatches, quote, shorten
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
 from compacter_jax.params import FREEZE, group_of, label_params
@@ -467,19 +467,10 @@ def check_leaves(
         if stored[path].shape != wanted[path].shape
     ]
     if missing or left_over or shapes:
-        listed = [
-            f"{what}: {listing(items, most=2, longest=70)}"
-            for what, items in (
-                ("missing", missing),
-                ("left over", left_over),
-                ("of another shape", shapes),
-            )
-            if items
-        ]
         raise ValueError(
             shorten(
                 f"the adapter in {directory} does not fit this backbone; load the one it was "
-                f"trained with{trained_with}; {'; '.join(listed)}"
+                f"trained with{trained_with}; {mismatches(missing, left_over, shapes)}"
             )
         )
 

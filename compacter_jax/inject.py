@@ -42,7 +42,7 @@ from compacter_jax.config import (
     parts_of,
 )
 from compacter_jax.limits import check_memory
-from compacter_jax.messages import listing, quote
+from compacter_jax.messages import listing, mismatches, quote, shorten
 from compacter_jax.patterns import compiled
 from compacter_jax.quantize import check_float, is_quantized
 from compacter_jax.sites import Site
@@ -590,7 +590,8 @@ def _check_backbone(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
     ]
     if left_over or missing or shapes:
         raise ValueError(
-            "the parameters are not those of the backbone; "
-            f"missing: {missing or 'none'}; left over: {left_over or 'none'}; "
-            f"of another shape: {shapes or 'none'}"
+            shorten(
+                "the parameters are not those of the backbone; "
+                f"{mismatches(missing, left_over, shapes)}"
+            )
         )

@@ -23,7 +23,7 @@ class _Repr(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write integers of more than 4,300 digits in decimal.
-        return hex(x)[: self.maxlong] + "…" if x.bit_length() > 1000 else str(x)
+        return hex(x)[: self.maxlong] + "…" if x.bit_length() > 14_000 else str(x)
 
 
 _REPR = _Repr()
@@ -52,6 +52,14 @@ def listing(items: Iterable[str], most: int = 8, longest: int = 60) -> str:
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(shorten(item, longest) for item in items[:most]) + more
+
+
+def mismatches(missing: list[str], left_over: list[str], shapes: list[str]) -> str:
+    """Returns what does not fit, two items of each kind at most."""
+    kinds = {"missing": missing, "left over": left_over, "of another shape": shapes}
+    return "; ".join(
+        f"{kind}: {listing(items, most=2, longest=130) or 'none'}" for kind, items in kinds.items()
+    )
 
 
 @contextlib.contextmanager

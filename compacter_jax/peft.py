@@ -253,12 +253,12 @@ _FIELDS: Mapping[str, Any] = {
     "layers_pattern": _NAMES,
     "layers_to_transform": int | list[int] | None,
     "modules_to_save": list[str] | None,
-    "r": int,
-    "lora_alpha": float,
-    "lora_dropout": float,
-    "use_rslora": bool,
+    "r": int | None,
+    "lora_alpha": float | None,
+    "lora_dropout": float | None,
+    "use_rslora": bool | None,
     "init_lora_weights": bool | str | None,
-    "num_virtual_tokens": int,
+    "num_virtual_tokens": int | None,
     "num_transformer_submodules": int | None,
 }
 

@@ -774,7 +774,7 @@ REFUSED = {
         {"shared_W_phm": True, "factorized_phm_W": False},
         "fails to make blocks",
     ),
-    "PHM dropout": (phm(), {"phm_dropout": 0.1}, r"unknown fields: \['phm_dropout'\]"),
+    "PHM dropout": (phm(), {"phm_dropout": 0.1}, "unknown fields: phm_dropout"),
     "no PHM dimension": (phm(), {"phm_dim": 5}, "phm_dim=5 does not divide"),
     "no list": (lora(), {"attn_matrices": None}, "attn_matrices=None .* must be a list"),
     "a place of another type": (bottleneck(), {"mh_adapter": 1}, "mh_adapter=1 .* true or false"),
@@ -918,23 +918,23 @@ def replaced(name, change):
 MALFORMED = {
     "unknown tensor": (
         unknown_tensor,
-        r"left over: \['encoder.layer.1.output.adapters.b.adapter_up",
+        "left over: encoder.layer.1.output.adapters.b.adapter_up",
     ),
     "missing tensor": (
         missing_tensor,
-        r"missing: \['encoder.layer.1.output.adapters.a.adapter_up.w",
+        "missing: encoder.layer.1.output.adapters.a.adapter_up.w",
     ),
     "misshapen tensor": (
         misshapen_tensor,
         r"adapter_up.weight: \(6, 12\) stored, \(12, 6\) wanted",
     ),
-    "whole numbers": (whole_numbers, "is of type int8, not floating-point"),
+    "whole numbers": (whole_numbers, "is of type I8; weights must be floating-point"),
     "copies that differ": (copies_that_differ, "are one tensor, but differ"),
-    "unknown of the head": (unknown_tensor_of_the_head, r"left over: \['classifier/more/kernel'\]"),
-    "missing of the head": (missing_tensor_of_the_head, r"missing: \['classifier/bias'\]"),
+    "unknown of the head": (unknown_tensor_of_the_head, "left over: classifier/more/kernel"),
+    "missing of the head": (missing_tensor_of_the_head, "missing: classifier/bias"),
     "whole numbers of the head": (
         whole_numbers_of_the_head,
-        r"classifier\.weight in .*model_head.* is of type int8, not floating-point",
+        r"classifier\.weight in .*model_head.* is of type I8; weights must be floating",
     ),
     "head without what it is": (
         lambda folder: (folder / "head_config.json").unlink(),
@@ -949,10 +949,10 @@ MALFORMED = {
         replaced("adapter_config.json", lambda c: c.update(config=3)),
         "must be an object",
     ),
-    "no name": (replaced("adapter_config.json", lambda c: c.pop("name")), r"it has no \['name'\]"),
+    "no name": (replaced("adapter_config.json", lambda c: c.pop("name")), "it has no name"),
     "a name of no kind": (
         replaced("adapter_config.json", lambda c: c.update(name=None)),
-        "no name",
+        "name=None must be text",
     ),
     "another family": (
         replaced("adapter_config.json", lambda c: c.update(model_type="gpt2")),
@@ -964,11 +964,11 @@ MALFORMED = {
     ),
     "another adapter's name": (
         replaced("adapter_config.json", lambda c: c.update(name="b")),
-        r"missing: \['encoder.*adapters\.b.*left over: \['encoder.*adapters\.a",
+        r"missing: encoder.*adapters\.b.*left over: encoder.*adapters\.a",
     ),
     "no field": (
         replaced("adapter_config.json", lambda c: c["config"].pop("reduction_factor")),
-        r"missing: \['reduction_factor'\]",
+        "missing: reduction_factor",
     ),
     "of this library": (
         replaced("adapter_config.json", lambda c: c.update(format_version=1)),
@@ -984,11 +984,11 @@ MALFORMED = {
     ),
     "head of no class": (
         replaced("head_config.json", lambda c: c.update(model_class=["x"])),
-        r"the head of a \['x'\] .* has no counterpart here",
+        r"head_config.json: model_class=\['x'\] must be text or null",
     ),
     "head of no number of labels": (
         replaced("head_config.json", lambda c: c.update(num_labels="3")),
-        "num_labels='3' in .* must be a whole number from 1 on",
+        "num_labels='3' must be a whole number or null",
     ),
     "head of another number of labels": (
         replaced("head_config.json", lambda c: c.update(num_labels=4)),

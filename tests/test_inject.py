@@ -319,8 +319,8 @@ def change(params, path, leaf):
 @pytest.mark.parametrize(
     ("path", "leaf", "message"),
     [
-        ("layer_0/inner/bias", None, r"missing: \['layer_0/inner/bias'\]; left over: none"),
-        ("layer_0/adapter/down/bias", np.zeros(6), r"left over: \['layer_0/adapter/down/bias'\]"),
+        ("layer_0/inner/bias", None, "missing: layer_0/inner/bias; left over: none"),
+        ("layer_0/adapter/down/bias", np.zeros(6), "left over: layer_0/adapter/down/bias"),
         (
             "layer_1/inner/kernel",
             np.zeros((12, 11)),

@@ -491,5 +491,5 @@ def _check_shapes(
         ("of another shape", differing),
     ):
         if items:
-            lines.append(f"{title}: {listing(items, most=2, longest=90)}")
+            lines.append(f"{title}: {listing(items, most=2, longest=130)}")
     raise ValueError(shorten("; ".join(lines)))
