@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 import compacter_jax as cj
@@ -18,6 +18,7 @@ from compacter_jax.params import Count, group_of
 from train import memory, mesh, report
 from train.objective import head_arguments
 from train.options import ALL, ParamsOptions, method_of, options_of
+from train.shapes import shapes_of
 
 # Entries of T5's embedding -> tokens there really are. arXiv:2106.04647 cuts the embedding to these
 # before it counts.
@@ -110,13 +111,13 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
 def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
     """What `method` trains on each of the backbones, which differ in their vocabulary alone."""
     first = backbones[0]
-    shapes = adapted_shapes(first.module, method)
+    shapes = shapes_of(cj.Adapted(first.module, method))
     found = [shapes]
     added = {path: leaf for path, leaf in shapes.items() if path not in first.shapes}
     for other in backbones[1:]:
         # Tracing takes a second, and hardly any method has parameters for each token.
         if any(first.vocab_size in leaf.shape for leaf in added.values()):
-            found.append(adapted_shapes(other.module, method))
+            found.append(shapes_of(cj.Adapted(other.module, method)))
         else:
             found.append({**other.shapes, **added})
     trees = [unflatten_dict(flat, sep="/") for flat in found]
@@ -134,7 +135,7 @@ def device_bytes(
       sizes: of the mesh, as `train.mesh.parse` gives them.
       backbone_dtype: what is not trained is stored in.
     """
-    shapes = unflatten_dict(adapted_shapes(module, method), sep="/")
+    shapes = unflatten_dict(shapes_of(cj.Adapted(module, method)), sep="/")
     labels = cj.label_params(shapes, method)
     trained, frozen = cj.partition(shapes, labels)
     frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, backbone_dtype), frozen)
@@ -147,18 +148,7 @@ def _with_vocabulary(module: Any, size: int) -> Counted:
     if size < 1:
         raise ValueError(f"vocab_size={size} must be at least 1")
     module = module.clone(config=dataclasses.replace(module.config, vocab_size=size))
-    return Counted(module, _shapes(module))
-
-
-def adapted_shapes(module: Any, method: MethodConfig) -> dict[str, Any]:
-    """`/`-joined path -> shape, of a backbone's parameters and what a method adds to them."""
-    return _shapes(cj.Adapted(module, method), *module.dummy_inputs())
-
-
-def _shapes(module: Any, *inputs: Any) -> dict[str, Any]:
-    inputs = inputs or module.dummy_inputs()
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    return flatten_dict(shapes, sep="/")
+    return Counted(module, shapes_of(module))
 
 
 def _sums(count: Count, backbone: Counted) -> dict[str, int]:

@@ -178,6 +178,17 @@ class Examples(Protocol):
         """What the user should know of them, a line each."""
 
 
+def check_max_length(max_length: int, positions: int | None) -> None:
+    """ValueError if inputs are too short for a word, or longer than the backbone's positions."""
+    if max_length < 3:
+        raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"max_length={max_length} exceeds the backbone's {positions} positions; use "
+            f"{positions} or less"
+        )
+
+
 def load_tokenizer(
     path_or_hub_id: str | Path,
     *,
@@ -199,13 +210,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
 
-    if max_length < 3:
-        raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
-    if max_position_embeddings is not None and max_length > max_position_embeddings:
-        raise ValueError(
-            f"max_length={max_length} exceeds the backbone's {max_position_embeddings} positions; "
-            f"use {max_position_embeddings} or less"
-        )
+    check_max_length(max_length, max_position_embeddings)
     source = str(path_or_hub_id)
     if Path(source).is_absolute() and not Path(source).exists():
         raise ValueError(f"{source}: no such folder")
