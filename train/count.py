@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.config import MethodConfig
+from compacter_jax.messages import reason_of
 from compacter_jax.models.convert import module_from_config, module_from_name, read_config
 from compacter_jax.params import Count, group_of
 from train import memory, mesh, report
@@ -187,6 +188,7 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
             alone = f"with a vocabulary of {backbone.vocab_size:,}: {backbone.total:,}"
             print(f"{alone}; trained: {count.trained:,}, {part}")
     print(report.parameter_table(found[0], method))
+    print("of all: of the sum, adapters and head included; above, of the backbone alone")
     if held is not None:
         print("\n".join(_device_table(held, options)))
 
@@ -207,17 +209,43 @@ def _device_table(held: DeviceBytes, options: ParamsOptions) -> list[str]:
 
 
 def _print_all(options: ParamsOptions, backbones: list[Counted]) -> None:
-    lines: dict[str, list[Count] | str] = {}
-    for name in tqdm(cj.presets(), unit="method", leave=False, disable=None):
-        try:
-            method = method_of(name, options_of(name, options.method_options))
-            lines[name] = counts(method, backbones)
-        except ValueError as error:
-            lines[name] = " ".join(str(error).split())
+    """Prints each row as soon as it is known, for all take a while; JSON at the end."""
     if options.json:
-        print(json.dumps([_record(*line, backbones) for line in lines.items()], indent=2))
-    else:
-        print("\n".join(_table(lines, backbones)))
+        names = tqdm(cj.presets(), unit="method", leave=False, disable=None)
+        records = [_record(name, _line(name, options, backbones), backbones) for name in names]
+        print(json.dumps(records, indent=2))
+        return
+    first = max(map(len, cj.presets()))
+    header = ["method".ljust(first)]
+    for backbone in backbones:
+        header += ["trained".rjust(11), f"of {backbone.total:,}".rjust(14)]
+    print("  ".join(header), "-" * len("  ".join(header)), sep="\n", flush=True)
+    for name in cj.presets():
+        cells = _cells(_line(name, options, backbones), backbones, header[2::2])
+        print("  ".join([name.ljust(first), *cells]), flush=True)
+    if len(backbones) > 1:
+        sizes = " and ".join(f"{backbone.vocab_size:,}" for backbone in backbones)
+        print(f"counted with vocabularies of {sizes}, in this order")
+
+
+def _line(name: str, options: ParamsOptions, backbones: list[Counted]) -> list[Count] | str:
+    """Counts of a preset, or why it cannot act."""
+    try:
+        method = method_of(name, options_of(name, options.method_options))
+        return counts(method, backbones)
+    except ValueError as error:
+        return reason_of(error)
+
+
+def _cells(line: list[Count] | str, backbones: list[Counted], headings: list[str]) -> list[str]:
+    """What stands in a row: for each backbone what is trained, and its part of it."""
+    if isinstance(line, str):
+        return [line]
+    cells = []
+    for count, backbone, heading in zip(line, backbones, headings, strict=True):
+        part = _percent(count.trained, backbone.total)
+        cells += [f"{count.trained:,}".rjust(11), part.rjust(len(heading))]
+    return cells
 
 
 def _record(name: str, line: list[Count] | str, backbones: list[Counted]) -> dict[str, Any]:
@@ -225,25 +253,3 @@ def _record(name: str, line: list[Count] | str, backbones: list[Counted]) -> dic
         return {"method": name, "error": line}
     sums = [_sums(*pair) for pair in zip(line, backbones, strict=True)]
     return {"method": name, **sums[0], "other_vocabularies": sums[1:]}
-
-
-def _table(lines: dict[str, list[Count] | str], backbones: list[Counted]) -> list[str]:
-    """One line for each method: what is trained, and its part of the backbone."""
-    first = max(map(len, lines))
-    header = ["method".ljust(first)]
-    for backbone in backbones:
-        header += ["trained".rjust(11), f"of {backbone.total:,}".rjust(14)]
-    rows = ["  ".join(header), "-" * len("  ".join(header))]
-    for name, line in lines.items():
-        row = [name.ljust(first)]
-        if isinstance(line, str):
-            row.append(line)
-        else:
-            for count, backbone, width in zip(line, backbones, header[2::2], strict=True):
-                part = _percent(count.trained, backbone.total)
-                row += [f"{count.trained:,}".rjust(11), part.rjust(len(width))]
-        rows.append("  ".join(row))
-    if len(backbones) > 1:
-        sizes = " and ".join(f"{backbone.vocab_size:,}" for backbone in backbones)
-        rows.append(f"counted with vocabularies of {sizes}, in this order")
-    return rows

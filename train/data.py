@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from compacter_jax.messages import reason_of
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -222,7 +224,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the kinds differ between versions and file formats
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason = reason_of(error)
         raise ValueError(
             f"cannot load a tokenizer from {source!r}: {reason} ({wanted}, which must be reachable "
             "or cached)"
