@@ -62,6 +62,11 @@ def mismatches(missing: list[str], left_over: list[str], shapes: list[str]) -> s
     )
 
 
+def reason_of(error: BaseException, longest: int = LONGEST_VALUE) -> str:
+    """Returns what an error of others says, as one line; its class tells the user nothing."""
+    return shorten(" ".join(str(error).split()), longest) or "no reason was given"
+
+
 @contextlib.contextmanager
 def about(place: Any) -> Iterator[None]:
     """Puts a place in front of the message of a ValueError that does not name it.

@@ -14,7 +14,7 @@ from typing import Any
 
 import regex
 
-from compacter_jax.messages import quote, shorten
+from compacter_jax.messages import quote, reason_of
 
 # A pattern of this library's own takes microseconds.
 MOST_SECONDS = 1.0
@@ -41,7 +41,7 @@ class Pattern:
             re.compile(pattern)  # what only `regex` knows, such as recursion, is refused
             self._compiled = regex.compile(pattern, regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
-            reason = shorten(str(error), 100) or type(error).__name__
+            reason = reason_of(error, 100)
             raise ValueError(f"{quote(pattern, 200)} is no regular expression: {reason}") from None
         self.pattern = pattern
         self.groupindex: dict[str, int] = dict(self._compiled.groupindex)

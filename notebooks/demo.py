@@ -9,11 +9,22 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+# The notebooks take data and settings from the folder `train` of the clone, which is no part of the
+# installed package.
+CLONE = Path(__file__).resolve().parents[1]
+if not (CLONE / "train").is_dir():
+    raise ImportError(f"{__file__} must stay in the folder notebooks of a clone of the repository")
+sys.path.insert(0, str(CLONE))
+# Without ipywidgets, which nothing here needs, tqdm would warn in every notebook.
+warnings.filterwarnings("ignore", "IProgress not found")
 # A head that is new is told of in the notebooks, and here with the path of the backbone.
 logging.getLogger("compacter_jax").setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

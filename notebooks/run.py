@@ -50,7 +50,7 @@ def executed(name: str, environment: Mapping[str, str], *, timeout: int = 3600) 
         record_timing=False,
         resources={"metadata": {"path": str(FOLDER)}},
     )
-    # Without ipywidgets, which nothing here needs, tqdm would warn in every notebook.
+    # adapters imports tqdm before the notebook's own helper can silence it; see demo.py.
     client.execute(env={**environment, "PYTHONWARNINGS": "ignore:IProgress not found"})
     # The same notebook again is then the same file.
     for number, cell in enumerate(notebook.cells):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
@@ -150,9 +149,7 @@ def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
     first = next(iter(settings.values()))
     inference.check_shared(settings)
     source = options.backbone or first["backbone"]
-    backbone = cj.load_backbone(
-        source, **inference.head_of(first), dtype=jnp.dtype(options.dtype or first["dtype"])
-    )
+    backbone = inference.load_backbone(options, first)
     model, params = cj.stack_adapters(list(members.values()), backbone)
     params = inference.stored(params, model.method, options, first)
     tokenizer = inference.load_tokenizer(source, backbone, first["max_length"])

@@ -19,6 +19,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from compacter_jax.files import replace_file
+from compacter_jax.messages import reason_of
 from train import hosts
 
 _BEST = "best_step"
@@ -222,5 +223,5 @@ def _checksums(checkpoint: Path) -> dict[str, int]:
 
 def _in_short(error: Exception) -> str:
     """What went wrong: the beginning and, where the reason of the system stands, the end."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason_of(error, 100_000)
     return text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"

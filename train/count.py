@@ -8,16 +8,18 @@ from typing import Any
 
 import jax
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.config import MethodConfig
+from compacter_jax.messages import reason_of
 from compacter_jax.models.convert import module_from_config, module_from_name, read_config
 from compacter_jax.params import Count, group_of
 from train import memory, mesh, report
 from train.objective import head_arguments
 from train.options import ALL, ParamsOptions, method_of, options_of
+from train.shapes import shapes_of
 
 # Entries of T5's embedding -> tokens there really are. arXiv:2106.04647 cuts the embedding to these
 # before it counts.
@@ -110,13 +112,13 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
 def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
     """What `method` trains on each of the backbones, which differ in their vocabulary alone."""
     first = backbones[0]
-    shapes = adapted_shapes(first.module, method)
+    shapes = shapes_of(cj.Adapted(first.module, method))
     found = [shapes]
     added = {path: leaf for path, leaf in shapes.items() if path not in first.shapes}
     for other in backbones[1:]:
         # Tracing takes a second, and hardly any method has parameters for each token.
         if any(first.vocab_size in leaf.shape for leaf in added.values()):
-            found.append(adapted_shapes(other.module, method))
+            found.append(shapes_of(cj.Adapted(other.module, method)))
         else:
             found.append({**other.shapes, **added})
     trees = [unflatten_dict(flat, sep="/") for flat in found]
@@ -134,7 +136,7 @@ def device_bytes(
       sizes: of the mesh, as `train.mesh.parse` gives them.
       backbone_dtype: what is not trained is stored in.
     """
-    shapes = unflatten_dict(adapted_shapes(module, method), sep="/")
+    shapes = unflatten_dict(shapes_of(cj.Adapted(module, method)), sep="/")
     labels = cj.label_params(shapes, method)
     trained, frozen = cj.partition(shapes, labels)
     frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, backbone_dtype), frozen)
@@ -147,18 +149,7 @@ def _with_vocabulary(module: Any, size: int) -> Counted:
     if size < 1:
         raise ValueError(f"vocab_size={size} must be at least 1")
     module = module.clone(config=dataclasses.replace(module.config, vocab_size=size))
-    return Counted(module, _shapes(module))
-
-
-def adapted_shapes(module: Any, method: MethodConfig) -> dict[str, Any]:
-    """`/`-joined path -> shape, of a backbone's parameters and what a method adds to them."""
-    return _shapes(cj.Adapted(module, method), *module.dummy_inputs())
-
-
-def _shapes(module: Any, *inputs: Any) -> dict[str, Any]:
-    inputs = inputs or module.dummy_inputs()
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    return flatten_dict(shapes, sep="/")
+    return Counted(module, shapes_of(module))
 
 
 def _sums(count: Count, backbone: Counted) -> dict[str, int]:
@@ -197,6 +188,7 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
             alone = f"with a vocabulary of {backbone.vocab_size:,}: {backbone.total:,}"
             print(f"{alone}; trained: {count.trained:,}, {part}")
     print(report.parameter_table(found[0], method))
+    print("of all: of the sum, adapters and head included; above, of the backbone alone")
     if held is not None:
         print("\n".join(_device_table(held, options)))
 
@@ -217,17 +209,43 @@ def _device_table(held: DeviceBytes, options: ParamsOptions) -> list[str]:
 
 
 def _print_all(options: ParamsOptions, backbones: list[Counted]) -> None:
-    lines: dict[str, list[Count] | str] = {}
-    for name in tqdm(cj.presets(), unit="method", leave=False, disable=None):
-        try:
-            method = method_of(name, options_of(name, options.method_options))
-            lines[name] = counts(method, backbones)
-        except ValueError as error:
-            lines[name] = " ".join(str(error).split())
+    """Prints each row as soon as it is known, for all take a while; JSON at the end."""
     if options.json:
-        print(json.dumps([_record(*line, backbones) for line in lines.items()], indent=2))
-    else:
-        print("\n".join(_table(lines, backbones)))
+        names = tqdm(cj.presets(), unit="method", leave=False, disable=None)
+        records = [_record(name, _line(name, options, backbones), backbones) for name in names]
+        print(json.dumps(records, indent=2))
+        return
+    first = max(map(len, cj.presets()))
+    header = ["method".ljust(first)]
+    for backbone in backbones:
+        header += ["trained".rjust(11), f"of {backbone.total:,}".rjust(14)]
+    print("  ".join(header), "-" * len("  ".join(header)), sep="\n", flush=True)
+    for name in cj.presets():
+        cells = _cells(_line(name, options, backbones), backbones, header[2::2])
+        print("  ".join([name.ljust(first), *cells]), flush=True)
+    if len(backbones) > 1:
+        sizes = " and ".join(f"{backbone.vocab_size:,}" for backbone in backbones)
+        print(f"counted with vocabularies of {sizes}, in this order")
+
+
+def _line(name: str, options: ParamsOptions, backbones: list[Counted]) -> list[Count] | str:
+    """Counts of a preset, or why it cannot act."""
+    try:
+        method = method_of(name, options_of(name, options.method_options))
+        return counts(method, backbones)
+    except ValueError as error:
+        return reason_of(error)
+
+
+def _cells(line: list[Count] | str, backbones: list[Counted], headings: list[str]) -> list[str]:
+    """What stands in a row: for each backbone what is trained, and its part of it."""
+    if isinstance(line, str):
+        return [line]
+    cells = []
+    for count, backbone, heading in zip(line, backbones, headings, strict=True):
+        part = _percent(count.trained, backbone.total)
+        cells += [f"{count.trained:,}".rjust(11), part.rjust(len(heading))]
+    return cells
 
 
 def _record(name: str, line: list[Count] | str, backbones: list[Counted]) -> dict[str, Any]:
@@ -235,25 +253,3 @@ def _record(name: str, line: list[Count] | str, backbones: list[Counted]) -> dic
         return {"method": name, "error": line}
     sums = [_sums(*pair) for pair in zip(line, backbones, strict=True)]
     return {"method": name, **sums[0], "other_vocabularies": sums[1:]}
-
-
-def _table(lines: dict[str, list[Count] | str], backbones: list[Counted]) -> list[str]:
-    """One line for each method: what is trained, and its part of the backbone."""
-    first = max(map(len, lines))
-    header = ["method".ljust(first)]
-    for backbone in backbones:
-        header += ["trained".rjust(11), f"of {backbone.total:,}".rjust(14)]
-    rows = ["  ".join(header), "-" * len("  ".join(header))]
-    for name, line in lines.items():
-        row = [name.ljust(first)]
-        if isinstance(line, str):
-            row.append(line)
-        else:
-            for count, backbone, width in zip(line, backbones, header[2::2], strict=True):
-                part = _percent(count.trained, backbone.total)
-                row += [f"{count.trained:,}".rjust(11), part.rjust(len(width))]
-        rows.append("  ".join(row))
-    if len(backbones) > 1:
-        sizes = " and ".join(f"{backbone.vocab_size:,}" for backbone in backbones)
-        rows.append(f"counted with vocabularies of {sizes}, in this order")
-    return rows

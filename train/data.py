@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from compacter_jax.messages import reason_of
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -178,6 +180,17 @@ class Examples(Protocol):
         """What the user should know of them, a line each."""
 
 
+def check_max_length(max_length: int, positions: int | None) -> None:
+    """ValueError if inputs are too short for a word, or longer than the backbone's positions."""
+    if max_length < 3:
+        raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"max_length={max_length} exceeds the backbone's {positions} positions; use "
+            f"{positions} or less"
+        )
+
+
 def load_tokenizer(
     path_or_hub_id: str | Path,
     *,
@@ -199,13 +212,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
 
-    if max_length < 3:
-        raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
-    if max_position_embeddings is not None and max_length > max_position_embeddings:
-        raise ValueError(
-            f"max_length={max_length} exceeds the backbone's {max_position_embeddings} positions; "
-            f"use {max_position_embeddings} or less"
-        )
+    check_max_length(max_length, max_position_embeddings)
     source = str(path_or_hub_id)
     if Path(source).is_absolute() and not Path(source).exists():
         raise ValueError(f"{source}: no such folder")
@@ -217,7 +224,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the kinds differ between versions and file formats
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason = reason_of(error)
         raise ValueError(
             f"cannot load a tokenizer from {source!r}: {reason} ({wanted}, which must be reachable "
             "or cached)"

@@ -14,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 import compacter_jax as cj
-from compacter_jax.config import parallel_names
+from compacter_jax.config import from_dict, parallel_names
 from compacter_jax.files import replace_file
 from compacter_jax.messages import quote
-from train import compiled, compositions, data, hosts, predictions, step, tasks
+from compacter_jax.models.convert import module_from_config, read_config
+from train import compiled, compositions, data, hosts, predictions, shapes, step, tasks
 from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions
 from train.report import number
@@ -108,10 +109,8 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     else:
         settings = joined_settings(expression)
     name = options.backbone or settings["backbone"]
-    backbone = cj.load_backbone(
-        name,
-        **head_of(settings),
-        dtype=jnp.dtype(options.dtype or settings["dtype"]),
+    backbone = load_backbone(
+        options, settings, None if expression is None else compositions.of_all(expression)
     )
     if expression is None:
         model, params = cj.load_adapter(compositions.folder_of(options.adapter), backbone)
@@ -125,6 +124,27 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
     jitted = jax.jit(objective.outputs)
     return LoadedAdapter(settings, objective, lambda batch: jax.device_get(jitted(params, batch)))
+
+
+def load_backbone(
+    options: AdapterOptions, settings: Mapping[str, Any], method: cj.MethodConfig | None = None
+) -> cj.Backbone:
+    """Loads the backbone of a saved adapter, having checked that the method fits it.
+
+    Args:
+      options: may name another folder, or dtype.
+      settings: of `settings_of`.
+      method: to be used; by default that of the settings.
+
+    Raises:
+      ValueError, OSError: as `train.shapes.check_fit` and `compacter_jax.load_backbone`.
+    """
+    name, head = options.backbone or settings["backbone"], head_of(settings)
+    if settings["sites"] is None:
+        config = read_config(name)
+        method = method or from_dict(settings["method"])
+        shapes.check_fit(module_from_config(config, **head), method, config, settings["max_length"])
+    return cj.load_backbone(name, **head, dtype=jnp.dtype(options.dtype or settings["dtype"]))
 
 
 # What saved adapters must share to be computed together.

@@ -17,8 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax.config import FullFineTuningConfig, IntrinsicConfig, MethodConfig
+from compacter_jax.models.convert import module_from_config, read_config
 from compacter_jax.params import FREEZE, TRAIN, group_of
-from train import compositions, data, hosts, inference, mesh, mixture, prompts, tasks
+from train import compositions, data, hosts, inference, mesh, mixture, prompts, shapes, tasks
 from train.objective import Objective, check_options, for_task, head_arguments
 from train.options import FitOptions
 
@@ -175,6 +176,8 @@ def prepare(options: FitOptions, *, like: Job | None = None, num_devices: int | 
     _check_batch_size(options, num_devices or jax.local_device_count())
     mixture.parse(options.mixture)
     names = task_names(options)
+    if like is None:
+        _check_fit(options)
     lanes: list[Lane] = []
     for name in names:
         known = like.lanes[0].backbone if like else lanes[0].backbone if lanes else None
@@ -187,6 +190,14 @@ def prepare(options: FitOptions, *, like: Job | None = None, num_devices: int | 
     else:
         learners = [_joined(lanes)]
     return Job(options, tuple(lanes), tuple(learners))
+
+
+def _check_fit(options: FitOptions) -> None:
+    """ValueError if the method does not fit the backbone; neither data nor weights are read."""
+    config = read_config(options.backbone)
+    # Nothing of it depends on the number of labels, which the data tells.
+    module = module_from_config(config, **head_arguments(options.backbone, 2))
+    shapes.check_fit(module, options.method_config(), config, options.max_length)
 
 
 def task_names(options: FitOptions) -> list[str]:

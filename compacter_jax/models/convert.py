@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.files import check_fields, converted, read_json, read_tensors
-from compacter_jax.messages import about, listing, quote, shorten
+from compacter_jax.messages import about, listing, quote, reason_of, shorten
 from compacter_jax.models import bert, t5
 from compacter_jax.models.families import (
     FAMILIES,
@@ -197,8 +197,8 @@ def module_from_name(
     name = str(name_or_path)
     if name not in PUBLISHED:
         raise ValueError(
-            f"{name!r} is neither a config.json here nor a published size known by name; known: "
-            f"{', '.join(PUBLISHED)}"
+            f"{quote(name, 100)} is neither a config.json here nor a published size known by name "
+            f"(of BERT and T5, for there are no others); known: {', '.join(PUBLISHED)}"
         )
     config = PUBLISHED[name]
     if isinstance(config, t5.T5Config):
@@ -308,8 +308,7 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
     except Exception as error:  # the classes of the hub's errors change between its versions
         raise OSError(
             f"{name!r} is not a folder here, and could not be had from the Hugging Face hub "
-            f"({type(error).__name__}: {shorten(str(error), 100)}). Check the name and the "
-            "connection, or download "
+            f"({reason_of(error, 100)}). Check the name and the connection, or download "
             "config.json and *.safetensors, for the command line the tokenizer's files "
             "(tokenizer.json or spiece.model, tokenizer_config.json), too, and give their folder"
         ) from error

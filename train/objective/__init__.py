@@ -165,10 +165,15 @@ def check_length(config: Any, method: Any, max_length: int) -> None:
     prompt_length = sum(getattr(part, "prompt_length", 0) for part in parts_of(method))
     positions = config.max_position_embeddings
     if prompt_length and max_length + prompt_length > positions:
+        room = positions - prompt_length
+        fix = (
+            f"use a max_length of {room} or less, or a shorter prompt"
+            if room >= 3
+            else (f"use a prompt of {max(positions - max_length, 1)} or less")
+        )
         raise ValueError(
             f"max_length={max_length} and prompt_length={prompt_length} together exceed the "
-            f"backbone's {positions} positions; use a max_length of "
-            f"{positions - prompt_length} or less, or a shorter prompt"
+            f"backbone's {positions} positions; {fix}"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from compacter_jax.messages import quote
 from train.options import SplitProtocol
 from train.span_corruption import check_text_file
 from train.tasks import hub, labels, rows_of_files
@@ -232,4 +233,7 @@ def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Pa
         )
     close = difflib.get_close_matches(str(name), [*BUILT_IN, *BENCHMARKS, SPAN_CORRUPTION], n=1)
     near = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"unknown task {name!r}{near}; {known}give files of your own")
+    raise ValueError(
+        f"unknown task {quote(name, 60)}{near}; {known}give files of your own; labels of single "
+        "tokens (NER, part of speech) cannot be learned"
+    )

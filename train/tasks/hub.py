@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from compacter_jax.messages import reason_of
 from train.options import SplitProtocol
 from train.tasks.benchmarks import Benchmark
 
@@ -138,7 +139,7 @@ def _from_hub(benchmark: Benchmark) -> Read:
     try:
         found = datasets.load_dataset(benchmark.repository, benchmark.configuration)
     except Exception as error:  # many kinds: of the network, the hub and the files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise ValueError(
             f"cannot load {benchmark.repository} ({benchmark.configuration}) from the hub: "
             f"{reason}; without a network give --data-dir, {_layout(benchmark)}"
