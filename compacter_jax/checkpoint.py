@@ -34,6 +34,7 @@ from compacter_jax.models.families import family_of
 from compacter_jax.params import FREEZE, group_of, label_params
 from compacter_jax.quantize import check_float
 from compacter_jax.sites import Site
+from compacter_jax.trees import check_params
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
@@ -81,10 +82,12 @@ def save_adapter(
 
     Raises:
       TypeError: if `metadata` is no JSON; nothing is written then.
-      ValueError: if `metadata` has a key that the library writes itself, or the backbone in
-        `params` is of int8, whose hash is not the backbone's.
+      ValueError: if `metadata` has a key that the library writes itself, `params` are not those of
+        the model (replicated, say, or a half of `partition`), or the backbone in them is of int8,
+        whose hash is not the backbone's. Nothing is written then.
       OSError: if the directory cannot be written.
     """
+    check_params(model, params, "saving an adapter")
     check_float(params, "saving an adapter")
     stored, left = _split(params, model.method)
     data = safetensors.flax.save(stored)
@@ -230,6 +233,7 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
       OSError: if the directory cannot be written.
     """
     family = family_of(config)
+    check_params(module, params, "saving a backbone")
     tensors = family.to_hugging_face(params)
     settings = json.loads(config.to_json_string(use_diff=False))
     head = getattr(module, "head", None)

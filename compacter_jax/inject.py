@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ from compacter_jax.messages import listing, mismatches, quote, shorten
 from compacter_jax.patterns import compiled
 from compacter_jax.quantize import check_float, is_quantized
 from compacter_jax.sites import Site
+from compacter_jax.trees import check_params
 
 
 class HasParams(Protocol):
@@ -410,15 +412,18 @@ def merge_adapter(model: Adapted, params: Any) -> Any:
     Args:
       model: the adapted module: LoRA, IA3, BitFit on a backbone with biases of its own, several
         of these at once, intrinsic dimension, or full fine-tuning.
-      params: its parameters.
+      params: its parameters; or all of them with one more axis, as after replicating for pmap,
+        which the result has then too.
 
     Returns:
       A nested dict of arrays, as `model.backbone` has them.
 
     Raises:
       ValueError: if the method is none that weights of the backbone can express; it says why. Or if
-        the backbone is of int8.
+        the backbone is of int8, or `params` are not those of the model.
     """
+    if check_params(model, params, "merging an adapter", stacked=True):
+        return jax.vmap(functools.partial(merge_adapter, model))(params)
     check_float(params, "merging an adapter")
     method = model.method
     if (reason := _unmergeable(model)) is not None:

@@ -34,6 +34,7 @@ from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.messages import about, listing, quote
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.patterns import compiled
+from compacter_jax.trees import check_params
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
@@ -157,13 +158,15 @@ def export_peft(
       base_model_name: what PEFT calls `base_model_name_or_path`.
 
     Raises:
-      ValueError: if PEFT does not have the method, or cannot put it where it is.
+      ValueError: if PEFT does not have the method, or cannot put it where it is, or `params` are
+        not those of the model.
       OSError: if the directory cannot be written.
     """
     method = model.method
     if type(method) not in _WRITERS:
         kinds = ", ".join(cls.kind for cls in _WRITERS)
         raise ValueError(f"PEFT does not have the method {method.kind!r}; written are {kinds}")
+    check_params(model, params, "exporting an adapter")
     flat = flatten_dict(params, sep="/")
     own = {path: leaf for path, leaf in flat.items() if _is_adapter(path)}
     rest = {path: leaf for path, leaf in flat.items() if path not in own}

@@ -40,6 +40,7 @@ from compacter_jax.config import (
 )
 from compacter_jax.files import replace_file
 from compacter_jax.params import group_of
+from compacter_jax.trees import check_params
 
 
 def export_adapterhub(
@@ -68,14 +69,15 @@ def export_adapterhub(
       with_head: write the prediction head too.
 
     Raises:
-      ValueError: if `adapters` has no counterpart of the method, or of where it acts; it says why,
-        and nothing is written.
+      ValueError: if `adapters` has no counterpart of the method, or of where it acts, or `params`
+        are not those of the model; it says why, and nothing is written.
       OSError: if the directory cannot be written.
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"name={name!r} must be of letters, digits, '_' and '-'")
     module, layout = model.backbone, layout_of(model.backbone)
     _check_expressible(model)
+    check_params(model, params, "exporting an adapter")
     flat = flatten_dict(params, sep="/")
     placed, hosts = _placed(flat, model)
     naming = Naming(layout, layout.layers(module), name)

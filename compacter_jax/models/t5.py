@@ -231,11 +231,13 @@ class _T5Module(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
-    def dense(self, features: int, name: str, stddev: float) -> nn.Dense:
+    def dense(
+        self, features: int, name: str, stddev: float, dtype: Dtype | None = None
+    ) -> nn.Dense:
         return dense(
             features,
             use_bias=False,
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=initializers.normal(self.config.initializer_factor * stddev),
             name=name,
@@ -265,16 +267,19 @@ class _T5Module(nn.Module):
 
     def add(self, residual: Array, output: Array) -> Array:
         """The end of a sub-layer."""
-        x = residual + output
-        if x.dtype == jnp.float16:
-            # The residual stream of T5 exceeds what float16 holds; bfloat16 and float32 do not
-            # need this, nor do they get it. As transformers does, up to the bound chosen.
-            limit = jnp.finfo(jnp.float16).max - 1000
-            x = jnp.clip(x, -limit, limit)
-        return x
+        return _wide(residual) + _wide(output)
 
     def part(self, module: type[_T5Module], name: str, **attributes: Any) -> Any:
         return module(self.config, self.dtype, self.param_dtype, name=name, **attributes)
+
+
+def _wide(x: Array) -> Array:
+    """`x` in float32 if it is of float16, whose range the sub-layers of T5 exceed.
+
+    That is the residual stream and, with transformers, what `wo` reads and returns. bfloat16 has
+    the range of float32.
+    """
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 class T5Attention(_T5Module):
@@ -429,11 +434,13 @@ class T5FeedForward(_T5Module):
         activation = config.feed_forward_activation()
         wi = lambda name: self.dense(config.d_ff, name, config.d_model**-0.5)  # noqa: E731
         y = (
-            activation(wi("wi_0")(x)) * wi("wi_1")(x)
+            _wide(activation(wi("wi_0")(x))) * _wide(wi("wi_1")(x))
             if config.is_gated
-            else activation(wi("wi")(x))
+            else _wide(activation(wi("wi")(x)))
         )
-        return self.dense(config.d_model, "wo", config.d_ff**-0.5)(self.dropout(y, deterministic))
+        dtype = jnp.float32 if x.dtype == jnp.float16 else None
+        wo = self.dense(config.d_model, "wo", config.d_ff**-0.5, dtype)
+        return wo(self.dropout(y, deterministic))
 
 
 class T5LayerFeedForward(_T5Module):
@@ -581,8 +588,8 @@ class T5(nn.Module):
         decoder and the encoder) or "encoder" (no decoder).
       dtype: of the computation; None promotes inputs and parameters as flax does. Attention scores,
         their softmax and the statistics of norms are computed in float32 at least. With bfloat16
-        nothing overflows that does not in float32; float16 does overflow in the published
-        checkpoints, and for it alone the residual stream is clipped after every sub-layer.
+        nothing overflows that does not in float32; for float16, whose range the published
+        checkpoints exceed, `wo` and the residual stream are in float32, as in transformers.
       param_dtype: of the parameters.
       remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
         its input alone; or "dots", all but the products with weights.

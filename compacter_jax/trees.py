@@ -1,0 +1,139 @@
+"""Checks that a tree holds the parameters of a module, before anything is made of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict
+
+from compacter_jax.config import ADAPTER
+from compacter_jax.messages import listing, shorten
+
+_Shape = tuple[int, ...]
+
+
+def check_params(module: nn.Module, params: Any, doing: str, *, stacked: bool = False) -> bool:
+    """Checks that `params` is a tree as `module.init` makes it: no other leaves, nor shapes.
+
+    Without `dummy_inputs` of the module, or of the one that it adapts, the shapes are not known;
+    and within a transformation, where nothing is written, they are not asked for. Then only trees
+    are refused that no module has.
+
+    Args:
+      module: of which `params` should be.
+      params: a tree of arrays.
+      doing: what is done with the tree, to begin the message.
+      stacked: let a tree pass all of whose leaves have one more axis, the first.
+
+    Returns:
+      Whether the leaves have one more axis.
+
+    Raises:
+      ValueError: if `params` is replicated, or in `{"params": …}`, a half of `partition`, or of
+        another model; it says which, and what to give.
+    """
+    leaves = jax.tree.leaves(params)
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    wanted = None if is_traced else _shapes(module)
+    reason = _no_tree(params, wanted)
+    if reason is None:
+        shapes = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
+        if stacked and _is_stacked(shapes, wanted):
+            return True
+        reason = _misfit(shapes, wanted)
+    if reason is not None:
+        raise ValueError(shorten(f"{doing} wants the model's parameters, and {reason}"))
+    return False
+
+
+def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {"/".join(map(str, path)): leaf for path, leaf in flatten_dict(params).items()}
+
+
+def _no_tree(params: Any, wanted: Mapping[str, _Shape] | None) -> str | None:
+    """Why `params` are no tree of arrays by their names, and the fix; None if they are."""
+    if not isinstance(params, Mapping | FrozenDict):
+        return f"this is of type {type(params).__name__}; give the nested dict of arrays"
+    if _is_wrapped(params, wanted):
+        return 'this is {"params": …}, as `apply` takes it; give params["params"]'
+    leaves = _flat(params)
+    if absent := [path for path, leaf in leaves.items() if not hasattr(leaf, "shape")]:
+        return (
+            f"{len(absent)} of {len(leaves)} leaves are no arrays ({listing(absent, most=2)}), as "
+            "in a half of partition; give merge(trained, frozen)"
+        )
+    return None
+
+
+def _is_wrapped(params: Mapping[str, Any], wanted: Mapping[str, _Shape] | None) -> bool:
+    is_own = any(path.startswith("params/") for path in wanted or ())
+    return isinstance(params.get("params"), Mapping | FrozenDict) and not is_own
+
+
+def _is_stacked(shapes: Mapping[str, _Shape], wanted: Mapping[str, _Shape] | None) -> bool:
+    """Whether all leaves have one axis of the same size before those that they should have."""
+    first = {shape[:1] for shape in shapes.values()}
+    if len(first) != 1 or first == {()}:
+        return False
+    if wanted is not None:
+        return {path: shape[1:] for path, shape in shapes.items()} == wanted
+    # No module has matrices alone, all of as many rows.
+    return all(len(shape) > 1 for shape in shapes.values())
+
+
+def _misfit(shapes: Mapping[str, _Shape], wanted: Mapping[str, _Shape] | None) -> str | None:
+    """Why leaves are not those that are wanted, and the fix; None if they are."""
+    if _is_stacked(shapes, wanted):
+        path, shape = next(iter(shapes.items()))
+        return (
+            f"every leaf has an axis of {shape[0]} before its own ({listing([path])} is {shape}), "
+            "as after replicating for pmap; give jax.tree.map(lambda x: x[0], params)"
+        )
+    if wanted is None:
+        return None
+    missing = sorted(wanted.keys() - shapes.keys())
+    left_over = sorted(shapes.keys() - wanted.keys())
+    other = [
+        f"{path} {shapes[path]} for {wanted[path]}"
+        for path in sorted(shapes.keys() & wanted.keys())
+        if shapes[path] != wanted[path]
+    ]
+    if not (missing or left_over or other):
+        return None
+    has_adapters = any(f"/{ADAPTER}/" in path for path in left_over)
+    fix = "take adapters out, as merge_adapter does" if has_adapters else "give all of this model's"
+    return (
+        f"these are not; missing: {listing(missing, most=2) or 'none'}; left over: "
+        f"{listing(left_over, most=2) or 'none'}; of another shape: "
+        f"{listing(other, most=2) or 'none'}; {fix}"
+    )
+
+
+def _shapes(module: nn.Module) -> dict[str, _Shape] | None:
+    """Path -> shape of every leaf that `module.init` makes, None without example inputs."""
+    if not hasattr(getattr(module, "backbone", module), "dummy_inputs"):
+        return None
+    sites = vars(module).get("sites")
+    if isinstance(sites, Mapping):
+        module = module.clone(sites=FrozenDict(sites))
+    try:
+        hash(module)
+    except TypeError:
+        return _traced_shapes(module)
+    return _cached_shapes(module)
+
+
+def _traced_shapes(module: nn.Module) -> dict[str, _Shape]:
+    inputs = getattr(module, "backbone", module).dummy_inputs()
+    tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return {path: np.shape(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+# Tracing a model takes seconds; a run saves it many times.
+_cached_shapes = functools.lru_cache(maxsize=8)(_traced_shapes)
