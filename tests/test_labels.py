@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from train import convert, data, inference, options, tasks
+from train import convert, data, inference, options, saved, tasks
 from train.predictions import write_rows
 from train.tasks import labels
 
@@ -218,50 +218,32 @@ def test_one_class_is_said_of_the_training_file(tmp_path):
     assert "every label is 'positive'" in refused(name="movie", train_file=both)
 
 
-SETTINGS = {
-    "backbone": "bert",
-    "max_length": 16,
-    "kind": "classification",
-    "dtype": "float32",
-    "num_labels": 2,
-}
+HEAD = "sequence_classification"
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("names", "changes", "problem"),
     [
-        ({"label_names": ["a"]}, "has 1 names, which do not fit kind='classification' and num_lab"),
-        ({"label_names": []}, "has 0 names, which do not fit"),
-        ({"label_names": ["a", "b", "c"]}, "has 3 names, which do not fit"),
-        ({"label_names": ["a", "a"]}, "label_names: a stands there twice"),
-        ({"label_names": ["a", ""]}, "label_names: name 2 is empty"),
-        ({"label_names": ["a", 2]}, "is \"['a', 2]\", not a list of texts"),
-        ({"label_names": "ab"}, "is 'ab', not a list of texts"),
-        ({"label_names": ["a", "b"], "kind": "regression", "num_labels": 1}, "has 2 names, which"),
-        ({"label_names": [], "text_to_text": {}, "num_labels": None}, "has 0 names, which do not"),
+        (["a"], {}, "num_labels=2 must be 1"),
+        (["a", "b", "c"], {}, "num_labels=2 must be 3"),
+        ([], {}, "must be names for kind='classification'"),
+        (["a", "a"], {}, "label_names: a stands there twice"),
+        (["a", " "], {}, "label_names: name 2 is empty"),
+        (["a", "\u200b"], {}, "label_names: name 2 is empty"),
+        (
+            ["a", "b"],
+            {"kind": "regression", "num_labels": 1},
+            "must be empty for kind='regression'",
+        ),
+        ([], {"head": "conditional_generation", "num_labels": None}, "must be names"),
     ],
 )
-def test_label_names_that_do_not_fit_the_head(tmp_path, monkeypatch, changes, problem):
-    monkeypatch.setattr(inference.cj, "read_adapter_config", lambda folder: {**SETTINGS, **changes})
+def test_label_names_that_do_not_fit_the_head(names, changes, problem):
+    settings = {"kind": "classification", "num_labels": 2, "head": HEAD, **changes}
     with pytest.raises(ValueError, match="label_names") as caught:
-        inference.settings_of(tmp_path)
-    assert str(caught.value).startswith(f"adapter_config.json of {tmp_path}: label_names")
+        saved._check_labels("FILE", {**settings, "label_names": names})
+    assert str(caught.value).startswith("FILE: ")
     assert problem in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"label_names": ["a", "b"]},
-        {"label_names": ["a", "b", "c"], "text_to_text": {}, "num_labels": None},
-        {"label_names": [], "kind": "regression", "num_labels": 1},
-        {"label_names": [], "kind": "span", "num_labels": 2},
-        {"label_names": [], "kind": "choice", "num_labels": 2},
-    ],
-)
-def test_label_names_that_fit_the_head(tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(inference.cj, "read_adapter_config", lambda folder: {**SETTINGS, **changes})
-    assert inference.settings_of(tmp_path) == {**SETTINGS, **changes}
 
 
 def test_what_is_predicted_is_counted_by_label():
