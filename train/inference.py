@@ -353,7 +353,8 @@ def predict(options: PredictOptions) -> int:
             write_logits=options.logits,
             progress=bar.update,
         )
-    for line in [*counts.lines(), *sum(unknown, data.Unknown()).notices("inputs")]:
+    told_of_inputs = sum(unknown, data.Unknown()).notices("inputs")
+    for line in [*counts.lines(), *objective.notices(), *told_of_inputs]:
         print(line)
     limit = adapter.settings["max_length"]
     say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))

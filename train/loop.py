@@ -640,6 +640,7 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
     return {
         "task": lane.name,
         "kind": lane.task.kind,
+        "label_names": list(lane.task.label_names),
         "metric": lane.task.metric,
         "method": job.options.method,
         "objective": lane.objective.settings,

@@ -83,7 +83,15 @@ def predict_file(
             names = column_names(rows)
             check_not_taken(input_path, names, added)
             read = read or columns_read(names, columns)
-            predicted = predict_chunk({name: column_values(rows, name) for name in read})
+            values = {name: column_values(rows, name) for name in read}
+            try:
+                predicted = predict_chunk(values)
+            except ValueError as error:
+                if not num_rows:
+                    raise
+                raise ValueError(
+                    f"{input_path}, rows counted from row {num_rows + 1} on: {error}"
+                ) from error
             each = predicted if isinstance(predicted, Mapping) else {"": predicted}
             new: dict[str, pa.Array] = {}
             for name, labels in labels_of.items():

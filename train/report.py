@@ -11,6 +11,7 @@ import numpy as np
 
 from compacter_jax.config import MethodConfig, to_dict
 from compacter_jax.files import replace_file
+from compacter_jax.messages import listing
 from compacter_jax.params import Count
 from train import logs
 
@@ -171,6 +172,7 @@ def write_report(
     settings = {
         "backbone": options.backbone,
         "task": result["task"],
+        **({"labels": listing(names, most=50)} if (names := result.get("label_names")) else {}),
         "training examples": result["train_examples"],
         "method": options.method,
         "epochs": options.epochs,

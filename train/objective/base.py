@@ -82,8 +82,18 @@ class Objective(abc.ABC):
         return self.benchmark.with_mean({**values, **own})
 
     def encode_all(self, splits: Mapping[str, Any]) -> dict[str, data.Examples]:
-        """Tokenises the splits of a run, training and validation at least."""
-        return {split: self.encode(rows) for split, rows in splits.items()}
+        """Tokenises the splits of a run, training and validation at least.
+
+        Raises:
+          ValueError: names the split.
+        """
+        encoded: dict[str, data.Examples] = {}
+        for split, rows in splits.items():
+            try:
+                encoded[split] = self.encode(rows)
+            except ValueError as error:
+                raise ValueError(f"{split}: {error}") from error
+        return encoded
 
 
 def targets_of(encoded: data.Encoded) -> np.ndarray:

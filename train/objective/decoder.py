@@ -180,7 +180,7 @@ class TextToText(Seq2Seq):
         read = self.casting.read(text.decode(outputs["ids"], self.tokenizer))
         if self.casting.kind == "regression":
             return [None if np.isnan(score) else float(score) for score in read]
-        return list(read)
+        return list(map(str, read))
 
     def notices(self) -> list[str]:
         """Returns which labels have characters that the tokenizer has no token for."""

@@ -227,12 +227,10 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
 def _check_present(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> None:
     """ValueError if a value is null; a label or an answer that is belongs to a hidden split."""
     for name in benchmark.columns:
-        nulls = rows.data.column(name).is_null().to_pylist()
-        if any(nulls):
-            raise ValueError(
-                f"{where}, row {1 + nulls.index(True)}: {name} is missing (null); remove or fill "
-                "the row"
-            )
+        column = rows.data.column(name)
+        if column.null_count:
+            row = 1 + column.is_null().to_pylist().index(True)
+            raise ValueError(f"{where}, row {row}: {name} is missing (null); remove or fill it")
 
 
 def _is_hidden(benchmark: Benchmark, rows: datasets.Dataset) -> bool:
