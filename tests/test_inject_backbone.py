@@ -248,11 +248,10 @@ def test_fact_a_function_compiled_before_ignores_the_hook():
     assert ("layer_0",) in seen
 
 
-def test_a_module_under_nn_jit_hides_its_sites_from_a_second_trace():
-    """The same trap inside a backbone: what nn.jit traced before calls no hook; loudly."""
+def test_a_module_under_nn_jit_is_traced_again():
+    """The same trap inside a backbone: what nn.jit traced before would call no hook."""
     model, params = adapted(Chain(nn.jit(CompactHost)))
     x = random_states(12)
     expected = run(adapted(Chain())[0], params, x)
-    np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"matched no module: .* take nn\.jit out of the backbone"):
-        model.apply({"params": params}, x)
+    for _ in range(2):
+        np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=1e-5)
