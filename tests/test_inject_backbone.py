@@ -98,7 +98,6 @@ class DropsByDefault(Chain):
         (Droppable(), (), {"deterministic": False}, True),
         (DropsByDefault(), (), {}, True),
         (DropsByDefault(), (), {"deterministic": True}, False),
-        (Chain(), (), {}, False),
     ],
 )
 def test_dropout_of_the_adapters_follows_the_backbone(backbone, args, options, drops):
@@ -110,6 +109,11 @@ def test_dropout_of_the_adapters_follows_the_backbone(backbone, args, options, d
         return model.apply({"params": params}, x, *args, **options, rngs=rngs)
 
     assert bool(np.any(call(0) != call(1))) is drops
+
+
+def test_dropout_of_the_adapters_is_refused_where_nothing_turns_it_on():
+    with pytest.raises(ValueError, match="dropout=0.5 would never be on: Chain takes none of"):
+        adapted(Chain(), preset("compacter++", **SMALL, dropout=0.5))
 
 
 @pytest.mark.parametrize("init_range", [1e-4, 1e-1])
