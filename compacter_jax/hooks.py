@@ -178,7 +178,7 @@ class Hook:
         self.pushed: dict[Any, nn.Module] = {}
         self.owners: dict[Any, Place] = {}
         self.opened: set[Any] = set()
-        self.running: set[Any] = set()
+        self.running: set[tuple[str, str]] = set()
         self.called: dict[Any, nn.Module] = {}
         self.is_aside = False
 
@@ -187,14 +187,14 @@ class Hook:
         path = "/".join(host.path[self.depth :])
         # A class that calls super().__call__ comes twice, and so do modules within one whose scope
         # they share: the outer call is the host's.
-        call = (host.scope, context.method_name)
+        call = (path, context.method_name)
         if self.is_aside or call in self.running:
             return next_fun(*args, **kwargs)
         places = self._places(path, context.method_name)
         if not places and not (self.members and context.method_name == "__call__"):
             return next_fun(*args, **kwargs)
         if places:
-            self._check_alone(call, host, path)
+            self._check_alone((host.scope, context.method_name), host, path)
         args, kwargs = by_position(context, args, kwargs)
 
         def run(*args: Any) -> Any:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+_ARRAYS = (jax.Array, np.ndarray)
 # Layers whose weights are no matrix between an axis of the input and one of the output.
 _NOT_LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Embed)
 
@@ -139,9 +140,9 @@ def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Array
     if found is not None:
         return found, args[0]
     first: Any = args[0] if args else None
-    if isinstance(first, str) and len(args) > 1 and isinstance(args[1], jax.Array):
+    if isinstance(first, str) and len(args) > 1 and isinstance(args[1], _ARRAYS):
         return _einsum(first, args[1].ndim, has_kernel=False), args[1]
-    are_arrays = isinstance(first, jax.Array) and isinstance(y, jax.Array)
+    are_arrays = isinstance(first, _ARRAYS) and isinstance(y, _ARRAYS)
     if are_arrays and hasattr(host, "axis") and hasattr(host, "features"):
         alike = dataclasses.replace(_dense_general(host, first.ndim), kernel=None)
         if alike.fits(first, y):
@@ -165,6 +166,8 @@ def by_position(context: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any
       kwargs: by name.
     """
     left = dict(kwargs)
+    if not left:
+        return args, left
     parameters = list(inspect.signature(context.orig_method).parameters.values())
     args = list(args)
     for parameter in parameters[len(args) :]:
