@@ -24,6 +24,7 @@ from compacter_jax.config import (
     PromptTuningConfig,
 )
 from compacter_jax.dropout import Dropout
+from compacter_jax.hosts import Linear
 from compacter_jax.patterns import compiled
 
 Dtype = Any
@@ -620,40 +621,63 @@ def flat_prefixes(
     return unflatten_dict(built, sep="/")
 
 
-def merge_weights(params: Mapping[str, Any], config: LoRAConfig | IA3Config) -> dict[str, Any]:
+def merge_weights(
+    params: Mapping[str, Any], config: LoRAConfig | IA3Config, hosts: Mapping[str, Linear]
+) -> dict[str, Any]:
     """The backbone's parameters with the updates of LoRA or the factors of IA3 in its kernels.
 
     Args:
-      params: nested parameters of an adapted model; hosts have a `kernel` `[in, out]` and may have
-        a `bias`.
+      params: nested parameters of an adapted model; hosts have a `kernel` and may have a `bias`.
       config: the method.
+      hosts: path of each host -> what it computes, with a layout of its kernel.
 
     Returns:
       The same without adapters; kernels are computed in float32 and keep their dtype.
+
+    Raises:
+      ValueError: if the factors are of an axis that the kernel does not have.
     """
-    merged: dict[str, Any] = {}
-    for name, child in params.items():
-        if name != ADAPTER and isinstance(child, Mapping):
-            merged[name] = merge_weights(child, config)
-        elif name != ADAPTER:
-            merged[name] = child
-    if ADAPTER in params:
-        merged |= _merged(merged, params[ADAPTER], config)
-    return merged
+
+    def merge(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for name, child in node.items():
+            if name != ADAPTER and isinstance(child, Mapping):
+                merged[name] = merge(child, (*path, name))
+            elif name != ADAPTER:
+                merged[name] = child
+        if ADAPTER in node:
+            host = "/".join(path)
+            merged |= _merged(merged, node[ADAPTER], config, hosts[host], host)
+        return merged
+
+    return merge(params, ())
 
 
 def _merged(
-    host: Mapping[str, Array], own: Mapping[str, Array], config: LoRAConfig | IA3Config
+    host: Mapping[str, Array],
+    own: Mapping[str, Array],
+    config: LoRAConfig | IA3Config,
+    linear: Linear,
+    path: str,
 ) -> dict[str, Array]:
     kernel = host["kernel"].astype(jnp.float32)
     changed = {}
     if isinstance(config, LoRAConfig):
         left, right = (own[name].astype(jnp.float32) for name in ("left", "right"))
-        kernel += config.factor * jnp.matmul(left, right, precision="highest")
-    elif "scale" in own:
-        kernel *= own["scale"]
-        if "bias" in host:
-            changed["bias"] = (host["bias"] * own["scale"]).astype(host["bias"].dtype)
-    else:
-        kernel *= own["input_scale"][:, None]
+        update = jnp.matmul(left, right, precision="highest")
+        kernel += config.factor * linear.as_kernel(update, kernel)
+        return {"kernel": kernel.astype(host["kernel"].dtype)}
+    axis = linear.outputs[-1] if "scale" in own else linear.inputs[-1]
+    if axis not in (linear.made if "scale" in own else linear.summed):
+        raise ValueError(
+            f"the factors at {path} are of an axis that its kernel does not have, so they cannot "
+            "be merged; keep the adapter"
+        )
+    scale = own["scale"] if "scale" in own else own["input_scale"]
+    kernel *= linear.along(axis, scale, kernel)
+    if "scale" in own and "bias" in host:
+        layers, bias = scale.shape[:-1], host["bias"]
+        ones = (1,) * (bias.ndim - len(layers) - 1)
+        factors = scale.reshape(*layers, *ones, scale.shape[-1])
+        changed["bias"] = (bias * factors).astype(bias.dtype)
     return {"kernel": kernel.astype(host["kernel"].dtype), **changed}

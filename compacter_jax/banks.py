@@ -20,6 +20,7 @@ from compacter_jax.config import (
     OCCUPIED,
     SHARED,
     Bank,
+    Groups,
     Member,
     MethodConfig,
     group_of,
@@ -55,6 +56,11 @@ class _Loader:
             return source
         saved = read_saved(source)
         labels = saved.settings["num_labels"]
+        if also := saved.settings.get("also_trained"):
+            raise ValueError(
+                f"the adapter in {source} has its own {listing(also, 3)}, which rules of "
+                "label_params trained; members of a composition can have what their method trains"
+            )
         if labels not in self._by_labels:
             if not any(path.startswith("classifier/") for path in saved.tensors):
                 # Nothing says that there are so many; the reader refuses what does not fit.
@@ -104,11 +110,11 @@ def stack_adapters(
     width = max((count for count in (*labels, _num_labels(backbone)) if count), default=None)
     bank = Bank(first.method, size=capacity, shared_rule=shared_rule)
     wide = _with_labels(backbone, width)
-    model = Adapted(wide.module, bank, first.sites, first.param_dtype)
+    model = Adapted(wide.module, bank, first.sites, first.param_dtype, first.groups)
     shapes = jax.eval_shape(lambda key: init_adapters(model, wide, key), jax.random.key(0))
     (member,) = members_of(bank)
     own = flatten_dict(wide.params, sep="/")
-    members = [_own_leaves(member, params) for _, params in loaded]
+    members = [_own_leaves(member, params, first.groups) for _, params in loaded]
     params = {}
     for path, shape in flatten_dict(shapes, sep="/").items():
         owned = own_path((member,), path)
@@ -191,7 +197,7 @@ def set_member(model: Adapted, params: Params, which: int | str, source: Source)
     member, index = _find(model.method, which)
     given, given_params = _Loader(_plain_backbone(model, params)).load(source)
     _check_method(f"the adapter for {which!r}", given, member, model)
-    leaves = _own_leaves(member, given_params)
+    leaves = _own_leaves(member, given_params, model.groups)
     flat = dict(flatten_dict(params, sep="/"))
     members = members_of(model.method)
     for path, leaf in flat.items():
@@ -274,13 +280,13 @@ def _labels_of(leaves: Mapping[str, Any]) -> int | None:
     return None if bias is None else int(np.sum(np.asarray(bias) > NO_LABEL / 2))
 
 
-def _own_leaves(member: Member, params: Params) -> dict[str, Any]:
+def _own_leaves(member: Member, params: Params, groups: Groups | None) -> dict[str, Any]:
     """Of the parameters of a model of one adapter those that are not the plain backbone's."""
     flat = flatten_dict(params, sep="/")
     return {
         path: leaf
         for path, leaf in flat.items()
-        if group_of(path) in ("adapters", "rule") or replaces(member, path)
+        if group_of(path) in ("adapters", "rule") or replaces(member, path, groups)
     }
 
 
@@ -322,7 +328,7 @@ def _check_equal(sources: Sequence[Source], models: Sequence[Adapted]) -> None:
 
 def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> None:
     """ValueError that lists in what an adapter is not as wanted."""
-    pairs = {"sites": (given.sites, like.sites)}
+    pairs = {"sites": (given.sites, like.sites), "groups": (given.groups, like.groups)}
     if "head" in wanted.replaces:
         own, other = (getattr(each.backbone, "head", None) for each in (given, like))
         pairs["head"] = (own, other)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from compacter_jax.files import (
 from compacter_jax.messages import about, mismatches, quote, shorten
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
-from compacter_jax.params import FREEZE, group_of, label_params
+from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.quantize import check_float
 from compacter_jax.sites import Site
 from compacter_jax.trees import check_params
@@ -52,10 +52,18 @@ _REQUIRED_FIELDS: Mapping[str, Any] = {
     "backbone_sha256": str,
     "weights_sha256": str,
 }
-_FIELDS = {**_REQUIRED_FIELDS, "weights": str}
+_FIELDS = {
+    **_REQUIRED_FIELDS,
+    "weights": str,
+    "backbone_groups": dict[str, str] | None,
+    "also_trained": list[str] | None,
+}
 
 # Saved although frozen: the backbone's checkpoint does not have them.
 _ALWAYS_SAVED = ("adapters", "rule", "head")
+# In adapter_config.json where there are such: names of a backbone of others, and paths of what
+# rules of `label_params` train.
+_RARE = ("backbone_groups", "also_trained")
 
 
 def save_adapter(
@@ -64,6 +72,7 @@ def save_adapter(
     params: Any,
     *,
     metadata: Mapping[str, Any] | None = None,
+    labels: Any = None,
 ) -> None:
     """Writes what a fine-tuned model has beyond its backbone.
 
@@ -79,23 +88,29 @@ def save_adapter(
       params: its parameters.
       metadata: JSON-ready values kept in `adapter_config.json` beside the library's own, such as
         label names; `read_adapter_config` gives them back.
+      labels: of `label_params`, where its `rules` train more than the method does, so that this is
+        stored too. By default what the method trains.
 
     Raises:
       TypeError: if `metadata` is no JSON; nothing is written then.
-      ValueError: if `metadata` has a key that the library writes itself, `params` are not those of
-        the model (replicated, say, or a half of `partition`), or the backbone in them is of int8,
-        whose hash is not the backbone's. Nothing is written then.
+      ValueError: if `labels` are not those of `params`, `metadata` has a key that the library
+        writes itself, `params` are not those of the model (replicated, say, or a half of
+        `partition`), or the backbone in them is of int8, whose hash is not the backbone's. Nothing
+        is written then.
       OSError: if the directory cannot be written.
     """
     check_params(model, params, "saving an adapter")
     check_float(params, "saving an adapter")
-    stored, left = _split(params, model.method)
+    also = _also_trained(params, model, labels)
+    stored, left = _split(params, model, also)
     data = safetensors.flax.save(stored)
     sha256 = hashlib.sha256(data).hexdigest()
     own = {
         "format_version": FORMAT_VERSION,
         "method": config.to_dict(model.method),
         "sites": None if model.sites is None else _sites_to_json(model.sites),
+        "backbone_groups": None if model.groups is None else dict(model.groups),
+        "also_trained": also or None,
         "head": getattr(model.backbone, "head", None),
         "num_labels": getattr(model.backbone, "num_labels", None),
         "backbone_sha256": hash_params(left),
@@ -105,6 +120,7 @@ def save_adapter(
     metadata = dict(metadata or {})
     if clash := sorted(own.keys() & metadata.keys()):
         raise ValueError(f"metadata may not name {quote(clash)}, which save_adapter writes itself")
+    own = {name: value for name, value in own.items() if name not in _RARE or value is not None}
     text = json.dumps({**own, **metadata}, indent=2, sort_keys=True, ensure_ascii=False)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -128,13 +144,14 @@ def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
 
 
 def load_adapter(
-    directory: str | os.PathLike[str], backbone: Any
+    directory: str | os.PathLike[str], backbone: Any, *inputs: Any
 ) -> tuple[inject.Adapted, dict[str, Any]]:
     """Reads an adapter back onto the backbone it was trained with.
 
     Args:
       directory: written by `save_adapter`.
       backbone: has `module` and `params`, with the head that the adapter was saved with.
+      *inputs: example arguments of a call; by default `backbone.module.dummy_inputs()`.
 
     Returns:
       The adapted module and its parameters, equal to the bit to those saved.
@@ -144,7 +161,7 @@ def load_adapter(
       ValueError: for a truncated or foreign file, another backbone or head, missing or unknown
         leaves; it says which.
     """
-    return AdapterReader().read(directory, backbone)
+    return AdapterReader().read(directory, backbone, *inputs)
 
 
 class AdapterReader:
@@ -159,13 +176,13 @@ class AdapterReader:
         self._splits: dict[Any, tuple[Any, tuple[dict[str, Any], dict[str, Any]]]] = {}
 
     def read(
-        self, directory: str | os.PathLike[str], backbone: Any
+        self, directory: str | os.PathLike[str], backbone: Any, *inputs: Any
     ) -> tuple[inject.Adapted, dict[str, Any]]:
         """See `load_adapter`."""
-        return self.join(Path(directory), read_saved(directory), backbone)
+        return self.join(Path(directory), read_saved(directory), backbone, *inputs)
 
     def join(
-        self, directory: Path, saved: Saved, backbone: Any
+        self, directory: Path, saved: Saved, backbone: Any, *inputs: Any
     ) -> tuple[inject.Adapted, dict[str, Any]]:
         """Puts what `read_saved` read from a directory onto the backbone; see `load_adapter`."""
         settings, stored = saved
@@ -180,8 +197,9 @@ class AdapterReader:
             method = config.from_dict(settings["method"])
             check_count(method, stored)
             sites = _sites_from_json(settings["sites"])
-            model = inject.Adapted(backbone.module, method, sites=sites)
-            wanted, frozen = self._split(model, backbone, settings)
+            groups = settings.get("backbone_groups")
+            model = inject.Adapted(backbone.module, method, sites=sites, groups=groups)
+            wanted, frozen = self._split(model, backbone, settings, inputs)
         check_leaves(directory, stored, wanted, trained_with=_named(settings))
         leaves = {path: as_leaf(path, leaf, wanted[path].dtype) for path, leaf in stored.items()}
         own = flatten_dict(backbone.params, sep="/")
@@ -191,20 +209,23 @@ class AdapterReader:
             raise ValueError(
                 f"the adapter in {directory} was made for a backbone with the hash "
                 f"{settings['backbone_sha256'][:12]}…, this one has {actual[:12]}…; "
-                f"load the backbone it was trained with{_named(settings)}"
+                f"load the backbone it was trained with{_named(settings)} (what rules of "
+                "label_params train besides is stored where save_adapter is given the labels)"
             )
         return model, unflatten_dict({**left, **leaves}, sep="/")
 
     def _split(
-        self, model: inject.Adapted, backbone: Any, settings: Mapping[str, Any]
+        self, model: inject.Adapted, backbone: Any, settings: Mapping[str, Any], inputs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Shapes of what is stored, and of what is not, by path."""
-        key = (model.method, repr(settings["sites"]), id(backbone.module))
+        also = settings.get("also_trained") or ()
+        own = [repr(settings.get(name)) for name in ("sites", *_RARE)]
+        key = (model.method, *own, id(backbone.module))
         if key not in self._splits:
             shapes = jax.eval_shape(
-                lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0)
+                lambda key: inject.init_adapters(model, backbone, key, *inputs), jax.random.key(0)
             )
-            self._splits[key] = backbone.module, _split(shapes, model.method)
+            self._splits[key] = backbone.module, _split(shapes, model, also)
         return self._splits[key][1]
 
     def _hash(self, left: Mapping[str, Any]) -> str:
@@ -337,6 +358,8 @@ def weights_name(path: Path, settings: Mapping[str, Any]) -> str:
 
 def _check_labels(directory: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """ValueError if a classifier is not as wide as the configuration says."""
+    if settings["num_labels"] is None and settings["head"] is None:  # of a module of others
+        return
     for path, leaf in tensors.items():
         if path.startswith("classifier/") and leaf.shape[-1:] != (settings["num_labels"],):
             raise ValueError(
@@ -363,22 +386,43 @@ def hash_params(params: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _split(params: Any, method: config.MethodConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flat `(stored, left to the backbone's own checkpoint)`."""
-    labels = flatten_dict(label_params(params, method), sep="/")
+def _split(
+    params: Any, model: inject.Adapted, also: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flat `(stored, left to the backbone's own checkpoint)`; paths in `also` are stored, too."""
+    groups = model.groups or {}
+    labels = flatten_dict(label_params(params, model.method, groups=groups), sep="/")
     stored: dict[str, Any] = {}
     left: dict[str, Any] = {}
     for path, leaf in flatten_dict(params, sep="/").items():
-        frozen = labels[path] == FREEZE and group_of(path) not in _ALWAYS_SAVED
-        (left if frozen else stored)[path] = leaf
+        is_kept = labels[path] == TRAIN or group_of(path, groups) in _ALWAYS_SAVED or path in also
+        (stored if is_kept else left)[path] = leaf
     return stored, left
+
+
+def _also_trained(params: Any, model: inject.Adapted, labels: Any) -> list[str]:
+    """The paths that labels train, and the method does not."""
+    if labels is None:
+        return []
+    _, left = _split(params, model, ())
+    given = flatten_dict(labels, sep="/")
+    if given.keys() != flatten_dict(params, sep="/").keys():
+        raise ValueError(
+            "labels are not those of params; pass what label_params(params, …) returns"
+        )
+    return sorted(path for path in left if given[path] == TRAIN)
 
 
 def _sites_to_json(sites: Mapping[str, str | Site]) -> dict[str, Any]:
     return {
-        name: site if isinstance(site, str) else dataclasses.asdict(site)
+        name: site if isinstance(site, str) else _without_none(dataclasses.asdict(site))
         for name, site in sites.items()
     }
+
+
+def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+    # Releases that do not know a field read what does not have it.
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _sites_from_json(sites: Any) -> Any:

@@ -22,6 +22,7 @@ from compacter_jax.config import (
     BitFitConfig,
     BottleneckConfig,
     Composition,
+    Groups,
     IA3Config,
     InsertedConfig,
     LoRAConfig,
@@ -33,11 +34,20 @@ from compacter_jax.config import (
     members_of,
     replaces,
 )
+from compacter_jax.hosts import by_position, linear
 from compacter_jax.patterns import Pattern, compiled
 from compacter_jax.quantize import is_quantized
 from compacter_jax.sites import Role, Site
 
 _Run = Callable[..., Any]
+
+# Roles where a method acts on what the host is called with -> how it is called.
+_BEFORE: dict[Role, str] = {
+    "join": "join(residual, output)",
+    "attend": "attend(query, key, value, biases), of arrays [batch, length, heads, width] and a "
+    "sequence of biases",
+    "positions": "positions(queries, keys)",
+}
 
 # Kind of method -> the roles of sites where it can act.
 _ROLES: dict[type[InsertedConfig], tuple[Role, ...]] = {
@@ -58,11 +68,12 @@ def check_site(name: str, site: Site, part: InsertedConfig) -> None:
             f"method {part.kind!r} cannot act at site {name!r}, whose role is {site.role!r}; "
             f"it acts at sites of the roles {', '.join(roles)}"
         )
+    _check_output(name, site)
     in_layers = site.role not in ("embedding", "bias")
     if in_layers and "layer" not in compiled(site.host).groupindex:
         raise ValueError(
             f"the pattern {site.host!r} of site {name!r} has no group that is the "
-            r"layer's index; write it as (?P<layer>\d+)"
+            r"layer's index; write it as (?P<layer>\d+), or (?P<layer>\d+)? under nn.scan"
         )
     if not isinstance(part, BottleneckConfig):
         return
@@ -79,6 +90,23 @@ def check_site(name: str, site: Site, part: InsertedConfig) -> None:
         raise ValueError(
             f"original_ln_before, original_ln_after and residual_before_ln need the residual; use "
             f"'residual_{name.removeprefix('parallel_')}' in place of site {name!r}"
+        )
+
+
+def _check_output(name: str, site: Site) -> None:
+    """ValueError if a site says which output is acted on, and cannot."""
+    index = site.output
+    if index is None:
+        return
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise ValueError(
+            f"site {name!r} has output={str(index)[:200]!r}; it is the index, 0 or more, of one of "
+            "the things that the host returns"
+        )
+    if site.role in _BEFORE:
+        raise ValueError(
+            f"site {name!r} has output={index}, but what acts at the role {site.role!r} acts on "
+            "what the host is called with; leave output out"
         )
 
 
@@ -104,7 +132,7 @@ class Place:
     @property
     def is_before(self) -> bool:
         """Whether the layer acts before its host, on what the host is called with."""
-        if self.site.role in ("join", "attend", "positions"):
+        if self.site.role in _BEFORE:
             return True
         return isinstance(self.config, IA3Config) and self.name not in self.config.sites
 
@@ -126,6 +154,7 @@ class Hook:
       hosts: the hosts of a composition's members, in the order in which a `mix` may list them.
       batch: how many rows the model is called with, where the backbone has copies of them; None
         where it has them as they are.
+      groups: of the model.
     """
 
     def __init__(
@@ -139,27 +168,34 @@ class Hook:
         selections: Mapping[Path, Selection],
         hosts: tuple[str, ...],
         batch: int | None,
+        groups: Groups | None = None,
     ):
         self.method, self.places, self.depth = method, places, depth
         self.deterministic, self.param_dtype = deterministic, param_dtype
         self.selections, self.hosts, self.batch = selections, hosts, batch
+        self.groups = groups
         self.members = members_of(method) if isinstance(method, Composition) else ()
         self.pushed: dict[Any, nn.Module] = {}
         self.owners: dict[Any, Place] = {}
         self.opened: set[Any] = set()
-        self.running: set[tuple[int, str]] = set()
+        self.running: set[tuple[str, str]] = set()
+        self.called: dict[Any, nn.Module] = {}
         self.is_aside = False
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         host = context.module
         path = "/".join(host.path[self.depth :])
-        # A class that calls super().__call__ comes twice: the outer call is the host's.
-        call = (id(host), context.method_name)
+        # A class that calls super().__call__ comes twice, and so do modules within one whose scope
+        # they share: the outer call is the host's.
+        call = (path, context.method_name)
         if self.is_aside or call in self.running:
             return next_fun(*args, **kwargs)
         places = self._places(path, context.method_name)
         if not places and not (self.members and context.method_name == "__call__"):
             return next_fun(*args, **kwargs)
+        if places:
+            self._check_alone((host.scope, context.method_name), host, path)
+        args, kwargs = by_position(context, args, kwargs)
 
         def run(*args: Any) -> Any:
             self.running.add(call)
@@ -171,6 +207,16 @@ class Hook:
         if self.members and context.method_name == "__call__":
             run = functools.partial(self._run_replaced, context, path, run, kwargs)
         return self._around(places, context, path, run, args)
+
+    def _check_alone(self, call: Any, host: nn.Module, path: str) -> None:
+        """ValueError if a host shares its scope with another one that has been called."""
+        other = self.called.setdefault(call, host)
+        if (type(other), other.name) != (type(host), host.name):
+            raise ValueError(
+                f"the site {path or 'the model itself'} is a {type(other).__name__} and a "
+                f"{type(host).__name__} that share a scope (nn.share_scope), and one adapter "
+                "cannot act at both; choose the module around them as site"
+            )
 
     def _places(self, path: str, method: str) -> list[Place]:
         """Where `path` is, if layers go there, one of each member; notes a layer left out, too."""
@@ -193,7 +239,7 @@ class Hook:
         after = [place for place in places if not place.is_before]
         if before:
             acts = self._acts(before, context, path, run, args)
-            state, read, put_back = _held(before[0].site.role, args)
+            state, read, put_back = _held(before[0].site, context, path, args)
             state = compose.combine(self.method, acts, state, read)
             if not getattr(before[0].config, "original_ln_after", True):
                 return state
@@ -203,9 +249,10 @@ class Hook:
             return y
         acts = self._acts(after, context, path, run, args)
         read = args[0] if args else None
-        if isinstance(y, tuple) and any(place.site.role == "parallel" for place in after):
-            return (compose.combine(self.method, acts, y[0], read), *y[1:])
-        return compose.combine(self.method, acts, y, read)
+        index = _output_of(after, y, path)
+        if index is None:
+            return compose.combine(self.method, acts, y, read)
+        return _with_item(y, index, compose.combine(self.method, acts, y[index], read))
 
     def _acts(
         self, places: list[Place], context: Any, path: str, run: _Run, args: Any
@@ -239,8 +286,8 @@ class Hook:
             if not place.met:
                 raise ValueError(
                     f"site {place.name!r} matched no module: no path matches "
-                    f"{place.pattern.pattern!r} in full (and under nn.jit, what was "
-                    "traced before runs without adapters: take nn.jit out of the backbone)"
+                    f"{place.pattern.pattern!r} in full (modules of nnx within one of linen have "
+                    "none: adapt the linen module, and turn that into one of nnx)"
                 )
             layers = {layer for layer in place.met if layer is not None}
             leave_out = set(place.config.leave_out)
@@ -331,7 +378,7 @@ class Hook:
         replacing: dict[str, list[Member]] = {}
         for name, leaf in own.items():
             whole = f"{path}/{name}" if path else name
-            members = [member for member in self.members if replaces(member, whole)]
+            members = [member for member in self.members if replaces(member, whole, self.groups)]
             if members and not isinstance(leaf, Mapping):
                 replacing[name] = members
         return replacing
@@ -418,7 +465,8 @@ class _Acting:
         if not isinstance(like, jax.Array):
             raise ValueError(
                 f"the host {self.path} returns {type(like).__name__}, not an array; choose as site "
-                "the module that returns the hidden states alone"
+                "the module that returns the hidden states alone, or, of a tuple, say which they "
+                "are: Site(host=…, output=1)"
             )
         settings = {"dtype": like.dtype, "param_dtype": self.hook.param_dtype}
         create = functools.partial(cls, *args, **settings)
@@ -570,8 +618,37 @@ def _initial(layer: nn.Module, key: jax.Array, call: Call, **shared: Any) -> Any
     return layer.init(key, *call.inputs, **named, method=call.how)["params"]
 
 
-def _held(role: Role, args: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+def _output_of(places: list[Place], y: Any, path: str) -> int | None:
+    """The index of what is acted on in what a host returns, None if it is all of it."""
+    given = {place.site.output for place in places}
+    if len(given) > 1:
+        raise ValueError(
+            f"sites {', '.join(repr(place.name) for place in places)} are both {path}, with "
+            "different outputs; name one of them"
+        )
+    index = given.pop()
+    if index is None:
+        is_parallel = any(place.site.role == "parallel" for place in places)
+        return 0 if is_parallel and isinstance(y, tuple) else None
+    if not isinstance(y, tuple | list) or index >= len(y):
+        count = f"{len(y)} things" if isinstance(y, tuple | list) else type(y).__name__
+        raise ValueError(
+            f"site {places[0].name!r} has output={index}, but the host {path} returns {count}; "
+            "choose another output, or none for a host that returns an array"
+        )
+    return index
+
+
+def _with_item(y: Any, index: int, item: Any) -> Any:
+    """A tuple or list with another item."""
+    items = [*y[:index], item, *y[index + 1 :]]
+    return y._make(items) if hasattr(y, "_make") else type(y)(items)
+
+
+def _held(site: Site, context: Any, path: str, args: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     """Of a host's arguments what is acted on, what else is read, and how to put the former back."""
+    role = site.role
+    _check_arguments(role, context, path, args)
     first = {"join": 1, "attend": 1, "positions": 1}.get(role, 0)
     last = 4 if role == "attend" else first + 1
     state = tuple(args[first:last]) if role == "attend" else args[first]
@@ -581,6 +658,25 @@ def _held(role: Role, args: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
         return (*args[:first], *changed, *args[last:])
 
     return state, args[0] if role == "join" else None, put_back
+
+
+def _check_arguments(role: Role, context: Any, path: str, args: Any) -> None:
+    """ValueError if a host is not called as its role wants it."""
+    fits = len(args) >= {"join": 2, "attend": 4, "positions": 2}.get(role, 1)
+    if fits and role == "attend":
+        arrays = all(isinstance(x, jax.Array) and x.ndim == 4 for x in args[1:3])
+        fits = arrays and isinstance(args[3], tuple | list)
+    if fits and role == "output":
+        fits = isinstance(args[0], jax.Array)
+    if not fits:
+        given = ", ".join(type(x).__name__ for x in args[:4])[:100]
+        wanted = _BEFORE.get(role, "f(x), of an array")
+        raise ValueError(
+            f"a site of the role {role!r} wants a host that is called as {wanted}; "
+            f"{type(context.module).__name__}.{context.method_name} at {path or 'the top'} is "
+            f"called with ({given}); put it into a method that is called so, and name that: "
+            "Site(host=…, method=…)"
+        )
 
 
 # What a method does at a site: `state` is what it acts on, of the host's arguments if it acts
@@ -618,17 +714,18 @@ def _bottleneck(acting: _Acting, state: Any, read: Any) -> Any:
     return adapt(read if config.parallel else joined, skip, plain)
 
 
-def _lora(acting: _Acting, y: Any, x: Any) -> Any:
-    config = acting.place.config
-    return y + acting.layer(
+def _lora(acting: _Acting, y: Any, _: Any) -> Any:
+    host, x = linear(acting.context.module, acting.args, y, acting.path)
+    update = acting.layer(
         adapters.LoRADelta,
         y,
-        config,
-        y.shape[-1],
-        inputs=(x,),
+        acting.place.config,
+        host.width(y),
+        inputs=(host.rows(x),),
         plain=0.0,
         deterministic=acting.deterministic,
     )
+    return y + host.columns(update, y)
 
 
 def _ia3(acting: _Acting, state: Any, _: Any) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import adapters, compose, hooks, intrinsic
@@ -36,12 +38,14 @@ from compacter_jax.config import (
     PHMBottleneckConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    check_groups,
     copies_of,
     dense_twin,
     members_of,
     own_path,
     parts_of,
 )
+from compacter_jax.hosts import Linear, met_in
 from compacter_jax.limits import check_memory
 from compacter_jax.messages import listing, mismatches, quote, shorten
 from compacter_jax.patterns import compiled
@@ -62,8 +66,9 @@ class Adapted(nn.Module):
 
     The parameters are the backbone's under their own names, each adapter under its host as
     `…/adapter/…`, and what adapters share at the top. It is called as the backbone is, and
-    returns what the backbone returns. `deterministic=False`, where the backbone takes it, turns
-    on the adapters' dropout too.
+    returns what the backbone returns. What turns on the backbone's dropout, `deterministic=False`
+    or, by another name, `train=True`, `training`, `is_training` or `enable_dropout`, turns on the
+    adapters' too. Other methods of the backbone are called through `call`, or by `method=`.
 
     A model with a `Bank` is called with one argument more, by name: `adapter_ids`, `[batch]`
     integers, the member that each row uses, -1 for the plain backbone; or `mix`, floating-point
@@ -81,20 +86,26 @@ class Adapted(nn.Module):
         host modules, with a group `layer`. By default the backbone's own table, its class
         attribute `sites`.
       param_dtype: of the adapters' parameters; they compute in their host's dtype.
+      groups: of the parameters of a backbone of others: "head", "layer_norms" or "pooler" ->
+        regular expression that fully matches `/`-joined paths of parameters, or of modules that
+        have them. `label_params` wants it, too.
 
     Raises:
-      ValueError: when constructed, for an unknown site or activation, or a site where the method
-        cannot act; when called, if a site or a layer to leave out was never met, or a host does
-        not return an array.
+      ValueError: when constructed, for an unknown site, group or activation, or a site where the
+        method cannot act; when called, if a site or a layer to leave out was never met, a host does
+        not return an array, or the adapters have dropout and the backbone takes nothing that
+        turns it on.
     """
 
     backbone: nn.Module
     method: MethodConfig
     sites: Mapping[str, str | Site] | None = None
     param_dtype: Dtype = jnp.float32
+    groups: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_groups(self.groups)
         for part in parts_of(self.method):
             if (activation := getattr(part, "non_linearity", None)) is not None:
                 get_activation(activation)
@@ -103,6 +114,10 @@ class Adapted(nn.Module):
 
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)
+        scope = self.scope
+        assert scope is not None
+        # Part of what nn.jit compares calls by: it would reuse a call without adapters.
+        scope.flags = FrozenDict({**scope.flags, ADAPTER: _NeverEqual()})
         self.shared = tuple(
             self._shared(member, part)
             for member in members_of(self.method)
@@ -113,8 +128,38 @@ class Adapted(nn.Module):
                 slots = self._param_under((SHARED, *member.path))
                 slots(OCCUPIED, lambda _, size=bank.size: jnp.ones(size, bool))
         self.intrinsic: dict[str, Any] = {}
-        if isinstance(self.method, IntrinsicConfig):
-            self.intrinsic = self._intrinsic_params(self.method)
+        if isinstance(self.method, IntrinsicConfig) and not self.is_initializing():
+            self.intrinsic = self._intrinsic_params(self.method, self.param)
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As `nn.Module.apply`; `method` may be the name of a method of the backbone.
+
+        A function is called with the adapted model, as flax does; one that wants what only the
+        backbone has, as those of transformers' wrappers, with that, adapters inserted.
+        """
+        if not isinstance(method, str) or hasattr(Adapted, method):
+            try:
+                return super().apply(variables, *args, method=method, **kwargs)
+            except AttributeError as error:
+                if method is None or not str(error).startswith(_LACKING):
+                    raise
+        return super().apply(variables, method, *args, method=Adapted.call, **kwargs)
+
+    def call(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls any method of the backbone, adapters inserted.
+
+        Args:
+          method: its name, or a function that takes the backbone first.
+          *args: as the method takes them.
+          **kwargs: likewise.
+
+        Raises:
+          ValueError: if the backbone has no such method.
+        """
+        if isinstance(method, str) and not hasattr(type(self.backbone), method):
+            raise ValueError(f"{type(self.backbone).__name__} has no method {method!r}")
+        return self._call(method, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the backbone with its own arguments, adapters inserted."""
@@ -200,34 +245,37 @@ class Adapted(nn.Module):
         return scope.param
 
     @nn.nowrap
-    def _intrinsic_params(self, config: IntrinsicConfig) -> dict[str, Any]:
-        if self.is_initializing():
-            backbone = self.backbone.clone(parent=None, name=None)
-            inputs = _example_inputs(backbone)
-            stored = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"]
-        else:
-            stored = self.variables["params"]
-        paths = [path for path in flatten_dict(stored, sep="/") if not _INTRINSIC.fullmatch(path)]
-        init, dtype = nn.initializers, self.param_dtype
-        size = (intrinsic.vector_size(config, paths),)
-        own = {"vector": self.param("intrinsic_vector", init.zeros, size, dtype), "scale": None}
+    def _intrinsic_params(self, config: IntrinsicConfig, param: ParamFunction) -> dict[str, Any]:
+        stored = flatten_dict(self.variables["params"], sep="/")
+        paths = [path for path in stored if not _INTRINSIC.fullmatch(path)]
+        init, dtype, groups = nn.initializers, self.param_dtype, self.groups
+        size = (intrinsic.vector_size(config, paths, groups),)
+        own = {"vector": param("intrinsic_vector", init.zeros, size, dtype), "scale": None}
         if config.structure_aware:
-            layers = (len(intrinsic.layers_of(paths)),)
-            own["scale"] = self.param("intrinsic_scale", init.ones, layers, dtype)
+            layers = (len(intrinsic.layers_of(paths, groups)),)
+            own["scale"] = param("intrinsic_scale", init.ones, layers, dtype)
         return own
 
     @nn.nowrap
-    def _call(self, name: str, args: Any, kwargs: Any) -> Any:
+    def _call(self, name: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._check_weights()
+        is_whole = name == "__call__"
         if isinstance(self.method, IntrinsicConfig) and not self.is_initializing():
             return self._perturbed(name, args, kwargs)
-        call = getattr(self.backbone, name)
+        if isinstance(name, str):
+            call = getattr(self.backbone, name)
+        else:
+            call = functools.partial(name, self.backbone)
         parts = parts_of(self.method)
         kwargs, selections = self._selections(kwargs)
         if not parts:
-            return call(*args, **kwargs)
+            y = call(*args, **kwargs)
+            if isinstance(self.method, IntrinsicConfig):  # its size follows from the backbone's
+                self._intrinsic_params(self.method, self._param_under(()))
+            return y
         bound = inspect.signature(call).bind(*args, **kwargs)
         copies = copies_of(self.method)
-        if copies > 1 and name != "__call__":
+        if copies > 1 and not is_whole:
             raise ValueError(
                 f"a model with Parallel has no {name!r}: what it returns would be of {copies} "
                 "members; use a model of each"
@@ -235,8 +283,9 @@ class Adapted(nn.Module):
         batch = _repeat_rows(bound.arguments, copies) if copies > 1 else None
         prompt = sum(p.prompt_length for p in parts if isinstance(p, PromptTuningConfig))
         deterministic = _deterministic(bound)
+        self._check_dropout()
         if prompt:
-            if name == "__call__" and "input_ids" not in bound.arguments:
+            if is_whole and "input_ids" not in bound.arguments:
                 raise ValueError(
                     f"prompt tuning wants a backbone that is called with input_ids, and "
                     f"{type(self.backbone).__name__} is not"
@@ -251,15 +300,42 @@ class Adapted(nn.Module):
             selections=selections,
             hosts=compose.mixing_sites(self.variables.get("params", {})) if selections else (),
             batch=batch,
+            groups=self.groups,
         )
         with nn.intercept_methods(hook):
             y = call(*bound.args, **bound.kwargs)
-        if name != "__call__":  # another method runs a part of the backbone
+        if not is_whole:  # another method runs a part of the backbone
             return y
         hook.check()
         if prompt and hasattr(self.backbone, "without_first"):
             y = self.backbone.without_first(y, prompt)
         return _apart(y, copies) if copies > 1 else y
+
+    @nn.nowrap
+    def _check_dropout(self) -> None:
+        """ValueError if the method has dropout and no call of the backbone turns it on."""
+        rates = [getattr(part, "dropout", 0.0) for part in parts_of(self.method)]
+        parameters = inspect.signature(type(self.backbone).__call__).parameters.values()
+        is_told = any(
+            parameter.name in _SWITCHES or parameter.kind is parameter.VAR_KEYWORD
+            for parameter in parameters
+        )
+        if any(rates) and not is_told:
+            raise ValueError(
+                f"dropout={max(rates)} would never be on: {type(self.backbone).__name__} takes "
+                f"none of {', '.join(_SWITCHES)}; set dropout=0.0, or give its __call__ one"
+            )
+
+    @nn.nowrap
+    def _check_weights(self) -> None:
+        """ValueError if weights are of int8 and the backbone's layers cannot compute with it."""
+        is_own = any(cls.__module__.startswith(_OWN) for cls in type(self.backbone).__mro__)
+        params = {} if is_own else self.variables.get("params", {})
+        if any(map(is_quantized, flatten_dict(params).values())):
+            raise ValueError(
+                f"the weights are of int8, with which {type(self.backbone).__name__} cannot "
+                "compute; frozen weights of other modules than Bert and T5 can be of bfloat16"
+            )
 
     @nn.nowrap
     def _selections(self, kwargs: Any) -> tuple[dict[str, Any], dict[Any, compose.Selection]]:
@@ -285,15 +361,18 @@ class Adapted(nn.Module):
         return places
 
     @nn.nowrap
-    def _perturbed(self, name: str, args: Any, kwargs: Any) -> Any:
+    def _perturbed(self, name: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call with every parameter of the backbone moved within the subspace."""
         assert isinstance(self.method, IntrinsicConfig)
         params = _at_least_float32(_without_intrinsic(self.variables["params"]))
         seed = self.method.projection_seed
-        moved = intrinsic.perturb(params, self.intrinsic["vector"], self.intrinsic["scale"], seed)
+        vector, scale = self.intrinsic["vector"], self.intrinsic["scale"]
+        moved = intrinsic.perturb(params, vector, scale, seed, self.groups)
         rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
         backbone = self.backbone.clone(parent=None, name=None)
-        return backbone.apply({"params": moved}, *args, rngs=rngs, method=name, **kwargs)
+        return backbone.apply(
+            {**self.variables, "params": moved}, *args, rngs=rngs, method=name, **kwargs
+        )
 
     @nn.nowrap
     def _sites_of(self, part: InsertedConfig) -> dict[str, Site]:
@@ -335,6 +414,19 @@ class Adapted(nn.Module):
 
 
 _INTRINSIC = re.compile("intrinsic_(vector|scale)")
+_OWN = "compacter_jax.models."
+_LACKING = '"Adapted" object has no attribute'
+# Names under which backbones are told to be deterministic, or the opposite.
+_SWITCHES = ("deterministic", "train", "training", "is_training", "enable_dropout")
+
+
+class _NeverEqual:
+    """A value whose hash is another one each time."""
+
+    _counter = itertools.count()
+
+    def __hash__(self) -> int:
+        return hash((id(self), next(self._counter)))
 
 
 def _with_part(method: MethodConfig, part: InsertedConfig, new: InsertedConfig) -> MethodConfig:
@@ -350,13 +442,18 @@ def _as_site(site: str | Site) -> Site:
 
 def _deterministic(bound: inspect.BoundArguments) -> bool:
     """What the backbone is told, by position or by name; True if it takes no such thing."""
-    given = dict(bound.arguments)
+    given = {
+        parameter.name: parameter.default
+        for parameter in bound.signature.parameters.values()
+        if parameter.default is not parameter.empty
+    } | dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(parameter.name, {})
-    default = bound.signature.parameters.get("deterministic")
-    value = given.get("deterministic", None if default is None else default.default)
-    return True if value in (None, inspect.Parameter.empty) else value
+    for name in _SWITCHES:
+        if (value := given.get(name)) is not None:
+            return value if name == "deterministic" else not value
+    return True
 
 
 def _make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
@@ -403,7 +500,7 @@ def _apart(y: Any, copies: int) -> tuple[Any, ...]:
     return tuple(jax.tree.unflatten(structure, part) for part in parts)
 
 
-def merge_adapter(model: Adapted, params: Any) -> Any:
+def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
     """The backbone's parameters with a weight-space method merged into them.
 
     `model.backbone` with them computes what `model` does, to rounding, at no cost beyond its own;
@@ -414,16 +511,18 @@ def merge_adapter(model: Adapted, params: Any) -> Any:
         of these at once, intrinsic dimension, or full fine-tuning.
       params: its parameters; or all of them with one more axis, as after replicating for pmap,
         which the result has then too.
+      *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
 
     Returns:
       A nested dict of arrays, as `model.backbone` has them.
 
     Raises:
       ValueError: if the method is none that weights of the backbone can express; it says why. Or if
-        the backbone is of int8, or `params` are not those of the model.
+        the backbone is of int8, `params` are not those of the model, or a host is of a class whose
+        kernel may lie in another way than those of `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum`.
     """
     if check_params(model, params, "merging an adapter", stacked=True):
-        return jax.vmap(functools.partial(merge_adapter, model))(params)
+        return jax.vmap(lambda one: merge_adapter(model, one, *inputs))(params)
     check_float(params, "merging an adapter")
     method = model.method
     if (reason := _unmergeable(model)) is not None:
@@ -431,10 +530,30 @@ def merge_adapter(model: Adapted, params: Any) -> Any:
     if isinstance(method, IntrinsicConfig):
         vector, scale = params["intrinsic_vector"], params.get("intrinsic_scale")
         own = _at_least_float32(_without_intrinsic(params))
-        return intrinsic.perturb(own, vector, scale, method.projection_seed)
+        return intrinsic.perturb(own, vector, scale, method.projection_seed, model.groups)
+    if not any(isinstance(part, LoRAConfig | IA3Config) for part in parts_of(method)):
+        return params
+    hosts = _linear_hosts(model, params, inputs or _example_inputs(model.backbone))
     if isinstance(method, LoRAConfig | IA3Config):
-        return adapters.merge_weights(params, method)
-    return _merge_parts(model, params) if isinstance(method, CombinedConfig) else params
+        return adapters.merge_weights(params, method, hosts)
+    return _merge_parts(model, params, hosts)
+
+
+def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]:
+    """What the hosts of adapters compute, by path; ValueError for a class that is not known."""
+    flat = flatten_dict(params, sep="/")
+    paths = {path.partition(f"/{ADAPTER}/")[0] for path in flat if f"/{ADAPTER}/" in path}
+    met, hosts = met_in(model, inputs), {}
+    for path in sorted(paths):
+        name, found = met.get(path, ("module that the example inputs do not meet", None))
+        if found is None:
+            raise ValueError(
+                f"{path} is a {name}, and how the kernel of such a host lies is not known, so "
+                "nothing can be merged into it; keep the adapter, or adapt an nn.Dense, "
+                "nn.DenseGeneral or nn.Einsum"
+            )
+        hosts[path] = found
+    return hosts
 
 
 def _unmergeable(model: Adapted) -> str | None:
@@ -461,7 +580,7 @@ def _unmergeable_part(model: Adapted, part: InsertedConfig) -> str | None:
     return "it adds more than weights"
 
 
-def _merge_parts(model: Adapted, params: Any) -> Any:
+def _merge_parts(model: Adapted, params: Any, hosts: Mapping[str, Linear]) -> Any:
     """The backbone's parameters with one part after the other merged: a host has one part's."""
     places = [
         (compiled(site.host), part)
@@ -477,13 +596,14 @@ def _merge_parts(model: Adapted, params: Any) -> Any:
         raise ValueError(f"no part of the method acts at {host}, where there is an adapter")
 
     flat = flatten_dict(params, sep="/")
-    hosts = {path: path.partition(f"/{ADAPTER}/")[0] for path in flat}
-    owners = {path: part_at(host) for path, host in hosts.items() if host != path}
+    own = {path: path.partition(f"/{ADAPTER}/")[0] for path in flat}
+    owners = {path: part_at(host) for path, host in own.items() if host != path}
     merged = {path: leaf for path, leaf in flat.items() if path not in owners}
     for part in parts_of(model.method):
         if isinstance(part, LoRAConfig | IA3Config):
-            own = {path: flat[path] for path, owner in owners.items() if owner is part}
-            tree = adapters.merge_weights(unflatten_dict({**merged, **own}, sep="/"), part)
+            mine = {path: flat[path] for path, owner in owners.items() if owner is part}
+            whole = unflatten_dict({**merged, **mine}, sep="/")
+            tree = adapters.merge_weights(whole, part, hosts)
             merged = flatten_dict(tree, sep="/")
     return unflatten_dict(merged, sep="/")
 
@@ -550,8 +670,9 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
 def _example_inputs(backbone: Any) -> Any:
     if not hasattr(backbone, "dummy_inputs"):
         raise ValueError(
-            f"{type(backbone).__name__} has no dummy_inputs(); pass example inputs: "
-            "init_adapters(model, backbone, key, input_ids, attention_mask)"
+            f"{type(backbone).__name__} has no dummy_inputs(); pass example inputs of a call: "
+            "init_adapters(model, backbone, key, input_ids, attention_mask), "
+            "load_adapter(directory, backbone, input_ids, attention_mask), and so on"
         )
     return backbone.dummy_inputs()
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from compacter_jax.config import ADAPTER, HEAD, IntrinsicConfig
+from compacter_jax.config import ADAPTER, Groups, IntrinsicConfig, group_of
 
 # Of the matrices whose products make up a transform. On two CPU cores 8, 16 and 32 take equally
 # long, and butterflies, which the compiler fuses with the draws and so computes again and again,
@@ -209,27 +209,27 @@ def layer_of(path: str) -> str:
     return found[0] if found else path
 
 
-def layers_of(paths: Iterable[str]) -> tuple[str, ...]:
+def layers_of(paths: Iterable[str], groups: Groups | None = None) -> tuple[str, ...]:
     """The layers of the parameters that `perturb` moves, each once, layer 2 before layer 10."""
 
     def natural(layer: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in layer.split("/")]
 
-    return tuple(sorted({layer_of(path) for path in paths if _is_moved(path)}, key=natural))
+    return tuple(sorted({layer_of(path) for path in paths if _is_moved(path, groups)}, key=natural))
 
 
-def _is_moved(path: str) -> bool:
+def _is_moved(path: str, groups: Groups | None) -> bool:
     """Whether a parameter is the backbone's: no task head, no adapter."""
-    return not re.fullmatch(HEAD, path) and ADAPTER not in path.split("/")
+    return group_of(path, groups) != "head" and ADAPTER not in path.split("/")
 
 
-def vector_size(config: IntrinsicConfig, paths: Iterable[str]) -> int:
+def vector_size(config: IntrinsicConfig, paths: Iterable[str], groups: Groups | None = None) -> int:
     """How many of the method's numbers are the vector's: all but one scale for each layer.
 
     Raises:
       ValueError: if none are.
     """
-    scales = len(layers_of(paths)) if config.structure_aware else 0
+    scales = len(layers_of(paths, groups)) if config.structure_aware else 0
     if config.dimension <= scales:
         raise ValueError(
             f"dimension={config.dimension} leaves nothing for the vector: the layers have {scales} "
@@ -239,7 +239,11 @@ def vector_size(config: IntrinsicConfig, paths: Iterable[str]) -> int:
 
 
 def perturb(
-    params: Mapping[str, Any], vector: Array, scale: Array | None, seed: int | Array
+    params: Mapping[str, Any],
+    vector: Array,
+    scale: Array | None,
+    seed: int | Array,
+    groups: Groups | None = None,
 ) -> dict[str, Any]:
     """The backbone's parameters at `vector`: each `theta + scale_layer P v`.
 
@@ -251,6 +255,7 @@ def perturb(
       vector: `[d]`.
       scale: `[m]`, one for each of `layers_of` the paths of `params`; None for no scaling.
       seed: `IntrinsicConfig.projection_seed`.
+      groups: of the `Adapted` model, which say what is a head.
 
     Returns:
       A dict of `params`' structure, shapes and dtypes; sums are computed in float32 at least.
@@ -263,8 +268,8 @@ def perturb(
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     flat = {"/".join(str(part.key) for part in path): leaf for path, leaf in leaves}
-    layers = layers_of(flat)
-    sizes = {path: leaf.size for path, leaf in flat.items() if _is_moved(path)}
+    layers = layers_of(flat, groups)
+    sizes = {path: leaf.size for path, leaf in flat.items() if _is_moved(path, groups)}
     factors = jnp.asarray(1 / np.sqrt(list(sizes.values())), jnp.float32)
     if scale is not None:
         if scale.shape != (len(layers),):

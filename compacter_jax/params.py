@@ -15,16 +15,21 @@ from flax.traverse_util import flatten_dict, path_aware_map
 from compacter_jax.config import (
     BIAS,
     GROUPS,
+    NAMED_GROUPS,
     BitFitConfig,
     Composition,
     FullFineTuningConfig,
+    Groups,
     MethodConfig,
     PHMBottleneckConfig,
+    check_groups,
     group_of,
+    is_own,
     members_of,
     own_path,
     parts_of,
 )
+from compacter_jax.messages import quote
 from compacter_jax.quantize import is_quantized, quantize
 
 Params = Any
@@ -37,11 +42,19 @@ _QUANTIZED = (
     (re.compile("(.*/)?(shared|word_embeddings)/embedding"), 1),
 )
 
+# Modules with these parameters alone are norms, and so are those with this in their names.
+_NORM_LEAVES = ({"scale"}, {"scale", "bias"})
+_NORM_NAME = re.compile(r"(.*/)?[^/]*(norm|(^|_)ln(?![a-z]))[^/]*", re.IGNORECASE)
+
 TRAIN, FREEZE = "train", "freeze"
 
 
 def label_params(
-    params: Params, method: MethodConfig, rules: Sequence[tuple[str, str]] = ()
+    params: Params,
+    method: MethodConfig,
+    rules: Sequence[tuple[str, str]] = (),
+    *,
+    groups: Groups | None = None,
 ) -> Labels:
     """Labels each leaf "train" or "freeze", as `method` wants it.
 
@@ -49,18 +62,31 @@ def label_params(
       params: nested dict of arrays (or of their shapes).
       method: says which of `GROUPS` are trained.
       rules: `(pattern, label)` pairs that come before the method's; a pattern is a regular
-        expression over the whole `/`-joined path, and the first match wins.
+        expression over the whole `/`-joined path, and the first match wins. `save_adapter` wants
+        the labels to store what rules alone train.
+      groups: names of the head, the layer norms and the pooler, `groups` of the `Adapted` model. By
+        default the built-in names; a backbone of others where these do not find the head, or not
+        all norms, is refused then if the method trains them. An empty mapping means that the
+        built-in names find all there is.
 
     Returns:
       A tree of `params`' structure with a string at each leaf.
 
     Raises:
-      ValueError: if a rule matches no path or has another label, or the method trains a group
-        that the parameters do not have.
+      ValueError: if a rule or a group matches no path, a rule has another label, or the method
+        trains a group that the parameters do not have, or have by a name that is not known.
     """
+    check_groups(groups)
     paths = list(flatten_dict(params, sep="/"))
+    for name, pattern in (groups or {}).items():
+        if not any(group_of(path, groups) == name.replace("_", " ") for path in paths):
+            raise ValueError(
+                f"groups[{name!r}]={quote(pattern)} matches no parameter of the backbone"
+            )
     if not isinstance(method, Composition):
-        _check_present(paths, method)
+        _check_present(paths, method, groups or {})
+    if groups is None:
+        _check_found(paths, method, rules)
     for pattern, chosen in rules:
         if chosen not in (TRAIN, FREEZE):
             raise ValueError(f"label {chosen!r} of pattern {pattern!r} must be 'train' or 'freeze'")
@@ -74,28 +100,102 @@ def label_params(
                 return chosen
         return TRAIN if is_trained(joined) else FREEZE
 
-    is_trained = _trained_by(method)
+    is_trained = _trained_by(method, groups)
     return path_aware_map(label, params)
 
 
-def _check_present(paths: Sequence[str], method: MethodConfig) -> None:
+def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -> None:
     """ValueError if `method` trains something of which there is nothing."""
-    present = {group_of(path) for path in paths}
-    for group in sorted(trained_groups(method) - present - _optional_groups(method)):
+    present = {group_of(path, groups) for path in paths}
+    optional = _optional_groups(method) - {name.replace("_", " ") for name in groups}
+    for group in sorted(trained_groups(method) - present - optional):
+        name = group.replace(" ", "_")
+        pattern = groups.get(name, GROUPS[group])
+        fix = f"; {_named(name)}, or set train_{name}=False" if name in NAMED_GROUPS else ""
         raise ValueError(
             f"method {method.kind!r} trains the {group}, but no parameter is one: "
-            f"no path matches {GROUPS[group]!r}"
+            f"no path matches {quote(pattern)}{fix}"
         )
     if _trains_biases(method) and not any(BIAS.fullmatch(path) for path in paths):
         raise ValueError(f"method {method.kind!r} trains biases, but the parameters have none")
 
 
-def _trained_by(method: MethodConfig) -> Callable[[str], bool]:
+def _named(group: str) -> str:
+    """How a user names a group of a backbone."""
+    return (
+        f"give Adapted and label_params groups={{'{group}': regular expression of the paths of "
+        "its parameters or modules}"
+    )
+
+
+def _check_found(
+    paths: Sequence[str], method: MethodConfig, rules: Sequence[tuple[str, str]]
+) -> None:
+    """ValueError if a method trains the head or norms of a backbone of others, and not all match.
+
+    A head by a name that is not known would stay as it was drawn, and norms would be trained in
+    part. What the user's own rules match is taken for known.
+    """
+    wanted = [member.method for member in members_of(method)]
+    full = any(isinstance(one, FullFineTuningConfig) for one in wanted)
+    if full or is_own(paths):
+        return
+    ruled = {path for path in paths if any(re.fullmatch(rule, path) for rule, _ in rules)}
+    norms = _norms(paths)
+    heads = [path for path in paths if group_of(path) == "head"]
+    if any(one.train_head for one in wanted) and not heads and not ruled - set(norms):
+        raise ValueError(
+            "train_head=True, but no parameter is called classifier/… or qa_outputs/…, so the "
+            f"head would stay as it was drawn (there are {_some(_beginnings(paths))}); "
+            f"{_named('head')}, or set train_head=False"
+        )
+    missed = [path for path in norms if path not in ruled and group_of(path) != "layer norms"]
+    if any(one.train_layer_norms for one in wanted) and missed:
+        raise ValueError(
+            f"train_layer_norms=True, but of {len(norms)} parameters of norms {len(missed)} "
+            f"have names that are not known ({_some(missed)}) and would stay frozen; "
+            f"{_named('layer_norms')}, or set train_layer_norms=False"
+        )
+
+
+def _beginnings(paths: Sequence[str]) -> list[str]:
+    """The names at the top of a backbone's parameters."""
+    groups = ("rule", "adapters")
+    return sorted({path.partition("/")[0] for path in paths if group_of(path) not in groups})
+
+
+def _norms(paths: Sequence[str]) -> list[str]:
+    """The parameters that look like those of norms, outside of adapters and heads."""
+    modules: dict[str, set[str]] = {}
+    for path in paths:
+        module, _, leaf = path.rpartition("/")
+        modules.setdefault(module, set()).add(leaf)
+    norms = {
+        module
+        for module, leaves in modules.items()
+        if leaves in _NORM_LEAVES or _NORM_NAME.fullmatch(module)
+    }
+    return [
+        path
+        for path in paths
+        if path.rpartition("/")[0] in norms
+        and group_of(path) in ("layer norms", "backbone")
+        and not path.startswith("cls/")  # of a language-modelling head, which stays frozen
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of many, for an error of one line."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]))[:150] + more
+
+
+def _trained_by(method: MethodConfig, groups: Groups | None) -> Callable[[str], bool]:
     """Whether `method` trains what is at a `/`-joined path."""
     if isinstance(method, Composition):
         members = members_of(method)
         # A member trains what it would if it were alone.
-        alone = {member.path: _trained_by(member.method) for member in members}
+        alone = {member.path: _trained_by(member.method, groups) for member in members}
 
         def by_member(path: str) -> bool:
             owned = own_path(members, path)
@@ -105,7 +205,7 @@ def _trained_by(method: MethodConfig) -> Callable[[str], bool]:
     trained, biases = trained_groups(method), _trains_biases(method)
 
     def by_group(path: str) -> bool:
-        group = group_of(path)
+        group = group_of(path, groups)
         return group in trained or (biases and group != "head" and bool(BIAS.fullmatch(path)))
 
     return by_group
@@ -133,7 +233,7 @@ def trained_groups(method: MethodConfig) -> set[str]:
 def _optional_groups(method: MethodConfig) -> set[str]:
     """Groups a backbone may lack without that being a mistake."""
     if isinstance(method, FullFineTuningConfig):
-        return {"head", "pooler"}
+        return {"head", "pooler", "layer norms"}
     # Where a backbone has biases, BitFit adds nothing.
     return {"head", "adapters"} if isinstance(method, BitFitConfig) else {"head"}
 
@@ -186,11 +286,17 @@ def cast_frozen(frozen: Params, dtype: Any) -> Params:
       dtype: bfloat16, float16 or float32; or int8.
 
     Raises:
-      ValueError: for another dtype, or if there is nothing for int8.
+      ValueError: for another dtype, or if there is nothing for int8, or the backbone is one of
+        others, whose layers cannot compute with it.
     """
     dtype = jnp.dtype(dtype)
     if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"frozen weights can be of a floating-point type or int8, not {dtype}")
+    if dtype == jnp.int8 and not is_own(paths := list(flatten_dict(frozen, sep="/"))):
+        raise ValueError(
+            "int8 is for the weights of Bert and T5, whose layers compute with it; those of other "
+            f"modules (here {_some(_beginnings(paths))}) can be of bfloat16"
+        )
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         joined = "/".join(path)
@@ -225,22 +331,28 @@ class Count:
     groups: Mapping[str, tuple[int, int]]
 
 
-def count(params: Params, labels: Labels) -> Count:
-    """Counts parameters by group, trained and in all; `params` may be arrays or shapes."""
+def count(params: Params, labels: Labels, groups: Groups | None = None) -> Count:
+    """Counts parameters by group, trained and in all.
+
+    Args:
+      params: nested dict of arrays, or of their shapes.
+      labels: of `label_params`.
+      groups: what `label_params` was given.
+    """
     flat, flat_labels = flatten_dict(params, sep="/"), flatten_dict(labels, sep="/")
-    groups = dict.fromkeys(GROUPS, (0, 0))
+    sizes = dict.fromkeys(GROUPS, (0, 0))
     for path, leaf in flat.items():
-        group = group_of(path)
-        trained, total = groups[group]
-        groups[group] = (
+        group = group_of(path, groups)
+        trained, total = sizes[group]
+        sizes[group] = (
             trained + (leaf.size if flat_labels[path] == TRAIN else 0),
             total + leaf.size,
         )
-    groups = {group: sizes for group, sizes in groups.items() if sizes[1]}
+    sizes = {group: both for group, both in sizes.items() if both[1]}
     return Count(
-        trained=sum(trained for trained, _ in groups.values()),
-        total=sum(total for _, total in groups.values()),
-        groups=groups,
+        trained=sum(trained for trained, _ in sizes.values()),
+        total=sum(total for _, total in sizes.values()),
+        groups=sizes,
     )
 
 

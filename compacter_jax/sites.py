@@ -24,9 +24,12 @@ class Site:
         of relative positions, for these numbers of queries and keys; `embedding` returns
         `[batch, length, width]`.
       length_axis: of keys and values, where the role is `attend`.
+      output: where the host returns a tuple, the index of what is acted on in it; None where it
+        returns an array. Of a `parallel` sub-layer's tuple it is the first by default.
     """
 
     host: str
     method: str = "__call__"
     role: Role = "output"
     length_axis: int = 1
+    output: int | None = None

@@ -123,7 +123,7 @@ def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
 
 def test_a_module_of_somebody_else(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    theirs, ours = blocks("python")
+    theirs, ours, named, others = blocks("python")
     names = {"__name__": "example"}
     exec(theirs, names)
     exec(ours, names)
@@ -141,6 +141,14 @@ def test_a_module_of_somebody_else(tmp_path, monkeypatch, capsys):
     rules = re.findall(r'rules=\[\((r"[^"]*"),\s+"train"\)\]', PAGE)
     labels = cj.label_params(names["params"], model.method, rules=[(eval(rules[0]), "train")])
     assert labels["block_0"]["norm"] == {"scale": "train", "bias": "train"}
+    exec(named, names)
+    labels = names["labels"]
+    assert labels["block_3"]["norm"] == {"scale": "train", "bias": "train"}
+    assert labels["classifier"]["kernel"] == "train"
+    assert labels["block_3"]["down"]["kernel"] == "freeze"
+    exec(others, names)
+    assert capsys.readouterr().out.endswith("(4, 8)\n(2, 8, 5)\n")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(names["slopes"]))
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ ORDER = (
     "phm",
     "intrinsic",
     "kernels",
+    "hosts",
     "adapters",
     "compose",
     "hooks",

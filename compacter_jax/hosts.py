@@ -1,0 +1,241 @@
+"""Kinds of hosts: what a linear layer sums over, what it makes, and how its kernel lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+_ARRAYS = (jax.Array, np.ndarray)
+# Layers whose weights are no matrix between an axis of the input and one of the output.
+_NOT_LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Embed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear layer as an equation, a letter for each axis.
+
+    Attributes:
+      inputs: of what it is called with.
+      outputs: of what it returns.
+      kernel: of its `kernel`; None where that layout is not known, and nothing can be merged.
+    """
+
+    inputs: str
+    outputs: str
+    kernel: str | None
+
+    @property
+    def summed(self) -> str:
+        """The axes that the layer sums over, in the order of the input."""
+        return "".join(axis for axis in self.inputs if axis not in self.outputs)
+
+    @property
+    def made(self) -> str:
+        """The axes that the layer makes, in the order of the output."""
+        return "".join(axis for axis in self.outputs if axis not in self.inputs)
+
+    @property
+    def kept(self) -> str:
+        """The axes of the input that the output has, too."""
+        return "".join(axis for axis in self.inputs if axis in self.outputs)
+
+    def fits(self, x: Array, y: Array) -> bool:
+        """Whether an input and an output can be the layer's."""
+        if x.ndim != len(self.inputs) or y.ndim != len(self.outputs):
+            return False
+        sizes = dict(zip(self.inputs, x.shape, strict=True))
+        return all(
+            sizes.get(axis, size) == size for axis, size in zip(self.outputs, y.shape, strict=True)
+        )
+
+    def rows(self, x: Array) -> Array:
+        """The input as `[…, in]`, what the layer sums over in one axis."""
+        order = self.kept + self.summed
+        if self.inputs != order:
+            x = jnp.transpose(x, [self.inputs.index(axis) for axis in order])
+        if len(self.summed) == 1:
+            return x
+        return x.reshape(*x.shape[: len(self.kept)], -1)
+
+    def width(self, y: Array) -> int:
+        """How many numbers the layer makes, all its axes together."""
+        return int(np.prod([y.shape[self.outputs.index(axis)] for axis in self.made]))
+
+    def columns(self, rows: Array, y: Array) -> Array:
+        """`[…, out]` in the shape of the layer's output `y`."""
+        order = self.kept + self.made
+        if len(self.made) != 1:
+            made = [y.shape[self.outputs.index(axis)] for axis in self.made]
+            rows = rows.reshape(*rows.shape[:-1], *made)
+        if self.outputs == order:
+            return rows
+        return jnp.transpose(rows, [order.index(axis) for axis in self.outputs])
+
+    def as_kernel(self, update: Array, like: Array) -> Array:
+        """`[…, in, out]` in the shape of the kernel `like`, whose first axes may be of layers."""
+        assert self.kernel is not None
+        order, layers = self.summed + self.made, like.ndim - len(self.kernel)
+        sizes = dict(zip(self.kernel, like.shape[layers:], strict=True))
+        update = update.reshape(*like.shape[:layers], *(sizes[axis] for axis in order))
+        axes = [layers + order.index(axis) for axis in self.kernel]
+        return jnp.transpose(update, [*range(layers), *axes])
+
+    def along(self, axis: str, scale: Array, like: Array) -> Array:
+        """Factors `[…, size]` of one axis, to be multiplied by the kernel `like`."""
+        assert self.kernel is not None
+        layers = like.ndim - len(self.kernel)
+        ones = [-1 if own == axis else 1 for own in self.kernel]
+        return scale.reshape(*like.shape[:layers], *ones)
+
+
+def known(host: nn.Module, args: Any) -> Linear | None:
+    """Returns what a host of flax's own linear layers computes, None for any other module.
+
+    A subclass with a `__call__` of its own is another module: its kernel may lie otherwise.
+
+    Args:
+      host: bound or not.
+      args: what it is called with, by position.
+
+    Raises:
+      ValueError: if one axis is in the input, the kernel and the output at once.
+    """
+    own = type(host).__call__
+    if own is nn.Dense.__call__:
+        rest = _letters(args[0].ndim - 1)
+        return Linear(f"{rest}y", f"{rest}z", "yz")
+    if own is nn.DenseGeneral.__call__:
+        return _dense_general(host, args[0].ndim)
+    if own is nn.Einsum.__call__:
+        return _einsum((*args, None)[1] or host.einsum_str, args[0].ndim, has_kernel=True)
+    return None
+
+
+def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Array]:
+    """Returns what a host computes as a linear layer, and the input that it does it with.
+
+    A module that is not known counts as one that maps the last axis; as `nn.DenseGeneral`, where it
+    has `axis` and `features` as that has (t5x, MaxText); or, where it is called with an equation
+    in front, as `einsum`.
+
+    Args:
+      host: bound or not.
+      args: what it is called with, by position.
+      y: what it returns.
+      path: of the host, for errors.
+
+    Raises:
+      ValueError: if it cannot be a linear layer; it names the class.
+    """
+    found = known(host, args)
+    if found is not None:
+        return found, args[0]
+    first: Any = args[0] if args else None
+    if isinstance(first, str) and len(args) > 1 and isinstance(args[1], _ARRAYS):
+        return _einsum(first, args[1].ndim, has_kernel=False), args[1]
+    are_arrays = isinstance(first, _ARRAYS) and isinstance(y, _ARRAYS)
+    if are_arrays and hasattr(host, "axis") and hasattr(host, "features"):
+        alike = dataclasses.replace(_dense_general(host, first.ndim), kernel=None)
+        if alike.fits(first, y):
+            return alike, first
+    if isinstance(host, _NOT_LINEAR) or not are_arrays or first.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"LoRA is for linear layers, and {path or 'the model itself'} is a "
+            f"{type(host).__name__} of {type(host).__module__}; choose an nn.Dense, "
+            "nn.DenseGeneral or nn.Einsum of flax.linen as site"
+        )
+    rest = _letters(first.ndim - 1)
+    return Linear(f"{rest}y", f"{rest}z", None), first
+
+
+def by_position(context: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns a call's arguments with the first ones by position, where they were given by name.
+
+    Args:
+      context: of the interceptor.
+      args: by position.
+      kwargs: by name.
+    """
+    left = dict(kwargs)
+    if not left:
+        return args, left
+    parameters = list(inspect.signature(context.orig_method).parameters.values())
+    args = list(args)
+    for parameter in parameters[len(args) :]:
+        if parameter.name not in left or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            break
+        args.append(left.pop(parameter.name))
+    return tuple(args), left
+
+
+def _letters(count: int) -> str:
+    return string.ascii_uppercase[:count]
+
+
+def _dense_general(host: Any, ndim: int) -> Linear:
+    if getattr(host, "batch_dims", ()):
+        raise ValueError(
+            f"an nn.DenseGeneral with batch_dims={host.batch_dims} has a matrix for each index of "
+            "the batch, which LoRA is not for; choose another site"
+        )
+    axes = [host.axis] if isinstance(host.axis, int) else list(host.axis)
+    features = 1 if isinstance(host.features, int) else len(host.features)
+    inputs = _letters(ndim)
+    summed = "".join(inputs[axis] for axis in sorted(axis % ndim for axis in axes))
+    kept = "".join(axis for axis in inputs if axis not in summed)
+    made = string.ascii_lowercase[:features]
+    return Linear(inputs, kept + made, summed + made)
+
+
+def _einsum(equation: str, ndim: int, *, has_kernel: bool) -> Linear:
+    operands, arrow, outputs = equation.replace(" ", "").partition("->")
+    inputs, comma, kernel = operands.partition(",")
+    taken = set(equation)
+    free = iter(letter for letter in string.ascii_letters if letter not in taken)
+    rest = "".join(next(free) for _ in range(ndim - len(inputs.replace("...", ""))))
+    inputs, outputs = (axes.replace("...", rest) for axes in (inputs, outputs))
+    both = set(inputs) & set(outputs)
+    summed, made = set(inputs) - both, set(outputs) - both
+    plain = len(inputs) == len(set(inputs)) and len(outputs) == len(set(outputs))
+    if not (arrow and comma and plain and "." not in kernel) or set(kernel) != summed | made:
+        raise ValueError(
+            f"the einsum {equation!r} is no matrix between axes of its input and axes of its "
+            "output, which LoRA is for; choose another site"
+        )
+    return Linear(inputs, outputs, kernel if has_kernel else None)
+
+
+def met_in(model: nn.Module, inputs: Any) -> Mapping[str, tuple[str, Linear | None]]:
+    """Returns the modules of a model by path: the name of the class, and what it is if it is known.
+
+    Of modules that share a scope it is the outermost, which is where an adapter acts.
+
+    Args:
+      model: unbound.
+      inputs: example arguments of a call.
+    """
+    met: dict[str, tuple[str, Linear | None]] = {}
+
+    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        host = context.module
+        first, _ = by_position(context, args, kwargs)
+        if (path := "/".join(host.path)) not in met and context.method_name == "__call__":
+            try:
+                found = known(host, first) if first else None
+            except ValueError:
+                found = None
+            met[path] = type(host).__name__, found
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return met
