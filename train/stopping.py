@@ -13,6 +13,7 @@ from train.errors import InterruptedRunError, PreemptedRunError, StoppedRunError
 
 # Several hosts must stop at the same step, and asking each other takes time.
 _STEPS_BETWEEN_QUESTIONS = 10
+_NOTHING_LOST = "between two checkpoints; nothing is lost, go on with --resume"
 
 
 class Stopping:
@@ -41,10 +42,18 @@ class Stopping:
         return self.caught is not None
 
     def error(self, message: str) -> StoppedRunError:
-        """Of the signal: what the run ends with, and why."""
+        """Returns the error that the run ends with after its signal; `message` says where."""
         if self.caught == signal.SIGINT:
             return InterruptedRunError(f"interrupted {message}")
         return PreemptedRunError(f"terminated {message}")
+
+    def check(self) -> None:
+        """Raises the error of a signal that came where no signal waits.
+
+        The handler raised it there, too; code of others that catches everything may have lost it.
+        """
+        if self.caught is not None and not self._delayed:
+            raise self.error(_NOTHING_LOST)
 
     @contextmanager
     def delayed(self) -> Iterator[None]:
@@ -60,10 +69,23 @@ class Stopping:
         again = self.caught is not None
         self.caught = self.caught or number
         if not self._delayed:
-            raise self.error("between two checkpoints; nothing is lost, go on with --resume")
+            raise self.error(_NOTHING_LOST)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         tqdm.write("stopping after this step")
+
+
+# Those that handle signals now, the innermost last.
+_handling: list[Stopping] = []
+
+
+def check() -> None:
+    """Raises the error of a signal that came; for whoever turns an exception of others into one.
+
+    An exception may be what others made of the signal's.
+    """
+    if _handling:
+        _handling[-1].check()
 
 
 @contextmanager
@@ -71,8 +93,10 @@ def handled() -> Iterator[Stopping]:
     """Handles both signals within it."""
     stopping = Stopping()
     previous = {s: signal.signal(s, stopping.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    _handling.append(stopping)
     try:
         yield stopping
     finally:
+        _handling.remove(stopping)
         for number, handler in previous.items():
             signal.signal(number, handler)
