@@ -222,7 +222,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the kinds differ between versions and file formats
         stopping.check()
-        if code := _own_code(source):
+        if "trust_remote_code" in str(error) and (code := _own_code(source)):
             raise ValueError(
                 f"cannot load a tokenizer from {source!r}: it wants to run code of its own, "
                 f"{quote(code, 100)} in tokenizer_config.json, and code of a backbone is never "

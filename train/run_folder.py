@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import os
 import re
 import secrets
 import shutil
@@ -37,7 +39,9 @@ FLAGS_NAME, OUTPUT_NAME = "flags.json", "fit.log"
 _IN_FOLDERS = {
     # First, since a run that is half removed must not be resumed.
     "checkpoints": re.compile(r"\d+(\.(orbax-checkpoint-tmp|unreadable).*)?"),
-    "adapter": re.compile(r"adapter_config\.json|adapter.*\.safetensors|\..*\.tmp"),
+    "adapter": re.compile(
+        r"adapter_config\.json|adapter(-[0-9a-f]{16})?\.safetensors|\.adapter.*\.tmp"
+    ),
     "backbone": re.compile(
         r"(config|generation_config|special_tokens_map|added_tokens)\.json|model.*\.safetensors"
         r"|model\.safetensors\.index\.json|tokenizer.*|vocab.*|merges\.txt|.*\.model|.*\.jinja"
@@ -292,6 +296,7 @@ def _defaults() -> dict[str, Any]:
 def _check_empty(options: FitOptions) -> None:
     """ValueError if a folder without a run has files, but for a grid's that is to be replaced."""
     folder = options.output_dir
+    _check_place(folder)
     others = entries(folder)
     if not others:
         return
@@ -309,6 +314,15 @@ def _check_empty(options: FitOptions) -> None:
             "is touched, with --overwrite or --resume neither: choose another --output-dir, or "
             "move the files away"
         )
+
+
+def _check_place(folder: Path) -> None:
+    """ValueError or OSError if a folder is not there and cannot be made, as far as can be told."""
+    place = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not place.is_dir():
+        raise ValueError(f"{place} is not a folder; choose another --output-dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written to", str(place))
 
 
 def entries(folder: Path) -> list[str]:
