@@ -398,10 +398,8 @@ def test_files_are_hashed_once(options, monkeypatch):
     check_run_folder(dataclasses.replace(options, resume=True))
     assert fingerprints._sha256.cache_info().misses == 5
     found = json.loads((options.output_dir / "run.json").read_text())["inputs"]
-    # echo -n config.json | sha256sum
-    wanted = subprocess.run(
-        ["sha256sum", f"{options.backbone}/config.json"], capture_output=True, text=True, check=True
-    ).stdout.split()[0]
+    # printf config.json | sha256sum
+    wanted = "587cb980af76fdc7e52369fd0b9d926dff266976b6f8ac631e358fecc49ff8cf"
     assert found["--backbone"]["config.json"] == {"bytes": 11, "sha256": wanted}
 
 
@@ -456,5 +454,12 @@ def test_no_room_is_found_before_training(options, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 3 * 10**6))
     with pytest.raises(OSError, match=r"has 3.0 MB free, and .* takes 4.0 MB; make room"):
         loop.check_room([job])
+    # What is replaced makes room.
+    folder = of_before(options)
+    with (folder / "checkpoints" / "8" / "state" / "x").open("wb") as file:
+        file.truncate(10**6)
+    loop.check_room(
+        [dataclasses.replace(job, options=dataclasses.replace(options, overwrite=True))]
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 5 * 10**6))
     loop.check_room([job])

@@ -69,7 +69,7 @@ def test_a_signal_in_a_restore_deletes_nothing(number, kind, code, wrapped, save
     restore = sending(ocp.CheckpointManager.restore, number, wrapped=wrapped)
     monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
     before = names(saved)
-    with stopping.handled(), pytest.raises(kind, match="nothing is lost") as error:
+    with pytest.raises(kind, match="nothing is lost") as error, stopping.handled():
         restored(saved)
     assert error.value.exit_code == code
     assert names(saved) == before == ["1", "2", "3"]
@@ -85,17 +85,31 @@ def test_a_signal_while_a_tokenizer_is_read(
     read = sending(transformers.AutoTokenizer.from_pretrained, number, wrapped=wrapped)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read)
     limits = {"vocab_size": 99, "max_position_embeddings": 64, "max_length": 8}
-    with stopping.handled(), pytest.raises(kind):
+    with pytest.raises(kind), stopping.handled():
         data.load_tokenizer(tiny_backbone, **limits)
 
 
+def test_a_failure_after_a_signal_that_waited_is_told():
+    """Of a checkpoint that could not be written, for instance."""
+
+    def run():
+        with stopping.handled() as stop, stop.delayed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked()
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        run()
+
+
 @pytest.mark.parametrize(("number", "kind", "code"), SIGNALS)
+@pytest.mark.parametrize("wrapped", [False, True])
 def test_a_signal_while_a_configuration_is_read(
-    number, kind, code, tiny_backbone, tmp_path, monkeypatch, capsys
+    number, kind, code, wrapped, tiny_backbone, tmp_path, monkeypatch, capsys
 ):
-    read = sending(transformers.AutoConfig.from_pretrained, number)
+    read = sending(transformers.AutoConfig.from_pretrained, number, wrapped=wrapped)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", read)
-    with stopping.handled(), pytest.raises(kind):
+    with pytest.raises(kind), stopping.handled():
         cj.load_backbone(tiny_backbone)
     rows = tmp_path / "rows.csv"
     rows.write_text("sentence,label\ngood,0\nbad,1\n")

@@ -11,7 +11,6 @@ import numpy as np
 
 from compacter_jax.files import read_json
 from compacter_jax.messages import quote, shorten
-from train import stopping
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -221,7 +220,6 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the kinds differ between versions and file formats
-        stopping.check()
         if "trust_remote_code" in str(error) and (code := _own_code(source)):
             raise ValueError(
                 f"cannot load a tokenizer from {source!r}: it wants to run code of its own, "

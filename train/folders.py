@@ -36,8 +36,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = {"prefix": f".{path.name[:40]}.", "suffix": ".tmp", "dir": path.parent}
-    with tempfile.TemporaryDirectory(**beside) as temporary:
+    prefix = f".{path.name[:40]}."
+    with tempfile.TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=path.parent) as temporary:
         made, replaced = Path(temporary, "new"), Path(temporary, "old")
         made.mkdir()
         yield made

@@ -43,7 +43,7 @@ from train.folders import new_folder
 from train.job import Job, Lane, Learner, prepare
 from train.options import FitOptions
 from train.profiler import Profiler
-from train.run_folder import RunFolder, check_only_ours, read_record
+from train.run_folder import RunFolder, bytes_removed, check_only_ours, read_record
 
 # Lane and batch of every update -> its metrics.
 Steps: TypeAlias = Generator[tuple[int, data.Batch], step.StepMetrics | None, None]
@@ -200,9 +200,10 @@ def check_room(jobs: Sequence[Job]) -> None:
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
-    if usage.total and usage.free < 4 * trained:  # of some file systems nothing is known
+    free = usage.free + sum(bytes_removed(job.options) for job in jobs)
+    if usage.total and free < 4 * trained:  # of some file systems nothing is known
         raise OSError(
-            f"{folder} has {usage.free / 1e6:,.1f} MB free, and an adapter with its first "
+            f"{folder} has {free / 1e6:,.1f} MB free, and an adapter with its first "
             f"checkpoint takes {4 * trained / 1e6:,.1f} MB; make room, or choose another "
             "--output-dir"
         )
@@ -242,8 +243,9 @@ class Trainer:
         folder = self.options.output_dir
         kept = self.options.keep_checkpoints
         record = read_record(folder)
+        run_id = None if record is None else record.run_id
         self._checkpoints = self._resources.enter_context(
-            Checkpoints(folder / "checkpoints", kept, run_id=record and record.run_id)
+            Checkpoints(folder / "checkpoints", kept, run_id=run_id)
         )
         try:
             resumed_step = self._restore() if self.options.resume else 0

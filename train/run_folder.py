@@ -383,7 +383,8 @@ def _check_kinds(folder: Path, writes: Iterable[str], *, links: bool) -> None:
     """
     for name in writes:
         path = folder / name
-        followed = links and path.is_dir() and path.name in _IN_FOLDERS
+        # A backbone is replaced as a whole.
+        followed = links and path.is_dir() and path.name in _IN_FOLDERS and path.name != "backbone"
         if path.is_symlink() and not followed:
             raise _is_link(path)
         if path.parent != folder and path.parent.is_symlink() and not links:
@@ -436,6 +437,14 @@ def clear(folder: Path, writes: Iterable[str]) -> None:
     for place in (*places, *(place.parent for place in places)):
         if place != folder and place.is_dir() and not any(place.iterdir()):
             place.rmdir()
+
+
+def bytes_removed(options: FitOptions) -> int:
+    """Returns how many bytes of the run before `open_run` is to remove."""
+    record = read_record(options.output_dir) if options.overwrite else None
+    owned = _owned(options.output_dir, record.writes) if record is not None else ()
+    files = (file for path in owned for file in (path, *path.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def possibly_written(settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ class Stopping:
 
     def __init__(self) -> None:
         self.caught: int | None = None
-        self._delayed = False
+        self._delayed = self._raised = False
         self._calls = 0
 
     def asked(self, *, now: bool = False) -> bool:
@@ -48,11 +48,12 @@ class Stopping:
         return PreemptedRunError(f"terminated {message}")
 
     def check(self) -> None:
-        """Raises the error of a signal that came where no signal waits.
+        """Raises the error of a signal again that did not wait.
 
-        The handler raised it there, too; code of others that catches everything may have lost it.
+        The handler raised it in the middle of something, whose code may have caught everything and
+        gone on, or made another exception of it.
         """
-        if self.caught is not None and not self._delayed:
+        if self._raised:
             raise self.error(_NOTHING_LOST)
 
     @contextmanager
@@ -69,6 +70,7 @@ class Stopping:
         again = self.caught is not None
         self.caught = self.caught or number
         if not self._delayed:
+            self._raised = True
             raise self.error(_NOTHING_LOST)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -80,9 +82,9 @@ _handling: list[Stopping] = []
 
 
 def check() -> None:
-    """Raises the error of a signal that came; for whoever turns an exception of others into one.
+    """Raises the error of a signal that came; for whoever goes on after an exception of others.
 
-    An exception may be what others made of the signal's.
+    The exception may be what they made of the signal's.
     """
     if _handling:
         _handling[-1].check()
@@ -90,12 +92,15 @@ def check() -> None:
 
 @contextmanager
 def handled() -> Iterator[Stopping]:
-    """Handles both signals within it."""
+    """Handles both signals within it; after one, no exception of others takes its error's place."""
     stopping = Stopping()
     previous = {s: signal.signal(s, stopping.note) for s in (signal.SIGINT, signal.SIGTERM)}
     _handling.append(stopping)
     try:
         yield stopping
+    except Exception:
+        stopping.check()
+        raise
     finally:
         _handling.remove(stopping)
         for number, handler in previous.items():

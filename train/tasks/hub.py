@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train import stopping
 from train.options import SplitProtocol
 from train.tasks.benchmarks import Benchmark
 
@@ -141,7 +140,6 @@ def _from_hub(benchmark: Benchmark) -> Read:
             benchmark.repository, benchmark.configuration, trust_remote_code=False
         )
     except Exception as error:  # many kinds: of the network, the hub and the files
-        stopping.check()
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"cannot load {benchmark.repository} ({benchmark.configuration}) from the hub: "
