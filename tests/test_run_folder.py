@@ -106,6 +106,10 @@ def test_a_folder_of_others_is_refused_and_stays(name, flag, options):
         ("\udce9", "not UTF-8"),
         ('{"project": "thesis"}', "it has no backbone"),
         ('{"format_version": true}', "it has no"),
+        (  # of another program
+            '{"backbone": 1, "task": 1, "method": 1, "seed": 0, "epochs": 1, "batch_size": 8}',
+            "it lacks most settings",
+        ),
     ],
 )
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])

@@ -53,9 +53,8 @@ _FILES = ("metrics.json", "report.md", "curves.png", "log.png", "log.csv", "eval
 # What may lie in a folder that counts as empty: locks, remnants of a killed process that was about
 # to write the record, what `compare` puts there, and what systems do.
 _NOTHING = re.compile(
-    rf"{re.escape(LOCK_NAME)}|\.runs\.lock|\.(run|grid|compare)\.json\..*\.tmp|{FLAGS_NAME}"
-    rf"|{OUTPUT_NAME}"
-    r"|\.DS_Store|lost\+found"
+    rf"{re.escape(LOCK_NAME)}|\.runs\.lock|\.(run|grid|compare)\.json\..*\.tmp"
+    rf"|{FLAGS_NAME}|{OUTPUT_NAME}|\.DS_Store|lost\+found"
 )
 # What may differ between an interrupted run and the one that resumes it.
 _NOT_RUN = (
@@ -95,7 +94,7 @@ class Record:
 class RunFolder:
     """The output folder of a run, in which nobody else works meanwhile; a context manager.
 
-    On entry the folder is checked, and locked if it holds a run. `open` makes it this run's own.
+    On entry the folder is locked if it holds a run, and checked. `open` makes it this run's own.
 
     Args:
       options: of the run.
@@ -110,9 +109,11 @@ class RunFolder:
         self._locked = False
 
     def __enter__(self) -> Self:
-        check_run_folder(self._options)
-        if (self._options.output_dir / RUN_NAME).exists():
-            self._lock()
+        with self._held:
+            if read_record(self._options.output_dir) is not None:
+                self._lock()
+            check_run_folder(self._options)
+            self._held = self._held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,6 +166,8 @@ def check_run_folder(options: FitOptions, *, inputs_are_whole: bool = False) -> 
         _check_inputs(folder, record, inputs, whole=inputs_are_whole or _is_local(options))
     for name in writes:
         path = folder / name
+        if name == "profile" and record.run_id is None:  # which such a record does not say
+            continue
         if name not in record.writes and (path.exists() or path.is_symlink()):
             raise ValueError(
                 f"{path} is in the way: the run in {folder} did not write it; move it, or choose "
@@ -222,6 +225,8 @@ def _record_of(path: Path, found: dict[str, Any]) -> Record:
     possible = _written(settings, None)
     version = found.get("format_version")
     if version is None:
+        if len(settings.keys() & _defaults().keys()) < len(_defaults()) // 3:
+            raise ValueError(f"{path} is not the record of a run: it lacks most settings")
         return Record(settings, None, {}, possible)
     if version != FORMAT_VERSION:
         raise ValueError(
