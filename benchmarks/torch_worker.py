@@ -54,7 +54,9 @@ def _model(task: Task) -> Any:
     """The model with its adapter, and what is trained marked."""
     of_t5 = task.size.family == "t5"
     architecture = "T5ForConditionalGeneration" if of_t5 else "BertForSequenceClassification"
-    model = getattr(transformers, architecture).from_pretrained(task.folder)
+    model = getattr(transformers, architecture).from_pretrained(
+        task.folder, trust_remote_code=False
+    )
     if task.method == "full":
         return model
     if task.method == "lora":

@@ -69,7 +69,7 @@ logging.getLogger("adapters").setLevel(logging.ERROR)
 STEPS, BATCH, LENGTH = 2 if SMALL else 10, 16, 32
 folder = Path(tempfile.mkdtemp())
 
-tokenizer = transformers.AutoTokenizer.from_pretrained(bert())
+tokenizer = transformers.AutoTokenizer.from_pretrained(bert(), trust_remote_code=False)
 sentences, targets = movie("train", STEPS * BATCH)
 data = encode(tokenizer, sentences, LENGTH) | {"labels": targets}
 unseen = encode(tokenizer, movie("test", 32)[0], LENGTH)
@@ -84,7 +84,7 @@ unseen = encode(tokenizer, movie("test", 32)[0], LENGTH)
 def torch_classifier():
     torch.manual_seed(0)
     kind = transformers.BertForSequenceClassification
-    return kind.from_pretrained(bert(), num_labels=2).eval()
+    return kind.from_pretrained(bert(), num_labels=2, trust_remote_code=False).eval()
 
 
 def torch_logits(model):

@@ -128,7 +128,7 @@ def t5() -> tuple[Any, Any, bool]:
 
         name = os.environ["T5"]
         backbone = cj.load_backbone(name, dropout_rate=0.0)
-        return backbone, AutoTokenizer.from_pretrained(name), False
+        return backbone, AutoTokenizer.from_pretrained(name, trust_remote_code=False), False
     import jax  # noqa: PLC0415
 
     tokenizer = _tokenizer_of_words()

@@ -56,7 +56,7 @@ SEEDS = (0,)
 TEST = 32 if SMALL else 512
 
 # %%
-tokenizer = AutoTokenizer.from_pretrained(bert())
+tokenizer = AutoTokenizer.from_pretrained(bert(), trust_remote_code=False)
 backbone = cj.load_backbone(bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0)
 sentences, targets = movie("train")
 train = encode(tokenizer, sentences, LENGTH) | {"labels": targets}

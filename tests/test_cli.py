@@ -183,10 +183,10 @@ FIT_AND_KEEP_LOGITS = """
 import sys
 import numpy as np
 import tyro
-from train import job, loop, options, stopping
+from train import job, loop, options, run_folder, stopping
 path, *flags = sys.argv[1:]
 work = job.prepare(tyro.cli(options.FitOptions, args=flags))
-job.open_run(work.options)
+run_folder.open_run(work.options)
 with loop.Trainer(work, stopping.Stopping()) as trainer:
     trainer.run()
     np.save(path, trainer.outputs(0, "test"))

@@ -22,6 +22,7 @@ from test_cli import refusal, write_splits
 import compacter_jax as cj
 from train import compare, compare_report, job, learning_rates, measure, prompts, tasks
 from train.__main__ import main
+from train.folders import alone
 from train.options import CompareOptions, MethodOptions
 
 # --- learning rates -----------------------------------------------------------------------------
@@ -384,6 +385,15 @@ def test_runs_side_by_side(pretended, files, tmp_path, monkeypatch, capsys):
     report = (output / "report.md").read_text()
     assert "2 runs at a time, each with its share of the processors" in report
     assert "| own, ia3, seed 0 | it cannot work |" in report
+
+
+def test_a_second_comparison_is_refused(pretended, files, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    with alone(output):
+        error = refusal(capsys, *compare_flags(files, output, methods="full", seeds=1))
+    assert error.startswith(f"error: another process works in {output}; wait for its end")
+    assert pretended() == []
 
 
 def wait_for(path):

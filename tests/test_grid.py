@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from test_cli import ROOT, fit_flags, refusal, write_splits
 
 from tests.helpers import weights_of
-from train import data, grid, job
+from train import data, grid
 from train.__main__ import main
 from train.options import FitOptions
+from train.run_folder import check_run_folder
 
 # Of the backbone and of the adapters: batches of several runs are padded to the longest.
 DROPOUT = {"backbone-dropout": 0.1, "dropout": 0.1}
@@ -261,11 +262,15 @@ def test_several_runs_are_not_overwritten(trained, tiny_backbone, files, tmp_pat
     for more in ([], ["--resume"]):
         assert message in refusal(capsys, "fit", *flags, *more)
     assert results == {name: (trained / name).read_bytes() for name in results}
-    options = FitOptions(backbone="b", task="movie", output_dir=tmp_path)
-    (tmp_path / "metrics.json").write_text("{}")
+    options = FitOptions(backbone="b", task="movie", output_dir=tmp_path, overwrite=True)
+    kept = {"runs": {}, "summary": [], "failed": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(kept))
+    check_run_folder(options)
     with pytest.raises(ValueError, match=message):
-        job.check_run_folder(options)
-    job.check_run_folder(dataclasses.replace(options, overwrite=True))
+        check_run_folder(dataclasses.replace(options, overwrite=False))
+    (tmp_path / "metrics.json").write_text("{}")  # of somebody else
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        check_run_folder(options)
 
 
 def test_batches_are_padded_to_the_longest():

@@ -122,8 +122,9 @@ def test_the_hub_is_read_by_id_and_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     read, load_dataset = [], datasets.load_dataset
 
-    def from_folder(repository, configuration):
+    def from_folder(repository, configuration, *, trust_remote_code):
         read.append((repository, configuration))
+        assert trust_remote_code is False
         return load_dataset(str(tmp_path / "glue"), configuration)
 
     monkeypatch.setattr(datasets, "load_dataset", from_folder)

@@ -19,6 +19,7 @@ from train import data, job, loop, stopping
 from train.__main__ import main
 from train.mixture import Mixture, parse
 from train.options import FitOptions
+from train.run_folder import open_run
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def flags_of(backbone, data_dir, output, **flags):
 
 def prepared(flags):
     work = job.prepare(tyro.cli(FitOptions, args=flags))
-    job.open_run(work.options)
+    open_run(work.options)
     return work
 
 

@@ -16,7 +16,7 @@ import tyro
 
 from compacter_jax.messages import LONGEST, shorten
 from train import allocator, compiled, manual, options
-from train.errors import InterruptedRunError, StoppedRunError
+from train.errors import EndedRunError, InterruptedRunError, StoppedRunError
 
 USAGE = """usage: python -m train COMMAND [OPTIONS]
 
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str]) -> int:
             run(parsed)
     except BrokenPipeError:
         raise
-    except StoppedRunError as error:
+    except (EndedRunError, StoppedRunError) as error:
         if error.exit_code:
             return _fail(str(error), error.exit_code)
         print(error)

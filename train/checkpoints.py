@@ -18,11 +18,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from compacter_jax.files import replace_file
-from compacter_jax.messages import reason_of
-from train import hosts
+from compacter_jax.files import read_json, replace_file
+from compacter_jax.messages import listing, reason_of, shorten
+from train import hosts, stopping
 
-_BEST = "best_step"
+# In the progress of a checkpoint, beside what the caller gives.
+_BEST, _RUN_ID = "best_step", "run_id"
 # In the folder of a checkpoint: what its files were when it had been written.
 _CHECKSUMS = "checksums.json"
 
@@ -32,7 +33,7 @@ class Restored(NamedTuple):
 
     step: int
     state: Any
-    progress: dict[str, Any]
+    progress: Any
 
 
 @dataclasses.dataclass
@@ -57,8 +58,16 @@ class Checkpoints:
       folder: where they are, each in a folder named by its step.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, *, run_id: str | None = None):
+        """Makes the folder, if need be.
+
+        Args:
+          folder: where checkpoints go.
+          keep: how many of the last to keep, beside the best.
+          run_id: of the run, that each of them repeats; None of a run from before there were ids.
+        """
         self.folder = folder.absolute()
+        self._run_id = run_id
         # Orbax would tell of failures, at length, that are told here.
         logging.set_verbosity(logging.FATAL)
         self._kept = _Kept(keep)
@@ -113,6 +122,8 @@ class Checkpoints:
         if best:
             self._kept.best = step
         progress = {**progress, _BEST: self._kept.best}
+        if self._run_id is not None:
+            progress[_RUN_ID] = self._run_id
         try:
             # The one before must be whole before it can be dropped for this one.
             self.finish()
@@ -143,45 +154,66 @@ class Checkpoints:
             raise self._unwritten(error) from error
         if self._written is not None and hosts.is_first():
             checkpoint = self.folder / str(self._written)
+            # Before there is a temporary file among those that are listed.
+            text = json.dumps(_checksums(checkpoint))
             with replace_file(checkpoint / _CHECKSUMS) as temporary:
-                temporary.write_text(json.dumps(_checksums(checkpoint)), encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8")
         self._written = None
 
-    def restore(self, template: Any, note: Callable[[str], None]) -> Restored | None:
-        """The latest checkpoint that can be read; those after it that cannot are removed.
+    def restore(
+        self,
+        template: Any,
+        note: Callable[[str], None],
+        progress_of: Callable[[dict[str, Any]], Any] = dict,
+    ) -> Restored | None:
+        """The latest checkpoint that can be read; those after it are set aside, not removed.
 
         Args:
           template: tree of arrays of the shapes and dtypes wanted.
           note: told of every checkpoint that cannot be read.
+          progress_of: makes of the JSON that was saved what it means; ValueError if it cannot.
 
         Raises:
-          ValueError: if there are checkpoints, and none can be read.
+          ValueError: if there are checkpoints, and none can be read, or one is of another run.
         """
         template = jax.tree.map(np.asarray, template)
-        reasons = []
+        reasons: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = self._read(step, template)
+                found, progress = self._read(step, template)
+                best = progress.pop(_BEST)
+                run_id = progress.pop(_RUN_ID, None)
+                restored = Restored(step, found, progress_of(progress))
             except Exception as error:  # anything may be wrong in a damaged file
-                reasons.append(f"step {step}: {_in_short(error)}")
+                stopping.check()
+                reasons[step] = shorten(_in_short(error), 200)
                 continue
-            for reason in reasons:
-                note(f"the checkpoint of {reason}; taking the one before")
-            for broken in sorted(self._manager.all_steps())[-len(reasons) :] if reasons else ():
-                self._remove(broken)
+            if run_id != self._run_id:
+                raise ValueError(
+                    f"{self.folder / str(step)} is a checkpoint of another run than the one in "
+                    f"{self.folder.parent}; remove it, or start anew with --overwrite"
+                )
+            self._kept.best = best
+            for broken, reason in reasons.items():
+                place = self._set_aside(broken)
+                note(
+                    f"the checkpoint of step {broken}: {reason}; taking the one before, this one "
+                    f"is now {place.name}"
+                )
             return restored
         if reasons:
+            told = listing((f"step {step}: {why}" for step, why in reasons.items()), 2, 130)
             raise ValueError(
-                f"no checkpoint in {self.folder} can be read ({'; '.join(reasons)}); start anew "
-                "with --overwrite"
+                f"no checkpoint in {self.folder} can be read ({told}); start anew with --overwrite"
             )
         return None
 
-    def _read(self, step: int, template: Any) -> Restored:
+    def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        """State and progress as they were saved."""
         checkpoint = self.folder / str(step)
         listed = checkpoint / _CHECKSUMS
         # A run that was killed may not have come to it; what orbax has renamed is whole.
-        if listed.exists() and json.loads(listed.read_text("utf-8")) != _checksums(checkpoint):
+        if listed.exists() and read_json(listed) != _checksums(checkpoint):
             raise ValueError("its files are not what was written")
         found = self._manager.restore(
             step,
@@ -189,15 +221,25 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
             ),
         )
-        progress = dict(found.progress)
-        self._kept.best = progress.pop(_BEST)
-        return Restored(step, found.state, progress)
+        return found.state, dict(found.progress)
+
+    def _set_aside(self, step: int) -> Path:
+        """Gives a checkpoint a name that no checkpoint has; returns its path."""
+        checkpoint = self.folder / str(step)
+        number = len(list(self.folder.glob(f"{step}.unreadable*")))
+        place = self.folder / f"{step}.unreadable-{number}"
+        hosts.wait("set a checkpoint aside")
+        if hosts.is_first():
+            checkpoint.rename(place)
+        hosts.wait("a checkpoint is set aside")
+        self._manager.reload()
+        return place
 
     def _remove(self, step: int) -> None:
         """Not by orbax, which reads a checkpoint before it deletes it."""
         hosts.wait("remove a checkpoint")
         if hosts.is_first():
-            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            shutil.rmtree(self.folder / str(step))
         hosts.wait("a checkpoint is removed")
         self._manager.reload()
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from compacter_jax.config import presets
+from compacter_jax.files import parse_json
+from compacter_jax.messages import listing
 from train import compare_report, tasks
 from train.errors import FailedRunsError, InterruptedRunError
+from train.fingerprints import files_read
+from train.folders import alone
 from train.inference import write_json
 from train.options import (
     ALL,
@@ -31,12 +32,22 @@ from train.options import (
     options_of,
 )
 from train.processes import side_by_side
+from train.run_folder import (
+    FLAGS_NAME,
+    FORMAT_VERSION,
+    OUTPUT_NAME,
+    RUN_NAME,
+    check_apart,
+    clear,
+    entries,
+    possibly_written,
+)
 
 _ROOT = Path(__file__).parents[1]
 # What a flag's numbers mean, where fit's flag of this name means something else.
 _MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
-# What the parent writes into the folder of a run, and where the process's own words go.
-_FLAGS_NAME, _LOG_NAME = "flags.json", "fit.log"
+# In the folder of a comparison, beside what it reports.
+_RECORD_NAME, _RUNS_LOCK_NAME = "compare.json", ".runs.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +82,15 @@ class Run:
 
     def same_flags(self) -> bool:
         """Whether it was last started with these flags."""
-        path = self.folder / _FLAGS_NAME
-        return path.exists() and json.loads(path.read_text("utf-8")) == list(self.flags)
+        path = self.folder / FLAGS_NAME
+        return path.exists() and parse_json(path.read_bytes(), str(path)) == list(self.flags)
+
+    def clear(self) -> None:
+        """Removes what the run wrote, if it was begun before, and nothing else."""
+        settings = {"task": self.task, "method": self.method}
+        clear(self.folder, possibly_written(settings))
+        for name in (RUN_NAME, FLAGS_NAME, OUTPUT_NAME):
+            (self.folder / name).unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
         """What is compared of its `metrics.json`."""
@@ -114,18 +132,24 @@ def compare(each: Sequence[CompareOptions]) -> None:
     if not runs:
         raise ValueError(f"--train-size {options.train_size} leaves nothing to train on")
     _check_finished(runs, options)
-    if options.output_dir.is_file():
-        raise ValueError(f"{options.output_dir} is a file; choose another --output-dir")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(options.output_dir) as lock:
+    folder = options.output_dir
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; choose another --output-dir")
+    _check_folder(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The runs inherit the second lock: those that outlive a killed comparison are waited for.
+    left = f"waiting for another comparison, or a run left of it, in {folder}"
+    with alone(folder), alone(folder, _RUNS_LOCK_NAME, waiting=left) as lock:
+        _check_folder(options)
+        write_json(folder / _RECORD_NAME, {"format_version": FORMAT_VERSION})
         failures = _run_all(runs, options, lock)
-    records = [run.record() for run in runs if run.finished()]
-    if records:
-        failed = [{"run": run.name, "reason": reason} for run, reason in failures.items()]
-        results = {"settings": _settings(options), "runs": records, "failed": failed}
-        write_json(options.output_dir / "results.json", results)
-        compare_report.write(results, options.output_dir)
-        print(f"report: {options.output_dir / 'report.md'}")
+        records = [run.record() for run in runs if run.finished()]
+        if records:
+            failed = [{"run": run.name, "reason": reason} for run, reason in failures.items()]
+            results = {"settings": _settings(options), "runs": records, "failed": failed}
+            write_json(folder / "results.json", results)
+            compare_report.write(results, folder)
+            print(f"report: {folder / 'report.md'}")
     if failures:
         listed = "; ".join(f"{run.name}: {reason}" for run, reason in failures.items())
         raise FailedRunsError(f"{len(failures)} of {len(runs)} runs failed: {listed}")
@@ -250,19 +274,23 @@ def _check_finished(runs: Sequence[Run], options: CompareOptions) -> None:
         )
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[int]:
-    """Waits until nobody else works in `folder`; yields a descriptor for runs to inherit.
+def _check_folder(options: CompareOptions) -> None:
+    """Looks at the output folder, and writes nothing.
 
-    They hold the lock, too: a run that outlives a killed comparison is waited for.
+    Raises:
+      ValueError: if it is not empty and holds no comparison, or something to be read lies where
+        runs are written.
     """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another comparison, or a run left of it, in {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    folder = options.output_dir
+    check_apart([folder / "runs"], files_read(options))
+    if (folder / _RECORD_NAME).is_file() or not entries(folder):
+        return
+    # Of a version before there was a record.
+    if not any(folder.glob(f"runs/*/*/*/seed-*/{FLAGS_NAME}")):
+        raise ValueError(
+            f"{folder} is not empty and holds no comparison ({listing(entries(folder), 3)}); "
+            "choose another --output-dir"
+        )
 
 
 def _run_all(runs: Sequence[Run], options: CompareOptions, lock: int) -> dict[Run, str]:
@@ -316,9 +344,9 @@ def _together(runs: Sequence[Run], most: int) -> list[list[Run]]:
 def _start(runs: Sequence[Run], options: CompareOptions, lock: int) -> subprocess.Popen[bytes]:
     """A process that trains `runs`."""
     for run in runs:
-        shutil.rmtree(run.folder, ignore_errors=True)
-        run.folder.mkdir(parents=True)
-        write_json(run.folder / _FLAGS_NAME, list(run.flags))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.clear()
+        write_json(run.folder / FLAGS_NAME, list(run.flags))
     with _log(runs).open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "train", "fit", *_flags(runs)],
@@ -332,9 +360,10 @@ def _start(runs: Sequence[Run], options: CompareOptions, lock: int) -> subproces
 def _ended(runs: Sequence[Run], code: int, options: CompareOptions) -> str | None:
     """Clears up after the process of `runs`; returns why it failed, None if it did not."""
     for run in runs:
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        unwanted = ["checkpoints"]
         if run.finished() and not options.keep_adapters:
-            shutil.rmtree(run.folder / "adapter")
+            unwanted.append("adapter")
+        clear(run.folder, unwanted)
     if all(run.finished() for run in runs):
         return None
     log = _log(runs)
@@ -348,7 +377,7 @@ def _ended(runs: Sequence[Run], code: int, options: CompareOptions) -> str | Non
 
 def _log(runs: Sequence[Run]) -> Path:
     """Where the process of `runs` says what it does."""
-    return runs[0].folder / _LOG_NAME
+    return runs[0].folder / OUTPUT_NAME
 
 
 def _flags(runs: Sequence[Run]) -> list[str]:

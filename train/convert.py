@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import compacter_jax as cj
 from compacter_jax import adapterhub, peft
 from compacter_jax.files import read_json
 from train import compositions, inference, tasks, text
+from train.folders import new_folder
 from train.objective import check_length
 from train.options import ConvertOptions, MergeOptions
 from train.tasks import labels
@@ -112,21 +111,9 @@ def load_ours(folder: Path, name: str | None) -> tuple[cj.Backbone, cj.Adapted, 
     return backbone, *cj.load_adapter(folder, backbone)
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which becomes it on success and is removed else."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _check_new(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # A link to nothing is there, too.
+    if (path.exists() or path.is_symlink()) and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists already; choose another --to")
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import json
-import os
-import shutil
 import string
 import sys
 import unicodedata
@@ -21,6 +18,7 @@ import jax
 
 import compacter_jax as cj
 from compacter_jax.models import convert
+from train.folders import new_folder
 from train.options import CreateOptions
 from train.span_corruption import check_text_file, read_documents
 
@@ -63,7 +61,7 @@ def create_backbone(options: CreateOptions) -> None:
     check_output_folder(folder, overwrite=options.overwrite)
     for path in options.text_files:
         check_text_file(path)
-    with _replace_folder(folder) as temporary:
+    with new_folder(folder, replace=True) as temporary:
         write_tokenizer(train_tokenizer(options.text_files, options.vocab_size), temporary)
         num_parameters = _write_model(options, temporary)
         record = dataclasses.asdict(options) | {"parameters": num_parameters}
@@ -313,28 +311,6 @@ def _random_params(module: nn.Module, key: jax.Array) -> Any:
 
 
 # --- files --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _replace_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`, which takes its place if the block succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(replaced)
-        try:
-            temporary.rename(folder)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

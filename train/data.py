@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from compacter_jax.messages import reason_of
+from compacter_jax.files import read_json
+from compacter_jax.messages import quote, reason_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -222,8 +223,14 @@ def load_tokenizer(
             f"cannot load a tokenizer from {source!r}: no file of one there ({wanted})"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the kinds differ between versions and file formats
+        if "trust_remote_code" in str(error) and (code := _own_code(source)):
+            raise ValueError(
+                f"cannot load a tokenizer from {source!r}: it wants to run code of its own, "
+                f"{quote(code, 100)} in tokenizer_config.json, and code of a backbone is never "
+                "run; save its tokenizer as tokenizer.json where you trust it"
+            ) from None
         reason = reason_of(error)
         raise ValueError(
             f"cannot load a tokenizer from {source!r}: {reason} ({wanted}, which must be reachable "
@@ -247,6 +254,22 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {source!r} has no padding token; set its pad_token")
     return tokenizer
+
+
+def _own_code(source: str) -> str | None:
+    """The class that a tokenizer's folder, or its copy in the hub's cache, names in code of it."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - slow to import
+
+    name = "tokenizer_config.json"
+    try:
+        path = Path(source, name) if Path(source).is_dir() else try_to_load_from_cache(source, name)
+        found = read_json(path) if isinstance(path, Path | str) else {}
+    except (ValueError, OSError):
+        return None
+    classes = found.get("auto_map")
+    classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
+    names = classes if isinstance(classes, list) else [classes]
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def _is_of_tokenizer(path: Path) -> bool:

@@ -22,8 +22,10 @@ from compacter_jax.files import replace_file
 from train import data, inference, loop, measure, report, step, stopping
 from train.compute import compiler_options
 from train.errors import FailedRunsError, NonFiniteLossError, StoppedRunError
-from train.job import RUN_NAME, Job, check_run_folder, open_run, prepare
+from train.folders import alone
+from train.job import Job, prepare
 from train.options import FitOptions
+from train.run_folder import RunFolder, check_grid_folder, open_grid
 
 _AXIS = "runs"
 # What padding is filled with where a batch is narrower than another's, if not with 0.
@@ -94,22 +96,24 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
       InterruptedRunError, PreemptedRunError: after a signal; `resume` goes on with all.
     """
     started = time.perf_counter()
-    with stopping.handled() as stop:
+    with stopping.handled() as stop, ExitStack() as held:
         runs = runs_of(options)
-        if (options.output_dir / RUN_NAME).exists():
-            raise ValueError(
-                f"{options.output_dir} holds a single run, whose results those of several would "
-                "replace; choose another --output-dir"
-            )
+        check_grid_folder(options.output_dir, runs)
         for each in runs.values():
             each.check()
-            check_run_folder(each)
+        folders = [held.enter_context(RunFolder(each)) for each in runs.values()]
         jobs = _prepared(runs)
+        stop.check()
+        loop.check_room(list(jobs.values()))
         first = next(iter(jobs.values()))
         count = cj.count(first.learners[0].params, first.learners[0].labels)
         print(report.parameter_table(count, first.method), flush=True)
-        for each in runs.values():
-            open_run(each)
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone(options.output_dir))
+        check_grid_folder(options.output_dir, runs)
+        open_grid(options.output_dir)
+        for folder in folders:
+            folder.open()
         results: dict[str, dict[str, Any]] = {}
         with ExitStack() as stack:
             trainers: dict[str, loop.Trainer] = {}
@@ -121,8 +125,8 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
             for name, trainer in trainers.items():
                 if name not in failures:
                     results[name] = _finished(name, trainer, started, len(runs))
-    if results:
-        _write_summary(options, runs, results, failures)
+        if results:
+            _write_summary(options, runs, results, failures)
     if failures:
         listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise FailedRunsError(f"{len(failures)} of {len(runs)} runs failed: {listed}")

@@ -5,6 +5,7 @@ All of it is there with one process, too, and then does nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,6 +61,26 @@ def wait(name: str) -> None:
         from jax.experimental import multihost_utils  # noqa: PLC0415
 
         multihost_utils.sync_global_devices(name)
+
+
+def of_first(action: Callable[[], None]) -> None:
+    """Runs `action` in the first process, while the others wait.
+
+    Raises:
+      ValueError, OSError: in the first process, what `action` raises; then a ValueError in all
+        others, which would otherwise wait for the first for ever.
+    """
+    error: Exception | None = None
+    if is_first():
+        try:
+            action()
+        except (ValueError, OSError) as caught:
+            error = caught
+    failed = any_of(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("the first process does not begin the run, and says why")
 
 
 def any_of(value: bool) -> bool:

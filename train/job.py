@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,6 @@ from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import compositions, data, hosts, inference, mesh, mixture, prompts, shapes, tasks
 from train.objective import Objective, check_options, for_task, head_arguments
 from train.options import FitOptions
-
-RUN_NAME = "run.json"
-# What may differ between an interrupted run and the one that resumes it.
-_NOT_RUN = (
-    *("output_dir", "config", "resume", "overwrite", "checkpoint_steps", "keep_checkpoints"),
-    *("log", "profile", "peak_flops"),
-    # How many devices there are counts, and is checked; who holds them does not.
-    *("distributed", "coordinator_address", "num_processes", "process_id"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,76 +383,3 @@ def _check_batch_size(options: FitOptions, per_host: int) -> None:
         raise ValueError(
             f"eval_batch_size={options.eval_batch_size} must be a multiple of the {devices} devices"
         )
-
-
-def check_run_folder(options: FitOptions) -> None:
-    """Looks at the output folder, and writes nothing.
-
-    Raises:
-      ValueError: if it holds a run already and neither `resume` nor `overwrite` is set, or the run
-        to resume has other settings, or it holds the results of several runs.
-    """
-    folder, settings = options.output_dir, _run_settings(options)
-    run_file = folder / RUN_NAME
-    if options.overwrite:
-        return
-    if not run_file.exists():
-        _check_no_results(folder)
-        return
-    if not options.resume:
-        raise ValueError(
-            f"{folder} already holds a run; go on with --resume, replace it with --overwrite, or "
-            "choose another --output-dir"
-        )
-    saved = json.loads(run_file.read_text(encoding="utf-8"))
-    changed = [
-        f"{name} was {saved.get(name)!r}, now {settings.get(name)!r}"
-        for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"the run in {folder} has other settings: {'; '.join(changed)}; resume with the same, "
-            "or start anew with --overwrite"
-        )
-
-
-def _check_no_results(folder: Path) -> None:
-    """ValueError if a folder that is no run's has results, such as those of several runs."""
-    if (folder / "metrics.json").exists():
-        raise ValueError(
-            f"{folder} holds the metrics.json of several runs, or of one of several tasks, which "
-            "that of a single run would replace; choose another --output-dir, or replace it with "
-            "--overwrite"
-        )
-
-
-def open_run(options: FitOptions) -> None:
-    """Makes the output folder this run's own; OSError if it cannot be written."""
-    folder = options.output_dir
-    if hosts.is_first() and not (options.resume and (folder / RUN_NAME).exists()):
-        folder.mkdir(parents=True, exist_ok=True)
-        names = task_names(options)
-        for own in (folder, *(folder / name for name in names if len(names) > 1)):
-            _clear(own)
-        inference.write_json(folder / RUN_NAME, _run_settings(options))
-    hosts.wait("the run's folder is made")
-
-
-def _clear(folder: Path) -> None:
-    """Removes what a run writes, and nothing else: the folder may hold other things."""
-    for name in ("adapter", "backbone", "checkpoints", "tensorboard", "profile"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    results = ("metrics.json", "report.md", "curves.png", "log.png")
-    for name in (*results, "log.csv", "evaluations.csv", RUN_NAME):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _run_settings(options: FitOptions) -> dict[str, Any]:
-    """What a resumed run must share with the run it resumes, as JSON-ready values."""
-    values = dataclasses.asdict(options)
-    method_options = values.pop("method_options")
-    values = {key: value for key, value in values.items() if key not in _NOT_RUN}
-    values |= {f"method_{key}": v for key, v in method_options.items() if v is not None}
-    values["num_devices"] = jax.device_count()
-    return json.loads(json.dumps(values, default=str))

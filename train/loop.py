@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 import time
+import typing
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +21,8 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.config import FullFineTuningConfig
+from compacter_jax.files import check_fields
+from compacter_jax.messages import listing
 from train import (
     compiled,
     data,
@@ -35,10 +38,12 @@ from train import (
 )
 from train.checkpoints import Checkpoints
 from train.compute import Compute, make_compute
-from train.errors import NonFiniteLossError
-from train.job import Job, Lane, Learner, check_run_folder, open_run, prepare
+from train.errors import NonFiniteLossError, StoppedRunError
+from train.folders import new_folder
+from train.job import Job, Lane, Learner, prepare
 from train.options import FitOptions
 from train.profiler import Profiler
+from train.run_folder import RunFolder, bytes_removed, check_only_ours, read_record
 
 # Lane and batch of every update -> its metrics.
 Steps: TypeAlias = Generator[tuple[int, data.Batch], step.StepMetrics | None, None]
@@ -69,6 +74,22 @@ class Progress:
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     best_epoch: dict[str, int] = dataclasses.field(default_factory=dict)
     history: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        """Reads what a checkpoint has; a field that is missing has its default.
+
+        Raises:
+          ValueError: if a field is unknown or of another type.
+        """
+        hints = typing.get_type_hints(cls)
+        if unknown := sorted(values.keys() - hints.keys()):
+            raise ValueError(
+                f"its progress has {listing(unknown)}, which this version of the package does not "
+                "know"
+            )
+        check_fields("its progress", values, hints)
+        return cls(**values)
 
 
 @dataclasses.dataclass
@@ -134,19 +155,21 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
         same bits.
     """
     started = time.perf_counter()
-    with stopping.handled() as stop:
+    with stopping.handled() as stop, contextlib.ExitStack() as held:
         options.check()
         hosts.start(options)
         if options.mesh is not None:
             mesh.make_mesh(options.mesh)  # which must fit the devices, before anything is written
-        check_run_folder(options)
-        hosts.wait("every host has looked at the run's folder")  # before one of them changes it
+        folder = RunFolder(options)
+        hosts.of_first(lambda: _hold(held, folder))
         job = prepare(options)
+        stop.check()
+        check_room([job])
         if hosts.is_first():
             learner = job.learners[0]
             count = cj.count(learner.params, learner.labels)
             print(report.parameter_table(count, job.method), flush=True)
-        open_run(options)
+        hosts.of_first(folder.open)
         with Trainer(job, stop) as trainer:
             trainer.run()
             results = {lane.name: result_of(trainer, i) for i, lane in enumerate(job.lanes)}
@@ -154,6 +177,36 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
             cost = measure.cost(trainer.progress.step_seconds, started)
             write_results(job, results, cost)
     return results
+
+
+def _hold(held: contextlib.ExitStack, folder: RunFolder) -> None:
+    held.enter_context(folder)
+
+
+def check_room(jobs: Sequence[Job]) -> None:
+    """Checks that the file system has room for an adapter and a checkpoint of every run.
+
+    Raises:
+      OSError: if it has not.
+    """
+    # The adapter is a copy of what is trained; a checkpoint has it, and two moments of Adam.
+    trained = sum(
+        leaf.nbytes
+        for job in jobs
+        for learner in job.learners
+        for leaf in jax.tree.leaves(cj.partition(learner.params, learner.labels)[0])
+    )
+    folder = jobs[0].options.output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    usage = shutil.disk_usage(folder)
+    free = usage.free + sum(bytes_removed(job.options) for job in jobs)
+    if usage.total and free < 4 * trained:  # of some file systems nothing is known
+        raise OSError(
+            f"{folder} has {free / 1e6:,.1f} MB free, and an adapter with its first "
+            f"checkpoint takes {4 * trained / 1e6:,.1f} MB; make room, or choose another "
+            "--output-dir"
+        )
 
 
 class Trainer:
@@ -189,7 +242,11 @@ class Trainer:
     def __enter__(self) -> Trainer:
         folder = self.options.output_dir
         kept = self.options.keep_checkpoints
-        self._checkpoints = self._resources.enter_context(Checkpoints(folder / "checkpoints", kept))
+        record = read_record(folder)
+        run_id = None if record is None else record.run_id
+        self._checkpoints = self._resources.enter_context(
+            Checkpoints(folder / "checkpoints", kept, run_id=run_id)
+        )
         try:
             resumed_step = self._restore() if self.options.resume else 0
             self._log = self._resources.enter_context(
@@ -199,6 +256,7 @@ class Trainer:
                     resume_step=resumed_step,
                     # Within an epoch, the evaluation at its end is still to come.
                     evaluated=self.progress.batch == 0,
+                    evaluations=max(map(len, self.progress.history.values()), default=0),
                 )
             )
             self._profiler = self._resources.enter_context(
@@ -462,7 +520,7 @@ class Trainer:
             self._save()
             raise self._stopped()
 
-    def _stopped(self) -> Exception:
+    def _stopped(self) -> StoppedRunError:
         self._checkpoints.finish()
         return self._stop.error(
             f"at step {self._step_number()}; the training state is in "
@@ -506,7 +564,8 @@ class Trainer:
     def _restore(self) -> int:
         """Takes up the latest checkpoint, if there is one; returns its step."""
         template = {training.learner.name: training.host_state() for training in self.learners}
-        restored = self._checkpoints.restore(template, tqdm.write)
+        restored = self._checkpoints.restore(template, tqdm.write, Progress.from_json)
+        self._stop.check()
         if restored is None:
             if hosts.is_first():
                 print("no checkpoint to resume from; starting from the beginning")
@@ -515,7 +574,7 @@ class Trainer:
             state = step.TrainState(**restored.state[training.learner.name])
             training.steps = int(state.step)
             training.state = training.compute.place_state(state)
-        self.progress = Progress(**restored.progress)
+        self.progress = restored.progress
         self._clock = measure.StepClock(self.progress.step_seconds)
         if hosts.is_first():
             print(f"resumed at step {restored.step}, epoch {self.progress.epoch + 1}")
@@ -683,12 +742,11 @@ def write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, 
 def write_backbone(lane: Lane, folder: Path) -> None:
     """Writes the best epoch of full fine-tuning as a checkpoint that `--backbone` takes."""
     _, params = cj.load_adapter(folder / "adapter", lane.backbone)
-    target, temporary = folder / "backbone", folder / ".backbone.tmp"
-    for path in (target, temporary):
-        shutil.rmtree(path, ignore_errors=True)
-    cj.save_backbone(temporary, lane.backbone.module, params, lane.backbone.config)
-    lane.objective.tokenizer.save_pretrained(temporary)
-    temporary.rename(target)
+    target = folder / "backbone"
+    check_only_ours(target)
+    with new_folder(target, replace=True) as temporary:
+        cj.save_backbone(temporary, lane.backbone.module, params, lane.backbone.config)
+        lane.objective.tokenizer.save_pretrained(temporary)
 
 
 def _makes_backbone(job: Job, lane: Lane) -> bool:

@@ -137,7 +137,9 @@ def _groups(benchmark: Benchmark, rows: datasets.Dataset) -> np.ndarray:
 def _from_hub(benchmark: Benchmark) -> Read:
     """Reads splits from the hub, or its cache."""
     try:
-        found = datasets.load_dataset(benchmark.repository, benchmark.configuration)
+        found = datasets.load_dataset(
+            benchmark.repository, benchmark.configuration, trust_remote_code=False
+        )
     except Exception as error:  # many kinds: of the network, the hub and the files
         reason = reason_of(error)
         raise ValueError(

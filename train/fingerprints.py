@@ -1,0 +1,139 @@
+"""The files that a run reads, and hashes by which a resumed run knows them again."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.messages import listing
+from train import tasks
+from train.compositions import folder_of
+from train.options import FitOptions, TrainingOptions
+from train.tasks.benchmarks import find as find_benchmark
+from train.tasks.rows_of_files import SENTIMENT
+
+# Flag -> name -> file.
+Inputs: TypeAlias = dict[str, dict[str, Path]]
+# Flag -> name -> size and hash.
+Fingerprints: TypeAlias = dict[str, dict[str, dict[str, Any]]]
+
+_SPLIT_FLAGS = {split: f"--{split}-file" for split in tasks.SPLITS}
+# Of a backbone's folder, beside its weights; others are never read.
+_OF_BACKBONE = re.compile(
+    r"config\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json"
+    r"|.*\.model"
+)
+
+
+def files_read(options: TrainingOptions) -> Inputs:
+    """Returns the files that a run reads: data, backbone, and adapters that it composes.
+
+    A data set that comes from the hub is not among them, a backbone from the hub only once it is
+    in the hub's cache.
+
+    Args:
+      options: of `fit`, or of `compare`.
+    """
+    found: Inputs = {}
+    for name in options.task.split(","):
+        found |= _data_files(name.strip(), options)
+    if folder := _backbone_folder(options.backbone):
+        found["--backbone"] = _files_of_backbone(folder)
+    if isinstance(options, FitOptions) and options.composition is not None:
+        for name, leaf in options.composition.leaves().items():
+            if leaf.folder is not None:
+                found[f"{name} in --method"] = _files_of_adapter(leaf.folder)
+    return found
+
+
+def fingerprints(inputs: Inputs) -> Fingerprints:
+    """Returns sizes and hashes of files; no file is read twice while it stays as it is."""
+    return {
+        flag: {name: _fingerprint(path) for name, path in files.items() if path.is_file()}
+        for flag, files in inputs.items()
+    }
+
+
+def changes(before: Mapping[str, Any], now: Fingerprints, *, whole: bool = True) -> list[str]:
+    """Returns what differs between two fingerprints, one phrase for each flag.
+
+    Args:
+      before: as they were; a flag that is not among them is not compared.
+      now: as they are.
+      whole: whether all files are there by now; if not, only those in both are compared.
+    """
+    found = []
+    for flag in before.keys() & now.keys():
+        old, new = before[flag], now[flag]
+        names = [f"{name} has changed" for name in new if name in old and old[name] != new[name]]
+        if whole:
+            names += [f"{name} is missing" for name in old.keys() - new.keys()]
+            names += [f"{name} is new" for name in new.keys() - old.keys()]
+        if names:
+            found.append(f"{flag}: {listing(sorted(names), 3)}")
+    return sorted(found)
+
+
+def _data_files(task: str, options: TrainingOptions) -> Inputs:
+    given = {
+        _SPLIT_FLAGS[split]: path
+        for split in tasks.SPLITS
+        if (path := getattr(options, f"{split}_file")) is not None
+    }
+    found: Inputs = {flag: {path.name: path} for flag, path in given.items()}
+    if task in tasks.BUILT_IN:
+        own = [s for s, flag in _SPLIT_FLAGS.items() if flag not in given]
+        paths = {f"{split}.parquet": SENTIMENT / task / f"{split}.parquet" for split in own}
+        found[f"--task {task}"] = paths
+    benchmark = find_benchmark(task)
+    if benchmark is not None and options.data_dir is not None:
+        folder = options.data_dir / benchmark.configuration
+        paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.parquet"))}
+        found[f"--data-dir of {task}"] = paths
+    return found
+
+
+def _backbone_folder(name: str) -> Path | None:
+    """The folder of a backbone, for an id on the hub that in the cache; None if there is none."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - slow to import
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no id of the hub's, either
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _files_of_backbone(folder: Path) -> dict[str, Path]:
+    single = folder / "model.safetensors"
+    weights = [single] if single.is_file() else sorted(folder.glob("*.safetensors*"))
+    others = [path for path in sorted(folder.iterdir()) if _OF_BACKBONE.fullmatch(path.name)]
+    return {path.name: path for path in (*weights, *others)}
+
+
+def _files_of_adapter(folder: Path) -> dict[str, Path]:
+    folder = folder_of(folder)
+    paths = [folder / CONFIG_NAME, *sorted(folder.glob("*.safetensors"))]
+    return {path.name: path for path in paths}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    digest = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+    return {"bytes": status.st_size, "sha256": digest}
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Of a file's content, as long as it has this size and time of its last change."""
+    del size, changed
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
