@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Of the tests on the newest versions; `make test` runs those marked `contract` alone.
+TESTS ?= not slow
 # More than two processors: some tests wait for processes of their own.
 WORKERS ?= 3
 DEMO_ARGS ?=
@@ -24,8 +26,8 @@ LOWER_BOUNDS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["
   e = p["optional-dependencies"]; \
   print(*[r.replace(">=", "==") for r in p["dependencies"] + e["train"] + e["test"]])
 
-# Whole files to a process, for what their tests share.
-PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+# Whole files to a process, for what their tests share, in the order of tests/conftest.py.
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -36,20 +38,13 @@ find = $(shell for v in $(1); do \
       && echo "$$p" && exit; \
   done; done)
 
-# On the newest versions `make test` runs what is imported and what runs end to end; these repeat there
-# what they show in $(MAIN): texts, plans, reports, and jobs of the command line taken apart.
-# `make test-newest` by itself runs them, too.
-ALIKE := adapterhub allocator banked benchmarks cli_benchmarks compare compositions configs count create docs \
-  extending flops foreign grid hosts_processes hub launch limits logs manual memory metrics mixture notebooks \
-  peers peft plan predictions processes readme span_corruption spans surviving tasks
-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint docs notebooks test-main newest test-newest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         set up, then fine-tune a small BERT on film reviews; see train/configs/demo.toml"
-	@echo "make test         set up, then lint, docs, test-wheel, most of test-newest, and test-main"
+	@echo "make test         set up, then lint, docs, test-wheel, the contract of test-newest, and test-main"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation, in build/docs; a warning is an error"
 	@echo "make notebooks    run the notebooks at full size, and write them with their outputs"
@@ -65,11 +60,11 @@ demo: $(MAIN)/train.stamp
 	@$(MAIN)/bin/python -m train fit --config train/configs/demo.toml \
 	  --backbone "$$($(MAIN)/bin/python -c '$(MINILM_PATH)')" --output-dir runs/demo --overwrite $(DEMO_ARGS)
 
-# Two at a time what needs one core; the tests use all there are. test-main last: its summary ends the output.
+# Two at a time: one waits for the network or computes on one core while the other uses what is left.
+# test-main last, and alone: it uses all there is, and its summary ends the output.
 test:
 	@$(MAKE) -s --no-print-directory -j2 --output-sync=line $(MAIN)/test.stamp newest
-	@$(MAKE) -s --no-print-directory -j2 --output-sync=line lint docs test-wheel
-	@$(MAKE) -s --no-print-directory test-newest BRIEF=1
+	@$(MAKE) -s --no-print-directory -j2 --output-sync=line test-newest lint docs test-wheel TESTS=contract
 	@$(MAKE) -s --no-print-directory test-main
 
 lint: $(MAIN)/test.stamp
@@ -98,9 +93,8 @@ test-newest:
 	@python='$(call find,3.13 3.12)'; if [ -z "$$python" ]; then \
 	  echo "!! SKIPPED: the tests on the newest JAX want Python 3.13 or 3.12, and neither was found"; else \
 	  $(MAKE) -s --no-print-directory $(NEWEST)/test.stamp FOUND="$$python" && \
-	  echo "== fast tests on the newest versions, in $(NEWEST)" && \
-	  $(NEWEST)/bin/python $(PYTEST) -q -m "not slow" $(if $(BRIEF),$(ALIKE:%=--ignore=tests/test_%.py)) \
-	    $(PYTEST_ARGS); fi
+	  echo "== tests that are '$(TESTS)' on the newest versions, in $(NEWEST)" && \
+	  $(NEWEST)/bin/python $(PYTEST) -q -m "$(TESTS)" $(PYTEST_ARGS); fi
 
 test-oldest:
 	@python='$(call find,3.11 3.12)'; if [ -z "$$python" ]; then \

@@ -5,7 +5,8 @@ What stands after `--` are flags of `python -m train fit`:
     python -m benchmarks.survive --output-dir runs/survive --kills 10 -- --backbone DIR --task movie
         --train-size 1000 --epochs 2 --checkpoint-steps 5
 
-Every second kill comes while a checkpoint or an adapter is being written, the others at random.
+Every second kill comes while a checkpoint or an adapter is being written, the others at random. The
+tests kill three times, at moments of their choice; ten kills at random belong to a release.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -30,6 +33,9 @@ from train.report import table
 _PRELOADED = ["train.loop", "train.job", "transformers", "datasets", "matplotlib.pyplot"]
 _POLL_SECONDS = 0.002
 _TIMEOUT_SECONDS = 600
+# Aim -> method of the trainer, and the call of it at which a process kills itself: while the step
+# before is computing, or between two batches of a validation.
+_FATAL_CALLS = {"step": ("_dispatch", 9), "evaluation": ("_check_stop", 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Kill:
     """One kill, and what came of it.
 
     Attributes:
-      aimed: "writing" or "random".
+      aimed: "writing", "random", "step" or "evaluation".
       step: last one in log.csv.
       writing: what was being written at that moment, of names ending in a temporary suffix.
       resumed: step that the next run went on from; None if from the beginning.
@@ -49,18 +55,21 @@ class Kill:
     resumed: int | None
 
 
-def fit(flags: Sequence[str], log: Path, devices: int, cache: Path) -> None:
-    """`python -m train fit` in this process; its words go to `log`."""
+def fit(flags: Sequence[str], log: Path, devices: int, cache: Path, aimed: str) -> None:
+    """`python -m train fit` in this process, which may kill itself; its words go to `log`."""
     others = os.environ.get("XLA_FLAGS", "").split()
     count = "--xla_force_host_platform_device_count"
     own = [flag for flag in others if not flag.startswith(count)]
     os.environ["XLA_FLAGS"] = " ".join([*own, f"{count}={devices}"])
     import jax  # noqa: PLC0415 - looks at the flags when it is first asked for devices
 
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from train.__main__ import main  # noqa: PLC0415
 
+    if aimed in _FATAL_CALLS:
+        _kill_at(*_FATAL_CALLS[aimed])
     with (
         log.open("w", buffering=1) as output,
         contextlib.redirect_stdout(output),
@@ -70,11 +79,25 @@ def fit(flags: Sequence[str], log: Path, devices: int, cache: Path) -> None:
     sys.exit(code)
 
 
+def _kill_at(name: str, number: int) -> None:
+    """Has this process kill itself at the n-th call of a method of the trainer."""
+    from train import loop  # noqa: PLC0415
+
+    method, calls = getattr(loop.Trainer, name), itertools.count(1)
+
+    def fatal(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments, **keywords)
+
+    setattr(loop.Trainer, name, fatal)
+
+
 class Runs:
     """Starts runs of one or more processes.
 
     Args:
-      folder: where their logs go, and what they compile.
+      folder: where their logs go, and what they compile, unless JAX_COMPILATION_CACHE_DIR is set.
       processes: of each run.
       devices: of each process.
     """
@@ -85,8 +108,8 @@ class Runs:
         self._context.set_forkserver_preload(_PRELOADED)
         self._started = 0
 
-    def start(self, flags: Sequence[str]) -> list[Any]:
-        """A run that has just begun."""
+    def start(self, flags: Sequence[str], aimed: str = "") -> list[Any]:
+        """A run that has just begun; `aimed` at what will kill it, if it does so itself."""
         self._started += 1
         hosts: list[list[str]] = [[]]
         if self.processes > 1:
@@ -96,7 +119,7 @@ class Runs:
         processes = [
             self._context.Process(
                 target=fit,
-                args=([*flags, *own], self.log(i), self.devices, self.folder / "compiled"),
+                args=([*flags, *own], self.log(i), self.devices, self.folder / "compiled", aimed),
             )
             for i, own in enumerate(hosts)
         ]
@@ -134,6 +157,7 @@ def survive(
     processes: int = 1,
     devices: int = 1,
     seed: int,
+    aims: Sequence[str] = ("random", "writing"),
 ) -> list[Kill]:
     """Kills a run, resumes it until it ends, and compares it with one never killed.
 
@@ -144,6 +168,7 @@ def survive(
       processes: that train together.
       devices: emulated ones of each process.
       seed: of the moments.
+      aims: of the kills, over and over again.
 
     Returns:
       The kills.
@@ -159,8 +184,8 @@ def survive(
     done: list[Kill] = []
     own = [*flags, "--output-dir", str(killed), "--resume"]
     for i in range(kills):
-        aimed = ("random", "writing")[i % 2]
-        running = runs.start(own)
+        aimed = aims[i % len(aims)]
+        running = runs.start(own, aimed)
         # In order, and before the end, so that something is left to be killed.
         step = round(0.9 * steps * generator.uniform(i, i + 1) / kills)
         _wait(running, runs, killed, step, aimed, generator.uniform(0, 0.2))
@@ -179,11 +204,14 @@ def survive(
 def _wait(
     processes: Sequence[Any], runs: Runs, folder: Path, step: int, aimed: str, seconds: float
 ) -> None:
-    """Until a run has done `step`, and then until the moment to kill it."""
+    """Until a run has done `step` and then until it is to be killed, or until it killed itself."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
-    while last_step(folder) < step or (aimed == "writing" and not _unfinished(folder)):
+    own = aimed in _FATAL_CALLS
+    while own or last_step(folder) < step or (aimed == "writing" and not _unfinished(folder)):
         if any(process.exitcode == 0 for process in processes):
             return  # the last of its steps: nothing is left to be killed
+        if own and all(process.exitcode == -signal.SIGKILL for process in processes):
+            return
         if any(process.exitcode for process in processes) or time.monotonic() > deadline:
             kill(processes)
             raise RuntimeError(f"no step {step} in {folder}: {runs.log().read_text()[-2000:]}")

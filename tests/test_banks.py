@@ -42,6 +42,7 @@ def saved(tmp_path_factory):
     return [folder / str(seed) for seed in range(3)], alone
 
 
+@pytest.mark.contract
 def test_saved_adapters_are_stacked_and_given_back_to_the_bit(saved):
     folders, alone = saved
     model, params = stack_adapters(folders, bert(), capacity=5)

@@ -312,6 +312,7 @@ def test_remat_has_the_same_initial_values():
     jax.tree.map(np.testing.assert_array_equal, plain, remat)
 
 
+@pytest.mark.contract
 def test_remat_recomputes_the_layers():
     def checkpoints(remat):
         module = Bert(TINY, remat=remat)

@@ -68,6 +68,7 @@ def fitted(tiny_t5, files, tmp_path_factory):
     return output
 
 
+@pytest.mark.contract
 def test_classification_as_text(fitted, tiny_t5):
     result = json.loads((fitted / "metrics.json").read_text())
     assert result["test"]["accuracy"] >= 0.9
@@ -93,6 +94,7 @@ def test_classification_as_text(fitted, tiny_t5):
     assert not (fitted / "backbone").exists()
 
 
+@pytest.mark.contract
 def test_evaluation_by_scoring_and_by_generation(fitted, files, tmp_path, capsys):
     output = tmp_path / "metrics.json"
     flags = ["--adapter", fitted / "adapter", "--test-file", files["test"], "--output", output]
@@ -113,6 +115,7 @@ def test_evaluation_by_scoring_and_by_generation(fitted, files, tmp_path, capsys
     assert generated["loss"] == pytest.approx(scored["metrics"]["loss"], rel=1e-5)
 
 
+@pytest.mark.contract
 def test_predict_labels(fitted, tmp_path):
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("id,sentence\n7,good fine great loved\n8,bad dull awful hated\n")
@@ -451,16 +454,19 @@ def test_params_of_a_configuration_file(tiny_t5, capsys):
     assert "'t5-bas' is neither" in refusal(capsys, *flags, "--backbone-config", "t5-bas")
 
 
+# Those that `test_cli.py` does not train on a BERT.
+KINDS = {
+    "intrinsic-said": {"dimension": 60},
+    "lora": {},
+    "ia3": {},
+    "mam": {"prefix-length": 2, "bottleneck-size": 4},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method",
-    [
-        *("bitfit", "prompt-tuning-vocabulary", "intrinsic-said", "prefix-tuning", "lora"),
-        *("low-rank", "ia3", "mam"),
-    ],
-)
-def test_every_kind_of_method(method, tiny_t5, files, tmp_path, capsys):
-    flags = small_flags(tiny_t5, files, tmp_path / "run", method)
+@pytest.mark.parametrize(("method", "flags"), KINDS.items(), ids=KINDS)
+def test_every_kind_of_method(method, flags, tiny_t5, files, tmp_path, capsys):
+    flags = small_flags(tiny_t5, files, tmp_path / "run", method, **flags)
     command("fit", *flags, "--task", "movie")
     check_run(tmp_path / "run", files, tmp_path, capsys)
     flags = ["--adapter", tmp_path / "run" / "adapter", "--test-file", files["test"]]

@@ -403,9 +403,11 @@ def wait_for(path):
         time.sleep(0.01)
 
 
+# Whoever starts the tests in the background has them ignore SIGINT, and what they start.
 COMPARE = """
-import sys
+import signal, sys
 from train.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.executable, *arguments = sys.argv[1:]
 sys.exit(main(arguments))
 """

@@ -19,6 +19,7 @@ def environment(tmp_path):
     return {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
+@pytest.mark.contract
 def test_the_folder_is_the_users_own(environment, tmp_path):
     folder = keep(environment)
     assert environment.pop("XDG_CACHE_HOME") == str(tmp_path / "cache")
@@ -94,6 +95,7 @@ print(np.asarray(jax.jit(run)(np.ones((8, 8), np.float32))).tobytes().hex())
 """
 
 
+@pytest.mark.contract
 def test_jax_finds_what_another_process_compiled(environment):
     own = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     own |= environment | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

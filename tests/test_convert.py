@@ -73,6 +73,7 @@ def assert_equal_trees(ours, theirs):
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.contract
 def test_loads_the_head_that_the_configuration_names(tmp_path, head, caplog):
     folder, params = written(tmp_path / "bert", head, num_labels=3)
     with caplog.at_level(logging.INFO, logger="compacter_jax"):
@@ -233,6 +234,7 @@ def test_pretraining_checkpoint_is_a_masked_language_model(tmp_path, caplog):
     assert "cls/seq_relationship/kernel" in caplog.text
 
 
+@pytest.mark.contract
 def test_other_architectures_load_with_a_head_named(tmp_path):
     folder, params = written(tmp_path / "bert", architectures=["BertForMultipleChoice"])
     with pytest.raises(
@@ -464,6 +466,7 @@ def test_places_that_are_no_checkpoint(tmp_path):
         load_backbone("nobody/nothing")
 
 
+@pytest.mark.contract
 def test_hub_ids_are_downloaded_without_pickles(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -504,6 +507,7 @@ def sharded(folder):
     return index, weight_map
 
 
+@pytest.mark.contract
 def test_shards(tmp_path):
     folder, params = written(tmp_path / "bert")
     index, weight_map = sharded(folder)
@@ -536,6 +540,7 @@ def test_shards(tmp_path):
 # --- configurations alone -----------------------------------------------------------------------
 
 
+@pytest.mark.contract
 def test_module_from_a_configuration_alone():
     config = transformers.BertConfig(**SIZES, num_labels=4, architectures=["BertForMaskedLM"])
     assert module_from_config(config) == Bert(BertConfig(**SIZES), head="masked_lm")

@@ -78,6 +78,7 @@ def assert_equal_trees(ours, theirs):
 
 
 @pytest.mark.parametrize(("family", "head", "config"), MODELS.values(), ids=MODELS)
+@pytest.mark.contract
 def test_loads_what_the_configuration_names(tmp_path, config, head, family, caplog):
     folder, params = written(tmp_path / "t5", config, head, family=family)
     with caplog.at_level(logging.INFO, logger="compacter_jax"):
@@ -111,6 +112,7 @@ def test_a_checkpoint_in_bfloat16(tmp_path):
     assert_equal_trees(load_backbone(folder).params, exact)
 
 
+@pytest.mark.contract
 def test_the_end_and_start_of_sequences(tmp_path):
     """Some files name several tokens that end a sequence, and none that starts the decoder."""
     folder, _ = written(tmp_path / "t5", eos_token_id=[3, 4], pad_token_id=2)
@@ -370,6 +372,7 @@ def module_from_config_of(kind):
     return module_from_config(kind(), head=None).config
 
 
+@pytest.mark.contract
 def test_modules_by_name(tmp_path):
     assert module_from_name("t5-small", head="encoder") == T5(T5Config(), head="encoder")
     folder, _ = written(tmp_path / "t5", UNTIED, None)

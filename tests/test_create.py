@@ -142,6 +142,7 @@ def test_vocabularies_that_cannot_be_made(text_file, tmp_path):
 # --- model --------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract
 def test_the_folder_is_a_backbone(folder):
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert [path.name for path in folder.parent.iterdir()] == ["t5"]

@@ -66,6 +66,7 @@ def test_tokenizers_that_do_not_fit(folder, tmp_path):
         load(save_tokenizer(tmp_path / "unpadded"))
 
 
+@pytest.mark.contract
 def test_tokenizers_that_cannot_be_loaded(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -398,6 +399,7 @@ def test_notices_of_what_was_cut():
     ]
 
 
+@pytest.mark.contract
 def test_a_tokenizer_published_as_sentencepiece_alone(tmp_path):
     """As those of T5 v1.1 and mT5 are."""
     import sentencepiece

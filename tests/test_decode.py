@@ -237,6 +237,7 @@ def test_the_most_probable_token_is_the_first_of_equals():
     assert decode._most_probable(jnp.asarray(logits))[3] == -1  # no token
 
 
+@pytest.mark.contract
 def test_cached_logits_equal_those_of_the_whole_decoder():
     model, params = adapted("plain")
     ids, mask = prompts(3, 20)
@@ -433,6 +434,7 @@ def test_cuts_equal_those_of_transformers(settings):
 # --- Compiled once, here and inside transformations ---------------------------------------------
 
 
+@pytest.mark.contract
 def test_a_second_call_compiles_nothing(caplog):
     ids, mask = prompts(0, SMALL.vocab_size)
     model, params = adapted("small")
@@ -451,6 +453,7 @@ def test_a_second_call_compiles_nothing(caplog):
     assert len({first.shape, *(result.shape for result in results)}) > 1
 
 
+@pytest.mark.contract
 def test_inside_jit_and_pmap_the_result_has_its_full_width():
     ours = backbone("small")
     ids, mask = prompts(4, SMALL.vocab_size)

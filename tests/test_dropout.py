@@ -25,6 +25,7 @@ def threefry(key, high, low):
     return x
 
 
+@pytest.mark.contract
 def test_a_mask_is_that_of_the_counters():
     key, rate = jax.random.key(7), 0.3
     pair = np.asarray(jax.random.bits(key, (2,), jnp.uint32))

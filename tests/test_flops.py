@@ -102,6 +102,7 @@ def test_full_fine_tuning_of_t5_by_hand():
 
 @pytest.mark.parametrize("make", [bert_step, t5_step])
 @pytest.mark.parametrize("method", ["full", "compacter++"])
+@pytest.mark.contract
 def test_xla_counts_as_much(make, method):
     overrides = {"reduction_factor": 8} if method == "compacter++" else {}
     model, inputs, loss, batch = make(cj.preset(method, **overrides))
@@ -132,6 +133,7 @@ def test_sizes_of_products():
     assert flops.of_step(made) == 2 * (10 * 3 * 7 + 2 * 5 * 7 * 4)
 
 
+@pytest.mark.contract
 def test_rounds_of_a_loop_count():
     def loss(logits, labels):
         weight = jnp.ones((3, 3))

@@ -19,8 +19,10 @@ from train.__main__ import main
 from train.options import FitOptions
 from train.run_folder import check_run_folder
 
-# Of the backbone and of the adapters: batches of several runs are padded to the longest.
-DROPOUT = {"backbone-dropout": 0.1, "dropout": 0.1}
+DROPOUT = {"backbone-dropout": 0.1, "dropout": 0.1}  # of the backbone and of the adapters
+# Two lengths: batches of several runs are padded to the longest.
+LENGTHS = {"max-length": 20}
+GRID = {"seeds": "0,1", "train-sizes": "60,120", **LENGTHS}
 ONE_AFTER_ANOTHER = """
 import json, sys
 from train.__main__ import main
@@ -37,7 +39,8 @@ def files(tmp_path_factory):
 
 def run_alone(runs):
     """On one device, as every run of a grid is: dropout masks differ between devices."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **one_device}
     process = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_ANOTHER],
         input=json.dumps(runs),
@@ -88,7 +91,7 @@ def grid_flags(backbone, files, output, **flags):
 def trained(tiny_backbone, files, tmp_path_factory):
     """The folder of a grid of two seeds and two sizes, on four devices."""
     output = tmp_path_factory.mktemp("grid") / "run"
-    flags = grid_flags(tiny_backbone, files, output, **{"seeds": "0,1", "train-sizes": "60,120"})
+    flags = grid_flags(tiny_backbone, files, output, **GRID)
     assert main(["fit", *flags]) == 0
     return output
 
@@ -97,7 +100,10 @@ def test_each_run_is_what_it_is_alone(trained, tiny_backbone, files, tmp_path):
     points = [(seed, size) for seed in (0, 1) for size in (60, 120)]
     runs = [
         grid_flags(
-            tiny_backbone, files, tmp_path / f"{seed}-{size}", **{"seed": seed, "train-size": size}
+            tiny_backbone,
+            files,
+            tmp_path / f"{seed}-{size}",
+            **{"seed": seed, "train-size": size, **LENGTHS},
         )
         for seed, size in points
     ]
@@ -181,9 +187,7 @@ def test_a_terminated_grid_goes_on_to_the_same_end(
             os.kill(os.getpid(), signal.SIGTERM)
         return step(joint, batches)
 
-    flags = grid_flags(
-        tiny_backbone, files, tmp_path / "run", **{"seeds": "0,1", "train-sizes": "60,120"}
-    )
+    flags = grid_flags(tiny_backbone, files, tmp_path / "run", **GRID)
     with monkeypatch.context() as patch:
         patch.setattr(grid.Joint, "step", terminated_at_the_tenth)
         assert main(["fit", *flags]) == 0  # terminated, as asked
@@ -198,6 +202,7 @@ def test_a_terminated_grid_goes_on_to_the_same_end(
         np.testing.assert_array_equal(losses_of(tmp_path / "run" / name), losses_of(trained / name))
 
 
+@pytest.mark.contract
 def test_a_run_that_diverges_leaves_the_others_alone(tiny_backbone, files, tmp_path, capsys):
     flags = {"epochs": 1, "clip-norm": 0, "learning-rates": "0.01,1e38"}
     given = grid_flags(tiny_backbone, files, tmp_path / "run", **flags)

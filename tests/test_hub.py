@@ -110,6 +110,7 @@ def test_files_of_all_layouts_that_the_hub_has_had(tmp_path):
         }
 
 
+@pytest.mark.contract
 def test_the_hub_is_read_by_id_and_configuration(tmp_path, monkeypatch):
     """A folder with the card of a repository stands for the hub."""
     hub_data.write(tmp_path / "glue", "cola")

@@ -45,6 +45,7 @@ from tests.hosts import (
 
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 @pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.contract
 def test_each_host_has_one_adapter_that_runs_once_a_call(host, times):
     chain = Chain(host, layers=2, times=times)
     model, params = adapted(chain)
@@ -68,6 +69,7 @@ def backbone_layer(flat, index):
 
 
 @pytest.mark.parametrize("host", [CompactHost, SetupHost])
+@pytest.mark.contract
 def test_hosts_made_in_setup_and_called_again(host):
     model, params = adapted(SetupChain(host))
     backbone, _ = split(params)
@@ -80,6 +82,7 @@ def test_hosts_made_in_setup_and_called_again(host):
     np.testing.assert_allclose(run(model, params, x), expected, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.contract
 def test_a_module_applied_twice_uses_its_adapters_twice():
     class Twice(nn.Module):
         model: nn.Module
@@ -95,6 +98,7 @@ def test_a_module_applied_twice_uses_its_adapters_twice():
     np.testing.assert_allclose(twice, run(model, params, once), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.contract
 def test_adapted_nested_in_other_modules():
     """Paths count from the backbone, wherever it stands; two models keep apart."""
 
@@ -280,6 +284,7 @@ def test_missing_adapters_are_an_error():
         model.apply({"params": plain}, random_states(0))
 
 
+@pytest.mark.contract
 def test_init_adapters_adds_to_the_very_leaves():
     backbone = backbone_of(Bert(TINY_BERT))
     model = Adapted(backbone.module, COMPACTER)

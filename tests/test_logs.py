@@ -88,6 +88,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.contract
 def test_tensorboard_reads_what_was_recorded(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -131,6 +132,7 @@ def test_the_plot_has_a_panel_for_what_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [3, 12, 20])
+@pytest.mark.contract
 def test_profile_of_the_steps_after_compilation(tmp_path, capsys, steps):
     double = jax.jit(lambda x: 2 * x)
     with profiler.Profiler(tmp_path) as profile:

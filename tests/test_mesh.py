@@ -64,6 +64,7 @@ def update(made, params, labels, batch):
 
 
 @pytest.mark.parametrize(("make", "inputs", "loss", "batch"), [BERT, T5], ids=["bert", "t5"])
+@pytest.mark.contract
 def test_a_mesh_gives_what_one_device_gives(make, inputs, loss, batch):
     model, params, labels = make()
     run = functools.partial(update, params=params, labels=labels, batch=batch)
@@ -108,6 +109,7 @@ def test_rows_of_the_mesh_fetch_weights_and_add_up_gradients_alone():
     assert moved["all-gather"] > 0
 
 
+@pytest.mark.contract
 def test_every_device_has_its_part():
     model, params, labels = t5(**GATED)
     made = compute(model, labels, T5[1], "tokens", mesh="data=2,model=2")

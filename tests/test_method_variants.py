@@ -270,7 +270,9 @@ def batch_of(module):
 @pytest.mark.parametrize(
     ("module", "method"),
     [
-        pytest.param(*run, id=name, marks=[pytest.mark.slow] * (name != "bert"))
+        pytest.param(
+            *run, id=name, marks=pytest.mark.contract if name == "bert" else pytest.mark.slow
+        )
         for name, run in RUNS.items()
     ],
 )

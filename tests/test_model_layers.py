@@ -148,6 +148,7 @@ def test_norms_are_those_of_numpy(norm, dtype, tolerance, shape):
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+@pytest.mark.contract
 def test_of_a_norm_one_array_is_kept(norm):
     x = jnp.asarray(RNG.standard_normal((4, 6, 10)), jnp.float32)
     module = norm(1e-6)

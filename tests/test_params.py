@@ -321,6 +321,7 @@ def whole_gradients(params, gradients, size):
     )
 
 
+@pytest.mark.contract
 def test_a_step_moves_the_trained_leaves_alone(step):
     params, labels, gradients = step
     after, _ = one_update(labels, whole_gradients(params, gradients, 1.0), params)
@@ -362,6 +363,7 @@ def test_the_step_is_that_of_the_transformation_alone(step):
     assert norm > 2 * LIMIT  # clipping did something
 
 
+@pytest.mark.contract
 def test_optimizer_state_exists_for_trained_leaves_only(step):
     params, labels, _ = step
     trained, _ = partition(params, labels)

@@ -51,6 +51,7 @@ def test_an_encoder_reads_one_choice_at_a_time(tiny_backbone):
     assert plan.train_examples(copa, text_to_text=False) == 2 * 400
 
 
+@pytest.mark.contract
 def test_plan_of_an_encoder(tiny_backbone):
     one = plan.plan_of(options(tiny_backbone, task="mnli", max_length=64))
     assert one.target_lengths == ()

@@ -92,6 +92,7 @@ def test_quantized_values_are_the_nearest(axis, of):
 @pytest.mark.parametrize(
     ("make", "inputs", "loss", "batch"), [BERT, T5, UNTIED], ids=["bert", "t5", "t5 untied"]
 )
+@pytest.mark.contract
 def test_int8_computes_with_the_dequantised_weights(make, inputs, loss, batch):
     model, params, labels = make(PLUS_PLUS)
     trained, frozen = cj.partition(cast(params, labels, jnp.int8), labels)

@@ -89,6 +89,7 @@ def assert_trees_close(left, right, atol):
             np.testing.assert_allclose(left[path], right[path], atol=atol, err_msg=path)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("accumulation_steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_four_devices_give_the_losses_of_one(accumulation_steps):
     arguments = setup()
@@ -173,6 +174,7 @@ def assert_same_bits(left, right):
 
 
 @pytest.mark.parametrize("name", ["compacter++", "full"])
+@pytest.mark.contract
 def test_only_trained_leaves_are_reduced_over_devices(name):
     method = METHOD if name == "compacter++" else cj.preset("full")
     model, params, labels = setup(method)
@@ -204,6 +206,7 @@ def test_only_trained_leaves_are_reduced_over_devices(name):
 
 
 @pytest.mark.slow
+@pytest.mark.contract
 def test_state_is_donated_and_the_callers_arrays_are_not():
     model, params, labels = setup()
     made = compute(model, labels, 1)
@@ -246,6 +249,7 @@ def test_remat_changes_nothing():
     np.testing.assert_allclose(again[1], plain[1], rtol=1e-4)
 
 
+@pytest.mark.contract
 def test_bfloat16_keeps_parameters_and_state_in_float32():
     losses, _, state = run(*setup(dtype=jnp.bfloat16), BATCHES)
     reference, _, _ = run(*setup(), BATCHES)

@@ -496,6 +496,7 @@ def test_remat_changes_nothing():
             np.testing.assert_allclose(a, b, atol=1e-6 + 1e-5 * np.abs(a).max(), rtol=0)
 
 
+@pytest.mark.contract
 def test_remat_recomputes_the_layers():
     def checkpoints(remat):
         module = T5(TINY_T5, remat=remat)
