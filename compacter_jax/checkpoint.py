@@ -22,8 +22,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from compacter_jax import config, inject
 from compacter_jax.files import (
     check_fields,
+    check_file,
     converted,
     hold_folder,
+    parse_json,
     parse_tensors,
     read_json,
     replace_file,
@@ -94,9 +96,9 @@ def save_adapter(
     Raises:
       TypeError: if `metadata` is no JSON; nothing is written then.
       ValueError: if `labels` are not those of `params`, `metadata` has a key that the library
-        writes itself, `params` are not those of the model (replicated, say, or a half of
-        `partition`), or the backbone in them is of int8, whose hash is not the backbone's. Nothing
-        is written then.
+        writes itself or something that JSON cannot hold, such as NaN, `params` are not those of
+        the model (replicated, say, or a half of `partition`), or the backbone in them is of int8,
+        whose hash is not the backbone's. Nothing is written then.
       OSError: if the directory cannot be written.
     """
     check_params(model, params, "saving an adapter")
@@ -122,6 +124,7 @@ def save_adapter(
         raise ValueError(f"metadata may not name {quote(clash)}, which save_adapter writes itself")
     own = {name: value for name, value in own.items() if name not in _RARE or value is not None}
     text = json.dumps({**own, **metadata}, indent=2, sort_keys=True, ensure_ascii=False)
+    parse_json(text, "metadata")  # what could not be read again is not written
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with hold_folder(directory):
@@ -132,8 +135,8 @@ def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
     """Writes weights, then the configuration that names them, then removes the weights before."""
     path = directory / CONFIG_NAME
     try:
-        before = weights_name(path, read_json(path))
-    except (OSError, ValueError):  # there was no adapter, or a broken one
+        before = weights_name(path, read_adapter_config(directory))
+    except (OSError, ValueError):  # there was none, a broken one, or that of another library
         before = name
     with replace_file(directory / name) as temporary:
         temporary.write_bytes(data)
@@ -443,8 +446,7 @@ def _site(name: str, fields: Mapping[str, Any]) -> Site:
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, np.ndarray]:
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    check_file(path)
     data = path.read_bytes()
     stored = parse_tensors(data, str(path), is_boolean=_is_boolean)
     if hashlib.sha256(data).hexdigest() != sha256:

@@ -165,16 +165,31 @@ def read_text(path: Path, most: int) -> str:
       FileNotFoundError: if there is no such file.
       ValueError: if it is no file, is larger, or is not UTF-8; the message names it.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    if (size := path.stat().st_size) > most:
+    if (size := check_file(path)) > most:
         raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that are read")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def check_file(path: Path) -> int:
+    """Checks that there is a file, by one look: it may be replaced or removed meanwhile.
+
+    Returns:
+      Its size in bytes.
+
+    Raises:
+      FileNotFoundError: if there is nothing.
+      ValueError: if it is a folder, a pipe or a device.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} does not exist") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a file")
+    return status.st_size
 
 
 def _refuse_constant(name: str) -> float:
@@ -235,10 +250,7 @@ def read_tensors(
         The message names the file and the tensor.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    check_file(path)
     try:
         # framework="np" hands out bfloat16 as the dtype of that name which jax registers.
         with safetensors.safe_open(path, framework="np") as opened:

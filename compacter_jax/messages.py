@@ -55,10 +55,10 @@ def listing(items: Iterable[str], most: int = 8, longest: int = 60) -> str:
 
 
 def mismatches(missing: list[str], left_over: list[str], shapes: list[str]) -> str:
-    """Returns what does not fit, two items of each kind at most."""
+    """Returns what does not fit, three items of each kind at most."""
     kinds = {"missing": missing, "left over": left_over, "of another shape": shapes}
     return "; ".join(
-        f"{kind}: {listing(items, most=2, longest=130) or 'none'}" for kind, items in kinds.items()
+        f"{kind}: {listing(items, most=3, longest=130) or 'none'}" for kind, items in kinds.items()
     )
 
 

@@ -99,6 +99,9 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     directory = Path(directory)
     path, module = directory / CONFIG_NAME, backbone.module
     settings = read_json(path, _FIELDS, what="the configuration of an adapter of PEFT")
+    for name in ("r", "num_virtual_tokens"):
+        if (settings.get(name) or 0) > _LARGEST_SIZE:
+            raise ValueError(f"{path}: {name}={quote(settings[name], 40)} is too large")
     peft_type = settings.get("peft_type")
     if peft_type not in _READERS:
         raise ValueError(
@@ -244,7 +247,8 @@ def _first_prompts(
 
 # --- settings -----------------------------------------------------------------------------------
 
-_MOST_NAMES = 10_000
+# More than any adapter has.
+_MOST_NAMES, _LARGEST_SIZE = 10_000, 2**20
 # Field of adapter_config.json that is read -> its type. Numbers that may be absent are null.
 _NAMES = str | list[str] | None
 _FIELDS: Mapping[str, Any] = {

@@ -145,6 +145,28 @@ def test_only_weights_that_the_configuration_named_are_removed(tmp_path, adapter
     assert all(path.read_bytes() == b"mine" for path in others)
 
 
+def test_what_could_not_be_read_again_is_not_saved(tmp_path, adapters):
+    model, (params, _) = adapters
+    deep = []
+    for _ in range(files.DEEPEST_JSON + 1):
+        deep = [deep]
+    for value, message in ((float("nan"), "NaN"), ("\ud800", "surrogate"), (deep, "too deep")):
+        metadata = {"note": value}
+        with pytest.raises(ValueError, match=f"metadata .*{message}"):
+            cj.save_adapter(tmp_path / "new", model, params, metadata=metadata)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_weights_of_another_library_are_not_removed(tmp_path, adapters):
+    model, (params, _) = adapters
+    (tmp_path / "adapter_config.json").write_text(
+        '{"config": {}, "model_type": "bert", "name": "a"}'
+    )
+    (tmp_path / "adapter.safetensors").write_bytes(b"mine")
+    cj.save_adapter(tmp_path, model, params)
+    assert (tmp_path / "adapter.safetensors").read_bytes() == b"mine"
+
+
 def weights_of_config(folder):
     return folder / cj.read_adapter_config(folder)["weights"]
 
