@@ -187,8 +187,8 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
         else:
             alone = f"with a vocabulary of {backbone.vocab_size:,}: {backbone.total:,}"
             print(f"{alone}; trained: {count.trained:,}, {part}")
+    print("below, percent of all: of the backbone with adapters and head")
     print(report.parameter_table(found[0], method))
-    print("of all: of the sum, adapters and head included; above, of the backbone alone")
     if held is not None:
         print("\n".join(_device_table(held, options)))
 
