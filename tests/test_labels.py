@@ -204,6 +204,9 @@ def test_orders_that_cannot_be(tmp_path):
     assert "leave --label-names out" in refused(name="mnli", stated_names=HUB)
     scores = tmp_path / "s.csv"
     scores.write_text("sentence,score\na,1\n")
+    assert "span_corruption has no labels; leave --label-names out" in refused(
+        name="span_corruption", train_file=path, stated_names=HUB
+    )
     assert "--label-names are for labels" in refused(
         train_file=scores, regression=True, stated_names=HUB
     )

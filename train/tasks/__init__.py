@@ -164,6 +164,8 @@ def load_task(
     if name == SPAN_CORRUPTION:
         if regression or text:
             raise ValueError(f"{name} takes its targets from the text itself, not from a column")
+        if stated_names:
+            raise ValueError(f"{name} has no labels; leave --label-names out")
         for split in wanted:
             check_text_file(files[split])
         return Task(name, "span_corruption", (), {split: files[split] for split in wanted})
