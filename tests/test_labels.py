@@ -166,7 +166,15 @@ def test_orders_that_data_state(tmp_path):
     task = tasks.load_task(train_file=path, validation_file=validation)
     assert task.splits["validation"]["label"][:] == [2, 1]
     assert task.notes == (f"labels 2 of {validation} are read as contradiction",)
-    # So does a built-in task.
+    # So does a built-in task, or a benchmark that the adapter was trained on.
+    numbers = file_of(tmp_path / "n.csv", [2, 0])
+    task = tasks.load_task(test_file=numbers, label_names=HUB, are_numbered=True)
+    assert task.splits["test"]["label"][:] == [2, 0]
+    assert task.notes == (f"labels 0, 2 of {numbers} are read as entailment, contradiction",)
+    task = tasks.load_task(
+        test_file=numbers, label_names=HUB, are_numbered=True, stated_names=NAMES
+    )
+    assert task.splits["test"]["label"][:] == [1, 2]
     mine = file_of(tmp_path / "mine.csv", [1, 0])
     task = tasks.load_task("movie", test_file=mine, splits=["test"])
     assert task.splits["test"]["label"][:] == [1, 0]
@@ -196,6 +204,9 @@ def test_orders_that_cannot_be(tmp_path):
     assert "leave --label-names out" in refused(name="mnli", stated_names=HUB)
     scores = tmp_path / "s.csv"
     scores.write_text("sentence,score\na,1\n")
+    assert "span_corruption has no labels; leave --label-names out" in refused(
+        name="span_corruption", train_file=path, stated_names=HUB
+    )
     assert "--label-names are for labels" in refused(
         train_file=scores, regression=True, stated_names=HUB
     )

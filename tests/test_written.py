@@ -2,7 +2,9 @@
 
 # ruff: noqa: RUF001 - full-width marks are what some of it is about
 
+import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import sacrebleu
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from train import data, metrics, text
+from train import data, metrics, span_corruption, text
+from train.objective.decoder import Corpus, TextToText
 from train.tasks import load_task
 from train.tasks.benchmarks import BENCHMARKS, find
 
@@ -106,6 +109,37 @@ def test_labels_that_become_alike_are_refused(way, names, message):
         text.check_written(names, tokenizer_of(way))
     assert message in str(caught.value)
     text.check_written(names[:1], tokenizer_of(way))
+
+
+def test_labels_with_unknown_characters_are_told_of():
+    casting = text.Casting(kind="classification", prefix="", label_names=("<50k", "more", "{}x"))
+    made = TextToText(None, tokenizer_of("T5"), None, casting, 16)
+    (notice,) = made.notices()
+    assert notice == (
+        "2 of 3 labels have characters that the tokenizer has no token for: '<50k' (written "
+        "'50k'), '{}x' (written 'x')"
+    )
+    for names in (("more", "less"), ()):
+        changed = dataclasses.replace(casting, label_names=names)
+        assert dataclasses.replace(made, casting=changed).notices() == []
+
+
+def test_scores_that_the_tokenizer_cannot_write_are_refused():
+    tokenizer = tokenizer_of("T5")  # it has no sign
+    text.check_scores(["0.4", "12", "0.4"], tokenizer)
+    with pytest.raises(ValueError, match=r"writes the score '-0\.4' as '0\.4', so that no decoder"):
+        text.check_scores(["0.4", "-0.4"], tokenizer)
+
+
+def test_unknown_tokens_of_a_corpus_are_told_of():
+    tokenizer = tokenizer_of("T5")
+    ids = np.array(tokenizer("good <film", add_special_tokens=False)["input_ids"], np.int32)
+    segments = span_corruption.Segments(ids, np.array([0, 5, len(ids)]))
+    corpus = Corpus(types.SimpleNamespace(tokenizer=tokenizer), segments, 0)
+    assert corpus.notices("train") == [
+        "train: 11 tokens in 2 segments",
+        "1 of 11 tokens of the train segments (9.1 %), in 1 of them, are unknown to the tokenizer",
+    ]
 
 
 def test_bleu_of_chinese_is_sacrebleu_s_own():

@@ -261,6 +261,7 @@ def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
         **tasks.sources(options),
         splits=(options.split,),
         label_names=adapter.settings["label_names"] or None,
+        are_numbered=_has_fixed_labels(adapter.settings.get("task")),
     )
     _check_same_kind(options.adapter, adapter, task)
     encoded = adapter.objective.encode(task.splits[options.split])
@@ -289,11 +290,15 @@ def _beside(options: EvaluateOptions) -> Path:
     return compositions.folder_of(options.adapter)
 
 
+def _has_fixed_labels(task: str | None) -> bool:
+    """Whether a task is a built-in one or a benchmark, whose labels are numbered once for all."""
+    return task in tasks.BUILT_IN or find_benchmark(task or "") is not None
+
+
 def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
     """ValueError if no task and no files are given where the adapter's own task could be."""
     files = (options.train_file, options.validation_file, options.test_file)
-    known = trained_on in tasks.BUILT_IN or find_benchmark(trained_on or "") is not None
-    if options.task == tasks.CUSTOM and known and not any(files):
+    if options.task == tasks.CUSTOM and _has_fixed_labels(trained_on) and not any(files):
         raise ValueError(
             f"no --task was given; the adapter in {options.adapter} was trained on {trained_on}: "
             f"give --task {trained_on}, another of the same labels, or files of your own"

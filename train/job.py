@@ -224,7 +224,10 @@ def _lane(
         say_all(task.notices())
     # On the host: what goes to the devices may be divided among them, and of another dtype.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return _loaded_lane(task, options, first, known)
+        lane = _loaded_lane(task, options, first, known)
+    if say:
+        say_all(lane.objective.notices())
+    return lane
 
 
 def _loaded_lane(
@@ -254,7 +257,6 @@ def _loaded_lane(
     if first is not None:
         params = _shared(params, first.params)
     encoded = objective.encode_all(task.splits)
-    say_all(objective.notices())
     for split, examples in encoded.items():
         say_all(examples.notices(split))
     labels = cj.label_params(params, method)

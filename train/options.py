@@ -592,8 +592,9 @@ class EvaluateOptions(AdapterOptions):
         it is read from the hub.
       split_protocol: of benchmarks: official are the hub's splits, paper those of the Compacter
         paper.
-      label_names: which of the adapter's labels the integers 0, 1, 2 … in your own files stand for,
-        in this order; without it integers are not read where the labels have names.
+      label_names: which of the adapter's labels integers 0, 1, 2 in your own files stand for, in
+        this order. Without it they are read where the adapter's labels are integers, or those of a
+        built-in task or a benchmark, and refused where they are other names.
       evaluate_by: how T5's labels are predicted: by the likelihood of each label's text, or by
         generating text; by default as in training.
       output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's

@@ -107,6 +107,7 @@ def load_task(
     splits: Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
     stated_names: Sequence[str] | None = None,
+    are_numbered: bool = False,
     max_characters: int = 100_000,
 ) -> Task:
     """Reads a built-in task, a benchmark, or the user's files, which may replace built-in splits.
@@ -117,8 +118,8 @@ def load_task(
     `stated_names`, or those of the training file's `datasets.ClassLabel`, or its labels, sorted.
     Labels that look like missing ones are refused unless they are stated. Where no name is an
     integer, integer labels are positions in an order that is stated: that of `stated_names`, of the
-    file's own or the training file's `ClassLabel`, or of a built-in task; in no other order are
-    they read. The files of `SPAN_CORRUPTION` are plain text, not read here.
+    file's own or the training file's `ClassLabel`, or of a built-in task or a benchmark; in no
+    other order are they read. The files of `SPAN_CORRUPTION` are plain text, not read here.
 
     Args:
       name: one of `BUILT_IN`, of `BENCHMARKS`, a translation such as wmt16-ro-en,
@@ -134,6 +135,8 @@ def load_task(
       label_names: the classes of a saved adapter; they take precedence over the training file's.
       stated_names: what the integers from 0 on stand for in files; without `label_names` also the
         classes, in their order.
+      are_numbered: whether `label_names` are those of a built-in task or a benchmark, whose order
+        is that of their numbers.
       max_characters: limit on the length of one sentence.
 
     Raises:
@@ -162,6 +165,8 @@ def load_task(
     if name == SPAN_CORRUPTION:
         if regression or text:
             raise ValueError(f"{name} takes its targets from the text itself, not from a column")
+        if stated_names:
+            raise ValueError(f"{name} has no labels; leave --label-names out")
         for split in wanted:
             check_text_file(files[split])
         return Task(name, "span_corruption", (), {split: files[split] for split in wanted})
@@ -169,7 +174,7 @@ def load_task(
     labels.check_stated(stated_names or (), label_names or ())
     names = tuple(label_names or stated_names or built_in)
     target = "score" if regression else "target" if text else "label" if names else None
-    order = tuple(stated_names or built_in)
+    order = tuple(stated_names or (names if are_numbered else built_in))
     read = rows_of_files.load(files, wanted, target, names, order, max_characters)
     if stated_names and read.kind != "classification":
         raise ValueError(f"--label-names are for labels, and {name or CUSTOM} is {read.kind}")
