@@ -20,14 +20,12 @@ from compacter_jax.config import (
     OCCUPIED,
     SHARED,
     Bank,
-    Groups,
     Member,
     MethodConfig,
-    group_of,
     members_of,
     own_path,
-    replaces,
 )
+from compacter_jax.groups import Groups, group_of, replaces
 from compacter_jax.inject import Adapted, HasParams, init_adapters
 from compacter_jax.messages import listing, quote, shorten
 

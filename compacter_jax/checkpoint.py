@@ -361,7 +361,7 @@ def weights_name(path: Path, settings: Mapping[str, Any]) -> str:
 
 def _check_labels(directory: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """ValueError if a classifier is not as wide as the configuration says."""
-    if settings["num_labels"] is None and settings["head"] is None:  # of a module of others
+    if settings["num_labels"] is None:  # of a module that does not say how many it has
         return
     for path, leaf in tensors.items():
         if path.startswith("classifier/") and leaf.shape[-1:] != (settings["num_labels"],):

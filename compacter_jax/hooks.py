@@ -22,7 +22,6 @@ from compacter_jax.config import (
     BitFitConfig,
     BottleneckConfig,
     Composition,
-    Groups,
     IA3Config,
     InsertedConfig,
     LoRAConfig,
@@ -32,8 +31,8 @@ from compacter_jax.config import (
     PromptTuningConfig,
     dense_twin,
     members_of,
-    replaces,
 )
+from compacter_jax.groups import Groups, replaces
 from compacter_jax.hosts import by_position, linear
 from compacter_jax.patterns import Pattern, compiled
 from compacter_jax.quantize import is_quantized

@@ -97,6 +97,10 @@ class Linear:
         return scale.reshape(*like.shape[:layers], *ones)
 
 
+# Of an input with one axis: what a kernel is multiplied by does not depend on the others.
+DENSE = Linear("y", "z", "yz")
+
+
 def known(host: nn.Module, args: Any) -> Linear | None:
     """Returns what a host of flax's own linear layers computes, None for any other module.
 
@@ -120,7 +124,7 @@ def known(host: nn.Module, args: Any) -> Linear | None:
     return None
 
 
-def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Array]:
+def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Any]:
     """Returns what a host computes as a linear layer, and the input that it does it with.
 
     A module that is not known counts as one that maps the last axis; as `nn.DenseGeneral`, where it
@@ -140,8 +144,9 @@ def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Array
     if found is not None:
         return found, args[0]
     first: Any = args[0] if args else None
-    if isinstance(first, str) and len(args) > 1 and isinstance(args[1], _ARRAYS):
-        return _einsum(first, args[1].ndim, has_kernel=False), args[1]
+    second: Any = args[1] if len(args) > 1 else None
+    if isinstance(first, str) and isinstance(second, _ARRAYS):
+        return _einsum(first, second.ndim, has_kernel=False), second
     are_arrays = isinstance(first, _ARRAYS) and isinstance(y, _ARRAYS)
     if are_arrays and hasattr(host, "axis") and hasattr(host, "features"):
         alike = dataclasses.replace(_dense_general(host, first.ndim), kernel=None)

@@ -38,14 +38,14 @@ from compacter_jax.config import (
     PHMBottleneckConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
-    check_groups,
     copies_of,
     dense_twin,
     members_of,
     own_path,
     parts_of,
 )
-from compacter_jax.hosts import Linear, met_in
+from compacter_jax.groups import check_groups
+from compacter_jax.hosts import DENSE, Linear, met_in
 from compacter_jax.limits import check_memory
 from compacter_jax.messages import listing, mismatches, quote, shorten
 from compacter_jax.patterns import compiled
@@ -329,8 +329,7 @@ class Adapted(nn.Module):
     @nn.nowrap
     def _check_weights(self) -> None:
         """ValueError if weights are of int8 and the backbone's layers cannot compute with it."""
-        is_own = any(cls.__module__.startswith(_OWN) for cls in type(self.backbone).__mro__)
-        params = {} if is_own else self.variables.get("params", {})
+        params = {} if _is_own(self.backbone) else self.variables.get("params", {})
         if any(map(is_quantized, flatten_dict(params).values())):
             raise ValueError(
                 f"the weights are of int8, with which {type(self.backbone).__name__} cannot "
@@ -418,6 +417,11 @@ _OWN = "compacter_jax.models."
 _LACKING = '"Adapted" object has no attribute'
 # Names under which backbones are told to be deterministic, or the opposite.
 _SWITCHES = ("deterministic", "train", "training", "is_training", "enable_dropout")
+
+
+def _is_own(backbone: nn.Module) -> bool:
+    """Whether a backbone is `Bert` or `T5`, whose layers are known."""
+    return any(cls.__module__.startswith(_OWN) for cls in type(backbone).__mro__)
 
 
 class _NeverEqual:
@@ -533,7 +537,7 @@ def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
         return intrinsic.perturb(own, vector, scale, method.projection_seed, model.groups)
     if not any(isinstance(part, LoRAConfig | IA3Config) for part in parts_of(method)):
         return params
-    hosts = _linear_hosts(model, params, inputs or _example_inputs(model.backbone))
+    hosts = _linear_hosts(model, params, inputs)
     if isinstance(method, LoRAConfig | IA3Config):
         return adapters.merge_weights(params, method, hosts)
     return _merge_parts(model, params, hosts)
@@ -543,7 +547,10 @@ def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]
     """What the hosts of adapters compute, by path; ValueError for a class that is not known."""
     flat = flatten_dict(params, sep="/")
     paths = {path.partition(f"/{ADAPTER}/")[0] for path in flat if f"/{ADAPTER}/" in path}
-    met, hosts = met_in(model, inputs), {}
+    if _is_own(model.backbone) and all(f"{path}/kernel" in flat for path in paths):
+        return dict.fromkeys(paths, DENSE)  # no need to trace the model
+    hosts = {}
+    met = met_in(model, inputs or _example_inputs(model.backbone))
     for path in sorted(paths):
         name, found = met.get(path, ("module that the example inputs do not meet", None))
         if found is None:

@@ -13,22 +13,17 @@ import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
 from compacter_jax.config import (
-    BIAS,
     GROUPS,
-    NAMED_GROUPS,
     BitFitConfig,
     Composition,
     FullFineTuningConfig,
-    Groups,
     MethodConfig,
     PHMBottleneckConfig,
-    check_groups,
-    group_of,
-    is_own,
     members_of,
     own_path,
     parts_of,
 )
+from compacter_jax.groups import BIAS, NAMED_GROUPS, Groups, check_groups, group_of, is_own
 from compacter_jax.messages import quote
 from compacter_jax.quantize import is_quantized, quantize
 

@@ -119,9 +119,11 @@ def _shapes(module: nn.Module) -> dict[str, _Shape] | None:
     """Path -> shape of every leaf that `module.init` makes, None without example inputs."""
     if not hasattr(getattr(module, "backbone", module), "dummy_inputs"):
         return None
-    sites = vars(module).get("sites")
-    if isinstance(sites, Mapping):
-        module = module.clone(sites=FrozenDict(sites))
+    for name in ("sites", "groups"):
+        table = vars(module).get(name)
+        if isinstance(table, Mapping):
+            frozen: Any = {name: FrozenDict(table)}
+            module = module.clone(**frozen)
     try:
         hash(module)
     except TypeError:

@@ -252,6 +252,27 @@ def test_sites_with_outputs_are_saved_and_loaded(tmp_path):
     assert "output" not in json.loads(path.read_text())["sites"]["feed_forward"]
 
 
+class TheirsWithClassifier(nn.Module):
+    """A name of ours, on a module that does not say how many labels there are."""
+
+    head: str = "classifier"
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name=self.head)(nn.Dense(4, name="layer_0")(x))
+
+
+def test_a_classifier_whose_module_has_no_number_of_labels(tmp_path):
+    model = cj.Adapted(TheirsWithClassifier(), NO_NORMS, SITES)
+    params = random_tree(jax.eval_shape(model.init, jax.random.key(0), X)["params"])
+    own = {
+        name: {k: v for k, v in leaves.items() if k != "adapter"} for name, leaves in params.items()
+    }
+    cj.save_adapter(tmp_path, model, params)
+    backbone = types.SimpleNamespace(module=TheirsWithClassifier(), params=own)
+    assert_same(cj.load_adapter(tmp_path, backbone, X)[1], params)
+
+
 class TheirsWithInputs(Theirs):
     def dummy_inputs(self):
         return (X,)
