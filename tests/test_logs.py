@@ -58,6 +58,8 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
 @pytest.mark.parametrize(("evaluated", "kept"), [(True, ["2", "4"]), (False, ["2"])])
 def test_an_evaluation_that_comes_again_is_taken_back(tmp_path, evaluated, kept):
     with logs.Log(tmp_path) as log:
+        for number in range(1, 5):
+            log.step(number, loss=0.5, learning_rate=1e-3, gradient_norm=2.0)
         for number in (2, 4):
             log.evaluation(number, "validation", {"loss": 0.5})
     with logs.Log(tmp_path, resume_step=4, evaluated=evaluated):

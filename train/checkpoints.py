@@ -19,7 +19,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from compacter_jax.files import read_json, replace_file
-from compacter_jax.messages import listing, reason_of, shorten
+from compacter_jax.messages import reason_of, shorten
 from train import hosts, stopping
 
 # In the progress of a checkpoint, beside what the caller gives.
@@ -202,9 +202,11 @@ class Checkpoints:
                 )
             return restored
         if reasons:
-            told = listing((f"step {step}: {why}" for step, why in reasons.items()), 2, 130)
+            told = [shorten(f"step {step}: {why}", 130) for step, why in reasons.items()]
+            more = f"; and {len(told) - 2} more" if len(told) > 2 else ""
             raise ValueError(
-                f"no checkpoint in {self.folder} can be read ({told}); start anew with --overwrite"
+                f"no checkpoint in {self.folder} can be read ({'; '.join(told[:2])}{more}); start "
+                "anew with --overwrite"
             )
         return None
 
