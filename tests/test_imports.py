@@ -20,6 +20,7 @@ ORDER = (
     "quantize",
     "dropout",
     "config",
+    "trees",
     "activations",
     "phm",
     "intrinsic",
