@@ -278,6 +278,17 @@ def test_bfloat16_stays_near_float32(head):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(halves))} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_float16_stays_near_float32_where_a_row_is_all_padding():
+    module = Bert(ONE_LAYER, head="token_classification")
+    params, mask = random_params(module, 5), np.array(MASK)
+    mask[0] = 0
+    exact = apply(module, params, IDS, mask)
+    half = apply(module.clone(dtype=jnp.float16), params, IDS, mask)
+    assert half.dtype == jnp.float16
+    # float16 rounds to one part in 2048; a few roundings one after the other add up.
+    np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=8 / 2048 * np.abs(exact).max())
+
+
 def test_softmax_and_norm_statistics_are_float32_in_bfloat16():
     module = Bert(TINY, dtype=jnp.bfloat16)
     text = str(jax.make_jaxpr(module.apply)({"params": shapes_of(module)}, IDS, MASK))

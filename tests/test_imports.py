@@ -21,6 +21,7 @@ ORDER = (
     "dropout",
     "config",
     "groups",
+    "trees",
     "activations",
     "phm",
     "intrinsic",

@@ -113,12 +113,15 @@ def test_parameters_of_a_deeper_model_are_refused(params):
 
 
 @pytest.mark.parametrize(
-    "method", [cj.preset("lora"), cj.IA3Config(), cj.preset("intrinsic", dimension=9)]
+    ("method", "copies"),
+    # As many copies as a kernel has rows, of what could be broadcast to it by mistake.
+    [(cj.preset("lora"), WIDTH), (cj.IA3Config(), WIDTH), (cj.preset("intrinsic", dimension=9), 1)],
+    ids=["lora", "ia3", "intrinsic"],
 )
-def test_merging_keeps_the_axis_of_a_replicated_tree(method):
+def test_merging_keeps_the_axis_of_a_replicated_tree(method, copies):
     model = MODEL.clone(method=method)
     shapes = adapted_shapes(model)
-    ones = [random_tree(shapes, seed) for seed in range(WIDTH)]  # as many as a kernel has rows
+    ones = [random_tree(shapes, seed) for seed in range(copies)]
     merged = cj.merge_adapter(model, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ones))
     expected = jax.tree.map(
         lambda *leaves: np.stack(leaves), *(cj.merge_adapter(model, p) for p in ones)
@@ -128,7 +131,7 @@ def test_merging_keeps_the_axis_of_a_replicated_tree(method):
     )
 
 
-def test_a_model_is_traced_once(params, monkeypatch):
+def test_a_model_is_traced_once(params):
     trees._cached_shapes.cache_clear()
     for sites in (None, {"query": Bert.sites["query"], "value": Bert.sites["value"]}):
         for _ in range(2):
