@@ -30,7 +30,6 @@ ORDER = (
     "adapters",
     "compose",
     "hooks",
-    "trees",
     "inject",
     "models",
     "params",
