@@ -527,6 +527,7 @@ def test_shards(tmp_path):
         '{"weight_map": 3}': "weight_map=3 must be an object, each value text",
         '{"weight_map": {"x": null}}': "each value text",
         '{"weight_map": {"x": ".."}}': "which is missing",
+        json.dumps({"weight_map": {"x": "a" * 10**5}}): "names the shard 'aaa.*not in its folder",
     }.items():
         index.write_text(wrong)
         with pytest.raises(ValueError, match=f"index.json.*{message}"):
