@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import compacter_jax as cj
+from compacter_jax.params import Count
 from tests.test_mesh import T5_CONFIG
 from train import count, step
 from train.__main__ import main
@@ -65,3 +66,21 @@ def test_t5_11b_on_four_chips(capsys):
 def test_meshes_that_cannot_be(flags, message, capsys):
     assert main(["params", "--backbone-config", "t5-small", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_method_has_its_row_as_soon_as_it_is_counted(capsys, monkeypatch):
+    printed = []
+
+    def counts(method, backbones):
+        printed.append(capsys.readouterr().out)
+        if method.kind == "lora":
+            raise ValueError("no\nplace")
+        return [Count(1000, 2000, {}) for _ in backbones]
+
+    monkeypatch.setattr(count, "counts", counts)
+    assert main(["params", "--backbone-config", "t5-small", "--method", "all"]) == 0
+    header, *rows = printed
+    assert header.split()[:2] == ["method", "trained"]
+    assert [row.split()[0] for row in rows] == list(cj.presets()[:-1])
+    assert rows[0].split()[1:] == ["1,000", "0.0017", "%", "1,000", "0.0017", "%"]
+    assert rows[cj.presets().index("lora")].split()[1:] == ["no", "place"]

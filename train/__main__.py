@@ -278,4 +278,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # who read it, such as `head`, has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except KeyboardInterrupt:
+        code = _fail("interrupted", InterruptedRunError.exit_code)
     sys.exit(code)

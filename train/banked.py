@@ -15,6 +15,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import compacter_jax as cj
+from compacter_jax.messages import listing
 from train import compositions, data, inference, predictions, saved
 from train.files import Rows, read_chunks
 from train.objective import Objective, from_settings
@@ -132,15 +133,10 @@ def _counted(path: Path, members: Mapping[str, Path]) -> Counter[str]:
         raise ValueError(f"{path}: has no rows")
     if unknown := sorted(counted.keys() - members.keys()):
         raise ValueError(
-            f"{path}: names adapters that there are not: {_listed(unknown)}; there are "
-            f"{_listed(list(members))}"
+            f"{path}: names adapters that there are not: {listing(unknown)}; there are "
+            f"{listing(members)}"
         )
     return counted
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
