@@ -90,10 +90,11 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
     if task.kind == "regression":
         scores = task.splits["train"]["score"][:]
         casting = dataclasses.replace(casting, score_mean=float(np.mean(scores)))
-    text.check_written(task.label_names, tokenizer)
-    return _text_to_text(
+    cast = _text_to_text(
         model, tokenizer, module.config, casting, options.max_length, task.benchmark
     )
+    text.check_written(task.label_names, tokenizer)
+    return cast
 
 
 def from_settings(
