@@ -473,8 +473,8 @@ def test_a_host_that_returns_its_states_among_others(pack):
     ("output", "message"),
     [
         (2, "output=2, but the host host_0 returns 2 things"),
-        (True, "output='True'; it is the index"),
-        (-1, "output='-1'; it is the index"),
+        (True, "output=True; it is the index"),
+        (-1, "output=-1; it is the index"),
         (None, r"returns tuple, not an array; .* Site\(host=…, output=1\)"),
     ],
 )
