@@ -631,7 +631,6 @@ class JitCall(nn.Module):
 @pytest.mark.parametrize(
     ("backbone", "site", "leave_out"),
     [
-        (JitBlocks(), r"block_(?P<layer>\d+)/host", ()),
         (JitBlocks(), r"block_(?P<layer>\d+)/host", (0,)),
         (JitCall(), r"host_(?P<layer>\d+)", (1,)),
     ],
