@@ -34,6 +34,7 @@ from compacter_jax.config import (
 )
 from compacter_jax.groups import Groups, replaces
 from compacter_jax.hosts import by_position, linear
+from compacter_jax.messages import quote
 from compacter_jax.patterns import Pattern, compiled
 from compacter_jax.quantize import is_quantized
 from compacter_jax.sites import Role, Site
@@ -99,7 +100,7 @@ def _check_output(name: str, site: Site) -> None:
         return
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ValueError(
-            f"site {name!r} has output={str(index)[:200]!r}; it is the index, 0 or more, of one of "
+            f"site {name!r} has output={quote(index)}; it is the index, 0 or more, of one of "
             "the things that the host returns"
         )
     if site.role in _BEFORE:
@@ -668,7 +669,8 @@ def _check_arguments(role: Role, context: Any, path: str, args: Any) -> None:
     if fits and role == "output":
         fits = isinstance(args[0], jax.Array)
     if not fits:
-        given = ", ".join(type(x).__name__ for x in args[:4])[:100]
+        kinds = ("array" if isinstance(x, jax.Array) else type(x).__name__ for x in args[:4])
+        given = ", ".join(kinds)[:100]
         wanted = _BEFORE.get(role, "f(x), of an array")
         raise ValueError(
             f"a site of the role {role!r} wants a host that is called as {wanted}; "

@@ -158,7 +158,7 @@ class Adapted(nn.Module):
           ValueError: if the backbone has no such method.
         """
         if isinstance(method, str) and not hasattr(type(self.backbone), method):
-            raise ValueError(f"{type(self.backbone).__name__} has no method {method!r}")
+            raise ValueError(f"{type(self.backbone).__name__} has no method {quote(method)}")
         return self._call(method, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
