@@ -1,8 +1,10 @@
 """Signals while something is read, checkpoints that cannot be taken, logs that lack steps."""
 
+import ctypes
 import os
 import signal
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -15,6 +17,7 @@ from train.checkpoints import Checkpoints
 from train.errors import EndedRunError, InterruptedRunError, PreemptedRunError, StoppedRunError
 from train.logs import Log
 from train.loop import Progress
+from train.options import HostOptions
 
 STATE = {"one": {"w": np.array([[1.5, -2.0]]), "step": np.array(3)}}
 SIGNALS = [(signal.SIGTERM, PreemptedRunError, 0), (signal.SIGINT, InterruptedRunError, 130)]
@@ -118,6 +121,28 @@ def test_a_signal_while_a_configuration_is_read(
     captured = capsys.readouterr()
     assert "nothing is lost, go on with --resume" in captured.out + captured.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "kind", "code"), SIGNALS)
+def test_a_signal_to_one_of_several_processes(number, kind, code, monkeypatch):
+    """JAX sets a handler of its own where Python does not see it."""
+
+    def join(*_):
+        ignore = ctypes.c_void_p(1)
+        ctypes.CDLL(None).signal(number, ignore)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(jax.distributed, "initialize", join)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+
+    def run():
+        with stopping.handled():
+            hosts.start(HostOptions(distributed=True))
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(kind) as error:
+        run()
+    assert error.value.exit_code == code
 
 
 def test_a_failure_of_the_first_process_ends_the_others(monkeypatch):

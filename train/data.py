@@ -225,17 +225,14 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the kinds differ between versions and file formats
-        if "trust_remote_code" in str(error) and (code := _own_code(source)):
-            raise ValueError(
-                f"cannot load a tokenizer from {source!r}: it wants to run code of its own, "
-                f"{quote(code, 100)} in tokenizer_config.json, and code of a backbone is never "
-                "run; save its tokenizer as tokenizer.json where you trust it"
-            ) from None
+        _check_no_own_code(source, refused="trust_remote_code" in str(error))
         reason = reason_of(error)
         raise ValueError(
             f"cannot load a tokenizer from {source!r}: {reason} ({wanted}, which must be reachable "
             "or cached)"
         ) from error
+    # In the place of a class that it may not run, transformers 5 takes another.
+    _check_no_own_code(source, refused=False)
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(
         tokenizer.all_special_tokens
@@ -256,20 +253,38 @@ def load_tokenizer(
     return tokenizer
 
 
-def _own_code(source: str) -> str | None:
-    """The class that a tokenizer's folder, or its copy in the hub's cache, names in code of it."""
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - slow to import
+def _check_no_own_code(source: str, *, refused: bool) -> None:
+    """Checks that a tokenizer needs no code that lies beside it.
+
+    Args:
+      source: folder, or id on the hub, of which the copy in the cache is looked at.
+      refused: whether transformers says that it does; if not, it does where its class is unknown.
+
+    Raises:
+      ValueError: that names the code.
+    """
+    import transformers  # noqa: PLC0415 - slow to import
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
 
     name = "tokenizer_config.json"
     try:
-        path = Path(source, name) if Path(source).is_dir() else try_to_load_from_cache(source, name)
-        found = read_json(path) if isinstance(path, Path | str) else {}
+        is_folder = Path(source).is_dir()
+        path = Path(source, name) if is_folder else try_to_load_from_cache(source, name)
+        settings = read_json(path) if isinstance(path, Path | str) else {}
     except (ValueError, OSError):
-        return None
-    classes = found.get("auto_map")
-    classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
-    names = classes if isinstance(classes, list) else [classes]
-    return next((name for name in names if isinstance(name, str)), None)
+        return
+    places = settings.get("auto_map")
+    found = places.get("AutoTokenizer") if isinstance(places, dict) else places
+    classes = found if isinstance(found, list) else [found]
+    code = next((each for each in classes if isinstance(each, str)), None)
+    kind = settings.get("tokenizer_class")
+    unknown = isinstance(kind, str) and not hasattr(transformers, kind)
+    if code is not None and (refused or unknown):
+        raise ValueError(
+            f"cannot load a tokenizer from {source!r}: it wants to run code of its own, "
+            f"{quote(code, 100)} in {name}, and code of a backbone is never run; save its "
+            "tokenizer as tokenizer.json where you trust it"
+        ) from None
 
 
 def _is_of_tokenizer(path: Path) -> bool:

@@ -5,6 +5,7 @@ All of it is there with one process, too, and then does nothing.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,10 @@ def start(options: HostOptions) -> None:
         ) from error
     except RuntimeError as error:
         raise OSError(f"cannot join the other processes at {address}: {error}") from error
+    # JAX has taken SIGTERM for a service of its own, and nothing would stop this process.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if (handler := signal.getsignal(number)) is not None:  # of Python
+            signal.signal(number, handler)
 
 
 def index() -> int:
