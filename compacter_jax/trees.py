@@ -130,7 +130,7 @@ def _shapes(module: nn.Module) -> dict[str, _Shape] | None:
 
 def hashable(module: nn.Module) -> nn.Module:
     """Returns an equal module that can be a key, though some of its fields are ordinary dicts."""
-    mappings = {
+    mappings: dict[str, Any] = {
         field.name: FrozenDict(value)
         for field in dataclasses.fields(module)
         if isinstance(value := getattr(module, field.name, None), Mapping)
