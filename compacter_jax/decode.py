@@ -12,12 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 from jax import Array, lax
 
 from compacter_jax import compose
 from compacter_jax.inject import Adapted
 from compacter_jax.models.layers import check_ids
+from compacter_jax.trees import hashable
 
 # One decoding step: tokens [rows], self-attention cache, position -> logits [rows, vocab], cache.
 Step = Callable[[Array, Any, Array], tuple[Array, Any]]
@@ -235,7 +235,7 @@ def generate(
     elif chosen:
         raise ValueError(f"{' and '.join(chosen)} given, but the model has no bank of adapters")
     ids, width = _generate(
-        _hashable(model), settings, params, input_ids, attention_mask, key, chosen
+        hashable(model), settings, params, input_ids, attention_mask, key, chosen
     )
     if isinstance(width, jax.core.Tracer):
         return ids
@@ -264,13 +264,6 @@ def _config(model: nn.Module) -> Any:
             'use head="conditional_generation", with a checkpoint that has a decoder'
         )
     return backbone.config
-
-
-def _hashable(model: nn.Module) -> nn.Module:
-    """An equal module that `jit` takes as static: a table of sites may be an ordinary dict."""
-    if isinstance(model, Adapted) and model.sites is not None:
-        return model.clone(sites=FrozenDict(model.sites))
-    return model
 
 
 def _special_tokens(

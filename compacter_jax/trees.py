@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -119,16 +120,22 @@ def _shapes(module: nn.Module) -> dict[str, _Shape] | None:
     """Path -> shape of every leaf that `module.init` makes, None without example inputs."""
     if not hasattr(getattr(module, "backbone", module), "dummy_inputs"):
         return None
-    for name in ("sites", "groups"):
-        table = vars(module).get(name)
-        if isinstance(table, Mapping):
-            frozen: Any = {name: FrozenDict(table)}
-            module = module.clone(**frozen)
+    module = hashable(module)
     try:
         hash(module)
     except TypeError:
         return _traced_shapes(module)
     return _cached_shapes(module)
+
+
+def hashable(module: nn.Module) -> nn.Module:
+    """Returns an equal module that can be a key, though some of its fields are ordinary dicts."""
+    mappings: dict[str, Any] = {
+        field.name: FrozenDict(value)
+        for field in dataclasses.fields(module)
+        if isinstance(value := getattr(module, field.name, None), Mapping)
+    }
+    return module.clone(**mappings) if mappings else module
 
 
 def _traced_shapes(module: nn.Module) -> dict[str, _Shape]:
