@@ -207,7 +207,9 @@ def _wait(
     """Until a run has done `step` and then until it is to be killed, or until it killed itself."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     own = aimed in _FATAL_CALLS
-    while own or last_step(folder) < step or (aimed == "writing" and not _unfinished(folder)):
+    while (
+        own or last_step(folder) < step or (aimed == "writing" and not _caught(processes, folder))
+    ):
         if any(process.exitcode == 0 for process in processes):
             return  # the last of its steps: nothing is left to be killed
         if own and all(process.exitcode == -signal.SIGKILL for process in processes):
@@ -218,6 +220,24 @@ def _wait(
         time.sleep(_POLL_SECONDS)
     if aimed == "random":
         time.sleep(seconds)
+
+
+def _caught(processes: Sequence[Any], folder: Path) -> bool:
+    """Stops processes that are writing; returns whether that was before they were done with it."""
+    if not _unfinished(folder):
+        return False
+    _send(processes, signal.SIGSTOP)
+    if _unfinished(folder):
+        return True
+    _send(processes, signal.SIGCONT)
+    return False
+
+
+def _send(processes: Sequence[Any], signal_number: int) -> None:
+    """A signal to all of them that still run."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal_number)
 
 
 def last_step(folder: Path) -> int:

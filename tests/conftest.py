@@ -24,6 +24,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# PyTorch's and NumPy's threads wait for each other longer than such small models take.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MOST_MEMORY = 2 * 2**30  # of a process, in bytes: then it forgets what was compiled
 

@@ -50,15 +50,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The arrays are tiny: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Sum of float32 roundings in some hundred operations on values of size one.
 TOLERANCE = 2e-5
 SMALL = {"reduction_factor": 2, "phm_dim": 3}

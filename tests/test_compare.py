@@ -397,7 +397,7 @@ def test_a_second_comparison_is_refused(pretended, files, tmp_path, capsys):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.01)

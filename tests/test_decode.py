@@ -102,20 +102,6 @@ def torch_model(name):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """PyTorch's threads wait for each other longer than such small models take."""
-    try:
-        import torch
-    except ImportError:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def prompts(seed, vocab_size, length=7):
     """Four rows: padded at the end, at the beginning, and twice not at all."""
     rng = np.random.default_rng(seed)

@@ -102,7 +102,6 @@ def test_full_fine_tuning_of_t5_by_hand():
 
 @pytest.mark.parametrize("make", [bert_step, t5_step])
 @pytest.mark.parametrize("method", ["full", "compacter++"])
-@pytest.mark.contract
 def test_xla_counts_as_much(make, method):
     overrides = {"reduction_factor": 8} if method == "compacter++" else {}
     model, inputs, loss, batch = make(cj.preset(method, **overrides))

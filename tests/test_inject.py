@@ -284,7 +284,6 @@ def test_missing_adapters_are_an_error():
         model.apply({"params": plain}, random_states(0))
 
 
-@pytest.mark.contract
 def test_init_adapters_adds_to_the_very_leaves():
     backbone = backbone_of(Bert(TINY_BERT))
     model = Adapted(backbone.module, COMPACTER)

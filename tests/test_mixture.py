@@ -1,5 +1,6 @@
 """Several tasks in one run: how often each comes, and what is trained by it."""
 
+import functools
 import itertools
 import json
 import os
@@ -136,18 +137,18 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
     state = tx.init(params)
     streams = [rows_of(lane, 8) for lane in work.lanes]
+
+    def loss(params, batch, lane):
+        whole = cj.merge(params, frozen)
+        own = {**whole, "classifier": whole["classifier"][lane.name]}
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        logits = lane.model.apply({"params": own}, *(batch[name] for name in names))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return jnp.sum(losses * batch["weights"]) / batch["weights"].sum()
+
+    slopes = [jax.jit(jax.grad(functools.partial(loss, lane=lane))) for lane in work.lanes]
     for lane in order:
-        batch = next(streams[lane])
-
-        def loss(params, lane=work.lanes[lane], batch=batch):
-            whole = cj.merge(params, frozen)
-            own = {**whole, "classifier": whole["classifier"][lane.name]}
-            names = ("input_ids", "attention_mask", "token_type_ids")
-            logits = lane.model.apply({"params": own}, *(batch[name] for name in names))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-            return jnp.sum(losses * batch["weights"]) / batch["weights"].sum()
-
-        updates, state = tx.update(jax.jit(jax.grad(loss))(params), state, params)
+        updates, state = tx.update(slopes[lane](params, dict(next(streams[lane]))), state, params)
         params = optax.apply_updates(params, updates)
     # Adam divides by the root of squares that may be tiny.
     assert_close(shared, params, 2e-5)
