@@ -116,7 +116,7 @@ def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
                 f"{path}, line {line}: a quotation mark opens a field that ends on line "
                 f"{reader.line_num}, and a field of a .tsv holds no line break; quote a field that "
                 'begins with a quotation mark, and double those inside it ("""so" he said"), or '
-                "save the file as .csv"
+                "save the file as .jsonl"
             )
         if values:
             yield values
