@@ -186,7 +186,9 @@ def check_file(path: Path) -> int:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} does not exist") from None
+        raise FileNotFoundError(f"{shorten(str(path), 300)} does not exist") from None
+    except OSError as error:  # the name is too long, say, and would be repeated
+        raise type(error)(error.errno, error.strerror, shorten(str(path), 300)) from None
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a file")
     return status.st_size

@@ -10,6 +10,8 @@ from typing import Any
 # A message quotes no value beyond this, and no message is longer than `LONGEST`.
 LONGEST_VALUE = 200
 LONGEST = 500
+# Of a message, for names of parameters: half, since paths of files are long as well.
+_ROOM = 240
 
 
 class _Repr(reprlib.Repr):
@@ -55,11 +57,16 @@ def listing(items: Iterable[str], most: int = 8, longest: int = 60) -> str:
 
 
 def mismatches(missing: list[str], left_over: list[str], shapes: list[str]) -> str:
-    """Returns what does not fit, three items of each kind at most."""
+    """Returns what does not fit, as many items of each kind as leave room for the others."""
     kinds = {"missing": missing, "left over": left_over, "of another shape": shapes}
-    return "; ".join(
-        f"{kind}: {listing(items, most=3, longest=130) or 'none'}" for kind, items in kinds.items()
-    )
+    room = _ROOM // max(1, sum(map(bool, kinds.values())))
+    listed = []
+    for kind, items in kinds.items():
+        most, length = 1, 0
+        while most < len(items) and (length := length + len(items[most - 1])) < room - 60:
+            most += 1
+        listed.append(f"{kind}: {listing(items, most, longest=130) or 'none'}")
+    return "; ".join(listed)
 
 
 def reason_of(error: BaseException, longest: int = LONGEST_VALUE) -> str:

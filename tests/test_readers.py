@@ -17,6 +17,7 @@ import compacter_jax as cj
 from compacter_jax import checkpoint, files, limits, messages, patterns
 from compacter_jax.models.convert import module_from_config
 from tests.helpers import ONE_LAYER, adapted_shapes, backbone_of, random_tree, weights_of
+from train.options import expand_config
 
 RECORDED = Path(__file__).parent / "recorded"
 LORA = cj.preset("lora", rank=2)
@@ -365,6 +366,14 @@ def test_brackets_within_brackets_have_a_limit():
     assert "too deep" in refused(
         files.parse_json, '{"a":' * (deep + 1) + "1" + "}" * (deep + 1), "x"
     )
+
+
+@pytest.mark.parametrize("name", ["a" * 10**5, "a/" * 2000 + "a", "a" * 300 + "/b"])
+def test_names_that_no_file_has_are_not_repeated(tmp_path, name):
+    for read in (files.read_json, files.read_tensors):
+        refused(read, tmp_path / name)
+    (tmp_path / "c.toml").write_text(f'base = "{name}"', "utf-8")
+    refused(expand_config, ["--config", str(tmp_path / "c.toml")])
 
 
 def test_an_error_says_what_it_is_about():
