@@ -328,7 +328,7 @@ def change(params, path, leaf):
         (
             "layer_1/inner/kernel",
             np.zeros((12, 11)),
-            r"shape: \['layer_1/inner/kernel: \(12, 11\) given, \(12, 12\) wanted'\]",
+            r"shape: layer_1/inner/kernel: \(12, 11\) given, \(12, 12\) wanted",
         ),
     ],
 )
