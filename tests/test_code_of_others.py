@@ -58,6 +58,7 @@ def test_every_call_says_that_code_is_not_trusted():
     assert {"data.py", "hub.py", "convert.py", "quickstart.py", "quickstart.ipynb"} <= names
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "auto_map",
     [

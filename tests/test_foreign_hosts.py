@@ -130,6 +130,7 @@ class Attention(nn.Module):
         return nn.MultiHeadDotProductAttention(num_heads=2, name="attn_0")(x, x)
 
 
+@pytest.mark.contract
 def test_lora_in_flax_attention_is_merged():
     """All four projections at once, against the attention's own arithmetic with merged kernels."""
     x, method = values(2, 3, 8), LORA
@@ -232,6 +233,7 @@ class NamedDense(nn.Dense):
     """Another name and nothing else: the layout is known."""
 
 
+@pytest.mark.contract
 def test_merging_into_a_subclass_that_computes_as_its_base():
     x = values(2, 6)
     model, params = adapted(One(functools.partial(NamedDense, 6)), LORA, x)
@@ -351,6 +353,7 @@ class Forward(nn.Module):
         return CallsAsOther(name="host_0").forward(x)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("inner", [6, 10])
 def test_modules_that_share_a_scope_get_one_adapter(inner):
     x, backbone = values(2, 6), One(functools.partial(FeedForward, inner))
@@ -628,6 +631,7 @@ class JitCall(nn.Module):
         return x
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("backbone", "site", "leave_out"),
     [

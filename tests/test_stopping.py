@@ -66,6 +66,7 @@ def restored(folder, run_id="one", notes=None, progress_of=dict):
         return checkpoints.restore(STATE, note, progress_of)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("number", "kind", "code"), SIGNALS)
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_signal_in_a_restore_deletes_nothing(number, kind, code, wrapped, saved, monkeypatch):
