@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compacter_jax import adapters, compose
 from compacter_jax.adapters import Dtype
@@ -248,7 +249,7 @@ class Hook:
         if not after:
             return y
         acts = self._acts(after, context, path, run, args)
-        read = args[0] if args else None
+        read = args[_first_array(args)] if args else None
         index = _output_of(after, y, path)
         if index is None:
             return compose.combine(self.method, acts, y, read)
@@ -715,8 +716,16 @@ def _bottleneck(acting: _Acting, state: Any, read: Any) -> Any:
     return adapt(read if config.parallel else joined, skip, plain)
 
 
-def _lora(acting: _Acting, y: Any, _: Any) -> Any:
-    host, x = linear(acting.context.module, acting.args, y, acting.path)
+def _first_array(args: Any) -> int:
+    """The index of what a host acts on: an equation may come before it."""
+    return next((i for i, x in enumerate(args) if isinstance(x, jax.Array | np.ndarray)), 0)
+
+
+def _lora(acting: _Acting, y: Any, x: Any) -> Any:
+    # A member may have some of the rows alone.
+    first = _first_array(acting.args)
+    args = (*acting.args[:first], x, *acting.args[first + 1 :])
+    host, x = linear(acting.context.module, args, y, acting.path)
     update = acting.layer(
         adapters.LoRADelta,
         y,

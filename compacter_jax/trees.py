@@ -45,6 +45,7 @@ def check_params(module: nn.Module, params: Any, doing: str, *, stacked: bool = 
     reason = _no_tree(params, wanted)
     if reason is None:
         shapes = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
+        wanted = _with_unused(module, wanted, shapes)
         if stacked and _is_stacked(shapes, wanted):
             return True
         reason = _misfit(shapes, wanted)
@@ -136,6 +137,19 @@ def hashable(module: nn.Module) -> nn.Module:
         if isinstance(value := getattr(module, field.name, None), Mapping)
     }
     return module.clone(**mappings) if mappings else module
+
+
+def _with_unused(
+    module: nn.Module, wanted: Mapping[str, _Shape] | None, there: Mapping[str, _Shape]
+) -> Mapping[str, _Shape] | None:
+    """`wanted`, with leaves of the backbone that are there, though the method leaves them unused.
+
+    So a norm that an adapter takes the place of.
+    """
+    if wanted is None or there.keys() <= wanted.keys() or not hasattr(module, "backbone"):
+        return wanted
+    own = _shapes(module.backbone) or {}
+    return {**{path: own[path] for path in there if path in own}, **wanted}
 
 
 def _traced_shapes(module: nn.Module) -> dict[str, _Shape]:

@@ -252,11 +252,13 @@ def test_adapters_that_do_not_go_together(adapters, tmp_path, capsys):
         shutil.copytree(adapters / name / "adapter", folder / name)
     assert banked.members_of(folder) == {name: folder / name for name in ("seed-0", "three")}
     config = folder / "three" / "adapter_config.json"
-    config.write_text(config.read_text().replace('"max_length": 40', '"max_length": 32'))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"max_length": 32}))
     rows = [{"adapter": name, "sentence": "good"} for name in ("seed-0", "three")]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     flags = ["--adapter", folder, "--input", source, "--output", tmp_path / "out.jsonl"]
-    message = "must share their max_length: seed-0 has 40, three has 32"
+    before = settings["max_length"]
+    message = f"must share their max_length: seed-0 has {before}, three has 32"
     assert message in refusal(capsys, "predict", *flags)
 
 

@@ -61,7 +61,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if missing := [name for name in _REQUIRED if name not in settings]:
         raise ValueError(
             f"the adapter in {folder} was saved neither by `python -m train fit` nor by "
-            f"`convert`, for something to predict: its adapter_config.json has no {missing}"
+            f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
         )
     where = str(folder / CONFIG_NAME)
     check_fields(where, settings, _FIELDS)
