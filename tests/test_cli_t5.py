@@ -325,9 +325,9 @@ def test_a_corpus_is_corrupted_anew_in_every_epoch_and_validated_with_one_noise(
     np.testing.assert_array_equal(splits["validation"].input_ids, validation.input_ids)
     assert validation.target_texts.max_length == 7  # three tokens, their sentinels, the end
     assert train.notices("train") == [
+        "train: 600 tokens in 32 segments",
         "19 of 600 tokens of the train segments (3.2 %), in 19 of them, are unknown to the "
         "tokenizer",
-        "train: 600 tokens in 32 segments",
     ]
 
 
