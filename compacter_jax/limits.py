@@ -23,7 +23,7 @@ def check_memory(what: str, shapes: Mapping[str, Any], fix: str) -> None:
         path: math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8)
         for path, leaf in shapes.items()
     }
-    wanted, there = sum(sizes.values()), _memory()
+    wanted, there = sum(sizes.values()), memory_of_machine()
     if there is not None and wanted > there:
         largest = max(sizes, key=lambda path: sizes[path])
         raise ValueError(
@@ -32,8 +32,8 @@ def check_memory(what: str, shapes: Mapping[str, Any], fix: str) -> None:
         )
 
 
-def _memory() -> int | None:
-    """Bytes of memory, None where the system does not say."""
+def memory_of_machine() -> int | None:
+    """Returns how many bytes of memory this machine has, None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

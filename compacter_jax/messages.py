@@ -12,6 +12,7 @@ LONGEST_VALUE = 200
 LONGEST = 500
 # Of a message, for names of parameters: half, since paths of files are long as well.
 _ROOM = 240
+_LONGEST_ITEM = 130
 
 
 class _Repr(reprlib.Repr):
@@ -63,9 +64,12 @@ def mismatches(missing: list[str], left_over: list[str], shapes: list[str]) -> s
     listed = []
     for kind, items in kinds.items():
         most, length = 1, 0
-        while most < len(items) and (length := length + len(items[most - 1])) < room - 60:
+        while (
+            most < len(items)
+            and (length := length + min(len(items[most - 1]), _LONGEST_ITEM)) < room - 60
+        ):
             most += 1
-        listed.append(f"{kind}: {listing(items, most, longest=130) or 'none'}")
+        listed.append(f"{kind}: {listing(items, most, _LONGEST_ITEM) or 'none'}")
     return "; ".join(listed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from compacter_jax.config import MethodConfig
+from compacter_jax.limits import memory_of_machine
 from compacter_jax.params import group_of
 from train import data
 from train.objective import check_length
@@ -51,15 +51,9 @@ def check_fit(module: Any, method: MethodConfig, config: Any, max_length: int) -
     shapes = shapes_of(cj.Adapted(module, method))
     added = sum(leaf.size for path, leaf in shapes.items() if group_of(path) in _ADDED)
     # Nobody asks XLA for memory that there is not: it ends the process.
-    if (size := 4 * added) > (there := _memory()):
+    size, there = 4 * added, memory_of_machine()
+    if there is not None and size > there:
         raise ValueError(
             f"method {method.kind} adds {added:,} numbers to the backbone, {size / 1e9:,.0f} GB, "
             f"and this machine has {there / 1e9:,.0f} GB; choose smaller widths"
         )
-
-
-def _memory() -> float:
-    """Returns the bytes of this machine's memory; infinity where the system does not tell."""
-    if not hasattr(os, "sysconf"):
-        return float("inf")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
