@@ -41,7 +41,7 @@ def check_params(module: nn.Module, params: Any, doing: str, *, stacked: bool = 
     """
     leaves = jax.tree.leaves(params)
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    wanted = None if is_traced else _shapes(module)
+    wanted: Mapping[str, _Shape] | None = None if is_traced else _shapes(module)
     reason = _no_tree(params, wanted)
     if reason is None:
         shapes = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
