@@ -12,9 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from compacter_jax import phm
-from compacter_jax.activations import get_activation
 from compacter_jax.config import (
-    ADAPTER,
     BottleneckConfig,
     IA3Config,
     LoRAConfig,
@@ -23,8 +21,10 @@ from compacter_jax.config import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
-from compacter_jax.dropout import Dropout
 from compacter_jax.hosts import Linear
+from compacter_jax.nn.activations import get_activation
+from compacter_jax.nn.dropout import Dropout
+from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled
 
 Dtype = Any

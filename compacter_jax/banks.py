@@ -16,18 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from compacter_jax import config
 from compacter_jax.checkpoint import AdapterReader, read_saved
 from compacter_jax.compose import NO_LABEL
-from compacter_jax.config import (
-    OCCUPIED,
-    SHARED,
-    Bank,
-    Member,
-    MethodConfig,
-    members_of,
-    own_path,
-)
-from compacter_jax.groups import Groups, group_of, replaces
+from compacter_jax.config import Bank, Member, MethodConfig, members_of, own_path, replaces
 from compacter_jax.inject import Adapted, HasParams, init_adapters
 from compacter_jax.messages import listing, quote, shorten
+from compacter_jax.paths import OCCUPIED, SHARED, Groups, group_of
 
 Params = Any
 # A folder of `save_adapter`, or what `load_adapter` makes of it.

@@ -19,7 +19,7 @@ import safetensors.flax
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax import config, inject
+from compacter_jax import config, inject, paths
 from compacter_jax.files import (
     check_fields,
     check_file,
@@ -33,8 +33,8 @@ from compacter_jax.files import (
 from compacter_jax.messages import about, mismatches, quote, shorten
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
+from compacter_jax.nn.quantize import check_float
 from compacter_jax.params import TRAIN, group_of, label_params
-from compacter_jax.quantize import check_float
 from compacter_jax.sites import Site
 from compacter_jax.trees import check_params
 
@@ -459,7 +459,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, np.ndarray]:
 
 def _is_boolean(path: str) -> bool:
     """Whether a leaf says which places of a bank are occupied."""
-    return path.rpartition("/")[2] == config.OCCUPIED
+    return path.rpartition("/")[2] == paths.OCCUPIED
 
 
 def check_count(method: config.MethodConfig, stored: Mapping[str, Any]) -> None:

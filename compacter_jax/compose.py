@@ -16,9 +16,6 @@ from jax import Array
 
 from compacter_jax.adapters import ParamFunction
 from compacter_jax.config import (
-    ADAPTER,
-    OCCUPIED,
-    SHARED,
     Average,
     Bank,
     Composition,
@@ -29,6 +26,7 @@ from compacter_jax.config import (
     copies_of,
     members_of,
 )
+from compacter_jax.paths import ADAPTER, OCCUPIED, SHARED
 
 Path = tuple[str, ...]
 # A layer's effect at a site: `(state, context) -> state`, where a state is what is acted on, and a

@@ -14,23 +14,22 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from compacter_jax.messages import listing, quote
+from compacter_jax.paths import ADAPTER, BIAS, GROUPS, OCCUPIED, REPLACED, SHARED, Groups, group_of
 
 # Of a size or an index: products of two are still numbers of 64 bits, which shapes are made of.
 _LARGEST_INT = 2**31 - 1
+
+
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
+
+
 _FACTOR_INITS = WEIGHT_INITS[:3]
+
+
 PROMPT_INITS = ("random", "vocabulary")
+
+
 RULE_INITS = ("normal", "uniform")
-# Name of an adapter's parameters under its host: `…/adapter/…`.
-ADAPTER = "adapter"
-# Task heads, by `/`-joined paths: made for the task, so no method adapts them as a backbone.
-HEAD = r"(classifier|qa_outputs)/.*"
-# In a composition: `…/adapter/NAMES/replaced/…` are a member's own leaves of the host itself, its
-# norm or head; `adapters/NAMES/…` what the adapters of a member share, and which slots of a bank
-# are occupied.
-REPLACED = "replaced"
-SHARED = "adapters"
-OCCUPIED = "occupied"
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -883,17 +882,6 @@ def _replaced_groups(method: MethodConfig) -> frozenset[str]:
     return frozenset(group for group, chosen in choices.items() if chosen)
 
 
-# Group of parameters -> regular expression over whole `/`-joined paths; see `groups` for others.
-GROUPS: dict[str, str] = {
-    "rule": r"(.*/)?phm_rule(_left|_right)?",
-    "adapters": rf"(.*/)?{ADAPTER}/.*|(phm_(down|up)|prefix|intrinsic)_.*|{SHARED}/.*",
-    "layer norms": r"(?!cls/)(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
-    "head": HEAD,
-    "pooler": r"pooler/.*",
-    "backbone": r".*",
-}
-
-
 def own_path(members: tuple[Member, ...], path: str) -> tuple[Member, str] | None:
     """Whose a leaf of a composition is, and its path in a model of that member alone.
 
@@ -956,9 +944,11 @@ METHODS: dict[str, type[MethodConfig]] = {
     )
 }
 
+
 COMPOSITIONS: dict[str, type[Composition]] = {
     cls.kind: cls for cls in (Bank, Stack, Parallel, Average, AverageMaps)
 }
+
 
 _PARALLEL = BottleneckConfig(
     sites=("parallel_feed_forward",),
@@ -967,6 +957,7 @@ _PARALLEL = BottleneckConfig(
     non_linearity="relu",
     w_init="lora",
 )
+
 
 _PRESETS: dict[str, MethodConfig] = {
     "full": FullFineTuningConfig(),
@@ -1148,3 +1139,10 @@ def from_dict(values: Mapping[str, Any]) -> MethodConfig:
         if isinstance(fields.get(name), list):
             fields[name] = tuple(from_dict(part) for part in fields[name])
     return cls(**fields)
+
+
+def replaces(member: Member, path: str, groups: Groups | None = None) -> bool:
+    """Whether a composition's member has a leaf of its own in place of the backbone's at `path`."""
+    group = group_of(path, groups)
+    bias = "biases" in member.replaces and group != "head" and BIAS.fullmatch(path)
+    return bool(bias) or group in member.replaces

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from compacter_jax import compose
 from compacter_jax.inject import Adapted
-from compacter_jax.models.layers import check_ids
+from compacter_jax.nn.dense import check_ids
 from compacter_jax.trees import hashable
 
 # One decoding step: tokens [rows], self-attention cache, position -> logits [rows, vocab], cache.

@@ -17,8 +17,6 @@ from compacter_jax import adapters, compose
 from compacter_jax.adapters import Dtype
 from compacter_jax.compose import Call, Path, Selection, Shared
 from compacter_jax.config import (
-    ADAPTER,
-    REPLACED,
     AverageMaps,
     BitFitConfig,
     BottleneckConfig,
@@ -32,12 +30,13 @@ from compacter_jax.config import (
     PromptTuningConfig,
     dense_twin,
     members_of,
+    replaces,
 )
-from compacter_jax.groups import Groups, replaces
 from compacter_jax.hosts import by_position, linear
 from compacter_jax.messages import quote
+from compacter_jax.nn.quantize import is_quantized
+from compacter_jax.paths import ADAPTER, REPLACED, Groups
 from compacter_jax.patterns import Pattern, compiled
-from compacter_jax.quantize import is_quantized
 from compacter_jax.sites import Role, Site
 
 _Run = Callable[..., Any]

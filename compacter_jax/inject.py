@@ -17,13 +17,8 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import adapters, compose, hooks, intrinsic
-from compacter_jax.activations import get_activation
 from compacter_jax.adapters import Dtype, ParamFunction
 from compacter_jax.config import (
-    ADAPTER,
-    OCCUPIED,
-    REPLACED,
-    SHARED,
     BitFitConfig,
     BottleneckConfig,
     CombinedConfig,
@@ -44,13 +39,14 @@ from compacter_jax.config import (
     own_path,
     parts_of,
 )
-from compacter_jax.groups import check_groups
 from compacter_jax.hosts import DENSE, Linear, met_in
 from compacter_jax.limits import check_memory
 from compacter_jax.messages import listing, mismatches, quote, shorten
+from compacter_jax.nn.activations import get_activation
+from compacter_jax.nn.quantize import check_float, is_quantized
+from compacter_jax.paths import ADAPTER, OCCUPIED, REPLACED, SHARED, check_groups
 from compacter_jax.patterns import compiled
-from compacter_jax.quantize import check_float, is_quantized
-from compacter_jax.sites import Site
+from compacter_jax.sites import Site, as_site
 from compacter_jax.trees import check_params
 
 
@@ -381,7 +377,7 @@ class Adapted(nn.Module):
         known = [name for name in table if name not in absent]
         passed_over = type(part)().sites if part.passes_over else ()
         unknown = [name for name in part.all_sites() if name not in (*known, *passed_over)]
-        present = {name: _as_site(table[name]) for name in part.all_sites() if name in known}
+        present = {name: as_site(table[name]) for name in part.all_sites() if name in known}
         if isinstance(part, BitFitConfig) and not present and not unknown:
             if part.leave_out:
                 raise ValueError(
@@ -413,8 +409,14 @@ class Adapted(nn.Module):
 
 
 _INTRINSIC = re.compile("intrinsic_(vector|scale)")
+
+
 _OWN = "compacter_jax.models."
+
+
 _LACKING = '"Adapted" object has no attribute'
+
+
 # Names under which backbones are told to be deterministic, or the opposite.
 _SWITCHES = ("deterministic", "train", "training", "is_training", "enable_dropout")
 
@@ -438,10 +440,6 @@ def _with_part(method: MethodConfig, part: InsertedConfig, new: InsertedConfig) 
     if not isinstance(method, CombinedConfig):
         return new
     return method.replace(parts=tuple(new if own is part else own for own in method.parts))
-
-
-def _as_site(site: str | Site) -> Site:
-    return Site(host=site) if isinstance(site, str) else site
 
 
 def _deterministic(bound: inspect.BoundArguments) -> bool:

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from compacter_jax.config import ADAPTER, IntrinsicConfig
-from compacter_jax.groups import Groups, group_of
+from compacter_jax.config import IntrinsicConfig
+from compacter_jax.paths import ADAPTER, Groups, group_of
 
 # Of the matrices whose products make up a transform. On two CPU cores 8, 16 and 32 take equally
 # long, and butterflies, which the compiler fuses with the draws and so computes again and again,

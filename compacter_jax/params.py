@@ -13,7 +13,6 @@ import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
 from compacter_jax.config import (
-    GROUPS,
     BitFitConfig,
     Composition,
     FullFineTuningConfig,
@@ -23,9 +22,9 @@ from compacter_jax.config import (
     own_path,
     parts_of,
 )
-from compacter_jax.groups import BIAS, NAMED_GROUPS, Groups, check_groups, group_of, is_own
 from compacter_jax.messages import quote
-from compacter_jax.quantize import is_quantized, quantize
+from compacter_jax.nn.quantize import is_quantized, quantize
+from compacter_jax.paths import BIAS, GROUPS, NAMED_GROUPS, Groups, check_groups, group_of, is_own
 
 Params = Any
 Labels = Any
@@ -272,9 +271,9 @@ def cast_frozen(frozen: Params, dtype: Any) -> Params:
     """The frozen half of `partition` in fewer bits; the backbone computes with it as with its own.
 
     What computes is still of the dtype of the module, and what is trained of its own. int8 is for
-    kernels and the vocabulary's embeddings (see `compacter_jax.quantize`); biases, layer norms and
-    the small embeddings then stay as they are. `save_adapter` wants the half as it was before, or
-    of bfloat16.
+    kernels and the vocabulary's embeddings (see `compacter_jax.nn.quantize`); biases, layer norms
+    and the small embeddings then stay as they are. `save_adapter` wants the half as it was before,
+    or of bfloat16.
 
     Args:
       frozen: nested dict of arrays, None where a leaf is trained. Adapters in it stay as they are.

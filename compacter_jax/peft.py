@@ -21,7 +21,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.checkpoint import check_leaves
 from compacter_jax.config import (
-    ADAPTER,
     IA3Config,
     InsertedConfig,
     LoRAConfig,
@@ -33,6 +32,7 @@ from compacter_jax.foreign import hugging_face_names, read_tensors
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.messages import about, listing, quote
 from compacter_jax.params import TRAIN, group_of, label_params
+from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled
 from compacter_jax.trees import check_params
 

@@ -33,3 +33,8 @@ class Site:
     role: Role = "output"
     length_axis: int = 1
     output: int | None = None
+
+
+def as_site(site: str | Site) -> Site:
+    """Returns a site for the pattern of a host, and a site as it is."""
+    return Site(host=site) if isinstance(site, str) else site

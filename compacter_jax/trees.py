@@ -13,8 +13,8 @@ import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 
-from compacter_jax.config import ADAPTER
 from compacter_jax.messages import listing, shorten
+from compacter_jax.paths import ADAPTER
 
 _Shape = tuple[int, ...]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.activations import ACTIVATIONS, get_activation
 from compacter_jax.models.bert import HEADS, Bert, BertConfig, BertOutput
 from compacter_jax.models.families import bert_from_hugging_face, bert_to_hugging_face
+from compacter_jax.nn.activations import ACTIVATIONS, get_activation
 
 TINY = BertConfig(
     vocab_size=13,

@@ -14,14 +14,7 @@ import compacter_jax as cj
 from compacter_jax import compose
 from compacter_jax.banks import stack_adapters
 from compacter_jax.compose import minimize_entropy, mixing_sites
-from compacter_jax.config import (
-    Average,
-    AverageMaps,
-    Bank,
-    Parallel,
-    Stack,
-    preset,
-)
+from compacter_jax.config import Average, AverageMaps, Bank, Parallel, Stack, preset
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.t5 import T5

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compacter_jax.dropout import Dropout, dropout_mask
+from compacter_jax.nn.dropout import Dropout, dropout_mask
 
 RNG = np.random.default_rng(5)
 

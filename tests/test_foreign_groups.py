@@ -303,7 +303,7 @@ def test_int8_of_their_weights_is_refused():
     assert len(str(error.value)) < 300
     assert cj.cast_frozen(frozen, "bfloat16")["layer_0"]["kernel"].dtype == jnp.bfloat16
     # Names of ours in a module of theirs: its own call refuses what cast_frozen let pass.
-    from compacter_jax.quantize import quantize
+    from compacter_jax.nn.quantize import quantize
 
     params["layer_0"]["kernel"] = quantize(params["layer_0"]["kernel"], 0)
     with pytest.raises(ValueError, match="with which Theirs cannot compute"):

@@ -8,9 +8,9 @@ import pytest
 
 from compacter_jax import Adapted, decode, generate, preset
 from compacter_jax.models.bert import Bert
-from compacter_jax.models.layers import Embed, check_ids
 from compacter_jax.models.t5 import T5, T5Cache
-from compacter_jax.quantize import quantize
+from compacter_jax.nn.dense import Embed, check_ids
+from compacter_jax.nn.quantize import quantize
 from tests.helpers import IDS, ONE_LAYER, TINY_T5, backbone_of, quick_jit, quick_key
 from train import step
 

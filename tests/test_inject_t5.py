@@ -11,12 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.adapters import build_weights
 from compacter_jax.checkpoint import load_adapter, save_adapter
-from compacter_jax.config import (
-    BottleneckConfig,
-    PHMBottleneckConfig,
-    dense_twin,
-    preset,
-)
+from compacter_jax.config import BottleneckConfig, PHMBottleneckConfig, dense_twin, preset
 from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.models.convert import module_from_name
 from compacter_jax.models.t5 import T5

@@ -18,12 +18,7 @@ from compacter_jax.adapters import (
     SoftPrompt,
     prefix_hidden,
 )
-from compacter_jax.config import (
-    LoRAConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    preset,
-)
+from compacter_jax.config import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, preset
 from tests.helpers import Model, quick_jit, random_tree
 
 IN, OUT, LENGTH = 60, 36, 5

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from compacter_jax import config
-from compacter_jax.activations import ACTIVATIONS
+from compacter_jax.nn.activations import ACTIVATIONS
 from train import manual, options
 from train.__main__ import COMMANDS, _parsed, main
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compacter_jax.activations import get_activation
-from compacter_jax.models.layers import LayerNorm, RMSNorm, attention, split_heads
+from compacter_jax.nn.activations import get_activation
+from compacter_jax.nn.attention import attention, split_heads
+from compacter_jax.nn.norms import LayerNorm, RMSNorm
 
 RNG = np.random.default_rng(5)
 

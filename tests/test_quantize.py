@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, path_aware_map
 
 import compacter_jax as cj
-from compacter_jax import quantize
+from compacter_jax.nn import quantize
 from tests.helpers import quick_jit
 from tests.test_step import make_batch, setup, text_batch
 from train import step

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import docstring_parser
 import tyro
 
-from compacter_jax import config
+from compacter_jax import config as method_config
 from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, presets
 from compacter_jax.messages import quote
 from train import toml
@@ -90,7 +90,7 @@ def documented(cls: type) -> dict[str, str]:
 
 def _values_of(name: re.Match[str]) -> str:
     """What is to choose from, in place of the name of the constant that lists it."""
-    values = getattr(config, name[1], None)
+    values = getattr(method_config, name[1], None)
     return ", ".join(values) if isinstance(values, tuple) else name[0]
 
 

@@ -26,7 +26,6 @@ from compacter_jax.adapterhub.layout import VERSION, layout_of
 from compacter_jax.adapterhub.tensors import Naming, PartsAt, Tensors, leaves_by_host, to_tensors
 from compacter_jax.checkpoint import CONFIG_NAME
 from compacter_jax.config import (
-    ADAPTER,
     BitFitConfig,
     BottleneckConfig,
     Composition,
@@ -40,6 +39,7 @@ from compacter_jax.config import (
 )
 from compacter_jax.files import replace_file
 from compacter_jax.params import group_of
+from compacter_jax.paths import ADAPTER
 from compacter_jax.trees import check_params
 
 

@@ -32,10 +32,10 @@ from compacter_jax.adapterhub.tensors import (
     to_tensors,
 )
 from compacter_jax.checkpoint import CONFIG_NAME, check_count, check_leaves
-from compacter_jax.config import ADAPTER
 from compacter_jax.files import converted, read_json
 from compacter_jax.foreign import read_tensors
 from compacter_jax.messages import about, listing, quote, shorten
+from compacter_jax.paths import ADAPTER
 
 # Names of the file of tensors, without suffix: as safetensors, as pickle.
 STEMS = ("adapter", "pytorch_adapter")

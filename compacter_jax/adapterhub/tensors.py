@@ -9,8 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from compacter_jax.adapterhub.layout import Layer, Layout
-from compacter_jax.config import ADAPTER, parts_of
+from compacter_jax.config import parts_of
 from compacter_jax.inject import Adapted
+from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled
 
 Tensors = dict[str, np.ndarray]

@@ -12,20 +12,13 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jax import Array
 
-from compacter_jax.activations import get_activation
-from compacter_jax.dropout import Dropout
-from compacter_jax.models.layers import (
-    Embed,
-    LayerNorm,
-    Remat,
-    attention,
-    check_ids,
-    dense,
-    rematted,
-    split_heads,
-    tied_logits,
-)
-from compacter_jax.quantize import QuantizedArray
+from compacter_jax.nn.activations import get_activation
+from compacter_jax.nn.attention import attention, split_heads
+from compacter_jax.nn.dense import Embed, check_ids, dense, tied_logits
+from compacter_jax.nn.dropout import Dropout
+from compacter_jax.nn.norms import LayerNorm
+from compacter_jax.nn.quantize import QuantizedArray
+from compacter_jax.nn.remat import Remat, rematted
 from compacter_jax.sites import Site
 
 Dtype = Any

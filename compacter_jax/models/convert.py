@@ -26,7 +26,7 @@ from compacter_jax.models.families import (
     check_settings,
     family_of,
 )
-from compacter_jax.models.layers import Remat
+from compacter_jax.nn.remat import Remat
 
 Dtype = Any
 

@@ -16,18 +16,12 @@ import numpy as np
 from flax.linen import initializers
 from jax import Array
 
-from compacter_jax.activations import ActivationFn, get_activation
-from compacter_jax.dropout import Dropout
-from compacter_jax.models.layers import (
-    Embed,
-    Remat,
-    RMSNorm,
-    attention,
-    check_ids,
-    dense,
-    rematted,
-    split_heads,
-)
+from compacter_jax.nn.activations import ActivationFn, get_activation
+from compacter_jax.nn.attention import attention, split_heads
+from compacter_jax.nn.dense import Embed, check_ids, dense
+from compacter_jax.nn.dropout import Dropout
+from compacter_jax.nn.norms import RMSNorm
+from compacter_jax.nn.remat import Remat, rematted
 from compacter_jax.sites import Site
 
 Dtype = Any

@@ -1,4 +1,4 @@
-"""Groups of parameters by their paths: the built-in names, and those of other people's modules."""
+"""Paths of parameters: the names in a tree, and the groups that paths belong to."""
 
 from __future__ import annotations
 
@@ -6,14 +6,47 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-from compacter_jax.config import GROUPS, Member
 from compacter_jax.messages import about, quote
 from compacter_jax.patterns import Pattern, compiled
 
+# Name of an adapter's parameters under its host: `…/adapter/…`.
+ADAPTER = "adapter"
+
+
+# Task heads, by `/`-joined paths: made for the task, so no method adapts them as a backbone.
+HEAD = r"(classifier|qa_outputs)/.*"
+
+
+# In a composition: `…/adapter/NAMES/replaced/…` are a member's own leaves of the host itself, its
+# norm or head; `adapters/NAMES/…` what the adapters of a member share, and which slots of a bank
+# are occupied.
+REPLACED = "replaced"
+
+
+SHARED = "adapters"
+
+
+OCCUPIED = "occupied"
+
+
+# Group of parameters -> regular expression over whole `/`-joined paths; see `groups` for others.
+GROUPS: dict[str, str] = {
+    "rule": r"(.*/)?phm_rule(_left|_right)?",
+    "adapters": rf"(.*/)?{ADAPTER}/.*|(phm_(down|up)|prefix|intrinsic)_.*|{SHARED}/.*",
+    "layer norms": r"(?!cls/)(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
+    "head": HEAD,
+    "pooler": r"pooler/.*",
+    "backbone": r".*",
+}
+
+
 # First match wins: a norm within a head is the head's.
 _PRECEDENCE = ("rule", "adapters", "head", "layer norms", "pooler", "backbone")
+
+
 # The groups whose names a backbone of others can say, as keys of a mapping.
 NAMED_GROUPS = ("head", "layer_norms", "pooler")
+
 
 Groups = Mapping[str, str]
 
@@ -71,6 +104,8 @@ _OWN_BEGINNINGS = frozenset(
         *("shared", "decoder", "lm_head"),
     )
 )
+
+
 _OWN_EMBEDDINGS = ("embeddings/word_embeddings/embedding", "shared/embedding")
 
 
@@ -86,10 +121,3 @@ def is_own(paths: Sequence[str]) -> bool:
 
 
 BIAS = re.compile("(.*/)?bias")
-
-
-def replaces(member: Member, path: str, groups: Groups | None = None) -> bool:
-    """Whether a composition's member has a leaf of its own in place of the backbone's at `path`."""
-    group = group_of(path, groups)
-    bias = "biases" in member.replaces and group != "head" and BIAS.fullmatch(path)
-    return bool(bias) or group in member.replaces

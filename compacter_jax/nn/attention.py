@@ -1,0 +1,80 @@
+"""Attention, and how heads are split."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from compacter_jax.nn.dense import Dtype
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """`[batch, length, heads * size]` -> `[batch, heads, length, size]`."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], heads, -1), -2, -3)
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    biases: Iterable[Array | None] = (),
+    *,
+    scale: float = 1.0,
+    dropout: Callable[[Array], Array] = lambda x: x,
+) -> Array:
+    """`softmax(scale * query key^T + biases) value`, the softmax in float32 at least.
+
+    Heads come before lengths, so that every product of the forward and of the backward pass is of
+    matrices that lie in one piece: with the axes the other way round, on a CPU, both take up to
+    1.7 times as long (`benchmarks/NOTES.md`).
+
+    Args:
+      query: `[batch, heads, queries, size]`.
+      key: `[batch, heads, keys, size]`.
+      value: as `key`.
+      biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
+      scale: of the scores.
+      dropout: applied to the probabilities `[batch, heads, queries, keys]`, times a number for
+        each query: it zeroes some and scales the others.
+
+    Returns:
+      `[batch, queries, heads, size]`.
+    """
+    at_least_float32 = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=at_least_float32)
+    if scale != 1:
+        scores *= scale
+    for bias in biases:
+        if bias is not None:
+            scores += bias
+    # What makes the sum 1 comes last, so that of the largest arrays one is kept for the backward
+    # pass, and not the exponentials and the probabilities both.
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    exponentials = _exponentials(scores - largest, value.dtype)
+    y = jnp.einsum(
+        "bhqk,bhkd->bhqd",
+        dropout(exponentials),
+        value,
+        preferred_element_type=at_least_float32,
+    )
+    y /= exponentials.sum(-1, keepdims=True, dtype=at_least_float32)
+    return jnp.moveaxis(y.astype(value.dtype), -3, -2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _exponentials(x: Array, dtype: Dtype) -> Array:
+    """`exp(x)` rounded to `dtype`; its derivative is by what was rounded, which alone is kept."""
+    return jnp.exp(x).astype(dtype)
+
+
+@_exponentials.defjvp
+def _exponentials_jvp(
+    dtype: Dtype, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (dx,) = tangents
+    y = _exponentials(*primals, dtype)
+    return y, (y.astype(dx.dtype) * dx).astype(dtype)

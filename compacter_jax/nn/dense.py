@@ -1,0 +1,92 @@
+"""Dense layers and embeddings, also on weights of 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
+from jax import Array
+
+from compacter_jax.nn.quantize import is_quantized, matmul, rows_of
+
+Dtype = Any
+
+
+def dense(features: int, **attributes: Any) -> nn.Dense:
+    """A dense layer of flax, whose kernel may be a `QuantizedArray`."""
+    return nn.Dense(features, promote_dtype=_promote, dot_general=_dot_general, **attributes)
+
+
+def _promote(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> list[Any]:
+    """As flax's `promote_dtype`; a `QuantizedArray` stays what it is, and has no say."""
+    plain = [None if is_quantized(x) else x for x in args]
+    promoted = promote_dtype(*plain, dtype=dtype, inexact=inexact)
+    return [x if is_quantized(x) else y for x, y in zip(args, promoted, strict=True)]
+
+
+def _dot_general(x: Array, kernel: Any, *args: Any, **keywords: Any) -> Array:
+    if is_quantized(kernel):
+        return matmul(x, kernel)
+    return jax.lax.dot_general(x, kernel, *args, **keywords)
+
+
+class Embed(nn.Embed):
+    """Embeddings, as flax's; the table may be a `QuantizedArray`.
+
+    An id that the table does not have, a negative one included, gives a row of NaN.
+    """
+
+    def __call__(self, inputs: Array) -> Array:  # [...] integers -> [..., features]
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"ids are {inputs.dtype}; they must be integers")
+        table: Any = self.embedding
+        if is_quantized(table):
+            return table.rows(inputs, canonicalize_dtype(table.scale, dtype=self.dtype))
+        (table,) = promote_dtype(table, dtype=self.dtype, inexact=False)
+        return rows_of(table, inputs)
+
+    def attend(self, query: Array) -> Array:  # [..., features] -> [..., num_embeddings]
+        return tied_logits(query, self.embedding, dtype=self.dtype)
+
+
+def check_ids(name: str, ids: Any, size: int, field: str) -> None:
+    """Checks that a table of `size` rows has every id, as far as the values are known.
+
+    The values of a tracer are not looked at: `Embed` gives NaN for an id that it does not have.
+
+    Args:
+      name: of the argument.
+      ids: integers of any shape.
+      size: of the table.
+      field: of the configuration that says `size`.
+
+    Raises:
+      ValueError: if an id is negative, or `size` or more.
+    """
+    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+        return
+    values = np.asarray(ids)
+    outside = (values < 0) | (values >= size)
+    if not outside.any():
+        return
+    place = tuple(np.argwhere(outside)[0].tolist())
+    value = int(values[place])
+    at = f" at {place}" if place else ""
+    hint = "; -100 marks labels that a loss passes over: give pad_token_id" if value == -100 else ""
+    raise ValueError(f"{name} has {value}{at}; use 0 to {field} - 1 = {size - 1}{hint}")
+
+
+def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:
+    """`x` `[…, features]` times the transpose of embeddings `[vocab, features]`, `[…, vocab]`."""
+    x, table = _promote(x, table, dtype=dtype)
+    if is_quantized(table):
+        return matmul(x, table.transposed())
+    if x.ndim == 3 and x.shape[1] == 1:
+        # The next token of each row: what takes the time is to read the table, which a CPU does
+        # faster along its rows (`benchmarks/NOTES.md`).
+        return jnp.einsum("vf,btf->vbt", table, x).transpose(1, 2, 0)
+    return jnp.dot(x, table.T)

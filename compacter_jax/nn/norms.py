@@ -1,0 +1,65 @@
+"""Layer norms that compute in float32 at least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import Array
+
+from compacter_jax.nn.dense import Dtype
+
+
+class _Norm(nn.Module):
+    """Normalises the last axis, its statistics in float32 at least.
+
+    What is multiplied is multiplied from left to right. Flax multiplies the scale with one over the
+    deviation first, which is an array as large as the input, and kept for the backward pass
+    (`benchmarks/NOTES.md`).
+
+    Attributes:
+      epsilon: added to the mean square, as in PyTorch.
+      dtype: of the result; None promotes as flax does.
+      param_dtype: of the parameters.
+      scale_init: initialiser of the scale.
+    """
+
+    epsilon: float
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    scale_init: Callable[..., Array] = nn.initializers.ones
+
+    def _scaled(self, x: Array) -> Array:
+        scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype)
+        inverse = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        return x * inverse * scale
+
+
+class LayerNorm(_Norm):
+    """`(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]
+        dtype = canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        x = _at_least_float32(x)
+        # Not E[x^2] - E[x]^2, which cancels: states of BERT have a few entries much larger than the
+        # rest.
+        y = self._scaled(x - x.mean(-1, keepdims=True))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        return (y + bias).astype(dtype)
+
+
+class RMSNorm(_Norm):
+    """`x / sqrt(mean(x^2) + epsilon) * scale`."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]
+        dtype = canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        return self._scaled(_at_least_float32(x)).astype(dtype)
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
