@@ -43,8 +43,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from benchmarks import mutations
-from compacter_jax import banks, inject, messages, peft
+from compacter_jax import banks, messages, peft
 from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.inject import adapted
 from compacter_jax.models.convert import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, module_from_config
 from train import options, predictions, tasks
 from train.saved import settings_of
@@ -127,7 +128,7 @@ class Assets:
         """Saves an adapter as ours and as that of each library that has the method."""
         model = cj.Adapted(self.backbone.module, method)
         shapes = jax.eval_shape(
-            lambda: inject.init_adapters(model, self.backbone, jax.random.key(0))
+            lambda: adapted.init_adapters(model, self.backbone, jax.random.key(0))
         )
         own = flatten_dict(self.backbone.params, sep="/")
         flat = flatten_dict(_numbers(shapes), sep="/")
@@ -177,7 +178,7 @@ def _numbers(shapes: Any) -> Any:
 @contextlib.contextmanager
 def remembered_shapes() -> Iterator[None]:
     """Traces each method once: reading an adapter takes most of its time for that."""
-    original, known = inject.init_adapters, {}
+    original, known = adapted.init_adapters, {}
 
     def init_adapters(model: Any, backbone: Any, key: Any, *inputs: Any) -> Any:
         own = (model.method, repr(model.sites), backbone.module)
@@ -185,7 +186,7 @@ def remembered_shapes() -> Iterator[None]:
             known[own] = jax.eval_shape(lambda key: original(model, backbone, key, *inputs), key)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), known[own])
 
-    places = (inject, peft, banks)
+    places = (adapted, peft, banks)
     for place in places:
         place.init_adapters = init_adapters
     try:

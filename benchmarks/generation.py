@@ -22,9 +22,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from benchmarks.turns import alternate, seconds_of, spread
-from compacter_jax.config import preset
+from compacter_jax.catalogue import preset
 from compacter_jax.decode import generate
-from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.models.convert import Backbone
 from compacter_jax.models.t5 import PUBLISHED, T5, T5Config
 
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     first = {name: seconds_of(run) for name, run in runs.items()}
     timed = {name: functools.partial(seconds_of, run) for name, run in runs.items()}
     seconds = alternate(timed, options.repeats)
-    built = jax.eval_shape(lambda params: model.built(params)[1], params)
+    built = jax.eval_shape(lambda params: model.precomputed(params)[1], params)
     return {
         "settings": vars(options),
         "versions": {

@@ -1,7 +1,7 @@
 """Compacter and other parameter-efficient fine-tuning methods for JAX and Flax.
 
 Everything public is here: `import compacter_jax as cj`. JAX itself is imported when the first of
-the names is used, so that `compacter_jax.config` alone is there at once.
+the names is used, so that `compacter_jax.catalogue` alone is there at once.
 """
 
 import importlib

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax import config
+from compacter_jax import catalogue
 from compacter_jax.checkpoint import AdapterReader, read_saved
-from compacter_jax.compose import NO_LABEL
-from compacter_jax.config import Bank, Member, MethodConfig, members_of, own_path, replaces
-from compacter_jax.inject import Adapted, HasParams, init_adapters
+from compacter_jax.compositions.bank import Bank, bank_of
+from compacter_jax.compositions.base import Member, members_of, own_path, replaces
+from compacter_jax.compositions.replacements import NO_LABEL
+from compacter_jax.inject.adapted import Adapted, HasParams, init_adapters
 from compacter_jax.messages import listing, quote, shorten
+from compacter_jax.methods.base import MethodConfig
 from compacter_jax.paths import OCCUPIED, SHARED, Groups, group_of
 
 Params = Any
@@ -128,11 +130,7 @@ def unstack(model: Adapted, params: Params) -> list[tuple[Adapted, Params]]:
     Raises:
       ValueError: if the model is no bank.
     """
-    if not isinstance(model.method, Bank):
-        raise ValueError(
-            f"the model's method is {model.method.kind!r}, not a bank; get_member gives one member "
-            "of another composition"
-        )
+    bank_of(model.method)
     occupied = np.asarray(params[SHARED][OCCUPIED])
     return [get_member(model, params, int(index)) for index in np.flatnonzero(occupied)]
 
@@ -322,7 +320,7 @@ def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> N
     if "head" in wanted.replaces:
         own, other = (getattr(each.backbone, "head", None) for each in (given, like))
         pairs["head"] = (own, other)
-    theirs, ours = config.to_dict(given.method), config.to_dict(wanted.method)
+    theirs, ours = catalogue.to_dict(given.method), catalogue.to_dict(wanted.method)
     for key in sorted(theirs.keys() | ours.keys()):
         pairs[key] = (theirs.get(key), ours.get(key))
     differences = [

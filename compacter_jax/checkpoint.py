@@ -19,7 +19,8 @@ import safetensors.flax
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax import config, inject, paths
+from compacter_jax import catalogue, paths
+from compacter_jax.compositions.base import members_of
 from compacter_jax.files import (
     check_fields,
     check_file,
@@ -30,7 +31,9 @@ from compacter_jax.files import (
     read_json,
     replace_file,
 )
+from compacter_jax.inject import adapted
 from compacter_jax.messages import about, mismatches, quote, shorten
+from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
 from compacter_jax.nn.quantize import check_float
@@ -70,7 +73,7 @@ _RARE = ("backbone_groups", "also_trained")
 
 def save_adapter(
     directory: str | os.PathLike[str],
-    model: inject.Adapted,
+    model: adapted.Adapted,
     params: Any,
     *,
     metadata: Mapping[str, Any] | None = None,
@@ -109,7 +112,7 @@ def save_adapter(
     sha256 = hashlib.sha256(data).hexdigest()
     own = {
         "format_version": FORMAT_VERSION,
-        "method": config.to_dict(model.method),
+        "method": catalogue.to_dict(model.method),
         "sites": None if model.sites is None else _sites_to_json(model.sites),
         "backbone_groups": None if model.groups is None else dict(model.groups),
         "also_trained": also or None,
@@ -148,7 +151,7 @@ def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
 
 def load_adapter(
     directory: str | os.PathLike[str], backbone: Any, *inputs: Any
-) -> tuple[inject.Adapted, dict[str, Any]]:
+) -> tuple[adapted.Adapted, dict[str, Any]]:
     """Reads an adapter back onto the backbone it was trained with.
 
     Args:
@@ -180,13 +183,13 @@ class AdapterReader:
 
     def read(
         self, directory: str | os.PathLike[str], backbone: Any, *inputs: Any
-    ) -> tuple[inject.Adapted, dict[str, Any]]:
+    ) -> tuple[adapted.Adapted, dict[str, Any]]:
         """See `load_adapter`."""
         return self.join(Path(directory), read_saved(directory), backbone, *inputs)
 
     def join(
         self, directory: Path, saved: Saved, backbone: Any, *inputs: Any
-    ) -> tuple[inject.Adapted, dict[str, Any]]:
+    ) -> tuple[adapted.Adapted, dict[str, Any]]:
         """Puts what `read_saved` read from a directory onto the backbone; see `load_adapter`."""
         settings, stored = saved
         for name in ("head", "num_labels"):
@@ -197,11 +200,11 @@ class AdapterReader:
                     f"the backbone has {name}={given!r}; load the backbone with the adapter's"
                 )
         with about(directory / CONFIG_NAME):
-            method = config.from_dict(settings["method"])
+            method = catalogue.from_dict(settings["method"])
             check_count(method, stored)
             sites = _sites_from_json(settings["sites"])
             groups = settings.get("backbone_groups")
-            model = inject.Adapted(backbone.module, method, sites=sites, groups=groups)
+            model = adapted.Adapted(backbone.module, method, sites=sites, groups=groups)
             wanted, frozen = self._split(model, backbone, settings, inputs)
         check_leaves(directory, stored, wanted, trained_with=_named(settings))
         leaves = {path: as_leaf(path, leaf, wanted[path].dtype) for path, leaf in stored.items()}
@@ -218,7 +221,7 @@ class AdapterReader:
         return model, unflatten_dict({**left, **leaves}, sep="/")
 
     def _split(
-        self, model: inject.Adapted, backbone: Any, settings: Mapping[str, Any], inputs: Any
+        self, model: adapted.Adapted, backbone: Any, settings: Mapping[str, Any], inputs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Shapes of what is stored, and of what is not, by path."""
         also = settings.get("also_trained") or ()
@@ -226,7 +229,7 @@ class AdapterReader:
         key = (model.method, *own, id(backbone.module))
         if key not in self._splits:
             shapes = jax.eval_shape(
-                lambda key: inject.init_adapters(model, backbone, key, *inputs), jax.random.key(0)
+                lambda key: adapted.init_adapters(model, backbone, key, *inputs), jax.random.key(0)
             )
             self._splits[key] = backbone.module, _split(shapes, model, also)
         return self._splits[key][1]
@@ -390,7 +393,7 @@ def hash_params(params: Mapping[str, Any]) -> str:
 
 
 def _split(
-    params: Any, model: inject.Adapted, also: Sequence[str]
+    params: Any, model: adapted.Adapted, also: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Flat `(stored, left to the backbone's own checkpoint)`; paths in `also` are stored, too."""
     groups = model.groups or {}
@@ -403,7 +406,7 @@ def _split(
     return stored, left
 
 
-def _also_trained(params: Any, model: inject.Adapted, labels: Any) -> list[str]:
+def _also_trained(params: Any, model: adapted.Adapted, labels: Any) -> list[str]:
     """The paths that labels train, and the method does not."""
     if labels is None:
         return []
@@ -462,13 +465,13 @@ def _is_boolean(path: str) -> bool:
     return path.rpartition("/")[2] == paths.OCCUPIED
 
 
-def check_count(method: config.MethodConfig, stored: Mapping[str, Any]) -> None:
+def check_count(method: MethodConfig, stored: Mapping[str, Any]) -> None:
     """Checks that a method has no more members and parts than there are tensors.
 
     Raises:
       ValueError: if it has more, before anything is made of them.
     """
-    count = max(len(config.members_of(method)), len(config.parts_of(method)))
+    count = max(len(members_of(method)), len(method.inserted()))
     if count > max(1, len(stored)):
         raise ValueError(
             f"method {method.kind!r} has {count:,} members, but {len(stored):,} tensors are stored"

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compacter_jax import compose
-from compacter_jax.inject import Adapted
+from compacter_jax.compositions import routing
+from compacter_jax.inject.adapted import Adapted
 from compacter_jax.nn.dense import check_ids
 from compacter_jax.trees import hashable
 
@@ -231,7 +231,7 @@ def generate(
         if value is not None
     }
     if isinstance(model, Adapted):
-        compose.select(model.method, params, **{"adapter_ids": None, "mix": None, **chosen})
+        routing.route(model.method, params, **{"adapter_ids": None, "mix": None, **chosen})
     elif chosen:
         raise ValueError(f"{' and '.join(chosen)} given, but the model has no bank of adapters")
     ids, width = _generate(
@@ -337,7 +337,7 @@ def _start(
     """
     if isinstance(model, Adapted):
         # Here, outside the loop: inside it, PHM weights would be built at every token.
-        model, params = model.built(params)
+        model, params = model.precomputed(params)
 
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:
         return model.apply({"params": params}, *args, method=method, **kwargs)

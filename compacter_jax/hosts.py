@@ -244,3 +244,8 @@ def met_in(model: nn.Module, inputs: Any) -> Mapping[str, tuple[str, Linear | No
     with nn.intercept_methods(note):
         jax.eval_shape(model.init, jax.random.key(0), *inputs)
     return met
+
+
+def first_array(args: Any) -> int:
+    """Returns the index of what a host acts on: an equation may come before it."""
+    return next((i for i, x in enumerate(args) if isinstance(x, _ARRAYS)), 0)

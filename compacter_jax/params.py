@@ -12,17 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
-from compacter_jax.config import (
-    BitFitConfig,
-    Composition,
-    FullFineTuningConfig,
-    MethodConfig,
-    PHMBottleneckConfig,
-    members_of,
-    own_path,
-    parts_of,
-)
+from compacter_jax.compositions.base import composed_members, members_of, own_path
 from compacter_jax.messages import quote
+from compacter_jax.methods.base import MethodConfig
 from compacter_jax.nn.quantize import is_quantized, quantize
 from compacter_jax.paths import BIAS, GROUPS, NAMED_GROUPS, Groups, check_groups, group_of, is_own
 
@@ -77,7 +69,7 @@ def label_params(
             raise ValueError(
                 f"groups[{name!r}]={quote(pattern)} matches no parameter of the backbone"
             )
-    if not isinstance(method, Composition):
+    if not composed_members(method):
         _check_present(paths, method, groups or {})
     if groups is None:
         _check_found(paths, method, rules)
@@ -99,10 +91,10 @@ def label_params(
 
 
 def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -> None:
-    """ValueError if `method` trains something of which there is nothing."""
+    """Raises ValueError if `method` trains a group that the parameters lack."""
     present = {group_of(path, groups) for path in paths}
-    optional = _optional_groups(method) - {name.replace("_", " ") for name in groups}
-    for group in sorted(trained_groups(method) - present - optional):
+    optional = method.optional_groups - {name.replace("_", " ") for name in groups}
+    for group in sorted(method.trained_groups() - present - optional):
         name = group.replace(" ", "_")
         pattern = groups.get(name, GROUPS[group])
         fix = f"; {_named(name)}, or set train_{name}=False" if name in NAMED_GROUPS else ""
@@ -110,7 +102,7 @@ def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -
             f"method {method.kind!r} trains the {group}, but no parameter is one: "
             f"no path matches {quote(pattern)}{fix}"
         )
-    if _trains_biases(method) and not any(BIAS.fullmatch(path) for path in paths):
+    if method.trains_biases() and not any(BIAS.fullmatch(path) for path in paths):
         raise ValueError(f"method {method.kind!r} trains biases, but the parameters have none")
 
 
@@ -125,14 +117,13 @@ def _named(group: str) -> str:
 def _check_found(
     paths: Sequence[str], method: MethodConfig, rules: Sequence[tuple[str, str]]
 ) -> None:
-    """ValueError if a method trains the head or norms of a backbone of others, and not all match.
+    """Checks that the head and all norms that a method trains are found in a backbone of others.
 
     A head by a name that is not known would stay as it was drawn, and norms would be trained in
     part. What the user's own rules match is taken for known.
     """
     wanted = [member.method for member in members_of(method)]
-    full = any(isinstance(one, FullFineTuningConfig) for one in wanted)
-    if full or is_own(paths):
+    if any(one.trains_backbone for one in wanted) or is_own(paths):
         return
     ruled = {path for path in paths if any(re.fullmatch(rule, path) for rule, _ in rules)}
     norms = _norms(paths)
@@ -185,9 +176,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _trained_by(method: MethodConfig, groups: Groups | None) -> Callable[[str], bool]:
-    """Whether `method` trains what is at a `/`-joined path."""
-    if isinstance(method, Composition):
-        members = members_of(method)
+    """Returns a function that says whether `method` trains what is at a `/`-joined path."""
+    members = composed_members(method)
+    if members:
         # A member trains what it would if it were alone.
         alone = {member.path: _trained_by(member.method, groups) for member in members}
 
@@ -196,40 +187,13 @@ def _trained_by(method: MethodConfig, groups: Groups | None) -> Callable[[str], 
             return owned is not None and owned[0].trained and alone[owned[0].path](owned[1])
 
         return by_member
-    trained, biases = trained_groups(method), _trains_biases(method)
+    trained, biases = method.trained_groups(), method.trains_biases()
 
     def by_group(path: str) -> bool:
         group = group_of(path, groups)
         return group in trained or (biases and group != "head" and bool(BIAS.fullmatch(path)))
 
     return by_group
-
-
-def _trains_biases(method: MethodConfig) -> bool:
-    return any(isinstance(part, BitFitConfig) for part in parts_of(method))
-
-
-def trained_groups(method: MethodConfig) -> set[str]:
-    """The groups of `GROUPS` that `method` trains whole; BitFit trains biases of others too."""
-    full = isinstance(method, FullFineTuningConfig)
-    rules = [part.learn_phm for part in parts_of(method) if isinstance(part, PHMBottleneckConfig)]
-    choices = {
-        "rule": any(rules),
-        "adapters": not full,
-        "layer norms": method.train_layer_norms,
-        "head": method.train_head,
-        "pooler": method.train_pooler,
-        "backbone": full,
-    }
-    return {group for group, chosen in choices.items() if chosen}
-
-
-def _optional_groups(method: MethodConfig) -> set[str]:
-    """Groups a backbone may lack without that being a mistake."""
-    if isinstance(method, FullFineTuningConfig):
-        return {"head", "pooler", "layer norms"}
-    # Where a backbone has biases, BitFit adds nothing.
-    return {"head", "adapters"} if isinstance(method, BitFitConfig) else {"head"}
 
 
 def partition(params: Params, labels: Labels) -> tuple[Params, Params]:

@@ -20,17 +20,14 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.checkpoint import check_leaves
-from compacter_jax.config import (
-    IA3Config,
-    InsertedConfig,
-    LoRAConfig,
-    MethodConfig,
-    PromptTuningConfig,
-)
 from compacter_jax.files import converted, read_json, replace_file
 from compacter_jax.foreign import hugging_face_names, read_tensors
-from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.messages import about, listing, quote
+from compacter_jax.methods.base import InsertedConfig, MethodConfig
+from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.lora import LoRAConfig
+from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled

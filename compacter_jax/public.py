@@ -5,33 +5,29 @@ from compacter_jax.adapterhub import (
     import_adapterhub,
     read_adapterhub_head,
 )
-from compacter_jax.adapters import Bottleneck, PHMLinear
 from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
+from compacter_jax.catalogue import preset, presets
 from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter, save_backbone
-from compacter_jax.compose import minimize_entropy, mixing_sites
-from compacter_jax.config import (
-    Average,
-    AverageMaps,
-    Bank,
-    BitFitConfig,
-    BottleneckConfig,
-    CombinedConfig,
-    FullFineTuningConfig,
-    IA3Config,
-    IntrinsicConfig,
-    LoRAConfig,
-    LowRankBottleneckConfig,
-    MethodConfig,
-    Parallel,
-    PHMBottleneckConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    Stack,
-    preset,
-    presets,
-)
+from compacter_jax.compositions.average import Average, AverageMaps
+from compacter_jax.compositions.bank import Bank
+from compacter_jax.compositions.entropy import minimize_entropy
+from compacter_jax.compositions.parallel import Parallel
+from compacter_jax.compositions.routing import mixing_sites
+from compacter_jax.compositions.stack import Stack
 from compacter_jax.decode import generate
-from compacter_jax.inject import Adapted, init_adapters, merge_adapter
+from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.merging import merge_adapter
+from compacter_jax.methods.base import FullFineTuningConfig, MethodConfig
+from compacter_jax.methods.bitfit import BitFitConfig
+from compacter_jax.methods.bottleneck import Bottleneck, BottleneckConfig, LowRankBottleneckConfig
+from compacter_jax.methods.combined import CombinedConfig
+from compacter_jax.methods.compacter import PHMBottleneckConfig
+from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.intrinsic import IntrinsicConfig
+from compacter_jax.methods.lora import LoRAConfig
+from compacter_jax.methods.phm_linear import PHMLinear
+from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
+from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert import Bert, BertConfig
 from compacter_jax.models.convert import Backbone, load_backbone
 from compacter_jax.models.t5 import T5, T5Config

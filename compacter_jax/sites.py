@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, TypeAlias
 
+from compacter_jax.messages import quote
+
 Role: TypeAlias = Literal["output", "bias", "parallel", "join", "attend", "positions", "embedding"]
+
+# Roles where a method acts on what the host is called with -> how it is called.
+BEFORE: dict[Role, str] = {
+    "join": "join(residual, output)",
+    "attend": "attend(query, key, value, biases), of arrays [batch, length, heads, width] and a "
+    "sequence of biases",
+    "positions": "positions(queries, keys)",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +44,33 @@ class Site:
     length_axis: int = 1
     output: int | None = None
 
+    @property
+    def is_before(self) -> bool:
+        """Whether what acts here acts on what the host is called with."""
+        return self.role in BEFORE
+
 
 def as_site(site: str | Site) -> Site:
     """Returns a site for the pattern of a host, and a site as it is."""
     return Site(host=site) if isinstance(site, str) else site
+
+
+def check_output(name: str, site: Site) -> None:
+    """Checks that a site which says which output is acted on can have that.
+
+    Raises:
+      ValueError: if it cannot.
+    """
+    index = site.output
+    if index is None:
+        return
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise ValueError(
+            f"site {name!r} has output={quote(index)}; it is the index, 0 or more, of one of "
+            "the things that the host returns"
+        )
+    if site.is_before:
+        raise ValueError(
+            f"site {name!r} has output={index}, but what acts at the role {site.role!r} acts on "
+            "what the host is called with; leave output out"
+        )

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.adapters import Bottleneck, shared_params
-from compacter_jax.config import BottleneckConfig, PHMBottleneckConfig, preset
+from compacter_jax.catalogue import preset
+from compacter_jax.methods.bottleneck import Bottleneck, BottleneckConfig
 from compacter_jax.models.bert import BertConfig
 from compacter_jax.models.families import t5_to_hugging_face
 from compacter_jax.models.t5 import T5Config
@@ -43,9 +43,7 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x, deterministic=True):
-        shared = {}
-        if isinstance(self.config, PHMBottleneckConfig):
-            shared = shared_params(self.param, self.config, self.width, self.param_dtype)
+        shared = self.config.shared(self.param, self.width, [], self.param_dtype)
         adapter = Bottleneck(self.config, self.dtype, self.param_dtype, name="adapter")
         return adapter(x, **shared, deterministic=deterministic)
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from compacter_jax.config import preset
-from compacter_jax.inject import Adapted
+from compacter_jax.catalogue import preset
+from compacter_jax.inject.adapted import Adapted
 from tests.helpers import (
     SMALL,
     WIDTH,

@@ -5,7 +5,9 @@ import math
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from compacter_jax.config import BottleneckConfig, LoRAConfig, PrefixTuningConfig, parts_of
+from compacter_jax.methods.bottleneck import BottleneckConfig
+from compacter_jax.methods.lora import LoRAConfig
+from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.t5 import relative_position_bucket
 from tests.helpers import ACTIVATIONS, adapter_update
@@ -31,7 +33,7 @@ class Reference:
     """
 
     def __init__(self, module, method, params):
-        self.module, self.config, self.parts = module, module.config, parts_of(method)
+        self.module, self.config, self.parts = module, module.config, method.inserted()
         self.params = {path: np.float64(v) for path, v in flatten_dict(params, sep="/").items()}
 
     def __call__(self, *inputs):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.adapters import PHMLinear, shared_params
-from compacter_jax.config import preset
+from compacter_jax.catalogue import preset
+from compacter_jax.methods.phm_linear import PHMLinear
 from tests.helpers import (
     WIDTH,
     Model,
@@ -283,4 +283,4 @@ def test_a_bottleneck_that_does_not_fit_the_width():
 def test_shared_blocks_need_a_width():
     config = preset("compacter", shared_W_phm=True)
     with pytest.raises(ValueError, match="shared_W_phm needs the width of the backbone's hidden"):
-        shared_params(lambda *_: None, config, None, jnp.float32)
+        config.shared(lambda *_: None, None, [], jnp.float32)

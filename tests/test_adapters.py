@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from compacter_jax.config import PHMBottleneckConfig
+from compacter_jax.methods.compacter import PHMBottleneckConfig
 from tests.helpers import (
     KNOBS,
     WIDTH,

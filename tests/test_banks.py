@@ -10,12 +10,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from compacter_jax import checkpoint, compose
+from compacter_jax import checkpoint
 from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
 from compacter_jax.checkpoint import load_adapter, save_adapter
-from compacter_jax.compose import NO_LABEL
-from compacter_jax.config import Average, Bank, Parallel, Stack
-from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.compositions import replacements, routing
+from compacter_jax.compositions.average import Average
+from compacter_jax.compositions.bank import Bank
+from compacter_jax.compositions.parallel import Parallel
+from compacter_jax.compositions.replacements import NO_LABEL
+from compacter_jax.compositions.stack import Stack
+from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.models.bert import Bert
 from compacter_jax.params import count, label_params
 from tests.helpers import ONE_LAYER, backbone_of, quick_key
@@ -90,14 +94,14 @@ def test_labels_of_a_mixture(narrow):
     # Rounded so that their sum is never 1.
     weights[20:, 0] += np.float32(1e-6)
     bank, occupied = Bank(PLUS_PLUS, size=3), jnp.ones(3, bool)
-    found = compose.Selection(bank, occupied, mix=jnp.asarray(weights)).choose(members, own)
+    found = routing.Routing(bank, occupied, mix=jnp.asarray(weights)).choose(members, own)
     expected = [of_weights(members, own, each) for each in np.float64(weights)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    alone = compose.Selection(bank, occupied, mix=jnp.asarray(weights[7]))
+    alone = routing.Routing(bank, occupied, mix=jnp.asarray(weights[7]))
     np.testing.assert_allclose(alone.choose(members, own), expected[7], rtol=1e-5, atol=1e-5)
-    none = compose.Selection(bank, occupied, mix=jnp.zeros(3))
+    none = routing.Routing(bank, occupied, mix=jnp.zeros(3))
     np.testing.assert_array_equal(none.choose(members, own), own)
-    unknown = compose.Selection(bank, jnp.array([True, True, False]), mix=jnp.asarray(weights[7]))
+    unknown = routing.Routing(bank, jnp.array([True, True, False]), mix=jnp.asarray(weights[7]))
     assert np.isnan(unknown.choose(members, own)).all()
 
 
@@ -108,7 +112,7 @@ def test_labels_of_an_average(weights):
     members[1, 3] = own[2:] = NO_LABEL
     method = Average(PLUS_PLUS, PLUS_PLUS, PLUS_PLUS, weights=weights)
     stored = {(name,): jnp.asarray(leaf) for name, leaf in zip("012", members, strict=True)}
-    found = compose.effective(method, compose.Leaf(jnp.asarray(own)), stored, None, 4)
+    found = replacements.effective(method, replacements.Leaf(jnp.asarray(own)), stored, None, 4)
     expected = of_weights(members, own, np.float64(weights))
     np.testing.assert_allclose(found.value, expected, rtol=1e-5, atol=1e-5)
     assert not found.by_row
@@ -121,7 +125,7 @@ def test_an_average_on_a_backbone_with_fewer_labels(weights):
     own = jnp.array([1, 2, NO_LABEL, NO_LABEL])
     method = Average(PLUS_PLUS, PLUS_PLUS, PLUS_PLUS, weights=weights)
     stored = {(name,): jnp.asarray(leaf) for name, leaf in zip("012", members, strict=True)}
-    found = compose.effective(method, compose.Leaf(own), stored, None, 4)
+    found = replacements.effective(method, replacements.Leaf(own), stored, None, 4)
     np.testing.assert_allclose(found.value, weights @ members, rtol=1e-5, atol=1e-5)
 
 
@@ -282,4 +286,4 @@ def test_what_is_for_one_adapter_says_so(saved, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             refuse()
-    assert model.built(params)[0] is model
+    assert model.precomputed(params)[0] is model

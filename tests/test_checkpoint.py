@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from compacter_jax import checkpoint
+from compacter_jax.catalogue import preset
 from compacter_jax.checkpoint import (
     CONFIG_NAME,
     hash_params,
@@ -23,8 +24,7 @@ from compacter_jax.checkpoint import (
     read_adapter_config,
     save_adapter,
 )
-from compacter_jax.config import preset
-from compacter_jax.inject import Adapted
+from compacter_jax.inject.adapted import Adapted
 from compacter_jax.models.bert import HEADS, Bert, BertConfig
 from tests.helpers import (
     ONE_LAYER,

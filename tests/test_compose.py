@@ -11,11 +11,16 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax import compose
 from compacter_jax.banks import stack_adapters
-from compacter_jax.compose import minimize_entropy, mixing_sites
-from compacter_jax.config import Average, AverageMaps, Bank, Parallel, Stack, preset
-from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.catalogue import preset
+from compacter_jax.compositions import entropy
+from compacter_jax.compositions.average import Average, AverageMaps
+from compacter_jax.compositions.bank import Bank
+from compacter_jax.compositions.entropy import minimize_entropy
+from compacter_jax.compositions.parallel import Parallel
+from compacter_jax.compositions.routing import mixing_sites
+from compacter_jax.compositions.stack import Stack
+from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.t5 import T5
 from compacter_jax.params import cast_frozen, label_params, merge, partition
@@ -120,7 +125,7 @@ def assert_near(actual, expected, bound=1e-6, message=""):
 def test_routing_and_one_hot_mixing_equal_each_row_alone(name):
     method, backbone = METHODS[name], bert()
     alone, model, params = bank_of(backbone, method)
-    ids = ADAPTER_IDS if model.method.has_plain else np.abs(ADAPTER_IDS)
+    ids = ADAPTER_IDS if model.method.allows_unadapted_rows else np.abs(ADAPTER_IDS)
     cotangent = np.float32(np.random.default_rng(0).standard_normal((4, 2)))
     expected = np.array(run(backbone.module, backbone.params, *ROWS))
     gradients, of_one = {}, output_and_gradient(alone[0][0])
@@ -144,10 +149,10 @@ def test_routing_and_one_hot_mixing_equal_each_row_alone(name):
 
 def _check_gradients(model, gradient, alone):
     """Each member's is that of its rows alone; gradients come through twice as many sums."""
-    members = cj.config.members_of(model.method)
+    members = cj.compositions.base.members_of(model.method)
     assert gradient
     for path, leaf in gradient.items():
-        own = cj.config.own_path(members, path)[1]
+        own = cj.compositions.base.own_path(members, path)[1]
         for index, single in alone.items():
             assert_near(leaf[index], single[own], 2e-6, path)
     assert len(gradient) == len(alone[0])
@@ -263,7 +268,7 @@ def test_an_average_of_outputs_and_one_of_maps(weights):
             assert_near(results[kind], y + np.tensordot(shares, updates, 1), 1e-5)
             continue
         h = sum(share * projection(params, y, "down") for share, params in members)
-        h = cj.activations.get_activation(COMPACT.non_linearity)(jnp.asarray(h, jnp.float32))
+        h = cj.nn.activations.get_activation(COMPACT.non_linearity)(jnp.asarray(h, jnp.float32))
         up = sum(share * projection(params, np.float64(h), "up") for share, params in members)
         assert_near(results[kind], y + up, 1e-5)
     assert np.abs(results[Average] - results[AverageMaps]).max() > 1e-2
@@ -678,14 +683,14 @@ def test_a_composition_as_json():
         names=("bank", "mean"),
         frozen=("bank",),
     )
-    assert cj.config.from_dict(cj.config.to_dict(method)) == method
+    assert cj.catalogue.from_dict(cj.catalogue.to_dict(method)) == method
     assert hash(method) == hash(method.replace(frozen=["bank"]))
 
 
 # --- the least entropy ---------------------------------------------------------------------------
 
 
-def entropy(weights, table, tokens, mask):
+def entropy_of(weights, table, tokens, mask):
     """Of a small model with a non-linearity, in float64; `[length, labels]` logits."""
     states = np.tanh(tokens @ np.tensordot(weights[0], table, 1))
     logits = states @ np.tensordot(weights[-1], table, 1)
@@ -722,18 +727,18 @@ def test_weights_of_the_least_entropy_against_finite_differences(sites):
     for row in range(5):
         scores, seen = np.zeros(shape), []
         for _ in range(4):
-            seen.append(entropy(softmax(scores), table, tokens[row], mask[row]))
+            seen.append(entropy_of(softmax(scores), table, tokens[row], mask[row]))
             slope = np.zeros(shape)
             for index in np.ndindex(shape):
                 step = np.zeros(shape)
                 step[index] = 1e-5
                 ends = [
-                    entropy(softmax(scores + sign * step), table, tokens[row], mask[row])
+                    entropy_of(softmax(scores + sign * step), table, tokens[row], mask[row])
                     for sign in (1, -1)
                 ]
                 slope[index] = (ends[0] - ends[1]) / 2e-5
             scores -= 2.0 * slope
-        seen.append(entropy(softmax(scores), table, tokens[row], mask[row]))
+        seen.append(entropy_of(softmax(scores), table, tokens[row], mask[row]))
         np.testing.assert_allclose(result.entropies[row], seen, rtol=1e-4)
         weights = softmax(scores)
         np.testing.assert_allclose(result.weights[row], weights if sites else weights[0], rtol=1e-3)
@@ -769,14 +774,14 @@ def test_other_inputs_and_parameters_compile_nothing():
     def logits_fn(table, weights, x):
         return x @ jnp.tensordot(weights, table, 1)
 
-    before, found = compose._minimize._cache_size(), []
+    before, found = entropy._minimize._cache_size(), []
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         table, x = (jnp.float32(rng.standard_normal(shape)) for shape in ((3, 4, 2), (5, 4)))
         function = jax.tree_util.Partial(logits_fn, table)
         result = minimize_entropy(function, 3, x, steps=2, learning_rate=0.5 + seed)
         found.append(np.asarray(result.weights))
-    assert compose._minimize._cache_size() == before + 1
+    assert entropy._minimize._cache_size() == before + 1
     assert np.abs(found[0] - found[1]).max() > 1e-2
 
 

@@ -11,7 +11,7 @@ from test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 from test_cli_t5 import t5_flags
 
 import compacter_jax as cj
-from compacter_jax.config import parallel_names
+from compacter_jax.compositions.base import parallel_names
 from tests.helpers import weights_of
 from train import compositions
 from train.__main__ import main

@@ -2,32 +2,23 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from compacter_jax.config import (
-    METHODS,
-    BitFitConfig,
+from compacter_jax.catalogue import METHODS, from_dict, preset, presets, to_dict
+from compacter_jax.methods.base import FullFineTuningConfig
+from compacter_jax.methods.bitfit import BitFitConfig
+from compacter_jax.methods.bottleneck import (
     BottleneckConfig,
-    CombinedConfig,
-    FullFineTuningConfig,
-    IA3Config,
-    IntrinsicConfig,
-    LoRAConfig,
     LowRankBottleneckConfig,
-    PHMBottleneckConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    dense_twin,
-    from_dict,
-    parts_of,
-    preset,
-    presets,
-    to_dict,
 )
+from compacter_jax.methods.combined import CombinedConfig
+from compacter_jax.methods.compacter import PHMBottleneckConfig
+from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.intrinsic import IntrinsicConfig
+from compacter_jax.methods.lora import LoRAConfig
+from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
+from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 
 BOTH_SITES = ("attention", "feed_forward")
 # Bottlenecks of the paper's comparison, as in its released configurations.
@@ -472,30 +463,14 @@ def test_widths_that_do_not_fit(name, width, overrides, message):
         preset(name, **overrides).bottleneck_width(width)
 
 
-def test_the_module_needs_the_standard_library_alone():
-    """And so does the package, until it is asked for something else."""
-    program = (
-        "import sys\n"
-        "before = set(sys.modules)\n"
-        "from compacter_jax import config\n"
-        "config.preset('compacter')\n"
-        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new - {'compacter_jax'} - sys.stdlib_module_names))\n"
-    )
-    root = Path(sys.modules[preset.__module__].__file__).parents[1]
-    run = [sys.executable, "-c", program]
-    result = subprocess.run(run, check=True, capture_output=True, text=True, cwd=root)
-    assert result.stdout.strip() == "[]"
-
-
 # --- what is made of methods --------------------------------------------------------------------
 
 
 def test_parts():
     lora = preset("lora")
-    assert parts_of(lora) == (lora,)
-    assert parts_of(preset("mam")) == preset("mam").parts
-    assert parts_of(preset("full")) == parts_of(preset("intrinsic")) == ()
+    assert lora.inserted() == (lora,)
+    assert preset("mam").inserted() == preset("mam").parts
+    assert preset("full").inserted() == preset("intrinsic").inserted() == ()
 
 
 def test_overrides_of_a_part():
@@ -528,7 +503,7 @@ def test_all_sites():
 
 def test_the_dense_twin_differs_in_its_projections_alone():
     method = PHMBottleneckConfig(**OF_ALL | CHANGED["phm_bottleneck"])
-    twin = dense_twin(method)
+    twin = method.dense_equivalent()
     assert type(twin) is BottleneckConfig
     own, phm = to_dict(twin), to_dict(method)
     assert [name for name in own if own[name] != phm[name]] == ["kind"]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from compacter_jax.config import preset
+from compacter_jax.catalogue import preset
 from train import plan
 from train.__main__ import main
 from train.learning_rates import TEXT_TO_TEXT

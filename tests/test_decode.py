@@ -12,9 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import decode
-from compacter_jax.config import preset
+from compacter_jax.catalogue import preset
 from compacter_jax.decode import generate
-from compacter_jax.inject import Adapted
+from compacter_jax.inject.adapted import Adapted
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.families import t5_to_hugging_face
 from compacter_jax.models.t5 import T5, T5Config
@@ -232,7 +232,7 @@ def test_cached_logits_equal_those_of_the_whole_decoder():
 
     @quick_jit
     def cached(params):
-        built, params = model.built(params)
+        built, params = model.precomputed(params)
         apply = functools.partial(built.apply, {"params": params})
         cache = apply(apply(ids, mask, method="encode"), 5, method="start_cache")
 

@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from compacter_jax import config
+from compacter_jax import catalogue
 from tests.pages import ROOT, code_blocks, rows_of_tables
 from train import count
 from train.__main__ import _parsed
@@ -57,7 +57,7 @@ COMMAND_PAGES = [page for page in [*PAGES, ROOT / "README.md"] if code_blocks(pa
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     # The page on extending adds it; tests/test_extending.py does so, and runs the command.
-    monkeypatch.setitem(config._PRESETS, "scale-shift", config.preset("ia3"))
+    monkeypatch.setitem(catalogue._PRESETS, "scale-shift", catalogue.preset("ia3"))
     for block in code_blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             if found := re.match(r"(?:\$ )?python -m train (.*)", line):

@@ -12,8 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax import intrinsic
-from compacter_jax.config import Stack, preset
+from compacter_jax.catalogue import preset
+from compacter_jax.compositions.stack import Stack
+from compacter_jax.methods import intrinsic
 from compacter_jax.params import count, label_params
 from tests.helpers import random_tree
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from flax.errors import InvalidRngError
 
-from compacter_jax.config import IA3Config, PrefixTuningConfig, preset
-from compacter_jax.inject import Adapted, init_adapters, merge_adapter
+from compacter_jax.catalogue import preset
+from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.merging import merge_adapter
+from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.sites import Site
 from tests.helpers import quick_jit, random_tree
 

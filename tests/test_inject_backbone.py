@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.config import preset
-from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.catalogue import preset
+from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.models.bert import Bert
 from tests.helpers import (
     IDS,

@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.adapters import build_weights
+from compacter_jax.catalogue import preset
 from compacter_jax.checkpoint import load_adapter, save_adapter
-from compacter_jax.config import BottleneckConfig, PHMBottleneckConfig, dense_twin, preset
-from compacter_jax.inject import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.methods.bottleneck import BottleneckConfig
+from compacter_jax.methods.compacter import PHMBottleneckConfig, build_weights
 from compacter_jax.models.convert import module_from_name
 from compacter_jax.models.t5 import T5
 from compacter_jax.params import count, label_params, merge, optimizer, partition
@@ -394,7 +395,7 @@ def test_decoding_with_a_cache_equals_decoding_at_once(tiny, parts, build):
     model, params, (_, mask, decoder_ids, _) = tiny
     logits, states = parts
     if build:
-        model, params = model.built(params)
+        model, params = model.precomputed(params)
         assert type(model.method) is BottleneckConfig
         assert model.method.sites == EVERYWHERE
         assert "phm_rule" not in params
@@ -421,12 +422,12 @@ def test_built_weights_equal_the_kronecker_sums(knob):
     if not isinstance(method, PHMBottleneckConfig):
         model = Adapted(T5(TINY_T5), method)
         params = {"nothing": "to build"}
-        assert model.built(params) == (model, params)
-        assert model.built(params)[1] is params
+        assert model.precomputed(params) == (model, params)
+        assert model.precomputed(params)[1] is params
         return
     params, x = random_params(Model(method)), random_states(4)
-    built = build_weights(unflatten_dict(params, sep="/"))
-    twin = Model(dense_twin(method))
+    built = build_weights(unflatten_dict(params, sep="/"), [".*"])
+    twin = Model(method.dense_equivalent())
     shapes = {path: leaf.shape for path, leaf in shapes_of(twin).items()}
     assert {path: leaf.shape for path, leaf in flatten_dict(built, sep="/").items()} == shapes
     expected = expected_output(method, {p: np.float64(leaf) for p, leaf in params.items()}, x)

@@ -13,16 +13,14 @@ import scipy.stats
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend import random as jex_random
 
-from compacter_jax import intrinsic
-from compacter_jax.config import IntrinsicConfig
-from compacter_jax.intrinsic import (
+from compacter_jax import fastfood
+from compacter_jax.fastfood import mixed, project, walsh_hadamard
+from compacter_jax.methods.intrinsic import (
+    IntrinsicConfig,
     layer_of,
     layers_of,
-    mixed,
     perturb,
-    project,
     vector_size,
-    walsh_hadamard,
 )
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.t5 import T5
@@ -144,7 +142,7 @@ class TestDraws:
         """Of the authors of Threefry: `kat_vectors` of Random123, 20 rounds."""
         counters = np.array([[0, 0xFFFFFFFF, 0x243F6A88], [0, 0xFFFFFFFF, 0x85A308D3]], np.uint32)
         keys = np.array([[0, 0xFFFFFFFF, 0x13198A2E], [0, 0xFFFFFFFF, 0x03707344]], np.uint32)
-        words = intrinsic._random_words(tuple(keys), tuple(counters))
+        words = fastfood._random_words(tuple(keys), tuple(counters))
         assert [f"{word:08x}" for word in words[0]] == ["6b200159", "1cb996fc", "c4923a9c"]
         assert [f"{word:08x}" for word in words[1]] == ["99ba4efe", "bb002be7", "483df7a0"]
 
@@ -166,7 +164,7 @@ class TestProject:
     @pytest.mark.parametrize(
         ("dimension", "size", "chunk"),
         [
-            (50, 200, intrinsic._CHUNK),  # all at once
+            (50, 200, fastfood._CHUNK),  # all at once
             (64, 65, 1),  # never less than one
             (65, 7, 128),
             (1, 5, 2),
@@ -174,7 +172,7 @@ class TestProject:
         ],
     )
     def test_it_is_the_dense_product(self, dimension, size, chunk, monkeypatch):
-        monkeypatch.setattr(intrinsic, "_CHUNK", chunk)
+        monkeypatch.setattr(fastfood, "_CHUNK", chunk)
         rng = np.random.default_rng(dimension)
         seed, name = int(rng.integers(2**31)), f"decoder/block/{size}/kernel"
         vector = rng.standard_normal(dimension).astype(np.float32)
@@ -296,7 +294,7 @@ class TestLayers:
 
 class TestPerturb:
     def test_values_and_gradients_are_those_of_dense_matrices(self, monkeypatch):
-        monkeypatch.setattr(intrinsic, "_CHUNK", 320)  # five blocks, of one tensor or several
+        monkeypatch.setattr(fastfood, "_CHUNK", 320)  # five blocks, of one tensor or several
         rng = np.random.default_rng(0)
         params = bert_params()
         flat = flatten_dict(params, sep="/")

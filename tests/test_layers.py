@@ -8,17 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compacter_jax.adapters import (
-    AddedBias,
-    Bottleneck,
-    IA3Scale,
-    LoRADelta,
-    LowRankLinear,
-    PrefixKeyValue,
-    SoftPrompt,
-    prefix_hidden,
-)
-from compacter_jax.config import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, preset
+from compacter_jax.catalogue import preset
+from compacter_jax.methods.bitfit import AddedBias
+from compacter_jax.methods.bottleneck import Bottleneck, LowRankLinear
+from compacter_jax.methods.ia3 import IA3Scale
+from compacter_jax.methods.lora import LoRAConfig, LoRADelta
+from compacter_jax.methods.prefix_tuning import PrefixKeyValue, PrefixTuningConfig, prefix_hidden
+from compacter_jax.methods.prompt_tuning import PromptTuningConfig, SoftPrompt
 from tests.helpers import Model, quick_jit, random_tree
 
 IN, OUT, LENGTH = 60, 36, 5

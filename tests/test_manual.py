@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from compacter_jax import config
+from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.nn.activations import ACTIVATIONS
 from train import manual, options
 from train.__main__ import COMMANDS, _parsed, main
@@ -77,9 +77,9 @@ def entry(flag):
 @pytest.mark.parametrize(
     ("flag", "values"),
     [
-        ("--w-init", config.WEIGHT_INITS),
-        ("--phm-c-init", config.RULE_INITS),
-        ("--prompt-init", config.PROMPT_INITS),
+        ("--w-init", bottleneck.WEIGHT_INITS),
+        ("--phm-c-init", compacter.RULE_INITS),
+        ("--prompt-init", prompt_tuning.PROMPT_INITS),
         ("--non-linearity", ACTIVATIONS),
     ],
 )
@@ -89,7 +89,7 @@ def test_what_is_to_choose_from_is_listed(flag, values):
 
 
 def test_no_two_flags_are_explained_alike():
-    of_flag = options.documented(config.BottleneckConfig)
+    of_flag = options.documented(bottleneck.BottleneckConfig)
     assert len(set(of_flag.values())) == len(of_flag)
     assert entry("--rank") == "INT of each projection. Of lora: of each update."
     assert "inputs are multiplied" in entry("--input-sites")

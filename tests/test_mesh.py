@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import compacter_jax as cj
 from benchmarks import devices
-from compacter_jax.config import dense_twin
 from tests.test_step import make_batch, setup, text_batch
 from train import mesh, step
 from train.compute import make_compute
@@ -101,7 +100,7 @@ def test_rows_of_the_mesh_fetch_weights_and_add_up_gradients_alone():
             for shape in re.findall(r"f32\[([\d,]*)\]", match[1]):
                 moved[match[2]] += int(np.prod([int(n) for n in shape.split(",") if n]))
     # The gradients, of adapters as those of the weights they make, the loss, the number of tokens.
-    dense = model.clone(method=dense_twin(model.method))
+    dense = model.clone(method=model.method.dense_equivalent())
     shapes = jax.eval_shape(dense.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     made = cj.count(shapes, cj.label_params(shapes, dense.method)).trained
     assert moved["all-reduce"] == made + 2

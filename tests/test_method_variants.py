@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax.adapters import LowRankLinear
+from compacter_jax.methods.bottleneck import LowRankLinear
 from tests.helpers import (
     IDS,
     MASK,
@@ -382,7 +382,7 @@ def test_merged_weights_give_equal_logits_in_pytorch_too(module, method, tmp_pat
     merged = merge(model, params)
     # Float32: sums of products in another order.
     assert_close(module.apply({"params": merged}, *inputs), logits, 3e-6)
-    twin, built = model.built(params)
+    twin, built = model.precomputed(params)
     assert_close(twin.apply({"params": built}, *inputs), logits, 3e-6)
 
     torch = pytest.importorskip("torch")

@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.config import preset, presets
-from compacter_jax.inject import Adapted
+from compacter_jax.catalogue import preset, presets
+from compacter_jax.inject.adapted import Adapted
 from compacter_jax.models.bert import HEADS, Bert, BertConfig
 from compacter_jax.params import count, label_params, merge, optimizer, partition
 from tests.helpers import (

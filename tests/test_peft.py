@@ -11,9 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from compacter_jax.catalogue import preset, presets
 from compacter_jax.checkpoint import load_adapter, save_adapter
-from compacter_jax.config import IA3Config, LoRAConfig, PromptTuningConfig, preset, presets
-from compacter_jax.inject import Adapted
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.lora import LoRAConfig
+from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert import Bert
 from compacter_jax.models.convert import load_backbone
 from compacter_jax.models.t5 import T5

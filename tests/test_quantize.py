@@ -207,7 +207,7 @@ def test_intrinsic_dimension_moves_bfloat16_weights_in_float32():
 def test_generation_keeps_lora_apart_from_narrow_kernels(dtype):
     model, params, labels = t5(cj.preset("lora", rank=2))
     narrow = cast(params, labels, dtype)
-    assert model.built(narrow) == (model, narrow)
+    assert model.precomputed(narrow) == (model, narrow)
     generate = functools.partial(
         cj.generate,
         model,

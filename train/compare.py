@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compacter_jax.config import presets
+from compacter_jax.catalogue import presets
 from compacter_jax.files import parse_json
 from compacter_jax.messages import listing
 from train import compare_report, tasks

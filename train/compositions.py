@@ -15,17 +15,12 @@ from typing import Any
 import jax
 
 import compacter_jax as cj
+from compacter_jax.catalogue import COMPOSITIONS, from_dict, presets
 from compacter_jax.checkpoint import CONFIG_NAME
-from compacter_jax.config import (
-    COMPOSITIONS,
-    Bank,
-    Composition,
-    MethodConfig,
-    from_dict,
-    members_of,
-    presets,
-)
+from compacter_jax.compositions.bank import Bank
+from compacter_jax.compositions.base import Composition, members_of
 from compacter_jax.messages import listing, quote
+from compacter_jax.methods.base import MethodConfig
 from train import saved
 from train.options import MethodOptions, given_options, is_composition, method_of, options_of
 

@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 import compacter_jax as cj
-from compacter_jax.config import from_dict, parallel_names
+from compacter_jax.catalogue import from_dict
+from compacter_jax.compositions.base import parallel_names
 from compacter_jax.files import replace_file
 from compacter_jax.messages import quote
 from compacter_jax.models.convert import module_from_config, read_config
@@ -117,9 +118,9 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     else:
         model, params = compositions.load(expression, backbone, name)
     params = stored(params, model.method, options, settings)
-    if isinstance(model.method, cj.IntrinsicConfig):
-        # Its projection would be drawn again for every batch.
-        model, params = model.built(params)
+    if model.method.moves_backbone:
+        # It would be moved again for every batch.
+        model, params = model.precomputed(params)
     tokenizer = load_tokenizer(name, backbone, settings["max_length"])
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
     jitted = jax.jit(objective.outputs)

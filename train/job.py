@@ -14,7 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax.config import FullFineTuningConfig, IntrinsicConfig, MethodConfig
+from compacter_jax.methods.base import FullFineTuningConfig, MethodConfig
+from compacter_jax.methods.intrinsic import IntrinsicConfig
 from compacter_jax.models.convert import module_from_config, read_config
 from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import compositions, data, hosts, inference, mesh, mixture, prompts, shapes, tasks
@@ -309,7 +310,7 @@ def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConf
             f"{options.method} changes all of them; use bfloat16"
         )
     shared = len(task_names(options)) > 1 and options.adapters == "shared"
-    if shared and prompts.needs_tokens(method) and options.prompt_words is None:
+    if shared and method.needs_token_ids() and options.prompt_words is None:
         raise ValueError(
             "prompts that several tasks share start from words for all of them; give "
             "--prompt-words, or --adapters per_task"

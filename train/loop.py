@@ -20,7 +20,6 @@ import optax
 from tqdm import tqdm
 
 import compacter_jax as cj
-from compacter_jax.config import FullFineTuningConfig
 from compacter_jax.files import check_fields
 from compacter_jax.messages import listing
 from train import (
@@ -751,5 +750,4 @@ def write_backbone(lane: Lane, folder: Path) -> None:
 
 def _makes_backbone(job: Job, lane: Lane) -> bool:
     """Whether what was trained is a backbone for other tasks: pre-training of all of it."""
-    full = isinstance(job.method, FullFineTuningConfig)
-    return full and lane.task.kind == "span_corruption"
+    return job.method.trains_backbone and lane.task.kind == "span_corruption"

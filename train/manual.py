@@ -11,7 +11,17 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from compacter_jax import config
+from compacter_jax import catalogue
+from compacter_jax.methods import (
+    bottleneck,
+    compacter,
+    ia3,
+    intrinsic,
+    lora,
+    prefix_tuning,
+    prompt_tuning,
+)
+from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from train import options
 
 INDENT, COLUMN = 2, 28
@@ -150,16 +160,16 @@ _HEADINGS: dict[type, str] = {
     options.TextToTextOptions: "text to text, for T5",
     options.TrainingOptions: "training",
     options.HostOptions: "several processes",
-    config.MethodConfig: "in place of the preset's values, for any method",
-    config.InsertedConfig: "for methods that act at sites",
-    config.BottleneckConfig: "for bottleneck adapters, Compacter among them",
-    config.PHMBottleneckConfig: "for Compacter and PHM-Adapter",
-    config.LowRankBottleneckConfig: "for low-rank and lora",
-    config.LoRAConfig: "for lora",
-    config.IA3Config: "for ia3",
-    config.PrefixTuningConfig: "for prefix-tuning and mam",
-    config.PromptTuningConfig: "for prompt-tuning-random and -vocabulary",
-    config.IntrinsicConfig: "for intrinsic and intrinsic-said",
+    MethodConfig: "in place of the preset's values, for any method",
+    InsertedConfig: "for methods that act at sites",
+    bottleneck.BottleneckConfig: "for bottleneck adapters, Compacter among them",
+    compacter.PHMBottleneckConfig: "for Compacter and PHM-Adapter",
+    bottleneck.LowRankBottleneckConfig: "for low-rank and lora",
+    lora.LoRAConfig: "for lora",
+    ia3.IA3Config: "for ia3",
+    prefix_tuning.PrefixTuningConfig: "for prefix-tuning and mam",
+    prompt_tuning.PromptTuningConfig: "for prompt-tuning-random and -vocabulary",
+    intrinsic.IntrinsicConfig: "for intrinsic and intrinsic-said",
 }
 
 
@@ -226,16 +236,16 @@ def _method_entries() -> Iterator[_Option]:
     """The options that change a preset, each under the class of methods that has it first."""
     for entry in _entries(options.MethodOptions):
         name = entry.flag.split()[0].removeprefix("--").replace("-", "_")
-        heading = _heading(tuple(config.METHODS.values()), name)
+        heading = _heading(tuple(catalogue.METHODS.values()), name)
         yield dataclasses.replace(entry, heading=heading)
 
 
 def _heading(classes: Sequence[type], name: str) -> str:
     """That of the class that declares the field, of the first class that has it."""
     for cls in classes:
-        for base in reversed(cls.__mro__):
-            if name in vars(base).get("__annotations__", {}):
-                return _HEADINGS.get(base, _OF_COMMAND)
+        for declaring in reversed(cls.__mro__):
+            if name in vars(declaring).get("__annotations__", {}):
+                return _HEADINGS.get(declaring, _OF_COMMAND)
     raise ValueError(f"no class of options declares {name!r}")
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import docstring_parser
 import tyro
 
-from compacter_jax import config as method_config
-from compacter_jax.config import METHODS, MethodConfig, parts_of, preset, presets
+from compacter_jax.catalogue import METHODS, preset, presets
 from compacter_jax.messages import quote
+from compacter_jax.methods import bottleneck, compacter, prompt_tuning
+from compacter_jax.methods.base import MethodConfig
 from train import toml
 
 if TYPE_CHECKING:
@@ -77,6 +78,14 @@ def _joined(texts: Mapping[str, list[str]]) -> str:
     return " ".join([first, *(f"Of {', '.join(kinds)}: {text}" for text, kinds in others)])
 
 
+# Constants that docstrings of methods name, for what there is to choose from.
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "WEIGHT_INITS": bottleneck.WEIGHT_INITS,
+    "PROMPT_INITS": prompt_tuning.PROMPT_INITS,
+    "RULE_INITS": compacter.RULE_INITS,
+}
+
+
 def documented(cls: type) -> dict[str, str]:
     """Field -> its explanation in the docstring of the class that declares it."""
     texts = {}
@@ -90,7 +99,7 @@ def documented(cls: type) -> dict[str, str]:
 
 def _values_of(name: re.Match[str]) -> str:
     """What is to choose from, in place of the name of the constant that lists it."""
-    values = getattr(method_config, name[1], None)
+    values = _CHOICES.get(name[1])
     return ", ".join(values) if isinstance(values, tuple) else name[0]
 
 
@@ -128,7 +137,7 @@ def options_of(name: str, options: Any) -> Any:
     method = preset(name)
     known = {field.name for field in dataclasses.fields(method)}
     # A combined method passes on what one part alone has.
-    fields = [field.name for part in parts_of(method) for field in dataclasses.fields(part)]
+    fields = [field.name for part in method.inserted() for field in dataclasses.fields(part)]
     known |= {field for field in fields if fields.count(field) == 1}
     given = {key: value for key, value in given_options(options).items() if key in known}
     return MethodOptions(**given)

@@ -15,7 +15,7 @@ import optax
 import pyarrow.parquet as pq
 
 import compacter_jax as cj
-from compacter_jax.config import MethodConfig
+from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.convert import module_from_name
 from train import data, flops, memory, mesh, step, tasks
 from train.objective.decoder import Seq2Seq

@@ -6,7 +6,6 @@ import collections
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from compacter_jax.config import MethodConfig, PromptTuningConfig
 from train import span_corruption
 from train.data import columns_of
 from train.tasks import Task
@@ -15,22 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def needs_tokens(method: MethodConfig) -> bool:
-    """Whether `method` starts from embeddings of the vocabulary, and does not say of which."""
-    return (
-        isinstance(method, PromptTuningConfig)
-        and method.prompt_init == "vocabulary"
-        and not method.prompt_token_ids
-    )
-
-
 def with_tokens(method: Any, words: str | None, task: Task, tokenizer: Any) -> Any:
     """`method` with the tokens of `words`, or else the commonest of the task's training texts.
 
     Raises:
       ValueError: if `words` are more tokens than the prompt, or none.
     """
-    if not needs_tokens(method):
+    if not method.needs_token_ids():
         return method
     if words is None:
         ids = most_common_tokens(training_texts(task), tokenizer, method.prompt_length)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from compacter_jax.config import MethodConfig, to_dict
+from compacter_jax.catalogue import to_dict
 from compacter_jax.files import replace_file
 from compacter_jax.messages import listing
+from compacter_jax.methods.base import MethodConfig
 from compacter_jax.params import Count
 from train import logs
 

@@ -8,8 +8,8 @@ import jax
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from compacter_jax.config import MethodConfig
 from compacter_jax.limits import memory_of_machine
+from compacter_jax.methods.base import MethodConfig
 from compacter_jax.params import group_of
 from train import data
 from train.objective import check_length

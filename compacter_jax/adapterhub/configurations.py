@@ -16,18 +16,15 @@ from compacter_jax.adapterhub.layout import (
     check_prefixed_layers,
     has_relative_positions,
 )
-from compacter_jax.config import (
-    BottleneckConfig,
-    CombinedConfig,
-    IA3Config,
-    InsertedConfig,
-    LoRAConfig,
-    MethodConfig,
-    PHMBottleneckConfig,
-    PrefixTuningConfig,
-)
 from compacter_jax.files import conforms
 from compacter_jax.messages import listing, quote
+from compacter_jax.methods.base import InsertedConfig, MethodConfig
+from compacter_jax.methods.bottleneck import BottleneckConfig
+from compacter_jax.methods.combined import CombinedConfig
+from compacter_jax.methods.compacter import PHMBottleneckConfig
+from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.lora import LoRAConfig
+from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.sites import Site
 
 _REQUIRED = object()

@@ -13,7 +13,6 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from compacter_jax import inject
 from compacter_jax.adapterhub.configurations import write_config
 from compacter_jax.adapterhub.heads import (
     HEAD_CONFIG_NAME,
@@ -25,19 +24,14 @@ from compacter_jax.adapterhub.importing import STEMS
 from compacter_jax.adapterhub.layout import VERSION, layout_of
 from compacter_jax.adapterhub.tensors import Naming, PartsAt, Tensors, leaves_by_host, to_tensors
 from compacter_jax.checkpoint import CONFIG_NAME
-from compacter_jax.config import (
-    BitFitConfig,
-    BottleneckConfig,
-    Composition,
-    FullFineTuningConfig,
-    InsertedConfig,
-    IntrinsicConfig,
-    LowRankBottleneckConfig,
-    MethodConfig,
-    PromptTuningConfig,
-    parts_of,
-)
+from compacter_jax.compositions.base import Composition
 from compacter_jax.files import replace_file
+from compacter_jax.inject import adapted
+from compacter_jax.methods.base import FullFineTuningConfig, InsertedConfig, MethodConfig
+from compacter_jax.methods.bitfit import BitFitConfig
+from compacter_jax.methods.bottleneck import BottleneckConfig, LowRankBottleneckConfig
+from compacter_jax.methods.intrinsic import IntrinsicConfig
+from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.params import group_of
 from compacter_jax.paths import ADAPTER
 from compacter_jax.trees import check_params
@@ -45,7 +39,7 @@ from compacter_jax.trees import check_params
 
 def export_adapterhub(
     directory: str | os.PathLike[str],
-    model: inject.Adapted,
+    model: adapted.Adapted,
     params: Any,
     *,
     name: str = "adapter",
@@ -114,14 +108,14 @@ _INEXPRESSIBLE: dict[type[MethodConfig], str] = {
 }
 
 
-def _check_expressible(model: inject.Adapted) -> None:
+def _check_expressible(model: adapted.Adapted) -> None:
     method, head = model.method, model.backbone.head
     if isinstance(method, Composition):
         raise ValueError(
             f"AdapterHub saves one adapter at a time, and method {method.kind!r} is of several: "
             "export each that get_member gives"
         )
-    for part in parts_of(method) or (method,):
+    for part in method.inserted() or (method,):
         for cls, reason in _INEXPRESSIBLE.items():
             if isinstance(part, cls):
                 raise ValueError(f"AdapterHub cannot express method {part.kind!r}: {reason}")
@@ -143,11 +137,11 @@ _LAST = re.compile(r"(.+/output)/dense|(.+/layer/\d)/\w+/w?o")
 
 
 def _placed(
-    flat: Mapping[str, Any], model: inject.Adapted
+    flat: Mapping[str, Any], model: adapted.Adapted
 ) -> tuple[dict[str, np.ndarray], list[tuple[InsertedConfig, set[str]]]]:
     """Parameters of adapters under the hosts that AdapterHub has, and these of each part."""
     adapters = [path for path in flat if group_of(path) in ("adapters", "rule")]
-    parts = parts_of(model.method)
+    parts = model.method.inserted()
     part_at = PartsAt(model, range(len(parts)))
     hosts: list[tuple[InsertedConfig, set[str]]] = [(part, set()) for part in parts]
     placed: dict[str, np.ndarray] = {}

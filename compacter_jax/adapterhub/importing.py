@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax import inject
 from compacter_jax.adapterhub.configurations import (
     Part,
     Source,
@@ -34,6 +33,7 @@ from compacter_jax.adapterhub.tensors import (
 from compacter_jax.checkpoint import CONFIG_NAME, check_count, check_leaves
 from compacter_jax.files import converted, read_json
 from compacter_jax.foreign import read_tensors
+from compacter_jax.inject import adapted
 from compacter_jax.messages import about, listing, quote, shorten
 from compacter_jax.paths import ADAPTER
 
@@ -43,7 +43,7 @@ STEMS = ("adapter", "pytorch_adapter")
 
 def import_adapterhub(
     directory: str | os.PathLike[str], backbone: Any, *, with_head: bool = True
-) -> tuple[inject.Adapted, dict[str, Any]]:
+) -> tuple[adapted.Adapted, dict[str, Any]]:
     """Reads an adapter that `adapters` saved, onto the backbone it was trained with.
 
     It computes what `adapters` 1.3.0 does: bottleneck adapters, Compacter's among them, in all
@@ -77,9 +77,9 @@ def import_adapterhub(
     with about(source.path):
         parts = read_parts(settings["config"], source)
         method = method_of(parts, train_pooler=any(path.startswith("pooler/") for path in head))
-        model = inject.Adapted(module, method, sites=sites_of(parts, source))
+        model = adapted.Adapted(module, method, sites=sites_of(parts, source))
         shapes = jax.eval_shape(
-            lambda key: inject.init_adapters(model, backbone, key), jax.random.key(0)
+            lambda key: adapted.init_adapters(model, backbone, key), jax.random.key(0)
         )
     new = {path: leaf for path, leaf in flatten_dict(shapes, sep="/").items() if path not in own}
     naming = Naming(source.layout, source.layout.layers(module), settings["name"])

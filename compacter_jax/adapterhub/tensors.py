@@ -9,8 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from compacter_jax.adapterhub.layout import Layer, Layout
-from compacter_jax.config import parts_of
-from compacter_jax.inject import Adapted
+from compacter_jax.inject.adapted import Adapted
 from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled
 
@@ -203,7 +202,7 @@ class PartsAt(Generic[Own]):
     def __init__(self, model: Adapted, parts: Sequence[Own]):
         table = model.sites if model.sites is not None else model.backbone.sites
         self._places = []
-        for part, own in zip(parts_of(model.method), parts, strict=True):
+        for part, own in zip(model.method.inserted(), parts, strict=True):
             for name in part.all_sites():
                 if name in table:  # others the method passes over
                     site = table[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -90,3 +91,11 @@ def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:
         # faster along its rows (`benchmarks/NOTES.md`).
         return jnp.einsum("vf,btf->vbt", table, x).transpose(1, 2, 0)
     return jnp.dot(x, table.T)
+
+
+# `nn.Module.param` of whichever module owns the parameter.
+ParamFunction = Callable[..., Array]
+
+
+# What PyTorch's linear layers start with, uniform within 1 / sqrt(in).
+linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 import compacter_jax as cj
-from compacter_jax.config import parallel_names, parts_of
+from compacter_jax.compositions.base import parallel_names
 from compacter_jax.models.convert import read_config
-from train import prompts, span_corruption, tasks, text
+from train import span_corruption, tasks, text
 from train.objective.base import Objective
 from train.objective.decoder import SpanCorruption, TextToText
 from train.objective.encoder import Chooser, Classifier, ParallelClassifier, SpanExtractor
@@ -140,7 +140,7 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             f"--train-size is for tasks with examples, not for {task.name}; give a shorter text, "
             "or --max-steps"
         )
-    if options.prompt_words is not None and not prompts.needs_tokens(options.method_config()):
+    if options.prompt_words is not None and not options.method_config().needs_token_ids():
         raise ValueError(
             "--prompt-words are for prompts that start from the vocabulary, such as those of "
             "prompt-tuning-vocabulary, and take the place of --prompt-token-ids; leave them out"
@@ -163,7 +163,7 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
 
 def check_length(config: Any, method: Any, max_length: int) -> None:
     """ValueError if inputs with a method's prompt do not fit an encoder's absolute positions."""
-    prompt_length = sum(getattr(part, "prompt_length", 0) for part in parts_of(method))
+    prompt_length = sum(part.extra_tokens for part in method.inserted())
     positions = config.max_position_embeddings
     if prompt_length and max_length + prompt_length > positions:
         room = positions - prompt_length

@@ -16,9 +16,8 @@ References:
 from __future__ import annotations
 
 import math
-import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,13 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from compacter_jax.config import IntrinsicConfig
-from compacter_jax.paths import ADAPTER, Groups, group_of
-
 # Of the matrices whose products make up a transform. On two CPU cores 8, 16 and 32 take equally
 # long, and butterflies, which the compiler fuses with the draws and so computes again and again,
 # several times that; the larger, the fewer the passes over memory.
 _RADIX = 16
+
+
 # Numbers projected at a time. Of all that is projected only the result is ever in memory: the draws
 # and the steps of the transform are a chunk's. From 2**18 to 2**23, CPUs take equally long.
 _CHUNK = 2**22
@@ -162,10 +160,10 @@ def project(mixture: Array, size: int, name: str, seed: int | Array) -> Array:
       `[size]` float32.
     """
     factors = jnp.full(1, 1 / math.sqrt(size), jnp.float32)
-    return _project_all(mixture, {name: size}, factors, seed)[name]
+    return project_all(mixture, {name: size}, factors, seed)[name]
 
 
-def _project_all(
+def project_all(
     mixture: Array, sizes: Mapping[str, int], factors: Array, seed: int | Array
 ) -> dict[str, Array]:
     """`factor H G u` for each name and size, in one loop over the blocks of all.
@@ -197,94 +195,3 @@ def _project_all(
     # the rows.
     *parts, _ = jax.lax.split(rows.reshape(-1), [length * count for count in (*counts, spare)])
     return {name: part[:size] for (name, size), part in zip(sizes.items(), parts, strict=True)}
-
-
-def layer_of(path: str) -> str:
-    """The layer of a parameter by its `/`-joined path, for structure-aware scaling.
-
-    `encoder/layer/3`, `decoder/block/11`; what is in none of these is a layer by its first name
-    (`embeddings`, `shared`, `pooler`), under `encoder` and `decoder` by its first two
-    (`encoder/final_layer_norm`).
-    """
-    found = re.match(r"(.*?/)?(layer|block)/\d+(?=/)|(encoder|decoder)/[^/]+|[^/]+", path)
-    return found[0] if found else path
-
-
-def layers_of(paths: Iterable[str], groups: Groups | None = None) -> tuple[str, ...]:
-    """The layers of the parameters that `perturb` moves, each once, layer 2 before layer 10."""
-
-    def natural(layer: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in layer.split("/")]
-
-    return tuple(sorted({layer_of(path) for path in paths if _is_moved(path, groups)}, key=natural))
-
-
-def _is_moved(path: str, groups: Groups | None) -> bool:
-    """Whether a parameter is the backbone's: no task head, no adapter."""
-    return group_of(path, groups) != "head" and ADAPTER not in path.split("/")
-
-
-def vector_size(config: IntrinsicConfig, paths: Iterable[str], groups: Groups | None = None) -> int:
-    """How many of the method's numbers are the vector's: all but one scale for each layer.
-
-    Raises:
-      ValueError: if none are.
-    """
-    scales = len(layers_of(paths, groups)) if config.structure_aware else 0
-    if config.dimension <= scales:
-        raise ValueError(
-            f"dimension={config.dimension} leaves nothing for the vector: the layers have {scales} "
-            f"scales; use {scales + 1} or more, or structure_aware=False"
-        )
-    return config.dimension - scales
-
-
-def perturb(
-    params: Mapping[str, Any],
-    vector: Array,
-    scale: Array | None,
-    seed: int | Array,
-    groups: Groups | None = None,
-) -> dict[str, Any]:
-    """The backbone's parameters at `vector`: each `theta + scale_layer P v`.
-
-    With `vector` zero they are those given, to the bit (but zeros become positive). `P` depends on
-    the seed and on the paths and sizes of the tensors; it is drawn again in every call.
-
-    Args:
-      params: nested dict of arrays. Task heads and adapters in it are returned as they are.
-      vector: `[d]`.
-      scale: `[m]`, one for each of `layers_of` the paths of `params`; None for no scaling.
-      seed: `IntrinsicConfig.projection_seed`.
-      groups: of the `Adapted` model, which say what is a head.
-
-    Returns:
-      A dict of `params`' structure, shapes and dtypes; sums are computed in float32 at least.
-
-    Raises:
-      ValueError: if `vector` is not of rank 1 or empty, or `scale` has not one entry per layer.
-
-    References:
-      Aghajanyan et al., arXiv:2012.13255: with `scale` SAID, without it DID.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    flat = {"/".join(str(part.key) for part in path): leaf for path, leaf in leaves}
-    layers = layers_of(flat, groups)
-    sizes = {path: leaf.size for path, leaf in flat.items() if _is_moved(path, groups)}
-    factors = jnp.asarray(1 / np.sqrt(list(sizes.values())), jnp.float32)
-    if scale is not None:
-        if scale.shape != (len(layers),):
-            raise ValueError(
-                f"scale of shape {scale.shape} must have one entry for each of the {len(layers)} "
-                f"layers {', '.join(layers)}"
-            )
-        where = np.array([layers.index(layer_of(path)) for path in sizes])
-        factors *= scale.astype(jnp.float32)[where]
-    moves = _project_all(mixed(vector, seed), sizes, factors, seed)
-
-    def moved(path: str, leaf: Array) -> Array:
-        if path not in moves:
-            return leaf
-        return (leaf + moves[path].reshape(leaf.shape)).astype(leaf.dtype)
-
-    return jax.tree.unflatten(structure, [moved(path, leaf) for path, leaf in flat.items()])

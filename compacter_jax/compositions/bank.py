@@ -1,0 +1,92 @@
+"""Banks: adapters of one shape, of which each row of a batch uses one or a mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from jax import Array
+
+from compacter_jax.compositions.base import Composition, Leaf, Member, replaced_groups
+from compacter_jax.methods.base import MethodConfig
+from compacter_jax.methods.fields import require
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Bank(Composition):
+    """Adapters of one shape, of which each row of a batch uses one, or a mixture.
+
+    Their parameters are those of one adapter with a leading axis `size`. A model with a bank is
+    called with `adapter_ids` `[batch]`, the member of each row (-1: the plain backbone), or with
+    `mix`, weights of the members' outputs.
+
+    `stack_adapters` makes one of saved adapters; `Bank(method, size=n)` is a method like any other,
+    with `init_adapters` for parameters to train.
+
+    Attributes:
+      size: how many there is room for; a program that is compiled for a size serves all members
+        that come and go.
+      shared_rule: all members have one rule, if each has one for the whole model; otherwise each
+        has its own.
+    """
+
+    kind: ClassVar[str] = "bank"
+
+    size: int = 1
+    shared_rule: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.size >= 1, "size", self.size, "at least 1")
+        if len(self.members) != 1 or isinstance(self.members[0], Composition):
+            raise ValueError(
+                "a bank has one method, which is no composition, and `size` adapters of it; "
+                "put banks inside a composition, not compositions inside a bank"
+            )
+        if self.shared_rule:
+            self._check_rule()
+
+    def _check_rule(self) -> None:
+        rules = {part.rule for part in self.inserted()} - {None}
+        if "shared" not in rules:
+            has = "has a rule in every projection" if rules else "has no rule"
+            fix = "set shared_phm_rule=True in it, or " if rules else ""
+            raise ValueError(
+                f"shared_rule=True is for a method with one rule for the whole model, and "
+                f"{self.member.kind!r} {has}; {fix}leave shared_rule out"
+            )
+
+    @property
+    def member(self) -> MethodConfig:
+        """The method of every member."""
+        return self.members[0]
+
+    @property
+    def allows_unadapted_rows(self) -> bool:
+        """Whether a row can be without an adapter: not with tokens or positions put in."""
+        return all(part.allows_unadapted_rows for part in self.inserted())
+
+    def single_methods(self) -> tuple[Member, ...]:
+        """Returns the method of every member, as one."""
+        is_trained = self.names[0] not in self.frozen
+        return (Member((), self.member, self, is_trained, replaced_groups(self.member)),)
+
+    def chosen(self, own: Leaf, stored: Array, choose: Callable[[Any, Any], Any]) -> Leaf:
+        """Returns the leaf of the member that each row uses, or of their mixture."""
+        value = choose(stored, own.value)
+        return Leaf(value, own.by_row or value.ndim == stored.ndim)
+
+
+def bank_of(method: MethodConfig) -> Bank:
+    """Returns the bank that a method is.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    if not isinstance(method, Bank):
+        raise ValueError(
+            f"the model's method is {method.kind!r}, not a bank; get_member gives one member of "
+            "another composition"
+        )
+    return method

@@ -1,0 +1,108 @@
+"""Mixtures chosen at test time: the weights with which predictions are most certain."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Mixed(NamedTuple):
+    """What `minimize_entropy` returns.
+
+    Attributes:
+      weights: `[batch, n]`, or `[batch, sites, n]`, each row's found by itself; they sum to 1.
+      logits: with these weights, `[batch, …, labels]`.
+      entropies: `[batch, steps + 1]`, before every step and after the last, in nats.
+    """
+
+    weights: Array
+    logits: Array
+    entropies: Array
+
+
+def minimize_entropy(
+    logits_fn: Callable[..., Array],
+    n: int,
+    *inputs: Any,
+    steps: int,
+    learning_rate: float,
+    mask: Any = None,
+    sites: int | None = None,
+) -> Mixed:
+    """Finds for each example weights of `n` adapters with which its predictions are most certain.
+
+    By gradient descent, from equal weights, on scores of which the weights are the softmax. No
+    labels are needed, so it is done when predicting; examples do not see each other. All is one
+    compiled program.
+
+    Args:
+      logits_fn: `logits_fn(weights, *inputs_of_one_example)` gives its logits, `[labels]` or
+        `[length, labels]`; the weights are `[n]`, or `[sites, n]`. With a bank: `lambda mix, ids:
+        model.apply({"params": params}, ids[None], mix=mix[None])[0]`. Nothing compiles anew for the
+        same function; to change parameters, make them arguments of it, and pass
+        `jax.tree_util.Partial(logits_fn, params)`.
+      n: how many adapters there are.
+      *inputs: arrays `[batch, …]`.
+      steps: of gradient descent.
+      learning_rate: of gradient descent.
+      mask: `[batch, length]`, zero where a prediction does not count, such as at padding.
+      sites: how many sites have weights of their own, `len(mixing_sites(params))`; None for the
+        same at all.
+
+    Raises:
+      ValueError: if `n`, `steps` or `learning_rate` is not positive, or there are no inputs.
+
+    References:
+      Wang et al., Efficient Test Time Adapter Ensembling for Low-resource Language Varieties,
+      Findings of EMNLP 2021, arXiv:2109.04877, section 3.
+    """
+    for name, value in (("n", n), ("steps", steps), ("learning_rate", learning_rate)):
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be positive")
+    if not inputs:
+        raise ValueError("minimize_entropy wants inputs, arrays [batch, …], after n")
+    if not isinstance(logits_fn, jax.tree_util.Partial):
+        logits_fn = jax.tree_util.Partial(logits_fn)
+    shape = (n,) if sites is None else (sites, n)
+    return _minimize(logits_fn, inputs, mask, learning_rate, shape=shape, steps=steps)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "steps"))
+def _minimize(
+    logits_fn: Callable[..., Array],
+    inputs: tuple[Any, ...],
+    mask: Any,
+    learning_rate: Array,
+    *,
+    shape: tuple[int, ...],
+    steps: int,
+) -> Mixed:
+    def one(inputs: tuple[Any, ...], mask: Any) -> Mixed:
+        def objective(scores: Array) -> tuple[Array, Array]:
+            logits = logits_fn(jax.nn.softmax(scores), *inputs)
+            return _mean_entropy(logits, mask), logits
+
+        def step(scores: Array, _: None) -> tuple[Array, Array]:
+            (entropy, _), slope = jax.value_and_grad(objective, has_aux=True)(scores)
+            return scores - learning_rate * slope, entropy
+
+        scores, entropies = jax.lax.scan(step, jnp.zeros(shape), length=steps)
+        last, logits = objective(scores)
+        return Mixed(jax.nn.softmax(scores), logits, jnp.append(entropies, last))
+
+    return jax.vmap(one)(inputs, mask)
+
+
+def _mean_entropy(logits: Array, mask: Any) -> Array:
+    """Mean entropy of the predictions, of logits `[…, labels]` and a mask `[…]` or None."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    entropies = -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
+    if mask is None:
+        return entropies.mean()
+    counts = jnp.asarray(mask) != 0
+    return (entropies * counts).sum() / jnp.maximum(counts.sum(), 1)

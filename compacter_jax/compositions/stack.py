@@ -1,0 +1,57 @@
+"""Stacks: adapters one on top of the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from compacter_jax.compositions.base import Combine, Composition, EffectiveOf, Leaf, members_of
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Stack(Composition):
+    """Adapters one on top of the other: at each site a member reads what the one before returns.
+
+    Layer norms (or biases, of BitFit) can be one member's alone; the head is the last member's.
+
+    References:
+      Pfeiffer et al., MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer,
+      EMNLP 2020, arXiv:2005.00052.
+    """
+
+    kind: ClassVar[str] = "stack"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_unjoined()
+        prompts = [part for part in self.inserted() if part.extra_tokens]
+        if len(prompts) > 1:
+            kind = prompts[0].kind
+            raise ValueError(f"a stack can have one member that is {kind!r}, not several")
+        owners = [
+            name
+            for name, member in zip(self.names, self.members, strict=True)
+            if any(own.replaces & {"layer norms", "biases"} for own in members_of(member, True))
+        ]
+        if len(owners) > 1:
+            raise ValueError(
+                f"the members {', '.join(owners)} of a stack each have layer norms or biases of "
+                "their own, and a host can have one; set train_layer_norms=False in all but one"
+            )
+
+    def groups_of_others(self, name: str) -> frozenset[str]:
+        """Returns head and pooler for all members but the last: they follow the whole stack."""
+        is_last = name == self.names[-1]
+        return frozenset() if is_last else frozenset({"head", "pooler"})
+
+    def combine(self, child: Combine, x: Any, context: Any) -> Any:
+        """Returns the last member's effect on that of the one before, and so on."""
+        for name in self.names:
+            x = child(name, x, context)
+        return x
+
+    def effective(self, child: EffectiveOf, own: Leaf, rows: int) -> Leaf:
+        """Returns the leaf of the last member that has one."""
+        for name in self.names:
+            own = child(name, own, rows)
+        return own

@@ -1,0 +1,434 @@
+"""`Adapted`: a backbone with a layer of a method at each of its sites."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compacter_jax.compositions.banked_layer import Shared, banked_shared
+from compacter_jax.compositions.base import Member, Path, copies_of, members_of, own_path
+from compacter_jax.compositions.routing import Routing, mixing_sites, route
+from compacter_jax.inject.arguments import (
+    SWITCHES,
+    apart,
+    example_inputs,
+    is_deterministic,
+    is_own,
+    make_room,
+    repeat_rows,
+)
+from compacter_jax.inject.host_call import Placement
+from compacter_jax.inject.interceptor import Interceptor
+from compacter_jax.inject.merging import has_narrow_kernels, merge_adapter
+from compacter_jax.limits import check_memory
+from compacter_jax.messages import listing, mismatches, quote, shorten
+from compacter_jax.methods.base import InsertedConfig, MethodConfig
+from compacter_jax.nn.activations import get_activation
+from compacter_jax.nn.dense import Dtype, ParamFunction
+from compacter_jax.nn.quantize import is_quantized
+from compacter_jax.paths import ADAPTER, OCCUPIED, REPLACED, SHARED, check_groups
+from compacter_jax.patterns import compiled
+from compacter_jax.sites import Site, as_site
+
+
+class HasParams(Protocol):
+    """Anything with a tree of parameters: `Backbone`, or a model of another library."""
+
+    @property
+    def params(self) -> Any: ...
+
+
+class Adapted(nn.Module):
+    """`backbone` with a layer of `method` at every module that is one of its sites.
+
+    The parameters are the backbone's under their own names, each adapter under its host as
+    `…/adapter/…`, and what adapters share at the top. It is called as the backbone is, and
+    returns what the backbone returns. What turns on the backbone's dropout, `deterministic=False`
+    or, by another name, `train=True`, `training`, `is_training` or `enable_dropout`, turns on the
+    adapters' too. Other methods of the backbone are called through `call`, or by `method=`.
+
+    A model with a `Bank` is called with one argument more, by name: `adapter_ids`, `[batch]`
+    integers, the member that each row uses, -1 for the plain backbone; or `mix`, floating-point
+    weights of the members' outputs, `[size]` for all rows, `[batch, size]`, or `[batch or 1, sites,
+    size]` with weights for every site of `mixing_sites`. With several banks each is a mapping of
+    their names, `/`-joined. An id that no member has is a ValueError where ids are known, and
+    where they are traced the row is NaN. A model with `Parallel` returns a tuple, of its members.
+
+    Enter it inside the traced function: a function jitted before, outside, ignores the hook.
+
+    Attributes:
+      backbone: a linen module.
+      method: what to insert.
+      sites: site name -> `Site`, or a regular expression that fully matches `/`-joined paths of
+        host modules, with a group `layer`. By default the backbone's own table, its class
+        attribute `sites`.
+      param_dtype: of the adapters' parameters; they compute in their host's dtype.
+      groups: of the parameters of a backbone of others: "head", "layer_norms" or "pooler" ->
+        regular expression that fully matches `/`-joined paths of parameters, or of modules that
+        have them. `label_params` wants it, too.
+
+    Raises:
+      ValueError: when constructed, for an unknown site, group or activation, or a site where the
+        method cannot act; when called, if a site or a layer to leave out was never met, a host does
+        not return an array, or the adapters have dropout and the backbone takes nothing that
+        turns it on.
+    """
+
+    backbone: nn.Module
+    method: MethodConfig
+    sites: Mapping[str, str | Site] | None = None
+    param_dtype: Dtype = jnp.float32
+    groups: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_groups(self.groups)
+        for part in self.method.inserted():
+            if (activation := getattr(part, "non_linearity", None)) is not None:
+                get_activation(activation)
+            for name, site in self.sites_of(part).items():
+                part.check_site(name, site)
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.backbone)
+        scope = self.scope
+        assert scope is not None
+        # Part of what nn.jit compares calls by: it would reuse a call without adapters.
+        scope.flags = FrozenDict({**scope.flags, ADAPTER: _NeverEqual()})
+        self.shared = tuple(
+            self._shared(member, part)
+            for member in members_of(self.method)
+            for part in member.method.inserted()
+        )
+        for member in members_of(self.method):
+            if (bank := member.bank) is not None:
+                slots = self._param_under((SHARED, *member.path))
+                slots(OCCUPIED, lambda _, size=bank.size: jnp.ones(size, bool))
+        if self.method.moves_backbone and not self.is_initializing():
+            self._create_own(self.param)
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """Applies the model, as `nn.Module.apply` does.
+
+        `method` may be the name of a method of the backbone.
+
+        A function is called with the adapted model, as flax does; one that wants what only the
+        backbone has, as those of transformers' wrappers, with that, adapters inserted.
+        """
+        if not isinstance(method, str) or hasattr(Adapted, method):
+            try:
+                return super().apply(variables, *args, method=method, **kwargs)
+            except AttributeError as error:
+                if method is None or not str(error).startswith(_LACKING):
+                    raise
+        return super().apply(variables, method, *args, method=Adapted.call, **kwargs)
+
+    def call(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls any method of the backbone, adapters inserted.
+
+        Args:
+          method: its name, or a function that takes the backbone first.
+          *args: as the method takes them.
+          **kwargs: likewise.
+
+        Raises:
+          ValueError: if the backbone has no such method.
+        """
+        if isinstance(method, str) and not hasattr(type(self.backbone), method):
+            raise ValueError(f"{type(self.backbone).__name__} has no method {quote(method)}")
+        return self._call(method, args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the backbone with its own arguments, adapters inserted."""
+        return self._call("__call__", args, kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method `encode` of a backbone that has one, adapters inserted."""
+        return self._call("encode", args, kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method `decode` of a backbone that has one, adapters inserted."""
+        return self._call("decode", args, kwargs)
+
+    def start_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method `start_cache` of a backbone that decodes, adapters inserted."""
+        return self._call("start_cache", args, kwargs)
+
+    @nn.nowrap
+    def precomputed(self, params: Any) -> tuple[Adapted, Any]:
+        """Returns an equal model that computes only once what depends on parameters alone.
+
+        For inference, where they do not change: a decoder would otherwise compute it at every
+        token. Kronecker sums become dense bottlenecks, prefixes flat; what `merge_adapter` can
+        merge is merged.
+
+        Args:
+          params: of this model.
+
+        Returns:
+          The model and its parameters; both as given if there is nothing to compute, or kernels of
+          few bits would round away what is merged into them. Outputs are equal to rounding.
+        """
+        method = self.method
+        moves_kernels = any(part.moves_kernels for part in method.inserted())
+        is_merged = moves_kernels and method.unmergeable(self.sites_of) is None
+        if is_merged and has_narrow_kernels(params):
+            return self, params
+        if is_merged or method.moves_backbone:
+            return self.clone(method=method.without_adapters()), merge_adapter(self, params)
+        method, params = method.precomputed(params, self.sites_of)
+        return (self if method == self.method else self.clone(method=method)), params
+
+    @nn.nowrap
+    def _shared(self, member: Member, part: InsertedConfig) -> Shared:
+        """Creates what the layers of a part share."""
+        width = getattr(getattr(self.backbone, "config", None), "hidden_size", None)
+        sites = list(self.sites_of(part))
+
+        def create(param: ParamFunction) -> dict[str, Any]:
+            return part.shared(param, width, sites, self.param_dtype)
+
+        param = self._param_under((SHARED, *member.path)) if member.path else self.param
+        if member.bank is None:
+            return Shared(create(param), {})
+        return banked_shared(create, param, member.bank)
+
+    @nn.nowrap
+    def _param_under(self, path: tuple[str, ...]) -> ParamFunction:
+        """Returns the `param` method of a scope below the model's."""
+        scope = self.scope
+        assert scope is not None
+        for name in path:
+            scope = scope.push(name, reuse=True)
+        return scope.param
+
+    @nn.nowrap
+    def _create_own(self, param: ParamFunction) -> None:
+        """Creates what a method that moves the backbone trains; its size follows from that."""
+        paths = list(flatten_dict(self.variables["params"], sep="/"))
+        self.method.own_params(param, paths, self.groups, self.param_dtype)
+
+    @nn.nowrap
+    def _call(self, name: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._check_weights()
+        is_whole = name == "__call__"
+        if self.method.moves_backbone and not self.is_initializing():
+            return self._call_moved(name, args, kwargs)
+        if isinstance(name, str):
+            call = getattr(self.backbone, name)
+        else:
+            call = functools.partial(name, self.backbone)
+        parts = self.method.inserted()
+        kwargs, routings = self._routings(kwargs)
+        if not parts:
+            y = call(*args, **kwargs)
+            if self.method.moves_backbone:
+                self._create_own(self._param_under(()))
+            return y
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        copies = copies_of(self.method)
+        if copies > 1 and not is_whole:
+            raise ValueError(
+                f"a model with Parallel has no {name!r}: what it returns would be of {copies} "
+                "members; use a model of each"
+            )
+        batch = repeat_rows(bound.arguments, copies) if copies > 1 else None
+        prompt = sum(part.extra_tokens for part in parts)
+        deterministic = is_deterministic(bound)
+        self._check_dropout()
+        if prompt:
+            if is_whole and "input_ids" not in bound.arguments:
+                raise ValueError(
+                    f"prompt tuning wants a backbone that is called with input_ids, and "
+                    f"{type(self.backbone).__name__} is not"
+                )
+            make_room(bound.arguments, prompt, getattr(self.backbone, "config", None))
+        interceptor = Interceptor(
+            self.method,
+            self._places(),
+            depth=len(self.path),
+            deterministic=deterministic,
+            param_dtype=self.param_dtype,
+            routings=routings,
+            hosts=mixing_sites(self.variables.get("params", {})) if routings else (),
+            batch=batch,
+            groups=self.groups,
+        )
+        with nn.intercept_methods(interceptor):
+            y = call(*bound.args, **bound.kwargs)
+        if not is_whole:  # another method runs a part of the backbone
+            return y
+        interceptor.check()
+        if prompt and hasattr(self.backbone, "without_first"):
+            y = self.backbone.without_first(y, prompt)
+        return apart(y, copies) if copies > 1 else y
+
+    @nn.nowrap
+    def _check_dropout(self) -> None:
+        """Raises ValueError if the method has dropout and no call of the backbone turns it on."""
+        rates = [getattr(part, "dropout", 0.0) for part in self.method.inserted()]
+        parameters = inspect.signature(type(self.backbone).__call__).parameters.values()
+        is_told = any(
+            parameter.name in SWITCHES or parameter.kind is parameter.VAR_KEYWORD
+            for parameter in parameters
+        )
+        if any(rates) and not is_told:
+            raise ValueError(
+                f"dropout={max(rates)} would never be on: {type(self.backbone).__name__} takes "
+                f"none of {', '.join(SWITCHES)}; set dropout=0.0, or give its __call__ one"
+            )
+
+    @nn.nowrap
+    def _check_weights(self) -> None:
+        """Raises ValueError if weights are of int8 and the backbone cannot compute with it."""
+        params = {} if is_own(self.backbone) else self.variables.get("params", {})
+        if any(map(is_quantized, flatten_dict(params).values())):
+            raise ValueError(
+                f"the weights are of int8, with which {type(self.backbone).__name__} cannot "
+                "compute; frozen weights of other modules than Bert and T5 can be of bfloat16"
+            )
+
+    @nn.nowrap
+    def _routings(self, kwargs: Any) -> tuple[dict[str, Any], dict[Path, Routing]]:
+        """Returns a call's arguments for the backbone, and those for the banks."""
+        given = {name: kwargs.get(name) for name in ("adapter_ids", "mix")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in given}
+        params = {} if self.is_initializing() else self.variables.get("params", {})
+        return kwargs, route(self.method, params, **given)
+
+    @nn.nowrap
+    def _places(self) -> list[Placement]:
+        """Returns the placements: which method acts at which site."""
+        shared, places = iter(self.shared), []
+        for member in members_of(self.method):
+            for part in member.method.inserted():
+                own = next(shared)
+                for name, site in self.sites_of(part).items():
+                    for each in (site, *part.companions(site)):
+                        # Arrays, not modules, are shared: closing over a module breaks under remat.
+                        of_site = own.at(name) if part.shares_by_site else own
+                        pattern = compiled(site.host)
+                        places.append(Placement(name, each, pattern, part, of_site, member))
+        return places
+
+    @nn.nowrap
+    def _call_moved(self, name: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls the backbone with every parameter moved as the method has it."""
+        moved = self.method.moved(self.variables["params"], self.groups)
+        rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
+        backbone = self.backbone.clone(parent=None, name=None)
+        return backbone.apply(
+            {**self.variables, "params": moved}, *args, rngs=rngs, method=name, **kwargs
+        )
+
+    @nn.nowrap
+    def sites_of(self, part: InsertedConfig) -> dict[str, Site]:
+        """Returns the sites of the backbone where a part of the method acts, by name."""
+        table = self._table()
+        absent = getattr(self.backbone, "absent_sites", ()) if self.sites is None else ()
+        known = [name for name in table if name not in absent]
+        passed_over = type(part)().sites if part.skips_missing_sites else ()
+        unknown = [name for name in part.all_sites() if name not in (*known, *passed_over)]
+        present = {name: as_site(table[name]) for name in part.all_sites() if name in known}
+        if part.needs_no_site and not present and not unknown:
+            if part.leave_out:
+                raise ValueError(f"{type(self.backbone).__name__} {part.needs_no_site}")
+        elif unknown or not present:
+            name = (*unknown, *part.all_sites())[0]
+            raise ValueError(
+                f"unknown site {quote(name, 100)}; {type(self.backbone).__name__} has "
+                f"{listing(known, most=20)}"
+            )
+        return present
+
+    @nn.nowrap
+    def _table(self) -> Mapping[str, str | Site]:
+        table = self.sites if self.sites is not None else getattr(self.backbone, "sites", None)
+        if table is None:
+            raise ValueError(
+                f"{type(self.backbone).__name__} has no table of sites; pass "
+                "sites={name: regular expression of host paths}"
+            )
+        if not isinstance(table, Mapping):
+            raise ValueError(
+                f"sites={quote(table)} must be a mapping, "
+                f"{{name: regular expression of host paths}}"
+            )
+        return table
+
+
+_LACKING = '"Adapted" object has no attribute'
+
+
+class _NeverEqual:
+    """A value whose hash is another one each time."""
+
+    _counter = itertools.count()
+
+    def __hash__(self) -> int:
+        return hash((id(self), next(self._counter)))
+
+
+def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: Any) -> Any:
+    """Returns the backbone's parameters with freshly initialised adapters beside them.
+
+    Args:
+      model: the adapted module.
+      backbone: what has the backbone's `params`; they are taken as they are, not copied.
+      key: of the adapters' initial values.
+      *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
+
+    Returns:
+      A nested dict of arrays.
+
+    Raises:
+      ValueError: if `backbone.params` is not what `model.backbone` would initialise, or as
+        `Adapted` does.
+    """
+    inputs = inputs or example_inputs(model.backbone)
+    given = flatten_dict(backbone.params, sep="/")
+    wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
+    _check_backbone(given, flatten_dict(wanted, sep="/"))
+
+    @jax.jit  # what is not returned is not computed: the backbone is not initialised
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
+        return {path: leaf for path, leaf in flat.items() if path not in given}
+
+    check_memory("the adapters", jax.eval_shape(init, key), "use fewer members or a smaller method")
+    new = init(key)
+    members = members_of(model.method)
+    for path, leaf in new.items():
+        # A member's own norms and heads start as the backbone's are, not as they are initialised.
+        if f"/{REPLACED}/" in path and (owned := own_path(members, path)) is not None:
+            new[path] = jnp.broadcast_to(given[owned[1]], leaf.shape)
+    for part in model.method.inserted():
+        new |= part.initial_values(model.backbone, given, new)
+    return unflatten_dict({**given, **new}, sep="/")
+
+
+def _check_backbone(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    left_over = [path for path in given if path not in wanted]
+    missing = [path for path in wanted if path not in given]
+    shapes = [
+        f"{path}: {given[path].shape} given, {wanted[path].shape} wanted"
+        for path in given
+        if path in wanted and given[path].shape != wanted[path].shape
+    ]
+    if left_over or missing or shapes:
+        raise ValueError(
+            shorten(
+                "the parameters are not those of the backbone; "
+                f"{mismatches(missing, left_over, shapes)}"
+            )
+        )

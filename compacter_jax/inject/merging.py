@@ -1,0 +1,118 @@
+"""Merging: the backbone's weights with an adapter's in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from compacter_jax.hosts import DENSE, Linear, met_in
+from compacter_jax.inject.arguments import example_inputs, is_own
+from compacter_jax.methods.base import InsertedConfig, SitesOf
+from compacter_jax.nn.quantize import check_float, is_quantized
+from compacter_jax.paths import ADAPTER
+from compacter_jax.patterns import compiled
+from compacter_jax.trees import check_params
+
+if TYPE_CHECKING:
+    from compacter_jax.inject.adapted import Adapted
+
+
+def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
+    """Merges a weight-space method into the backbone's parameters.
+
+    `model.backbone` with them computes what `model` does, to rounding, at no cost beyond its own;
+    `save_backbone` writes them.
+
+    Args:
+      model: the adapted module: LoRA, IA3, BitFit on a backbone with biases of its own, several
+        of these at once, intrinsic dimension, or full fine-tuning.
+      params: its parameters; or all of them with one more axis, as after replicating for pmap,
+        which the result has then too.
+      *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
+
+    Returns:
+      A nested dict of arrays, as `model.backbone` has them.
+
+    Raises:
+      ValueError: if the method is none that weights of the backbone can express; it says why. Or if
+        the backbone is of int8, `params` are not those of the model, or a host is of a class whose
+        kernel may lie in another way than those of `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum`.
+    """
+    if check_params(model, params, "merging an adapter", stacked=True):
+        return jax.vmap(lambda one: merge_adapter(model, one, *inputs))(params)
+    check_float(params, "merging an adapter")
+    method = model.method
+    if (reason := method.unmergeable(model.sites_of)) is not None:
+        raise ValueError(f"method {method.kind!r} cannot be merged into the backbone: {reason}")
+    if method.moves_backbone:
+        return method.moved(params, model.groups)
+    moving = [part for part in method.inserted() if part.moves_kernels]
+    if not moving:
+        return params
+    hosts = _linear_hosts(model, params, inputs)
+    return _merge_parts(moving, model.sites_of, params, hosts)
+
+
+def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]:
+    """Returns what the hosts of adapters compute, by path.
+
+    Raises:
+      ValueError: for a class that is not known.
+    """
+    flat = flatten_dict(params, sep="/")
+    paths = {path.partition(f"/{ADAPTER}/")[0] for path in flat if f"/{ADAPTER}/" in path}
+    if is_own(model.backbone) and all(f"{path}/kernel" in flat for path in paths):
+        return dict.fromkeys(paths, DENSE)  # no need to trace the model
+    hosts = {}
+    met = met_in(model, inputs or example_inputs(model.backbone))
+    for path in sorted(paths):
+        name, found = met.get(path, ("module that the example inputs do not meet", None))
+        if found is None:
+            raise ValueError(
+                f"{path} is a {name}, and how the kernel of such a host lies is not known, so "
+                "nothing can be merged into it; keep the adapter, or adapt an nn.Dense, "
+                "nn.DenseGeneral or nn.Einsum"
+            )
+        hosts[path] = found
+    return hosts
+
+
+def _merge_parts(
+    parts: list[InsertedConfig], sites_of: SitesOf, params: Any, hosts: Mapping[str, Linear]
+) -> Any:
+    """Returns the backbone's parameters with all parts merged: a host has one part's."""
+    patterns = [(compiled(site.host), part) for part in parts for site in sites_of(part).values()]
+
+    def part_at(host: str) -> InsertedConfig:
+        for pattern, part in patterns:
+            match = pattern.fullmatch(host)
+            if match and (match["layer"] is None or int(match["layer"]) not in part.leave_out):
+                return part
+        raise ValueError(f"no part of the method acts at {host}, where there is an adapter")
+
+    def merge(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for name, child in node.items():
+            if name != ADAPTER and isinstance(child, Mapping):
+                merged[name] = merge(child, (*path, name))
+            elif name != ADAPTER:
+                merged[name] = child
+        if ADAPTER in node:
+            host = "/".join(path)
+            merged |= part_at(host).merged(merged, node[ADAPTER], hosts[host], host)
+        return merged
+
+    return merge(params, ())
+
+
+def has_narrow_kernels(params: Mapping[str, Any]) -> bool:
+    """Returns whether kernels of the backbone have fewer bits than float32."""
+    kernels = [
+        leaf
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel" and ADAPTER not in path
+    ]
+    return any(is_quantized(kernel) or kernel.dtype.itemsize < 4 for kernel in kernels)

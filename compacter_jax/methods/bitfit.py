@@ -1,0 +1,72 @@
+"""BitFit: the biases of the backbone, or new ones where it has none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax import Array
+
+from compacter_jax.methods.base import InsertedConfig, SiteCall, SitesOf
+from compacter_jax.nn.dense import Dtype
+from compacter_jax.sites import Role
+
+
+class AddedBias(nn.Module):
+    """`x + bias`, `bias` `[width]` initially zero: for BitFit where there is no bias to train.
+
+    Attributes:
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameter.
+    """
+
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., width] -> [..., width]
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        x, bias = promote_dtype(x, bias, dtype=self.dtype)
+        return x + bias
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitFitConfig(InsertedConfig):
+    """Train the biases of the backbone, or new ones where it has none.
+
+    Attributes:
+      sites: linear layers, norms and logits that get a new bias, initially zero.
+
+    References:
+      Ben Zaken et al., BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+      Language-models, ACL 2022, arXiv:2106.10199; new biases: the released code of
+      arXiv:2106.04647.
+    """
+
+    kind: ClassVar[str] = "bitfit"
+    roles: ClassVar[tuple[Role, ...]] = ("output", "bias")
+    skips_missing_sites: ClassVar[bool] = True
+    needs_no_site: ClassVar[str | None] = (
+        "has biases of its own, and BitFit trains them all; leave_out is for new ones"
+    )
+    # Where a backbone has biases, nothing is added.
+    optional_groups: ClassVar[frozenset[str]] = frozenset({"head", "adapters"})
+
+    sites: tuple[str, ...] = ("linear", "norm", "logits")
+
+    def trains_biases(self) -> bool:
+        """Returns True."""
+        return True
+
+    def unmergeable(self, sites_of: SitesOf) -> str | None:
+        """Returns why new biases cannot be merged; None if the backbone has biases of its own."""
+        new = "its biases are new, and the backbone's architecture has no place for them"
+        return new if sites_of(self) else None
+
+    def act(self, call: SiteCall, x: Any, context: Any) -> Any:
+        """Adds a new bias to the host's output."""
+        del context
+        return call.layer(AddedBias, x, inputs=(x,), plain=x)

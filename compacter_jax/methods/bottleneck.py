@@ -1,0 +1,358 @@
+"""Bottleneck adapters with dense projections, or projections of low rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax import Array
+
+from compacter_jax import phm
+from compacter_jax.methods.base import InsertedConfig, SiteCall, SitesOf
+from compacter_jax.methods.fields import choose, require
+from compacter_jax.nn.activations import get_activation
+from compacter_jax.nn.dense import Dtype, linear_init
+from compacter_jax.nn.dropout import Dropout
+from compacter_jax.sites import Role, Site
+
+WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
+FACTOR_INITS = WEIGHT_INITS[:3]
+# Fields that have no part in what a trained bottleneck computes.
+_INITIAL = ("w_init", "w_init_range", "train_layer_norms", "train_head", "train_pooler")
+
+
+class LowRankLinear(nn.Module):
+    """`x @ left @ right + bias`.
+
+    Attributes:
+      features: width of the output.
+      rank: of the weight `left @ right`.
+      factor_init: initialiser of each factor.
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameters.
+
+    References:
+      arXiv:2106.04647, section 5.2.
+    """
+
+    features: int
+    rank: int = 1
+    factor_init: phm.Initializer = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., in] -> [..., features]
+        shape = (x.shape[-1], self.rank)
+        left = self.param("left", self.factor_init, shape, self.param_dtype)
+        shape = (self.rank, self.features)
+        right = self.param("right", self.factor_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, left, right, bias = promote_dtype(x, left, right, bias, dtype=self.dtype)
+        return x @ left @ right + bias
+
+
+class Bottleneck(nn.Module):
+    """A bottleneck adapter: `x + scaling * up(act(down(x)))`.
+
+    Attributes:
+      config: sizes, activation and initial values; dense or PHM projections by its class.
+      dtype: of the computation; None promotes as flax does.
+      param_dtype: of the parameters.
+      folded: never build the weights of PHM projections, as in `PHMLinear`.
+
+    References:
+      arXiv:2106.04647, section 3.2; arXiv:1902.00751.
+    """
+
+    config: BottleneckConfig
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    folded: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        skip: Array | None = None,
+        rule: Array | None = None,
+        down_blocks: phm.Blocks | None = None,
+        up_blocks: phm.Blocks | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Adapts hidden states.
+
+        Args:
+          x: `[..., width]`.
+          skip: what the adapter's output is added to, `[..., width]`; by default `x`.
+          rule: `[n, n, n]`, where the model shares one.
+          down_blocks: blocks of the projection `down`, where the model shares them.
+          up_blocks: those of `up`.
+          deterministic: no dropout; otherwise the rng stream `dropout` is used.
+
+        Returns:
+          `[..., width]`.
+
+        Raises:
+          ValueError: if the reduction factor or `phm_dim` does not fit the width.
+        """
+        config, width = self.config, x.shape[-1]
+        bottleneck = config.bottleneck_width(width)
+        h = x
+        if config.layer_norm_before:
+            h = self._layer_norm("layer_norm_before")(h)
+        h = self._projection(bottleneck, "down", h, rule, down_blocks)
+        h = get_activation(config.non_linearity)(h)
+        h = self._projection(width, "up", h, rule, up_blocks)
+        if config.layer_norm_after:
+            h = self._layer_norm("layer_norm_after")(h)
+        h = Dropout(config.dropout, name="dropout")(h, deterministic=deterministic)
+        return (x if skip is None else skip) + config.scaling * h
+
+    def _layer_norm(self, name: str) -> nn.LayerNorm:
+        # As PyTorch's, which the reference implementation uses; the fast variance cancels where
+        # hidden states have a few large entries.
+        return nn.LayerNorm(
+            epsilon=1e-5,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def _projection(
+        self, features: int, name: str, x: Array, rule: Array | None, blocks: phm.Blocks | None
+    ) -> Array:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        project = self.config.projection(features, name, folded=self.folded, **dtypes)
+        return project(x, rule, blocks)
+
+
+def dense_init(config: BottleneckConfig, name: str) -> phm.Initializer:
+    """Initialiser of the dense projection `down` or `up`: as for one block, over all of it."""
+    if config.w_init == "lora":
+        return linear_init if name == "down" else nn.initializers.zeros
+    init = phm.blocks_init(config.w_init, config.w_init_range)
+    return lambda key, shape, dtype=jnp.float32: init(key, (1, *shape), dtype)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BottleneckConfig(InsertedConfig):
+    """A bottleneck adapter, `x + scaling * up(act(down(x)))`, with dense projections.
+
+    Attributes:
+      reduction_factor: the bottleneck is `width // reduction_factor` wide.
+      non_linearity: the activation: gelu, gelu_10, gelu_accurate, gelu_fast, gelu_new, gelu_python,
+        gelu_python_tanh, gelu_pytorch_tanh, leaky_relu, linear, mish, quick_gelu, relu, relu2,
+        relu6, sigmoid, silu, swish or tanh.
+      w_init: distribution of the projections' initial weights; one of `WEIGHT_INITS`. The Glorot
+        kinds have gain sqrt(2), as the authors of Compacter use; `lora` starts `up` at zero, for
+        dense projections and LoRA alone.
+      w_init_range: standard deviation of `w_init="normal"`.
+      scaling: factor on the adapter's output.
+      dropout: rate on the method's output before it is added.
+      layer_norm_before: a layer norm of the adapter's own, on its input.
+      layer_norm_after: a layer norm of the adapter's own, on its output before the skip connection.
+      parallel: the adapter reads the sub-layer's input (at the sites `residual_...`, its residual)
+        and is added to the sub-layer's output; for the sites `parallel_...` and `residual_...`.
+      original_ln_before: at the sites `residual_...`, the adapter reads the sub-layer's output with
+        its residual added and, in a backbone that normalises after, normalised.
+      original_ln_after: at the sites `residual_...`, residual and norm of the sub-layer follow the
+        adapter; otherwise its output is the sub-layer's.
+      residual_before_ln: with `original_ln_before`, the adapter's skip connection starts before
+        residual and norm are applied; False: after both; `post_add`: between the two, at the sum.
+
+    References:
+      Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019, arXiv:1902.00751;
+      He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, ICLR 2022,
+      arXiv:2110.04366 (parallel); `original_ln_...` and `residual_before_ln` are AdapterHub's.
+    """
+
+    kind: ClassVar[str] = "bottleneck"
+    roles: ClassVar[tuple[Role, ...]] = ("output", "parallel", "join")
+    has_dense_equivalent: ClassVar[bool] = True
+    linear: ClassVar[str] = "dense"
+
+    sites: tuple[str, ...] = ("attention", "feed_forward")
+    reduction_factor: int = 32
+    non_linearity: str = "gelu_new"
+    w_init: str = "normal"
+    w_init_range: float = 1e-2
+    scaling: float = 1.0
+    dropout: float = 0.0
+    layer_norm_before: bool = False
+    layer_norm_after: bool = False
+    parallel: bool = False
+    original_ln_before: bool = False
+    original_ln_after: bool = True
+    residual_before_ln: Literal[True, False, "post_add"] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.reduction_factor >= 1, "reduction_factor", self.reduction_factor, "at least 1")
+        if self.residual_before_ln == "post_add" and not self.original_ln_before:
+            raise ValueError(
+                "residual_before_ln='post_add' is for adapters that read the sum with the "
+                "residual; set original_ln_before=True"
+            )
+        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
+        require(self.w_init_range > 0, "w_init_range", self.w_init_range, "above 0")
+        choose("w_init", self.w_init, self._weight_inits())
+
+    def _weight_inits(self) -> tuple[str, ...]:
+        return WEIGHT_INITS
+
+    def bottleneck_width(self, width: int) -> int:
+        """Returns the width of the bottleneck beside a hidden state of `width`.
+
+        Raises:
+          ValueError: if it would be 0.
+        """
+        bottleneck = width // self.reduction_factor
+        if bottleneck < 1:
+            raise ValueError(
+                f"reduction_factor={self.reduction_factor} leaves no bottleneck beside a width of "
+                f"{width}; use at most {width}"
+            )
+        return bottleneck
+
+    def projection(
+        self, features: int, name: str, *, folded: bool, **dtypes: Any
+    ) -> Callable[[Array, Array | None, phm.Blocks | None], Array]:
+        """Makes the projection `down` or `up` within the call of a `Bottleneck`.
+
+        Args:
+          features: width of its output.
+          name: which of the two.
+          folded: never build the weights of PHM projections.
+          **dtypes: `dtype` and `param_dtype` of the layer.
+
+        Returns:
+          A function of the input, and of the rule and blocks that the model shares or None.
+        """
+        del folded
+        layer = nn.Dense(features, kernel_init=dense_init(self, name), name=name, **dtypes)
+        return lambda x, rule, blocks: layer(x)
+
+    def check_site(self, name: str, site: Site) -> None:
+        """Checks that the adapter can read what its fields say at a site."""
+        super().check_site(name, site)
+        is_parallel = site.role == "parallel" or name.startswith("parallel_")
+        if is_parallel and not self.parallel:
+            raise ValueError(f"site {name!r} is for parallel adapters; set parallel=True")
+        if site.role == "output" and self.parallel:
+            raise ValueError(
+                f"at site {name!r} an adapter sees the sub-layer's output alone; parallel ones go "
+                f"to 'parallel_{name}'"
+            )
+        moved = self.original_ln_before or not (self.original_ln_after and self.residual_before_ln)
+        if site.role != "join" and moved:
+            raise ValueError(
+                "original_ln_before, original_ln_after and residual_before_ln need the residual; "
+                f"use 'residual_{name.removeprefix('parallel_')}' in place of site {name!r}"
+            )
+
+    def act(self, call: SiteCall, x: Any, context: Any) -> Any:
+        """Runs the adapter on what its fields and the role of the site say it reads."""
+        if call.site.role == "output":
+            return self._adapt(call, x, None, x)
+        if call.site.role == "parallel":
+            return self._adapt(call, context, x, x)
+        needs_plain = call.needs_plain and not self.original_ln_after
+        needed = self.original_ln_before or needs_plain
+        whole = call.run(context, x, *call.args[2:]) if needed else x
+        joined = whole if self.original_ln_before else x
+        if self.residual_before_ln == "post_add":
+            skip = context + x
+        else:
+            skip = x if self.residual_before_ln else joined
+        plain = whole if needs_plain else x
+        return self._adapt(call, context if self.parallel else joined, skip, plain)
+
+    def _adapt(self, call: SiteCall, x: Any, skip: Any, plain: Any) -> Any:
+        return call.layer(
+            Bottleneck,
+            x,
+            self,
+            inputs=(x,),
+            plain=plain,
+            skip=skip,
+            deterministic=call.deterministic,
+        )
+
+    def unmergeable(self, sites_of: SitesOf) -> str | None:
+        """Returns why weights of the backbone cannot express the method."""
+        del sites_of
+        return "its adapters have a non-linearity, and no weight of the backbone is equal to one"
+
+    @property
+    def replaces_residual(self) -> bool:
+        """Whether the adapter's output takes the place of the sub-layer's, residual included."""
+        return not self.original_ln_after
+
+    def map_signature(self) -> Any:
+        """Returns the dense equivalent without its initial values and without what it trains."""
+        default = BottleneckConfig()
+        return self.dense_equivalent().replace(
+            **{name: getattr(default, name) for name in _INITIAL}
+        )
+
+    def dense_equivalent(self) -> BottleneckConfig:
+        """Returns the dense bottleneck that computes the same once the weights are built."""
+        fields = {field.name for field in dataclasses.fields(BottleneckConfig)}
+        return BottleneckConfig(**{name: getattr(self, name) for name in fields})
+
+    def dense_params(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of the dense bottleneck that equals one of the method's."""
+        del shared
+        return dict(own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankBottleneckConfig(BottleneckConfig):
+    """A bottleneck adapter whose projections are products `left @ right` of low rank.
+
+    The released code multiplies the two element by element, which is the product at rank 1 alone.
+
+    Attributes:
+      rank: of each projection.
+
+    References:
+      arXiv:2106.04647, section 5.2 ("Low-rank").
+    """
+
+    kind: ClassVar[str] = "low_rank_bottleneck"
+    linear: ClassVar[str] = "low_rank"
+
+    w_init: str = "glorot-uniform"
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rank >= 1, "rank", self.rank, "at least 1")
+
+    def _weight_inits(self) -> tuple[str, ...]:
+        return FACTOR_INITS
+
+    def projection(
+        self, features: int, name: str, *, folded: bool, **dtypes: Any
+    ) -> Callable[[Array, Array | None, phm.Blocks | None], Array]:
+        """Makes the projection `down` or `up` within the call of a `Bottleneck`."""
+        del folded
+        factor_init = dense_init(self, name)
+        layer = LowRankLinear(features, self.rank, factor_init=factor_init, name=name, **dtypes)
+        return lambda x, rule, blocks: layer(x)
+
+    def dense_params(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of the dense bottleneck: each kernel is a product of factors."""
+        del shared
+        dense = dict(own)
+        for name in ("down", "up"):
+            kernel = own[name]["left"] @ own[name]["right"]
+            dense[name] = {"kernel": kernel, "bias": own[name]["bias"]}
+        return dense

@@ -1,0 +1,80 @@
+"""Several methods at once, at different sites."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from compacter_jax.methods.base import InsertedConfig, MethodConfig, SitesOf
+from compacter_jax.methods.fields import typed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CombinedConfig(MethodConfig):
+    """Several methods at once, at different sites: AdapterHub's `ConfigUnion`.
+
+    Attributes:
+      parts: the methods; what they say of norms, head and pooler is not read.
+    """
+
+    kind: ClassVar[str] = "combined"
+
+    parts: tuple[InsertedConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts:
+            raise ValueError("parts is empty; name at least one method")
+        sharing = [part for part in self.parts if part.owns_top_names]
+        if len(sharing) > 1:
+            raise ValueError(
+                f"{len(sharing)} of the parts share a rule or blocks under the same names; set "
+                "shared_phm_rule=False and shared_W_phm=False in all but one"
+            )
+
+    def replace(self, **overrides: Any) -> Self:
+        """Returns a copy with `overrides` of its own fields or of those that one part alone has."""
+        own = {field.name for field in dataclasses.fields(self)}
+        hint = tuple[InsertedConfig, ...]
+        parts = list(typed("parts", overrides.get("parts", self.parts), hint))
+        for name in overrides.keys() - own:
+            having = [
+                i
+                for i, part in enumerate(parts)
+                if name in {field.name for field in dataclasses.fields(part)}
+            ]
+            if len(having) != 1:
+                kinds = ", ".join(part.kind for part in parts)
+                raise ValueError(
+                    f"{name!r} is a field of {len(having) or 'none'} of the parts {kinds}; "
+                    "replace `parts` instead"
+                )
+            parts[having[0]] = parts[having[0]].replace(**{name: overrides[name]})
+        kept = {name: value for name, value in overrides.items() if name in own}
+        return super().replace(**{**kept, "parts": tuple(parts)})
+
+    def inserted(self) -> tuple[InsertedConfig, ...]:
+        """Returns the parts."""
+        return self.parts
+
+    def trained_inserted_groups(self) -> set[str]:
+        """Returns the groups that any of the parts brings and trains."""
+        return set().union(*(part.trained_inserted_groups() for part in self.parts))
+
+    def unmergeable(self, sites_of: SitesOf) -> str | None:
+        """Returns which part weights of the backbone cannot express, and why; None if all can."""
+        for part in self.parts:
+            if (reason := part.unmergeable(sites_of)) is not None:
+                return f"of its parts, {part.kind!r} cannot: {reason}"
+        return None
+
+    def precomputed(
+        self, params: Mapping[str, Any], sites_of: SitesOf
+    ) -> tuple[MethodConfig, Mapping[str, Any]]:
+        """Computes once what depends on the parameters of each part alone."""
+        parts = []
+        for part in self.parts:
+            new, params = part.precomputed(params, sites_of)
+            parts.append(new)
+        return self.replace(parts=tuple(parts)), params

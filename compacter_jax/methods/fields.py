@@ -1,0 +1,80 @@
+"""Checks of the fields of methods, with messages that name the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from typing import Any, Literal
+
+from compacter_jax.messages import quote
+
+# Of a size or an index: products of two are still numbers of 64 bits, which shapes are made of.
+_LARGEST_INT = 2**31 - 1
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """Returns `value` as `hint` wants it: lists become tuples, ints floats.
+
+    Args:
+      name: of the field.
+      value: what was given.
+      hint: the field's type.
+
+    Raises:
+      ValueError: if the value is of another type, not finite, or too large.
+    """
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={quote(value)} must be a list")
+        element = typing.get_args(hint)[0]
+        return tuple(typed(name, item, element) for item in value)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            wanted = ", ".join(map(repr, choices))
+            raise ValueError(f"{name}={quote(value)} must be one of {wanted}")
+        return value
+    if hint is float and type(value) is int:
+        # JSON has whole numbers that no float can hold.
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+        # Exactly the type, for a bool is an int too; but a kind of method is a method.
+        nests = dataclasses.is_dataclass(hint)
+        fits = isinstance(value, hint) if nests else type(value) is hint
+    else:
+        fits = True
+    if not fits:
+        raise ValueError(f"{name}={quote(value)} must be of type {hint.__name__}")
+    if hint is int and abs(value) > _LARGEST_INT:
+        raise ValueError(f"{name}={quote(value, 40)} is too large; use at most {_LARGEST_INT:,}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite")
+    return value
+
+
+def require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    """Raises ValueError, naming a field and what is wanted of it, unless a condition holds."""
+    if not holds:
+        raise ValueError(f"{name}={quote(value)} must be {wanted}")
+
+
+def choose(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless a field has one of the values to choose from."""
+    if value not in choices:
+        raise ValueError(f"unknown {name}={quote(value)}; use one of {', '.join(choices)}")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Returns a hint for the end of a message, with the known name that is nearest."""
+    close = difflib.get_close_matches(name[:100], known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def either(values: list[int]) -> str:
+    """Returns numbers as text: `1, 2 or 4`."""
+    head = ", ".join(map(str, values[:-1]))
+    return f"{head} or {values[-1]}" if head else str(values[-1])
