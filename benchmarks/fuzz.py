@@ -43,10 +43,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from benchmarks import mutations
-from compacter_jax import banks, messages, peft
+from compacter_jax import banks, messages
 from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.exchange.peft import folder as peft_folder
 from compacter_jax.inject import adapted
-from compacter_jax.models.convert import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, module_from_config
+from compacter_jax.models.loading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, module_from_config
 from train import options, predictions, tasks
 from train.saved import settings_of
 
@@ -186,7 +187,7 @@ def remembered_shapes() -> Iterator[None]:
             known[own] = jax.eval_shape(lambda key: original(model, backbone, key, *inputs), key)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), known[own])
 
-    places = (adapted, peft, banks)
+    places = (adapted, peft_folder, banks)
     for place in places:
         place.init_adapters = init_adapters
     try:

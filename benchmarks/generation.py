@@ -23,10 +23,11 @@ from flax.traverse_util import flatten_dict
 
 from benchmarks.turns import alternate, seconds_of, spread
 from compacter_jax.catalogue import preset
-from compacter_jax.decode import generate
+from compacter_jax.decode.generate import generate
 from compacter_jax.inject.adapted import Adapted, init_adapters
-from compacter_jax.models.convert import Backbone
-from compacter_jax.models.t5 import PUBLISHED, T5, T5Config
+from compacter_jax.models.loading import Backbone
+from compacter_jax.models.t5.config import PUBLISHED, T5Config
+from compacter_jax.models.t5.model import T5
 
 LIMIT = 1.05  # of the time with an adapter to the time without
 

@@ -19,8 +19,9 @@ from jax import Array
 import compacter_jax as cj
 from benchmarks.contest import ADAPTER, GENERATED, WEIGHT_DECAY, Size, Task, batch_of, cross_entropy
 from benchmarks.turns import Work, serve
-from compacter_jax.models.convert import Backbone
-from compacter_jax.models.families import bert_to_hugging_face, t5_to_hugging_face
+from compacter_jax.models.bert.checkpoint import bert_to_hugging_face
+from compacter_jax.models.loading import Backbone
+from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
 from compacter_jax.params import group_of
 from train import compute, step
 

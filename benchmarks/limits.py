@@ -42,7 +42,7 @@ import compacter_jax as cj
 from benchmarks import jax_worker
 from benchmarks.contest import LEARNING_RATE, METHODS, SIZES, Size, batch_of, choose, command, write
 from benchmarks.turns import alternate, noise, processor, seconds_of, spread
-from compacter_jax.models.convert import Backbone
+from compacter_jax.models.loading import Backbone
 from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import memory, step
 from train.program import Program, gradient_program, traced

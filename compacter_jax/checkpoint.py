@@ -34,8 +34,8 @@ from compacter_jax.files import (
 from compacter_jax.inject import adapted
 from compacter_jax.messages import about, mismatches, quote, shorten
 from compacter_jax.methods.base import MethodConfig
-from compacter_jax.models.convert import SINGLE_FILE
 from compacter_jax.models.families import family_of
+from compacter_jax.models.loading import SINGLE_FILE
 from compacter_jax.nn.quantize import check_float
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.sites import Site

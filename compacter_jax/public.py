@@ -1,10 +1,5 @@
 """The public names, as `import compacter_jax as cj` has them."""
 
-from compacter_jax.adapterhub import (
-    export_adapterhub,
-    import_adapterhub,
-    read_adapterhub_head,
-)
 from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
 from compacter_jax.catalogue import preset, presets
 from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter, save_backbone
@@ -14,7 +9,13 @@ from compacter_jax.compositions.entropy import minimize_entropy
 from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.routing import mixing_sites
 from compacter_jax.compositions.stack import Stack
-from compacter_jax.decode import generate
+from compacter_jax.decode.generate import generate
+from compacter_jax.exchange.adapterhub import (
+    export_adapterhub,
+    import_adapterhub,
+    read_adapterhub_head,
+)
+from compacter_jax.exchange.peft import export_peft, import_peft
 from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.inject.merging import merge_adapter
 from compacter_jax.methods.base import FullFineTuningConfig, MethodConfig
@@ -28,11 +29,12 @@ from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.phm_linear import PHMLinear
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
-from compacter_jax.models.bert import Bert, BertConfig
-from compacter_jax.models.convert import Backbone, load_backbone
-from compacter_jax.models.t5 import T5, T5Config
+from compacter_jax.models.bert.config import BertConfig
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.t5.config import T5Config
+from compacter_jax.models.t5.model import T5
 from compacter_jax.params import cast_frozen, count, label_params, merge, optimizer, partition
-from compacter_jax.peft import export_peft, import_peft
 from compacter_jax.phm import kronecker_sum, kronecker_sum_matmul
 from compacter_jax.sites import Site
 

@@ -73,8 +73,9 @@ def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
     import safetensors.numpy
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    from compacter_jax.models.bert import Bert, BertConfig
-    from compacter_jax.models.families import bert_to_hugging_face
+    from compacter_jax.models.bert.checkpoint import bert_to_hugging_face
+    from compacter_jax.models.bert.config import BertConfig
+    from compacter_jax.models.bert.model import Bert
     from tests.helpers import quick_key
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -134,8 +135,9 @@ def write_t5(folder, *, seed, architecture="T5ForConditionalGeneration", sentine
     import safetensors.numpy
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    from compacter_jax.models.families import t5_to_hugging_face
-    from compacter_jax.models.t5 import T5, T5Config
+    from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
+    from compacter_jax.models.t5.config import T5Config
+    from compacter_jax.models.t5.model import T5
     from tests.helpers import quick_key
 
     words = (*WORDS, "movie", "sentence", "sentence1", "sentence2", "positive", "negative")

@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.catalogue import preset
 from compacter_jax.methods.bottleneck import Bottleneck, BottleneckConfig
-from compacter_jax.models.bert import BertConfig
-from compacter_jax.models.families import t5_to_hugging_face
-from compacter_jax.models.t5 import T5Config
+from compacter_jax.models.bert.config import BertConfig
+from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
+from compacter_jax.models.t5.config import T5Config
 
 
 def weights_of(folder):

@@ -8,8 +8,8 @@ from flax.traverse_util import flatten_dict
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.t5 import relative_position_bucket
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.t5.layers import relative_position_bucket
 from tests.helpers import ACTIVATIONS, adapter_update
 
 # A bias on scores that leaves nothing of a key.

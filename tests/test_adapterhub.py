@@ -15,17 +15,22 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.adapterhub import export_adapterhub, import_adapterhub, read_adapterhub_head
 from compacter_jax.catalogue import preset
 from compacter_jax.checkpoint import load_adapter, save_adapter
+from compacter_jax.exchange.adapterhub import (
+    export_adapterhub,
+    import_adapterhub,
+    read_adapterhub_head,
+)
 from compacter_jax.inject.adapted import Adapted
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.families import bert_to_hugging_face, t5_to_hugging_face
-from compacter_jax.models.t5 import T5
+from compacter_jax.models.bert.checkpoint import bert_to_hugging_face
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
+from compacter_jax.models.t5.model import T5
 from tests.helpers import (
     IDS,
     MASK,

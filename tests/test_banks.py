@@ -20,7 +20,7 @@ from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.replacements import NO_LABEL
 from compacter_jax.compositions.stack import Stack
 from compacter_jax.inject.adapted import Adapted, init_adapters
-from compacter_jax.models.bert import Bert
+from compacter_jax.models.bert.model import Bert
 from compacter_jax.params import count, label_params
 from tests.helpers import ONE_LAYER, backbone_of, quick_key
 from tests.hosts import PLUS_PLUS, assert_same, run

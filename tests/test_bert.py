@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.models.bert import HEADS, Bert, BertConfig, BertOutput
-from compacter_jax.models.families import bert_from_hugging_face, bert_to_hugging_face
+from compacter_jax.models.bert.checkpoint import bert_from_hugging_face, bert_to_hugging_face
+from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.bert.model import Bert, BertOutput
 from compacter_jax.nn.activations import ACTIVATIONS, get_activation
 
 TINY = BertConfig(

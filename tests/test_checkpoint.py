@@ -25,7 +25,8 @@ from compacter_jax.checkpoint import (
     save_adapter,
 )
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.models.bert import HEADS, Bert, BertConfig
+from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.bert.model import Bert
 from tests.helpers import (
     ONE_LAYER,
     SMALL,

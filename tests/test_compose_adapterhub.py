@@ -7,11 +7,11 @@ pytest.importorskip("adapters")
 from adapters import DoubleSeqBnConfig, LoRAConfig, SeqBnConfig
 from adapters import composition as theirs
 
-from compacter_jax.adapterhub import import_adapterhub
 from compacter_jax.banks import set_member
 from compacter_jax.compositions.average import Average
 from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.stack import Stack
+from compacter_jax.exchange.adapterhub import import_adapterhub
 from compacter_jax.inject.adapted import Adapted, init_adapters
 from tests.helpers import IDS, MASK, quick_key
 from tests.hosts import run

@@ -14,9 +14,10 @@ import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from compacter_jax.models.bert import HEADS, Bert, BertConfig
-from compacter_jax.models.convert import Backbone, load_backbone, module_from_config
-from compacter_jax.models.families import bert_from_hugging_face, bert_to_hugging_face
+from compacter_jax.models.bert.checkpoint import bert_from_hugging_face, bert_to_hugging_face
+from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.loading import Backbone, load_backbone, module_from_config
 
 SIZES = {
     "vocab_size": 17,

@@ -16,9 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from compacter_jax.checkpoint import save_backbone
-from compacter_jax.models.convert import load_backbone, module_from_config, module_from_name
-from compacter_jax.models.families import t5_from_hugging_face, t5_to_hugging_face
-from compacter_jax.models.t5 import HEADS, PUBLISHED, T5, T5Config
+from compacter_jax.models.loading import load_backbone, module_from_config, module_from_name
+from compacter_jax.models.t5.checkpoint import t5_from_hugging_face, t5_to_hugging_face
+from compacter_jax.models.t5.config import HEADS, PUBLISHED, T5Config
+from compacter_jax.models.t5.model import T5
 from tests.helpers import TINY_T5, quick_jit, random_tree, t5_inputs, torch_t5_outputs
 
 UNTIED = dataclasses.replace(TINY_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax import decode
 from compacter_jax.catalogue import preset
-from compacter_jax.decode import generate
+from compacter_jax.decode import sampling
+from compacter_jax.decode.generate import _generate, generate
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.families import t5_to_hugging_face
-from compacter_jax.models.t5 import T5, T5Config
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
+from compacter_jax.models.t5.config import T5Config
+from compacter_jax.models.t5.model import T5
 from tests.helpers import TINY_BERT, backbone_of, quick_jit, quick_key, random_tree
 
 PLAIN = T5Config(
@@ -218,9 +219,9 @@ def logits_of(model, params, ids, mask, decoder_ids):
 def test_the_most_probable_token_is_the_first_of_equals():
     logits = np.random.default_rng(0).integers(0, 4, (5, 17)).astype(np.float32)
     logits[1], logits[2, 3:] = -np.inf, -np.inf
-    np.testing.assert_array_equal(decode._most_probable(jnp.asarray(logits)), logits.argmax(-1))
+    np.testing.assert_array_equal(sampling._most_probable(jnp.asarray(logits)), logits.argmax(-1))
     logits[3, 5] = np.nan
-    assert decode._most_probable(jnp.asarray(logits))[3] == -1  # no token
+    assert sampling._most_probable(jnp.asarray(logits))[3] == -1  # no token
 
 
 @pytest.mark.contract
@@ -289,9 +290,9 @@ def test_phm_weights_are_built_before_the_loop(num_beams, is_built, monkeypatch)
     def run(params):
         return generate(model, params, ids, max_new_tokens=13, num_beams=num_beams)
 
-    decode._generate.clear_cache()
+    _generate.clear_cache()
     (loop,) = loops(jax.make_jaxpr(run)(params).jaxpr)
-    decode._generate.clear_cache()
+    _generate.clear_cache()
     shapes = {operand.aval.shape for operand in loop.invars}
     bottleneck = SMALL.d_model // 2
     assert ((SMALL.d_model, bottleneck) in shapes) == is_built
@@ -414,7 +415,9 @@ def test_cuts_equal_those_of_transformers(settings):
     if "top_p" in settings:
         expected = processors.TopPLogitsWarper(settings["top_p"])(None, expected)
     settings = types.SimpleNamespace(**{"top_k": None, "top_p": 1.0, **settings}, temperature=0.5)
-    np.testing.assert_array_equal(decode._cut(jnp.asarray(logits), settings), expected.numpy())
+    np.testing.assert_array_equal(
+        sampling.cut_logits(jnp.asarray(logits), settings), expected.numpy()
+    )
 
 
 # --- Compiled once, here and inside transformations ---------------------------------------------

@@ -14,11 +14,12 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from compacter_jax.checkpoint import save_backbone
-from compacter_jax.foreign import hugging_face_names, read_tensors
-from compacter_jax.models.bert import HEADS as BERT_HEADS
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.t5 import HEADS as T5_HEADS
-from compacter_jax.models.t5 import T5
+from compacter_jax.exchange.tensors import read_tensors
+from compacter_jax.models.bert.config import HEADS as BERT_HEADS
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.families import hugging_face_names
+from compacter_jax.models.t5.config import HEADS as T5_HEADS
+from compacter_jax.models.t5.model import T5
 from tests.helpers import ONE_LAYER, TINY_T5, backbone_of
 from tests.hosts import CompactHost
 

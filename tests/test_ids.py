@@ -6,10 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compacter_jax import Adapted, decode, generate, preset
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.t5 import T5, T5Cache
-from compacter_jax.nn.dense import Embed, check_ids
+from compacter_jax import Adapted, generate, preset
+from compacter_jax.decode import sampling
+from compacter_jax.decode import settings as decode_settings
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.t5.model import T5
+from compacter_jax.nn.attention import DecoderCache
+from compacter_jax.nn.dense import Embed
+from compacter_jax.nn.inputs import check_ids
 from compacter_jax.nn.quantize import quantize
 from tests.helpers import IDS, ONE_LAYER, TINY_T5, backbone_of, quick_jit, quick_key
 from train import step
@@ -72,7 +76,7 @@ def test_t5_refuses_labels_as_inputs_of_its_decoder():
 @pytest.mark.parametrize("index", [5, -1])
 def test_t5_refuses_a_token_for_which_its_cache_has_no_room(index):
     room = jnp.zeros((1, TINY_T5.num_heads, 5, TINY_T5.d_kv))
-    cache = T5Cache(((room, room),), ((room, room),))
+    cache = DecoderCache(((room, room),), ((room, room),))
     with pytest.raises(ValueError, match=f"index has {index}; use 0 to max_length of start_cache"):
         T5(TINY_T5).apply({}, PROMPT[:1, :1], cache=cache, index=index, method="decode")
 
@@ -148,7 +152,7 @@ def test_a_cache_without_room_gives_nan(t5):
         return t5.module.apply(
             {"params": t5.params},
             PROMPT[:, :1],
-            cache=T5Cache((room,), (room,)),
+            cache=DecoderCache((room,), (room,)),
             index=index,
             method="decode",
         )[0]
@@ -161,11 +165,11 @@ def test_a_cache_without_room_gives_nan(t5):
 @pytest.mark.parametrize("search", ["greedy", "sampling", "beams"])
 def test_a_row_whose_logits_are_nan_has_no_tokens(search):
     beams = 2 if search == "beams" else 1
-    settings = dict.fromkeys(field.name for field in dataclasses.fields(decode._Settings))
+    settings = dict.fromkeys(field.name for field in dataclasses.fields(decode_settings.Settings))
     settings |= {"max_new_tokens": 3, "min_new_tokens": 0, "num_beams": beams, "start": 0}
     settings |= {"num_return_sequences": beams, "length_penalty": 1.0, "early_stopping": False}
     settings |= {"temperature": 1.0, "top_p": 0.9, "eos": (1,)}
-    settings = decode._Settings(**settings)
+    settings = settings.Settings(**settings)
     logits = np.random.default_rng(0).standard_normal((2 * beams, 5)).astype(np.float32)
     logits[beams:] = np.nan
 
@@ -173,8 +177,8 @@ def test_a_row_whose_logits_are_nan_has_no_tokens(search):
     def run(logits):
         step = lambda tokens, cache, index: (logits, cache)  # noqa: E731
         if search == "beams":
-            return decode._beam_search(step, (), 2, settings)
-        return decode._one_by_one(
+            return beams.beam_search(step, (), 2, settings)
+        return sampling.one_by_one(
             step, (), 2, settings, quick_key(0) if search == "sampling" else None
         )
 
@@ -185,7 +189,9 @@ def test_a_row_whose_logits_are_nan_has_no_tokens(search):
 
 def test_generate_by_itself_refuses_logits_that_are_nan(monkeypatch):
     tokens = jnp.array([[0, 2], [0, 3], [0, -1], [0, 4]])
-    monkeypatch.setattr(decode, "_generate", lambda *_: (tokens, jnp.int32(2)))
+    monkeypatch.setattr(
+        "compacter_jax.decode.generate._generate", lambda *_: (tokens, jnp.int32(2))
+    )
     with pytest.raises(ValueError, match="the logits of row 1 are NaN"):
         generate(T5(TINY_T5), {}, PROMPT, max_new_tokens=1, num_beams=2, num_return_sequences=2)
 

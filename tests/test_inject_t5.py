@@ -14,8 +14,8 @@ from compacter_jax.checkpoint import load_adapter, save_adapter
 from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig, build_weights
-from compacter_jax.models.convert import module_from_name
-from compacter_jax.models.t5 import T5
+from compacter_jax.models.loading import module_from_name
+from compacter_jax.models.t5.model import T5
 from compacter_jax.params import count, label_params, merge, optimizer, partition
 from tests.helpers import (
     KNOBS,

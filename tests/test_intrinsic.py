@@ -22,8 +22,8 @@ from compacter_jax.methods.intrinsic import (
     perturb,
     vector_size,
 )
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.t5 import T5
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.t5.model import T5
 from tests.helpers import TINY_BERT, TINY_T5, backbone_of
 
 PINNED = [

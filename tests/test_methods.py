@@ -14,7 +14,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax.models.t5 import PUBLISHED
+from compacter_jax.models.t5.config import PUBLISHED
 from tests.helpers import (
     IDS,
     MASK,

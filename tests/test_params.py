@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.catalogue import preset, presets
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.models.bert import HEADS, Bert, BertConfig
+from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.bert.model import Bert
 from compacter_jax.params import count, label_params, merge, optimizer, partition
 from tests.helpers import (
     IDS,

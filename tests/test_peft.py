@@ -13,14 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from compacter_jax.catalogue import preset, presets
 from compacter_jax.checkpoint import load_adapter, save_adapter
+from compacter_jax.exchange.peft.folder import export_peft, import_peft
 from compacter_jax.inject.adapted import Adapted
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.convert import load_backbone
-from compacter_jax.models.t5 import T5
-from compacter_jax.peft import export_peft, import_peft
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.loading import load_backbone
+from compacter_jax.models.t5.model import T5
 from tests.helpers import ONE_LAYER, TINY_BERT, TINY_T5, adapted_shapes, backbone_of, random_tree
 from tests.helpers import quick_jit as jit
 from tests.hosts import SITES, Chain

@@ -3,7 +3,7 @@ import json
 import pytest
 
 import compacter_jax as cj
-from compacter_jax.models.convert import module_from_name
+from compacter_jax.models.loading import module_from_name
 from train import plan
 from train.__main__ import main
 from train.options import MethodOptions, PlanOptions

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax import checkpoint, files, limits, messages, patterns
-from compacter_jax.models.convert import module_from_config
+from compacter_jax.models.loading import module_from_config
 from tests.helpers import ONE_LAYER, adapted_shapes, backbone_of, random_tree, weights_of
 from train.options import expand_config
 

@@ -12,16 +12,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from compacter_jax.models.families import t5_to_hugging_face
-from compacter_jax.models.t5 import (
-    T5,
-    T5Attention,
-    T5Cache,
-    T5Config,
-    T5LayerFeedForward,
-    T5Output,
-    relative_position_bucket,
-)
+from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
+from compacter_jax.models.t5.config import T5Config
+from compacter_jax.models.t5.layers import T5Attention, T5LayerFeedForward, relative_position_bucket
+from compacter_jax.models.t5.model import T5, T5Output
+from compacter_jax.nn.attention import DecoderCache
 from tests.helpers import (
     TINY_T5,
     mean_square,
@@ -584,10 +579,10 @@ def test_decoding_with_a_cache_equals_decoding_at_once(tiny, dtype):
     length = decoder_ids.shape[1]
     assert length > GATED.relative_attention_max_distance
     cache = apply(module, params, states, length + 2, method="start_cache")
-    assert isinstance(cache, T5Cache)
+    assert isinstance(cache, DecoderCache)
     own, crossed = (3, 3, length + 2, 5), (3, 3, 9, 5)
     shapes = jax.tree.map(lambda leaf: leaf.shape, cache)
-    assert shapes == T5Cache(((own, own),) * 2, ((crossed, crossed),) * 2)
+    assert shapes == DecoderCache(((own, own),) * 2, ((crossed, crossed),) * 2)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
 
     @quick_jit
@@ -804,7 +799,7 @@ def test_inputs_that_cannot_be(inputs, message):
         jax.eval_shape(module.apply, variables, *inputs)
 
 
-CACHE = T5Cache(((STATES[:, None], STATES[:, None]),), ((STATES[:, None], STATES[:, None]),))
+CACHE = DecoderCache(((STATES[:, None], STATES[:, None]),), ((STATES[:, None], STATES[:, None]),))
 
 
 @pytest.mark.parametrize(

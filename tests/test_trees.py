@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax import trees
-from compacter_jax.models.bert import Bert
+from compacter_jax.models.bert.model import Bert
 from compacter_jax.trees import check_params
 from tests.helpers import ONE_LAYER, TINY_BERT, WIDTH, adapted_shapes, random_tree
 

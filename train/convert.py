@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from compacter_jax import adapterhub, peft
+from compacter_jax.exchange import adapterhub, peft
 from compacter_jax.files import read_json
 from train import compositions, inference, tasks, text
 from train.folders import new_folder

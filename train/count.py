@@ -14,7 +14,7 @@ from tqdm import tqdm
 import compacter_jax as cj
 from compacter_jax.messages import reason_of
 from compacter_jax.methods.base import MethodConfig
-from compacter_jax.models.convert import module_from_config, module_from_name, read_config
+from compacter_jax.models.loading import module_from_config, module_from_name, read_config
 from compacter_jax.params import Count, group_of
 from train import memory, mesh, report
 from train.objective import head_arguments

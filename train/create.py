@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 
 import compacter_jax as cj
-from compacter_jax.models import convert
+from compacter_jax.models import loading
 from train.folders import new_folder
 from train.options import CreateOptions
 from train.span_corruption import check_text_file, read_documents
@@ -127,7 +127,7 @@ def new_module(options: CreateOptions) -> tuple[nn.Module, Any]:
         tie_word_embeddings=options.tie_word_embeddings,
         decoder_start_token_id=0,
     )
-    return convert.module_from_config(config, head="conditional_generation"), config
+    return loading.module_from_config(config, head="conditional_generation"), config
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -18,7 +18,7 @@ from compacter_jax.catalogue import from_dict
 from compacter_jax.compositions.base import parallel_names
 from compacter_jax.files import replace_file
 from compacter_jax.messages import quote
-from compacter_jax.models.convert import module_from_config, read_config
+from compacter_jax.models.loading import module_from_config, read_config
 from train import compiled, compositions, data, hosts, predictions, shapes, step, tasks
 from train.objective import Objective, from_settings
 from train.options import AdapterOptions, EvaluateOptions, PredictOptions

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import compacter_jax as cj
 from compacter_jax.methods.base import FullFineTuningConfig, MethodConfig
 from compacter_jax.methods.intrinsic import IntrinsicConfig
-from compacter_jax.models.convert import module_from_config, read_config
+from compacter_jax.models.loading import module_from_config, read_config
 from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import compositions, data, hosts, inference, mesh, mixture, prompts, shapes, tasks
 from train.objective import Objective, check_options, for_task, head_arguments

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 import compacter_jax as cj
 from compacter_jax.methods.base import MethodConfig
-from compacter_jax.models.convert import module_from_name
+from compacter_jax.models.loading import module_from_name
 from train import data, flops, memory, mesh, step, tasks
 from train.objective.decoder import Seq2Seq
 from train.objective.encoder import Classifier

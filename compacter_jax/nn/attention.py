@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,3 +79,49 @@ def _exponentials_jvp(
     (dx,) = tangents
     y = _exponentials(*primals, dtype)
     return y, (y.astype(dx.dtype) * dx).astype(dtype)
+
+
+# (key, value), each [batch, heads, length, head size].
+KeyValue = tuple[Array, Array]
+
+
+class DecoderCache(NamedTuple):
+    """Keys and values of the decoder's attention, a pair per layer.
+
+    Attributes:
+      self_attention: of the tokens so far, `[batch, heads, max_length, d_kv]`, zero beyond.
+      cross_attention: of the encoder's states, `[batch, heads, length, d_kv]`.
+    """
+
+    self_attention: tuple[KeyValue, ...]
+    cross_attention: tuple[KeyValue, ...]
+
+
+def bias_where(allowed: Array, dtype: Dtype) -> Array:
+    """0 where allowed, elsewhere the least finite number: not -inf, which makes rows of NaN."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    return jnp.where(allowed, 0, jnp.finfo(dtype).min).astype(dtype)
+
+
+def padding_bias(mask: Array | None, dtype: Dtype) -> Array | None:
+    """Returns the bias of a padding mask `[batch, length]`, `[batch, 1, 1, length]`.
+
+    It is added, not selected, so that a row that is all padding has the gradient that PyTorch
+    gives it; its softmax is uniform, and not NaN.
+    """
+    return None if mask is None else bias_where(mask[:, None, None, :] != 0, dtype)
+
+
+def causal_bias(
+    length: int, mask: Array | None, cache: DecoderCache | None, index: Array | None, dtype: Dtype
+) -> Array:
+    """`[1 or batch, 1, length, keys]`: no token after the query, and no padding."""
+    if cache is not None and index is not None:
+        keys = cache.self_attention[0][0].shape[2]
+        bias = bias_where(jnp.arange(keys)[None, None, None, :] <= index, dtype)
+        return jnp.where((index >= 0) & (index < keys), bias, jnp.nan)
+    positions = jnp.arange(length)
+    allowed = positions[None, :] <= positions[:, None]
+    if mask is not None:
+        allowed = allowed & (mask[:, None, None, :] != 0)
+    return bias_where(allowed if mask is not None else allowed[None, None], dtype)

@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 from jax import Array
 
@@ -52,33 +51,6 @@ class Embed(nn.Embed):
 
     def attend(self, query: Array) -> Array:  # [..., features] -> [..., num_embeddings]
         return tied_logits(query, self.embedding, dtype=self.dtype)
-
-
-def check_ids(name: str, ids: Any, size: int, field: str) -> None:
-    """Checks that a table of `size` rows has every id, as far as the values are known.
-
-    The values of a tracer are not looked at: `Embed` gives NaN for an id that it does not have.
-
-    Args:
-      name: of the argument.
-      ids: integers of any shape.
-      size: of the table.
-      field: of the configuration that says `size`.
-
-    Raises:
-      ValueError: if an id is negative, or `size` or more.
-    """
-    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
-        return
-    values = np.asarray(ids)
-    outside = (values < 0) | (values >= size)
-    if not outside.any():
-        return
-    place = tuple(np.argwhere(outside)[0].tolist())
-    value = int(values[place])
-    at = f" at {place}" if place else ""
-    hint = "; -100 marks labels that a loss passes over: give pad_token_id" if value == -100 else ""
-    raise ValueError(f"{name} has {value}{at}; use 0 to {field} - 1 = {size - 1}{hint}")
 
 
 def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 import compacter_jax as cj
 from compacter_jax.compositions.base import parallel_names
-from compacter_jax.models.convert import read_config
+from compacter_jax.models.loading import read_config
 from train import span_corruption, tasks, text
 from train.objective.base import Objective
 from train.objective.decoder import SpanCorruption, TextToText

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.t5 import T5
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.t5.model import T5
 
 # The release whose behaviour is reproduced; its folders say so.
 VERSION = "adapters.1.3.0"

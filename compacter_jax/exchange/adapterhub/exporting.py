@@ -13,18 +13,24 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from compacter_jax.adapterhub.configurations import write_config
-from compacter_jax.adapterhub.heads import (
+from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.compositions.base import Composition
+from compacter_jax.exchange.adapterhub.heads import (
     HEAD_CONFIG_NAME,
     HEAD_STEMS,
     model_class,
     written_head,
 )
-from compacter_jax.adapterhub.importing import STEMS
-from compacter_jax.adapterhub.layout import VERSION, layout_of
-from compacter_jax.adapterhub.tensors import Naming, PartsAt, Tensors, leaves_by_host, to_tensors
-from compacter_jax.checkpoint import CONFIG_NAME
-from compacter_jax.compositions.base import Composition
+from compacter_jax.exchange.adapterhub.importing import STEMS
+from compacter_jax.exchange.adapterhub.layout import VERSION, layout_of
+from compacter_jax.exchange.adapterhub.tensors import (
+    Naming,
+    PartsAt,
+    Tensors,
+    leaves_by_host,
+    to_tensors,
+)
+from compacter_jax.exchange.adapterhub.writing import write_config
 from compacter_jax.files import replace_file
 from compacter_jax.inject import adapted
 from compacter_jax.methods.base import FullFineTuningConfig, InsertedConfig, MethodConfig

@@ -8,7 +8,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from compacter_jax.adapterhub.layout import Layer, Layout
+from compacter_jax.exchange.adapterhub.layout import Layer, Layout
 from compacter_jax.inject.adapted import Adapted
 from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled

@@ -17,15 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.files import check_fields, converted, read_json, read_tensors
 from compacter_jax.messages import about, listing, quote, reason_of, shorten
-from compacter_jax.models import bert, t5
-from compacter_jax.models.families import (
-    FAMILIES,
-    Family,
-    Params,
-    check_depths,
-    check_settings,
-    family_of,
-)
+from compacter_jax.models.families import FAMILIES, check_depths, check_settings, family_of
+from compacter_jax.models.family import Family, Params
 from compacter_jax.nn.remat import Remat
 
 Dtype = Any
@@ -77,7 +70,7 @@ def load_backbone(
     Args:
       path_or_hub_id: a folder, or the id of a repository on the Hugging Face hub.
       head: "auto" is the head that config.json names in `architectures`; otherwise a head of the
-        module, for BERT one of `compacter_jax.models.bert.HEADS` (None: hidden states).
+        module, for BERT one of `compacter_jax.models.bert.config.HEADS` (None: hidden states).
       num_labels: width of a classification head; None is what config.json says (2 if nothing).
       dropout_rate: in place of all the dropout rates of config.json.
       dtype: of the computation; None promotes inputs and parameters as flax does.
@@ -195,21 +188,18 @@ def module_from_name(
     if path.exists():
         return module_from_config(_read_config(path), head=head, num_labels=num_labels)
     name = str(name_or_path)
-    if name not in PUBLISHED:
-        raise ValueError(
-            f"{quote(name, 100)} is neither a config.json here nor a published size known by name "
-            f"(of BERT and T5, for there are no others); known: {', '.join(PUBLISHED)}"
-        )
-    config = PUBLISHED[name]
-    if isinstance(config, t5.T5Config):
-        if num_labels is not None:
-            raise ValueError(f"num_labels={num_labels} was given, but T5 has no classifier")
-        return t5.T5(config, head="conditional_generation" if head == "auto" else head)
-    head = None if head == "auto" else head
-    return bert.Bert(config, head=head, num_labels=2 if num_labels is None else num_labels)
+    for family in FAMILIES.values():
+        if name in family.published:
+            return family.of_size(family.published[name], head, num_labels)
+    raise ValueError(
+        f"{quote(name, 100)} is neither a config.json here nor a published size known by name "
+        f"(of BERT and T5, for there are no others); known: {', '.join(PUBLISHED)}"
+    )
 
 
-PUBLISHED: Mapping[str, bert.BertConfig | t5.T5Config] = {**bert.PUBLISHED, **t5.PUBLISHED}
+PUBLISHED: Mapping[str, Any] = {
+    name: config for family in FAMILIES.values() for name, config in family.published.items()
+}
 """Hub id -> configuration, of sizes that are known without a download."""
 
 

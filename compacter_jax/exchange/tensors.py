@@ -1,22 +1,17 @@
-"""What reading adapters of other libraries takes: their files, read safely, and their names."""
+"""Files of tensors that other libraries wrote, read safely."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import files
 from compacter_jax.files import check_finite, check_weight_type
 from compacter_jax.messages import quote, shorten
-from compacter_jax.models.bert import Bert
-from compacter_jax.models.families import FAMILIES
-from compacter_jax.models.t5 import T5
 
 # Before it, `torch.load(weights_only=True)` could be made to run code: CVE-2025-32434.
 _SAFE_TORCH = (2, 6)
@@ -117,31 +112,3 @@ _TORCH_TYPES = {
     "torch.float16": "F16",
     "torch.bfloat16": "BF16",
 }
-
-
-def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str, str]:
-    """The names that transformers has for the parameters of a backbone.
-
-    Args:
-      module: the backbone, a `Bert` or a `T5`.
-      params: its nested parameters, or their shapes, without adapters.
-
-    Returns:
-      `/`-joined path -> name, such as `bert.pooler.dense.weight` of `pooler/dense/kernel`.
-
-    Raises:
-      ValueError: if the backbone is of another class, or a parameter is not one of its.
-    """
-    model_type = next((name for cls, name in _MODEL_TYPES if isinstance(module, cls)), None)
-    if model_type is None:
-        raise ValueError(
-            f"{type(module).__name__} is a backbone that transformers has no names for; only Bert "
-            "and T5 are"
-        )
-    paths = list(flatten_dict(params, sep="/"))
-    numbers = {path: np.asarray(i) for i, path in enumerate(paths)}
-    named = FAMILIES[model_type].to_hugging_face(unflatten_dict(numbers, sep="/"))
-    return {paths[number.item()]: name for name, number in named.items()}
-
-
-_MODEL_TYPES: tuple[tuple[type[nn.Module], str], ...] = ((Bert, "bert"), (T5, "t5"))

@@ -13,16 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.adapterhub.configurations import (
-    Part,
-    Source,
-    method_of,
-    read_parts,
-    sites_of,
-)
-from compacter_jax.adapterhub.heads import read_head
-from compacter_jax.adapterhub.layout import layout_of
-from compacter_jax.adapterhub.tensors import (
+from compacter_jax.checkpoint import CONFIG_NAME, check_count, check_leaves
+from compacter_jax.exchange.adapterhub.heads import read_head
+from compacter_jax.exchange.adapterhub.layout import layout_of
+from compacter_jax.exchange.adapterhub.reading import Part, Source, method_of, read_parts, sites_of
+from compacter_jax.exchange.adapterhub.tensors import (
     Naming,
     PartsAt,
     Tensors,
@@ -30,9 +25,8 @@ from compacter_jax.adapterhub.tensors import (
     leaves_by_host,
     to_tensors,
 )
-from compacter_jax.checkpoint import CONFIG_NAME, check_count, check_leaves
+from compacter_jax.exchange.tensors import read_tensors
 from compacter_jax.files import converted, read_json
-from compacter_jax.foreign import read_tensors
 from compacter_jax.inject import adapted
 from compacter_jax.messages import about, listing, quote, shorten
 from compacter_jax.paths import ADAPTER

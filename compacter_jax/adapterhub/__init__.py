@@ -1,7 +1,0 @@
-"""Adapters of AdapterHub's library `adapters`: its folders, in and out."""
-
-from compacter_jax.adapterhub.exporting import export_adapterhub
-from compacter_jax.adapterhub.heads import HEAD_CONFIG_NAME, read_adapterhub_head
-from compacter_jax.adapterhub.importing import import_adapterhub
-
-__all__ = ["HEAD_CONFIG_NAME", "export_adapterhub", "import_adapterhub", "read_adapterhub_head"]

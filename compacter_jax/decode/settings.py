@@ -1,0 +1,129 @@
+"""What a generation is asked for, as one compiled program takes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+# One decoding step: tokens [rows], self-attention cache, position -> logits [rows, vocab], cache.
+Step = Callable[[Array, Any, Array], tuple[Array, Any]]
+
+
+# The token of logits that are NaN, which no vocabulary has.
+NO_TOKEN = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All of `generate`'s arguments that are compiled in; hashed, so equal ones compile once."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    num_beams: int
+    num_return_sequences: int
+    length_penalty: float
+    early_stopping: bool | str
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float
+    start: int
+    pad: int | None
+    eos: tuple[int, ...]
+
+    def check(self, vocab_size: int) -> None:
+        """ValueError for a value out of range, or one that would have no effect."""
+        self._check_lengths()
+        for name, token in (
+            ("decoder_start_token_id", self.start),
+            ("pad_token_id", self.pad),
+            *(("eos_token_id", token) for token in self.eos),
+        ):
+            if token is not None and not 0 <= token < vocab_size:
+                hint = "; () never ends a sequence early" if name == "eos_token_id" else ""
+                raise ValueError(
+                    f"{name}={token} is not in the vocabulary; use 0 to {vocab_size - 1}{hint}"
+                )
+        if self.num_beams < 1 or self.num_beams > vocab_size:
+            raise ValueError(
+                f"num_beams={self.num_beams} is out of range; use 1 (no beam search) to the size "
+                f"of the vocabulary, {vocab_size}"
+            )
+        self._check_beams()
+        self._check_sampling()
+        self._check_copies()
+
+    def _check_lengths(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} is too few; use 1 or more")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is out of range; use 0 to "
+                f"max_new_tokens={self.max_new_tokens}"
+            )
+
+    def _check_beams(self) -> None:
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(
+                f'early_stopping={self.early_stopping!r} is unknown; use True, False or "never"'
+            )
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty} is not finite; use 1.0")
+        if self.num_beams > 1:
+            return
+        for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} acts in beam search alone; set num_beams to "
+                    "2 or more, or leave it out"
+                )
+
+    def _check_sampling(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature} is not positive; use do_sample=False for the "
+                "limit at 0, which is greedy search"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} keeps no token; use 1 or more, or None for all")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is out of range; use 0 < top_p <= 1, 1 for all")
+        if self.do_sample:
+            if self.num_beams > 1:
+                raise ValueError(
+                    f"num_beams={self.num_beams} with do_sample=True is not offered; choose beam "
+                    "search or sampling"
+                )
+            return
+        for name, neutral in (("temperature", 1.0), ("top_k", None), ("top_p", 1.0)):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} acts in sampling alone; set do_sample=True, or "
+                    "leave it out"
+                )
+
+    def _check_copies(self) -> None:
+        copies = self.num_return_sequences
+        if copies < 1 or (not self.do_sample and copies > self.num_beams):
+            raise ValueError(
+                f"num_return_sequences={copies} is out of range; use 1 to "
+                f"num_beams={self.num_beams}, or sample with do_sample=True"
+            )
+
+
+def is_end(tokens: Array, settings: Settings) -> Array:
+    """Returns which tokens end a sequence."""
+    return (tokens[..., None] == jnp.asarray(settings.eos, jnp.int32)).any(-1)
+
+
+def forbid_end(scores: Array, index: Array, settings: Settings) -> Array:
+    """`[rows, vocab]` with -inf at the ends of sequences before `min_new_tokens`."""
+    if settings.min_new_tokens == 0:
+        return scores
+    ends = is_end(jnp.arange(scores.shape[-1]), settings)
+    return jnp.where(ends & (index < settings.min_new_tokens), -jnp.inf, scores)

@@ -1,0 +1,5 @@
+"""Adapters of PEFT: its folders, in and out."""
+
+from compacter_jax.exchange.peft.folder import CONFIG_NAME, export_peft, import_peft
+
+__all__ = ["CONFIG_NAME", "export_peft", "import_peft"]

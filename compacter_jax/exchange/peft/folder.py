@@ -1,0 +1,225 @@
+"""Adapters of PEFT in and out: LoRA, IA3 and prompt tuning.
+
+PEFT: https://github.com/huggingface/peft, as of 0.21.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compacter_jax.checkpoint import check_leaves
+from compacter_jax.exchange.peft.modules import (
+    LARGEST_SIZE,
+    TRAINED_BESIDE,
+    module_of,
+    modules_to_save,
+    saved_modules,
+)
+from compacter_jax.exchange.peft.settings import FIELDS, READERS, TASKS, WRITERS, check_task
+from compacter_jax.exchange.tensors import read_tensors
+from compacter_jax.files import converted, read_json, replace_file
+from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.messages import about, quote
+from compacter_jax.methods.base import MethodConfig
+from compacter_jax.methods.prompt_tuning import PromptTuningConfig
+from compacter_jax.models.families import hugging_face_names
+from compacter_jax.params import TRAIN, group_of, label_params
+from compacter_jax.paths import ADAPTER
+from compacter_jax.trees import check_params
+
+CONFIG_NAME = "adapter_config.json"
+
+
+WEIGHTS_STEM = "adapter_model"
+
+
+# Our name of a parameter -> what its tensor's name ends in.
+_SUFFIXES = {
+    "left": "lora_A.weight",
+    "right": "lora_B.weight",
+    "scale": "ia3_l",
+    "input_scale": "ia3_l",
+}
+
+
+_PROMPT = "prompt_embeddings"
+
+
+def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapted, dict[str, Any]]:
+    """Reads a folder that PEFT's `save_pretrained` wrote.
+
+    What the folder has of the head, pooler or layer norms takes the place of the backbone's: the
+    modules that `modules_to_save` names, and the head of the task, which PEFT before 0.11 did not
+    name there. Where `target_modules` are not all the modules of sites of the backbone, the
+    model has a table of sites of its own.
+
+    With prompt tuning, a BERT here leaves out the outputs at the prompts' positions, which PEFT
+    returns too.
+
+    Args:
+      directory: has adapter_config.json, and adapter_model.safetensors or adapter_model.bin.
+      backbone: has `module` and `params`, of the model and with the head the adapter is for.
+
+    Returns:
+      The adapted module and its parameters.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: for a setting that would change what is computed and cannot be expressed, an
+        adapter for another head, missing tensors or ones left over; it lists which.
+    """
+    directory = Path(directory)
+    path, module = directory / CONFIG_NAME, backbone.module
+    settings = read_json(path, FIELDS, what="the configuration of an adapter of PEFT")
+    for name in ("r", "num_virtual_tokens"):
+        if (settings.get(name) or 0) > LARGEST_SIZE:
+            raise ValueError(f"{path}: {name}={quote(settings[name], 40)} is too large")
+    peft_type = settings.get("peft_type")
+    if peft_type not in READERS:
+        raise ValueError(
+            f"peft_type={quote(peft_type)} in {path} is not supported; supported: "
+            f"{', '.join(map(repr, READERS))}"
+        )
+    names = hugging_face_names(module, backbone.params)
+    check_task(path, settings, module.head)
+    with about(path):
+        method, sites = READERS[peft_type](path, settings, module, names)
+    stored = read_tensors(directory, (WEIGHTS_STEM,))
+    with about(path):
+        saved = saved_modules(
+            path, settings, names, lambda place: _tensor_name(place, names, method) in stored
+        )
+        groups = {group_of(place) for place in saved}
+        beside = {field: group in groups for group, field in TRAINED_BESIDE.items()}
+        model = Adapted(module, method.replace(**beside), sites=sites)
+
+    shapes = jax.eval_shape(lambda: init_adapters(model, backbone, jax.random.key(0)))
+    leaves = {
+        place: leaf
+        for place, leaf in flatten_dict(shapes, sep="/").items()
+        if place in saved or _is_adapter(place)
+    }
+    origin = {place: _tensor_name(place, names, method) for place in leaves}
+    wanted = {
+        origin[place]: jax.eval_shape(functools.partial(_to_torch, place), leaf)
+        for place, leaf in leaves.items()
+    }
+    if isinstance(method, PromptTuningConfig):
+        stored = _first_prompts(path, settings, stored, method.prompt_length)
+    check_leaves(directory, stored, wanted)
+    tensors = {place: _from_torch(place, stored[origin[place]]) for place in leaves}
+    params = flatten_dict(backbone.params, sep="/") | {
+        place: jnp.asarray(converted(directory, origin[place], tensors[place], leaf.dtype))
+        for place, leaf in leaves.items()
+    }
+    return model, unflatten_dict(params, sep="/")
+
+
+def export_peft(
+    directory: str | os.PathLike[str],
+    model: Adapted,
+    params: Any,
+    base_model_name: str | None = None,
+) -> None:
+    """Writes a folder that PEFT's `PeftModel.from_pretrained` reads.
+
+    The head is written whether it was trained or not, as PEFT wants it; pooler and layer norms
+    where the method trains them. Each file is written to a temporary name, synced and renamed.
+
+    Args:
+      directory: made if it does not exist.
+      model: the adapted module, a BERT or T5 with LoRA, IA3 or prompt tuning.
+      params: its parameters.
+      base_model_name: what PEFT calls `base_model_name_or_path`.
+
+    Raises:
+      ValueError: if PEFT does not have the method, or cannot put it where it is, or `params` are
+        not those of the model.
+      OSError: if the directory cannot be written.
+    """
+    method = model.method
+    if type(method) not in WRITERS:
+        kinds = ", ".join(cls.kind for cls in WRITERS)
+        raise ValueError(f"PEFT does not have the method {method.kind!r}; written are {kinds}")
+    check_params(model, params, "exporting an adapter")
+    flat = flatten_dict(params, sep="/")
+    own = {path: leaf for path, leaf in flat.items() if _is_adapter(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in own}
+    names = hugging_face_names(model.backbone, unflatten_dict(rest, sep="/"))
+    labels = flatten_dict(label_params(params, method), sep="/")
+    saved = [path for path in rest if group_of(path) == "head" or labels[path] == TRAIN]
+    tensors = {
+        _tensor_name(path, names, method): np.ascontiguousarray(
+            _to_torch(path, np.asarray(flat[path]))
+        )
+        for path in [*own, *saved]
+    }
+    settings = {
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "modules_to_save": modules_to_save(saved, names) or None,
+        "task_type": TASKS[model.backbone.head],
+        **WRITERS[type(method)](method, own, names),
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replace_file(directory / f"{WEIGHTS_STEM}.safetensors") as temporary:
+        temporary.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    with replace_file(directory / CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _is_adapter(path: str) -> bool:
+    return ADAPTER in path.split("/")
+
+
+def _tensor_name(path: str, names: Mapping[str, str], method: MethodConfig) -> str:
+    # Prompt tuning does not wrap the model that it is for, so there is one prefix less.
+    prefix = "base_model." if isinstance(method, PromptTuningConfig) else "base_model.model."
+    if not _is_adapter(path):
+        return prefix + names[path]
+    host, leaf = path.rsplit("/", 2)[0], path.rsplit("/", 1)[-1]
+    return _PROMPT if leaf == "prompt" else f"{prefix}{module_of(host, names)}.{_SUFFIXES[leaf]}"
+
+
+def _to_torch(path: str, leaf: Any) -> Any:
+    """A parameter in the orientation of PyTorch's tensor."""
+    kind = path.rpartition("/")[2]
+    if kind in ("left", "right", "kernel"):
+        return leaf.T
+    if kind == "scale" and _is_adapter(path):  # a norm has a parameter of this name too
+        return leaf[:, None]
+    return leaf[None] if kind == "input_scale" else leaf
+
+
+def _from_torch(path: str, tensor: np.ndarray) -> np.ndarray:
+    """Inverse of `_to_torch`."""
+    kind = path.rpartition("/")[2]
+    if kind in ("left", "right", "kernel"):
+        return tensor.T
+    return tensor.reshape(-1) if kind in ("scale", "input_scale") else tensor
+
+
+def _first_prompts(
+    path: Path, settings: Mapping[str, Any], stored: dict[str, np.ndarray], count: int
+) -> dict[str, np.ndarray]:
+    """`stored` without the prompts of a decoder, which PEFT keeps for a T5 but does not read."""
+    is_pair = settings["task_type"] == "SEQ_2_SEQ_LM"
+    submodules = settings.get("num_transformer_submodules") or (2 if is_pair else 1)
+    if submodules != 1 and not (is_pair and submodules == 2):
+        raise ValueError(f"num_transformer_submodules={quote(submodules, 40)} in {path} must be 1")
+    prompts = stored.get(_PROMPT)
+    if prompts is None or prompts.shape[:1] != (submodules * count,):
+        return stored  # not what is wanted, as is said where all tensors are checked
+    return {**stored, _PROMPT: prompts[:count]}

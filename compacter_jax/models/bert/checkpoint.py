@@ -1,0 +1,182 @@
+"""Parameters of BERT under Hugging Face's names and under ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from compacter_jax.messages import quote
+from compacter_jax.models.bert.config import HEADS, PUBLISHED, BertConfig
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.family import Family, Params, add_parameter, to_tensors
+
+_LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+_DECODER_BIAS, _PREDICTIONS_BIAS = "cls/predictions/decoder/bias", "cls/predictions/bias"
+
+
+def bert_from_hugging_face(tensors: Mapping[str, np.ndarray]) -> Params:
+    """Parameters of `Bert` from the tensors of a Hugging Face checkpoint.
+
+    Names may carry the prefix `bert.` or not. Layer norms may be called gamma and beta as in the
+    oldest checkpoints. The buffer `embeddings.position_ids` is left out, and so is the copy of
+    `cls.predictions.bias` that is called `cls.predictions.decoder.bias`.
+
+    Args:
+      tensors: name -> array; PyTorch's `[out, in]` weights of dense layers.
+
+    Returns:
+      Nested dict of arrays with `[in, out]` kernels, dtypes unchanged; kernels are views.
+
+    Raises:
+      ValueError: if a name is neither a weight nor a bias, two names mean the same parameter, or
+        the two biases of the masked language model differ.
+    """
+    flat: dict[str, np.ndarray] = {}
+    origin: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if name.removeprefix("bert.") == "embeddings.position_ids":
+            continue
+        add_parameter(flat, origin, *_bert_parameter(name, tensor), name)
+    if _DECODER_BIAS in flat:
+        copy = flat.pop(_DECODER_BIAS)
+        if not np.array_equal(copy, flat.setdefault(_PREDICTIONS_BIAS, copy)):
+            raise ValueError(
+                f"{origin[_DECODER_BIAS]!r} and {origin[_PREDICTIONS_BIAS]!r} differ, but are two "
+                "names of one parameter; remove the wrong one"
+            )
+    return unflatten_dict(flat, sep="/")
+
+
+def bert_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Inverse of `bert_from_hugging_face`: tensors under the names that transformers saves.
+
+    With a head, the encoder's names start with `bert.`; without one they do not. A tied decoder
+    of a masked language model is not repeated.
+
+    Args:
+      params: nested parameters of `Bert`, without adapters.
+
+    Returns:
+      Name -> C-contiguous array on the host, fit for `safetensors.numpy.save_file` (which writes
+      a view's memory in the wrong order), dtypes unchanged.
+
+    Raises:
+      ValueError: if a parameter is not one that `Bert` makes.
+    """
+    has_head = any(top in params for top in ("classifier", "qa_outputs", "cls"))
+    encoder = ("embeddings", "encoder", "pooler")
+    return {
+        f"bert.{name}" if has_head and name.partition(".")[0] in encoder else name: tensor
+        for name, tensor in to_tensors(params, _BERT_PATH, "BERT").items()
+    }
+
+
+_BERT_DENSE = (
+    r"encoder/layer/\d+/(attention/self/(query|key|value)|(attention/output|intermediate|output)"
+    r"/dense)|pooler/dense|classifier|qa_outputs|cls/predictions/transform/dense"
+)
+
+
+_BERT_NORM = (
+    r"(embeddings|encoder/layer/\d+/(attention/)?output|cls/predictions/transform)/LayerNorm"
+)
+
+
+_BERT_PATH = re.compile(
+    rf"embeddings/(word|position|token_type)_embeddings/embedding|({_BERT_DENSE})/(kernel|bias)|"
+    rf"({_BERT_NORM})/(scale|bias)|cls/predictions/(decoder/kernel|bias)"
+)
+
+
+def _bert_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
+    modern = name.removeprefix("bert.")
+    for old, new in _LEGACY_NAMES.items():
+        if modern.endswith(old):
+            modern = modern.removesuffix(old) + new
+    *parents, kind = modern.split(".")
+    if kind == "bias":
+        return "/".join([*parents, "bias"]), tensor
+    if kind != "weight" or not parents:
+        raise ValueError(
+            f"tensor {quote(name, 100)} is not one of BERT: its name ends in neither weight nor "
+            "bias"
+        )
+    if parents[-1] == "LayerNorm":
+        return "/".join([*parents, "scale"]), tensor
+    if parents[-1].endswith("_embeddings"):
+        return "/".join([*parents, "embedding"]), tensor
+    return "/".join([*parents, "kernel"]), tensor.T
+
+
+def _bert_module(
+    config: Any, head: str | None, num_labels: int | None, dropout_rate: float | None, **attributes
+) -> Bert:
+    """Builds the module that a configuration of transformers describes, see `Family.module`.
+
+    Raises:
+      ValueError: for a field whose value the module does not support, or labels of no head.
+    """
+    for name, supported in (
+        ("position_embedding_type", "absolute"),
+        ("is_decoder", False),
+        ("add_cross_attention", False),
+    ):
+        value = getattr(config, name, supported)
+        if value != supported:
+            raise ValueError(
+                f"{name}={quote(value, 100)} in the configuration is not supported; only "
+                f"{supported!r} is"
+            )
+    ours = BertConfig(**{f.name: getattr(config, f.name) for f in fields(BertConfig)})
+    if dropout_rate is not None:
+        ours = replace(
+            ours,
+            hidden_dropout_prob=dropout_rate,
+            attention_probs_dropout_prob=dropout_rate,
+            classifier_dropout=dropout_rate,
+        )
+    if head in ("sequence_classification", "token_classification"):
+        attributes["num_labels"] = config.num_labels if num_labels is None else num_labels
+    elif num_labels is not None and head in HEADS:
+        raise ValueError(
+            f"num_labels={num_labels} was given, but head={head!r} has no labels; leave it out or "
+            "use head='sequence_classification' or 'token_classification'"
+        )
+    return Bert(ours, head=head, **attributes)
+
+
+def _of_size(config: BertConfig, head: str | None, num_labels: int | None) -> Bert:
+    head = None if head == "auto" else head
+    return Bert(config, head=head, num_labels=2 if num_labels is None else num_labels)
+
+
+BERT = Family(
+    architectures={
+        "BertModel": None,
+        "BertForSequenceClassification": "sequence_classification",
+        "BertForTokenClassification": "token_classification",
+        "BertForMaskedLM": "masked_lm",
+        "BertForPreTraining": "masked_lm",
+        "BertForQuestionAnswering": "question_answering",
+    },
+    heads=HEADS,
+    module=_bert_module,
+    module_class=Bert,
+    from_hugging_face=bert_from_hugging_face,
+    to_hugging_face=bert_to_hugging_face,
+    config_class=BertConfig,
+    published=PUBLISHED,
+    of_size=_of_size,
+    depths={"num_hidden_layers": "encoder/layer"},
+    parts=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
+    ties={"cls/predictions/decoder/kernel": "embeddings/word_embeddings/embedding"},
+    ambiguous_parts=("classifier",),
+)
+"""The family of `model_type` "bert"."""

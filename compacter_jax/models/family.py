@@ -1,0 +1,95 @@
+"""A family of backbones: all that is known of it beside its modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from compacter_jax.messages import listing, quote, shorten
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that is known of one `model_type` beside its modules.
+
+    Attributes:
+      architectures: name in config.json -> head.
+      heads: all that its modules have.
+      module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)`
+        -> module.
+      from_hugging_face: tensors -> nested parameters.
+      parts: path prefixes that a checkpoint may lack (they are initialised) or have in excess
+        (they are left out), each as a whole: heads and poolers.
+      ties: path -> the path of the same values under another name, transposed if one is a kernel
+        and the other an embedding. Checkpoints may hold such a copy though the module has none.
+      to_hugging_face: inverse of `from_hugging_face`.
+      surplus: path prefixes that a checkpoint may have in excess, but not lack.
+      untie: a module whose parameters of `ties` are its own takes the values of the other name
+        where the checkpoint has only those and its configuration ties them. transformers 5 ties
+        every T5 and saves one copy.
+      config_class: what the module is told; its fields are those of config.json.
+      depths: field of config.json -> path of the layers that it counts.
+      ambiguous_parts: those of `parts` that several heads call by the same name; they are left out
+        where config.json names an architecture with another head.
+      module_class: of its modules.
+      published: hub id -> configuration, of sizes that are known without a download.
+      of_size: `(published configuration, head, num_labels) -> module`; head "auto" for the usual.
+    """
+
+    architectures: Mapping[str, str | None]
+    heads: tuple[str | None, ...]
+    module: Callable[..., nn.Module]
+    from_hugging_face: Callable[[Mapping[str, np.ndarray]], Params]
+    parts: tuple[str, ...]
+    ties: Mapping[str, str]
+    to_hugging_face: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+    config_class: type[Any]
+    depths: Mapping[str, str]
+    module_class: type[nn.Module]
+    published: Mapping[str, Any]
+    of_size: Callable[[Any, str | None, int | None], nn.Module]
+    surplus: tuple[str, ...] = ()
+    untie: bool = False
+    ambiguous_parts: tuple[str, ...] = ()
+
+
+def add_parameter(
+    flat: dict[str, np.ndarray], origin: dict[str, str], path: str, array: np.ndarray, name: str
+) -> None:
+    """Adds a parameter under its path, and notes the name that the checkpoint has for it.
+
+    Raises:
+      ValueError: if another name means the same path.
+    """
+    if path in flat:
+        raise ValueError(
+            f"{quote(origin[path], 100)} and {quote(name, 100)} both mean the parameter "
+            f"{shorten(path, 100)}"
+        )
+    flat[path], origin[path] = array, name
+
+
+def to_tensors(params: Mapping[str, Any], known: re.Pattern[str], family: str) -> dict[str, Any]:
+    """`.`-joined name without any prefix -> C-contiguous array in PyTorch's orientation."""
+    flat = flatten_dict(params, sep="/")
+    strangers = [path for path in flat if not known.fullmatch(path)]
+    if strangers:
+        raise ValueError(
+            f"not parameters of {family}: {listing(strangers, most=4)}; take adapters out of the "
+            "parameters before converting them"
+        )
+    tensors = {}
+    for path, leaf in flat.items():
+        *parents, kind = path.split("/")
+        array = np.asarray(leaf)
+        name = ".".join([*parents, "bias" if kind == "bias" else "weight"])
+        tensors[name] = np.ascontiguousarray(array.T if kind == "kernel" else array)
+    return tensors

@@ -1,0 +1,413 @@
+"""The layers of T5, encoder and decoder alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import initializers
+from jax import Array
+
+from compacter_jax.models.t5.config import T5Config
+from compacter_jax.nn.attention import DecoderCache, KeyValue, attention, split_heads
+from compacter_jax.nn.dense import Dtype, Embed, dense
+from compacter_jax.nn.dropout import Dropout
+from compacter_jax.nn.norms import RMSNorm
+from compacter_jax.nn.remat import Remat, rematted
+
+
+class _T5Module(nn.Module):
+    """What every part below is told, and the hosts built from it."""
+
+    config: T5Config
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    def dense(
+        self, features: int, name: str, stddev: float, dtype: Dtype | None = None
+    ) -> nn.Dense:
+        return dense(
+            features,
+            use_bias=False,
+            dtype=dtype or self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializers.normal(self.config.initializer_factor * stddev),
+            name=name,
+        )
+
+    def embed(self, num_embeddings: int, features: int, name: str, stddev: float) -> Embed:
+        return Embed(
+            num_embeddings,
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=initializers.normal(self.config.initializer_factor * stddev),
+            name=name,
+        )
+
+    def norm(self, name: str = "layer_norm") -> RMSNorm:
+        return RMSNorm(
+            self.config.layer_norm_epsilon,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            scale_init=initializers.constant(self.config.initializer_factor),
+            name=name,
+        )
+
+    def dropout(self, x: Array, deterministic: bool, name: str = "dropout") -> Array:
+        return Dropout(self.config.dropout_rate, name=name)(x, deterministic)
+
+    def add(self, residual: Array, output: Array) -> Array:
+        """The end of a sub-layer."""
+        return _wide(residual) + _wide(output)
+
+    def part(self, module: type[_T5Module], name: str, **attributes: Any) -> Any:
+        return module(self.config, self.dtype, self.param_dtype, name=name, **attributes)
+
+
+def _wide(x: Array) -> Array:
+    """`x` in float32 if it is of float16, whose range the sub-layers of T5 exceed.
+
+    That is the residual stream and, with transformers, what `wo` reads and returns. bfloat16 has
+    the range of float32.
+    """
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
+
+class T5Attention(_T5Module):
+    """Multi-head attention without scaling, with or without relative position biases.
+
+    Attributes:
+      bidirectional: whether keys after the query have buckets of their own.
+      has_position_bias: owns the embedding of relative positions (the first layer of a stack).
+    """
+
+    bidirectional: bool = True
+    has_position_bias: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        states: Array | None,
+        mask: Array | None,
+        position_bias: Array | None,
+        cached: KeyValue | None,
+        index: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, Array | None, KeyValue]:
+        """Attends to `states`, or to `x` itself where they are None.
+
+        Args:
+          x: `[batch, queries, d_model]`.
+          states: `[batch, keys, d_model]` of the encoder, for cross-attention.
+          mask: added to the scores, broadcast to `[batch, heads, queries, keys]`.
+          position_bias: `[1, heads, queries, keys]` of the first layer, or None.
+          cached: keys and values. With `index` they are those of self-attention, to which the ones
+            of `x` are added at that position; without, those of the encoder's states.
+          index: position of the only query.
+          deterministic: no dropout.
+
+        Returns:
+          `[batch, queries, d_model]`, the position bias, keys and values.
+        """
+        config = self.config
+        inner = config.num_heads * config.d_kv
+
+        def project(name: str, source: Array, stddev: float) -> Array:
+            return split_heads(self.dense(inner, name, stddev)(source), config.num_heads)
+
+        query = project("q", x, (config.d_model * config.d_kv) ** -0.5)
+        if cached is not None and index is None:
+            key, value = cached
+        else:
+            source = x if states is None else states
+            key = project("k", source, config.d_model**-0.5)
+            value = project("v", source, config.d_model**-0.5)
+            if cached is not None and index is not None:
+                key, value = (
+                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2)
+                    for old, new in zip(cached, (key, value), strict=True)
+                )
+        if position_bias is None and self.has_position_bias:
+            position_bias = self.relative_bias(query.shape[2], key.shape[2], index)
+        y = self.attend(query, key, value, (position_bias, mask), deterministic)
+        y = self.dense(config.d_model, "o", inner**-0.5)(y.reshape(*x.shape[:-1], inner))
+        return y, position_bias, (key, value)
+
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        biases: tuple[Array | None, ...],
+        deterministic: bool,
+    ) -> Array:
+        """Attention itself, as `models.layers.attention` but for the dropout."""
+
+        def dropout(x: Array) -> Array:
+            return self.dropout(x, deterministic)
+
+        return attention(query, key, value, biases, dropout=dropout)
+
+    def relative_bias(self, queries: int, keys: int, index: Array | None) -> Array:
+        """`[1, heads, queries, keys]` in the dtype of the parameters; `index` of the one query."""
+        config = self.config
+        first = 0 if index is None else index
+        relative = jnp.arange(keys)[None, :] - (jnp.arange(queries) + first)[:, None]
+        buckets = relative_position_bucket(
+            relative,
+            bidirectional=self.bidirectional,
+            num_buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+        )
+        # Not in `dtype`: it is added to scores in float32.
+        table = nn.Embed(
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            param_dtype=self.param_dtype,
+            embedding_init=initializers.normal(config.initializer_factor * config.d_model**-0.5),
+            name="relative_attention_bias",
+        )
+        return jnp.moveaxis(table(buckets), -1, 0)[None]
+
+
+class T5LayerSelfAttention(_T5Module):
+    """Norm, self-attention, dropout, residual."""
+
+    bidirectional: bool = True
+    has_position_bias: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | None,
+        position_bias: Array | None,
+        cached: KeyValue | None,
+        index: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, Array | None, KeyValue]:
+        attention = self.part(
+            T5Attention,
+            "SelfAttention",
+            bidirectional=self.bidirectional,
+            has_position_bias=self.has_position_bias,
+        )
+        y, position_bias, key_value = attention(
+            self.norm()(x), None, mask, position_bias, cached, index, deterministic
+        )
+        return self.add(x, self.dropout(y, deterministic)), position_bias, key_value
+
+
+class T5LayerCrossAttention(_T5Module):
+    """Norm, attention to the encoder's states, dropout, residual."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        states: Array | None,
+        mask: Array | None,
+        cached: KeyValue | None,
+        deterministic: bool,
+    ) -> tuple[Array, KeyValue]:
+        attention = self.part(T5Attention, "EncDecAttention")
+        y, _, key_value = attention(self.norm()(x), states, mask, None, cached, None, deterministic)
+        return self.add(x, self.dropout(y, deterministic)), key_value
+
+
+class T5FeedForward(_T5Module):
+    """`wo(dropout(act(wi(x))))`, or gated `wo(dropout(act(wi_0(x)) * wi_1(x)))`."""
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        config = self.config
+        activation = config.feed_forward_activation()
+        wi = lambda name: self.dense(config.d_ff, name, config.d_model**-0.5)  # noqa: E731
+        y = (
+            _wide(activation(wi("wi_0")(x))) * _wide(wi("wi_1")(x))
+            if config.is_gated
+            else _wide(activation(wi("wi")(x)))
+        )
+        dtype = jnp.float32 if x.dtype == jnp.float16 else None
+        wo = self.dense(config.d_model, "wo", config.d_ff**-0.5, dtype)
+        return wo(self.dropout(y, deterministic))
+
+
+class T5LayerFeedForward(_T5Module):
+    """Norm, feed-forward network, dropout, residual."""
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        y = self.part(T5FeedForward, "DenseReluDense")(self.norm()(x), deterministic)
+        return self.add(x, self.dropout(y, deterministic))
+
+
+class _StackModule(_T5Module):
+    """A part of the encoder or the decoder."""
+
+    is_decoder: bool = False
+    has_position_bias: bool = False
+
+
+class T5Sublayers(_StackModule):
+    """The level `layer` of the parameter names: the sub-layers "0", "1" and, decoding, "2"."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        states: Array | None,
+        masks: tuple[Array | None, Array | None],
+        position_bias: Array | None,
+        cached: tuple[KeyValue | None, KeyValue | None],
+        index: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, Array | None, tuple[KeyValue, KeyValue | None]]:
+        attention = self.part(
+            T5LayerSelfAttention,
+            "0",
+            bidirectional=not self.is_decoder,
+            has_position_bias=self.has_position_bias,
+        )
+        x, position_bias, own = attention(
+            x, masks[0], position_bias, cached[0], index, deterministic
+        )
+        crossed = None
+        if self.is_decoder:
+            x, crossed = self.part(T5LayerCrossAttention, "1")(
+                x, states, masks[1], cached[1], deterministic
+            )
+        x = self.part(T5LayerFeedForward, "2" if self.is_decoder else "1")(x, deterministic)
+        return x, position_bias, (own, crossed)
+
+
+class T5Block(_StackModule):
+    """One layer of a stack.
+
+    Attributes:
+      keep: return keys and values too. Otherwise they would be kept for the backward pass of a
+        layer that is recomputed in it.
+    """
+
+    keep: bool = False
+
+    @nn.compact
+    def __call__(self, x, states, masks, position_bias, cached, index, deterministic):
+        sublayers = self.part(
+            T5Sublayers,
+            "layer",
+            is_decoder=self.is_decoder,
+            has_position_bias=self.has_position_bias,
+        )
+        x, position_bias, key_value = sublayers(
+            x, states, masks, position_bias, cached, index, deterministic
+        )
+        return x, position_bias, key_value if self.keep else None
+
+
+class T5Blocks(_StackModule):
+    """The level `block` of the parameter names: the layers "0", "1", ..."""
+
+    remat: Remat = "off"
+    keep: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        states: Array | None,
+        masks: tuple[Array | None, Array | None],
+        cache: DecoderCache | None,
+        index: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, list[Any]]:
+        config = self.config
+        num_layers = config.num_decoder_layers if self.is_decoder else config.num_layers
+        # `deterministic` is argument 7 of T5Block.__call__, self counted.
+        block = rematted(T5Block, self.remat, static_argnums=(7,))
+        position_bias, key_values = None, []
+        for i in range(num_layers):
+            layer = self.part(
+                block,
+                str(i),
+                is_decoder=self.is_decoder,
+                has_position_bias=i == 0,
+                keep=self.keep,
+            )
+            cached: Any = (None, None)
+            if cache is not None:
+                cached = (cache.self_attention[i], cache.cross_attention[i])
+            x, position_bias, key_value = layer(
+                x, states, masks, position_bias, cached, index, deterministic
+            )
+            key_values.append(key_value)
+        return x, key_values
+
+
+class T5Stack(_StackModule):
+    """The encoder or the decoder, from embedded tokens to normalised states."""
+
+    remat: Remat = "off"
+    keep: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        states: Array | None,
+        masks: tuple[Array | None, Array | None],
+        cache: DecoderCache | None,
+        index: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, list[Any]]:
+        blocks = self.part(
+            T5Blocks, "block", is_decoder=self.is_decoder, remat=self.remat, keep=self.keep
+        )
+        x = self.dropout(x, deterministic, "dropout_in")
+        x, key_values = blocks(x, states, masks, cache, index, deterministic)
+        x = self.norm("final_layer_norm")(x)
+        return self.dropout(x, deterministic, "dropout_out"), key_values
+
+
+def relative_position_bucket(
+    relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+    """The bucket of each relative position: exact when near, logarithmic up to `max_distance`.
+
+    Args:
+      relative_position: integers, position of the key minus that of the query.
+      bidirectional: half of the buckets are for keys after the query; otherwise those count as 0.
+      num_buckets: how many there are.
+      max_distance: from here on everything is in the last bucket.
+
+    Returns:
+      int32 of the same shape, from 0 to `num_buckets - 1`.
+
+    References:
+      arXiv:1910.10683, section 2.1.
+    """
+    if bidirectional:
+        num_buckets //= 2
+        bucket = (relative_position > 0).astype(jnp.int32) * num_buckets
+        distance = jnp.abs(relative_position)
+    else:
+        bucket = jnp.zeros_like(relative_position, dtype=jnp.int32)
+        distance = jnp.maximum(-relative_position, 0)
+    table = _distance_buckets(num_buckets, max_distance)
+    return bucket + jnp.asarray(table)[jnp.minimum(distance, max_distance)]
+
+
+def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
+    """`[max_distance + 1]` int32. On the host: another logarithm may round to another bucket."""
+    exact = num_buckets // 2
+    distance = np.arange(max_distance + 1)
+    ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
+    steps = np.log(ratio) / np.float32(math.log(max_distance / exact))
+    far = exact + (steps * np.float32(num_buckets - exact)).astype(np.int32)
+    return np.where(distance < exact, distance, np.minimum(far, num_buckets - 1)).astype(np.int32)

@@ -1,0 +1,84 @@
+"""Checks of what a model is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from compacter_jax.nn.attention import DecoderCache
+
+
+def check_inputs(
+    vocab_size: int, name: str, ids: Array, mask_name: str, mask: Array | None
+) -> None:
+    """Raises ValueError unless ids are those of a vocabulary, and the mask is of their shape."""
+    if ids.ndim != 2:
+        raise ValueError(f"{name} has shape {ids.shape}; it must be [batch, length]")
+    if not ids.shape[1]:
+        raise ValueError(f"{name} has shape {ids.shape}, no tokens; give at least one per row")
+    check_ids(name, ids, vocab_size, "vocab_size")
+    _check_mask(mask_name, mask, name, ids.shape)
+
+
+def check_source(
+    width: int, ids: Array, states: Array | None, mask: Array | None, cache: DecoderCache | None
+) -> None:
+    """What the decoder's `ids` attend to, in `states` or in the cache."""
+    if states is not None:
+        if states.ndim != 3 or states.shape[2] != width:
+            raise ValueError(
+                f"encoder_hidden_states has shape {states.shape}; it must be [batch, length, "
+                f"d_model={width}]"
+            )
+        rows, length, _ = states.shape
+    elif cache is not None:
+        rows, _, length, _ = cache.cross_attention[0][0].shape
+    if ids.shape[0] != rows:
+        raise ValueError(
+            f"decoder_input_ids has {ids.shape[0]} rows, the encoder's states have {rows}; give as "
+            "many of both"
+        )
+    _check_mask("attention_mask", mask, "the encoder's states", (rows, length))
+
+
+def _check_mask(name: str, mask: Array | None, of: str, shape: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if mask.shape != shape:
+        raise ValueError(f"{name} has shape {mask.shape}; it must be that of {of}, {shape}")
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        # It might be an additive mask, 0 to attend and -inf to leave out: the very opposite.
+        raise ValueError(
+            f"{name} is {mask.dtype}; it must be integers or booleans, 1 at tokens and 0 at padding"
+        )
+
+
+def check_ids(name: str, ids: Any, size: int, field: str) -> None:
+    """Checks that a table of `size` rows has every id, as far as the values are known.
+
+    The values of a tracer are not looked at: `Embed` gives NaN for an id that it does not have.
+
+    Args:
+      name: of the argument.
+      ids: integers of any shape.
+      size: of the table.
+      field: of the configuration that says `size`.
+
+    Raises:
+      ValueError: if an id is negative, or `size` or more.
+    """
+    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+        return
+    values = np.asarray(ids)
+    outside = (values < 0) | (values >= size)
+    if not outside.any():
+        return
+    place = tuple(np.argwhere(outside)[0].tolist())
+    value = int(values[place])
+    at = f" at {place}" if place else ""
+    hint = "; -100 marks labels that a loss passes over: give pad_token_id" if value == -100 else ""
+    raise ValueError(f"{name} has {value}{at}; use 0 to {field} - 1 = {size - 1}{hint}")
