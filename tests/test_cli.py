@@ -113,6 +113,16 @@ def fitted(run):
     return run[0]
 
 
+def test_other_numbers_of_the_optimizer_compile_nothing(fitted, tiny_backbone, files, tmp_path):
+    found = Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: found.update([event]))
+    other = {"learning-rate": 1e-2, "warmup-fraction": 0.5, "clip-norm": 0.3, "max-steps": 37}
+    flags = fit_flags(tiny_backbone, files, tmp_path / "run", **{**FITTED, **other})
+    assert main(["fit", *flags]) == 0
+    assert found["/jax/compilation_cache/cache_hits"] > 0
+    assert found["/jax/compilation_cache/cache_misses"] == 0
+
+
 @pytest.mark.contract
 def test_fit_learns_and_writes_everything(fitted):
     result = json.loads((fitted / "metrics.json").read_text())
