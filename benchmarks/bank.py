@@ -128,7 +128,10 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
         metrics = None
         for trainer, batch in zip(alone, given, strict=True):
             training = trainer.learners[0]
-            training.state, metrics = training.compute.step(training.state, training.frozen, batch)
+            numbers = trainer.numbers(training)
+            training.state, metrics = training.compute.step(
+                training.state, training.frozen, batch, numbers
+            )
         jax.block_until_ready(metrics)
 
     def together(given: Sequence[data.Batch]) -> None:

@@ -1,6 +1,7 @@
 """Four emulated devices for every test, and tiny backbones with their tokenizers on disk."""
 
 import atexit
+import importlib.metadata
 import json
 import math
 import os
@@ -12,9 +13,13 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what the tests do, and half as long without optimisation of the code made.
+# XLA's older code generators take half the time of its newer ones; later jaxlibs may lack the flag.
+JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+QUICK = "--xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false" if JAXLIB < (0, 11) else ""
+)
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {QUICK}"
 )
 # The store of programs: what one test has compiled another need not, in whatever process. Of an
 # operation, too: to read one spares 60 ms of compiling it, and making a T5 takes a hundred of them.

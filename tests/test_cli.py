@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import tyro
-from conftest import WORDS, write_backbone
+from conftest import QUICK, WORDS, write_backbone
 
 import compacter_jax as cj
 from compacter_jax import presets
@@ -111,6 +111,16 @@ def run(tiny_backbone, files, tmp_path_factory):
 def fitted(run):
     """The folder of that run."""
     return run[0]
+
+
+def test_other_numbers_of_the_optimizer_compile_nothing(fitted, tiny_backbone, files, tmp_path):
+    found = Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: found.update([event]))
+    other = {"learning-rate": 1e-2, "warmup-fraction": 0.5, "clip-norm": 0.3, "max-steps": 37}
+    flags = fit_flags(tiny_backbone, files, tmp_path / "run", **{**FITTED, **other})
+    assert main(["fit", *flags]) == 0
+    assert found["/jax/compilation_cache/cache_hits"] > 0
+    assert found["/jax/compilation_cache/cache_misses"] == 0
 
 
 @pytest.mark.contract
@@ -213,7 +223,7 @@ with loop.Trainer(work, stopping.Stopping()) as trainer:
 @pytest.mark.slow
 def test_predict_in_a_new_process_gives_the_logits_of_the_run(tiny_backbone, files, tmp_path):
     flags = fit_flags(tiny_backbone, files, tmp_path / "run", epochs=1)
-    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    one_device = {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **one_device}
     command = [sys.executable, "-c", FIT_AND_KEEP_LOGITS, tmp_path / "logits.npy", *flags]
     subprocess.run(command, env=environment, check=True, capture_output=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS, write_t5
+from conftest import QUICK, WORDS, write_t5
 from flax.traverse_util import flatten_dict
 from test_cli import (
     FIT_AND_KEEP_LOGITS,
@@ -130,7 +130,7 @@ def test_predict_labels(fitted, tmp_path):
 @pytest.mark.slow
 def test_predict_in_a_new_process_gives_the_scores_of_the_run(tiny_t5, files, tmp_path):
     flags = t5_flags(tiny_t5, files, tmp_path / "run", task="movie")
-    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    one_device = {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **one_device}
     script = FIT_AND_KEEP_LOGITS.replace('"test"))', '"test")["scores"])')
     run = [sys.executable, "-c", script, tmp_path / "scores.npy", *flags]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import QUICK
 from matplotlib import image
 from matplotlib import pyplot as plt
 from test_cli import refusal, write_splits
@@ -579,7 +580,7 @@ def test_what_is_written(tmp_path):
 
 @pytest.mark.slow
 def test_end_to_end(tiny_backbone, files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # on one device
+    monkeypatch.setenv("XLA_FLAGS", QUICK)  # on one device
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # its own stands back before the user's
     flags = {"methods": "compacter++,adapterdrop,full", "seeds": 1, "backbone": tiny_backbone}
     flags |= {"train-size": 20, "steps": 4, "batch-size": 8, "eval-batch-size": 16}

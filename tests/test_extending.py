@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import QUICK
 
 from tests.helpers import weights_of
 from tests.pages import ROOT, code_blocks
@@ -109,7 +110,7 @@ def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
         pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
     uses = [sys.executable, "-c", USES, str(tiny_backbone), str(tmp_path / "paws")]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = QUICK
     done = subprocess.run(
         uses, cwd=copy, env=environment, capture_output=True, text=True, check=False
     )

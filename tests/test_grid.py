@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import QUICK
 from safetensors.numpy import load_file
 from test_cli import ROOT, fit_flags, refusal, write_splits
 
@@ -39,7 +40,7 @@ def files(tmp_path_factory):
 
 def run_alone(runs):
     """On one device, as every run of a grid is: dropout masks differ between devices."""
-    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    one_device = {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **one_device}
     process = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_ANOTHER],

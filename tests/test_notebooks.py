@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import QUICK
 
 jupytext = pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
@@ -90,7 +91,7 @@ def test_runs(name, deadline):
         for oracle in ("torch", "adapters", "peft"):
             pytest.importorskip(oracle)
     # The tests' cache, but not their four devices.
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     command = [sys.executable, str(FOLDER / "run.py"), "--check", name]
     left = max(deadline - time.monotonic(), 1)
     done = subprocess.run(

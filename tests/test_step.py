@@ -259,6 +259,28 @@ def test_bfloat16_keeps_parameters_and_state_in_float32():
     assert {leaf.dtype.name for leaf in leaves} == {"float32", "int32"}
 
 
+def test_adamw_takes_its_numbers_with_each_gradient():
+    model, params, labels = setup()
+    rates = optax.join_schedules(
+        [optax.linear_schedule(0.0, 3e-2, 2), optax.linear_schedule(3e-2, 0.0, 4)], [2]
+    )
+    tx = optax.chain(optax.clip_by_global_norm(0.05), optax.adamw(rates, weight_decay=0.1))
+    batches = [BATCHES[0]] * 6
+    losses, norms, expected = run(model, params, labels, batches, tx=tx)
+    assert min(norms) > 0.05
+    made = compute(model, labels, 1, tx=step.adamw(decays=True, clips=True))
+    trained, frozen = cj.partition(params, labels)
+    state, frozen = made.init_state(trained), made.place(frozen)
+    schedule = step.linear_schedule(3e-2, 2, 6)
+    for i, batch in enumerate(batches):
+        numbers = step.Hyperparameters(schedule(i), weight_decay=0.1, clip_norm=0.05)
+        state, metrics = made.step(state, frozen, batch, numbers)
+        np.testing.assert_allclose(float(metrics.loss), losses[i], rtol=1e-5)
+    # A checkpoint that optax's own AdamW wrote fits.
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    assert_trees_close(state.trained, expected.trained, atol=1e-5)
+
+
 def test_linear_schedule():
     schedule = step.linear_schedule(2.0, 4, 12)
     np.testing.assert_allclose([schedule(i) for i in (0, 1, 4, 8, 12)], [0, 0.5, 2, 1, 0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from train.mesh import make_mesh, on_own_part, own_part, place, replicate, shard
 from train.step import (
     ApplyFunction,
     Batch,
+    Hyperparameters,
     LossFunction,
     OutputsFunction,
     Params,
@@ -30,6 +31,16 @@ from train.step import (
 )
 
 AXIS = "devices"
+
+
+class _Step(Protocol):
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Params,
+        batch: Batch,
+        numbers: Hyperparameters | None = None,
+    ) -> tuple[TrainState, StepMetrics]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +55,8 @@ class Compute:
       devices: what they run on, those of other hosts included.
       init_state: trained half -> placed `TrainState`.
       place: frozen half -> the same on every device, or divided over the mesh.
-      step: (state, frozen, host batch) -> (state, metrics); the state given is donated.
+      step: (state, frozen, host batch, numbers) -> (state, metrics); the state given is donated,
+        the numbers are `None` where the optimizer has its own.
       outputs: (trained half of a state, frozen, host batch) -> what `OutputsFunction` gives, on
         the host.
       host_state: placed state -> one copy of it.
@@ -54,7 +66,7 @@ class Compute:
     devices: Sequence[jax.Device]
     init_state: Callable[[Params], TrainState]
     place: Callable[[Params], Params]
-    step: Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
+    step: _Step
     outputs: Callable[[Params, Params, Batch], Any]
     host_state: Callable[[TrainState], TrainState]
     place_state: Callable[[TrainState], TrainState]
@@ -63,7 +75,7 @@ class Compute:
 def make_compute(
     apply: ApplyFunction,
     loss: LossFunction,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     *,
     outputs: OutputsFunction | None = None,
     seed: int,
@@ -91,21 +103,23 @@ def make_compute(
     laid_out = None if mesh is None else make_mesh(mesh, devices)
     axis_name = AXIS if len(devices) > 1 and mesh is None else None
 
-    # The seed is an argument, not a constant: runs that differ in it alone share what is compiled.
+    # Seed and numbers are arguments, not constants: runs that differ in them alone share what is
+    # compiled.
     def update(
-        state: TrainState, frozen: Params, batch: Batch, seed: Array
+        state: TrainState, frozen: Params, batch: Batch, constants: _Constants
     ) -> tuple[TrainState, StepMetrics]:
         return loss_and_update(
             state,
             frozen,
             batch,
-            jax.random.key(seed),
+            jax.random.key(constants.seed),
             apply=apply,
             loss=loss,
             tx=tx,
             accumulation_steps=accumulation_steps,
             axis_name=axis_name,
             mesh=laid_out,
+            numbers=constants.numbers,
         )
 
     def forward(trained: Params, frozen: Params, batch: Batch) -> Any:
@@ -125,8 +139,12 @@ def make_compute(
         # Copied: the step donates its state, and the caller's arrays must outlive it.
         return compiled.place_state(jax.jit(new_state)(jax.tree.map(np.array, trained)))
 
-    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return compiled.step(state, frozen, batch, np.uint32(seed))
+    def step(
+        state: TrainState, frozen: Params, batch: Batch, numbers: Hyperparameters | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        if numbers is not None:
+            numbers = Hyperparameters(*map(np.float32, numbers))
+        return compiled.step(state, frozen, batch, _Constants(np.uint32(seed), numbers))
 
     return Compute(
         devices,
@@ -139,10 +157,22 @@ def make_compute(
     )
 
 
+class _Constants(NamedTuple):
+    """Of a step, scalars that are the same on every device.
+
+    Attributes:
+      seed: of the dropout masks.
+      numbers: of the optimizer.
+    """
+
+    seed: Any
+    numbers: Hyperparameters | None
+
+
 class _Compiled(NamedTuple):
     """Two functions compiled, and how to place what they take; the names are those of `Compute`."""
 
-    step: Callable[[TrainState, Params, Batch, Any], tuple[TrainState, StepMetrics]]
+    step: Callable[[TrainState, Params, Batch, _Constants], tuple[TrainState, StepMetrics]]
     outputs: Callable[[Params, Params, Batch], Any]
     place: Callable[[Params], Params]
     place_state: Callable[[TrainState], TrainState]
@@ -176,7 +206,7 @@ def _on_one(update: Any, forward: Any, device: jax.Device) -> _Compiled:
         return jax.device_put(tree, device)
 
     return _Compiled(
-        lambda state, frozen, batch, seed: step(state, frozen, put(dict(batch)), seed),
+        lambda state, frozen, batch, constants: step(state, frozen, put(dict(batch)), constants),
         lambda trained, frozen, batch: jax.device_get(evaluate(trained, frozen, put(dict(batch)))),
         put,
         put,
@@ -192,9 +222,9 @@ def _on_several(update: Any, forward: Any, devices: Sequence[jax.Device]) -> _Co
     replicate = _replicate(own)
 
     def run_step(
-        state: TrainState, frozen: Params, batch: Batch, seed: Any
+        state: TrainState, frozen: Params, batch: Batch, constants: _Constants
     ) -> tuple[TrainState, StepMetrics]:
-        state, metrics = step(state, frozen, shard(batch, len(own)), seed)
+        state, metrics = step(state, frozen, shard(batch, len(own)), constants)
         # On the device: nobody waits here for the step that computes them.
         return state, jax.tree.map(lambda x: x.addressable_shards[0].data[0], metrics)
 
@@ -213,9 +243,9 @@ def _on_mesh(update: Any, forward: Any, mesh: Mesh) -> _Compiled:
     evaluate = jax.jit(forward)
 
     def run_step(
-        state: TrainState, frozen: Params, batch: Batch, seed: Any
+        state: TrainState, frozen: Params, batch: Batch, constants: _Constants
     ) -> tuple[TrainState, StepMetrics]:
-        state, metrics = step(state, frozen, shard_batch(batch, mesh), seed)
+        state, metrics = step(state, frozen, shard_batch(batch, mesh), constants)
         return state, jax.tree.map(lambda x: x.addressable_shards[0].data, metrics)
 
     def outputs(trained: Params, frozen: Params, batch: Batch) -> Any:

@@ -197,14 +197,14 @@ class _Arguments(NamedTuple):
       own: leaves of the frozen half that not all runs share, by position.
       batch: rows.
       seed: of the dropout masks.
-      learning_rate: of this step.
+      numbers: of the optimizer.
       active: whether the run is still on; the state of one that is not stays.
     """
 
     own: dict[int, Array]
     batch: dict[str, Any]
     seed: Any
-    learning_rate: Any
+    numbers: step.Hyperparameters
     active: Any
 
 
@@ -257,7 +257,6 @@ class Joint:
         def one(state: step.TrainState, arguments: _Arguments, shared: dict[int, Array]) -> Any:
             leaves = {**shared, **arguments.own}
             frozen = jax.tree.unflatten(self._frozen[0], [leaves[i] for i in range(len(leaves))])
-            schedule = loop.transformation(job.options, lambda _: arguments.learning_rate)
             new, metrics = step.loss_and_update(
                 state,
                 frozen,
@@ -265,8 +264,9 @@ class Joint:
                 jax.random.key(arguments.seed),
                 apply=apply,
                 loss=lane.objective.loss,
-                tx=cj.optimizer(schedule, learner.labels),
+                tx=cj.optimizer(loop.transformation(job.options), learner.labels),
                 accumulation_steps=job.options.accumulation_steps,
+                numbers=arguments.numbers,
             )
             kept = jax.tree.map(lambda a, b: jnp.where(arguments.active, a, b), new, state)
             return kept, metrics
@@ -281,12 +281,12 @@ class Joint:
         """One update of every run that has a batch; the metrics of the others mean nothing."""
         active = np.array([batch is not None for batch in batches])
         filler = next(batch for batch in batches if batch is not None)
-        rates = [trainer.learners[0] for trainer in self._trainers]
+        numbers = [trainer.numbers(trainer.learners[0]) for trainer in self._trainers]
         arguments = _Arguments(
             self._own,
             padded([filler if batch is None else batch for batch in batches]),
             self._seeds,
-            np.array([float(each.schedule(each.steps)) for each in rates], np.float32),
+            step.Hyperparameters(*np.array(numbers, np.float32).T),
             active,
         )
         arguments = jax.device_put(arguments, self._divided)

@@ -281,7 +281,9 @@ class Trainer:
                     return self.progress
                 training, compute = self.of_lane(lane)
                 with self._profiler.step(self._step_number() + 1):
-                    training.state, metrics = compute.step(training.state, training.frozen, batch)
+                    training.state, metrics = compute.step(
+                        training.state, training.frozen, batch, self.numbers(training)
+                    )
 
     def steps(self) -> Steps:
         """The run but for its updates: yields a lane and its batch, is sent the update's metrics.
@@ -369,6 +371,12 @@ class Trainer:
         """The learner of a task, and what is compiled for the task."""
         training = next(t for t in self.learners if lane in t.learner.lanes)
         return training, training.computes[training.learner.lanes.index(lane)]
+
+    def numbers(self, training: Training) -> step.Hyperparameters:
+        """Returns the optimizer's numbers for the next step of a learner."""
+        return step.Hyperparameters(
+            training.schedule(training.steps), self.options.weight_decay, self.options.clip_norm
+        )
 
     def _bar(self) -> Any:
         """The progress bar of this epoch."""
@@ -597,7 +605,7 @@ def _trainings(
     made: list[Training] = []
     for learner in job.learners:
         schedule = _schedule(job, job.steps_of_learner(learner))
-        tx = cj.optimizer(transformation(job.options, schedule), learner.labels)
+        tx = cj.optimizer(transformation(job.options), learner.labels)
         programs = computes or tuple(
             _compute(job, job.lanes[lane], view, tx, devices)
             for lane, view in zip(learner.lanes, learner.views, strict=True)
@@ -630,12 +638,9 @@ def _schedule(job: Job, steps: int) -> optax.Schedule:
     )
 
 
-def transformation(options: FitOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """How a run's gradients become updates: AdamW, after clipping where that is asked for."""
-    adamw = optax.adamw(schedule, weight_decay=options.weight_decay)
-    if options.clip_norm:
-        adamw = optax.chain(optax.clip_by_global_norm(options.clip_norm), adamw)
-    return adamw
+def transformation(options: FitOptions) -> optax.GradientTransformationExtraArgs:
+    """Returns what makes updates of a run's gradients; the numbers come from `Trainer.numbers`."""
+    return step.adamw(decays=options.weight_decay > 0, clips=options.clip_norm > 0)
 
 
 def apply_of(lane: Lane, view: Any) -> step.ApplyFunction:
@@ -648,7 +653,7 @@ def _compute(
     job: Job,
     lane: Lane,
     view: Any,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     devices: Sequence[jax.Device] | None,
 ) -> Compute:
     """A step of the learner's parameters on a task's batch; outputs of the task's own."""

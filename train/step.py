@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -37,6 +38,21 @@ class TrainState(NamedTuple):
     step: Array
     trained: Params
     opt_state: optax.OptState
+
+
+class Hyperparameters(NamedTuple):
+    """Numbers of the optimizer, which a step takes as arguments: runs that differ in them alone
+    share a program.
+
+    Attributes:
+      learning_rate: of this step.
+      weight_decay: of AdamW, relative to the learning rate.
+      clip_norm: the largest norm that the gradient keeps.
+    """
+
+    learning_rate: Any
+    weight_decay: Any
+    clip_norm: Any
 
 
 class StepMetrics(NamedTuple):
@@ -85,10 +101,11 @@ def loss_and_update(
     *,
     apply: ApplyFunction,
     loss: LossFunction,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     accumulation_steps: int = 1,
     axis_name: str | None = None,
     mesh: Mesh | None = None,
+    numbers: Hyperparameters | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One update of the trained half from one global batch.
 
@@ -108,6 +125,7 @@ def loss_and_update(
       accumulation_steps: parts to divide this device's rows into, one after the other.
       axis_name: of the pmap axis; None on one device.
       mesh: that the frozen half is divided over, by `train.mesh.place`.
+      numbers: given to `tx` with the gradient; None for a `tx` that has its own.
 
     Returns:
       The next state, and metrics equal on all devices.
@@ -143,7 +161,8 @@ def loss_and_update(
         (value, gradient), _ = jax.lax.scan(accumulate, zero, (parts, keys))
     if axis_name is not None:
         value, gradient = jax.lax.pmean((value, gradient), axis_name)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.trained)
+    given = {} if numbers is None else {"numbers": numbers}
+    updates, opt_state = tx.update(gradient, state.opt_state, state.trained, **given)
     trained = optax.apply_updates(state.trained, updates)
     metrics = StepMetrics(value, optax.tree.norm(gradient))
     return TrainState(state.step + 1, trained, opt_state), metrics
@@ -181,10 +200,31 @@ def logits_of(apply: ApplyFunction) -> OutputsFunction:
 
 
 def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """From 0 up to `learning_rate` in `warmup_steps`, then linearly to 0 at `total_steps`."""
-    decay_steps = max(total_steps - warmup_steps, 1)
-    decay = optax.schedules.linear_schedule(learning_rate, 0.0, decay_steps)
-    if not warmup_steps:
-        return decay
-    warmup = optax.schedules.linear_schedule(0.0, learning_rate, warmup_steps)
-    return optax.schedules.join_schedules([warmup, decay], [warmup_steps])
+    """Returns a schedule from 0 to `learning_rate` in `warmup_steps`, then to 0 at `total_steps`.
+
+    It computes on the host: a step takes the learning rate as an argument.
+    """
+    steps = [warmup_steps, max(total_steps, warmup_steps + 1)]
+    rates = [learning_rate, 0.0]
+    if warmup_steps:
+        steps, rates = [0, *steps], [0.0, *rates]
+    return lambda count: float(np.interp(count, steps, rates))
+
+
+def adamw(*, decays: bool, clips: bool) -> optax.GradientTransformationExtraArgs:
+    """Returns AdamW, after clipping if `clips`, whose `update` takes `numbers`: `Hyperparameters`.
+
+    The state is that of `optax.adamw` with a schedule.
+    """
+
+    def of(numbers: Hyperparameters) -> optax.GradientTransformation:
+        decay = numbers.weight_decay if decays else 0.0
+        tx = optax.adamw(lambda count: numbers.learning_rate, weight_decay=decay)
+        return optax.chain(optax.clip_by_global_norm(numbers.clip_norm), tx) if clips else tx
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, numbers: Hyperparameters
+    ) -> tuple[Any, Any]:
+        return of(numbers).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(of(Hyperparameters(0.0, 0.0, 1.0)).init, update)
