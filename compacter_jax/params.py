@@ -24,7 +24,8 @@ from compacter_jax.config import (
     parts_of,
 )
 from compacter_jax.groups import BIAS, NAMED_GROUPS, Groups, check_groups, group_of, is_own
-from compacter_jax.messages import quote
+from compacter_jax.messages import about, quote
+from compacter_jax.patterns import compiled
 from compacter_jax.quantize import is_quantized, quantize
 
 Params = Any
@@ -68,8 +69,9 @@ def label_params(
       A tree of `params`' structure with a string at each leaf.
 
     Raises:
-      ValueError: if a rule or a group matches no path, a rule has another label, or the method
-        trains a group that the parameters do not have, or have by a name that is not known.
+      ValueError: if a rule or a group matches no path, a rule has another label or a pattern that
+        is no regular expression or takes too long, or the method trains a group that the parameters
+        do not have, or have by a name that is not known.
     """
     check_groups(groups)
     paths = list(flatten_dict(params, sep="/"))
@@ -84,19 +86,30 @@ def label_params(
         _check_found(paths, method, rules)
     for pattern, chosen in rules:
         if chosen not in (TRAIN, FREEZE):
-            raise ValueError(f"label {chosen!r} of pattern {pattern!r} must be 'train' or 'freeze'")
-        if not any(re.fullmatch(pattern, path) for path in paths):
-            raise ValueError(f"pattern {pattern!r} matches no parameter")
+            raise ValueError(
+                f"label {quote(chosen, 100)} of pattern {quote(pattern)} must be 'train' or "
+                "'freeze'"
+            )
+        if not any(_matches(pattern, path) for path in paths):
+            raise ValueError(f"pattern {quote(pattern)} matches no parameter")
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         joined = "/".join(path)
         for pattern, chosen in rules:
-            if re.fullmatch(pattern, joined):
+            if _matches(pattern, joined):
                 return chosen
         return TRAIN if is_trained(joined) else FREEZE
 
     is_trained = _trained_by(method, groups)
     return path_aware_map(label, params)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a rule's pattern matches a path; ValueError for a broken or a slow pattern."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"rules: {quote(pattern)} is no regular expression")
+    with about("rules"):
+        return compiled(pattern).fullmatch(path) is not None
 
 
 def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -> None:
@@ -135,7 +148,7 @@ def _check_found(
     full = any(isinstance(one, FullFineTuningConfig) for one in wanted)
     if full or is_own(paths):
         return
-    ruled = {path for path in paths if any(re.fullmatch(rule, path) for rule, _ in rules)}
+    ruled = {path for path in paths if any(_matches(rule, path) for rule, _ in rules)}
     norms = _norms(paths)
     heads = [path for path in paths if group_of(path) == "head"]
     if any(one.train_head for one in wanted) and not heads and not ruled - set(norms):

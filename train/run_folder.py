@@ -41,6 +41,7 @@ _IN_FOLDERS = {
     "checkpoints": re.compile(r"\d+(\.(orbax-checkpoint-tmp|unreadable).*)?"),
     "adapter": re.compile(
         r"adapter_config\.json|adapter(-[0-9a-f]{16})?\.safetensors|\.adapter.*\.tmp"
+        r"|\.adapter_saving\.json"
     ),
     "backbone": re.compile(
         r"(config|generation_config|special_tokens_map|added_tokens)\.json|model.*\.safetensors"
