@@ -37,7 +37,7 @@ from compacter_jax.models.families import family_of
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.quantize import check_float
 from compacter_jax.sites import Site
-from compacter_jax.trees import check_params
+from compacter_jax.trees import check_numbers, check_params
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
@@ -108,14 +108,15 @@ def save_adapter(
       ValueError: if `labels` are not those of `params`, `metadata` has a key that the library
         writes itself or something that JSON cannot hold, such as NaN, `params` are not those of
         the model (replicated, say, or a half of `partition`), the backbone in them is of int8,
-        whose hash is not the backbone's, or they differ from `backbone` where they are not stored.
-        Nothing is written then.
+        whose hash is not the backbone's, they differ from `backbone` where they are not stored, or
+        hold NaN or infinite numbers where they are. Nothing is written then.
       OSError: if the directory cannot be written.
     """
     check_params(model, params, "saving an adapter")
     check_float(params, "saving an adapter")
     also = _also_trained(params, model, labels)
     stored, left = _split(params, model, also)
+    check_numbers(stored)
     if backbone is not None:
         _check_unchanged(left, backbone)
     data = safetensors.flax.save(stored)
@@ -306,11 +307,13 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
       config: the configuration of transformers, such as `Backbone.config`; it is not changed.
 
     Raises:
-      ValueError: if the model is of no supported family, or `params` hold something else.
+      ValueError: if the model is of no supported family, or `params` hold something else, or NaN or
+        infinite numbers.
       OSError: if the directory cannot be written.
     """
     family = family_of(config)
     check_params(module, params, "saving a backbone")
+    check_numbers(flatten_dict(params, sep="/"))
     tensors = family.to_hugging_face(params)
     settings = json.loads(config.to_json_string(use_diff=False))
     head = getattr(module, "head", None)

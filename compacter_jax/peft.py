@@ -34,7 +34,7 @@ from compacter_jax.inject import Adapted, init_adapters
 from compacter_jax.messages import about, listing, quote
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.patterns import compiled
-from compacter_jax.trees import check_params
+from compacter_jax.trees import check_numbers, check_params
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
@@ -162,7 +162,7 @@ def export_peft(
 
     Raises:
       ValueError: if PEFT does not have the method, or cannot put it where it is, or `params` are
-        not those of the model.
+        not those of the model or hold NaN or infinite numbers.
       OSError: if the directory cannot be written.
     """
     method = model.method
@@ -176,6 +176,7 @@ def export_peft(
     names = hugging_face_names(model.backbone, unflatten_dict(rest, sep="/"))
     labels = flatten_dict(label_params(params, method), sep="/")
     saved = [path for path in rest if group_of(path) == "head" or labels[path] == TRAIN]
+    check_numbers({path: flat[path] for path in [*own, *saved]})
     tensors = {
         _tensor_name(path, names, method): np.ascontiguousarray(
             _to_torch(path, np.asarray(flat[path]))
