@@ -9,7 +9,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +147,11 @@ def save_adapter(
 
 def _check_unchanged(left: Mapping[str, Any], backbone: Any) -> None:
     """ValueError if leaves that are not stored are others than the backbone's."""
+    if not isinstance(getattr(backbone, "params", None), Mapping):
+        raise ValueError(
+            f"backbone={quote(backbone, 100)} has no params; give what load_backbone returns, or "
+            "an object with the params from before training"
+        )
     own = flatten_dict(backbone.params, sep="/")
     changed = [path for path, leaf in left.items() if not _is_same(leaf, own.get(path))]
     if changed:
@@ -446,10 +451,14 @@ def hash_params(params: Mapping[str, Any]) -> str:
 
 
 def _split(
-    params: Any, model: inject.Adapted, also: Sequence[str]
+    params: Any, model: inject.Adapted, also: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Flat `(stored, left to the backbone's own checkpoint)`; paths in `also` are stored, too."""
-    groups = model.groups or {}
+    groups, also = model.groups or {}, frozenset(also)
+    if unknown := sorted(also - flatten_dict(params, sep="/").keys()):
+        raise ValueError(
+            f"also_trained names what is no parameter of the model: {listing(unknown)}"
+        )
     labels = flatten_dict(label_params(params, model.method, groups=groups), sep="/")
     stored: dict[str, Any] = {}
     left: dict[str, Any] = {}
@@ -464,7 +473,7 @@ def _also_trained(params: Any, model: inject.Adapted, labels: Any) -> list[str]:
     if labels is None:
         return []
     _, left = _split(params, model, ())
-    given = flatten_dict(labels, sep="/")
+    given = flatten_dict(labels, sep="/") if isinstance(labels, Mapping) else {}
     if given.keys() != flatten_dict(params, sep="/").keys():
         raise ValueError(
             "labels are not those of params; pass what label_params(params, …) returns"

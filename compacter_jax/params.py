@@ -74,6 +74,7 @@ def label_params(
         do not have, or have by a name that is not known.
     """
     check_groups(groups)
+    _check_pairs(rules)
     paths = list(flatten_dict(params, sep="/"))
     for name, pattern in (groups or {}).items():
         if not any(group_of(path, groups) == name.replace("_", " ") for path in paths):
@@ -102,6 +103,18 @@ def label_params(
 
     is_trained = _trained_by(method, groups)
     return path_aware_map(label, params)
+
+
+def _check_pairs(rules: Sequence[tuple[str, str]]) -> None:
+    """ValueError if rules are no pairs of a pattern and a label."""
+    is_sequence = isinstance(rules, Sequence) and not isinstance(rules, str)
+    if not is_sequence or not all(
+        isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules
+    ):
+        raise ValueError(
+            f"rules={quote(rules, 100)} must be pairs of a pattern and a label, such as "
+            "[('.*/norm/.*', 'train')]"
+        )
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -211,6 +211,9 @@ def test_what_rules_train_is_saved_and_loaded(tmp_path):
             ValueError, match=r"adapter_config.json: also_trained=.* must be a list"
         ):
             cj.load_adapter(tmp_path, backbone, X)
+    path.write_text(json.dumps({**settings, "also_trained": ["layer_0/bias", "layer_9/bias"]}))
+    with pytest.raises(ValueError, match=r"json: also_trained names what is no .*: layer_9/bias$"):
+        cj.load_adapter(tmp_path, backbone, X)
     path.write_text(json.dumps({**settings, "also_trained": ["layer_0/bias"]}))
     with pytest.raises(ValueError, match=r"left over: first_norm/scale"):
         cj.load_adapter(tmp_path, backbone, X)
@@ -251,6 +254,10 @@ def test_labels_of_something_else_are_refused(tmp_path):
     labels = label_params(params, model.method, groups=model.groups)
     with pytest.raises(ValueError, match="labels are not those of params"):
         cj.save_adapter(tmp_path / "new", model, params, labels={"score": labels["score"]})
+    with pytest.raises(ValueError, match="labels are not those of params"):
+        cj.save_adapter(tmp_path / "new", model, params, labels="train")
+    with pytest.raises(ValueError, match=r"backbone=.* has no params; give what load_backbone"):
+        cj.save_adapter(tmp_path / "new", model, params, backbone=Theirs())
     assert not (tmp_path / "new").exists()
 
 
