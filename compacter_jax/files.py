@@ -181,7 +181,7 @@ def check_file(path: Path) -> int:
 
     Raises:
       FileNotFoundError: if there is nothing.
-      ValueError: if it is a folder, a pipe or a device.
+      ValueError: if it is a folder, a pipe or a device, or its name can be that of no file.
     """
     try:
         status = path.stat()
@@ -189,9 +189,27 @@ def check_file(path: Path) -> int:
         raise FileNotFoundError(f"{shorten(str(path), 300)} does not exist") from None
     except OSError as error:  # the name is too long, say, and would be repeated
         raise type(error)(error.errno, error.strerror, shorten(str(path), 300)) from None
+    except ValueError as error:  # a null character in the name, say
+        raise ValueError(f"{quote(str(path))} is no name of a file: {error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a file")
     return status.st_size
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Returns a path with the home folder in the place of `~`; without that user, as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_there(path: Path) -> bool:
+    """Returns True if there is something of that name, False also for a name that nothing has."""
+    try:
+        return path.exists()
+    except OSError:  # longer than the system takes
+        return False
 
 
 def _refuse_constant(name: str) -> float:

@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax import checkpoint, files, leftovers, limits, messages, patterns
-from compacter_jax.models.convert import module_from_config
+from compacter_jax.models.convert import module_from_config, module_from_name, read_config
 from tests.helpers import ONE_LAYER, adapted_shapes, backbone_of, random_tree, weights_of
+from train.data import load_tokenizer
 from train.options import expand_config
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -465,12 +466,31 @@ def test_brackets_within_brackets_have_a_limit():
     )
 
 
-@pytest.mark.parametrize("name", ["a" * 10**5, "a/" * 2000 + "a", "a" * 300 + "/b"])
+def tokenizer_of(place):
+    return load_tokenizer(place, vocab_size=9, max_position_embeddings=None, max_length=8)
+
+
+@pytest.mark.parametrize("name", ["a" * 10**5, "a/" * 2000 + "a", "a" * 300 + "/b", "a\0b"])
 def test_names_that_no_file_has_are_not_repeated(tmp_path, name):
     for read in (files.read_json, files.read_tensors):
         refused(read, tmp_path / name)
-    (tmp_path / "c.toml").write_text(f'base = "{name}"', "utf-8")
+    for read in (cj.load_backbone, read_config, tokenizer_of, module_from_name):
+        for place in (str(tmp_path / name), name, f"~nobody-of-this-name/{name}"):
+            refused(read, place)
+    (tmp_path / "c.toml").write_text(f"base = {json.dumps(name)}", "utf-8")
     refused(expand_config, ["--config", str(tmp_path / "c.toml")])
+
+
+def test_a_name_with_a_null_character_is_told_with_its_file(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text(r'base = "\u0000"', "utf-8")
+    message = refused(expand_config, ["--config", str(config)])
+    assert message.startswith(f"{config}: base='\\x00': ")
+    assert message.endswith("is no name of a file: embedded null byte")
+    index = {"weight_map": {"a": "b\0c"}}
+    (tmp_path / "config.json").write_bytes((RECORDED / "backbone/config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "index.json" in refused(cj.load_backbone, tmp_path)
 
 
 def test_an_error_says_what_it_is_about():
