@@ -63,7 +63,8 @@ def _changed(r: Random, value: Any) -> str:
         parent[r.choice(_NAMES)] = copy.deepcopy(r.choice(NASTY))
     elif how == "scale" and type(parent[key]) in (int, float):
         old = parent[key]
-        parent[key] = r.choice([old * 2, old + 1, -old, old * 10**12, float(old), str(old), 0])
+        fraction = float(old) if abs(old) < 10**300 else math.inf
+        parent[key] = r.choice([old * 2, old + 1, -old, old * 10**12, fraction, str(old), 0])
     elif how == "wrap":
         parent[key] = r.choice([[parent[key]], {"x": parent[key]}, [parent[key]] * 2])
     elif how == "copy":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import safetensors.flax
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax import catalogue, paths
+from compacter_jax import catalogue, leftovers, paths
 from compacter_jax.compositions.base import members_of
 from compacter_jax.files import (
     check_fields,
@@ -32,14 +33,14 @@ from compacter_jax.files import (
     replace_file,
 )
 from compacter_jax.inject import adapted
-from compacter_jax.messages import about, mismatches, quote, shorten
+from compacter_jax.messages import about, listing, mismatches, quote, shorten
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.families import family_of
 from compacter_jax.models.loading import SINGLE_FILE
 from compacter_jax.nn.quantize import check_float
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.sites import Site
-from compacter_jax.trees import check_params
+from compacter_jax.trees import check_numbers, check_params
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
@@ -78,6 +79,7 @@ def save_adapter(
     *,
     metadata: Mapping[str, Any] | None = None,
     labels: Any = None,
+    backbone: Any = None,
 ) -> None:
     """Writes what a fine-tuned model has beyond its backbone.
 
@@ -85,7 +87,13 @@ def save_adapter(
     their `/`-joined paths; `adapter_config.json` its name, the method, the head and a hash of
     every leaf that is not stored. An adapter that is in the directory already is there until the
     new `adapter_config.json` takes the old one's place in one step; then the old weights are
-    removed. Several threads or processes may save to one directory.
+    removed. Several threads or processes may save to one directory. A save that is killed may
+    leave weights that nothing names; the next one removes them by a log, `.adapter_saving.json`.
+
+    Parameters do not say which of them were trained. Whoever trains more than the method does, by
+    `rules` of `label_params` or a rule of their own, gives `labels`, or `backbone` to be told what
+    would not be stored. Without either, `load_adapter` refuses the adapter where the difference is
+    large enough to change the hash of what is not stored.
 
     Args:
       directory: made if it does not exist.
@@ -95,19 +103,25 @@ def save_adapter(
         label names; `read_adapter_config` gives them back.
       labels: of `label_params`, where its `rules` train more than the method does, so that this is
         stored too. By default what the method trains.
+      backbone: has `params`, as before training. Where it is given, parameters that are not stored
+        must be equal to its own.
 
     Raises:
       TypeError: if `metadata` is no JSON; nothing is written then.
       ValueError: if `labels` are not those of `params`, `metadata` has a key that the library
         writes itself or something that JSON cannot hold, such as NaN, `params` are not those of
-        the model (replicated, say, or a half of `partition`), or the backbone in them is of int8,
-        whose hash is not the backbone's. Nothing is written then.
+        the model (replicated, say, or a half of `partition`), the backbone in them is of int8,
+        whose hash is not the backbone's, they differ from `backbone` where they are not stored, or
+        hold NaN or infinite numbers where they are. Nothing is written then.
       OSError: if the directory cannot be written.
     """
     check_params(model, params, "saving an adapter")
     check_float(params, "saving an adapter")
     also = _also_trained(params, model, labels)
     stored, left = _split(params, model, also)
+    check_numbers(stored)
+    if backbone is not None:
+        _check_unchanged(left, backbone)
     data = safetensors.flax.save(stored)
     sha256 = hashlib.sha256(data).hexdigest()
     own = {
@@ -130,23 +144,68 @@ def save_adapter(
     parse_json(text, "metadata")  # what could not be read again is not written
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with hold_folder(directory):
+    with hold_folder(directory) as is_alone, _logged(directory, str(own["weights"]), is_alone):
         _commit(directory, str(own["weights"]), data, text + "\n")
+
+
+def _check_unchanged(left: Mapping[str, Any], backbone: Any) -> None:
+    """ValueError if leaves that are not stored are others than the backbone's."""
+    if not isinstance(getattr(backbone, "params", None), Mapping):
+        raise ValueError(
+            f"backbone={quote(backbone, 100)} has no params; give what load_backbone returns, or "
+            "an object with the params from before training"
+        )
+    own = flatten_dict(backbone.params, sep="/")
+    changed = [path for path, leaf in left.items() if not _is_same(leaf, own.get(path))]
+    if changed:
+        raise ValueError(
+            f"{len(changed)} leaves differ from the backbone's and would not be stored "
+            f"({listing(changed, 3)}); give save_adapter the labels, label_params(params, method, "
+            "rules), where rules trained them, or the backbone that they come from"
+        )
+
+
+def _is_same(leaf: Any, own: Any) -> bool:
+    """Whether two leaves are equal, up to bfloat16 where one is of another type."""
+    if leaf is own or own is None:
+        return leaf is own
+    if leaf.dtype == own.dtype:
+        return np.array_equal(leaf, own)
+    return hash_params({"": leaf}) == hash_params({"": own})
+
+
+@contextlib.contextmanager
+def _logged(directory: Path, name: str, is_alone: bool) -> Iterator[None]:
+    """Keeps a log while an adapter is written, and removes what saves that were killed left."""
+    if not is_alone:  # what is in the log may be of somebody who saves just now
+        yield
+        return
+    before = _weights_in_use(directory)
+    leftovers.clear(directory, before)
+    leftovers.note(directory, [name, before or name])
+    try:
+        yield
+    finally:
+        leftovers.clear(directory, _weights_in_use(directory))
 
 
 def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
     """Writes weights, then the configuration that names them, then removes the weights before."""
-    path = directory / CONFIG_NAME
-    try:
-        before = weights_name(path, read_adapter_config(directory))
-    except (OSError, ValueError):  # there was none, a broken one, or that of another library
-        before = name
+    before = _weights_in_use(directory)
     with replace_file(directory / name) as temporary:
         temporary.write_bytes(data)
-    with replace_file(path) as temporary:
+    with replace_file(directory / CONFIG_NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    if before != name:
+    if before is not None and before != name:
         (directory / before).unlink(missing_ok=True)
+
+
+def _weights_in_use(directory: Path) -> str | None:
+    """The weights that the configuration names; None where it is missing, broken or of others."""
+    try:
+        return weights_name(directory / CONFIG_NAME, read_adapter_config(directory))
+    except (OSError, ValueError):
+        return None
 
 
 def load_adapter(
@@ -256,11 +315,13 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
       config: the configuration of transformers, such as `Backbone.config`; it is not changed.
 
     Raises:
-      ValueError: if the model is of no supported family, or `params` hold something else.
+      ValueError: if the model is of no supported family, or `params` hold something else, or NaN or
+        infinite numbers.
       OSError: if the directory cannot be written.
     """
     family = family_of(config)
     check_params(module, params, "saving a backbone")
+    check_numbers(flatten_dict(params, sep="/"))
     tensors = family.to_hugging_face(params)
     settings = json.loads(config.to_json_string(use_diff=False))
     head = getattr(module, "head", None)
@@ -393,10 +454,14 @@ def hash_params(params: Mapping[str, Any]) -> str:
 
 
 def _split(
-    params: Any, model: adapted.Adapted, also: Sequence[str]
+    params: Any, model: adapted.Adapted, also: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Flat `(stored, left to the backbone's own checkpoint)`; paths in `also` are stored, too."""
-    groups = model.groups or {}
+    groups, also = model.groups or {}, frozenset(also)
+    if unknown := sorted(also - flatten_dict(params, sep="/").keys()):
+        raise ValueError(
+            f"also_trained names what is no parameter of the model: {listing(unknown)}"
+        )
     labels = flatten_dict(label_params(params, model.method, groups=groups), sep="/")
     stored: dict[str, Any] = {}
     left: dict[str, Any] = {}
@@ -411,7 +476,7 @@ def _also_trained(params: Any, model: adapted.Adapted, labels: Any) -> list[str]
     if labels is None:
         return []
     _, left = _split(params, model, ())
-    given = flatten_dict(labels, sep="/")
+    given = flatten_dict(labels, sep="/") if isinstance(labels, Mapping) else {}
     if given.keys() != flatten_dict(params, sep="/").keys():
         raise ValueError(
             "labels are not those of params; pass what label_params(params, …) returns"

@@ -181,7 +181,7 @@ def check_file(path: Path) -> int:
 
     Raises:
       FileNotFoundError: if there is nothing.
-      ValueError: if it is a folder, a pipe or a device.
+      ValueError: if it is a folder, a pipe or a device, or its name can be that of no file.
     """
     try:
         status = path.stat()
@@ -189,9 +189,27 @@ def check_file(path: Path) -> int:
         raise FileNotFoundError(f"{shorten(str(path), 300)} does not exist") from None
     except OSError as error:  # the name is too long, say, and would be repeated
         raise type(error)(error.errno, error.strerror, shorten(str(path), 300)) from None
+    except ValueError as error:  # a null character in the name, say
+        raise ValueError(f"{quote(str(path))} is no name of a file: {error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a file")
     return status.st_size
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Returns a path with the home folder in the place of `~`; without that user, as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_there(path: Path) -> bool:
+    """Returns True if there is something of that name, False also for a name that nothing has."""
+    try:
+        return path.exists()
+    except OSError:  # longer than the system takes
+        return False
 
 
 def _refuse_constant(name: str) -> float:
@@ -313,15 +331,17 @@ def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
     Raises:
       ValueError: that names the place and the tensor.
     """
-    if array.dtype == ml_dtypes.bfloat16:  # whose own functions are slow
-        bad = (array.view(np.uint16) & 0x7F80) == 0x7F80
-    else:
-        bad = ~np.isfinite(array)
-    if count := int(np.count_nonzero(bad)):
+    if count := _count_not_finite(array):
         raise ValueError(
             f"{shorten(name, 100)} in {where} has {count:,} of {array.size:,} numbers that are NaN "
             "or infinite; take weights from before the run that made them diverged"
         )
+
+
+def _count_not_finite(array: np.ndarray) -> int:
+    if array.dtype == ml_dtypes.bfloat16:  # whose own functions are slow
+        return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
+    return int(np.count_nonzero(~np.isfinite(array)))
 
 
 def converted(where: str | Path, name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
@@ -330,18 +350,24 @@ def converted(where: str | Path, name: str, array: np.ndarray, dtype: Any) -> np
     Args:
       where: it is from, for messages.
       name: of the tensor.
-      array: without infinite numbers.
+      array: of any floating-point type.
       dtype: wanted.
 
     Raises:
-      ValueError: if a number is too large for that type.
+      ValueError: if a number is too large for a smaller type, or was NaN or infinite before.
     """
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
         changed = array.astype(dtype)
-    if ml_dtypes.finfo(array.dtype).max > ml_dtypes.finfo(dtype).max:
-        check_finite(f"{where}, as {np.dtype(dtype)},", name, changed)
+    largest = ml_dtypes.finfo(dtype).max
+    if ml_dtypes.finfo(array.dtype).max > largest and (count := _count_not_finite(changed)):
+        check_finite(where, name, array)
+        raise ValueError(
+            f"{shorten(name, 100)} in {where} has {count:,} of {array.size:,} numbers too large "
+            f"for {np.dtype(dtype)}, which holds {float(largest):.5g} at most; use a dtype of a "
+            "wider range, or other weights"
+        )
     return changed
 
 
@@ -392,7 +418,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+def hold_folder(folder: str | os.PathLike[str]) -> Iterator[bool]:
     """Waits until no other thread or process holds a folder, and holds it meanwhile.
 
     It is for short steps of several files. The lock is the system's and ends with the process;
@@ -400,16 +426,21 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Args:
       folder: that exists.
+
+    Yields:
+      True if other processes are kept away as well.
     """
     with _HELD[hash(os.path.realpath(folder)) % len(_HELD)]:
         if fcntl is None:
-            yield
+            yield False
             return
         descriptor = os.open(folder, os.O_RDONLY)
         try:
+            is_locked = False
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+                is_locked = True
+            yield is_locked
         finally:
             os.close(descriptor)
 

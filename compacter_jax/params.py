@@ -13,10 +13,11 @@ import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 
 from compacter_jax.compositions.base import composed_members, members_of, own_path
-from compacter_jax.messages import quote
+from compacter_jax.messages import about, quote
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.nn.quantize import is_quantized, quantize
 from compacter_jax.paths import BIAS, GROUPS, NAMED_GROUPS, Groups, check_groups, group_of, is_own
+from compacter_jax.patterns import compiled
 
 Params = Any
 Labels = Any
@@ -59,10 +60,12 @@ def label_params(
       A tree of `params`' structure with a string at each leaf.
 
     Raises:
-      ValueError: if a rule or a group matches no path, a rule has another label, or the method
-        trains a group that the parameters do not have, or have by a name that is not known.
+      ValueError: if a rule or a group matches no path, a rule has another label or a pattern that
+        is no regular expression or takes too long, or the method trains a group that the parameters
+        do not have, or have by a name that is not known.
     """
     check_groups(groups)
+    _check_pairs(rules)
     paths = list(flatten_dict(params, sep="/"))
     for name, pattern in (groups or {}).items():
         if not any(group_of(path, groups) == name.replace("_", " ") for path in paths):
@@ -75,19 +78,42 @@ def label_params(
         _check_found(paths, method, rules)
     for pattern, chosen in rules:
         if chosen not in (TRAIN, FREEZE):
-            raise ValueError(f"label {chosen!r} of pattern {pattern!r} must be 'train' or 'freeze'")
-        if not any(re.fullmatch(pattern, path) for path in paths):
-            raise ValueError(f"pattern {pattern!r} matches no parameter")
+            raise ValueError(
+                f"label {quote(chosen, 100)} of pattern {quote(pattern)} must be 'train' or "
+                "'freeze'"
+            )
+        if not any(_matches(pattern, path) for path in paths):
+            raise ValueError(f"pattern {quote(pattern)} matches no parameter")
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         joined = "/".join(path)
         for pattern, chosen in rules:
-            if re.fullmatch(pattern, joined):
+            if _matches(pattern, joined):
                 return chosen
         return TRAIN if is_trained(joined) else FREEZE
 
     is_trained = _trained_by(method, groups)
     return path_aware_map(label, params)
+
+
+def _check_pairs(rules: Sequence[tuple[str, str]]) -> None:
+    """ValueError if rules are no pairs of a pattern and a label."""
+    is_sequence = isinstance(rules, Sequence) and not isinstance(rules, str)
+    if not is_sequence or not all(
+        isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules
+    ):
+        raise ValueError(
+            f"rules={quote(rules, 100)} must be pairs of a pattern and a label, such as "
+            "[('.*/norm/.*', 'train')]"
+        )
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a rule's pattern matches a path; ValueError for a broken or a slow pattern."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"rules: {quote(pattern)} is no regular expression")
+    with about("rules"):
+        return compiled(pattern).fullmatch(path) is not None
 
 
 def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -> None:
@@ -125,7 +151,7 @@ def _check_found(
     wanted = [member.method for member in members_of(method)]
     if any(one.trains_backbone for one in wanted) or is_own(paths):
         return
-    ruled = {path for path in paths if any(re.fullmatch(rule, path) for rule, _ in rules)}
+    ruled = {path for path in paths if any(_matches(rule, path) for rule, _ in rules)}
     norms = _norms(paths)
     heads = [path for path in paths if group_of(path) == "head"]
     if any(one.train_head for one in wanted) and not heads and not ruled - set(norms):

@@ -13,6 +13,7 @@ import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 
+from compacter_jax.files import check_finite
 from compacter_jax.messages import listing, shorten
 from compacter_jax.paths import ADAPTER
 
@@ -52,6 +53,19 @@ def check_params(module: nn.Module, params: Any, doing: str, *, stacked: bool = 
     if reason is not None:
         raise ValueError(shorten(f"{doing} wants the model's parameters, and {reason}"))
     return False
+
+
+def check_numbers(leaves: Mapping[str, Any]) -> None:
+    """Checks that leaves to be written are such that readers take: without NaN and infinities.
+
+    Args:
+      leaves: `/`-joined path -> array.
+
+    Raises:
+      ValueError: that names the leaf.
+    """
+    for path, leaf in leaves.items():
+        check_finite("params", path, np.asarray(leaf))
 
 
 def _flat(params: Mapping[str, Any]) -> dict[str, Any]:

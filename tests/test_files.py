@@ -7,6 +7,7 @@ import threading
 from typing import Literal
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -144,6 +145,22 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, dtype, bad):
             ValueError, match=r"x in .* has 1 of 6 numbers that are NaN or infinite"
         ):
             read()
+
+
+def test_a_number_too_large_for_a_type_is_no_diverged_run():
+    array = np.array([1.0, -70_000.0, 80_000.0], np.float32)
+    with pytest.raises(
+        ValueError,
+        match=r"^w in x has 2 of 3 numbers too large for float16, which "
+        r"holds 65504 at most; use a dtype of a wider range, or other weights$",
+    ):
+        files.converted("x", "w", array, np.float16)
+    with pytest.raises(ValueError, match="w in x has 1 of 1 numbers too large for bfloat16"):
+        files.converted("x", "w", np.array([3.4e38], np.float32), ml_dtypes.bfloat16)
+    with pytest.raises(ValueError, match=r"w in x has 1 of 2 numbers that are NaN .* diverged"):
+        files.converted("x", "w", np.array([np.nan, 1e9], np.float32), np.float16)
+    kept = files.converted("x", "w", array, ml_dtypes.bfloat16)
+    assert kept.tolist() == [1.0, -70144.0, 79872.0]
 
 
 def test_the_largest_numbers_of_every_type_are_read(tmp_path):

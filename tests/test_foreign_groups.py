@@ -212,9 +212,42 @@ def test_what_rules_train_is_saved_and_loaded(tmp_path):
             ValueError, match=r"adapter_config.json: also_trained=.* must be a list"
         ):
             cj.load_adapter(tmp_path, backbone, X)
+    path.write_text(json.dumps({**settings, "also_trained": ["layer_0/bias", "layer_9/bias"]}))
+    with pytest.raises(ValueError, match=r"json: also_trained names what is no .*: layer_9/bias$"):
+        cj.load_adapter(tmp_path, backbone, X)
     path.write_text(json.dumps({**settings, "also_trained": ["layer_0/bias"]}))
     with pytest.raises(ValueError, match=r"left over: first_norm/scale"):
         cj.load_adapter(tmp_path, backbone, X)
+
+
+def test_what_would_not_be_stored_is_said_where_the_backbone_is_given(tmp_path):
+    model, params, backbone = model_and_params(NO_NORMS)
+    params["first_norm"] = backbone.params["first_norm"]
+    cj.save_adapter(tmp_path, model, params, backbone=backbone)
+    assert_same(cj.load_adapter(tmp_path, backbone, X)[1], params)
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    # So small a change is not in the hash, which is of values rounded to bfloat16.
+    trained = {**params, "first_norm": {**params["first_norm"]}}
+    trained["first_norm"]["scale"] = trained["first_norm"]["scale"] * (1 + 1e-4)
+    with pytest.raises(ValueError, match=r"1 leaves differ .*\(first_norm/scale\); give .* labels"):
+        cj.save_adapter(tmp_path, model, trained, backbone=backbone)
+    assert (tmp_path / "adapter_config.json").read_bytes() == before
+    rules = [("first_norm/scale", "train")]
+    labels = label_params(trained, model.method, rules, groups=model.groups)
+    cj.save_adapter(tmp_path, model, trained, labels=labels, backbone=backbone)
+    assert_same(cj.load_adapter(tmp_path, backbone, X)[1], trained)
+
+
+def test_a_backbone_in_16_bits_is_the_one_that_was_given(tmp_path):
+    model, params, backbone = model_and_params(NO_NORMS)
+    params["first_norm"] = backbone.params["first_norm"]
+    halved = {**params, "layer_0": {**params["layer_0"]}}
+    kernel = params["layer_0"]["kernel"]
+    halved["layer_0"]["kernel"] = kernel.astype(jnp.bfloat16)
+    cj.save_adapter(tmp_path, model, halved, backbone=backbone)
+    halved["layer_0"]["kernel"] = (kernel + 1).astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match="layer_0/kernel"):
+        cj.save_adapter(tmp_path, model, halved, backbone=backbone)
 
 
 def test_labels_of_something_else_are_refused(tmp_path):
@@ -222,6 +255,10 @@ def test_labels_of_something_else_are_refused(tmp_path):
     labels = label_params(params, model.method, groups=model.groups)
     with pytest.raises(ValueError, match="labels are not those of params"):
         cj.save_adapter(tmp_path / "new", model, params, labels={"score": labels["score"]})
+    with pytest.raises(ValueError, match="labels are not those of params"):
+        cj.save_adapter(tmp_path / "new", model, params, labels="train")
+    with pytest.raises(ValueError, match=r"backbone=.* has no params; give what load_backbone"):
+        cj.save_adapter(tmp_path / "new", model, params, backbone=Theirs())
     assert not (tmp_path / "new").exists()
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.errors import InvalidRngError
 
 from compacter_jax.catalogue import preset
@@ -518,6 +519,11 @@ class Methods(nn.Module):
 
     def __call__(self, x):
         return self.features(x).mean()
+
+
+def test_a_module_of_nnx_is_refused():
+    with pytest.raises(ValueError, match=r"is of type Linear, no module of flax\.linen; .*ToNNX"):
+        Adapted(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), LORA, sites={"query": "a"})
 
 
 def test_any_method_of_the_backbone():

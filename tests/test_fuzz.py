@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks import fuzz, mutations
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,11 @@ def test_a_finding_is_counted_and_kept(assets, tmp_path, monkeypatch):
     )
     assert (tmp_path / "0" / "input").read_text() == "x"
     assert "| all | 8 | 0 | 0 | 0 | 8 |" in fuzz.table(counts)
+
+
+def test_numbers_that_no_float_holds_are_damaged_too():
+    for seed in range(200):
+        mutations.mutated_json(random.Random(seed), {"a": 10**400, "b": float("nan")})
 
 
 def test_an_input_depends_on_its_seed_alone(assets, tmp_path):

@@ -33,6 +33,7 @@ ORDER = (
     "inject",
     "models",
     "params",
+    "leftovers",
     "checkpoint",
     "banks",
     "foreign",

@@ -161,6 +161,9 @@ def test_own_rules_win_over_the_method_and_the_first_match_wins():
             r"pattern 'encoder/layer/7/\.\*' matches no parameter",
         ),
         ([(r"pooler", "train")], "pattern 'pooler' matches no parameter"),  # not in full
+        ("train", "rules='train' must be pairs of a pattern and a label"),
+        ({".*": "train"}, "rules={.*} must be pairs of a pattern and a label"),
+        ([(".*", "train", "freeze")], r"rules=\[.*\] must be pairs of a pattern and a label"),
         ([(r".*", "frozen")], r"label 'frozen' of pattern '\.\*' must be 'train' or 'freeze'"),
     ],
 )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.predictions import predict_file, write_rows
+from train.predictions import predict_file, read_rows, write_rows
 
 NAMES = ("negative", "positive")
 
@@ -135,6 +135,33 @@ def test_csv_fields_come_back_as_they_were(tmp_path, suffix):
     assert result[1][3:5] == ["positive", "1"]
     assert float(result[1][5]) == pytest.approx(probability(5), rel=1e-14)
     assert json.loads(result[1][6]) == [0.0, 5.0]
+
+
+@pytest.mark.parametrize("broken", ["two\nlines", "two\rlines", "end\r\n"])
+def test_a_line_break_is_not_written_to_a_tsv(tmp_path, broken):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.tsv"
+    rows = [{"sentence": "good", "note": "a"}, {"sentence": "bad", "note": broken}]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    target.write_text("kept")
+    with pytest.raises(ValueError, match=r".") as caught:
+        predict_file(source, target, predict, label_names=NAMES, chunk_rows=1)
+    assert str(caught.value) == (
+        f"{target}: row 2 of the input holds a line break in the column 'note', which a .tsv "
+        "cannot; write .csv or .jsonl instead"
+    )
+    assert target.read_text() == "kept"
+    # Both formats that the message names hold it.
+    for suffix in (".csv", ".jsonl"):
+        predict_file(source, target.with_suffix(suffix), predict, label_names=NAMES)
+        again = [row for rows in read_rows(target.with_suffix(suffix)) for row in rows]
+        assert again[1]["note"] == broken
+    source.write_text(json.dumps({"sentence": "good", broken: "a"}))
+    with pytest.raises(ValueError, match=r"out\.tsv: the header holds a line break in the column"):
+        predict_file(source, target, predict, label_names=NAMES)
+    # A text that a model wrote is none of the input, but of the same row.
+    source.write_text(json.dumps({"sentence": "good"}))
+    with pytest.raises(ValueError, match=r"row 1 of the input holds .* the column 'prediction'"):
+        predict_file(source, target, lambda columns: [broken], label_names=())
 
 
 def test_plain_csv_is_written_plainly(tmp_path):

@@ -14,9 +14,10 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax import checkpoint, files, limits, messages, patterns
-from compacter_jax.models.loading import module_from_config
+from compacter_jax import checkpoint, files, leftovers, limits, messages, patterns
+from compacter_jax.models.loading import module_from_config, module_from_name, read_config
 from tests.helpers import ONE_LAYER, adapted_shapes, backbone_of, random_tree, weights_of
+from train.data import load_tokenizer
 from train.options import expand_config
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -168,6 +169,90 @@ def test_the_weights_of_another_library_are_not_removed(tmp_path, adapters):
     assert (tmp_path / "adapter.safetensors").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("renames", [1, 2, 3], ids=["log", "weights", "configuration"])
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+def test_weights_that_killed_saves_left_are_removed_by_the_next(
+    tmp_path, monkeypatch, adapters, backbone, renames, is_done
+):
+    model, both = adapters
+    cj.save_adapter(tmp_path, model, both[0])
+    # Neither is ours: one is in no log, the other has a name that a log may not have.
+    mine = {tmp_path / "adapter-0123456789abcdef.safetensors", tmp_path / "adapter.safetensors"}
+    for path in mine:
+        path.write_bytes(b"mine")
+    for number in range(4):
+        bias = both[1]["classifier"]["bias"] + number
+        killed = {**both[1], "classifier": {**both[1]["classifier"], "bias": bias}}
+        save_and_die(monkeypatch, renames, is_done, tmp_path, model, killed)
+        cj.load_adapter(tmp_path, backbone)
+        # Beside those in use, weights of one save at most, whole or begun.
+        assert len(list(tmp_path.glob("*.safetensors*"))) <= len(mine) + 2
+    cj.save_adapter(tmp_path, model, both[1])
+    cj.load_adapter(tmp_path, backbone)
+    assert set(tmp_path.glob("*.safetensors*")) == {*mine, weights_of_config(tmp_path)}
+    assert not (tmp_path / leftovers.LOG_NAME).exists()
+    assert all(path.read_bytes() == b"mine" for path in mine)
+
+
+def save_and_die(monkeypatch, renames, is_done, *arguments):
+    """Saves as a process that is killed at a rename: what comes after does not happen."""
+    replace, unlink, count = Path.replace, Path.unlink, [0]
+
+    def replace_or_die(path, target):
+        count[0] += 1
+        if count[0] < renames or is_done:
+            replace(path, target)
+        if count[0] >= renames:
+            raise KeyboardInterrupt
+
+    def unlink_or_die(path, missing_ok=False):
+        if count[0] >= renames:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_or_die)
+        patch.setattr(Path, "unlink", unlink_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            cj.save_adapter(*arguments)
+
+
+def test_a_log_of_somebody_else_removes_nothing_of_his(tmp_path, adapters):
+    model, both = adapters
+    outside, own = tmp_path / "adapter-00000000000000aa.safetensors", tmp_path / "own"
+    cj.save_adapter(own, model, both[0])
+    kept = [own / "notes.txt", own / "adapter.safetensors", own / "adapter-A.safetensors", outside]
+    for path in kept:
+        path.write_bytes(b"mine")
+    for log in (
+        {"weights": [*(path.name for path in kept), "../" + outside.name, str(outside)]},
+        {"weights": "notes.txt"},
+        {"other": 5},
+    ):
+        (own / leftovers.LOG_NAME).write_text(json.dumps(log))
+        cj.save_adapter(own, model, both[1])
+        assert all(path.read_bytes() == b"mine" for path in kept)
+        assert not (own / leftovers.LOG_NAME).exists()
+
+
+def test_without_a_lock_nothing_is_logged_or_tidied(tmp_path, monkeypatch, adapters):
+    """Weights in the log might be of a process that saves just now."""
+    model, both = adapters
+    cj.save_adapter(tmp_path, model, both[0])
+    other = tmp_path / "adapter-00000000000000aa.safetensors"
+    other.write_bytes(b"another process wrote them")
+    log = tmp_path / leftovers.LOG_NAME
+    log.write_text(json.dumps({"weights": [other.name]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "fcntl", None)
+        cj.save_adapter(tmp_path, model, both[1])
+    assert other.exists()
+    assert log.exists()
+    cj.save_adapter(tmp_path, model, both[1])
+    assert not other.exists()
+    assert not log.exists()
+
+
 def weights_of_config(folder):
     return folder / cj.read_adapter_config(folder)["weights"]
 
@@ -221,7 +306,10 @@ def test_other_floating_types_become_the_models(tmp_path, adapters, backbone, dt
         (lambda leaf: np.full_like(leaf, np.nan), "numbers that are NaN or infinite"),
         (lambda leaf: np.full_like(leaf, -np.inf), "numbers that are NaN or infinite"),
         # A number that only float64 has.
-        (lambda leaf: np.full(leaf.shape, 1e300), "as float32, has .* NaN or infinite"),
+        (
+            lambda leaf: np.full(leaf.shape, 1e300),
+            "too large for float32, which holds 3.40",
+        ),
     ],
 )
 def test_what_is_no_weight_is_refused_by_name(tmp_path, adapters, backbone, change, message):
@@ -351,6 +439,16 @@ def test_what_only_looks_like_a_pattern_is_refused(pattern):
     assert "regular expression" in refused(patterns.compiled, pattern)
 
 
+@pytest.mark.parametrize("pattern", [r"((\w|\w\w|/)*)*[!?]", r"(.|..|...)*\d\d\d", "(", 5])
+def test_rules_have_the_limits_of_other_patterns(monkeypatch, pattern):
+    monkeypatch.setattr(patterns, "MOST_SECONDS", 0.05)
+    patterns.compiled.cache_clear()
+    params = {"classifier": {"kernel": 0.0}, PATH: {"kernel": 0.0}}
+    message = refused(cj.label_params, params, cj.preset("full"), [(pattern, "train")])
+    assert message.startswith("rules: ")
+    assert "takes too long to match" in message or "is no regular expression" in message
+
+
 def test_a_pattern_matches_as_res_do():
     match = patterns.compiled(r"(.*/)?layer/(?P<layer>\d+)(/\w+)*").fullmatch("e/layer/12/x")
     assert match["layer"] == "12"
@@ -368,12 +466,31 @@ def test_brackets_within_brackets_have_a_limit():
     )
 
 
-@pytest.mark.parametrize("name", ["a" * 10**5, "a/" * 2000 + "a", "a" * 300 + "/b"])
+def tokenizer_of(place):
+    return load_tokenizer(place, vocab_size=9, max_position_embeddings=None, max_length=8)
+
+
+@pytest.mark.parametrize("name", ["a" * 10**5, "a/" * 2000 + "a", "a" * 300 + "/b", "a\0b"])
 def test_names_that_no_file_has_are_not_repeated(tmp_path, name):
     for read in (files.read_json, files.read_tensors):
         refused(read, tmp_path / name)
-    (tmp_path / "c.toml").write_text(f'base = "{name}"', "utf-8")
+    for read in (cj.load_backbone, read_config, tokenizer_of, module_from_name):
+        for place in (str(tmp_path / name), name, f"~nobody-of-this-name/{name}"):
+            refused(read, place)
+    (tmp_path / "c.toml").write_text(f"base = {json.dumps(name)}", "utf-8")
     refused(expand_config, ["--config", str(tmp_path / "c.toml")])
+
+
+def test_a_name_with_a_null_character_is_told_with_its_file(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text(r'base = "\u0000"', "utf-8")
+    message = refused(expand_config, ["--config", str(config)])
+    assert message.startswith(f"{config}: base='\\x00': ")
+    assert message.endswith("is no name of a file: embedded null byte")
+    index = {"weight_map": {"a": "b\0c"}}
+    (tmp_path / "config.json").write_bytes((RECORDED / "backbone/config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "index.json" in refused(cj.load_backbone, tmp_path)
 
 
 def test_an_error_says_what_it_is_about():

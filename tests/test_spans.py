@@ -3,10 +3,14 @@
 import itertools
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from train import data, spans
+from train.objective.encoder import SpanExtractor
 
 CONTEXT = "the film was Very good, we loved it.  the plot was not very dull, it was fine and great"
 
@@ -130,3 +134,21 @@ def test_what_cannot_be_windows(tokenizer):
     message = "row 2: the answer 'fine' is not at character 3 of its context"
     with pytest.raises(ValueError, match=re.escape(message)):
         spans.encode(rows(answer("fine"), ("fine", 3)), tokenizer, 16)
+
+
+def test_the_loss_of_positions_that_are_not_there_is_nan():
+    logits = jnp.arange(12.0).reshape(2, 3, 2)
+    loss = SpanExtractor(None, None, 16, None).loss
+    whole = loss(logits, jnp.array([[0, 2], [1, 1]]))
+    start, end = np.moveaxis(np.asarray(logits), 2, 0)
+    expected = [
+        np.mean([special.logsumexp(start[0]) - start[0, 0], special.logsumexp(end[0]) - end[0, 2]]),
+        np.mean([special.logsumexp(start[1]) - start[1, 1], special.logsumexp(end[1]) - end[1, 1]]),
+    ]
+    np.testing.assert_allclose(whole, expected, rtol=1e-6)
+    for wrong in (-1, -3, 3, 100):
+        for place in ([wrong, 1], [1, wrong]):
+            for run in (loss, jax.jit(loss)):
+                each = run(logits, jnp.array([[1, 1], place]))
+                assert np.isfinite(each[0])
+                assert np.isnan(each[1])

@@ -90,6 +90,18 @@ def test_a_tree_that_is_not_the_model_s_is_refused(tmp_path, params, wrong, writ
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("writer", sorted(WRITERS.keys() - {"merge_adapter"}))
+def test_numbers_that_no_reader_takes_are_not_written(tmp_path, params, writer, value):
+    tree = backbone_part(params) if writer == "save_backbone" else params
+    bias = jnp.asarray(tree["classifier"]["bias"]).at[1].set(value)
+    bad = {**tree, "classifier": {**tree["classifier"], "bias": bias}}
+    with pytest.raises(ValueError, match=r"in params has 1 of 2 numbers that are NaN") as caught:
+        WRITERS[writer](tmp_path / "new", bad)
+    assert "bias" in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("copies", REPLICATED)
 @pytest.mark.parametrize("writer", sorted(WRITERS.keys() - {"merge_adapter"}))
 def test_a_replicated_tree_is_refused(tmp_path, params, copies, writer):

@@ -54,7 +54,15 @@ def official(predictions, answers):
         golds = [text for text in texts if words(text)] or [""]
         exact.append(max(words(gold) == words(prediction) for gold in golds))
         overlap.append(max(f1(words(gold), words(prediction)) for gold in golds))
-    return {"exact_match": np.mean(exact), "f1": np.mean(overlap)}
+    values = {"exact_match": np.mean(exact), "f1": np.mean(overlap)}
+    if all(answers):
+        return values
+    for name, wanted in (("HasAns", True), ("NoAns", False)):
+        of_kind = [row for row, texts in enumerate(answers) if bool(texts) is wanted]
+        if of_kind:
+            values[f"{name}_exact"] = sum(exact[row] for row in of_kind) / len(of_kind)
+            values[f"{name}_f1"] = sum(overlap[row] for row in of_kind) / len(of_kind)
+    return values
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,27 @@ def test_where_every_question_has_an_answer_the_rules_are_those_of_version_1():
     # evaluate-v1.1.py finds no common word between nothing and nothing.
     assert metrics.answer_metrics(["A"], [["the"]]) == {"exact_match": 1.0, "f1": 0.0}
     assert metrics.answer_metrics(["A", ""], [["the"], []])["f1"] == 1.0
+
+
+def test_questions_with_and_without_an_answer_are_reported_apart():
+    predictions, answers = ["good film", "plot", "", "dull"], [["film"], ["plot"], [], []]
+    assert metrics.answer_metrics(predictions, answers) == pytest.approx(
+        {
+            "exact_match": 0.5,
+            "f1": (2 / 3 + 1 + 1 + 0) / 4,
+            "HasAns_exact": 0.5,
+            "HasAns_f1": 5 / 6,
+            "NoAns_exact": 0.5,
+            "NoAns_f1": 0.5,
+        }
+    )
+    # As the official script, only of kinds that there are.
+    assert metrics.answer_metrics([""], [[]]) == {
+        "exact_match": 1.0,
+        "f1": 1.0,
+        "NoAns_exact": 1.0,
+        "NoAns_f1": 1.0,
+    }
 
 
 @pytest.fixture(scope="module")

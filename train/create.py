@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 
 import compacter_jax as cj
+from compacter_jax.files import expanded
 from compacter_jax.models import loading
 from train.folders import new_folder
 from train.options import CreateOptions
@@ -57,7 +58,7 @@ def create_backbone(options: CreateOptions) -> None:
     """
     options.check()
     _check_vocab_size(options.vocab_size)
-    folder = options.output_dir.expanduser().resolve()
+    folder = expanded(options.output_dir).resolve()
     check_output_folder(folder, overwrite=options.overwrite)
     for path in options.text_files:
         check_text_file(path)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from compacter_jax.files import read_json
-from compacter_jax.messages import quote, reason_of
+from compacter_jax.files import is_there, read_json
+from compacter_jax.messages import quote, reason_of, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -215,12 +215,14 @@ def load_tokenizer(
 
     check_max_length(max_length, max_position_embeddings)
     source = str(path_or_hub_id)
-    if Path(source).is_absolute() and not Path(source).exists():
-        raise ValueError(f"{source}: no such folder")
+    folder = Path(source)
+    if folder.is_absolute() and not is_there(folder):
+        raise ValueError(f"{shorten(source, 300)}: no such folder")
     wanted = "it wants a folder with tokenizer.json or vocab.txt, or a name on the hub"
-    if Path(source).is_dir() and not any(map(_is_of_tokenizer, Path(source).iterdir())):
+    is_folder = is_there(folder) and folder.is_dir()
+    if is_folder and not any(map(_is_of_tokenizer, folder.iterdir())):
         raise ValueError(
-            f"cannot load a tokenizer from {source!r}: no file of one there ({wanted})"
+            f"cannot load a tokenizer from {quote(source)}: no file of one there ({wanted})"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -228,8 +230,8 @@ def load_tokenizer(
         _check_no_own_code(source, refused="trust_remote_code" in str(error))
         reason = reason_of(error)
         raise ValueError(
-            f"cannot load a tokenizer from {source!r}: {reason} ({wanted}, which must be reachable "
-            "or cached)"
+            f"cannot load a tokenizer from {quote(source, 120)}: {reason} ({wanted}, which must be "
+            "reachable or cached)"
         ) from error
     # In the place of a class that it may not run, transformers 5 takes another.
     _check_no_own_code(source, refused=False)

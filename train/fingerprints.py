@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.files import expanded, is_there
 from compacter_jax.messages import listing
 from train import tasks
 from train.compositions import folder_of
@@ -100,8 +101,8 @@ def _data_files(task: str, options: TrainingOptions) -> Inputs:
 
 def _backbone_folder(name: str) -> Path | None:
     """The folder of a backbone, for an id on the hub that in the cache; None if there is none."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = expanded(name)
+    if is_there(folder) and folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - slow to import
 

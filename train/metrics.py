@@ -131,7 +131,9 @@ def answer_metrics(
       answers: those that are right for each question; there may be none.
 
     Returns:
-      Means over the questions, from 0 to 1.
+      Means over the questions, from 0 to 1. Where a question has no answer, also the means over
+      the questions that have one, `HasAns_exact` and `HasAns_f1`, and over those that have none,
+      `NoAns_exact` and `NoAns_f1`.
 
     Raises:
       ValueError: if there are no questions.
@@ -155,7 +157,20 @@ def answer_metrics(
         max(_word_f1(words, right, of_nothing=float(is_second)) for right in rights)
         for words, rights in pairs
     ]
-    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+    values = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+    return {**values, **_by_answerable(exact, overlap, lengths)} if is_second else values
+
+
+def _by_answerable(
+    exact: Sequence[bool], overlap: Sequence[float], lengths: Sequence[int]
+) -> dict[str, float]:
+    """The means over questions with an answer and over those without, by the official names."""
+    has_answer, values = np.array(lengths) > 0, {}
+    for name, chosen in (("HasAns", has_answer), ("NoAns", ~has_answer)):
+        if chosen.any():
+            values[f"{name}_exact"] = float(np.mean(np.array(exact)[chosen]))
+            values[f"{name}_f1"] = float(np.mean(np.array(overlap)[chosen]))
+    return values
 
 
 def all_of_group(values: Sequence[bool], groups: Sequence[Hashable]) -> float:

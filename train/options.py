@@ -16,7 +16,7 @@ import docstring_parser
 import tyro
 
 from compacter_jax.catalogue import METHODS, preset, presets
-from compacter_jax.messages import quote
+from compacter_jax.messages import about, quote
 from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.methods.base import MethodConfig
 from train import toml
@@ -880,7 +880,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
     if not isinstance(base, str):
         raise ValueError(f"{path}: base={quote(base)} must be text, the name of a file beside it")
     base_path = path.parent / base
-    base, of_tasks_in_base = _read_tables(base_path)
+    with about(f"{path}: base={quote(base, 100)}"):
+        base, of_tasks_in_base = _read_tables(base_path)
     if "base" in base:
         raise ValueError(f"{base_path} is the base of {path} and has a base itself; name that one")
     tasks = of_tasks_in_base | of_tasks

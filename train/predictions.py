@@ -309,7 +309,8 @@ def write_rows(path: str | Path) -> Iterator[Callable[[Rows], None]]:
     The rows go to a temporary file in the same folder, which takes the name `path` when the block
     ends; if the block raises, it is removed and whatever was at `path` stays as it was. The first
     chunk sets the columns (and, for parquet, their types) of all formats but .jsonl. In .csv and
-    .tsv, null is an empty field, and numbers, lists and objects are JSON.
+    .tsv, null is an empty field, and numbers, lists and objects are JSON. A line break in a field
+    is refused in a .tsv, as it is when one is read.
 
     Yields:
       A function that writes one chunk.
@@ -467,9 +468,11 @@ class _CsvWriter(_Writer):
                     f"{self.path}: the column {quote(cut[0])} has half a surrogate pair in its "
                     "name; write .jsonl instead"
                 )
+            self.check_lines(0, self.names)
             self.write_line(self.names)
         for row, record in enumerate(_records(rows), self.rows + 1):
             cells = [_cell(record.get(name)) for name in self.names]
+            self.check_lines(row, cells)
             try:
                 self.write_line(cells)
             except UnicodeEncodeError:
@@ -480,9 +483,25 @@ class _CsvWriter(_Writer):
                 ) from None
         self.rows += len(rows)
 
+    def check_lines(self, row: int, fields: list[str]) -> None:
+        """ValueError for a line break in a field of a .tsv, each row of which is one line."""
+        if not self.is_tsv:
+            return
+        for name, field in zip(self.names, fields, strict=True):
+            if "\n" in field or "\r" in field:
+                where = f"row {row} of the input" if row else "the header"
+                raise ValueError(
+                    f"{self.path}: {where} holds a line break in the column {quote(name, 100)}, "
+                    "which a .tsv cannot; write .csv or .jsonl instead"
+                )
+
+    @property
+    def is_tsv(self) -> bool:
+        return self.path.suffix.lower() == ".tsv"
+
     def write_line(self, fields: list[str]) -> None:
         # The csv module leaves a lone carriage return unquoted, and then reads it as a new row.
-        delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
+        delimiter = "\t" if self.is_tsv else ","
         special = (delimiter, '"', "\r", "\n")
         quoted = (
             '"' + field.replace('"', '""') + '"'

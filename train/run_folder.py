@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import jax
 
-from compacter_jax.files import read_json
+from compacter_jax.files import expanded, is_there, read_json
 from compacter_jax.messages import listing, quote
 from train import inference
 from train.fingerprints import Fingerprints, Inputs, changes, files_read, fingerprints
@@ -41,6 +41,7 @@ _IN_FOLDERS = {
     "checkpoints": re.compile(r"\d+(\.(orbax-checkpoint-tmp|unreadable).*)?"),
     "adapter": re.compile(
         r"adapter_config\.json|adapter(-[0-9a-f]{16})?\.safetensors|\.adapter.*\.tmp"
+        r"|\.adapter_saving\.json"
     ),
     "backbone": re.compile(
         r"(config|generation_config|special_tokens_map|added_tokens)\.json|model.*\.safetensors"
@@ -366,7 +367,8 @@ def _equal(before: Any, now: Any) -> bool:
 
 
 def _is_local(options: FitOptions) -> bool:
-    return Path(options.backbone).expanduser().is_dir()
+    folder = expanded(options.backbone)
+    return is_there(folder) and folder.is_dir()
 
 
 def _check_inputs(folder: Path, record: Record, inputs: Inputs, *, whole: bool) -> None:

@@ -76,18 +76,21 @@ def loss_function(kind: Literal["classification", "regression", "tokens"]) -> Lo
         )
     if kind == "regression":
         return lambda logits, scores: jnp.square(logits[:, 0].astype(jnp.float32) - scores)
-    return _cross_entropy
+    return cross_entropy
 
 
 def token_log_likelihoods(logits: Array, labels: Array) -> Array:
     """Log-likelihood of each label: `[…, vocabulary]`, `[…]` -> `[…]` float32, 0 where ignored."""
     known = labels != IGNORED
-    losses = _cross_entropy(logits, jnp.where(known, labels, 0))
+    losses = cross_entropy(logits, jnp.where(known, labels, 0))
     return jnp.where(known, -losses, 0.0)
 
 
-def _cross_entropy(logits: Array, labels: Array) -> Array:
-    """`[…, n]`, `[…]` -> `[…]` float32, NaN for a label that is not from 0 to n - 1."""
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of each label: `[…, n]` logits, `[…]` labels -> `[…]` float32.
+
+    It is NaN for a label that is not from 0 to n - 1.
+    """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     # Of labels that are too large it is NaN already; negative ones would count from the end.
     return jnp.where(labels < 0, jnp.nan, losses)

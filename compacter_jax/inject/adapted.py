@@ -91,6 +91,12 @@ class Adapted(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.backbone, nn.Module):
+            raise ValueError(
+                f"the backbone is of type {type(self.backbone).__name__}, no module of flax.linen; "
+                "for one of nnx adapt its linen module, and turn that into one of nnx: "
+                "bridge.ToNNX(Adapted(…), rngs=…)"
+            )
         check_groups(self.groups)
         for part in self.method.inserted():
             if (activation := getattr(part, "non_linearity", None)) is not None:

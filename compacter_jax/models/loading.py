@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.files import check_fields, converted, read_json, read_tensors
+from compacter_jax.files import (
+    check_fields,
+    converted,
+    expanded,
+    is_there,
+    read_json,
+    read_tensors,
+)
 from compacter_jax.messages import about, listing, quote, reason_of, shorten
 from compacter_jax.models.families import FAMILIES, check_depths, check_settings, family_of
 from compacter_jax.models.family import Family, Params
@@ -122,8 +129,9 @@ def read_config(path_or_hub_id: str | Path) -> Any:
       ValueError: if it is not the configuration of a supported model.
       OSError: if the hub does not answer or has no such repository.
     """
-    path = Path(path_or_hub_id).expanduser()
-    return _read_config(path if path.is_file() else _folder_of(path_or_hub_id))
+    path = expanded(path_or_hub_id)
+    is_file = is_there(path) and path.is_file()
+    return _read_config(path if is_file else _folder_of(path_or_hub_id))
 
 
 def module_from_config(
@@ -184,16 +192,16 @@ def module_from_name(
     Raises:
       ValueError: if there is neither such a name nor such a file, or as `module_from_config`.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
+    path = expanded(name_or_path)
+    if is_there(path):
         return module_from_config(_read_config(path), head=head, num_labels=num_labels)
     name = str(name_or_path)
     for family in FAMILIES.values():
         if name in family.published:
             return family.of_size(family.published[name], head, num_labels)
     raise ValueError(
-        f"{quote(name, 100)} is neither a config.json here nor a published size known by name "
-        f"(of BERT and T5, for there are no others); known: {', '.join(PUBLISHED)}"
+        f"{quote(name, 80)} is neither a config.json here nor a published size known by name "
+        f"(of BERT and T5, for there are no others); known: {listing(PUBLISHED, 16)}"
     )
 
 
@@ -278,8 +286,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?")
 
 
 def _folder_of(path_or_hub_id: str | Path) -> Path:
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
+    folder = expanded(path_or_hub_id)
+    if is_there(folder) and folder.is_dir():
         return folder
     name = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(name):

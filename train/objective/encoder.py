@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from train import data, metrics, spans, step
@@ -227,9 +226,8 @@ def _mean_loss(loss: step.LossFunction, outputs: np.ndarray, encoded: data.Encod
 
 
 def _span_loss(logits: Array, labels: Array) -> Array:
-    """`[batch, length, 2]` logits and `[batch, 2]` positions -> `[batch]`."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(jnp.swapaxes(logits, 1, 2), labels)
-    return losses.mean(-1)
+    """`[batch, length, 2]`, `[batch, 2]` -> `[batch]`, NaN for a position that is not there."""
+    return step.cross_entropy(jnp.swapaxes(logits, 1, 2), labels).mean(-1)
 
 
 def _refuse_logits(benchmark: Benchmark) -> None:

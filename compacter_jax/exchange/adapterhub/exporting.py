@@ -40,7 +40,7 @@ from compacter_jax.methods.intrinsic import IntrinsicConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.params import group_of
 from compacter_jax.paths import ADAPTER
-from compacter_jax.trees import check_params
+from compacter_jax.trees import check_numbers, check_params
 
 
 def export_adapterhub(
@@ -70,7 +70,8 @@ def export_adapterhub(
 
     Raises:
       ValueError: if `adapters` has no counterpart of the method, or of where it acts, or `params`
-        are not those of the model; it says why, and nothing is written.
+        are not those of the model or hold NaN or infinite numbers; it says why, and nothing is
+        written.
       OSError: if the directory cannot be written.
     """
     if not re.fullmatch(r"[\w-]+", name):
@@ -95,6 +96,7 @@ def export_adapterhub(
     trained_pooler = model.method.train_pooler
     head = written_head(module, flat, name, trained_pooler=trained_pooler) if with_head else None
     tensors = {f"{layout.base}.{key}": array for key, array in _with_copies(placed, naming).items()}
+    check_numbers({**tensors, **(head[1] if head else {})})
     directory = Path(directory)
     _check_folder(directory, has_head=head is not None)
     directory.mkdir(parents=True, exist_ok=True)

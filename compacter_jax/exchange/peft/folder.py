@@ -36,7 +36,7 @@ from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.families import hugging_face_names
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.paths import ADAPTER
-from compacter_jax.trees import check_params
+from compacter_jax.trees import check_numbers, check_params
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -145,7 +145,7 @@ def export_peft(
 
     Raises:
       ValueError: if PEFT does not have the method, or cannot put it where it is, or `params` are
-        not those of the model.
+        not those of the model or hold NaN or infinite numbers.
       OSError: if the directory cannot be written.
     """
     method = model.method
@@ -159,6 +159,7 @@ def export_peft(
     names = hugging_face_names(model.backbone, unflatten_dict(rest, sep="/"))
     labels = flatten_dict(label_params(params, method), sep="/")
     saved = [path for path in rest if group_of(path) == "head" or labels[path] == TRAIN]
+    check_numbers({path: flat[path] for path in [*own, *saved]})
     tensors = {
         _tensor_name(path, names, method): np.ascontiguousarray(
             _to_torch(path, np.asarray(flat[path]))
