@@ -30,9 +30,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import compacter_jax as cj
 from benchmarks.contest import write
 from benchmarks.turns import alternate, processor, seconds_of, spread
-from train import data, grid, loop, stopping
-from train.job import Job, prepare
-from train.options import FitOptions
+from train.data import batching
+from train.fit import grid, stopping
+from train.fit import trainer as fit_trainer
+from train.fit.job import Job, prepare
+from train.fit.options import FitOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,7 +126,7 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     batches = list(itertools.islice(zip(*map(_batches, jobs), strict=True), options.rounds))
     alone, joint = _trainers(jobs), grid.Joint(_trainers(jobs))
 
-    def one_after_another(given: Sequence[data.Batch]) -> None:
+    def one_after_another(given: Sequence[batching.Batch]) -> None:
         metrics = None
         for trainer, batch in zip(alone, given, strict=True):
             training = trainer.learners[0]
@@ -134,10 +136,10 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
             )
         jax.block_until_ready(metrics)
 
-    def together(given: Sequence[data.Batch]) -> None:
+    def together(given: Sequence[batching.Batch]) -> None:
         jax.block_until_ready(joint.step(given))
 
-    ways: dict[str, Callable[[Sequence[data.Batch]], None]] = {
+    ways: dict[str, Callable[[Sequence[batching.Batch]], None]] = {
         "one_after_another": one_after_another,
         "at_once": together,
     }
@@ -175,21 +177,21 @@ def _jobs(options: argparse.Namespace, batch_size: int) -> list[Job]:
     return jobs
 
 
-def _trainers(jobs: Sequence[Job]) -> list[loop.Trainer]:
-    trainers: list[loop.Trainer] = []
+def _trainers(jobs: Sequence[Job]) -> list[fit_trainer.Trainer]:
+    trainers: list[fit_trainer.Trainer] = []
     for job in jobs:
         like = trainers[0] if trainers else None
         trainers.append(
-            loop.Trainer(job, stopping.Stopping(), name=f"{job.options.seed}", like=like)
+            fit_trainer.Trainer(job, stopping.Stopping(), name=f"{job.options.seed}", like=like)
         )
     return trainers
 
 
-def _batches(job: Job) -> Iterator[data.Batch]:
+def _batches(job: Job) -> Iterator[batching.Batch]:
     """Of the first epoch, as `fit` draws them."""
     options = job.options
     examples = job.lanes[0].encoded["train"].of_epoch(0)
-    return data.batches(examples, options.batch_size, shuffle=True, seed=options.seed)
+    return batching.batches(examples, options.batch_size, shuffle=True, seed=options.seed)
 
 
 def _text(row: dict[str, Any], runs: int) -> str:

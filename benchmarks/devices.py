@@ -122,11 +122,11 @@ def launch(where: Arrangement) -> list[dict[str, Any]]:
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """Joins the other processes; what `train` returns in this one, for each rate of dropout."""
-    from train import hosts  # noqa: PLC0415 - the parent process needs no JAX
-    from train.options import HostOptions  # noqa: PLC0415
+    from train.cli.options import HostOptions  # noqa: PLC0415
+    from train.compute import distributed  # noqa: PLC0415
 
     if options.num_processes > 1:
-        hosts.start(
+        distributed.start(
             HostOptions(
                 coordinator_address=options.coordinator_address,
                 num_processes=options.num_processes,
@@ -151,8 +151,8 @@ def train(
     import optax  # noqa: PLC0415
 
     import compacter_jax as cj  # noqa: PLC0415
-    from train import hosts, step  # noqa: PLC0415
-    from train.compute import make_compute  # noqa: PLC0415
+    from train.compute import distributed, step  # noqa: PLC0415
+    from train.compute.compute import make_compute  # noqa: PLC0415
 
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
@@ -175,7 +175,7 @@ def train(
     state, frozen = compute.init_state(trained), compute.place(frozen)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(frozen))
     losses, norms, examples = [], [], []
-    for batch in _batches(hosts.index(), hosts.number()):
+    for batch in _batches(distributed.index(), distributed.number()):
         state, metrics = compute.step(state, frozen, batch)
         losses.append(float(metrics.loss))
         norms.append(float(metrics.gradient_norm))
@@ -194,11 +194,11 @@ def _batches(index: int, number: int) -> Iterator[Any]:
     """A host's part of the batches, of 20 examples in batches of 8."""
     import numpy as np  # noqa: PLC0415
 
-    from train import data  # noqa: PLC0415
+    from train.data import batching, tokens  # noqa: PLC0415
 
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 13, 20)
-    encoded = data.Encoded(
+    encoded = tokens.Encoded(
         input_ids=generator.integers(1, 31, lengths.sum()).astype(np.int32),
         token_type_ids=np.zeros(lengths.sum(), np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
@@ -207,7 +207,7 @@ def _batches(index: int, number: int) -> Iterator[Any]:
         pad_token_id=0,
         num_truncated=0,
     )
-    return data.batches(encoded, 8, shuffle=True, seed=0, part=(index, number))
+    return batching.batches(encoded, 8, shuffle=True, seed=0, part=(index, number))
 
 
 def _difference(runs: dict[str, list[dict[str, Any]]]) -> float:

@@ -48,8 +48,12 @@ from compacter_jax.checkpoint import CONFIG_NAME
 from compacter_jax.exchange.peft import folder as peft_folder
 from compacter_jax.inject import adapted
 from compacter_jax.models.loading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, module_from_config
-from train import options, predictions, tasks
-from train.saved import settings_of
+from train import tasks
+from train.cli import config_files
+from train.data import rows as data_rows
+from train.fit.options import FitOptions
+from train.inference import prediction_files
+from train.inference.saved import settings_of
 
 MOST_SECONDS = 15.0
 # Of the clock, for what waits and computes nothing; the machine may be busy.
@@ -426,7 +430,7 @@ def _predictions(assets: Assets, r: Random, folder: Path) -> Case:
     target = folder / f"out{r.choice(list(_WRITERS))}"
 
     def read() -> int:
-        return predictions.predict_file(
+        return prediction_files.predict_file(
             path,
             target,
             lambda columns: np.tile([0.1, 0.9], (len(columns["sentence"]), 1)),
@@ -443,8 +447,8 @@ def _predictions(assets: Assets, r: Random, folder: Path) -> Case:
 def _sentences(path: Path) -> list[Any]:
     return [
         sentence
-        for rows in predictions.read_rows(path)
-        for sentence in predictions.column_values(rows, "sentence")
+        for rows in data_rows.read_rows(path)
+        for sentence in data_rows.column_values(rows, "sentence")
     ]
 
 
@@ -496,7 +500,9 @@ def _toml(assets: Assets, r: Random, folder: Path) -> Case:
     data, how = mutations.mutated_text(r, text.encode())
     path.write_bytes(data)
     arguments = ["--config", str(path)]
-    return Case(f"{'; '.join(done)}; {how}", lambda: options.expand_config(arguments))
+    return Case(
+        f"{'; '.join(done)}; {how}", lambda: config_files.expand_config(arguments, FitOptions)
+    )
 
 
 KINDS: Mapping[str, Kind] = {

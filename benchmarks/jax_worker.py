@@ -23,7 +23,7 @@ from compacter_jax.models.bert.checkpoint import bert_to_hugging_face
 from compacter_jax.models.loading import Backbone
 from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
 from compacter_jax.params import group_of
-from train import compute, step
+from train.compute import compute, step
 
 # Spread of what is added to an adapter's initial values, so that every number of it has a say.
 _NOISE = 0.05

@@ -44,8 +44,8 @@ from benchmarks.contest import LEARNING_RATE, METHODS, SIZES, Size, batch_of, ch
 from benchmarks.turns import alternate, noise, processor, seconds_of, spread
 from compacter_jax.models.loading import Backbone
 from compacter_jax.params import FREEZE, TRAIN, group_of
-from train import memory, step
-from train.program import Program, gradient_program, traced
+from train.compute import memory, step
+from train.compute.program import Program, gradient_program, traced
 
 FULL, WITHOUT = "full", "no adapters"
 _BESIDE = (*METHODS, WITHOUT)

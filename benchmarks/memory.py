@@ -1,4 +1,4 @@
-"""Peak memory of a training step, predicted by `train.memory` and measured.
+"""Peak memory of a training step, predicted by `train.compute.memory` and measured.
 
     python -m benchmarks.memory --backbone DIR --label MiniLM --batch 32 --output minilm
     python -m benchmarks.memory --backbone t5-base --batch 16 --length 128 --target-length 8
@@ -71,7 +71,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import optax  # noqa: PLC0415
 
     import compacter_jax as cj  # noqa: PLC0415
-    from train import plan, step  # noqa: PLC0415
+    from train.compute import step  # noqa: PLC0415
+    from train.estimate import plan  # noqa: PLC0415
 
     shape = plan.Shape(
         backbone=options.backbone,
@@ -114,7 +115,7 @@ class Work(NamedTuple):
 
     Attributes:
       apply: the model.
-      loss: see `train.step.loss_and_update`.
+      loss: see `train.compute.step.loss_and_update`.
       tx: the optimizer.
       trained: half of `compacter_jax.partition`.
       frozen: the other half.
@@ -134,7 +135,7 @@ def _run(work: Work, steps: int) -> dict[str, Any]:
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
-    from train import compute, memory  # noqa: PLC0415
+    from train.compute import compute, memory  # noqa: PLC0415
 
     made = compute.make_compute(
         work.apply, work.loss, work.tx, seed=0, devices=jax.local_devices()[:1]
@@ -167,7 +168,7 @@ def _compiled(work: Work, topology: str) -> dict[str, Any]:
     import jax.numpy as jnp  # noqa: PLC0415
     from jax.experimental import topologies  # noqa: PLC0415
 
-    from train import step  # noqa: PLC0415
+    from train.compute import step  # noqa: PLC0415
 
     device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -199,24 +200,24 @@ def _start_of_peak() -> int:
     """Bytes resident now, from which on Linux counts the peak anew."""
     import jax  # noqa: PLC0415
 
-    from train import measure  # noqa: PLC0415
+    from train.fit import timing  # noqa: PLC0415
 
     if jax.default_backend() != "cpu":
         return 0
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return measure.peak_memory()
+    return timing.peak_memory()
 
 
 def _peak(held: int, resident: int) -> int:
     """Bytes at most, of which `held` were there before the steps."""
     import jax  # noqa: PLC0415
 
-    from train import measure  # noqa: PLC0415
+    from train.fit import timing  # noqa: PLC0415
 
     if jax.default_backend() != "cpu":
         return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    return held + measure.peak_memory() - resident
+    return held + timing.peak_memory() - resident
 
 
 def _in_new_process(

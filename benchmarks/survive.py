@@ -30,7 +30,7 @@ from typing import Any
 from train.report import table
 
 # What takes longest in a new process is done once, before it is forked.
-_PRELOADED = ["train.loop", "train.job", "transformers", "datasets", "matplotlib.pyplot"]
+_PRELOADED = ["train.fit.run", "train.fit.job", "transformers", "datasets", "matplotlib.pyplot"]
 _POLL_SECONDS = 0.002
 _TIMEOUT_SECONDS = 600
 # Aim -> method of the trainer, and the call of it at which a process kills itself: while the step
@@ -81,16 +81,16 @@ def fit(flags: Sequence[str], log: Path, devices: int, cache: Path, aimed: str) 
 
 def _kill_at(name: str, number: int) -> None:
     """Has this process kill itself at the n-th call of a method of the trainer."""
-    from train import loop  # noqa: PLC0415
+    from train.fit import trainer  # noqa: PLC0415
 
-    method, calls = getattr(loop.Trainer, name), itertools.count(1)
+    method, calls = getattr(trainer.Trainer, name), itertools.count(1)
 
     def fatal(*arguments: Any, **keywords: Any) -> Any:
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*arguments, **keywords)
 
-    setattr(loop.Trainer, name, fatal)
+    setattr(trainer.Trainer, name, fatal)
 
 
 class Runs:

@@ -16,7 +16,7 @@
 #
 # How do 17,946 trained numbers compare with 22.7 million as the data grows? The same backbone,
 # batches, number of steps and test sentences for both; each with the learning rate that
-# `train/learning_rates.py` gives it.
+# `train/objectives/learning_rates.py` gives it.
 #
 # It takes some minutes on two cores. `python -m train compare` does the same with every method,
 # more seeds and validation, and goes on after an interruption; see the last cell.
@@ -47,7 +47,7 @@ from demo import BLUE, GREY, ORANGE, SMALL, batches, bert, encode, movie, style
 from transformers import AutoTokenizer
 
 import compacter_jax as cj
-from train.learning_rates import CLASSIFIER
+from train.objectives.learning_rates import CLASSIFIER
 
 style()
 LENGTH, BATCH, STEPS = 24, 16, 2 if SMALL else 150

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from train import allocator
+from train.cli import huge_pages
 
 PROGRAM = """
 import os, sys
@@ -40,18 +40,18 @@ def kernel(tmp_path):
 def test_what_is_asked_for(given, libc, pages, wanted, kernel, monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", libc))
     kernel.write_text(pages)
-    assert allocator.tunables(given, kernel) == wanted
+    assert huge_pages.tunables(given, kernel) == wanted
 
 
 def test_elsewhere_nothing_is(kernel, monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert allocator.tunables({}, kernel) is None
+    assert huge_pages.tunables({}, kernel) is None
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
-    assert allocator.tunables({}, kernel.with_name("nowhere")) is None
+    assert huge_pages.tunables({}, kernel.with_name("nowhere")) is None
 
 
 def test_a_process_begins_again_once_and_with_its_arguments():
-    if allocator.tunables({}) is None:
+    if huge_pages.tunables({}) is None:
         pytest.skip("this kernel or C library has no huge pages to ask for")
     command = [sys.executable, "-c", PROGRAM, "one", "two words"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={}) as process:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 
-from train import banked
 from train.__main__ import main
+from train.inference import banked
 
 NAMES = ("bad", "fine", "good")
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from train import data, inference, objective, prompts, tasks, text
-from train.objective.decoder import TextToText
-from train.objective.encoder import SpanExtractor
-from train.options import FitOptions
-from train.tasks import benchmarks
+from train import objectives, tasks
+from train.compute import outputs as compute_outputs
+from train.data import batching
+from train.fit.options import FitOptions
+from train.inference import adapter
+from train.objectives import prompt_init
+from train.objectives.span_extraction import SpanExtractor
+from train.objectives.text_to_text import TextToText
+from train.tasks import benchmarks, text_format
 
 NAMES = tuple(hub_data.FEATURES)
 MEANS = {
@@ -54,11 +58,11 @@ def prepared(backbone, folder, name, **changes):
     """Task, objective and parameters of a run that has not begun."""
     options = options_of(backbone, folder, name, **changes)
     task = tasks.load_task(name, data_dir=folder)
-    objective.check_options(task, options)
-    head = objective.head_arguments(backbone, task.num_labels, task.kind)
+    objectives.check_options(task, options)
+    head = objectives.head_arguments(backbone, task.num_labels, task.kind)
     made, model = adapted(backbone, **head)
-    tokenizer = inference.load_tokenizer(backbone, made, options.max_length)
-    return task, objective.for_task(task, options, model, tokenizer), made.params
+    tokenizer = adapter.load_tokenizer(backbone, made, options.max_length)
+    return task, objectives.for_task(task, options, model, tokenizer), made.params
 
 
 def right_outputs(made, encoded):
@@ -96,7 +100,7 @@ def test_every_benchmark_is_scored(name, family, folder, tiny_backbone, tiny_t5)
     task, made, params = prepared(backbone, folder, name, **changes)
     encoded = made.encode_all(task.splits)["validation"]
     # All lengths in one batch: there is one program to compile.
-    (batch,) = data.batches(encoded, len(encoded), shuffle=True, seed=0)
+    (batch,) = batching.batches(encoded, len(encoded), shuffle=True, seed=0)
     outputs = jax.device_get(jax.jit(made.outputs)(params, batch))
     outputs = jax.tree.map(lambda leaf: leaf[np.argsort(batch["indices"])], outputs)
     scores = made.scores(outputs, encoded)
@@ -133,11 +137,11 @@ def test_the_loss_of_a_split_is_that_of_its_batches(
     _, made, params = prepared(backbone, folder, name, max_length=max_length)
     encoded = made.encode_all({"train": hub_data.rows(name, 5)})["train"]
     compute = jax.jit(made.outputs)
-    outputs = inference.split_outputs(
+    outputs = compute_outputs.split_outputs(
         lambda batch: jax.device_get(compute(params, batch)), encoded, 4, description=None
     )
     size = len(encoded)
-    (batch,) = data.batches(encoded, size, shuffle=True, seed=0)  # all lengths in one
+    (batch,) = batching.batches(encoded, size, shuffle=True, seed=0)  # all lengths in one
     loss = jax.jit(lambda batch: made.loss(made.apply(params, batch, None), batch["labels"]))
     losses = loss(batch)
     expected = np.average(losses, weights=batch["weights"])
@@ -264,7 +268,7 @@ def test_inputs_of_labelled_benchmarks(name, rows, pair, text):
 
 
 def inputs_of(benchmark, rows):
-    casting = text.Casting(kind="text", prefix=benchmark.prefix)
+    casting = text_format.Casting(kind="text", prefix=benchmark.prefix)
     return casting.inputs(benchmark.for_decoder(rows))
 
 
@@ -374,7 +378,7 @@ def test_prompts_start_from_the_inputs_of_a_benchmark(folder):
     task = tasks.load_task("mnli", data_dir=folder)
     rows = task.splits["train"]
     first = f"hypothesis: {rows['hypothesis'][0]} premise: {rows['premise'][0]}"
-    texts = list(prompts.training_texts(task))
+    texts = list(prompt_init.training_texts(task))
     assert texts[0] == first
     assert len(texts) == 8
 
@@ -383,7 +387,7 @@ def test_an_adapter_of_an_unknown_benchmark(tiny_backbone):
     _, model = adapted(tiny_backbone)
     settings = {"kind": "classification", "max_length": 8, "benchmark": {"name": "anli"}}
     with pytest.raises(ValueError, match="was trained on 'anli', of which this version knows"):
-        objective.from_settings(settings, model, None)
+        objectives.from_settings(settings, model, None)
 
 
 def test_labels_that_are_generated(folder, tiny_t5):

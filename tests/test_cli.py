@@ -23,9 +23,11 @@ from conftest import QUICK, WORDS, write_backbone
 import compacter_jax as cj
 from compacter_jax import presets
 from tests.helpers import weights_of
-from train import compiled, inference, job
 from train.__main__ import main
-from train.options import FitOptions
+from train.compute import compilation_cache
+from train.fit import job
+from train.fit.options import FitOptions
+from train.inference import adapter as inference_adapter
 
 ROOT = Path(__file__).parents[1]
 GOOD, BAD = WORDS[10:14], WORDS[14:18]
@@ -101,7 +103,7 @@ FITTED = {"epochs": 4, "max-length": 20}
 def run(tiny_backbone, files, tmp_path_factory):
     """The folder of a finished run, on the four devices of the tests, and what it said."""
     output, said = tmp_path_factory.mktemp("runs") / "run", (io.StringIO(), io.StringIO())
-    compiled.announce.cache_clear()  # as in a new process
+    compilation_cache.announce.cache_clear()  # as in a new process
     with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
         assert main(["fit", *fit_flags(tiny_backbone, files, output, **FITTED)]) == 0
     return output, *(stream.getvalue() for stream in said)
@@ -548,7 +550,7 @@ def test_merge_writes_an_equal_backbone(tiny_backbone, files, tmp_path):
     assert merged.module.head == "sequence_classification"
     assert merged.config.id2label == {0: "dull", 1: "fine"}
     assert merged.new_parameters == ()
-    tokenizer = inference.load_tokenizer(str(tmp_path / "to"), merged, 16)
+    tokenizer = inference_adapter.load_tokenizer(str(tmp_path / "to"), merged, 16)
     sentences = pq.read_table(files["test"])["sentence"].to_pylist()
     encoded = tokenizer(sentences, padding=True, truncation=True, max_length=16)
     logits = merged.module.apply(
@@ -735,7 +737,7 @@ def test_compiling_is_announced_once_a_command(run, files, tmp_path, capsys):
         "predict": [f"--input={files['test']}", f"--output={tmp_path / 'out.csv'}"],
     }
     for name, flags in commands.items():
-        compiled.announce.cache_clear()  # as in a new process
+        compilation_cache.announce.cache_clear()  # as in a new process
         assert main([name, f"--adapter={fitted}", *flags]) == 0
         check_announced(capsys.readouterr().out)
 

@@ -27,9 +27,13 @@ from test_cli import (
 )
 
 import compacter_jax as cj
-from train import data, inference, loop, objective, span_corruption
 from train.__main__ import main
-from train.options import AdapterOptions
+from train.data import batching, tokens
+from train.fit import trainer as fit_trainer
+from train.inference import adapter as inference_adapter
+from train.inference.options import AdapterOptions
+from train.objectives import noise as objectives_noise
+from train.objectives import span_corruption
 
 
 def t5_flags(folder, files, output, **flags):
@@ -148,14 +152,14 @@ def test_predict_in_a_new_process_gives_the_scores_of_the_run(tiny_t5, files, tm
 
 def test_label_scores_are_the_likelihoods_of_the_labels_alone(fitted):
     """One call of the decoder for labels of different lengths is one call for each."""
-    loaded = inference.load(AdapterOptions(adapter=fitted / "adapter"))
+    loaded = inference_adapter.load(AdapterOptions(adapter=fitted / "adapter"))
     names = ("good", "not very good", "0")
     casting = dataclasses.replace(loaded.objective.casting, label_names=names)
     objective = dataclasses.replace(loaded.objective, casting=casting)
     backbone = cj.load_backbone(loaded.settings["backbone"])
     _, params = cj.load_adapter(fitted / "adapter", backbone)
     rows = {"sentence": ["a fine film", "dull", "we loved it"]}
-    (batch,) = data.batches(objective.encode(rows), 3, shuffle=False)
+    (batch,) = batching.batches(objective.encode(rows), 3, shuffle=False)
     scores = jax.jit(objective.outputs)(params, batch)["scores"]
     assert scores.shape == (3, 3)
     apply = jax.jit(lambda batch: objective.apply(params, batch, None))
@@ -276,18 +280,18 @@ def test_an_interrupted_pre_training_resumes_to_the_same_bytes(
 ):
     output = tmp_path / "run"
     flags = span_flags(tiny_t5, corpus, output, **PRE_TRAINING)
-    noted = loop.Trainer._note
+    noted = fit_trainer.Trainer._note
 
     def interrupt(trainer, pending, bar):
         noted(trainer, pending, bar)
         if trainer._step_number() == 9:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop.Trainer, "_note", interrupt)
+    monkeypatch.setattr(fit_trainer.Trainer, "_note", interrupt)
     assert main([str(flag) for flag in ("fit", *flags)]) == 130
     # Two of the three steps of the last epoch are done.
     assert "interrupted at step 10" in capsys.readouterr().err
-    monkeypatch.setattr(loop.Trainer, "_note", noted)
+    monkeypatch.setattr(fit_trainer.Trainer, "_note", noted)
     command("fit", *flags, "--resume")
     assert "resumed at step 10, epoch 3" in capsys.readouterr().out
     assert adapter_bytes(output) == adapter_bytes(pretrained)
@@ -302,16 +306,16 @@ def test_an_interrupted_pre_training_resumes_to_the_same_bytes(
 
 
 def test_a_corpus_is_corrupted_anew_in_every_epoch_and_validated_with_one_noise(tiny_t5, corpus):
-    tokenizer = data.load_tokenizer(
+    tokenizer = tokens.load_tokenizer(
         tiny_t5, vocab_size=96, max_position_embeddings=None, max_length=20
     )
-    noise = span_corruption.SpanCorruption(
+    noise = objectives_noise.SpanCorruption(
         20,
         mean_span_length=1.0,
         eos_token_id=1,
-        sentinel_ids=span_corruption.sentinel_ids(tokenizer),
+        sentinel_ids=tokens.sentinel_ids(tokenizer),
     )
-    made = objective.SpanCorruption(None, tokenizer, cj.T5Config(), noise)
+    made = span_corruption.SpanCorruption(None, tokenizer, cj.T5Config(), noise)
     splits = dataclasses.replace(made, seed=3).encode_all({"train": corpus})
     train, validation = splits["train"], splits["validation"]
     first, again, other = (train.of_epoch(epoch).input_ids for epoch in (0, 0, 1))

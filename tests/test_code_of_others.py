@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.data import load_tokenizer
+from train.data.tokens import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 FILES = [

@@ -14,9 +14,14 @@ import compacter_jax as cj
 from compacter_jax.checkpoint import CONFIG_NAME
 from compacter_jax.messages import LONGEST
 from train import __main__ as command_line
-from train import inference, predictions, saved, tasks, toml
+from train import tasks
 from train.__main__ import main
-from train.options import CompareOptions, FitOptions, expand_config
+from train.cli import toml
+from train.cli.config_files import expand_config
+from train.compare.options import CompareOptions
+from train.data import rows
+from train.fit.options import FitOptions
+from train.inference import commands, prediction_files, saved
 
 ROOT = Path(command_line.__file__).parents[1]
 
@@ -205,7 +210,7 @@ def test_half_a_character_cannot_be_written_as_csv(tmp_path):
     )
 
     def predict(target):
-        return predictions.predict_file(
+        return prediction_files.predict_file(
             source, target, lambda columns: np.zeros((2, 2)), label_names=("no", "yes")
         )
 
@@ -223,20 +228,20 @@ def test_columns_by_the_thousand_are_not_all_listed(tmp_path, capsys):
     names = [f"column_{i}" for i in range(5000)]
     source.write_text(f"{','.join(names)}\n{','.join(names)}\n")
     with pytest.raises(ValueError, match="and 4992 more") as error:
-        next(predictions.read_rows(source))
+        next(rows.read_rows(source))
     assert len(str(error.value)) < LONGEST
 
 
 @pytest.mark.parametrize("name", ["there", "none/there.json", "n" * 300])
 def test_an_evaluation_that_cannot_be_written_is_not_made(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(inference, "_evaluated", None)
+    monkeypatch.setattr(commands, "_evaluated", None)
     (tmp_path / "there").mkdir()
     refused(capsys, "evaluate", "--adapter", tmp_path, "--output", tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_task_with_a_slash_has_an_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "_evaluated", lambda options: {"metrics": {}})
+    monkeypatch.setattr(commands, "_evaluated", lambda options: {"metrics": {}})
     assert main(["evaluate", "--adapter", str(tmp_path), "--task", "a/b"]) == 0
     assert (tmp_path / "evaluation_a_b_test.json").exists()
 
@@ -277,7 +282,7 @@ def test_ctrl_c_while_options_are_read(capsys, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line.options, "expand_config", stop)
+    monkeypatch.setattr(command_line.config_files, "expand_config", stop)
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 

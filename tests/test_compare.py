@@ -21,10 +21,15 @@ from matplotlib import pyplot as plt
 from test_cli import refusal, write_splits
 
 import compacter_jax as cj
-from train import compare, compare_report, job, learning_rates, measure, prompts, tasks
+from train import tasks
 from train.__main__ import main
+from train.cli.method_flags import MethodOptions
+from train.compare import report as compare_report
+from train.compare import runs as compare_runs
+from train.compare.options import CompareOptions
+from train.fit import job, timing
 from train.folders import alone
-from train.options import CompareOptions, MethodOptions
+from train.objectives import learning_rates, prompt_init
 
 # --- learning rates -----------------------------------------------------------------------------
 
@@ -57,10 +62,10 @@ def test_the_commonest_tokens_of_the_training_texts(tokenizer):
     vocabulary = tokenizer.get_vocab()
     order = sorted(counts, key=lambda word: (-counts[word], vocabulary[word]))
     expected = tuple(vocabulary[word] for word in order)
-    assert prompts.most_common_tokens(texts, tokenizer, 9) == expected
-    assert prompts.most_common_tokens(texts, tokenizer, 2) == expected[:2]
+    assert prompt_init.most_common_tokens(texts, tokenizer, 9) == expected
+    assert prompt_init.most_common_tokens(texts, tokenizer, 2) == expected[:2]
     with pytest.raises(ValueError, match="have no tokens"):
-        prompts.most_common_tokens(["unheard"], tokenizer, 2)
+        prompt_init.most_common_tokens(["unheard"], tokenizer, 2)
 
 
 def test_prompts_take_words_or_the_texts_of_a_task(tokenizer):
@@ -68,13 +73,16 @@ def test_prompts_take_words_or_the_texts_of_a_task(tokenizer):
     rows = {"sentence": ["good film", "good"], "sentence2": ["bad good", "film"]}
     task = tasks.Task("own", "classification", ("0", "1"), {"train": rows})
     names = lambda method: tokenizer.convert_ids_to_tokens(method.prompt_token_ids)  # noqa: E731
-    assert names(prompts.with_tokens(method, None, task, tokenizer)) == ["good", "film", "bad"]
-    assert names(prompts.with_tokens(method, "awful good", task, tokenizer)) == ["awful", "good"]
+    assert names(prompt_init.with_tokens(method, None, task, tokenizer)) == ["good", "film", "bad"]
+    assert names(prompt_init.with_tokens(method, "awful good", task, tokenizer)) == [
+        "awful",
+        "good",
+    ]
     given = method.replace(prompt_token_ids=(7,))
-    assert prompts.with_tokens(given, None, task, tokenizer) is given
+    assert prompt_init.with_tokens(given, None, task, tokenizer) is given
     for words in ("", "a a a a"):
         with pytest.raises(ValueError, match="give 1 to 3 tokens"):
-            prompts.with_tokens(method, words, task, tokenizer)
+            prompt_init.with_tokens(method, words, task, tokenizer)
 
 
 # --- what a run costs ---------------------------------------------------------------------------
@@ -82,8 +90,8 @@ def test_prompts_take_words_or_the_texts_of_a_task(tokenizer):
 
 def test_the_clock_leaves_out_steps_in_which_something_was_compiled(monkeypatch):
     times = iter([0.0, 10.0, 12.0, 15.0, 19.0, 100.0, 101.0])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
-    clock = measure.StepClock([])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
+    clock = timing.StepClock([])
     short, long = {"ids": np.zeros((2, 16))}, {"ids": np.zeros((2, 32))}
     clock.start()
     clock.dispatched(short)  # compiled
@@ -108,7 +116,7 @@ def test_the_peak_of_memory_is_the_process_s_own():
     run = [sys.executable, "-c", script]
     output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     before, after = map(int, output.split())
-    assert measure.peak_memory() > held.nbytes
+    assert timing.peak_memory() > held.nbytes
     assert 2**29 * 0.9 < after - before < 2**29 * 1.1
 
 
@@ -144,7 +152,7 @@ def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
         steps="50,60",
         method_options=MethodOptions(rank=4),
     )
-    runs = compare.plan([options, dataclasses.replace(options, task="product")])
+    runs = compare_runs.plan([options, dataclasses.replace(options, task="product")])
     assert [(run.task, run.size, run.method, run.seed) for run in runs] == [
         ("movie", 100, "full", 0),
         ("movie", 100, "lora", 0),
@@ -170,7 +178,7 @@ def test_the_plan_of_all_methods_has_every_preset(tmp_path):
     # `rank` is for some of them, and kept from the others.
     flags = {"method_options": MethodOptions(rank=4), "train_size": "100"}
     options = CompareOptions(backbone="DIR", output_dir=tmp_path, methods="all", seeds="1", **flags)
-    runs = compare.plan([options])
+    runs = compare_runs.plan([options])
     assert tuple(run.method for run in runs) == cj.presets()
     assert {run.method for run in runs if "--rank" in run.flags} == {"low-rank", "lora"}
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from train import compiled
-from train.compiled import keep
+from train.compute.compilation_cache import keep
 
 pytest.importorskip("filelock")
-ROOT = Path(compiled.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from test_cli_t5 import t5_flags
 import compacter_jax as cj
 from compacter_jax.compositions.base import parallel_names
 from tests.helpers import weights_of
-from train import compositions
 from train.__main__ import main
+from train.cli import compositions
 
 STEPS = {"epochs": 1, "backbone-dropout": 0}
 

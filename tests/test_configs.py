@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 
 from compacter_jax.catalogue import preset
-from train import plan
 from train.__main__ import main
-from train.learning_rates import TEXT_TO_TEXT
-from train.options import CompareOptions, PlanOptions, expand_config
+from train.cli.config_files import expand_config
+from train.compare.options import CompareOptions
+from train.estimate import plan
+from train.estimate.options import PlanOptions
+from train.objectives.learning_rates import TEXT_TO_TEXT
 
 FOLDER = Path(plan.__file__).parent / "configs"
 BASES = sorted(FOLDER.glob("*_base.toml"))
@@ -91,10 +93,10 @@ def test_the_heading_says_how_to_run_it_and_what_the_paper_has(path):
 
 
 def test_compare_takes_a_run_and_its_tasks_one_by_one(monkeypatch, tmp_path):
-    import train.compare
+    import train.compare.runs
 
     seen = []
-    monkeypatch.setattr(train.compare, "compare", seen.extend)
+    monkeypatch.setattr(train.compare.runs, "compare", seen.extend)
     path = FOLDER / "superglue_compacter_pp.toml"
     flags = ["--config", str(path), "--output-dir", str(tmp_path), "--task", "boolq,record"]
     assert main(["compare", *flags, "--max-length", "64"]) == 0

@@ -10,9 +10,10 @@ import pytest
 import compacter_jax as cj
 from compacter_jax.params import Count
 from tests.test_mesh import T5_CONFIG
-from train import count, step
 from train.__main__ import main
-from train.compute import make_compute
+from train.compute import step
+from train.compute.compute import make_compute
+from train.estimate import params as estimate_params
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -30,7 +31,7 @@ def test_bytes_are_those_of_a_device(dtype):
         seed=0,
         mesh="data=2,model=2",
     )
-    held = count.device_bytes(module, method, {"data": 2, "model": 2}, dtype)
+    held = estimate_params.device_bytes(module, method, {"data": 2, "model": 2}, dtype)
     state = made.init_state(trained)
     assert held.frozen == on_first_device(made.place(cj.cast_frozen(frozen, dtype)))
     assert held.trained == held.gradients == on_first_device(state.trained)
@@ -77,7 +78,7 @@ def test_every_method_has_its_row_as_soon_as_it_is_counted(capsys, monkeypatch):
             raise ValueError("no\nplace")
         return [Count(1000, 2000, {}) for _ in backbones]
 
-    monkeypatch.setattr(count, "counts", counts)
+    monkeypatch.setattr(estimate_params, "counts", counts)
     assert main(["params", "--backbone-config", "t5-small", "--method", "all"]) == 0
     header, *rows = printed
     assert header.split()[:2] == ["method", "trained"]

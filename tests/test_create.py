@@ -1,4 +1,4 @@
-"""train.create: a tokenizer and a T5 that transformers and this library load alike."""
+"""A tokenizer and a T5 that transformers and this library load alike."""
 
 import dataclasses
 import itertools
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from train import create, options
-from train.create import CreateOptions, create_backbone, train_tokenizer
-from train.span_corruption import sentinel_ids
+from train.cli import method_flags
+from train.data.tokens import sentinel_ids
+from train.exchange import create_backbone as exchange_create_backbone
+from train.exchange.create_backbone import CreateOptions, create_backbone, train_tokenizer
 
 SIZES = {"vocab_size": 512, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 3}
 FILES = [
@@ -181,7 +182,7 @@ def test_weights_depend_on_the_seed_alone(text_file, folder, tmp_path):
 
 def test_the_size_by_default(tmp_path):
     made = CreateOptions(text_files=(tmp_path,), output_dir=tmp_path)
-    module = create.new_module(made)[0]
+    module = exchange_create_backbone.new_module(made)[0]
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.dummy_inputs()))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     # Per layer 4 * 256 * 256 of attention (twice in the decoder) and 2 * 256 * 1024 of network.
@@ -229,7 +230,7 @@ def test_logits_equal_those_of_pytorch(text_file, tmp_path, feed_forward, tied):
 def test_every_option_is_explained_and_has_a_flag():
     import tyro
 
-    documented = options.documented(CreateOptions)
+    documented = method_flags.documented(CreateOptions)
     assert all(documented[field.name] for field in dataclasses.fields(CreateOptions))
     flags = ["--text-files", "a.txt", "b.txt", "--output-dir", "t5", "--feed-forward", "gated-gelu"]
     made = tyro.cli(CreateOptions, args=[*flags, "--no-tie-word-embeddings", "--d-model", "64"])
@@ -302,7 +303,7 @@ def test_a_failure_leaves_what_was_there(text_file, folder, tmp_path, monkeypatc
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(create.cj, "save_backbone", fail)
+    monkeypatch.setattr(cj, "save_backbone", fail)
     made = CreateOptions(text_files=(text_file,), output_dir=output_dir, overwrite=True, **SIZES)
     with pytest.raises(OSError, match="No space left"):
         create_backbone(made)

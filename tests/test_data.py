@@ -1,4 +1,4 @@
-"""train.data: a tokenizer that fits, what it makes of sentences, and the batches made of them."""
+"""A tokenizer that fits, what it makes of sentences, and the batches made of them."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from train import data
+from train.data import batching, tokens
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "##s", "a", "b"]
 
@@ -32,7 +32,7 @@ def save_tokenizer(folder, words=WORDS, **special):
 
 
 def load(folder, vocab_size=10, max_position_embeddings=64, max_length=64):
-    return data.load_tokenizer(
+    return tokens.load_tokenizer(
         folder,
         vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
@@ -93,7 +93,7 @@ def test_a_folder_without_a_vocabulary(tmp_path):
 
 def test_token_ids_of_single_sentences(tokenizer):
     rows = {"sentence": ["Good films", "bad x", "a"], "label": [1, 0, 1], "id": [7, 8, 9]}
-    encoded = data.tokenize(datasets.Dataset.from_dict(rows), tokenizer, 8)
+    encoded = tokens.tokenize(datasets.Dataset.from_dict(rows), tokenizer, 8)
     assert len(encoded) == 3
     assert encoded.input_ids.tolist() == [2, 4, 6, 7, 3, 2, 5, 1, 3, 2, 8, 3]
     assert encoded.token_type_ids.tolist() == [0] * 12
@@ -105,7 +105,7 @@ def test_token_ids_of_single_sentences(tokenizer):
 
 def test_token_ids_of_pairs(tokenizer):
     rows = {"sentence": ["good films", "a a a a"], "sentence2": ["bad", "b"], "score": [0.5, -1]}
-    encoded = data.tokenize(rows, tokenizer, 6)
+    encoded = tokens.tokenize(rows, tokenizer, 6)
     first, second = np.split(encoded.input_ids, encoded.offsets[1:-1])
     assert first.tolist() == [2, 4, 6, 3, 5, 3]  # the longer sentence is cut
     assert second.tolist() == [2, 8, 8, 3, 9, 3]
@@ -116,35 +116,35 @@ def test_token_ids_of_pairs(tokenizer):
 
 
 def test_truncation_is_counted_and_leaves_a_word(tokenizer):
-    encoded = data.tokenize({"sentence": ["a", "a b", "a " * 5000]}, tokenizer, 3)
+    encoded = tokens.tokenize({"sentence": ["a", "a b", "a " * 5000]}, tokenizer, 3)
     assert encoded.input_ids.tolist() == [2, 8, 3] * 3
     assert encoded.num_truncated == 2
     assert encoded.targets is None
     with pytest.raises(ValueError, match="max_length=4 leaves no room for a word; use 5 or more"):
-        data.tokenize({"sentence": ["a"], "sentence2": ["b"]}, tokenizer, 4)
+        tokens.tokenize({"sentence": ["a"], "sentence2": ["b"]}, tokenizer, 4)
 
 
 def test_more_examples_than_are_tokenised_at_once(tokenizer):
     sentences = ["a " * (1 + i % 5) for i in range(2500)]
-    encoded = data.tokenize({"sentence": sentences}, tokenizer, 16)
+    encoded = tokens.tokenize({"sentence": sentences}, tokenizer, 16)
     assert np.diff(encoded.offsets).tolist() == [3 + i % 5 for i in range(2500)]
     assert len(encoded.input_ids) == encoded.offsets[-1]
 
 
 def test_bucket_lengths():
-    assert data.bucket_lengths(512) == (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-    assert data.bucket_lengths(100) == (16, 32, 48, 64, 96, 100)
-    assert data.bucket_lengths(16) == (16,)
-    assert data.bucket_lengths(3) == (3,)
-    assert data.bucket_lengths(64, multiple=8) == (8, 16, 24, 32, 48, 64)
+    assert batching.bucket_lengths(512) == (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    assert batching.bucket_lengths(100) == (16, 32, 48, 64, 96, 100)
+    assert batching.bucket_lengths(16) == (16,)
+    assert batching.bucket_lengths(3) == (3,)
+    assert batching.bucket_lengths(64, multiple=8) == (8, 16, 24, 32, 48, 64)
     with pytest.raises(ValueError, match="max_length=0"):
-        data.bucket_lengths(0)
+        batching.bucket_lengths(0)
 
 
 def make(lengths, targets=None, max_length=128):
     """Examples of the given lengths; every token of example `i` is `i + 1`."""
     lengths = np.asarray(lengths, np.int64)
-    return data.Encoded(
+    return tokens.Encoded(
         input_ids=np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths),
         token_type_ids=np.ones(lengths.sum(), np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
@@ -166,9 +166,9 @@ def thousand():
 @pytest.mark.parametrize("batch_size", [1, 8, 24, 1000, 4096])
 def test_every_example_comes_once_and_whole(thousand, shuffle, batch_size):
     seen = []
-    for batch in data.batches(thousand, batch_size, shuffle=shuffle, seed=5):
+    for batch in batching.batches(thousand, batch_size, shuffle=shuffle, seed=5):
         length = batch["input_ids"].shape[1]
-        assert length in data.bucket_lengths(128)
+        assert length in batching.bucket_lengths(128)
         for name in ("input_ids", "attention_mask", "token_type_ids"):
             assert batch[name].shape == (batch_size, length)
             assert batch[name].dtype == np.int32
@@ -196,13 +196,15 @@ def test_number_of_batches_is_that_of_every_epoch(size):
     generator = np.random.default_rng(size)
     encoded = make(generator.integers(1, 129, size))
     expected = -(-size // 8)
-    assert data.num_batches(size, 8) == expected
+    assert batching.num_batches(size, 8) == expected
     for epoch in range(5):
-        assert len(list(data.batches(encoded, 8, shuffle=True, seed=0, epoch=epoch))) == expected
+        assert (
+            len(list(batching.batches(encoded, 8, shuffle=True, seed=0, epoch=epoch))) == expected
+        )
 
 
 def order(encoded, **keywords):
-    return [batch["indices"].tolist() for batch in data.batches(encoded, 8, **keywords)]
+    return [batch["indices"].tolist() for batch in batching.batches(encoded, 8, **keywords)]
 
 
 def test_order_depends_on_seed_and_epoch_alone(thousand):
@@ -217,7 +219,7 @@ def test_order_depends_on_seed_and_epoch_alone(thousand):
 def test_order_is_the_same_in_every_version():
     # A resumed run must meet the rest of its epoch: this order may not change with NumPy.
     encoded = make([4, 40, 5, 41, 6, 42, 7])
-    batches = data.batches(encoded, 2, shuffle=True, seed=0, epoch=1)
+    batches = batching.batches(encoded, 2, shuffle=True, seed=0, epoch=1)
     assert [batch["indices"].tolist() for batch in batches] == [[4, 2], [5, -1], [6, 0], [1, 3]]
 
 
@@ -228,21 +230,23 @@ def test_start_resumes_at_the_exact_batch(thousand, keywords):
         assert order(thousand, start=start, **keywords) == whole[start:]
     past = len(whole) + 1
     with pytest.raises(ValueError, match=f"start={past} is not within the {len(whole)} batches"):
-        data.batches(thousand, 8, start=past, **keywords)
+        batching.batches(thousand, 8, start=past, **keywords)
 
 
 def test_evaluation_pads_every_input_to_its_own_bucket(thousand):
-    for batch in data.batches(thousand, 8, shuffle=False):
-        own = np.searchsorted(data.bucket_lengths(128), batch["attention_mask"].sum(1))
+    for batch in batching.batches(thousand, 8, shuffle=False):
+        own = np.searchsorted(batching.bucket_lengths(128), batch["attention_mask"].sum(1))
         real = batch["weights"] > 0
-        assert set(np.array(data.bucket_lengths(128))[own[real]]) == {batch["input_ids"].shape[1]}
+        assert set(np.array(batching.bucket_lengths(128))[own[real]]) == {
+            batch["input_ids"].shape[1]
+        }
 
 
 def test_evaluation_order_is_by_bucket_then_position(thousand):
     rows = np.concatenate(order(thousand, shuffle=False))
     rows = rows[rows >= 0]
     assert sorted(rows) == list(range(len(thousand)))
-    buckets = np.searchsorted(data.bucket_lengths(128), np.diff(thousand.offsets))[rows]
+    buckets = np.searchsorted(batching.bucket_lengths(128), np.diff(thousand.offsets))[rows]
     assert (np.diff(buckets) >= 0).all()
     for bucket in np.unique(buckets):
         assert (np.diff(rows[buckets == bucket]) > 0).all()
@@ -250,8 +254,8 @@ def test_evaluation_order_is_by_bucket_then_position(thousand):
 
 def test_batches_are_alike_in_length_and_come_in_random_order(thousand):
     shapes, mixed = [], 0
-    for batch in data.batches(thousand, 8, shuffle=True, seed=0):
-        own = np.searchsorted(data.bucket_lengths(128), batch["attention_mask"].sum(1))
+    for batch in batching.batches(thousand, 8, shuffle=True, seed=0):
+        own = np.searchsorted(batching.bucket_lengths(128), batch["attention_mask"].sum(1))
         mixed += len(set(own.tolist())) > 1
         shapes.append(batch["input_ids"].shape[1])
     # Per window of 32 batches at most one batch between any two neighbouring buckets.
@@ -265,55 +269,55 @@ def test_batches_are_alike_in_length_and_come_in_random_order(thousand):
 
 def test_a_bucket_with_one_example():
     encoded = make([5] * 30 + [128])
-    lengths = [batch["input_ids"].shape[1] for batch in data.batches(encoded, 8, shuffle=False)]
+    lengths = [batch["input_ids"].shape[1] for batch in batching.batches(encoded, 8, shuffle=False)]
     assert lengths == [16, 16, 16, 16, 128]
 
 
 def test_unknown_and_real_valued_targets():
-    (batch,) = data.batches(make([3, 4]), 4, shuffle=False)
+    (batch,) = batching.batches(make([3, 4]), 4, shuffle=False)
     assert batch["labels"].dtype == np.int32
     assert batch["labels"].tolist() == [0, 0, 0, 0]
     scores = np.array([0.5, -2], np.float32)
-    (batch,) = data.batches(make([3, 4], scores), 4, shuffle=False)
+    (batch,) = batching.batches(make([3, 4], scores), 4, shuffle=False)
     assert batch["labels"].dtype == np.float32
     assert batch["labels"].tolist() == [0.5, -2, 0, 0]
 
 
 def test_no_examples_no_batches():
-    assert data.num_batches(0, 8) == 0
-    assert list(data.batches(make([]), 8, shuffle=True, seed=0)) == []
+    assert batching.num_batches(0, 8) == 0
+    assert list(batching.batches(make([]), 8, shuffle=True, seed=0)) == []
 
 
 def test_batches_refuse_bad_arguments(thousand):
     with pytest.raises(ValueError, match="batch_size=0; want 1 or more"):
-        data.batches(thousand, 0, shuffle=False)
+        batching.batches(thousand, 0, shuffle=False)
     with pytest.raises(ValueError, match="shuffling wants seed and epoch of 0 or more, got None"):
-        data.batches(thousand, 8, shuffle=True)
+        batching.batches(thousand, 8, shuffle=True)
     with pytest.raises(ValueError, match="got -1 and 0"):
-        data.batches(thousand, 8, shuffle=True, seed=-1)
+        batching.batches(thousand, 8, shuffle=True, seed=-1)
 
 
 def test_parts_make_up_every_batch():
     encoded = make(np.random.default_rng(0).integers(1, 129, 45))
     for shuffle in (False, True):
         parts = [
-            list(data.batches(encoded, 6, shuffle=shuffle, seed=1, start=2, part=(i, 3)))
+            list(batching.batches(encoded, 6, shuffle=shuffle, seed=1, start=2, part=(i, 3)))
             for i in range(3)
         ]
-        whole = list(data.batches(encoded, 6, shuffle=shuffle, seed=1, start=2))
+        whole = list(batching.batches(encoded, 6, shuffle=shuffle, seed=1, start=2))
         for i, batch in enumerate(whole):
             for name, array in batch.items():
                 joined = np.concatenate([part[i][name] for part in parts])
                 np.testing.assert_array_equal(joined, array)
     with pytest.raises(ValueError, match=r"part=\(0, 4\) is none of a batch of 6 divided by 4"):
-        data.batches(encoded, 6, shuffle=False, part=(0, 4))
+        batching.batches(encoded, 6, shuffle=False, part=(0, 4))
     with pytest.raises(ValueError, match=r"part=\(3, 3\) is none"):
-        data.batches(encoded, 6, shuffle=False, part=(3, 3))
+        batching.batches(encoded, 6, shuffle=False, part=(3, 3))
 
 
 def test_shard():
-    (batch,) = data.batches(make(range(1, 9)), 8, shuffle=False)
-    shards = data.shard(batch, 4)
+    (batch,) = batching.batches(make(range(1, 9)), 8, shuffle=False)
+    shards = batching.shard(batch, 4)
     assert {name: array.shape for name, array in shards.items()} == {
         "input_ids": (4, 2, 16),
         "attention_mask": (4, 2, 16),
@@ -324,15 +328,15 @@ def test_shard():
     }
     assert shards["indices"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(ValueError, match="3 devices cannot share a batch of 8; use 6 or 9"):
-        data.shard(batch, 3)
+        batching.shard(batch, 3)
     with pytest.raises(ValueError, match="16 devices cannot share a batch of 8; use 16"):
-        data.shard(batch, 16)
+        batching.shard(batch, 16)
 
 
 def make_pairs(lengths, target_lengths, max_target_length=64):
     """Inputs as of `make`, without token types; every token of target `i` is `100 + i`."""
     target_lengths = np.asarray(target_lengths, np.int64)
-    targets = data.Texts(
+    targets = tokens.Texts(
         ids=np.repeat(100 + np.arange(len(target_lengths), dtype=np.int32), target_lengths),
         offsets=np.concatenate([[0], np.cumsum(target_lengths)]),
         max_length=max_target_length,
@@ -347,8 +351,8 @@ def make_pairs(lengths, target_lengths, max_target_length=64):
 
 
 def test_a_batch_with_target_texts():
-    (batch,) = data.batches(make_pairs([3, 5], [2, 4]), 3, shuffle=False)
-    ignored = data.IGNORED
+    (batch,) = batching.batches(make_pairs([3, 5], [2, 4]), 3, shuffle=False)
+    ignored = tokens.IGNORED
     assert "token_type_ids" not in batch
     assert batch["labels"].tolist() == [[100, 100, ignored, ignored], [101] * 4, [ignored] * 4]
     assert batch["decoder_input_ids"].tolist() == [
@@ -369,22 +373,22 @@ def test_targets_are_padded_to_buckets_of_their_own():
     encoded = make_pairs(generator.integers(1, 129, 300), generator.integers(2, 61, 300), 60)
     for shuffle in (False, True):
         seen, widths = [], set()
-        for batch in data.batches(encoded, 8, shuffle=shuffle, seed=0):
+        for batch in batching.batches(encoded, 8, shuffle=shuffle, seed=0):
             real = batch["indices"] >= 0
             lengths = batch["weights"].astype(int)
             width = batch["labels"].shape[1]
             widths.add(width)
             seen += batch["indices"][real].tolist()
             np.testing.assert_array_equal(
-                batch["labels"] != data.IGNORED, np.arange(width) < lengths[:, None]
+                batch["labels"] != tokens.IGNORED, np.arange(width) < lengths[:, None]
             )
             if not shuffle:  # every row in its own bucket of both
-                below = max((w for w in data.bucket_lengths(60, 4) if w < width), default=0)
+                below = max((w for w in batching.bucket_lengths(60, 4) if w < width), default=0)
                 assert (lengths[real] > below).all()
-                own = np.searchsorted(data.bucket_lengths(128), batch["attention_mask"].sum(1))
+                own = np.searchsorted(batching.bucket_lengths(128), batch["attention_mask"].sum(1))
                 assert len(set(own[real])) == 1
         assert sorted(seen) == list(range(300))
-        assert widths <= set(data.bucket_lengths(60, 4))
+        assert widths <= set(batching.bucket_lengths(60, 4))
         assert max(widths) == 60
 
 
@@ -418,7 +422,7 @@ def test_a_tokenizer_published_as_sentencepiece_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = data.load_tokenizer(
+    tokenizer = tokens.load_tokenizer(
         tmp_path, vocab_size=119, max_position_embeddings=None, max_length=8
     )
     # The first sentinel is the last of the tokens, and the end of the text is 1.

@@ -284,7 +284,7 @@ def loops(jaxpr):
 def test_phm_weights_are_built_before_the_loop(num_beams, is_built, monkeypatch):
     model, params = adapted("small")
     if not is_built:  # shows that the test would see it
-        monkeypatch.setattr(Adapted, "built", lambda self, params: (self, params))
+        monkeypatch.setattr(Adapted, "precomputed", lambda self, params: (self, params))
     ids = np.ones((2, 3), np.int32)
 
     def run(params):

@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from compacter_jax import catalogue
 from tests.pages import ROOT, code_blocks, rows_of_tables
-from train import count
 from train.__main__ import _parsed
-from train.options import ParamsOptions
+from train.estimate import params as estimate_params
+from train.estimate.options import ParamsOptions
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 MODULES = ["compacter_jax"] + [
@@ -185,12 +185,12 @@ def test_formulas_are_read_as_they_are_written():
 
 def counted_backbone(name, **options):
     """What `params` counts with."""
-    return count.counted_backbones(ParamsOptions(backbone_config=name, **options))[0]
+    return estimate_params.counted_backbones(ParamsOptions(backbone_config=name, **options))[0]
 
 
 def check_row(row, name, backbone, method):
     """Every cell of a method in the table of counts."""
-    (counted,) = count.counts(method, [backbone])
+    (counted,) = estimate_params.counts(method, [backbone])
     part = 100 * counted.trained / backbone.total
     assert row[4:] == [f"{counted.trained:,}", "100 %" if part == 100 else f"{part:.3f} %"]
     if name == "full":  # the backbone itself
@@ -223,7 +223,10 @@ def test_the_head_is_counted_as_documented():
     text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     formula, of_t5 = re.search(r"of k labels (.+?), of T5, which has none, (\d+)\.", text).groups()
     backbones = [counted_backbone("bert-base-uncased", num_labels=3), counted_backbone("t5-small")]
-    heads = [count.counts(cj.preset("lora"), [each])[0].groups.get("head") for each in backbones]
+    heads = [
+        estimate_params.counts(cj.preset("lora"), [each])[0].groups.get("head")
+        for each in backbones
+    ]
     assert heads[0][0] == value_of(formula, d=768, k=3)
     assert (heads[1] or (0, 0))[0] == int(of_t5)
 

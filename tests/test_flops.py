@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from train import flops, program, step
+from train.compute import flops, program, step
 
 B, L, T = 4, 32, 8
 BERT = cj.BertConfig(

@@ -15,10 +15,11 @@ from safetensors.numpy import load_file
 from test_cli import ROOT, fit_flags, refusal, write_splits
 
 from tests.helpers import weights_of
-from train import data, grid
 from train.__main__ import main
-from train.options import FitOptions
-from train.run_folder import check_run_folder
+from train.data import tokens
+from train.fit import grid
+from train.fit.options import FitOptions
+from train.fit.run_folder import check_run_folder
 
 DROPOUT = {"backbone-dropout": 0.1, "dropout": 0.1}  # of the backbone and of the adapters
 # Two lengths: batches of several runs are padded to the longest.
@@ -288,5 +289,5 @@ def test_batches_are_padded_to_the_longest():
 
     padded = grid.padded([batch(3, 2), batch(2, 4)])
     np.testing.assert_array_equal(padded["input_ids"][1], [[7, 7, 0]] * 2)
-    np.testing.assert_array_equal(padded["labels"][0], [[5, 5, data.IGNORED, data.IGNORED]] * 2)
+    np.testing.assert_array_equal(padded["labels"][0], [[5, 5, tokens.IGNORED, tokens.IGNORED]] * 2)
     assert padded["weights"].shape == (2, 2)

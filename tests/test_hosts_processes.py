@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import devices
-from train import hosts
-from train.options import HostOptions
+from train.cli.options import HostOptions
+from train.compute import distributed
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_hosts_evaluate_alone(hosts_results):
 
 
 def test_one_process_joins_nobody():
-    hosts.start(HostOptions())
-    assert (hosts.index(), hosts.number(), hosts.is_first()) == (0, 1, True)
+    distributed.start(HostOptions())
+    assert (distributed.index(), distributed.number(), distributed.is_first()) == (0, 1, True)
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_one_process_joins_nobody():
 )
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(ValueError, match=message):
-        hosts.start(HostOptions(**flags))
+        distributed.start(HostOptions(**flags))

@@ -16,7 +16,7 @@ from compacter_jax.nn.dense import Embed
 from compacter_jax.nn.inputs import check_ids
 from compacter_jax.nn.quantize import quantize
 from tests.helpers import IDS, ONE_LAYER, TINY_T5, backbone_of, quick_jit, quick_key
-from train import step
+from train.compute import step as compute_step
 
 BERT = Bert(ONE_LAYER)
 ONE_BLOCK = dataclasses.replace(TINY_T5, num_layers=1)
@@ -198,9 +198,9 @@ def test_generate_by_itself_refuses_logits_that_are_nan(monkeypatch):
 
 def test_the_loss_of_a_label_that_does_not_exist_is_nan():
     logits, labels = jnp.zeros((4, 3)), jnp.array([2, 3, -1, -100])
-    losses = step.loss_function("classification")(logits, labels)
+    losses = compute_step.loss_function("classification")(logits, labels)
     np.testing.assert_array_equal(np.isnan(losses), [False, True, True, True])
     # -100 alone is passed over, and no other negative label.
-    likelihoods = step.token_log_likelihoods(logits, labels)
+    likelihoods = compute_step.token_log_likelihoods(logits, labels)
     np.testing.assert_array_equal(np.isnan(likelihoods), [False, True, True, False])
     assert likelihoods[3] == 0

@@ -7,8 +7,13 @@ import datasets
 import numpy as np
 import pytest
 
-from train import convert, data, inference, options, saved, tasks
-from train.predictions import write_rows
+from train import tasks
+from train.data import tokens
+from train.data.writing import write_rows
+from train.exchange import convert
+from train.fit import options as fit_options
+from train.inference import commands, saved
+from train.inference import options as inference_options
 from train.tasks import labels
 
 FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
@@ -258,11 +263,11 @@ def test_label_names_that_do_not_fit_the_head(names, changes, problem):
 
 
 def test_what_is_predicted_is_counted_by_label():
-    counts = inference.LabelCounts(["no", "yes", "maybe"])
+    counts = commands.LabelCounts(["no", "yes", "maybe"])
     counts.count_logits({"": np.array([[0, 1, 0], [3, 1, 0]])})
     counts.count_logits({"": np.array([[0, 1, 0]])})
     assert counts.lines() == ["labels (rows predicted): no (1), yes (2), maybe (0)"]
-    counts = inference.LabelCounts({"a": ["no", "yes"], "b": []})
+    counts = commands.LabelCounts({"a": ["no", "yes"], "b": []})
     counts.count_logits({"a": np.eye(2), "b": np.zeros((2, 1))})
     assert counts.lines() == ["labels (a, rows predicted): no (1), yes (1)"]
 
@@ -278,8 +283,8 @@ def test_names_given_to_convert_are_names():
 def tokenizers(tiny_backbone, tiny_t5):
     limits = {"max_position_embeddings": None, "max_length": 16}
     return {
-        "bert": data.load_tokenizer(tiny_backbone, vocab_size=23, **limits),
-        "t5": data.load_tokenizer(tiny_t5, vocab_size=96, **limits),
+        "bert": tokens.load_tokenizer(tiny_backbone, vocab_size=23, **limits),
+        "t5": tokens.load_tokenizer(tiny_t5, vocab_size=96, **limits),
     }
 
 
@@ -291,11 +296,11 @@ def test_unknown_tokens_are_counted_and_told_of_from_one_percent_on(tokenizers):
         (["the film", "映 was 画"], True),
         (["the film"], False),
     ]:
-        encoded = data.tokenize({"sentence": texts}, tokenizers["bert"], 16)
+        encoded = tokens.tokenize({"sentence": texts}, tokenizers["bert"], 16)
         words = [word for text in texts for word in text.split()]
         unknown = [word for word in words if word in "映画"]
         rows = sum(any(c in "映画" for c in text) for text in texts)
-        assert encoded.unknown == data.Unknown(len(unknown), len(words), rows)
+        assert encoded.unknown == tokens.Unknown(len(unknown), len(words), rows)
         part = f"({100 * len(unknown) / len(words):.1f} %)"
         line = (
             f"{len(unknown)} of {len(words)} tokens of the train inputs {part}, in {rows} of them, "
@@ -306,11 +311,11 @@ def test_unknown_tokens_are_counted_and_told_of_from_one_percent_on(tokenizers):
 
 def test_unknown_tokens_of_inputs_and_of_targets_are_told_apart(tokenizers):
     tokenizer = tokenizers["t5"]
-    inputs = data.tokenize_texts(["good", "映画"], tokenizer, 8, what="input")
-    targets = data.tokenize_texts(["dull", "画 a"], tokenizer, 8, what="target")
+    inputs = tokens.tokenize_texts(["good", "映画"], tokenizer, 8, what="input")
+    targets = tokens.tokenize_texts(["dull", "画 a"], tokenizer, 8, what="target")
     # Unknown characters in a row are one token: ▁good ▁ <unk>; ▁dull ▁ <unk> ▁a.
-    assert (inputs.unknown, targets.unknown) == (data.Unknown(1, 3, 1), data.Unknown(1, 4, 1))
-    encoded = data.Encoded(
+    assert (inputs.unknown, targets.unknown) == (tokens.Unknown(1, 3, 1), tokens.Unknown(1, 4, 1))
+    encoded = tokens.Encoded(
         inputs.ids, None, inputs.offsets, None, 8, 0, 0, targets, unknown=inputs.unknown
     )
     assert [line.partition(" (")[0] for line in encoded.notices("test")] == [
@@ -325,13 +330,13 @@ def test_a_tokenizer_without_an_unknown_token_has_none():
     )
     ids, offsets = np.array([5, 5, 7], np.int32), np.array([0, 3])
     for tokenizer in (special(None, 0, 1, 2, [0, 1, 2]), special(5, 0, 5, None, [0, 5])):
-        assert data.count_unknown(ids, offsets, tokenizer) == data.Unknown()
-    assert data.count_unknown(ids, offsets, special(7, 0, 5, None, [0, 5, 7])).tokens == 1
+        assert tokens.count_unknown(ids, offsets, tokenizer) == tokens.Unknown()
+    assert tokens.count_unknown(ids, offsets, special(7, 0, 5, None, [0, 5, 7])).tokens == 1
 
 
 def test_a_run_from_before_the_flag_has_the_settings_of_now():
     """What its run.json does not say is None; so is the flag that is not given."""
-    for made in (options.FitOptions, options.EvaluateOptions):
+    for made in (fit_options.FitOptions, inference_options.EvaluateOptions):
         assert {field.name: field.default for field in dataclasses.fields(made)}[
             "label_names"
         ] is None

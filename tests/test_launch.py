@@ -10,7 +10,8 @@ import pytest
 import tyro
 
 import train
-from train.options import FitOptions, expand_config
+from train.cli.config_files import expand_config
+from train.fit.options import FitOptions
 
 FOLDER = Path(train.__file__).parent / "launch"
 SCRIPTS = sorted(FOLDER.iterdir())
@@ -65,7 +66,7 @@ def fit_options(command):
     """The options in a command that starts `python -m train fit`, parsed."""
     words = shlex.split(command)
     assert words[words.index("-m") : words.index("-m") + 3] == ["-m", "train", "fit"]
-    return tyro.cli(FitOptions, args=expand_config(words[words.index("fit") + 1 :]))
+    return tyro.cli(FitOptions, args=expand_config(words[words.index("fit") + 1 :], FitOptions))
 
 
 DRY = {

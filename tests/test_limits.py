@@ -11,7 +11,7 @@ import pytest
 import compacter_jax as cj
 from benchmarks import contest, jax_worker, limits
 from benchmarks.contest import Size
-from train import program
+from train.compute import program
 
 T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 SIZE = Size("tiny", "t5", T5, rows=3, length=6, target_length=4)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import hosts, logs, profiler
+from train.compute import distributed
+from train.fit import logs, profiler
 
 
 def record(folder, steps, **settings):
@@ -82,7 +83,7 @@ def test_flushed_rows_survive_a_kill(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "index", lambda: 1)
+    monkeypatch.setattr(distributed, "index", lambda: 1)
     with logs.Log(tmp_path, tensorboard=True) as log:
         log.step(1, loss=0.5, learning_rate=1e-3, gradient_norm=2.0)
         log.evaluation(1, "validation", {"accuracy": 0.5})
@@ -124,7 +125,7 @@ def records_of(path):
 def test_the_plot_has_a_panel_for_what_is_known(tmp_path):
     from matplotlib import pyplot as plt
 
-    from train import report
+    from train.fit import logs, report
 
     record(tmp_path, range(1, 4))
     report.plot_log(logs.read_steps(tmp_path), tmp_path / "log.png")
@@ -149,7 +150,7 @@ def test_profile_of_the_steps_after_compilation(tmp_path, capsys, steps):
 def test_no_profile_unless_wanted(tmp_path, monkeypatch):
     with profiler.Profiler(None) as profile, profile.step(1):
         pass
-    monkeypatch.setattr(hosts, "index", lambda: 1)
+    monkeypatch.setattr(distributed, "index", lambda: 1)
     with profiler.Profiler(tmp_path) as profile:
         for number in range(20):
             with profile.step(number):

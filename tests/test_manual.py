@@ -12,8 +12,8 @@ import tyro
 
 from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.nn.activations import ACTIVATIONS
-from train import manual, options
 from train.__main__ import COMMANDS, _parsed, main
+from train.cli import manual, method_flags
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +89,7 @@ def test_what_is_to_choose_from_is_listed(flag, values):
 
 
 def test_no_two_flags_are_explained_alike():
-    of_flag = options.documented(bottleneck.BottleneckConfig)
+    of_flag = method_flags.documented(bottleneck.BottleneckConfig)
     assert len(set(of_flag.values())) == len(of_flag)
     assert entry("--rank") == "INT of each projection. Of lora: of each update."
     assert "inputs are multiplied" in entry("--input-sites")

@@ -4,8 +4,8 @@ import optax
 import pytest
 
 import compacter_jax as cj
-from train import memory, program
-from train.step import apply_function, loss_function
+from train.compute import memory, program
+from train.compute.step import apply_function, loss_function
 
 ROWS, WIDTH = 512, 64
 STATES, WEIGHT = 4 * ROWS * WIDTH, 4 * WIDTH * WIDTH

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import compacter_jax as cj
 from benchmarks import devices
 from tests.test_step import make_batch, setup, text_batch
-from train import mesh, step
-from train.compute import make_compute
+from train.compute import mesh, step
+from train.compute.compute import make_compute
 
 T5_CONFIG = cj.T5Config(
     vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.1
@@ -126,7 +126,7 @@ def test_every_device_has_its_part():
 @pytest.mark.parametrize("backbone", ["bert-base-uncased", "t5-base", "google/mt5-base"])
 def test_rules_cover_every_method(backbone):
     from compacter_jax.models.loading import module_from_name
-    from train.shapes import shapes_of
+    from train.fit.shapes import shapes_of
 
     module = module_from_name(backbone)
     for head in {module.head, "masked_lm"} if isinstance(module, cj.Bert) else {module.head}:

@@ -28,9 +28,9 @@ from tests.helpers import (
     t5_inputs,
 )
 from tests.reference import Reference
-from train import data
-from train import step as train_step
-from train.compute import make_compute
+from train.compute import step as train_step
+from train.compute.compute import make_compute
+from train.data import tokens
 
 # Without dropout of their own, so that what is seen is the methods'.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -262,7 +262,7 @@ def batch_of(module):
     if isinstance(module, cj.Bert):
         batch["labels"] = rng.integers(0, 3, 4, np.int32)
         return batch, ("input_ids", "attention_mask"), "classification"
-    batch["labels"] = np.where(np.arange(5) < [[2], [5], [1], [3]], ids, data.IGNORED)
+    batch["labels"] = np.where(np.arange(5) < [[2], [5], [1], [3]], ids, tokens.IGNORED)
     batch["decoder_input_ids"] = np.pad(ids, ((0, 0), (1, 0)))[:, :-1]
     return batch, ("input_ids", "attention_mask", "decoder_input_ids"), "tokens"
 

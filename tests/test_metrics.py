@@ -1,9 +1,9 @@
-"""train.metrics against formulas written out in NumPy and values computed by hand."""
+"""train.tasks.metrics against formulas written out in NumPy and values computed by hand."""
 
 import numpy as np
 import pytest
 
-from train.metrics import (
+from train.tasks.metrics import (
     all_of_group,
     answer_metrics,
     bleu,

@@ -16,11 +16,13 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from train import data, job, loop, stopping
 from train.__main__ import main
-from train.mixture import Mixture, parse
-from train.options import FitOptions
-from train.run_folder import open_run
+from train.data import batching
+from train.fit import job, stopping
+from train.fit import trainer as fit_trainer
+from train.fit.mixture import Mixture, parse
+from train.fit.options import FitOptions
+from train.fit.run_folder import open_run
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def prepared(flags):
 def trained(flags):
     """The job, and what its learners end with, on the host."""
     work = prepared(flags)
-    with loop.Trainer(work, stopping.Stopping()) as trainer:
+    with fit_trainer.Trainer(work, stopping.Stopping()) as trainer:
         trainer.run()
         return work, [training.host_state()["trained"] for training in trainer.learners]
 
@@ -159,7 +161,7 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
 def rows_of(lane, size):
     """A task's batches, epoch after epoch."""
     for epoch in itertools.count():
-        yield from data.batches(lane.encoded["train"], size, shuffle=True, seed=0, epoch=epoch)
+        yield from batching.batches(lane.encoded["train"], size, shuffle=True, seed=0, epoch=epoch)
 
 
 @pytest.mark.slow
@@ -181,7 +183,7 @@ def test_a_mixture_that_is_stopped_ends_with_the_same_bytes(
     assert main(["fit", *flags[0]]) == 0
 
     def fit_until(place, number):
-        method, calls = getattr(loop.Trainer, place), []
+        method, calls = getattr(fit_trainer.Trainer, place), []
 
         def stop(trainer, *arguments, **keywords):
             calls.append(1)
@@ -190,7 +192,7 @@ def test_a_mixture_that_is_stopped_ends_with_the_same_bytes(
             return method(trainer, *arguments, **keywords)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop.Trainer, place, stop)
+            patch.setattr(fit_trainer.Trainer, place, stop)
             assert main(["fit", *flags[1], "--resume"]) == 0
         return capsys.readouterr().out
 

@@ -4,9 +4,10 @@ import pytest
 
 import compacter_jax as cj
 from compacter_jax.models.loading import module_from_name
-from train import plan
 from train.__main__ import main
-from train.options import MethodOptions, PlanOptions
+from train.cli.method_flags import MethodOptions
+from train.estimate import plan
+from train.estimate.options import PlanOptions
 
 MRPC = {"task": "mrpc", "batch_size": 100, "epochs": 20}
 

@@ -1,4 +1,4 @@
-"""train.predictions: rows come back as they were, or the output is not touched."""
+"""train.inference.prediction_files: rows come back as they were, or the output is not touched."""
 
 import csv
 import datetime
@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.predictions import predict_file, read_rows, write_rows
+from train.data.rows import read_rows
+from train.data.writing import write_rows
+from train.inference.prediction_files import predict_file
 
 NAMES = ("negative", "positive")
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from train.processes import shares, side_by_side
+from train.compare.workers import shares, side_by_side
 
 CHILD = """
 import os, sys, time

@@ -13,8 +13,8 @@ import compacter_jax as cj
 from compacter_jax.nn import quantize
 from tests.helpers import quick_jit
 from tests.test_step import make_batch, setup, text_batch
-from train import step
-from train.compute import make_compute
+from train.compute import step
+from train.compute.compute import make_compute
 
 T5_CONFIG = cj.T5Config(
     vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0

@@ -17,8 +17,8 @@ import compacter_jax as cj
 from compacter_jax import checkpoint, files, leftovers, limits, messages, patterns
 from compacter_jax.models.loading import module_from_config, module_from_name, read_config
 from tests.helpers import ONE_LAYER, adapted_shapes, backbone_of, random_tree, weights_of
-from train.data import load_tokenizer
-from train.options import expand_config
+from train.cli.config_files import expand_config
+from train.data.tokens import load_tokenizer
 
 RECORDED = Path(__file__).parent / "recorded"
 LORA = cj.preset("lora", rank=2)

@@ -14,7 +14,7 @@ import compacter_jax as cj
 from tests.helpers import weights_of
 from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import main
-from train.compare_report import method_table, size_table, summaries
+from train.compare.report import method_table, size_table, summaries
 
 README = ROOT / "README.md"
 BIAS = "encoder/layer/0/output/dense/adapter/up/bias"

@@ -10,12 +10,17 @@ import threading
 
 import pytest
 
-from train import compare, folders, loop, run_folder
+from train import folders
 from train.__main__ import main
+from train.cli.method_flags import MethodOptions
+from train.compare import runs
+from train.compare.options import CompareOptions
+from train.fit import run as fit_run
+from train.fit import run_folder
+from train.fit.job import Job
+from train.fit.options import FitOptions
+from train.fit.run_folder import RunFolder, check_grid_folder, check_run_folder, open_run
 from train.folders import alone, new_folder
-from train.job import Job
-from train.options import CompareOptions, FitOptions, MethodOptions
-from train.run_folder import RunFolder, check_grid_folder, check_run_folder, open_run
 
 
 @pytest.fixture
@@ -341,21 +346,21 @@ def test_a_comparison_in_a_folder_of_others(names, options, tmp_path, capsys):
         output_dir=tmp_path / "out",
         method_options=MethodOptions(),
     )
-    compare._check_folder(given)
+    runs._check_folder(given)
     put(given.output_dir, *names)
     with pytest.raises(ValueError, match="is not empty and holds no comparison") as error:
-        compare._check_folder(given)
+        runs._check_folder(given)
     told(error)
     put(given.output_dir, "runs/custom/all/lora/seed-0/flags.json")  # of before it had a record
-    compare._check_folder(given)
+    runs._check_folder(given)
     data = given.output_dir / "runs" / "train.csv"
     put(given.output_dir, "runs/train.csv")
     with pytest.raises(ValueError, match=r"--train-file: .* lies in"):
-        compare._check_folder(dataclasses.replace(given, train_file=data))
+        runs._check_folder(dataclasses.replace(given, train_file=data))
 
 
 def test_a_run_of_a_comparison_clears_its_own_files(tmp_path):
-    run = compare.Run("movie", None, "lora", 0, tmp_path / "seed-0", ())
+    run = runs.Run("movie", None, "lora", 0, tmp_path / "seed-0", ())
     put(run.folder, "notes.txt", "adapter/adapter.safetensors", "metrics.json", "fit.log")
     run.clear()
     assert list(contents(run.folder)) == ["notes.txt"]
@@ -457,13 +462,13 @@ def test_no_room_is_found_before_training(options, monkeypatch):
     usage = type(shutil.disk_usage(options.backbone))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 3 * 10**6))
     with pytest.raises(OSError, match=r"has 3.0 MB free, and .* takes 4.0 MB; make room"):
-        loop.check_room([job])
+        fit_run.check_room([job])
     # What is replaced makes room.
     folder = of_before(options)
     with (folder / "checkpoints" / "8" / "state" / "x").open("wb") as file:
         file.truncate(10**6)
-    loop.check_room(
+    fit_run.check_room(
         [dataclasses.replace(job, options=dataclasses.replace(options, overwrite=True))]
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 5 * 10**6))
-    loop.check_room([job])
+    fit_run.check_room([job])

@@ -1,4 +1,4 @@
-"""train.span_corruption: spans taken out can be put back, and are drawn as T5's were."""
+"""train.objectives.noise: spans taken out can be put back, and are drawn as T5's were."""
 
 import collections
 import itertools
@@ -6,14 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from train.span_corruption import (
-    Segments,
-    SpanCorruption,
-    corrupted,
-    read_documents,
-    read_segments,
-    sentinel_ids,
-)
+from train.data.corpus import Segments, read_documents, read_segments
+from train.data.tokens import sentinel_ids
+from train.objectives.noise import SpanCorruption, corrupted
 
 EOS = 1
 SENTINELS = tuple(range(1099, 999, -1))

@@ -1,4 +1,4 @@
-"""train.spans: windows that lose no character, and the best span against all of them."""
+"""train.objectives.spans: windows that lose no character, and the best span against all of them."""
 
 import itertools
 import re
@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from scipy import special
 
-from train import data, spans
-from train.objective.encoder import SpanExtractor
+from train.data import tokens as data_tokens
+from train.objectives import spans
+from train.objectives.span_extraction import SpanExtractor
 
 CONTEXT = "the film was Very good, we loved it.  the plot was not very dull, it was fine and great"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_backbone):
-    return data.load_tokenizer(
+    return data_tokens.load_tokenizer(
         tiny_backbone, vocab_size=23, max_position_embeddings=64, max_length=24
     )
 

@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from tests.helpers import SOME_PRESETS
-from train import data, step
-from train.compute import AXIS, make_compute
+from train.compute import step
+from train.compute.compute import AXIS, make_compute
+from train.data import batching, tokens
 
 CONFIG = cj.BertConfig(
     vocab_size=31,
@@ -298,11 +299,11 @@ def text_batch(rows=8, real=8, seed=0, length=6, target_length=5):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, target_length + 1, rows) * (np.arange(rows) < real)
     labels = generator.integers(2, 31, (rows, target_length)).astype(np.int32)
-    labels[np.arange(target_length) >= lengths[:, None]] = data.IGNORED
+    labels[np.arange(target_length) >= lengths[:, None]] = tokens.IGNORED
     return {
         "input_ids": generator.integers(2, 31, (rows, length)).astype(np.int32),
         "attention_mask": np.ones((rows, length), np.int32),
-        "decoder_input_ids": data.shifted(labels, 0, 0),
+        "decoder_input_ids": batching.shift_right(labels, 0, 0),
         "labels": labels,
         "weights": lengths.astype(np.float32),
     }
@@ -347,14 +348,14 @@ def test_token_loss_is_that_of_one_large_batch(text_to_text, devices, parts):
     values = run_on(devices, parts)
     np.testing.assert_allclose(values, run_on(1, 1), atol=1e-6, rtol=2e-6)
     logits = np.asarray(apply(params, batches[0], None), np.float64)
-    known = batches[0]["labels"] != data.IGNORED
+    known = batches[0]["labels"] != tokens.IGNORED
     picked = np.take_along_axis(logits, np.where(known, batches[0]["labels"], 0)[..., None], -1)
     losses = np.log(np.exp(logits).sum(-1)) - picked[..., 0]
     np.testing.assert_allclose(values[0, 0], losses[known].mean(), atol=1e-6)
 
 
 def test_token_loss_of_a_row_without_targets_is_zero():
-    labels = jnp.array([[2, data.IGNORED], [data.IGNORED, data.IGNORED]])
+    labels = jnp.array([[2, tokens.IGNORED], [tokens.IGNORED, tokens.IGNORED]])
     logits = jnp.array([[[0.0, 0, 1], [9, 9, 9]], [[1, 2, 3], [4, 5, 6]]], jnp.bfloat16)
     losses = step.loss_function("tokens")(logits, labels)
     np.testing.assert_allclose(losses, [np.log(2 + np.e) - 1, 0], rtol=1e-6)

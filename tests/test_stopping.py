@@ -11,13 +11,16 @@ import pytest
 import transformers
 
 import compacter_jax as cj
-from train import data, errors, hosts, logs, stopping
+from train import errors
 from train.__main__ import main
-from train.checkpoints import Checkpoints
+from train.cli.options import HostOptions
+from train.compute import distributed
+from train.data import tokens
 from train.errors import EndedRunError, InterruptedRunError, PreemptedRunError, StoppedRunError
-from train.logs import Log
-from train.loop import Progress
-from train.options import HostOptions
+from train.fit import logs, stopping
+from train.fit.checkpoints import Checkpoints
+from train.fit.logs import Log
+from train.fit.trainer import Progress
 
 STATE = {"one": {"w": np.array([[1.5, -2.0]]), "step": np.array(3)}}
 SIGNALS = [(signal.SIGTERM, PreemptedRunError, 0), (signal.SIGINT, InterruptedRunError, 130)]
@@ -90,7 +93,7 @@ def test_a_signal_while_a_tokenizer_is_read(
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read)
     limits = {"vocab_size": 99, "max_position_embeddings": 64, "max_length": 8}
     with pytest.raises(kind), stopping.handled():
-        data.load_tokenizer(tiny_backbone, **limits)
+        tokens.load_tokenizer(tiny_backbone, **limits)
 
 
 def test_a_failure_after_a_signal_that_waited_is_told():
@@ -138,7 +141,7 @@ def test_a_signal_to_one_of_several_processes(number, kind, code, monkeypatch):
 
     def run():
         with stopping.handled():
-            hosts.start(HostOptions(distributed=True))
+            distributed.start(HostOptions(distributed=True))
             os.kill(os.getpid(), number)
 
     with pytest.raises(kind) as error:
@@ -151,12 +154,12 @@ def test_a_failure_of_the_first_process_ends_the_others(monkeypatch):
         raise ValueError("holds a run")
 
     with pytest.raises(ValueError, match="holds a run"):
-        hosts.of_first(refuse)
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
-    hosts.of_first(refuse)  # not called
-    monkeypatch.setattr(hosts, "any_of", lambda _: True)
+        distributed.of_first(refuse)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    distributed.of_first(refuse)  # not called
+    monkeypatch.setattr(distributed, "any_of", lambda _: True)
     with pytest.raises(ValueError, match="the first process does not begin the run"):
-        hosts.of_first(refuse)
+        distributed.of_first(refuse)
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import pytest
 from test_cli import adapter_bytes, fit_flags, write_splits
 
 from benchmarks.survive import survive
-from train import loop
 from train.__main__ import main
-from train.checkpoints import Checkpoints
+from train.fit import trainer as fit_trainer
+from train.fit.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def whole(tiny_backbone, files, tmp_path_factory):
 
 def fit_until(monkeypatch, place, number, sent, flags, output):
     """A run that gets a signal at the n-th call of a method of the trainer; its exit code."""
-    original, calls = getattr(loop.Trainer, place), []
+    original, calls = getattr(fit_trainer.Trainer, place), []
 
     def method(trainer, *arguments, **keywords):
         calls.append(1)
@@ -77,7 +77,7 @@ def fit_until(monkeypatch, place, number, sent, flags, output):
         return original(trainer, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, place, method)
+        patch.setattr(fit_trainer.Trainer, place, method)
         return main(["fit", *flags, "--output-dir", str(output), "--resume"])
 
 

@@ -1,4 +1,4 @@
-"""train.text: rows cast as text, scores as multiples of a step, labels that can be told apart."""
+"""Rows cast as text, scores as multiples of a step, labels that can be told apart."""
 
 import math
 import re
@@ -8,17 +8,20 @@ import datasets
 import numpy as np
 import pytest
 
-from train import data, text
+from train.data import tokens as data_tokens
+from train.tasks import text_format
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_t5):
-    return data.load_tokenizer(tiny_t5, vocab_size=96, max_position_embeddings=None, max_length=16)
+    return data_tokens.load_tokenizer(
+        tiny_t5, vocab_size=96, max_position_embeddings=None, max_length=16
+    )
 
 
 def casting(kind="classification", **fields):
     fields = {"prefix": "movie", "label_names": ("negative", "positive"), **fields}
-    return text.Casting(kind=kind, **fields)
+    return text_format.Casting(kind=kind, **fields)
 
 
 def test_classification_as_in_the_papers_appendix():
@@ -74,18 +77,18 @@ def test_scores_are_cast_as_multiples():
     ],
 )
 def test_format_score(score, step, expected):
-    assert text.format_score(score, step) == expected
+    assert text_format.format_score(score, step) == expected
 
 
 @pytest.mark.parametrize("step", [0.2, 0.25, 0.1, 0.3, 3.0])
 def test_format_score_is_nearest_and_read_back(step):
     unit = Fraction(str(step))
     for score in np.random.default_rng(0).normal(0, 4, 300):
-        written = text.format_score(float(score), step)
+        written = text_format.format_score(float(score), step)
         multiple = Fraction(written) / unit
         assert multiple.denominator == 1
         assert abs(Fraction(written) - Fraction(float(score))) <= unit / 2
-        assert text.parse_score(written) == float(written)
+        assert text_format.parse_score(written) == float(written)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +96,12 @@ def test_format_score_is_nearest_and_read_back(step):
     [("2.6", 2.6), (" -0.4 ", -0.4), ("+3", 3.0), ("3.", 3.0), (".5", 0.5), ("007", 7.0)],
 )
 def test_parse_score(written, value):
-    assert text.parse_score(written) == value
+    assert text_format.parse_score(written) == value
 
 
 @pytest.mark.parametrize("written", ["", " ", "-", "2,6", "1e3", "nan", "inf", "1_0", "2.6 2", "٣"])
 def test_text_that_is_no_score(written):
-    assert math.isnan(text.parse_score(written))
+    assert math.isnan(text_format.parse_score(written))
 
 
 def test_reading_predictions():
@@ -118,13 +121,13 @@ def test_reading_predictions():
 
 def test_json_has_the_casting_but_for_kind_and_labels():
     cast = casting(score_step=0.25, num_beams=3, evaluate_by="generation")
-    values = text.to_json(cast)
+    values = text_format.to_json(cast)
     assert "kind" not in values
-    assert text.from_json(values, "classification", ["negative", "positive"]) == cast
+    assert text_format.from_json(values, "classification", ["negative", "positive"]) == cast
 
 
 def test_label_tokens_end_with_the_end(tokenizer):
-    tokens = text.label_tokens(("negative", "not good", "0"), tokenizer, 4)
+    tokens = text_format.label_tokens(("negative", "not good", "0"), tokenizer, 4)
     pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in tokens]
     assert pieces == [["▁negative", "</s>"], ["▁not", "▁good", "</s>"], ["▁", "0", "</s>"]]
 
@@ -144,17 +147,17 @@ def test_label_tokens_end_with_the_end(tokenizer):
 )
 def test_labels_that_do_not_do(tokenizer, names, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        text.label_tokens(names, tokenizer, 4)
+        text_format.label_tokens(names, tokenizer, 4)
 
 
 def test_decoding_leaves_out_special_tokens(tokenizer):
     # Start, "▁not", "▁good", end, what a beam search leaves behind; a token of the padding alone.
     ids = np.array([[0, 10, 13, 1, 1, 1], [0, 27, 28, 1, 0, 0], [0, 1, 0, 0, 0, 95]])
-    assert text.decode(ids, tokenizer) == ["not good", "0", ""]
+    assert text_format.decode(ids, tokenizer) == ["not good", "0", ""]
 
 
 def test_tokenize_texts_ends_cuts_and_counts(tokenizer):
-    encoded = data.tokenize_texts(
+    encoded = data_tokens.tokenize_texts(
         ["good film", "a very good film", "dull"], tokenizer, 4, what="input"
     )
     good, film, a, very, dull = (
@@ -170,6 +173,6 @@ def test_tokenize_texts_ends_cuts_and_counts(tokenizer):
 
 def test_texts_without_tokens_are_refused(tokenizer):
     with pytest.raises(ValueError, match="row 2: the tokenizer makes no tokens of the input ''"):
-        data.tokenize_texts(["good", ""], tokenizer, 4, what="input")
+        data_tokens.tokenize_texts(["good", ""], tokenizer, 4, what="input")
     with pytest.raises(ValueError, match="a longest target of 1 tokens holds no word; use 2"):
-        data.tokenize_texts(["good"], tokenizer, 1, what="target")
+        data_tokens.tokenize_texts(["good"], tokenizer, 1, what="target")

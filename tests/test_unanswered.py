@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train import data, metrics, spans
-from train.objective.encoder import SpanExtractor
-from train.tasks import load_task
+from train.data import tokens
+from train.objectives import spans
+from train.objectives.span_extraction import SpanExtractor
+from train.tasks import load_task, metrics
 from train.tasks.benchmarks import BENCHMARKS, find
 
 CONTEXT = "the film was very good and it was not dull, we loved the plot and hated the film"
@@ -125,7 +126,7 @@ def test_questions_with_and_without_an_answer_are_reported_apart():
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_backbone):
-    return data.load_tokenizer(
+    return tokens.load_tokenizer(
         tiny_backbone, vocab_size=23, max_position_embeddings=64, max_length=24
     )
 
@@ -169,17 +170,17 @@ def test_an_adapter_knows_whether_there_may_be_none(tokenizer):
 
 
 def test_an_empty_target_is_the_end_alone(tiny_t5):
-    tokenizer = data.load_tokenizer(
+    tokenizer = tokens.load_tokenizer(
         tiny_t5, vocab_size=96, max_position_embeddings=None, max_length=16
     )
     texts = ["", "film"]
-    encoded = data.tokenize_texts(texts, tokenizer, 8, what="target", may_be_empty=True)
+    encoded = tokens.tokenize_texts(texts, tokenizer, 8, what="target", may_be_empty=True)
     assert encoded.offsets.tolist() == [0, 1, 3]
     assert encoded.ids[0] == tokenizer.eos_token_id
     with pytest.raises(ValueError, match="row 1: the tokenizer makes no tokens of the target"):
-        data.tokenize_texts(texts, tokenizer, 8, what="target")
+        tokens.tokenize_texts(texts, tokenizer, 8, what="target")
     with pytest.raises(ValueError, match="row 1: the tokenizer makes no tokens of the target"):
-        data.tokenize_texts(["\u200b"], tokenizer, 8, what="target", may_be_empty=True)
+        tokens.tokenize_texts(["\u200b"], tokenizer, 8, what="target", may_be_empty=True)
 
 
 def write(folder, name, split, rows):

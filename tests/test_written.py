@@ -12,9 +12,11 @@ import sacrebleu
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from train import data, metrics, span_corruption, text
-from train.objective.decoder import Corpus, TextToText
-from train.tasks import load_task
+from train.data import corpus as data_corpus
+from train.data import tokens as data_tokens
+from train.objectives.span_corruption import Corpus
+from train.objectives.text_to_text import TextToText
+from train.tasks import load_task, metrics, text_format
 from train.tasks.benchmarks import BENCHMARKS, find
 
 LETTERS = "▁abcdefghijklmnopqrstuvwxyz0123456789=>.,!今天气很好电影不错，"
@@ -41,11 +43,11 @@ def tokenizer_of(way):
 
 def said(tokenizer, texts):
     """What a decoder says that says the very tokens of the texts, start and end token included."""
-    ids = data.tokenize_texts(texts, tokenizer, 64, what="target")
+    ids = data_tokens.tokenize_texts(texts, tokenizer, 64, what="target")
     rows = np.zeros((len(texts), 65), np.int32)
     for row, tokens in zip(rows, np.split(ids.ids, ids.offsets[1:-1]), strict=True):
         row[1 : 1 + len(tokens)] = tokens
-    return text.decode(rows, tokenizer)
+    return text_format.decode(rows, tokenizer)
 
 
 PAIRS = [
@@ -63,11 +65,11 @@ def test_the_right_tokens_are_right_by_every_metric(way, texts):
     tokenizer = tokenizer_of(way)
     spoken = said(tokenizer, texts)
     assert list(spoken) != texts  # the raw text would be wrong
-    casting = text.Casting(kind="classification", prefix="", label_names=tuple(texts))
+    casting = text_format.Casting(kind="classification", prefix="", label_names=tuple(texts))
     assert casting.read(spoken).tolist() == [0, 1]
     wrong = casting.read(spoken[::-1])
     assert metrics.label_metrics(wrong, np.arange(2), 2)["accuracy"] == 0
-    read = text.Casting(kind="text", prefix="").read(spoken)
+    read = text_format.Casting(kind="text", prefix="").read(spoken)
     targets = np.array(texts, object)
     assert metrics.text_metrics(read, targets) == {"exact_match": 1}
     assert metrics.text_metrics(read[::-1], targets) == {"exact_match": 0}
@@ -88,9 +90,14 @@ def test_texts_that_no_decoder_wrote_are_compared_as_they_are():
 
 def test_what_is_written_ends_where_a_decoder_ends():
     tokenizer = tokenizer_of("T5")
-    assert text.written(["good</s> film", "</s>", "", "a b"], tokenizer) == ["good", "", "", "a b"]
-    assert text.written([], tokenizer) == []
-    (long,) = text.written(["x " * 500], tokenizer)  # never cut
+    assert text_format.written(["good</s> film", "</s>", "", "a b"], tokenizer) == [
+        "good",
+        "",
+        "",
+        "a b",
+    ]
+    assert text_format.written([], tokenizer) == []
+    (long,) = text_format.written(["x " * 500], tokenizer)  # never cut
     assert long.split() == ["x"] * 500
 
 
@@ -106,13 +113,15 @@ def test_what_is_written_ends_where_a_decoder_ends():
 )
 def test_labels_that_become_alike_are_refused(way, names, message):
     with pytest.raises(ValueError, match="rename") as caught:
-        text.check_written(names, tokenizer_of(way))
+        text_format.check_written(names, tokenizer_of(way))
     assert message in str(caught.value)
-    text.check_written(names[:1], tokenizer_of(way))
+    text_format.check_written(names[:1], tokenizer_of(way))
 
 
 def test_labels_with_unknown_characters_are_told_of():
-    casting = text.Casting(kind="classification", prefix="", label_names=("<50k", "more", "{}x"))
+    casting = text_format.Casting(
+        kind="classification", prefix="", label_names=("<50k", "more", "{}x")
+    )
     made = TextToText(None, tokenizer_of("T5"), None, casting, 16)
     (notice,) = made.notices()
     assert notice == (
@@ -126,15 +135,15 @@ def test_labels_with_unknown_characters_are_told_of():
 
 def test_scores_that_the_tokenizer_cannot_write_are_refused():
     tokenizer = tokenizer_of("T5")  # it has no sign
-    text.check_scores(["0.4", "12", "0.4"], tokenizer)
+    text_format.check_scores(["0.4", "12", "0.4"], tokenizer)
     with pytest.raises(ValueError, match=r"writes the score '-0\.4' as '0\.4', so that no decoder"):
-        text.check_scores(["0.4", "-0.4"], tokenizer)
+        text_format.check_scores(["0.4", "-0.4"], tokenizer)
 
 
 def test_unknown_tokens_of_a_corpus_are_told_of():
     tokenizer = tokenizer_of("T5")
     ids = np.array(tokenizer("good <film", add_special_tokens=False)["input_ids"], np.int32)
-    segments = span_corruption.Segments(ids, np.array([0, 5, len(ids)]))
+    segments = data_corpus.Segments(ids, np.array([0, 5, len(ids)]))
     corpus = Corpus(types.SimpleNamespace(tokenizer=tokenizer), segments, 0)
     assert corpus.notices("train") == [
         "train: 11 tokens in 2 segments",

@@ -15,8 +15,14 @@ from typing import Any
 import tyro
 
 from compacter_jax.messages import LONGEST, shorten
-from train import allocator, compiled, manual, options
+from train.cli import config_files, huge_pages, manual
+from train.compare import options as compare_options
+from train.compute import compilation_cache
 from train.errors import EndedRunError, InterruptedRunError, StoppedRunError
+from train.estimate import options as estimate_options
+from train.exchange import options as exchange_options
+from train.fit import options as fit_options
+from train.inference import options as inference_options
 
 USAGE = """usage: python -m train COMMAND [OPTIONS]
 
@@ -52,83 +58,83 @@ tasks movie, product, tweet and editorial come with this repository.
 """
 
 
-def fit(arguments: options.FitOptions) -> None:
+def fit(arguments: fit_options.FitOptions) -> None:
     """Runs the command `fit`."""
-    from train import grid, loop  # noqa: PLC0415 - help and bad flags should not wait for JAX
+    from train.fit import grid, run  # noqa: PLC0415 - help and bad flags should not wait for it
 
-    (grid if arguments.is_grid else loop).fit(arguments)
+    (grid if arguments.is_grid else run).fit(arguments)
 
 
-def evaluate(arguments: options.EvaluateOptions) -> None:
+def evaluate(arguments: inference_options.EvaluateOptions) -> None:
     """Runs the command `evaluate`."""
-    from train import inference  # noqa: PLC0415
+    from train.inference import commands  # noqa: PLC0415
 
-    inference.evaluate(arguments)
+    commands.evaluate(arguments)
 
 
-def predict(arguments: options.PredictOptions) -> None:
+def predict(arguments: inference_options.PredictOptions) -> None:
     """Runs the command `predict`."""
-    from train import banked, inference  # noqa: PLC0415
+    from train.inference import banked, commands  # noqa: PLC0415
 
     if members := banked.members_of(arguments.adapter):
         banked.predict(arguments, members)
     else:
-        inference.predict(arguments)
+        commands.predict(arguments)
 
 
-def plan(each: Sequence[options.PlanOptions]) -> None:
+def plan(each: Sequence[estimate_options.PlanOptions]) -> None:
     """Runs the command `plan`."""
-    from train import plan  # noqa: PLC0415
+    from train.estimate import plan as estimate_plan  # noqa: PLC0415
 
-    plan.plan(each)
+    estimate_plan.plan(each)
 
 
-def params(arguments: options.ParamsOptions) -> None:
+def params(arguments: estimate_options.ParamsOptions) -> None:
     """Runs the command `params`."""
-    from train import count  # noqa: PLC0415
+    from train.estimate import params as estimate_params  # noqa: PLC0415
 
-    count.params(arguments)
+    estimate_params.params(arguments)
 
 
-def compare(each: Sequence[options.CompareOptions]) -> None:
+def compare(each: Sequence[compare_options.CompareOptions]) -> None:
     """Runs the command `compare`."""
-    from train import compare  # noqa: PLC0415
+    from train.compare import runs  # noqa: PLC0415
 
-    compare.compare(each)
+    runs.compare(each)
 
 
-def convert(arguments: options.ConvertOptions) -> None:
+def convert(arguments: exchange_options.ConvertOptions) -> None:
     """Runs the command `convert`."""
-    from train import convert  # noqa: PLC0415
+    from train.exchange import convert as exchange_convert  # noqa: PLC0415
 
-    convert.convert(arguments)
+    exchange_convert.convert(arguments)
 
 
-def merge(arguments: options.MergeOptions) -> None:
+def merge(arguments: exchange_options.MergeOptions) -> None:
     """Runs the command `merge`."""
-    from train import convert  # noqa: PLC0415
+    from train.exchange import merge as exchange_merge  # noqa: PLC0415
 
-    convert.merge(arguments)
+    exchange_merge.merge(arguments)
 
 
-def create_backbone(arguments: options.CreateOptions) -> None:
+def create_backbone(arguments: exchange_options.CreateOptions) -> None:
     """Runs the command `create-backbone`."""
-    from train import create  # noqa: PLC0415
+    from train.exchange import create_backbone as exchange_create_backbone  # noqa: PLC0415
 
-    create.create_backbone(arguments)
+    exchange_create_backbone.create_backbone(arguments)
 
 
 # Command -> the function that runs it, and the class of its options.
 COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
-    "fit": (fit, options.FitOptions),
-    "evaluate": (evaluate, options.EvaluateOptions),
-    "predict": (predict, options.PredictOptions),
-    "plan": (plan, options.PlanOptions),
-    "params": (params, options.ParamsOptions),
-    "compare": (compare, options.CompareOptions),
-    "convert": (convert, options.ConvertOptions),
-    "merge": (merge, options.MergeOptions),
-    "create-backbone": (create_backbone, options.CreateOptions),
+    "fit": (fit, fit_options.FitOptions),
+    "evaluate": (evaluate, inference_options.EvaluateOptions),
+    "predict": (predict, inference_options.PredictOptions),
+    "plan": (plan, estimate_options.PlanOptions),
+    "params": (params, estimate_options.ParamsOptions),
+    "compare": (compare, compare_options.CompareOptions),
+    "convert": (convert, exchange_options.ConvertOptions),
+    "merge": (merge, exchange_options.MergeOptions),
+    "create-backbone": (create_backbone, exchange_options.CreateOptions),
 }
 # These read `--config FILE.toml`, and the last two are told the options of each task.
 _CONFIGURED, _OF_EACH_TASK = ("fit", "plan", "compare"), ("plan", "compare")
@@ -218,11 +224,15 @@ def _parsed(name: str, arguments: Sequence[str]) -> Any:
     """The options of a command."""
     options_class = COMMANDS[name][1]
     if name in _CONFIGURED:
-        arguments = options.expand_config(arguments, options_class)
+        arguments = config_files.expand_config(arguments, options_class)
     told = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     try:
         # Where both are UTF-8, tyro draws a box around what is wrong.
-        with options.NUMBERS, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with (
+            config_files.NUMBERS,
+            contextlib.redirect_stdout(told),
+            contextlib.redirect_stderr(told),
+        ):
             parsed: Any = tyro.cli(options_class, args=arguments, prog=f"python -m train {name}")
     except SystemExit:
         told.seek(0)
@@ -265,12 +275,12 @@ def _prepare() -> None:
     # Of transformers only configurations and tokenizers are used: it would load PyTorch where
     # that is installed, and take 2 seconds and 250 MB for it.
     os.environ.setdefault("USE_TORCH", "0")
-    compiled.keep(os.environ)
+    compilation_cache.keep(os.environ)
 
 
 if __name__ == "__main__":
     if _LONG & set(sys.argv[1:2]) and not _HELP & set(sys.argv):
-        allocator.use_huge_pages()
+        huge_pages.use_huge_pages()
     try:
         _prepare()
         code = main(sys.argv[1:])

@@ -13,10 +13,11 @@ from compacter_jax.checkpoint import CONFIG_NAME
 from compacter_jax.files import expanded, is_there
 from compacter_jax.messages import listing
 from train import tasks
-from train.compositions import folder_of
-from train.options import FitOptions, TrainingOptions
+from train.cli.compositions import folder_of
+from train.cli.options import TrainingOptions
+from train.fit.options import FitOptions
 from train.tasks.benchmarks import find as find_benchmark
-from train.tasks.rows_of_files import SENTIMENT
+from train.tasks.own_files import SENTIMENT
 
 # Flag -> name -> file.
 Inputs: TypeAlias = dict[str, dict[str, Path]]

@@ -12,11 +12,12 @@ import datasets
 import numpy as np
 
 from compacter_jax.messages import quote
-from train.options import SplitProtocol
-from train.span_corruption import check_text_file
-from train.tasks import hub, labels, rows_of_files
-from train.tasks.benchmarks import BENCHMARKS, Benchmark, Kind, find
-from train.tasks.rows_of_files import SENTIMENT, SENTIMENT_LABELS
+from train.cli.options import SplitProtocol
+from train.data.corpus import check_text_file
+from train.tasks import hub, labels, own_files
+from train.tasks.benchmark import Benchmark, Kind
+from train.tasks.benchmarks import BENCHMARKS, find
+from train.tasks.own_files import SENTIMENT, SENTIMENT_LABELS
 
 BUILT_IN = ("movie", "product", "tweet", "editorial")
 SPAN_CORRUPTION = "span_corruption"
@@ -175,7 +176,7 @@ def load_task(
     names = tuple(label_names or stated_names or built_in)
     target = "score" if regression else "target" if text else "label" if names else None
     order = tuple(stated_names or (names if are_numbered else built_in))
-    read = rows_of_files.load(files, wanted, target, names, order, max_characters)
+    read = own_files.load(files, wanted, target, names, order, max_characters)
     if stated_names and read.kind != "classification":
         raise ValueError(f"--label-names are for labels, and {name or CUSTOM} is {read.kind}")
     return Task(name or CUSTOM, read.kind, read.label_names, read.splits, notes=read.notes)

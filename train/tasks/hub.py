@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compacter_jax.messages import reason_of
-from train.options import SplitProtocol
-from train.tasks.benchmarks import Benchmark
+from train.cli.options import SplitProtocol
+from train.tasks.benchmark import Benchmark
 
 # The paper's protocol: training sets from this size on give so many examples for validation.
 _LARGE, _HELD_OUT = 10_000, 1000

@@ -1,0 +1,288 @@
+"""Compositions on the command line: `stack(runs/english/adapter, compacter++)`.
+
+An expression is what `compacter_jax.Stack` and its like take, written down. Its leaves are presets,
+which are new, and folders of saved adapters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import compacter_jax as cj
+from compacter_jax.catalogue import COMPOSITIONS, from_dict, presets
+from compacter_jax.compositions.bank import Bank
+from compacter_jax.compositions.base import Composition
+from compacter_jax.messages import listing, quote
+from compacter_jax.methods.base import MethodConfig
+from train.cli.method_flags import given_options, method_of, options_of
+
+_KINDS = [kind for kind in COMPOSITIONS if kind != Bank.kind]
+
+
+_WEIGHTED = ("average", "average_maps")
+
+
+# Flag that takes an expression -> one.
+_EXAMPLES = {
+    "--method": "stack(language=runs/english/adapter, task=compacter++)",
+    "--adapter": "average(0.7*runs/a/adapter, 0.3*runs/b/adapter)",
+}
+
+
+_TOKEN = re.compile(r"\s*([(),=*]|[^(),=*]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A preset or a folder.
+
+    Attributes:
+      text: as it was written.
+      folder: of the saved adapter; None of a preset.
+    """
+
+    text: str
+    folder: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A composition.
+
+    Attributes:
+      kind: of `COMPOSITIONS`.
+      names: of its members.
+      weights: of an average; empty where none are given.
+      members: leaves, and other compositions.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    members: tuple[Leaf | Node, ...]
+
+    def leaves(self) -> dict[str, Leaf]:
+        """Names that lead to it, `/`-joined -> leaf."""
+        found: dict[str, Leaf] = {}
+        for name, member in zip(self.names, self.members, strict=True):
+            if isinstance(member, Leaf):
+                found[name] = member
+            else:
+                found |= {f"{name}/{inner}": leaf for inner, leaf in member.leaves().items()}
+        return found
+
+    def presets(self) -> list[str]:
+        """Those among its leaves, in order."""
+        return [leaf.text for leaf in self.leaves().values() if leaf.folder is None]
+
+
+def folder_of(folder: Path) -> Path:
+    """Where an adapter is: `folder` itself, or `folder/adapter` where `fit` wrote into `folder`."""
+    candidates = (folder, folder / "adapter")
+    return next(
+        (path for path in candidates if (path / cj.checkpoint.CONFIG_NAME).exists()), folder
+    )
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether there is an adapter in `folder_of` it."""
+    return (folder_of(folder) / cj.checkpoint.CONFIG_NAME).exists()
+
+
+def parse(text: str, flag: str = "--method") -> Node:
+    """Reads an expression.
+
+        expression = KIND "(" member { "," member } ")"
+        member     = [ NAME "=" ] [ WEIGHT "*" ] ( expression | PRESET | FOLDER )
+
+    KIND is stack, parallel, average or average_maps. Names are by default 0, 1, …; weights are for
+    averages, of all members or of none.
+
+    Args:
+      text: the expression.
+      flag: it was given for; only `--method` takes presets.
+
+    Raises:
+      ValueError: for what cannot be read, an unknown kind, or a leaf that is neither a preset nor
+        the folder of an adapter.
+    """
+    parser = _Parser(text, flag)
+    made = parser.expression()
+    parser.end()
+    if isinstance(made, Leaf):
+        raise parser.error("it composes nothing")
+    return made
+
+
+class _Parser:
+    """One expression, from left to right."""
+
+    def __init__(self, text: str, flag: str):
+        self._text, self._flag = text, flag
+        self._tokens = [token.strip() for token in _TOKEN.findall(text.strip())]
+
+    def error(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self._flag} {quote(self._text, 100)} is no composition: {why}; an example is "
+            f"{_EXAMPLES[self._flag]!r}"
+        )
+
+    def expression(self) -> Leaf | Node:
+        name = self._word()
+        if self._peek() != "(":
+            return self._leaf(name)
+        if name not in _KINDS:
+            raise self.error(f"{quote(name)} is none of {', '.join(_KINDS)}")
+        self._take("(")
+        members = [self._member(name)]
+        while self._peek() == ",":
+            self._take(",")
+            members.append(self._member(name))
+        self._take(")")
+        names, weights, values = zip(*members, strict=True)
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) < len(weights):
+            raise self.error(f"give weights to all members of {name}, or to none")
+        names = tuple(own or str(at) for at, own in enumerate(names))
+        return Node(name, names, tuple(given), values)
+
+    def end(self) -> None:
+        if self._tokens:
+            raise self.error(f"{quote(self._tokens[0])} comes after its end")
+
+    def _member(self, kind: str) -> tuple[str | None, float | None, Leaf | Node]:
+        name, weight = None, None
+        if self._peek(1) == "=":
+            name = self._word()
+            self._take("=")
+        if self._peek(1) == "*":
+            weight = self._weight(self._word(), kind)
+            self._take("*")
+        return name, weight, self.expression()
+
+    def _weight(self, text: str, kind: str) -> float:
+        if kind not in _WEIGHTED:
+            raise self.error(f"weights are for {' and '.join(_WEIGHTED)}, not for {kind}")
+        try:
+            return float(text)
+        except ValueError:
+            raise self.error(f"{quote(text)} is no weight") from None
+
+    def _leaf(self, text: str) -> Leaf:
+        if text in presets():
+            return Leaf(text, None)
+        folder = folder_of(Path(text))
+        if (folder / cj.checkpoint.CONFIG_NAME).exists():
+            return Leaf(text, folder)
+        if self._flag != "--method":
+            raise self.error(f"{quote(text)} is not the folder of an adapter")
+        raise self.error(
+            f"{quote(text, 100)} is neither the folder of an adapter nor one of the presets "
+            f"{', '.join(presets())}"
+        )
+
+    def _peek(self, at: int = 0) -> str | None:
+        return self._tokens[at] if at < len(self._tokens) else None
+
+    def _word(self) -> str:
+        following = self._peek()
+        if following is None or following in "(),=*":
+            raise self.error(f"a name is missing before {following or 'the end'!r}")
+        return self._tokens.pop(0)
+
+    def _take(self, token: str) -> None:
+        if self._peek() != token:
+            raise self.error(f"{token!r} is missing before {self._peek() or 'the end'!r}")
+        self._tokens.pop(0)
+
+
+def composed(expression: Node, options: Any, trained: str | None) -> Composition:
+    """The method that an expression says.
+
+    Args:
+      expression: see `parse`.
+      options: changes to its presets, each to those that have the field.
+      trained: names of the members to train, `/`-joined, with commas between them; by default the
+        presets.
+
+    Raises:
+      ValueError: for a name that no member has, options that no preset has, members that do not
+        compose; or if nothing would be trained.
+    """
+    leaves = expression.leaves()
+    chosen = set(_trained_names(expression, trained))
+    _check_options(expression.presets(), options)
+    methods = {
+        name: method_of(leaf.text, options_of(leaf.text, options))
+        if leaf.folder is None
+        else saved_method(leaf.folder)
+        for name, leaf in leaves.items()
+    }
+    return _composition(expression, methods, chosen, "")
+
+
+def saved_method(folder: Path) -> MethodConfig:
+    """The method of a saved adapter; ValueError that names its file if there is none."""
+    try:
+        return from_dict(cj.read_adapter_config(folder)["method"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _trained_names(expression: Node, trained: str | None) -> list[str]:
+    leaves = expression.leaves()
+    if trained is None:
+        if new := [name for name, leaf in leaves.items() if leaf.folder is None]:
+            return new
+        raise ValueError(
+            "all members of the composition are saved adapters, which are not trained unless "
+            f"--train-members names some of {listing(leaves)}"
+        )
+    names = [name.strip() for name in trained.split(",")]
+    if unknown := [name for name in names if name not in leaves]:
+        raise ValueError(
+            f"--train-members names {quote(unknown[0])}; the members are {listing(leaves)}"
+        )
+    left = [name for name, leaf in leaves.items() if leaf.folder is None and name not in names]
+    if left:
+        raise ValueError(
+            f"--train-members leaves out {quote(left[0])}, a preset, which would stay as it was "
+            "drawn; name it, too"
+        )
+    return names
+
+
+def _check_options(names: Sequence[str], options: Any) -> None:
+    """ValueError for an option that none of the presets has."""
+    used = {key for name in names for key in given_options(options_of(name, options))}
+    if unused := sorted(given_options(options).keys() - used):
+        flag = "--" + unused[0].replace("_", "-")
+        raise ValueError(
+            f"{flag} is for new members of a composition, and none of them "
+            f"({listing(names) or 'all are saved adapters'}) has it"
+        )
+
+
+def _composition(
+    node: Node, methods: Mapping[str, MethodConfig], trained: set[str], above: str
+) -> Composition:
+    members: list[MethodConfig] = []
+    frozen = []
+    for name, member in zip(node.names, node.members, strict=True):
+        path = f"{above}{name}"
+        if isinstance(member, Node):
+            members.append(_composition(member, methods, trained, f"{path}/"))
+            learns = any(each.startswith(f"{path}/") for each in trained)
+        else:
+            members.append(methods[path])
+            learns = path in trained
+        frozen += [] if learns else [name]
+    weights = {"weights": node.weights} if node.weights else {}
+    made: Composition = COMPOSITIONS[node.kind](
+        *members, names=node.names, frozen=tuple(frozen), **weights
+    )
+    return made

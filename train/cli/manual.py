@@ -1,0 +1,309 @@
+"""The help of a command, laid out as a manual page: usage, examples, options in groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from compacter_jax import catalogue
+from compacter_jax.methods import (
+    bottleneck,
+    compacter,
+    ia3,
+    intrinsic,
+    lora,
+    prefix_tuning,
+    prompt_tuning,
+)
+from compacter_jax.methods.base import InsertedConfig, MethodConfig
+from train.cli import method_flags, options
+
+INDENT, COLUMN = 2, 28
+_KEPT = "\u00a0"  # a space at which no line is broken
+
+# Command -> (what it does, arguments after `python -m train COMMAND`); the tests parse them all.
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "fit": (
+        (
+            "Compacter++ on film reviews, from a folder with a checkpoint (no network is needed):",
+            "--backbone DIR --task movie --method compacter++ --output-dir runs/movie",
+        ),
+        (
+            "Your own files, with bottlenecks four times as wide:",
+            "--backbone bert-base-uncased --train-file train.csv --validation-file valid.csv "
+            "--reduction-factor 8 --output-dir runs/own",
+        ),
+        (
+            "A benchmark on T5, from the settings of the paper; flags win over the file:",
+            "--config train/configs/glue_compacter_pp.toml --backbone t5-base --task rte "
+            "--epochs 3 --output-dir runs/rte",
+        ),
+        (
+            "Three seeds at two learning rates, six runs in one program:",
+            "--backbone DIR --task movie --seeds 0,1,2 --learning-rates 1e-3,3e-3 "
+            "--output-dir runs/grid",
+        ),
+        (
+            "A new adapter on top of a saved one, which stays as it is:",
+            "--backbone DIR --task movie --method 'stack(runs/english,compacter++)' "
+            "--output-dir runs/stack",
+        ),
+        (
+            "Go on with a run that was interrupted:",
+            "--backbone DIR --task movie --method compacter++ --output-dir runs/movie --resume",
+        ),
+    ),
+    "evaluate": (
+        (
+            "On the test split of the task that it was trained on:",
+            "--adapter runs/movie/adapter --task movie",
+        ),
+        (
+            "On another task with the same labels:",
+            "--adapter runs/movie/adapter --task product --split validation",
+        ),
+        (
+            "The backbone has moved since:",
+            "--adapter runs/movie/adapter --task movie --backbone OTHER_DIR",
+        ),
+    ),
+    "predict": (
+        (
+            "Label the rows of a file that has a column sentence:",
+            "--adapter runs/movie/adapter --input new.csv --output labelled.csv",
+        ),
+        (
+            "With the logits, as Parquet:",
+            "--adapter runs/movie/adapter --input new.csv --output labelled.parquet --logits",
+        ),
+        (
+            "Every row by the adapter that its column adapter names, of those in a folder:",
+            "--adapter runs --input mixed.csv --output labelled.csv",
+        ),
+        (
+            "By two adapters at once, their outputs averaged in every layer:",
+            "--adapter 'average(0.7*runs/a,0.3*runs/b)' --input new.csv --output labelled.csv",
+        ),
+    ),
+    "plan": (
+        (
+            "A run of the paper on a device that is not here:",
+            '--config train/configs/glue_compacter_pp.toml --device-kind "TPU v4"',
+        ),
+        (
+            "How much memory a large backbone takes, divided over eight devices:",
+            "--backbone t5-11b --task mnli --method compacter --mesh data=2,model=4 "
+            "--backbone-dtype bfloat16 --max-steps 10000",
+        ),
+    ),
+    "params": (
+        ("Compacter on your backbone, by group:", "--backbone DIR --method compacter"),
+        ("Every method on T5-base, without its weights:", "--backbone-config t5-base --method all"),
+        (
+            "What each device holds if the backbone is divided:",
+            "--backbone-config t5-11b --mesh data=1,model=4 --backbone-dtype bfloat16",
+        ),
+    ),
+    "compare": (
+        (
+            "Three methods, three seeds each, on 2,000 examples:",
+            "--backbone DIR --task movie --methods full,compacter,compacter++ "
+            "--train-size 2000 --output-dir runs/compare",
+        ),
+        (
+            "Every method, two runs side by side on a CPU:",
+            "--backbone DIR --task movie --train-size 2000 --processes 2 --output-dir runs/compare",
+        ),
+        (
+            "How the methods do as the data grows:",
+            "--backbone DIR --task movie --methods full,compacter++ "
+            "--train-size 100,500,1000,4000 --seeds 5 --steps 300 --output-dir runs/sizes",
+        ),
+    ),
+    "convert": (
+        (
+            "From AdapterHub, with the names of the labels, which its folder does not have:",
+            "--from adapterhub FOLDER --backbone DIR --label-names negative positive "
+            "--to my-adapter",
+        ),
+        (
+            "To PEFT:",
+            "--from compacter_jax my-adapter --to-format peft --to FOLDER",
+        ),
+    ),
+    "merge": (
+        (
+            "LoRA becomes weights; PyTorch's transformers loads the folder:",
+            "--adapter runs/lora/adapter --to merged-backbone",
+        ),
+    ),
+    "create-backbone": (
+        (
+            "A small T5 with a tokenizer of your text, to be pre-trained by fit --task "
+            "span_corruption:",
+            "--text-files corpus.txt --vocab-size 8000 --num-layers 4 --output-dir runs/t5-random",
+        ),
+    ),
+}
+
+_REQUIRED, _OF_COMMAND = "required", "of this command"
+# The class that declares options -> their heading; what other classes declare is `_OF_COMMAND`.
+_HEADINGS: dict[type, str] = {
+    options.BackboneOptions: "backbone",
+    options.TaskOptions: "task and data",
+    options.TextToTextOptions: "text to text, for T5",
+    options.TrainingOptions: "training",
+    options.HostOptions: "several processes",
+    MethodConfig: "in place of the preset's values, for any method",
+    InsertedConfig: "for methods that act at sites",
+    bottleneck.BottleneckConfig: "for bottleneck adapters, Compacter among them",
+    compacter.PHMBottleneckConfig: "for Compacter and PHM-Adapter",
+    bottleneck.LowRankBottleneckConfig: "for low-rank and lora",
+    lora.LoRAConfig: "for lora",
+    ia3.IA3Config: "for ia3",
+    prefix_tuning.PrefixTuningConfig: "for prefix-tuning and mam",
+    prompt_tuning.PromptTuningConfig: "for prompt-tuning-random and -vocabulary",
+    intrinsic.IntrinsicConfig: "for intrinsic and intrinsic-said",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """One entry: `--flag VALUE`, what it is, and under which heading."""
+
+    flag: str
+    text: str
+    heading: str
+
+
+def page(command: str, options_class: type, *, width: int = 100) -> str:
+    """The manual page of a command.
+
+    Args:
+      command: a key of `EXAMPLES`.
+      options_class: the dataclass of its options, whose docstring explains them.
+      width: of a line, in characters.
+
+    Returns:
+      Text without a newline at its end.
+    """
+    summary, *paragraphs = _description(options_class)
+    entries = list(_entries(options_class))
+    required = [entry.flag for entry in entries if entry.heading == _REQUIRED]
+    usage = " ".join([f"usage: python -m train {command}", *required, "[OPTIONS]"])
+    parts = [_wrapped(usage, width, hanging=len("usage: ")), _wrapped(summary, width)]
+    parts += [_wrapped(paragraph, width) for paragraph in paragraphs]
+    parts.append(_examples(command, width))
+    for heading in (_REQUIRED, _OF_COMMAND, *_HEADINGS.values()):
+        if of_heading := [entry for entry in entries if entry.heading == heading]:
+            lines = [line for entry in of_heading for line in _entry_lines(entry, width)]
+            parts.append("\n".join([f"{heading}:", *lines]))
+    return "\n\n".join(parts)
+
+
+def _description(cls: type) -> list[str]:
+    """The paragraphs of a class's docstring before its attributes."""
+    text = inspect.cleandoc(cls.__doc__ or "").split("\nAttributes:")[0]
+    return [" ".join(part.replace("`", "").split()) for part in text.strip().split("\n\n")]
+
+
+def _entries(cls: type) -> Iterator[_Option]:
+    """The options of a command, in the order of its dataclass."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    texts = method_flags.documented(cls)
+    for field in dataclasses.fields(cls):
+        if field.name == "method_options":
+            yield from _method_entries()
+            continue
+        hint, told = _plain(hints[field.name])
+        name = told.name if told is not None and told.name else field.name.replace("_", "-")
+        text = texts.get(field.name) or (told.help if told is not None else "")
+        metavar = told.metavar if told is not None and told.metavar else _metavar(hint)
+        flag = f"--{name} {metavar}" if metavar else f"--{'[no-]' * (field.default is True)}{name}"
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            yield _Option(flag, text, _REQUIRED)
+        else:
+            yield _Option(flag, text + _default(field.default), _heading((cls,), field.name))
+
+
+def _method_entries() -> Iterator[_Option]:
+    """The options that change a preset, each under the class of methods that has it first."""
+    for entry in _entries(method_flags.MethodOptions):
+        name = entry.flag.split()[0].removeprefix("--").replace("-", "_")
+        heading = _heading(tuple(catalogue.METHODS.values()), name)
+        yield dataclasses.replace(entry, heading=heading)
+
+
+def _heading(classes: Sequence[type], name: str) -> str:
+    """That of the class that declares the field, of the first class that has it."""
+    for cls in classes:
+        for declaring in reversed(cls.__mro__):
+            if name in vars(declaring).get("__annotations__", {}):
+                return _HEADINGS.get(declaring, _OF_COMMAND)
+    raise ValueError(f"no class of options declares {name!r}")
+
+
+def _plain(hint: Any) -> tuple[Any, Any]:
+    """A type without `Annotated` and `| None`, and what tyro was told of it."""
+    told = None
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *rest = typing.get_args(hint)
+        told = next((note for note in rest if hasattr(note, "metavar")), None)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    return hint, told
+
+
+def _metavar(hint: Any) -> str:
+    """How a value is written; nothing for a switch."""
+    if hint is bool:
+        return ""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"{{{','.join(map(str, typing.get_args(hint)))}}}"
+    if typing.get_origin(hint) is tuple:
+        return f"{typing.get_args(hint)[0].__name__.upper()} [...]"
+    return hint.__name__.upper()
+
+
+def _default(value: Any) -> str:
+    """What a page says of a default; nothing where the text says it, or there is none."""
+    if value is dataclasses.MISSING or value is None or isinstance(value, bool | tuple):
+        return ""
+    return f" (default: {value})"
+
+
+def _examples(command: str, width: int) -> str:
+    lines = ["examples:"]
+    for what, arguments in EXAMPLES[command]:
+        # A flag stays with its values.
+        units = re.sub(r"(?<= )(?=--)", "\n", f"python -m train {command} {arguments}")
+        kept = units.replace(" ", _KEPT).replace(f"{_KEPT}\n", " ")
+        folded = textwrap.wrap(kept, width - 8, break_long_words=False, break_on_hyphens=False)
+        lines += textwrap.wrap(what, width, initial_indent="  # ", subsequent_indent="  # ")
+        lines += [f"  {'    ' if i else ''}{line}" for i, line in enumerate(_continued(folded))]
+    return "\n".join(lines)
+
+
+def _continued(lines: Sequence[str]) -> list[str]:
+    """Lines of one shell command."""
+    spaced = [line.replace(_KEPT, " ") for line in lines]
+    return [*(f"{line} \\" for line in spaced[:-1]), spaced[-1]]
+
+
+def _entry_lines(entry: _Option, width: int) -> list[str]:
+    flag, margin = " " * INDENT + entry.flag, " " * COLUMN
+    wrapped = textwrap.wrap(entry.text, width - COLUMN, break_on_hyphens=False)
+    if len(flag) + 2 <= COLUMN and wrapped:
+        first, *wrapped = wrapped
+        flag = flag.ljust(COLUMN) + first
+    return [flag, *(margin + line for line in wrapped)]
+
+
+def _wrapped(text: str, width: int, hanging: int = 0) -> str:
+    return textwrap.fill(text, width, subsequent_indent=" " * hanging, break_on_hyphens=False)

@@ -1,0 +1,134 @@
+"""Flags that choose a method and change its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+import docstring_parser
+import tyro
+
+from compacter_jax.catalogue import METHODS, preset, presets
+from compacter_jax.methods import bottleneck, compacter, prompt_tuning
+from compacter_jax.methods.base import MethodConfig
+
+# In place of a preset, where a command takes them all.
+ALL = "all"
+
+
+MethodName: TypeAlias = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"preset of the method: {', '.join(presets())}; or a composition of presets, which "
+        "are trained, and of folders of adapters, which are not: "
+        "'stack(runs/english,compacter++)', with parallel, average and average_maps likewise."
+    ),
+]
+
+
+def _method_options() -> type:
+    """A dataclass of every method's fields, None where the preset's value stands.
+
+    Methods share a flag where they share a name. `parts` has none: methods are no flags.
+    """
+    hints: dict[str, Any] = {}
+    texts: dict[str, dict[str, list[str]]] = {}  # field -> explanation -> kinds of method
+    for kind, cls in METHODS.items():
+        told = documented(cls)
+        for name, hint in _flag_fields(cls).items():
+            if hints.setdefault(name, hint) != hint:
+                raise TypeError(f"{name} of {kind} is of type {hint}, elsewhere of {hints[name]}")
+            texts.setdefault(name, {}).setdefault(told[name], []).append(kind)
+    made = [
+        (
+            name,
+            Annotated[
+                hint | None, tyro.conf.arg(help=_joined(texts[name]), metavar=_metavar(hint))
+            ],
+            dataclasses.field(default=None),
+        )
+        for name, hint in hints.items()
+    ]
+    return dataclasses.make_dataclass("MethodOptions", made, frozen=True, kw_only=True)
+
+
+def _flag_fields(cls: type[MethodConfig]) -> dict[str, Any]:
+    """Field -> type, of the fields that have a flag."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "parts"}
+
+
+def _joined(texts: Mapping[str, list[str]]) -> str:
+    """The first explanation, and those of the kinds for which the name means something else."""
+    (first, _), *others = texts.items()
+    return " ".join([first, *(f"Of {', '.join(kinds)}: {text}" for text, kinds in others)])
+
+
+# Constants that docstrings of methods name, for what there is to choose from.
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "WEIGHT_INITS": bottleneck.WEIGHT_INITS,
+    "PROMPT_INITS": prompt_tuning.PROMPT_INITS,
+    "RULE_INITS": compacter.RULE_INITS,
+}
+
+
+def documented(cls: type) -> dict[str, str]:
+    """Field -> its explanation in the docstring of the class that declares it."""
+    texts = {}
+    for base in reversed(cls.__mro__):
+        for attribute in docstring_parser.parse(base.__doc__ or "").params:
+            for name in attribute.arg_name.split(", "):
+                text = re.sub(r"`([A-Z_]+)`", _values_of, attribute.description or "")
+                texts[name] = " ".join(text.replace("`", "").split())
+    return texts
+
+
+def _values_of(name: re.Match[str]) -> str:
+    """What is to choose from, in place of the name of the constant that lists it."""
+    values = _CHOICES.get(name[1])
+    return ", ".join(values) if isinstance(values, tuple) else name[0]
+
+
+def _metavar(hint: Any) -> str:
+    if hint is bool:
+        return "{True,False}"
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
+    if typing.get_origin(hint) is tuple:
+        return f"{typing.get_args(hint)[0].__name__.upper()} [...]"
+    return hint.__name__.upper()
+
+
+MethodOptions = _method_options()
+
+
+MethodFlags: TypeAlias = tyro.conf.OmitArgPrefixes[MethodOptions]  # type: ignore[valid-type]
+
+
+def method_of(name: str, options: Any) -> MethodConfig:
+    """The preset with the options that were given."""
+    return preset(name, **given_options(options))
+
+
+def is_composition(text: str) -> bool:
+    """Whether `train.cli.compositions.parse` is to read it, and not a name."""
+    return "(" in text
+
+
+def given_options(options: Any) -> dict[str, Any]:
+    """Field -> value, of the `MethodOptions` that were given."""
+    return {key: value for key, value in vars(options).items() if value is not None}
+
+
+def options_of(name: str, options: Any) -> Any:
+    """Those of the `MethodOptions` that are for the preset, where several presets share them."""
+    method = preset(name)
+    known = {field.name for field in dataclasses.fields(method)}
+    # A combined method passes on what one part alone has.
+    fields = [field.name for part in method.inserted() for field in dataclasses.fields(part)]
+    known |= {field for field in fields if fields.count(field) == 1}
+    given = {key: value for key, value in given_options(options).items() if key in known}
+    return MethodOptions(**given)

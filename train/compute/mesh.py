@@ -1,0 +1,210 @@
+"""A backbone divided over the devices of a mesh: which dimension of which weight goes where.
+
+`--mesh data=2,model=4` lays the eight devices of a host out in two rows of four. Every row computes
+a part of each batch. Every frozen kernel is divided over both axes: over `model` as in Megatron, so
+that a sub-layer communicates once, and over `data` as in FSDP, so that a row fetches from the other
+what it lacks when it needs it. What is trained is whole on every device. With several hosts each
+has a whole copy of the backbone, and the batch is divided over them, too.
+
+References:
+  Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from compacter_jax.params import GROUPS
+
+HOSTS, DATA, MODEL = "hosts", "data", "model"
+# What `refetched` computes again: fetching, and what makes a copy of what was fetched.
+_NOT_KEPT = frozenset({"sharding_constraint", "convert_element_type", "transpose"})
+
+# Regular expression over whole `/`-joined paths -> the axis that each dimension is divided over;
+# the first match wins. What is small is whole on every device.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (GROUPS["rule"], ()),
+    (GROUPS["adapters"], ()),
+    (r"(.*/)?(bias|scale)", ()),
+    # The first kernels of a sub-layer by columns, the last one by rows.
+    (r"(.*/)?(q|k|v|wi|wi_0|wi_1|query|key|value|intermediate/dense)/kernel", (DATA, MODEL)),
+    (r"(.*/)?(o|wo|output/dense)/kernel", (MODEL, DATA)),
+    # The vocabulary.
+    (r"(.*/)?(shared|word_embeddings)/embedding", (MODEL, DATA)),
+    (r"(.*/)?(lm_head|decoder)/kernel", (DATA, MODEL)),
+    (r"(.*/)?(relative_attention_bias|(token_type|position)_embeddings)/embedding", ()),
+    (r"(.*/)?(pooler/dense|transform/dense|classifier|qa_outputs)/kernel", ()),
+)
+
+
+def parse(text: str) -> dict[str, int]:
+    """`"data=2,model=4"` -> axis -> devices along it; an axis that is not named has one.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    sizes = {DATA: 1, MODEL: 1}
+    named = set()
+    for part in text.split(","):
+        match = re.fullmatch(rf"\s*({DATA}|{MODEL})=([1-9]\d*)\s*", part)
+        if match is None or match[1] in named:
+            raise ValueError(
+                f"--mesh {text!r} must give the devices along each axis, as data=2,model=4"
+            )
+        named.add(match[1])
+        sizes[match[1]] = int(match[2])
+    return sizes
+
+
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the axes `hosts`, `data` and `model`.
+
+    Args:
+      text: as `parse` takes it; of the devices of one host.
+      devices: by default all, of every host.
+
+    Raises:
+      ValueError: if it is no mesh, or has not as many devices as every host.
+    """
+    sizes = parse(text)
+    hosts: dict[int, list[jax.Device]] = {}
+    for device in devices or jax.devices():
+        hosts.setdefault(device.process_index, []).append(device)
+    for own in hosts.values():
+        if len(own) != math.prod(sizes.values()):
+            raise ValueError(
+                f"--mesh {text!r} is of {math.prod(sizes.values())} devices, but a host has "
+                f"{len(own)}; their product must be that"
+            )
+    shape = (sizes[DATA], sizes[MODEL])
+    laid_out = [mesh_utils.create_device_mesh(shape, hosts[index]) for index in sorted(hosts)]
+    return Mesh(np.stack(laid_out), (HOSTS, DATA, MODEL))
+
+
+def spec_of(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """How a frozen weight is divided; a dimension that its axis does not divide evenly stays whole.
+
+    Args:
+      path: `/`-joined, of the parameter.
+      shape: of the array.
+      sizes: of `parse`.
+
+    Raises:
+      ValueError: if no rule is for the path.
+    """
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, path):
+            pairs = zip(axes, shape, strict=False)
+            return PartitionSpec(*(None if size % sizes[axis] else axis for axis, size in pairs))
+    raise ValueError(
+        f"no rule says how {path} {tuple(shape)} is divided over a mesh; leave --mesh out, or add "
+        "one to train/compute/mesh.py"
+    )
+
+
+def bytes_of_part(frozen: Any, sizes: Mapping[str, int]) -> int:
+    """Of frozen weights, or of their shapes, what one device of a mesh of `parse` has."""
+
+    def size(path: Any, leaf: Any) -> int:
+        axes = spec_of(joined(path), leaf.shape, sizes)
+        parts = math.prod(sizes[axis] for axis in axes if axis is not None)
+        return math.prod(leaf.shape) * leaf.dtype.itemsize // parts
+
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, frozen)))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Every array where `spec_of` says."""
+
+    def put(path: Any, leaf: Any) -> Array:
+        spec = spec_of(joined(path), leaf.shape, mesh.shape)
+        return _put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Every array whole on every device."""
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def fetch(frozen: Any, mesh: Mesh) -> Any:
+    """Within a jitted step: weights of `place`, whole along `data`.
+
+    Left to itself, the compiler divides products along `data`, too, and adds up their parts, which
+    are larger than the weights where a batch has many tokens. To be called in a function that
+    `refetched` wraps.
+    """
+
+    def whole(path: Any, leaf: Array) -> Array:
+        spec = spec_of(joined(path), leaf.shape, mesh.shape)
+        if DATA not in spec:
+            return leaf
+        rest = PartitionSpec(*(None if axis == DATA else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, rest))
+
+    return jax.tree_util.tree_map_with_path(whole, frozen)
+
+
+def refetched(function: Any) -> Any:
+    """`function`, whose backward pass fetches weights again instead of keeping what was fetched."""
+
+    def keeps(primitive: Any, *_: Any, **__: Any) -> bool:
+        return primitive.name not in _NOT_KEPT
+
+    return jax.checkpoint(function, policy=keeps)
+
+
+def joined(path: Sequence[Any]) -> str:
+    """The `/`-joined path of a parameter, which may be a node of several arrays itself."""
+    return "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    # Each host reads its devices' parts from its own copy, without asking the others for theirs.
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
+    """A host's rows, divided over its rows of the mesh.
+
+    Raises:
+      ValueError: if they do not divide evenly.
+    """
+    size, parts = len(next(iter(batch.values()))), mesh.shape[DATA]
+    if size % parts:
+        raise ValueError(
+            f"a batch of {size} on a host cannot be divided over data={parts}; use a multiple of it"
+        )
+    rows = NamedSharding(mesh, PartitionSpec((HOSTS, DATA)))
+    return {
+        name: jax.make_array_from_process_local_data(rows, array) for name, array in batch.items()
+    }
+
+
+def own_part(mesh: Mesh) -> Mesh:
+    """The mesh of this host's devices alone."""
+    own = mesh.local_mesh
+    return Mesh(own.devices, own.axis_names)
+
+
+def on_own_part(tree: Any, own: Mesh) -> Any:
+    """Arrays of `place` or `replicate` as this host's devices have them; nothing is copied."""
+
+    def view(array: Array) -> Array:
+        assert isinstance(array.sharding, NamedSharding)
+        sharding = NamedSharding(own, array.sharding.spec)
+        parts = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+    return jax.tree.map(view, tree)

@@ -1,0 +1,234 @@
+"""One pure loss-and-update function, which `train.compute.compute` compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from compacter_jax.params import merge
+from train.compute.mesh import fetch, refetched
+from train.data.tokens import IGNORED
+
+Batch = Mapping[str, Any]
+Params = Any
+# (parameters, batch, dropout key or None for none) -> logits
+ApplyFunction = Callable[[Params, Batch, Array | None], Array]
+# (logits, labels) -> [batch] losses
+LossFunction = Callable[[Array, Array], Array]
+# (parameters, batch) -> tree of [batch, …] arrays, what a split is evaluated by
+OutputsFunction = Callable[[Params, Batch], Any]
+
+
+class TrainState(NamedTuple):
+    """What a step changes: arrays only, so that it can be donated and saved.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      trained: trained half of `compacter_jax.partition`.
+      opt_state: of the optimizer, for the trained leaves alone.
+    """
+
+    step: Array
+    trained: Params
+    opt_state: optax.OptState
+
+
+class Hyperparameters(NamedTuple):
+    """Numbers of the optimizer, which a step takes as arguments: runs that differ in them alone
+    share a program.
+
+    Attributes:
+      learning_rate: of this step.
+      weight_decay: of AdamW, relative to the learning rate.
+      clip_norm: the largest norm that the gradient keeps.
+    """
+
+    learning_rate: Any
+    weight_decay: Any
+    clip_norm: Any
+
+
+class StepMetrics(NamedTuple):
+    """float32 scalars: mean loss over the global batch, norm of the trained leaves' gradient."""
+
+    loss: Array
+    gradient_norm: Array
+
+
+def loss_function(kind: Literal["classification", "regression", "tokens"]) -> LossFunction:
+    """Per-example loss: cross-entropy of `[batch, labels]`, squared error of `[batch, 1]` logits.
+
+    For "tokens", the mean cross-entropy over an example's target tokens, of
+    `[batch, length, vocabulary]` logits and `[batch, length]` labels that are
+    `train.data.tokens.IGNORED` where there is none. Computed in float32 whatever the dtype of the
+    logits.
+    """
+    if kind == "tokens":
+        return lambda logits, labels: (
+            -jnp.sum(token_log_likelihoods(logits, labels), -1)
+            / jnp.maximum(jnp.sum(labels != IGNORED, -1), 1)
+        )
+    if kind == "regression":
+        return lambda logits, scores: jnp.square(logits[:, 0].astype(jnp.float32) - scores)
+    return cross_entropy
+
+
+def token_log_likelihoods(logits: Array, labels: Array) -> Array:
+    """Log-likelihood of each label: `[…, vocabulary]`, `[…]` -> `[…]` float32, 0 where ignored."""
+    known = labels != IGNORED
+    losses = cross_entropy(logits, jnp.where(known, labels, 0))
+    return jnp.where(known, -losses, 0.0)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of each label: `[…, n]` logits, `[…]` labels -> `[…]` float32.
+
+    It is NaN for a label that is not from 0 to n - 1.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    # Of labels that are too large it is NaN already; negative ones would count from the end.
+    return jnp.where(labels < 0, jnp.nan, losses)
+
+
+def loss_and_update(
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    dropout_key: Array,
+    *,
+    apply: ApplyFunction,
+    loss: LossFunction,
+    tx: optax.GradientTransformationExtraArgs,
+    accumulation_steps: int = 1,
+    axis_name: str | None = None,
+    mesh: Mesh | None = None,
+    numbers: Hyperparameters | None = None,
+) -> tuple[TrainState, StepMetrics]:
+    """One update of the trained half from one global batch.
+
+    The loss is the weighted mean over the rows of the whole batch, however it is divided: devices
+    and accumulated parts give the gradient of one large batch. Gradients are taken with respect to
+    the trained half, so that no gradient of a frozen weight exists, and only trained leaves are
+    averaged over devices.
+
+    Args:
+      state: see `TrainState`.
+      frozen: frozen half of `compacter_jax.partition`.
+      batch: this device's rows, of `train.data.batching.batches`.
+      dropout_key: of the run; step, device and part are folded in.
+      apply: the model.
+      loss: of `loss_function`.
+      tx: optimizer, `compacter_jax.optimizer`.
+      accumulation_steps: parts to divide this device's rows into, one after the other.
+      axis_name: of the pmap axis; None on one device.
+      mesh: that the frozen half is divided over, by `train.compute.mesh.place`.
+      numbers: given to `tx` with the gradient; None for a `tx` that has its own.
+
+    Returns:
+      The next state, and metrics equal on all devices.
+    """
+    key = jax.random.fold_in(dropout_key, state.step)
+    weight = jnp.sum(batch["weights"])
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        weight = jax.lax.pmean(weight, axis_name)
+
+    def part_loss(trained: Params, part: Batch, part_key: Array) -> Array:
+        weights = frozen if mesh is None else fetch(frozen, mesh)
+        logits = apply(merge(trained, weights), part, part_key)
+        return jnp.sum(loss(logits, part["labels"]) * part["weights"]) / weight
+
+    if mesh is not None:
+        part_loss = refetched(part_loss)
+
+    def accumulate(total: Any, part_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
+        value = jax.value_and_grad(part_loss)(state.trained, *part_and_key)
+        return jax.tree.map(jnp.add, total, value), None
+
+    if accumulation_steps == 1:
+        value, gradient = jax.value_and_grad(part_loss)(state.trained, batch, key)
+    else:
+        # Every so many rows, not some one after the other: rows that are divided over a mesh then
+        # stay where they are.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), dict(batch)
+        )
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
+        keys = jax.random.split(key, accumulation_steps)
+        (value, gradient), _ = jax.lax.scan(accumulate, zero, (parts, keys))
+    if axis_name is not None:
+        value, gradient = jax.lax.pmean((value, gradient), axis_name)
+    given = {} if numbers is None else {"numbers": numbers}
+    updates, opt_state = tx.update(gradient, state.opt_state, state.trained, **given)
+    trained = optax.apply_updates(state.trained, updates)
+    metrics = StepMetrics(value, optax.tree.norm(gradient))
+    return TrainState(state.step + 1, trained, opt_state), metrics
+
+
+def apply_function(
+    module: Any, inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids")
+) -> ApplyFunction:
+    """How the steps call a module: with these parts of a batch, dropout where there is a key.
+
+    Where a batch has `adapter_ids`, they are the members of a bank that its rows are for.
+    """
+
+    def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
+        return module.apply(
+            {"params": params},
+            *(batch[name] for name in inputs),
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+            **routing(batch),
+        )
+
+    return apply
+
+
+def routing(batch: Batch, copies: int = 1) -> dict[str, Array]:
+    """The argument that tells a bank whose rows are whose, each row `copies` times; {} if none."""
+    ids = batch.get("adapter_ids")
+    return {} if ids is None else {"adapter_ids": jnp.repeat(ids, copies)}
+
+
+def logits_of(apply: ApplyFunction) -> OutputsFunction:
+    """The logits without dropout, `[batch, …]` float32."""
+    return lambda params, batch: apply(params, batch, None).astype(jnp.float32)
+
+
+def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Returns a schedule from 0 to `learning_rate` in `warmup_steps`, then to 0 at `total_steps`.
+
+    It computes on the host: a step takes the learning rate as an argument.
+    """
+    steps = [warmup_steps, max(total_steps, warmup_steps + 1)]
+    rates = [learning_rate, 0.0]
+    if warmup_steps:
+        steps, rates = [0, *steps], [0.0, *rates]
+    return lambda count: float(np.interp(count, steps, rates))
+
+
+def adamw(*, decays: bool, clips: bool) -> optax.GradientTransformationExtraArgs:
+    """Returns AdamW, after clipping if `clips`, whose `update` takes `numbers`: `Hyperparameters`.
+
+    The state is that of `optax.adamw` with a schedule.
+    """
+
+    def of(numbers: Hyperparameters) -> optax.GradientTransformation:
+        decay = numbers.weight_decay if decays else 0.0
+        tx = optax.adamw(lambda count: numbers.learning_rate, weight_decay=decay)
+        return optax.chain(optax.clip_by_global_norm(numbers.clip_norm), tx) if clips else tx
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, numbers: Hyperparameters
+    ) -> tuple[Any, Any]:
+        return of(numbers).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(of(Hyperparameters(0.0, 0.0, 1.0)).init, update)

@@ -1,0 +1,224 @@
+"""Batches: examples of like length, shuffled, padded and divided over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from train.data.tokens import IGNORED, Encoded
+
+Batch: TypeAlias = dict[str, np.ndarray]
+
+
+# Shuffled examples are sorted by length within windows of this many batches: long enough for
+# batches of one bucket, short enough that most of the shuffle remains.
+_WINDOW_BATCHES = 32
+
+
+class Examples(Protocol):
+    """The examples of a split, which may be made anew for every epoch."""
+
+    def __len__(self) -> int: ...
+
+    def of_epoch(self, epoch: int) -> Encoded:
+        """As many examples in every epoch, a function of `epoch` alone."""
+
+    def notices(self, split: str) -> list[str]:
+        """What the user should know of them, a line each."""
+
+
+def bucket_lengths(max_length: int, multiple: int = 16) -> tuple[int, ...]:
+    """The lengths that inputs are padded to, few so that XLA compiles few shapes.
+
+    `multiple` times 1, 2, 3, 4, 6, 8, 12, …: less than half of a long input is padding.
+    The last is `max_length` itself.
+    """
+    if max_length < 1 or multiple < 1:
+        raise ValueError(f"max_length={max_length} and multiple={multiple}; want 1 or more")
+    lengths, power = [multiple], 2
+    while lengths[-1] < max_length:
+        lengths += [power * multiple, power * multiple * 3 // 2]
+        power *= 2
+    return (*(length for length in lengths if length < max_length), max_length)
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """Batches of a shuffled epoch, the same for every one: `ceil(num_examples / batch_size)`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; want 1 or more")
+    return -(-num_examples // batch_size)
+
+
+def batches(
+    encoded: Encoded,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int | None = None,
+    epoch: int = 0,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Every example once, in batches of inputs of like length.
+
+    Shuffled order depends on `seed` and `epoch` alone. Without shuffling, inputs come by bucket,
+    within one in the order of the data, and every input is padded to its own bucket. The same goes
+    for targets that are texts, whose buckets are finer.
+
+    Args:
+      encoded: the examples.
+      batch_size: rows of every batch; the last is filled up with rows of weight 0.
+      shuffle: whether to shuffle, for training.
+      seed: of the shuffle.
+      epoch: of the shuffle.
+      start: how many batches to leave out at the beginning, to resume.
+      part: `(i, n)`: the i-th of n equal parts of every batch, of `batch_size / n` rows, padded as
+        the whole batch is. Hosts that train together take a part each.
+
+    Yields:
+      `input_ids`, `attention_mask` and, where there are any, `token_type_ids`:
+      `[batch_size, length]` int32, where `length` is a bucket. `labels`: `[batch_size]` int32 or
+      float32, or `[batch_size, 2]` int32, 0 where unknown. `weights`: `[batch_size]` float32, 1 or,
+      in a filling row, 0. `indices`: `[batch_size]` int32, position in `encoded`, or -1. A filling
+      row attends to one token, so that its softmax is finite.
+
+      With target texts, `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED`
+      where there is none; `decoder_input_ids`, of the same shape, are the labels shifted to the
+      right behind the start token; and a row's weight is the number of its target tokens, so that
+      the mean over rows of a row's mean loss is the mean over the batch's tokens.
+
+    Raises:
+      ValueError: if `shuffle` has no `seed`, or `start`, `batch_size` or `part` is out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; want 1 or more")
+    index, parts = part
+    if not 0 <= index < parts or batch_size % parts:
+        raise ValueError(f"part={part} is none of a batch of {batch_size} divided by {parts}")
+    padded = _padded_lengths(encoded)
+    # One number for the pair of lengths, in the order of the pairs.
+    buckets = padded[:, 0] * (1 + padded[:, 1].max(initial=0)) + padded[:, 1]
+    if shuffle:
+        if seed is None or seed < 0 or epoch < 0:
+            raise ValueError(f"shuffling wants seed and epoch of 0 or more, got {seed} and {epoch}")
+        rows = _shuffled(buckets, batch_size, np.random.default_rng([seed, epoch]))
+    else:
+        # Buckets are not mixed: what is computed for a row must not depend on its neighbours.
+        positions = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
+        rows = [row for of_bucket in positions for row in _sliced(of_bucket, batch_size)]
+    if not 0 <= start <= len(rows):
+        raise ValueError(f"start={start} is not within the {len(rows)} batches of an epoch")
+    size = batch_size // parts
+    return (
+        _batch(encoded, row[index * size : (index + 1) * size], size, *padded[row].max(0))
+        for row in rows[start:]
+    )
+
+
+def shift_right(labels: np.ndarray, pad_token_id: int, start_token_id: int) -> np.ndarray:
+    """What a decoder is given to say `labels`: they, one to the right, behind the start token.
+
+    Args:
+      labels: `[rows, length]` int32, `IGNORED` where there is no token.
+      pad_token_id: what stands there in the result.
+      start_token_id: what begins every row.
+    """
+    inputs = np.roll(np.where(labels == IGNORED, pad_token_id, labels), 1, axis=1)
+    inputs[:, 0] = start_token_id
+    return inputs
+
+
+def shard(batch: Mapping[str, np.ndarray], num_devices: int) -> Batch:
+    """Splits the leading axis: `[B, …]` -> `[num_devices, B / num_devices, …]`.
+
+    Raises:
+      ValueError: if `num_devices` does not divide the batch.
+    """
+    size = len(next(iter(batch.values())))
+    if size % num_devices:
+        above = -(-size // num_devices) * num_devices
+        works = " or ".join(str(n) for n in (above - num_devices, above) if n)
+        raise ValueError(f"{num_devices} devices cannot share a batch of {size}; use {works}")
+    return {
+        name: array.reshape(num_devices, size // num_devices, *array.shape[1:])
+        for name, array in batch.items()
+    }
+
+
+def _sliced(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _shuffled(
+    buckets: np.ndarray, batch_size: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Positions, batch by batch. Windows are whole batches, so only the last can be short."""
+    windows = _sliced(generator.permutation(len(buckets)), batch_size * _WINDOW_BATCHES)
+    order = [window[np.argsort(buckets[window], kind="stable")] for window in windows]
+    rows = _sliced(np.concatenate(order), batch_size) if order else []
+    return [rows[i] for i in generator.permutation(len(rows))]
+
+
+def _padded_lengths(encoded: Encoded) -> np.ndarray:
+    """`[examples, 2]`: the buckets of each example's input and target, 0 where it has none."""
+    padded = np.zeros((len(encoded), 2), np.int64)
+    texts = encoded.target_texts
+    columns = [(encoded.offsets, encoded.max_length, 16)]
+    if texts is not None:
+        columns.append((texts.offsets, texts.max_length, 4))
+    for column, (offsets, max_length, multiple) in enumerate(columns):
+        lengths = np.array(bucket_lengths(max_length, multiple))
+        padded[:, column] = lengths[np.searchsorted(lengths, np.diff(offsets))]
+    return padded
+
+
+def _batch(
+    encoded: Encoded, positions: np.ndarray, batch_size: int, length: int, target_length: int
+) -> Batch:
+    def column(values: np.ndarray, dtype: Any, fill: int) -> np.ndarray:
+        filled = np.full((batch_size, *np.shape(values)[1:]), fill, dtype)
+        filled[: len(positions)] = values
+        return filled
+
+    shape = (batch_size, length)
+    real_lengths = column(np.diff(encoded.offsets)[positions], np.int64, fill=1)
+    batch: Batch = {
+        "input_ids": _pad(
+            encoded.input_ids, encoded.offsets, positions, shape, encoded.pad_token_id
+        ),
+        "attention_mask": (np.arange(length) < real_lengths[:, None]).astype(np.int32),
+        "indices": column(positions, np.int32, fill=-1),
+    }
+    if encoded.token_type_ids is not None:
+        batch["token_type_ids"] = _pad(encoded.token_type_ids, encoded.offsets, positions, shape, 0)
+    texts, targets = encoded.target_texts, encoded.targets
+    if texts is not None:
+        labels = _pad(texts.ids, texts.offsets, positions, (batch_size, target_length), IGNORED)
+        batch["labels"] = labels
+        batch["decoder_input_ids"] = shift_right(
+            labels, encoded.pad_token_id, encoded.decoder_start_token_id
+        )
+        batch["weights"] = (labels != IGNORED).sum(1).astype(np.float32)
+        return batch
+    batch["labels"] = np.zeros(batch_size, np.int32)
+    if targets is not None:
+        batch["labels"] = column(targets[positions], targets.dtype, fill=0)
+    batch["weights"] = column(np.ones(len(positions)), np.float32, fill=0)
+    return batch
+
+
+def _pad(
+    flat: np.ndarray,
+    offsets: np.ndarray,
+    positions: np.ndarray,
+    shape: tuple[int, int],
+    fill: int,
+) -> np.ndarray:
+    """The rows `positions` of what `offsets` divide `flat` into, filled up at the right, below."""
+    rows = np.full(shape, fill, np.int32)
+    for row, position in enumerate(positions):
+        tokens = flat[offsets[position] : offsets[position + 1]]
+        rows[row, : len(tokens)] = tokens
+    return rows

@@ -1,0 +1,208 @@
+"""Rows of the user's files, read in chunks and checked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from compacter_jax.messages import listing, quote
+from train.data.files import Rows, read_chunks
+
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+
+
+def check_files(input_path: Path, output_path: Path) -> None:
+    """Looks at the names of input and output before anything slow happens.
+
+    Raises:
+      FileNotFoundError: if the input does not exist.
+      ValueError: if a file is a folder or of an unsupported type, the input is empty, both are the
+        same file, or there is no folder for the output.
+    """
+    _check_file(input_path)
+    check_suffix(output_path)
+    if output_path.is_dir():
+        raise ValueError(f"{output_path}: is a directory, not a file")
+    if output_path.exists() and output_path.samefile(input_path):
+        raise ValueError(f"{output_path}: is the input file; give the output another name")
+    if not output_path.parent.is_dir():
+        raise ValueError(f"{output_path}: there is no folder {output_path.parent}")
+
+
+def read_rows(
+    path: str | Path,
+    chunk_rows: int = 1024,
+    max_characters: int = 100_000,
+    columns: Mapping[str, type] | None = None,
+) -> Iterator[Rows]:
+    """Streams a .parquet, .jsonl, .csv or .tsv file whose sentences have been checked.
+
+    Every value of a .csv or .tsv file is text, exactly as it stands in the file. Fields are quoted
+    with `"`, doubled inside a field, in both; a field of a .csv may hold line breaks, one of a .tsv
+    may not. Blank lines are skipped and not counted as rows.
+
+    Args:
+      path: the file; it needs a column `sentence`, and may have `sentence2`.
+      chunk_rows: most rows to hold at a time.
+      max_characters: limit on the length of one sentence.
+      columns: name -> type of values, of columns that a file may have instead: all of them.
+
+    Yields:
+      At most `chunk_rows` rows: a `pyarrow.Table` of parquet, a list of dicts of the other formats.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it cannot be read, has no rows or no column `sentence`, or if a sentence is
+        null, not text, empty or too long; the message names the file and the row, counted from 1.
+    """
+    path = Path(path)
+    _check_file(path)
+    first_row = 1
+    reader = ColumnReader(path, columns, max_characters)
+    for rows in read_chunks(path, chunk_rows):
+        reader.read(rows, column_names(rows), range(first_row, first_row + len(rows)))
+        yield rows
+        first_row += len(rows)
+    if first_row == 1:
+        raise ValueError(f"{path}: has no rows")
+
+
+class ColumnReader:
+    """Reads the columns that a model is called with, chunk by chunk, and checks them.
+
+    Args:
+      path: of the file, for errors.
+      columns: as `read_rows` takes them.
+      max_characters: limit on the length of one sentence.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Mapping[str, type] | None = None,
+        max_characters: int = 100_000,
+    ):
+        self._path, self._columns, self._max_characters = path, columns or {}, max_characters
+        self._read: tuple[str, ...] = ()
+
+    def read(
+        self, rows: Rows, names: Sequence[str], numbers: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """Name -> values of the columns to read, which the first rows decide on.
+
+        These are all that the reader was made with, if the rows have them, else `sentence` and,
+        where it is, `sentence2`.
+
+        Args:
+          rows: at least one.
+          names: of their columns.
+          numbers: of the rows in the file, counted from 1.
+
+        Raises:
+          ValueError: as `read_rows`.
+        """
+        if not self._read:
+            self._read = columns_read(names, self._columns)
+            instead = f", nor all of {', '.join(self._columns)}" if self._columns else ""
+            require_column(self._path, names, self._read[0], instead)
+        elif self._read == ("sentence",) and "sentence2" in names:
+            raise ValueError(
+                f"{self._path}: there is a sentence2 after row {numbers[0] - 1}, but none before"
+            )
+        values = {name: column_values(rows, name) for name in self._read}
+        for name, column in values.items():
+            kind = self._columns.get(name, str)
+            if kind is str:
+                check_texts(self._path, name, column, numbers, self._max_characters)
+            else:
+                _check_values(self._path, name, column, numbers, kind)
+        return values
+
+
+def columns_read(names: Sequence[str], columns: Mapping[str, type] | None) -> tuple[str, ...]:
+    """Those of `columns` if a file has them all, else `sentence` and, where it is, `sentence2`."""
+    if columns and set(columns) <= set(names):
+        return tuple(columns)
+    return ("sentence", "sentence2") if "sentence2" in names else ("sentence",)
+
+
+def column_names(rows: Rows) -> list[str]:
+    """Names of the columns; for records, of all keys in the order of their first appearance."""
+    if isinstance(rows, pa.Table):
+        return rows.column_names
+    return list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+
+
+def column_values(rows: Rows, name: str) -> list[Any]:
+    """One column as Python values; None where a record does not have it."""
+    if isinstance(rows, pa.Table):
+        return rows.column(name).to_pylist()
+    return [row.get(name) for row in rows]
+
+
+def require_column(path: Path, columns: Sequence[str], name: str, instead: str = "") -> None:
+    """Raises ValueError, listing the columns of `path`, if `name` is not one of them."""
+    if name not in columns:
+        raise ValueError(f"{path}: no column {name!r}{instead}; its columns are {listing(columns)}")
+
+
+def check_texts(
+    path: Path, name: str, values: list[Any], numbers: Sequence[int], max_characters: int
+) -> None:
+    """Raises ValueError, naming the row, if a value of a column is no text, empty or too long."""
+    for row, value in zip(numbers, values, strict=True):
+        if isinstance(value, str) and value.strip() and len(value) <= max_characters:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{path}, row {row}: {name} holds half a surrogate pair, which is no character"
+                ) from None
+        elif isinstance(value, str) and value.strip():
+            raise ValueError(
+                f"{path}, row {row}: {name} has {len(value)} characters, over the limit of "
+                f"{max_characters}; shorten or split it"
+            )
+        elif value is None or isinstance(value, str):
+            state = "missing (null)" if value is None else "empty"
+            raise ValueError(f"{path}, row {row}: {name} is {state}; remove or fill the row")
+        else:
+            raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
+
+
+def _check_values(
+    path: Path, name: str, values: list[Any], numbers: Sequence[int], kind: type
+) -> None:
+    """Raises ValueError, naming the row, if a value is not of a type, or text of an integer."""
+    for row, value in zip(numbers, values, strict=True):
+        of_number = kind is int and isinstance(value, str) and value.strip().isdecimal()
+        if not isinstance(value, kind) and not of_number:
+            raise ValueError(
+                f"{path}, row {row}: {name} is {type(value).__name__}, not {kind.__name__}"
+                + ("; use .jsonl or .parquet" if kind in (list, dict) else "")
+            )
+
+
+def check_suffix(path: Path) -> str:
+    """The suffix in lower case; ValueError if it names none of the formats."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        hint = "; write one JSON object per line, as .jsonl" if suffix == ".json" else ""
+        raise ValueError(
+            f"{path}: unsupported file type {quote(suffix, 40)}; use {', '.join(SUFFIXES)}{hint}"
+        )
+    return suffix
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory, not a file")
+    check_suffix(path)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty (0 bytes)")

@@ -1,0 +1,423 @@
+"""From rows to batches: token ids, buckets of length, order of examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compacter_jax.files import is_there, read_json
+from compacter_jax.messages import quote, reason_of, shorten
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+_TOKENIZED_AT_ONCE = 1024
+
+
+# What stands in a batch's labels where there is no target token.
+IGNORED = -100
+
+
+# From this part of all tokens on the user is told of unknown ones.
+_TOLD_OF_UNKNOWN = 0.01
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """How many tokens stand for what the tokenizer has no token for.
+
+    Attributes:
+      tokens: how many do.
+      all_tokens: how many tokens there are, special ones left out.
+      texts: in how many texts some do.
+    """
+
+    tokens: int = 0
+    all_tokens: int = 0
+    texts: int = 0
+
+    def __add__(self, other: Unknown) -> Unknown:
+        return Unknown(
+            self.tokens + other.tokens,
+            self.all_tokens + other.all_tokens,
+            self.texts + other.texts,
+        )
+
+    def notices(self, what: str) -> list[str]:
+        """Returns a line on what the texts are called, if it is 1 % of the tokens or more."""
+        if not self.tokens or self.tokens < _TOLD_OF_UNKNOWN * self.all_tokens:
+            return []
+        part = 100 * self.tokens / self.all_tokens
+        return [
+            f"{self.tokens:,} of {self.all_tokens:,} tokens of the {what} ({part:.1f} %), in "
+            f"{self.texts:,} of them, are unknown to the tokenizer"
+        ]
+
+
+def count_unknown(
+    ids: np.ndarray, offsets: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> Unknown:
+    """Counts the tokens for what the tokenizer has no token for.
+
+    Args:
+      ids: `[tokens]` of texts, one after the other.
+      offsets: `[texts + 1]`; text `i` is `offsets[i]:offsets[i + 1]`.
+      tokenizer: whose `unk_token_id` is counted; none where another special token is the same.
+    """
+    unknown = tokenizer.unk_token_id
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id}
+    if unknown is None or unknown in ends:
+        return Unknown()
+    special = np.array([i for i in tokenizer.all_special_ids if i != unknown], ids.dtype)
+    places = np.flatnonzero(ids == unknown)
+    return Unknown(
+        len(places),
+        int(np.count_nonzero(~np.isin(ids, special))),
+        len(np.unique(np.searchsorted(offsets, places, side="right"))),
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of texts, one after the other.
+
+    Attributes:
+      ids: `[tokens]` int32, without padding.
+      offsets: `[texts + 1]` int64; text `i` is `offsets[i]:offsets[i + 1]`.
+      max_length: limit that the texts were cut to.
+      num_truncated: how many were cut.
+      unknown: what of them the tokenizer does not know.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    max_length: int
+    num_truncated: int = 0
+    unknown: Unknown = Unknown()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples, one after the other.
+
+    Attributes:
+      input_ids: `[tokens]` int32, without padding.
+      token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones that
+        have none.
+      offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
+      targets: `[examples]` int32 labels, float32 scores or texts, or `[examples, 2]` int32 first
+        and last tokens; None where unknown.
+      max_length: limit that the examples were cut to.
+      pad_token_id: what padding is filled with.
+      num_truncated: how many examples were cut.
+      target_texts: what a decoder is to say; None for a backbone without one, or where unknown.
+      decoder_start_token_id: what it is given first.
+      rows: what was encoded, where scores and predictions need more of it than `targets`.
+      groups: `[examples]` int64, the row that each example is of, in ascending order; None where
+        every row is one example.
+      spans: `[tokens, 2]` int32, where each token of the second sentence begins and ends in it, in
+        characters; -1 elsewhere.
+      unknown: what of the inputs the tokenizer does not know.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray | None
+    offsets: np.ndarray
+    targets: np.ndarray | None
+    max_length: int
+    pad_token_id: int
+    num_truncated: int
+    target_texts: Texts | None = None
+    decoder_start_token_id: int = 0
+    rows: Any = None
+    groups: np.ndarray | None = None
+    spans: np.ndarray | None = None
+    unknown: Unknown = Unknown()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def of_epoch(self, epoch: int) -> Encoded:
+        """The examples of an epoch: the same in every one."""
+        return self
+
+    def notices(self, split: str) -> list[str]:
+        """What was cut or is unknown to the tokenizer, in words; empty if nothing was."""
+        lines = self.unknown.notices(f"{split} inputs")
+        if self.target_texts is not None:
+            lines += self.target_texts.unknown.notices(f"{split} targets")
+        if self.num_truncated:
+            lines.append(
+                f"{self.num_truncated} of {len(self)} {split} examples are cut to "
+                f"max_length={self.max_length} tokens"
+            )
+        texts = self.target_texts
+        if texts is not None and texts.num_truncated:
+            lines.append(
+                f"{texts.num_truncated} of {len(self)} {split} targets are cut to "
+                f"max_target_length={texts.max_length} tokens"
+            )
+        return lines
+
+
+def check_max_length(max_length: int, positions: int | None) -> None:
+    """ValueError if inputs are too short for a word, or longer than the backbone's positions."""
+    if max_length < 3:
+        raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"max_length={max_length} exceeds the backbone's {positions} positions; use "
+            f"{positions} or less"
+        )
+
+
+def load_tokenizer(
+    path_or_hub_id: str | Path,
+    *,
+    vocab_size: int,
+    max_position_embeddings: int | None,
+    max_length: int,
+) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer and checks that it fits the backbone.
+
+    Args:
+      path_or_hub_id: folder of a tokenizer, or its name on the Hugging Face hub.
+      vocab_size: rows of the backbone's token embedding; may exceed the tokenizer's.
+      max_position_embeddings: the backbone's longest input; None if positions are relative.
+      max_length: the longest input wanted.
+
+    Raises:
+      ValueError: if there is no such tokenizer, it is not a fast one, has no padding token or more
+        tokens than `vocab_size`, or `max_length` is below 3 or above `max_position_embeddings`.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    check_max_length(max_length, max_position_embeddings)
+    source = str(path_or_hub_id)
+    folder = Path(source)
+    if folder.is_absolute() and not is_there(folder):
+        raise ValueError(f"{shorten(source, 300)}: no such folder")
+    wanted = "it wants a folder with tokenizer.json or vocab.txt, or a name on the hub"
+    is_folder = is_there(folder) and folder.is_dir()
+    if is_folder and not any(map(_is_of_tokenizer, folder.iterdir())):
+        raise ValueError(
+            f"cannot load a tokenizer from {quote(source)}: no file of one there ({wanted})"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the kinds differ between versions and file formats
+        _check_no_own_code(source, refused="trust_remote_code" in str(error))
+        reason = reason_of(error)
+        raise ValueError(
+            f"cannot load a tokenizer from {quote(source, 120)}: {reason} ({wanted}, which must be "
+            "reachable or cached)"
+        ) from error
+    # In the place of a class that it may not run, transformers 5 takes another.
+    _check_no_own_code(source, refused=False)
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) <= len(
+        tokenizer.all_special_tokens
+    ):  # what transformers 5 makes of no files
+        raise ValueError(
+            f"the tokenizer of {source!r} knows no words; it wants tokenizer.json or vocab.txt"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {source!r} is a slow one; save its tokenizer.json")
+    size = max(len(tokenizer), 1 + max(vocabulary.values()))
+    if size > vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source!r} does not fit the backbone: it has {size} tokens, "
+            f"the backbone's embedding {vocab_size}; use the backbone's own tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {source!r} has no padding token; set its pad_token")
+    return tokenizer
+
+
+def _check_no_own_code(source: str, *, refused: bool) -> None:
+    """Checks that a tokenizer needs no code that lies beside it.
+
+    Args:
+      source: folder, or id on the hub, of which the copy in the cache is looked at.
+      refused: whether transformers says that it does; if not, it does where its class is unknown.
+
+    Raises:
+      ValueError: that names the code.
+    """
+    import transformers  # noqa: PLC0415 - slow to import
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+
+    name = "tokenizer_config.json"
+    try:
+        is_folder = Path(source).is_dir()
+        path = Path(source, name) if is_folder else try_to_load_from_cache(source, name)
+        settings = read_json(path) if isinstance(path, Path | str) else {}
+    except (ValueError, OSError):
+        return
+    places = settings.get("auto_map")
+    found = places.get("AutoTokenizer") if isinstance(places, dict) else places
+    classes = found if isinstance(found, list) else [found]
+    code = next((each for each in classes if isinstance(each, str)), None)
+    kind = settings.get("tokenizer_class")
+    unknown = isinstance(kind, str) and not hasattr(transformers, kind)
+    if code is not None and (refused or unknown):
+        raise ValueError(
+            f"cannot load a tokenizer from {source!r}: it wants to run code of its own, "
+            f"{quote(code, 100)} in {name}, and code of a backbone is never run; save its "
+            "tokenizer as tokenizer.json where you trust it"
+        ) from None
+
+
+def _is_of_tokenizer(path: Path) -> bool:
+    return path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model"
+
+
+def tokenize(
+    dataset: Dataset | Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Encoded:
+    """Tokenises every example once, pairs as the tokenizer joins them.
+
+    Args:
+      dataset: columns `sentence`, maybe `sentence2`, and `label`, `score` or neither of them.
+      tokenizer: a fast tokenizer.
+      max_length: longer inputs are cut, of a pair the longer sentence first.
+
+    Raises:
+      ValueError: if `max_length` leaves less than one token for each sentence.
+    """
+    sentences = dataset["sentence"][:]
+    pairs = dataset["sentence2"][:] if "sentence2" in columns_of(dataset) else None
+    per_input = 1 if pairs is None else 2
+    least = tokenizer.num_special_tokens_to_add(pair=per_input == 2) + per_input
+    if max_length < least:
+        raise ValueError(f"max_length={max_length} leaves no room for a word; use {least} or more")
+    input_ids, token_type_ids, lengths, num_truncated = [], [], [0], 0
+    for start in range(0, len(sentences), _TOKENIZED_AT_ONCE):
+        chunk = slice(start, start + _TOKENIZED_AT_ONCE)
+        encodings = tokenizer(
+            sentences[chunk],
+            None if pairs is None else pairs[chunk],
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=True,
+        )
+        input_ids += [np.array(ids, np.int32) for ids in encodings["input_ids"]]
+        token_type_ids += [np.array(ids, np.int32) for ids in encodings["token_type_ids"]]
+        lengths += [len(ids) for ids in encodings["input_ids"]]
+        num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
+    flat, offsets = _flat(input_ids), np.cumsum(lengths, dtype=np.int64)
+    return Encoded(
+        input_ids=flat,
+        token_type_ids=_flat(token_type_ids),
+        offsets=offsets,
+        unknown=count_unknown(flat, offsets, tokenizer),
+        targets=targets_of(dataset),
+        max_length=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        num_truncated=num_truncated,
+    )
+
+
+def _flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """`[tokens]` int32 of arrays of token ids, one after the other; there may be none."""
+    return np.concatenate([np.zeros(0, np.int32), *arrays])
+
+
+def columns_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> Sequence[str]:
+    """Names of the columns."""
+    return list(dataset) if isinstance(dataset, Mapping) else dataset.column_names
+
+
+def targets_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
+    """What to compare predictions with: int32 labels, float32 scores or texts; None if unknown."""
+    for column, dtype in (("label", np.int32), ("score", np.float32), ("target", object)):
+        if column in columns_of(dataset):
+            return np.array(dataset[column][:], dtype)
+    return None
+
+
+def groups_of(columns: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
+    """`[examples]` int64: the column `row`, the row of the data that each is of; None without."""
+    return np.array(columns["row"][:], np.int64) if "row" in columns_of(columns) else None
+
+
+def tokenize_texts(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    what: str,
+    may_be_empty: bool = False,
+) -> Texts:
+    """Tokenises texts as T5 reads and writes them: the end-of-sequence token last.
+
+    Args:
+      texts: any; longer ones are cut before the end-of-sequence token.
+      tokenizer: a fast tokenizer with such a token.
+      max_length: longest in tokens, the end-of-sequence token included.
+      what: "input", "target" or "label", for errors.
+      may_be_empty: whether "" is a text, of which the end-of-sequence token alone is left.
+
+    Raises:
+      ValueError: if a text has no tokens otherwise, or `max_length` leaves room for none.
+    """
+    if max_length < 2:
+        raise ValueError(f"a longest {what} of {max_length} tokens holds no word; use 2 or more")
+    end = np.array([tokenizer.eos_token_id], np.int32)
+    ids, lengths, num_truncated = [], [0], 0
+    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        encodings = tokenizer(
+            list(texts[start : start + _TOKENIZED_AT_ONCE]),
+            add_special_tokens=False,
+            truncation=True,
+            max_length=max_length - 1,
+        )
+        for row, tokens in enumerate(encodings["input_ids"], start + 1):
+            if not tokens and not (may_be_empty and texts[row - 1] == ""):
+                raise ValueError(
+                    f"row {row}: the tokenizer makes no tokens of the {what} {texts[row - 1]!r:.80}"
+                )
+            ids += [np.array(tokens, np.int32), end]
+            lengths.append(len(tokens) + 1)
+        num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
+    flat, offsets = _flat(ids), np.cumsum(lengths, dtype=np.int64)
+    return Texts(
+        ids=flat,
+        offsets=offsets,
+        max_length=max_length,
+        num_truncated=num_truncated,
+        unknown=count_unknown(flat, offsets, tokenizer),
+    )
+
+
+def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of `<extra_id_0>`, `<extra_id_1>`, …, in this order, as far as the vocabulary has them.
+
+    mT5 spells them with a leading `▁`, which is accepted too.
+
+    Raises:
+      ValueError: if there is no `<extra_id_0>`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids: list[int] = []
+    for i in itertools.count():
+        name = f"<extra_id_{i}>"
+        found = vocabulary.get(name, vocabulary.get(f"▁{name}"))
+        if found is None:
+            break
+        ids.append(found)
+    if not ids:
+        raise ValueError(
+            "the tokenizer has no sentinel token <extra_id_0>, which span corruption puts in place "
+            "of text; use the tokenizer of a T5, or make one with `python -m train create-backbone`"
+        )
+    return tuple(ids)

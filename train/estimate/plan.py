@@ -1,0 +1,404 @@
+"""The command `plan`: what a run would cost, said without its data or weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pyarrow.parquet as pq
+
+import compacter_jax as cj
+from compacter_jax.methods.base import MethodConfig
+from compacter_jax.models.loading import module_from_name
+from train import tasks
+from train.compute import flops as compute_flops
+from train.compute import memory as compute_memory
+from train.compute import mesh as compute_mesh
+from train.compute import step
+from train.compute.program import gradient_program
+from train.data import batching
+from train.estimate.options import PlanOptions
+from train.objectives.classification import Classifier
+from train.objectives.text_to_text import Seq2Seq
+
+# Task -> training examples on the hub, as GLUE (arXiv:1804.07461), SuperGLUE (arXiv:1905.00537),
+# SQuAD (arXiv:1606.05250) and WMT publish them; of ReCoRD, one for each answer, as T5 learns them.
+_EXAMPLES = {
+    "cola": 8_551,
+    "sst2": 67_349,
+    "mrpc": 3_668,
+    "qqp": 363_846,
+    "stsb": 5_749,
+    "mnli": 392_702,
+    "qnli": 104_743,
+    "rte": 2_490,
+    "wnli": 635,
+    "boolq": 9_427,
+    "cb": 250,
+    "copa": 400,
+    "multirc": 27_243,
+    "record": 138_854,
+    "wic": 5_428,
+    "wsc": 554,
+    "squad": 87_599,
+    "wmt16-ro-en": 610_320,
+}
+# Of large data sets with one validation split, --split-protocol paper holds out so many examples.
+_LARGE, _HELD_OUT = 10_000, 1_000
+_HALVED = ("mnli", "multirc")  # two validation splits; 5,100 questions, which is small
+_LABELS = {"mnli": 3, "cb": 3, "stsb": 1}
+# The longest label of a benchmark, not_entailment, is of six tokens.
+_LABEL_LENGTH = 8
+PARTS = {
+    "frozen": "frozen weights",
+    "trained": "trained parameters",
+    "optimizer": "optimizer",
+    "batch": "batch",
+    "gradients": "gradients",
+    "activations": "activations",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What determines the program of a step: everything but the values.
+
+    Attributes:
+      backbone: published name or path of a configuration.
+      method: what is trained.
+      num_labels: outputs of an encoder's head.
+      rows: of one device.
+      length: of the longest inputs, in tokens.
+      target_length: of the longest targets, for a decoder.
+      dtype: of the computation.
+      backbone_dtype: of the frozen weights.
+      remat: as for `fit`.
+      mesh: axis -> devices along it, over which frozen weights are divided.
+      accumulation_steps: parts that the rows are divided into.
+      dropout_rate: in place of the configuration's.
+    """
+
+    backbone: str
+    method: MethodConfig
+    num_labels: int
+    rows: int
+    length: int
+    target_length: int
+    dtype: str
+    backbone_dtype: str
+    remat: str
+    mesh: tuple[tuple[str, int], ...]
+    accumulation_steps: int
+    dropout_rate: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a step on one device, at the longest lengths.
+
+    Attributes:
+      trained: numbers that are trained.
+      total: all parameters.
+      adapter_bytes: of what is saved, its names aside.
+      flops: floating-point operations.
+      memory: at its peak.
+    """
+
+    trained: int
+    total: int
+    adapter_bytes: int
+    flops: int
+    memory: compute_memory.Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run on one task would cost.
+
+    Attributes:
+      task: its name.
+      train_examples: to learn from.
+      epochs: passes over them.
+      steps: updates in all.
+      input_lengths: what inputs are padded to.
+      target_lengths: what targets are padded to; empty without a decoder.
+      shape: of a step.
+      cost: of a step.
+      seconds: of all steps, if each batch were of the longest; None if the peak is not known.
+    """
+
+    task: str
+    train_examples: int
+    epochs: int
+    steps: int
+    input_lengths: tuple[int, ...]
+    target_lengths: tuple[int, ...]
+    shape: Shape
+    cost: Cost
+    seconds: float | None
+
+    @property
+    def programs(self) -> int:
+        """Steps of different shapes, at most; each is compiled once."""
+        return len(self.input_lengths) * max(1, len(self.target_lengths))
+
+    @property
+    def total_flops(self) -> int:
+        """Of all steps on one device, if each batch were of the longest."""
+        return self.steps * self.cost.flops
+
+
+def plan(each: Sequence[PlanOptions]) -> None:
+    """Runs the command, for the options of each task.
+
+    Raises:
+      ValueError: for options that do not fit, or a task whose size is not known.
+    """
+    plans = [plan_of(options) for options in each]
+    if each[0].json:
+        print(json.dumps([_to_json(one) for one in plans], indent=2))
+    else:
+        print("\n".join(_text(plans, each[0])))
+
+
+def plan_of(options: PlanOptions) -> Plan:
+    """What a run on one task would cost; errors as of `plan`."""
+    options.check()
+    module = module_from_name(options.backbone)
+    shape = _shape(options, isinstance(module, cj.T5))
+    cost = cost_of(shape)
+    examples = train_examples(options, isinstance(module, cj.T5))
+    steps = options.epochs * batching.num_batches(examples, options.batch_size)
+    steps = min(steps, options.max_steps or steps)
+    peak = peak_of(options)
+    seconds = None if peak is None else steps * cost.flops / (peak * options.utilisation)
+    targets = batching.bucket_lengths(shape.target_length, 4) if isinstance(module, cj.T5) else ()
+    return Plan(
+        task=options.task,
+        train_examples=examples,
+        epochs=options.epochs,
+        steps=steps,
+        input_lengths=batching.bucket_lengths(options.max_length),
+        target_lengths=targets,
+        shape=shape,
+        cost=cost,
+        seconds=seconds,
+    )
+
+
+def train_examples(options: PlanOptions, text_to_text: bool) -> int:
+    """How many there are: known of public data sets, counted of built-in tasks, or given."""
+    name, protocol = options.task, options.split_protocol
+    if name in tasks.BUILT_IN:
+        known = pq.read_metadata(tasks.SENTIMENT / name / "train.parquet").num_rows
+    elif name in _EXAMPLES and (text_to_text or name != "record"):
+        known = _EXAMPLES[name]
+        if protocol == "paper" and known >= _LARGE and name not in _HALVED:
+            known -= _HELD_OUT
+        if name == "copa" and not text_to_text:
+            known *= 2  # an encoder reads one of the two sentences at a time
+    elif options.train_size is None:
+        raise ValueError(
+            f"how many training examples {name!r} has is not known; give --train-size, or one of "
+            f"the tasks {', '.join((*tasks.BUILT_IN, *_EXAMPLES))}"
+        )
+    else:
+        return options.train_size
+    return min(known, options.train_size or known)
+
+
+def peak_of(options: PlanOptions) -> float | None:
+    """FLOP/s of one device, as given or by its kind; None if neither is.
+
+    Raises:
+      ValueError: for a kind that is not known.
+    """
+    if options.peak_flops is not None or options.device_kind is None:
+        return options.peak_flops
+    peak = compute_flops.peak(options.device_kind, options.dtype)
+    if peak is None:
+        raise ValueError(
+            f"the peak of {options.device_kind!r} in {options.dtype} is not known; give "
+            f"--peak-flops, or one of {', '.join(compute_flops.known_devices())}"
+        )
+    return peak
+
+
+def _shape(options: PlanOptions, text_to_text: bool) -> Shape:
+    sizes = compute_mesh.parse(options.mesh) if options.mesh else {}
+    rows_of_devices = sizes.get(compute_mesh.DATA, options.devices)
+    parts = rows_of_devices * options.accumulation_steps
+    if options.batch_size % parts:
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of {parts} ({rows_of_devices} "
+            f"devices that share it x {options.accumulation_steps} accumulation steps)"
+        )
+    benchmark = tasks.find(options.task)
+    labelled = options.task in tasks.BUILT_IN or options.regression
+    if benchmark is not None:
+        labelled = benchmark.wanted == "label"
+    longest = options.max_target_length
+    return Shape(
+        backbone=options.backbone,
+        method=options.method_config(),
+        num_labels=0 if text_to_text else 1 if options.regression else _LABELS.get(options.task, 2),
+        rows=options.batch_size // rows_of_devices,
+        length=options.max_length,
+        target_length=(min(longest, _LABEL_LENGTH) if labelled else longest) * text_to_text,
+        dtype=options.dtype,
+        backbone_dtype=options.backbone_dtype,
+        remat=options.remat,
+        mesh=tuple(sizes.items()),
+        accumulation_steps=options.accumulation_steps,
+        dropout_rate=options.backbone_dropout,
+    )
+
+
+@functools.cache  # the tasks of a benchmark share one
+def cost_of(shape: Shape) -> Cost:
+    """Traces the step; errors as of `compacter_jax.Adapted`."""
+    model, objective = model_of(shape)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
+    labels = cj.label_params(shapes, model.method)
+    trained, frozen = cj.partition(shapes, labels)
+    frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, shape.backbone_dtype), frozen)
+    loss = step.loss_function("tokens" if objective is Seq2Seq else "classification")
+    tx = cj.optimizer(optax.adamw(1e-3), labels)
+
+    def traced(model: Any) -> Any:
+        apply = step.apply_function(model, objective.inputs)
+        part = batch_of(shape, shape.rows // shape.accumulation_steps)
+        return gradient_program(apply, loss, trained, frozen, part)
+
+    program, unrepeated = traced(model), compute_flops.without_remat(model)
+    repeats = unrepeated.backbone.remat != model.backbone.remat
+    count = cj.count(shapes, labels)
+    parts = compute_memory.of_step(
+        program,
+        trained,
+        frozen,
+        batch_of(shape, shape.rows),
+        tx,
+        accumulation_steps=shape.accumulation_steps,
+    )
+    if shape.mesh:
+        parts = dataclasses.replace(
+            parts, frozen=compute_mesh.bytes_of_part(frozen, dict(shape.mesh))
+        )
+    return Cost(
+        trained=count.trained,
+        total=count.total,
+        adapter_bytes=compute_memory.size(trained),
+        # The devices along `model` divide each product.
+        flops=shape.accumulation_steps
+        * compute_flops.of_step(traced(unrepeated) if repeats else program)
+        // dict(shape.mesh).get(compute_mesh.MODEL, 1),
+        memory=parts,
+    )
+
+
+def model_of(shape: Shape) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
+    """The adapted module, and the objective whose batches it reads."""
+    module = module_from_name(shape.backbone)
+    attributes: dict[str, Any] = {"dtype": jnp.dtype(shape.dtype), "remat": shape.remat}
+    rates = ["dropout_rate"]
+    if isinstance(module, cj.Bert):
+        attributes |= {"head": "sequence_classification", "num_labels": shape.num_labels}
+        rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+    if shape.dropout_rate is not None:
+        changed = dict.fromkeys(rates, shape.dropout_rate)
+        attributes["config"] = dataclasses.replace(module.config, **changed)
+    objective = Seq2Seq if isinstance(module, cj.T5) else Classifier
+    return cj.Adapted(module.clone(**attributes), shape.method), objective
+
+
+def batch_of(shape: Shape, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `train.data.batching.batches` yields, of the longest."""
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    batch = {"weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    batch |= {name: integers((rows, shape.length)) for name in ("input_ids", "attention_mask")}
+    if shape.target_length:
+        targets = ("decoder_input_ids", "labels")
+        return batch | {name: integers((rows, shape.target_length)) for name in targets}
+    return batch | {"token_type_ids": integers((rows, shape.length)), "labels": integers((rows,))}
+
+
+def _to_json(one: Plan) -> dict[str, Any]:
+    values = dataclasses.asdict(one)
+    values["shape"].pop("method")
+    values["cost"]["memory"]["total"] = one.cost.memory.total
+    return values | {"programs": one.programs, "total_flops": one.total_flops}
+
+
+def _text(plans: Sequence[Plan], options: PlanOptions) -> list[str]:
+    """The plans for the console: a table of tasks, then each shape of a step."""
+    lines = [f"{options.method} on {options.backbone}", "", *_task_table(plans)]
+    for shape in dict.fromkeys(one.shape for one in plans):
+        lines += ["", *_shape_lines(shape, [one for one in plans if one.shape == shape])]
+    lines.append("")
+    if (peak := peak_of(options)) is None:
+        lines.append("time: not known; give --device-kind or --peak-flops")
+    else:
+        seconds = sum(one.seconds or 0 for one in plans)
+        lines.append(
+            f"time: {_duration(seconds)} in all, if every batch were of the longest and "
+            f"{options.utilisation:.0%} of {peak:.3g} FLOP/s were used (--utilisation); evaluation "
+            "and compilation come on top"
+        )
+    return lines
+
+
+def _task_table(plans: Sequence[Plan]) -> list[str]:
+    header = ["task", "training examples", "epochs", "steps", "FLOPs of a device", "time"]
+    rows = [
+        [
+            one.task,
+            f"{one.train_examples:,}",
+            f"{one.epochs}",
+            f"{one.steps:,}",
+            f"{one.total_flops:.3g}",
+            "" if one.seconds is None else _duration(one.seconds),
+        ]
+        for one in plans
+    ]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def _shape_lines(shape: Shape, plans: Sequence[Plan]) -> list[str]:
+    cost, one = plans[0].cost, plans[0]
+    targets = f", targets to {_listed(one.target_lengths)}" if one.target_lengths else ""
+    lines = [
+        f"{', '.join(plan.task for plan in plans)}: {shape.rows} rows on each device, computed in "
+        f"{shape.dtype}, remat {shape.remat}, {cost.flops:.3g} FLOPs for a step of the longest",
+        f"  compiled for inputs padded to {_listed(one.input_lengths)}{targets} tokens: "
+        f"{one.programs} programs at most, and others to evaluate",
+        f"  trained {cost.trained:,} of {cost.total:,} parameters "
+        f"({100 * cost.trained / cost.total:.3f} %); the adapter takes about "
+        f"{cost.adapter_bytes:,} bytes",
+        "  memory of a device, in MB"
+        + (", activations as if `model` did not divide them:" if shape.mesh else ":"),
+    ]
+    values = {**dataclasses.asdict(cost.memory), "total": cost.memory.total}
+    for name, value in values.items():
+        lines.append(f"    {PARTS.get(name, name):<20}{value / 1e6:>12,.1f}")
+    return lines
+
+
+def _listed(lengths: Sequence[int]) -> str:
+    return ", ".join(map(str, lengths))
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"

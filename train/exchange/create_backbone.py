@@ -1,0 +1,319 @@
+"""The command `create-backbone`: a tokenizer trained on text, and a random T5 to go with it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import string
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+
+import compacter_jax as cj
+from compacter_jax.files import expanded
+from compacter_jax.models import loading
+from train.data.corpus import check_text_file, read_documents
+from train.exchange.options import CreateOptions
+from train.folders import new_folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0, 1, 2
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+# The first has the highest id, as in the published checkpoints.
+SENTINELS = tuple(f"<extra_id_{i}>" for i in reversed(range(100)))
+RECORD_NAME = "create.json"
+_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+_RESERVED = len(SPECIAL_TOKENS) + len(BYTES) + len(SENTINELS)
+_SMALLEST_VOCABULARY = 512
+_SPACE = "▁"  # in place of a space before a word, as SentencePiece has it
+_ALPHABET = frozenset(string.digits + string.ascii_letters + string.punctuation + _SPACE)
+_CHARACTER_COVERAGE = 0.9995  # SentencePiece's default
+# A special token or a byte that text merely spells loses to its letters.
+_NEVER_CHOSEN = -1000.0
+
+
+def create_backbone(options: CreateOptions) -> None:
+    """Writes a folder that `cj.load_backbone` and transformers load, and prints what it holds.
+
+    The folder appears, or is replaced, only when complete.
+
+    Raises:
+      FileNotFoundError: if a text file does not exist.
+      ValueError: if an option is out of range, a text file cannot be read or has too few words, or
+        `output_dir` holds what may not be replaced.
+
+    References:
+      Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+      Transformer, JMLR 2020, arXiv:1910.10683.
+    """
+    options.check()
+    _check_vocab_size(options.vocab_size)
+    folder = expanded(options.output_dir).resolve()
+    check_output_folder(folder, overwrite=options.overwrite)
+    for path in options.text_files:
+        check_text_file(path)
+    with new_folder(folder, replace=True) as temporary:
+        write_tokenizer(train_tokenizer(options.text_files, options.vocab_size), temporary)
+        num_parameters = _write_model(options, temporary)
+        record = dataclasses.asdict(options) | {"parameters": num_parameters}
+        _write_json(temporary / RECORD_NAME, record)
+        # Again, since much can be put into a folder while a tokenizer is trained.
+        check_output_folder(folder, overwrite=options.overwrite)
+    print(f"{folder}: a T5 of {num_parameters:,} parameters and {options.vocab_size:,} tokens")
+
+
+def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokenizer:
+    """A Unigram tokenizer as T5's, of `vocab_size` tokens, that ends what it encodes with `</s>`.
+
+    Text is normalised by NFKC; line breaks and runs of white space become one space, and those at
+    the ends are left out. What is left comes back exactly from decoding, whatever its characters
+    (but `▁`, which means a space, and what spells a special token): those outside of the vocabulary
+    become the bytes of their UTF-8, of which T5's own tokenizer has none (it makes them `<unk>`). A
+    character is in the vocabulary if it is in ASCII, or among the most frequent ones that make up
+    99.95 % of the text and at most half of the pieces.
+
+    Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`, then come 256 bytes, the pieces of words by
+    probability, and `<extra_id_99>` to `<extra_id_0>`. Training again gives the same tokenizer,
+    except where rounding decides between pieces that are equally good.
+
+    Args:
+      text_files: UTF-8 files.
+      vocab_size: tokens in all.
+
+    Raises:
+      FileNotFoundError: if a file does not exist.
+      ValueError: if a file cannot be read, `vocab_size` is below 512, or more than the words of the
+        text give.
+
+    References:
+      Kudo, Subword Regularization, ACL 2018, arXiv:1804.10959; Kudo and Richardson, SentencePiece,
+      EMNLP 2018, arXiv:1808.06226.
+    """
+    _check_vocab_size(vocab_size)
+    num_pieces = vocab_size - _RESERVED
+    pieces = _train_pieces(text_files, num_pieces)
+    if len(pieces) < num_pieces:
+        size = len(pieces) + _RESERVED
+        smaller = f"vocab_size={size} or less, or " if size >= _SMALLEST_VOCABULARY else ""
+        raise ValueError(
+            f"vocab_size={vocab_size} is too large: the text has pieces of words for {size} tokens "
+            f"only; use {smaller}more text"
+        )
+    return _assemble(pieces)
+
+
+def new_module(options: CreateOptions) -> tuple[nn.Module, Any]:
+    """The linen module that the options describe, and its configuration of transformers."""
+    from transformers import T5Config  # noqa: PLC0415 - slow to import
+
+    config = T5Config(
+        architectures=["T5ForConditionalGeneration"],
+        vocab_size=options.vocab_size,
+        d_model=options.d_model,
+        d_kv=options.d_kv,
+        d_ff=options.d_ff,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        feed_forward_proj=options.feed_forward,
+        tie_word_embeddings=options.tie_word_embeddings,
+        decoder_start_token_id=0,
+    )
+    return loading.module_from_config(config, head="conditional_generation"), config
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and the settings by which transformers 4 and 5 load it."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings: dict[str, Any] = {
+        # T5's own class is of another make in transformers 5, and has no bytes.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **SPECIAL_TOKENS,
+        "additional_special_tokens": SENTINELS[::-1],
+        "model_input_names": ["input_ids", "attention_mask"],  # T5 has no token types
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def check_output_folder(folder: Path, *, overwrite: bool) -> None:
+    """Looks at the folder to write to, and writes nothing.
+
+    Raises:
+      ValueError: if it is a file, or is not empty and either `overwrite` is not set or it holds
+        files that `create_backbone` did not write.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, not a folder")
+    names = {entry.name for entry in folder.iterdir()}
+    if not names:
+        return
+    if RECORD_NAME not in names:
+        raise ValueError(
+            f"{folder} holds files, and no backbone of this command; choose another --output-dir"
+        )
+    if foreign := sorted(names - _FILES - {RECORD_NAME}):
+        raise ValueError(
+            f"{folder} holds more than this command wrote, for instance {foreign[0]}; "
+            "choose another --output-dir"
+        )
+    if not overwrite:
+        raise ValueError(
+            f"{folder} already holds a backbone; replace it with --overwrite, or choose another "
+            "--output-dir"
+        )
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: special tokens, sentinels, bytes and ASCII are "
+            f"{_RESERVED + len(_ALPHABET)} already; use {_SMALLEST_VOCABULARY} or more"
+        )
+
+
+# --- tokenizer ----------------------------------------------------------------------------------
+
+
+def _train_pieces(text_files: Sequence[str | Path], num_pieces: int) -> list[tuple[str, float]]:
+    """At most `num_pieces` pieces of words and their log-probabilities, most probable first."""
+    from tokenizers.trainers import UnigramTrainer  # noqa: PLC0415 - help should not wait for it
+
+    # The trainer keeps every character it sees, more than `num_pieces` if it must.
+    outside = _characters_outside(text_files, num_pieces)
+    spaces = str.maketrans(dict.fromkeys(outside, " "))
+    tokenizer = _tokenizer_of([(_SPACE, 0.0)])
+    tokenizer.train_from_iterator(
+        (
+            _normalized(document).translate(spaces)
+            for document in _documents(text_files, "training")
+        ),
+        UnigramTrainer(
+            vocab_size=num_pieces,
+            initial_alphabet=sorted(_ALPHABET),
+            special_tokens=[],
+            show_progress=sys.stderr.isatty(),
+        ),
+    )
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    # A text of a few words makes scores that are no numbers, and too few pieces in any case.
+    return _in_order([(piece, round(score or 0.0, 6)) for piece, score in pieces])
+
+
+def _in_order(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The pieces, the most probable first, in the same order in every run.
+
+    The trainer adds up in no fixed order, so that rounded scores alone agree, and hands out the
+    scores of characters that it has no use for as it comes across them, in steps of 0.0001 from the
+    lowest: these get one and the same.
+    """
+    floor = min((score for _, score in pieces), default=0.0)
+    steps = 1e-4 * sum(len(piece) == 1 for piece, _ in pieces)
+    levelled = [
+        (piece, floor if len(piece) == 1 and score <= floor + steps else score)
+        for piece, score in pieces
+    ]
+    return sorted(levelled, key=lambda item: (-item[1], item[0]))
+
+
+def _characters_outside(text_files: Sequence[str | Path], num_pieces: int) -> set[str]:
+    """The characters of the text that get no piece of their own."""
+    counts: collections.Counter[str] = collections.Counter()
+    for document in _documents(text_files, "counting characters"):
+        counts.update(_normalized(document))
+    counted = [(c, n) for c, n in counts.items() if not c.isspace()]
+    counted.sort(key=lambda item: (-item[1], item[0]))
+    uncovered = sum(n for _, n in counted)
+    allowed = (1 - _CHARACTER_COVERAGE) * uncovered
+    room = num_pieces // 2 - len(_ALPHABET)
+    outside = set()
+    for character, count in counted:
+        if character not in _ALPHABET:
+            if uncovered <= allowed or room <= 0:
+                outside.add(character)
+            room -= 1
+        uncovered -= count
+    return outside
+
+
+def _documents(text_files: Sequence[str | Path], description: str) -> Iterator[str]:
+    visible = sys.stderr.isatty()
+    for path in text_files:
+        name = Path(path).name
+        yield from read_documents(path, description=f"{description}: {name}" if visible else None)
+
+
+def _normalized(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def _assemble(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
+    from tokenizers import AddedToken, processors  # noqa: PLC0415
+
+    reserved = [(token, _NEVER_CHOSEN) for token in (*SPECIAL_TOKENS.values(), *BYTES)]
+    tokenizer = _tokenizer_of([*reserved, *pieces], unk_id=2, byte_fallback=True)
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (*SPECIAL_TOKENS.values(), *SENTINELS)
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
+
+
+def _tokenizer_of(vocabulary: list[tuple[str, float]], **settings: Any) -> Tokenizer:
+    """A tokenizer of these pieces that splits at spaces."""
+    from tokenizers import (  # noqa: PLC0415
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
+
+    tokenizer = Tokenizer(models.Unigram(vocabulary, **settings))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return tokenizer
+
+
+# --- model --------------------------------------------------------------------------------------
+
+
+def _write_model(options: CreateOptions, folder: Path) -> int:
+    """Writes configuration and random weights; returns the number of parameters."""
+    module, config = new_module(options)
+    params = _random_params(module, jax.random.key(options.seed))
+    cj.save_backbone(folder, module, params, config)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _random_params(module: nn.Module, key: jax.Array) -> Any:
+    return module.init(key, *module.dummy_inputs())["params"]
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,176 @@
+"""Saved adapters, loaded with their settings for evaluation and prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import compacter_jax as cj
+from compacter_jax.catalogue import from_dict
+from compacter_jax.compositions.base import parallel_names
+from compacter_jax.messages import quote
+from compacter_jax.models.loading import module_from_config, read_config
+from train.cli import compositions as cli_compositions
+from train.compute.outputs import OutputsFunction
+from train.data import tokens
+from train.fit import shapes
+from train.inference import compositions as inference_compositions
+from train.inference.options import AdapterOptions
+from train.inference.saved import settings_of
+from train.objectives import Objective, from_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter on its backbone, ready to compute.
+
+    Attributes:
+      settings: of `adapter_config.json`.
+      objective: with the limits of training.
+      outputs: batch -> what the objective scores or predicts by, on the host.
+    """
+
+    settings: dict[str, Any]
+    objective: Objective
+    outputs: OutputsFunction
+
+
+def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
+    """Loads an adapter, and the backbone it names unless another folder is given.
+
+    Args:
+      options: which.
+      **changes: as `train.objectives.from_settings` takes them.
+
+    Raises:
+      FileNotFoundError, ValueError: as `compacter_jax.load_adapter`, or if `fit` did not write it.
+    """
+    options.check()
+    expression = inference_compositions.of_saved(options.adapter)
+    if expression is None:
+        settings = settings_of(cli_compositions.folder_of(options.adapter))
+    else:
+        settings = joined_settings(expression)
+    name = options.backbone or settings["backbone"]
+    backbone = load_backbone(
+        options, settings, None if expression is None else inference_compositions.of_all(expression)
+    )
+    if expression is None:
+        model, params = cj.load_adapter(cli_compositions.folder_of(options.adapter), backbone)
+    else:
+        model, params = inference_compositions.load(expression, backbone, name)
+    params = stored(params, model.method, options, settings)
+    if model.method.moves_backbone:
+        # It would be moved again for every batch.
+        model, params = model.precomputed(params)
+    tokenizer = load_tokenizer(name, backbone, settings["max_length"])
+    objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
+    jitted = jax.jit(objective.outputs)
+    return LoadedAdapter(settings, objective, lambda batch: jax.device_get(jitted(params, batch)))
+
+
+def load_backbone(
+    options: AdapterOptions, settings: Mapping[str, Any], method: cj.MethodConfig | None = None
+) -> cj.Backbone:
+    """Loads the backbone of a saved adapter, having checked that the method fits it.
+
+    Args:
+      options: may name another folder, or dtype.
+      settings: of `settings_of`.
+      method: to be used; by default that of the settings.
+
+    Raises:
+      ValueError, OSError: as `train.fit.shapes.check_fit` and `compacter_jax.load_backbone`.
+    """
+    name, head = options.backbone or settings["backbone"], head_of(settings)
+    if settings["sites"] is None:
+        config = read_config(name)
+        method = method or from_dict(settings["method"])
+        shapes.check_fit(module_from_config(config, **head), method, config, settings["max_length"])
+    return cj.load_backbone(name, **head, dtype=jnp.dtype(options.dtype or settings["dtype"]))
+
+
+# What saved adapters must share to be computed together.
+SHARED = ("backbone", "head", "kind", "max_length", "dtype", "backbone_dtype")
+
+
+def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = SHARED) -> None:
+    """ValueError if adapters, name -> settings, cannot be computed together."""
+    first_name, first = next(iter(settings.items()))
+    for name, each in settings.items():
+        for key in keys:
+            if each.get(key) != first.get(key):
+                raise ValueError(
+                    f"adapters that are computed together must share their {key}: {first_name} has "
+                    f"{quote(first.get(key), 100)}, {name} has {quote(each.get(key), 100)}"
+                )
+
+
+def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:
+    """What to predict with a composition of saved adapters by, as `settings_of` one.
+
+    Raises:
+      ValueError: if those whose heads are used differ in more than labels, or in these where they
+        are not beside each other.
+    """
+    folders = inference_compositions.with_heads(expression)
+    settings = {name: settings_of(folder) for name, folder in folders.items()}
+    check_shared(settings, (*SHARED, "text_to_text", "benchmark"))
+    joined = dict(next(iter(settings.values())))
+    parallel = parallel_names(inference_compositions.of_all(expression))
+    labels = {}
+    for group in parallel or ("",):
+        of_group = {
+            name: each
+            for name, each in settings.items()
+            if not group or f"{name}/".startswith(f"{group}/")
+        }
+        check_shared(of_group, ("label_names",))
+        labels[group] = next(iter(of_group.values()))["label_names"]
+    if parallel:
+        joined["parallel_label_names"] = labels
+    counts = [each["num_labels"] for each in settings.values() if each["num_labels"] is not None]
+    return joined | {"num_labels": max(counts, default=None)}
+
+
+def labels_of(adapter: LoadedAdapter) -> list[str] | dict[str, list[str]]:
+    """Names of the labels; of adapters beside each other, name -> those of one."""
+    names = parallel_names(adapter.objective.model.method)
+    own: list[str] = adapter.settings["label_names"]
+    if not names:
+        return own
+    each: dict[str, list[str]] = adapter.settings.get("parallel_label_names", {})
+    return {name: each.get(name, own) for name in names}
+
+
+def stored(
+    params: Any, method: cj.MethodConfig, options: AdapterOptions, settings: Mapping[str, Any]
+) -> Any:
+    """The parameters, what was not trained in the dtype that is asked for, or that of training."""
+    dtype = options.backbone_dtype or settings.get("backbone_dtype", "float32")
+    if dtype == "float32":
+        return params
+    trained, frozen = cj.partition(params, cj.label_params(params, method))
+    return cj.merge(trained, cj.cast_frozen(frozen, dtype))
+
+
+def head_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What to load the backbone of a saved adapter with, by its `adapter_config.json`."""
+    head, num_labels = settings["head"], settings["num_labels"]
+    # Written for every head of an encoder; one of answers in a text takes no such number.
+    return {"head": head, "num_labels": None if head == "question_answering" else num_labels}
+
+
+def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
+    """The tokenizer beside a backbone; ValueError as `train.data.tokens.load_tokenizer`."""
+    return tokens.load_tokenizer(
+        name,
+        vocab_size=backbone.config.vocab_size,
+        # Positions of T5 are relative.
+        max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
+        max_length=max_length,
+    )

@@ -1,0 +1,254 @@
+"""`predict` with many adapters: every row by the one that its column `adapter` names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+import compacter_jax as cj
+from compacter_jax.messages import listing
+from train.cli import compositions
+from train.compute import outputs as compute_outputs
+from train.data import rows as data_rows
+from train.data import tokens, writing
+from train.data.files import Rows, read_chunks
+from train.inference import adapter, commands, prediction_files, saved
+from train.inference.options import PredictOptions
+from train.objectives import Objective, base, from_settings
+
+COLUMN = "adapter"
+
+
+def members_of(folder: Path) -> dict[str, Path]:
+    """The adapters in a folder by name: `NAME/` itself, or `NAME/adapter/` as `fit` writes it."""
+    # An adapter, or the folder of a single run, is no bank.
+    if not folder.is_dir() or compositions.holds_adapter(folder):
+        return {}
+    inside = [path for path in sorted(folder.iterdir()) if compositions.holds_adapter(path)]
+    return {path.name: compositions.folder_of(path) for path in inside}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Adapters whose rows become examples, and outputs predictions, in the same way.
+
+    Attributes:
+      members: their places in the bank.
+      objective: of all of them.
+      outputs: batch with `adapter_ids` -> what the objective predicts by, on the host.
+      reader: of the columns that it reads.
+    """
+
+    members: list[int]
+    objective: Objective
+    outputs: compute_outputs.OutputsFunction
+    reader: data_rows.ColumnReader
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bank:
+    """Adapters ready to compute.
+
+    Attributes:
+      index: name -> place.
+      label_names: of each member.
+      groups: which share a way of computing; every member is in one.
+      max_length: of their inputs, in tokens.
+    """
+
+    index: dict[str, int]
+    label_names: list[list[str]]
+    groups: list[_Group]
+    max_length: int
+
+
+def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
+    """Copies a file with predictions added, each by the adapter its row names; returns its rows.
+
+    Args:
+      options: of the command.
+      members: name -> folder of an adapter.
+
+    Raises:
+      FileNotFoundError, ValueError: before anything is computed or written if the file has no
+        column `adapter`, or names adapters that there are not; if adapters cannot be computed
+        together; and as `train.inference.commands.predict`.
+    """
+    data_rows.check_files(options.input, options.output)
+    counted = _counted(options.input, members)
+    bank = _load(options, {name: members[name] for name in sorted(counted)})
+    added = prediction_files.added_names(bank.label_names[0], options.logits)
+    rows_done, cut, invalid = 0, 0, 0
+    unknown = tokens.Unknown()
+    names = list(bank.index)
+    labels = commands.LabelCounts(dict(zip(names, bank.label_names, strict=True)))
+    with writing.write_rows(options.output) as write, tqdm(desc="predict", unit="row") as bar:
+        for rows in read_chunks(options.input, 1024):
+            prediction_files.check_not_taken(options.input, data_rows.column_names(rows), added)
+            ids = np.array([bank.index[n] for n in data_rows.column_values(rows, COLUMN)])
+            parts = []
+            for group in bank.groups:
+                positions = np.flatnonzero(np.isin(ids, group.members))
+                if len(positions):
+                    encoded = _encoded(group, rows, positions, rows_done)
+                    predicted = _predicted(group, encoded, ids[positions], options.eval_batch_size)
+                    parts += _columns(bank, predicted, positions, ids[positions], added)
+                    cut += encoded.num_truncated
+                    unknown += encoded.unknown
+            write(writing.add_columns(rows, _in_order(parts)))
+            for positions, columns in parts:
+                if "label_id" in columns:
+                    labels.count(names[ids[positions[0]]], columns["label_id"].to_numpy())
+            invalid += sum(columns["prediction"].null_count for _, columns in parts)
+            rows_done += len(rows)
+            bar.update(len(rows))
+    for name, count in counted.items():
+        print(f"{name}: {count:,} rows")
+    for line in [*labels.lines(), *unknown.notices("inputs")]:
+        print(line)
+    commands.say_predicted(options.output, rows_done, cut, bank.max_length, invalid)
+    return rows_done
+
+
+def _counted(path: Path, members: Mapping[str, Path]) -> Counter[str]:
+    """How many rows name each adapter; ValueError if a row names none, or one there is not."""
+    counted: Counter[str] = Counter()
+    first_row = 1
+    for rows in read_chunks(path, 1024):
+        data_rows.require_column(path, data_rows.column_names(rows), COLUMN)
+        values = data_rows.column_values(rows, COLUMN)
+        for row, value in enumerate(values, first_row):
+            if value is None or value == "":
+                raise ValueError(f"{path}, row {row}: {COLUMN} names no adapter; name one")
+            if not isinstance(value, str):
+                raise ValueError(f"{path}, row {row}: {COLUMN} is {value!r:.40}, not text")
+        counted.update(values)
+        first_row += len(rows)
+    if not counted:
+        raise ValueError(f"{path}: has no rows")
+    if unknown := sorted(counted.keys() - members.keys()):
+        raise ValueError(
+            f"{path}: names adapters that there are not: {listing(unknown)}; there are "
+            f"{listing(members)}"
+        )
+    return counted
+
+
+def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
+    options.check()
+    settings = {name: saved.settings_of(folder) for name, folder in members.items()}
+    first = next(iter(settings.values()))
+    adapter.check_shared(settings)
+    source = options.backbone or first["backbone"]
+    backbone = adapter.load_backbone(options, first)
+    model, params = cj.stack_adapters(list(members.values()), backbone)
+    params = adapter.stored(params, model.method, options, first)
+    tokenizer = adapter.load_tokenizer(source, backbone, first["max_length"])
+    groups: dict[str, list[int]] = {}
+    for place, each in enumerate(settings.values()):
+        groups.setdefault(_way_of_computing(each), []).append(place)
+    numbered = list(settings.values())
+    return _Bank(
+        {name: place for place, name in enumerate(members)},
+        [each["label_names"] for each in numbered],
+        [
+            _group(options, places, numbered[places[0]], model, params, tokenizer)
+            for places in groups.values()
+        ],
+        first["max_length"],
+    )
+
+
+def _way_of_computing(settings: Mapping[str, Any]) -> str:
+    """What adapters of one group have in common: on a T5 labels, too, which are text there."""
+    names = ["benchmark", "text_to_text"]
+    names += ["label_names"] if "text_to_text" in settings else []
+    return json.dumps([settings.get(name) for name in names], sort_keys=True)
+
+
+def _group(
+    options: PredictOptions,
+    members: list[int],
+    settings: Mapping[str, Any],
+    model: cj.Adapted,
+    params: Any,
+    tokenizer: Any,
+) -> _Group:
+    objective = from_settings(
+        settings, model, tokenizer, num_beams=options.num_beams, evaluate_by="scoring"
+    )
+    objective.check_predicts(logits=options.logits)
+    compiled = jax.jit(objective.outputs)
+    return _Group(
+        members,
+        objective,
+        lambda batch: jax.device_get(compiled(params, batch)),
+        data_rows.ColumnReader(
+            options.input, objective.benchmark.columns if objective.benchmark is not None else {}
+        ),
+    )
+
+
+def _encoded(group: _Group, rows: Rows, positions: np.ndarray, before: int) -> tokens.Encoded:
+    """Examples of the rows at these positions of a chunk that has `before` others before it."""
+    own = rows.take(positions) if isinstance(rows, pa.Table) else [rows[i] for i in positions]
+    names = data_rows.column_names(own)
+    # Rows of another adapter may be pairs, these none.
+    if "sentence2" in names and not any(data_rows.column_values(own, "sentence2")):
+        names.remove("sentence2")
+    return group.objective.encode(group.reader.read(own, names, (before + 1 + positions).tolist()))
+
+
+def _predicted(
+    group: _Group, encoded: tokens.Encoded, ids: np.ndarray, batch_size: int
+) -> base.Predicted:
+    """Predictions of rows, each by its member; several examples may be of one row."""
+    of_example = (ids if encoded.groups is None else ids[encoded.groups]).astype(np.int32)
+
+    def outputs(batch: Any) -> Any:
+        # A filling row's index is -1: any member will do.
+        return group.outputs({**batch, "adapter_ids": of_example[batch["indices"]]})
+
+    found = compute_outputs.split_outputs(outputs, encoded, batch_size, description=None)
+    predicted: Any = group.objective.predictions(found, encoded)
+    return predicted
+
+
+def _columns(
+    bank: _Bank,
+    predicted: base.Predicted,
+    positions: np.ndarray,
+    ids: np.ndarray,
+    added: Sequence[str],
+) -> list[tuple[np.ndarray, dict[str, pa.Array]]]:
+    """For each member the positions of its rows, and the columns to add to them."""
+    parts = []
+    for member in np.unique(ids):
+        rows, names = np.flatnonzero(ids == member), bank.label_names[member]
+        own: Any
+        if isinstance(predicted, list):
+            own = [predicted[i] for i in rows]
+        else:
+            # As many labels as the member has; the bank's heads are as wide as the widest.
+            own = np.asarray(predicted, np.float64)[rows, : len(names) or 1]
+            prediction_files.check_logits(own, len(rows), len(names) or 1)
+        parts.append((positions[rows], prediction_files.added_columns(own, names, added)))
+    return parts
+
+
+def _in_order(parts: Sequence[tuple[np.ndarray, dict[str, pa.Array]]]) -> dict[str, pa.Array]:
+    """The columns of all rows, as these stand in the file."""
+    back = pa.array(np.argsort(np.concatenate([positions for positions, _ in parts])))
+    return {
+        name: pa.concat_arrays([columns[name] for _, columns in parts]).take(back)
+        for name in parts[0][1]
+    }

@@ -1,0 +1,200 @@
+"""A saved adapter at work: the commands `evaluate` and `predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from compacter_jax.files import replace_file
+from train import tasks
+from train.cli import compositions as cli_compositions
+from train.compute.outputs import split_outputs
+from train.data import rows as data_rows
+from train.data import tokens
+from train.inference import compositions as inference_compositions
+from train.inference import prediction_files
+from train.inference.adapter import LoadedAdapter, labels_of, load
+from train.inference.options import EvaluateOptions, PredictOptions
+from train.report import as_json, number
+from train.tasks.benchmarks import find as find_benchmark
+from train.tasks.labels import told
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """The command `evaluate`: metrics of a split, printed and written as JSON."""
+    name = f"evaluation_{options.task}_{options.split}.json".replace("/", "_")
+    output = options.output or _beside(options) / name
+    # Opened first: a file that cannot be written is found before anything is computed.
+    with replace_file(output) as temporary:
+        result = _evaluated(options)
+        temporary.write_text(as_json(result), encoding="utf-8")
+    for name, value in result["metrics"].items():
+        print(f"{options.split} {name}: {number(value)}")
+    print(f"written to {output}")
+    return result
+
+
+def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
+    """What `evaluate` writes."""
+    adapter = load(options, evaluate_by=options.evaluate_by)
+    _check_task_named(options, adapter.settings.get("task"))
+    kind = adapter.settings["kind"]
+    names = labels_of(adapter)
+    if isinstance(names, dict) and len({tuple(each) for each in names.values()}) > 1:
+        raise ValueError(
+            f"the adapters of {options.adapter} have different labels, and a task has one set of "
+            "them; evaluate each by itself"
+        )
+    task = tasks.load_task(
+        options.task,
+        regression=kind == "regression",
+        text=kind == "text",
+        **tasks.sources(options),
+        splits=(options.split,),
+        label_names=adapter.settings["label_names"] or None,
+        are_numbered=_has_fixed_labels(adapter.settings.get("task")),
+    )
+    _check_same_kind(options.adapter, adapter, task)
+    encoded = adapter.objective.encode(task.splits[options.split])
+    for line in [*task.notices(), *adapter.objective.notices(), *encoded.notices(options.split)]:
+        print(line)
+    outputs = split_outputs(
+        adapter.outputs, encoded, options.eval_batch_size, description=options.split
+    )
+    result = {
+        "adapter": str(options.adapter),
+        "task": options.task,
+        "split": options.split,
+        "examples": len(encoded),
+        "truncated": encoded.num_truncated,
+        "metrics": adapter.objective.scores(outputs, encoded),
+    }
+    if encoded.target_texts is not None:
+        result["truncated_targets"] = encoded.target_texts.num_truncated
+    return result
+
+
+def _beside(options: EvaluateOptions) -> Path:
+    """Where results go by default: to the adapter; of a composition, to the folder we are in."""
+    if inference_compositions.of_saved(options.adapter):
+        return Path()
+    return cli_compositions.folder_of(options.adapter)
+
+
+def _has_fixed_labels(task: str | None) -> bool:
+    """Whether a task is a built-in one or a benchmark, whose labels are numbered once for all."""
+    return task in tasks.BUILT_IN or find_benchmark(task or "") is not None
+
+
+def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
+    """ValueError if no task and no files are given where the adapter's own task could be."""
+    files = (options.train_file, options.validation_file, options.test_file)
+    if options.task == tasks.CUSTOM and _has_fixed_labels(trained_on) and not any(files):
+        raise ValueError(
+            f"no --task was given; the adapter in {options.adapter} was trained on {trained_on}: "
+            f"give --task {trained_on}, another of the same labels, or files of your own"
+        )
+
+
+def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> None:
+    """ValueError if an adapter cannot read the rows of a task, or predicts something else."""
+    kind, own = adapter.settings["kind"], adapter.objective.benchmark
+    if kind != task.kind:
+        raise ValueError(f"the adapter in {folder} is of kind {kind}, not {task.kind}")
+    if task.benchmark is not None and task.benchmark != own:
+        raise ValueError(
+            f"the adapter in {folder} was trained on {adapter.settings['task']}, and cannot read "
+            f"the columns of {task.name}"
+        )
+
+
+def predict(options: PredictOptions) -> int:
+    """The command `predict`: a file with predictions added, streamed; returns its rows."""
+    data_rows.check_files(options.input, options.output)
+    adapter = load(options, evaluate_by="scoring")
+    objective = adapter.objective
+    objective.check_predicts(logits=options.logits)
+
+    labels: Any = labels_of(adapter)
+
+    def predict_chunk(columns: dict[str, list[Any]]) -> Any:
+        encoded = objective.encode(columns)
+        unknown.append(encoded.unknown)
+        outputs = split_outputs(adapter.outputs, encoded, options.eval_batch_size, description=None)
+        predicted = objective.predictions(outputs, encoded)
+        truncated.append(encoded.num_truncated)
+        if isinstance(predicted, Mapping):
+            # Logits are as wide as the widest set of labels.
+            predicted = {
+                name: np.asarray(each)[:, : len(labels[name]) or 1]
+                for name, each in predicted.items()
+            }
+            counts.count_logits(predicted)
+            return predicted
+        counts.count_logits({"": predicted})
+        invalid.append(sum(value is None for value in predicted))
+        return predicted
+
+    truncated: list[int] = []
+    invalid: list[int] = []
+    unknown: list[tokens.Unknown] = []
+    counts = LabelCounts(labels)
+    with tqdm(desc="predict", unit="row") as bar:
+        rows = prediction_files.predict_file(
+            options.input,
+            options.output,
+            predict_chunk,
+            label_names=labels,
+            columns=objective.benchmark.columns if objective.benchmark is not None else {},
+            write_logits=options.logits,
+            progress=bar.update,
+        )
+    told_of_inputs = sum(unknown, tokens.Unknown()).notices("inputs")
+    for line in [*counts.lines(), *objective.notices(), *told_of_inputs]:
+        print(line)
+    limit = adapter.settings["max_length"]
+    say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))
+    return rows
+
+
+class LabelCounts:
+    """How many rows of a file are predicted to have each label.
+
+    Args:
+      names: of the labels; of several models, name -> those of one.
+    """
+
+    def __init__(self, names: Sequence[str] | Mapping[str, Sequence[str]]):
+        self._names = names if isinstance(names, Mapping) else {"": names}
+        self._counts = {name: np.zeros(len(each), int) for name, each in self._names.items()}
+
+    def count(self, name: str, label_ids: Any) -> None:
+        """Counts the rows of a chunk by the label that a model gives them."""
+        self._counts[name] += np.bincount(label_ids, minlength=len(self._counts[name]))
+
+    def count_logits(self, predicted: Mapping[str, Any]) -> None:
+        """Counts a chunk: name -> `[rows, labels]` logits, or what is no label and not counted."""
+        for name, logits in predicted.items():
+            if len(self._counts[name]):
+                self.count(name, np.argmax(logits, -1))
+
+    def lines(self) -> list[str]:
+        """Returns a line for each model that predicts labels: these, and on how many rows."""
+        return [
+            told(self._names[name], [counts.tolist()], f"{name}, rows predicted".removeprefix(", "))
+            for name, counts in self._counts.items()
+            if len(counts)
+        ]
+
+
+def say_predicted(output: Path, rows: int, truncated: int, limit: int, invalid: int) -> None:
+    """Prints what became of the rows of a file: how many were cut, or have no prediction."""
+    if truncated:
+        print(f"{truncated} of {rows} rows were cut to {limit} tokens")
+    if invalid:
+        print(f"{invalid} of {rows} rows have no prediction: the text was no number")
+    print(f"{rows} rows written to {output}")

@@ -1,0 +1,99 @@
+"""Saved adapters that an expression composes, loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import compacter_jax as cj
+from compacter_jax.compositions.base import Composition, members_of
+from compacter_jax.messages import quote
+from train.cli.compositions import Node, composed, parse
+from train.cli.method_flags import MethodOptions, is_composition
+from train.inference import saved as inference_saved
+
+
+def with_saved(
+    expression: Node, model: cj.Adapted, params: Any, backbone: cj.Backbone, source: str
+) -> Any:
+    """The parameters of a composition with those of its saved members in their places.
+
+    Args:
+      expression: that the model's method was made of.
+      model: the composition on its backbone.
+      params: of it.
+      backbone: without adapters.
+      source: folder or id that it was loaded from: a member may have been trained with another
+        head of it.
+
+    Raises:
+      ValueError, FileNotFoundError: as `compacter_jax.load_adapter` and `set_member`.
+    """
+    for name, leaf in expression.leaves().items():
+        if leaf.folder is None:
+            continue
+        saved = cj.load_adapter(leaf.folder, _with_head_of(leaf.folder, backbone, source))
+        for member in members_of(saved[0].method):
+            if not member.path:
+                params = cj.set_member(model, params, name, saved)
+                continue
+            inner = "/".join(member.path)
+            alone = cj.get_member(*saved, which=inner)
+            params = cj.set_member(model, params, f"{name}/{inner}", alone)
+    return params
+
+
+def _with_head_of(folder: Path, backbone: cj.Backbone, source: str) -> cj.Backbone:
+    """The backbone with the head that an adapter was saved with."""
+    settings = cj.read_adapter_config(folder)
+    inference_saved.check_head(folder, settings)
+    head = {name: settings[name] for name in ("head", "num_labels")}
+    if all(getattr(backbone.module, name, None) == value for name, value in head.items()):
+        return backbone
+    if head["head"] in ("masked_lm", "question_answering"):
+        head["num_labels"] = None
+    return cj.load_backbone(source, **head, dtype=backbone.module.dtype)
+
+
+def of_saved(adapter: Path) -> Node | None:
+    """The expression in place of a saved adapter's folder, or None for a folder.
+
+    Raises:
+      ValueError: as `parse`, or if it has presets, which are not trained.
+    """
+    text = str(adapter)
+    if not is_composition(text) or adapter.exists():
+        return None
+    expression = parse(text, "--adapter")
+    if new := expression.presets():
+        raise ValueError(
+            f"{quote(new[0])} is a preset, and was not trained; name folders of saved adapters "
+            "alone"
+        )
+    return expression
+
+
+def of_all(expression: Node) -> Composition:
+    """The method of a composition of saved adapters, for use as it is."""
+    return composed(expression, MethodOptions(), ",".join(expression.leaves()))
+
+
+def with_heads(expression: Node) -> dict[str, Path]:
+    """Name -> folder of the saved adapters whose heads a composition of them uses."""
+    members = members_of(of_all(expression))
+    used = ["/".join(member.path) for member in members if "head" in member.replaces]
+    return {
+        name: leaf.folder
+        for name, leaf in expression.leaves().items()
+        if leaf.folder is not None and any(f"{path}/".startswith(f"{name}/") for path in used)
+    }
+
+
+def load(expression: Node, backbone: cj.Backbone, source: str) -> tuple[cj.Adapted, Any]:
+    """A composition of saved adapters and its parameters; arguments as of `with_saved`."""
+    model = cj.Adapted(backbone.module, of_all(expression))
+    # What is drawn here is replaced: there is nothing new in it.
+    params = cj.init_adapters(model, backbone, jax.random.key(0))
+    return model, with_saved(expression, model, params, backbone, source)

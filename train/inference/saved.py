@@ -1,0 +1,163 @@
+"""The settings of saved adapters, checked before anything is made of them."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import compacter_jax as cj
+from compacter_jax.checkpoint import CONFIG_NAME, weights_name
+from compacter_jax.files import check_fields
+from compacter_jax.messages import listing, quote
+from train import tasks
+from train.cli.options import BackboneDtype, EvaluateBy
+from train.tasks import text_format
+from train.tasks.benchmark import Kind
+from train.tasks.labels import check_names
+
+_FIELDS: Mapping[str, Any] = {
+    "backbone": str,
+    "backbone_dtype": BackboneDtype,
+    "benchmark": dict[str, Any],
+    "dtype": Literal["float32", "bfloat16"],
+    "head": str | None,
+    "kind": Kind,
+    "label_names": list[str],
+    "max_length": int,
+    "num_labels": int | None,
+    "span_corruption": dict[str, Any],
+    "task": str | None,
+    "text_to_text": dict[str, Any],
+}
+_REQUIRED = ("backbone", "max_length", "kind", "label_names", "dtype")
+_CASTING = {
+    name: hint
+    for name, hint in typing.get_type_hints(
+        text_format.Casting, localns={"Kind": Kind, "EvaluateBy": EvaluateBy}
+    ).items()
+    if name not in ("kind", "label_names")
+}
+_NOISE = {"noise_density": float, "mean_span_length": float}
+# Head of the backbone -> kinds of tasks that it is for.
+_KINDS: Mapping[str | None, tuple[Kind, ...]] = {
+    "sequence_classification": ("classification", "regression", "choice"),
+    "question_answering": ("span",),
+    "conditional_generation": typing.get_args(Kind),
+}
+# `fit` writes less; more would take memory before anything is generated.
+_MOST_TOKENS, _MOST_BEAMS = 2**16, 2**10
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Reads what an adapter predicts, and with what, from its `adapter_config.json`.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it has too little to predict with, a field of another type, or fields that
+        contradict each other; the message names the file and the field.
+    """
+    settings = cj.read_adapter_config(folder)
+    if missing := [name for name in _REQUIRED if name not in settings]:
+        raise ValueError(
+            f"the adapter in {folder} was saved neither by `python -m train fit` nor by "
+            f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
+        )
+    where = str(folder / CONFIG_NAME)
+    check_fields(where, settings, _FIELDS)
+    check_head(folder, settings)
+    if settings["max_length"] < 3:
+        raise ValueError(f"{where}: max_length={settings['max_length']} must be at least 3")
+    _check_kind(where, settings)
+    _check_labels(where, settings)
+    return settings
+
+
+def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Checks the head, which is made before the weights are read: these bound its width.
+
+    Raises:
+      ValueError: for a width that no file of weights as large as this one can have.
+    """
+    fields = {name: _FIELDS[name] for name in ("head", "num_labels")}
+    check_fields(str(folder / CONFIG_NAME), settings, fields)
+    num_labels = settings["num_labels"]
+    weights = folder / weights_name(folder / CONFIG_NAME, settings)
+    # An adapter holds its head; no weight takes fewer than two bytes.
+    most = weights.stat().st_size // 2 if weights.is_file() else 2**16
+    if num_labels is not None and not 1 <= num_labels <= most:
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: num_labels={quote(num_labels, 40)} cannot be the width of "
+            f"the head in {weights.name}"
+        )
+
+
+def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
+    """ValueError if the head is not for this kind of task, or what belongs to the kind is wrong."""
+    kind, head = settings["kind"], settings["head"]
+    if kind not in _KINDS.get(head, ()):
+        raise ValueError(f"{where}: kind={kind!r} does not go with head={quote(head)}")
+    wanted = None
+    if kind == "span_corruption":
+        wanted = "span_corruption"
+        _check_inner(where, settings, wanted, _NOISE, required=tuple(_NOISE))
+    elif head == "conditional_generation":
+        wanted = "text_to_text"
+        _check_inner(where, settings, wanted, _CASTING, required=("prefix",))
+        _check_casting(f"{where}: {wanted}", settings[wanted])
+    for name in {"span_corruption", "text_to_text"} - {wanted}:
+        if name in settings:
+            raise ValueError(f"{where}: {name} does not go with kind={kind!r} and head={head!r}")
+    if "benchmark" in settings:
+        fields = {"name": str, "may_be_none": bool}
+        _check_inner(where, settings, "benchmark", fields, required=("name",))
+    elif kind in ("choice", "span"):
+        raise ValueError(f"{where}: kind={kind!r} wants a benchmark, and there is none")
+
+
+def _check_inner(
+    where: str, settings: Mapping[str, Any], name: str, fields: Mapping[str, Any], required: Any
+) -> None:
+    """ValueError if an object in the settings lacks a field, has an unknown one or a wrong type."""
+    inner, where = settings.get(name, {}), f"{where}: {name}"
+    if missing := [field for field in required if field not in inner]:
+        raise ValueError(f"{where} has no {listing(missing)}")
+    if unknown := sorted(inner.keys() - fields.keys()):
+        raise ValueError(f"{where} has the unknown fields {listing(unknown)}")
+    check_fields(where, inner, fields)
+
+
+def _check_casting(where: str, values: Mapping[str, Any]) -> None:
+    """ValueError for a number that cannot work."""
+    limits = {
+        "max_target_length": (2, _MOST_TOKENS),
+        "max_new_tokens": (1, _MOST_TOKENS),
+        "num_beams": (1, _MOST_BEAMS),
+    }
+    for name, (least, most) in limits.items():
+        if not least <= values.get(name, least) <= most:
+            raise ValueError(
+                f"{where}: {name}={quote(values[name], 40)} must be from {least} to {most:,}"
+            )
+    if not values.get("score_step", 1.0) > 0:
+        raise ValueError(f"{where}: score_step={values['score_step']} must be above 0")
+
+
+def _check_labels(where: str, settings: Mapping[str, Any]) -> None:
+    """ValueError if the names of the labels are not as many as the kind of task has outputs."""
+    kind, names, num_labels = (settings[name] for name in ("kind", "label_names", "num_labels"))
+    if bool(names) != (kind == "classification"):
+        raise ValueError(
+            f"{where}: label_names={quote(names)} must be "
+            f"{'names' if kind == 'classification' else 'empty'} for kind={kind!r}"
+        )
+    check_names(names, f"{where}: label_names")
+    if settings["head"] != "sequence_classification":
+        return
+    outputs = tasks.Task("", kind, tuple(names), {}).num_labels
+    if num_labels != outputs:
+        raise ValueError(
+            f"{where}: num_labels={num_labels} must be {outputs} for kind={kind!r} and "
+            f"label_names={quote(names)}"
+        )

@@ -1,0 +1,267 @@
+"""How a task is put to a backbone: what is tokenised, what a step computes, how a split is scored.
+
+`Classifier`, `Chooser` and `SpanExtractor` are heads on an encoder, `TextToText` is a task cast as
+text for an encoder-decoder, `SpanCorruption` its pre-training. Whoever trains, evaluates or
+predicts knows `Objective` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import compacter_jax as cj
+from compacter_jax.compositions.base import parallel_names
+from compacter_jax.models.loading import read_config
+from train import tasks
+from train.cli.options import TextToTextOptions
+from train.data import tokens
+from train.fit.options import FitOptions
+from train.objectives import noise as objectives_noise
+from train.objectives.base import Objective
+from train.objectives.classification import Chooser, Classifier, ParallelClassifier
+from train.objectives.span_corruption import SpanCorruption
+from train.objectives.span_extraction import SpanExtractor
+from train.objectives.text_to_text import TextToText
+from train.tasks import text_format
+from train.tasks.benchmark import Benchmark, Choice, Kind
+from train.tasks.benchmarks import find
+
+__all__ = [
+    "Objective",
+    "check_length",
+    "check_options",
+    "for_task",
+    "from_settings",
+    "head_arguments",
+]
+
+MODEL_TYPES = ("t5", "mt5")
+
+
+def head_arguments(
+    backbone: str | Path, num_labels: int, kind: Kind = "classification"
+) -> dict[str, Any]:
+    """What to load a checkpoint with: T5's own head, or a new one for the kind of task."""
+    if is_text_to_text(backbone):
+        return {"head": "auto"}
+    if kind == "span":
+        return {"head": "question_answering"}
+    return {"head": "sequence_classification", "num_labels": num_labels}
+
+
+def is_text_to_text(backbone: str | Path) -> bool:
+    """Whether a checkpoint is of the T5 family; errors as of `load_backbone`."""
+    return read_config(backbone).model_type in MODEL_TYPES
+
+
+def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Objective:
+    """The objective of a run, by its task and whether the backbone has a decoder.
+
+    Raises:
+      ValueError: if a T5 cannot write text, or the labels or the special tokens do not suit.
+    """
+    module = model.backbone
+    if isinstance(module, cj.T5) and parallel_names(model.method):
+        raise ValueError(
+            "adapters beside each other (parallel) are for encoders; use each by itself on a T5"
+        )
+    if not isinstance(module, cj.T5):
+        made = _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
+        if task.benchmark is not None and task.benchmark.unanswered(task.splits["train"]):
+            made = _with_none(made)
+        return made
+    if module.head != "conditional_generation":
+        raise ValueError(
+            f"{options.backbone} is a T5 with head={module.head!r}, which cannot write text; "
+            "fine-tuning needs the decoder and the head of a T5ForConditionalGeneration"
+        )
+    if task.kind == "span_corruption":
+        noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}
+        made = _span_corruption(model, tokenizer, module.config, options.max_length, noise)
+        return dataclasses.replace(made, seed=options.seed)
+    casting = text_format.Casting(
+        kind=_casting_kind(task.kind),
+        label_names=task.label_names,
+        prefix=task.prefix if options.prefix is None else options.prefix,
+        score_step=options.score_step,
+        max_target_length=options.max_target_length,
+        max_new_tokens=options.max_target_length,
+        evaluate_by=options.evaluate_by,
+        num_beams=options.num_beams,
+    )
+    if task.kind == "regression":
+        scores = task.splits["train"]["score"][:]
+        casting = dataclasses.replace(casting, score_mean=float(np.mean(scores)))
+    cast = _text_to_text(
+        model, tokenizer, module.config, casting, options.max_length, task.benchmark
+    )
+    text_format.check_written(task.label_names, tokenizer)
+    return cast
+
+
+def from_settings(
+    settings: Mapping[str, Any], model: Any, tokenizer: Any, **changes: Any
+) -> Objective:
+    """The objective that `fit` saved an adapter with.
+
+    Args:
+      settings: of `adapter_config.json`.
+      model: the adapted module.
+      tokenizer: the backbone's.
+      **changes: fields of `text.Casting` to change, where not None and the objective has one.
+    """
+    config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
+    if kind == "span_corruption":
+        return _span_corruption(model, tokenizer, config, max_length, settings[kind])
+    benchmark = _benchmark_of(settings)
+    if "text_to_text" not in settings:
+        made = _of_encoder(model, tokenizer, kind, max_length, benchmark)
+        return _with_none(made) if settings.get("benchmark", {}).get("may_be_none") else made
+    names = settings["label_names"]
+    casting = text_format.from_json(settings["text_to_text"], _casting_kind(kind), names)
+    given = {name: value for name, value in changes.items() if value is not None}
+    casting = dataclasses.replace(casting, **given)
+    if casting.kind == "classification" and casting.generates:
+        text_format.check_written(casting.label_names, tokenizer)
+    return _text_to_text(model, tokenizer, config, casting, max_length, benchmark)
+
+
+def check_options(task: tasks.Task, options: FitOptions) -> None:
+    """Refuses what does not go together, before anything slow.
+
+    Raises:
+      ValueError: if a split is missing; the task needs a decoder, or an option for one is given,
+        and there is none; or the task has no examples to sample.
+    """
+    needed = ("train",) if task.kind == "span_corruption" else ("train", "validation")
+    for split in needed:
+        if split not in task.splits:
+            raise ValueError(f"fit needs a {split} split; give --{split}-file")
+    if task.kind == "span_corruption" and options.train_size is not None:
+        raise ValueError(
+            f"--train-size is for tasks with examples, not for {task.name}; give a shorter text, "
+            "or --max-steps"
+        )
+    if options.prompt_words is not None and not options.method_config().needs_token_ids():
+        raise ValueError(
+            "--prompt-words are for prompts that start from the vocabulary, such as those of "
+            "prompt-tuning-vocabulary, and take the place of --prompt-token-ids; leave them out"
+        )
+    if is_text_to_text(options.backbone):
+        return
+    check_length(read_config(options.backbone), options.method_config(), options.max_length)
+    if task.kind in ("text", "span_corruption"):
+        raise ValueError(
+            f"task {task.name!r} ({task.kind}) needs an encoder-decoder such as T5, and "
+            f"{options.backbone} is none"
+        )
+    for field in dataclasses.fields(TextToTextOptions):
+        if getattr(options, field.name) != field.default:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is for encoder-decoders such as T5, and "
+                f"{options.backbone} is none"
+            )
+
+
+def check_length(config: Any, method: Any, max_length: int) -> None:
+    """ValueError if inputs with a method's prompt do not fit an encoder's absolute positions."""
+    prompt_length = sum(part.extra_tokens for part in method.inserted())
+    positions = config.max_position_embeddings
+    if prompt_length and max_length + prompt_length > positions:
+        room = positions - prompt_length
+        fix = (
+            f"use a max_length of {room} or less, or a shorter prompt"
+            if room >= 3
+            else (f"use a prompt of {max(positions - max_length, 1)} or less")
+        )
+        raise ValueError(
+            f"max_length={max_length} and prompt_length={prompt_length} together exceed the "
+            f"backbone's {positions} positions; {fix}"
+        )
+
+
+def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
+    """The benchmark that an adapter was trained on, if it was one."""
+    if "benchmark" not in settings:
+        return None
+    name = settings["benchmark"]["name"]
+    if (benchmark := find(name)) is None:
+        raise ValueError(
+            f"the adapter was trained on {name!r}, of which this version knows nothing"
+        )
+    return benchmark
+
+
+def _of_encoder(
+    model: Any, tokenizer: Any, kind: Kind, max_length: int, benchmark: Benchmark | None
+) -> Objective:
+    """What a head on an encoder does for a task; ValueError if `Parallel` cannot do it."""
+    if names := parallel_names(model.method):
+        if kind not in ("classification", "regression") or isinstance(benchmark, Choice):
+            raise ValueError(
+                "adapters beside each other (parallel) have labels or scores of their own, and a "
+                f"{kind} task has none; use each by itself"
+            )
+        return ParallelClassifier(model, tokenizer, kind, max_length, benchmark, names)
+    if benchmark is not None and kind == "span":
+        return SpanExtractor(model, tokenizer, max_length, benchmark)
+    if isinstance(benchmark, Choice):
+        return Chooser(model, tokenizer, "classification", max_length, benchmark)
+    return Classifier(model, tokenizer, kind, max_length, benchmark)
+
+
+def _with_none(objective: Objective) -> Objective:
+    """One that may find no answer, where it looks for one in a text."""
+    if isinstance(objective, SpanExtractor):
+        return dataclasses.replace(objective, may_be_none=True)
+    return objective
+
+
+def _casting_kind(kind: Kind) -> Kind:
+    """What a decoder makes of a task: candidates and spans are text that it writes."""
+    return "text" if kind in ("choice", "span") else kind
+
+
+def _text_to_text(
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    casting: text_format.Casting,
+    max_length: int,
+    benchmark: Benchmark | None,
+) -> TextToText:
+    """With the longest label as the limit of what is generated, where labels are."""
+    _check_special_tokens(tokenizer, config)
+    made = TextToText(model, tokenizer, config, casting, max_length, benchmark)
+    if casting.kind == "classification":
+        casting = dataclasses.replace(casting, max_new_tokens=made.label_ids.shape[1])
+    return dataclasses.replace(made, casting=casting)
+
+
+def _span_corruption(
+    model: Any, tokenizer: Any, config: Any, max_length: int, noise: Mapping[str, float]
+) -> SpanCorruption:
+    _check_special_tokens(tokenizer, config)
+    corruption = objectives_noise.SpanCorruption(
+        max_length,
+        **noise,
+        eos_token_id=config.eos_token_id,
+        sentinel_ids=tokens.sentinel_ids(tokenizer),
+    )
+    return SpanCorruption(model, tokenizer, config, corruption)
+
+
+def _check_special_tokens(tokenizer: Any, config: Any) -> None:
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        if getattr(config, name) is None:
+            raise ValueError(f"config.json of the backbone has no {name}; add it")
+    if tokenizer.eos_token_id != config.eos_token_id:
+        raise ValueError(
+            f"the tokenizer ends sequences with the token {tokenizer.eos_token_id}, the backbone "
+            f"with {config.eos_token_id}; use the backbone's own tokenizer"
+        )

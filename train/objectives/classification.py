@@ -1,0 +1,146 @@
+"""Objectives of an encoder: a label or a score, one of several candidates, a part of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from train.compute import step
+from train.data import tokens
+from train.objectives import learning_rates as objectives_learning_rates
+from train.objectives.base import Objective, Predictions, mean_loss, refuse_logits, targets_of
+from train.tasks import metrics
+from train.tasks.benchmark import Benchmark, Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier(Objective):
+    """Labels or scores from the head of an encoder.
+
+    Attributes:
+      model: takes ids, mask and token types; returns `[batch, num_labels]` logits.
+      tokenizer: joins pairs as the encoder wants them.
+      kind: "classification" or "regression".
+      max_length: longest input in tokens.
+      benchmark: whose rows are read, if any.
+    """
+
+    inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
+    learning_rates: ClassVar = objectives_learning_rates.CLASSIFIER
+    model: Any
+    tokenizer: Any
+    kind: Any
+    max_length: int
+    benchmark: Benchmark | None = None
+
+    @property
+    def loss(self) -> step.LossFunction:
+        """Cross-entropy or squared error."""
+        return step.loss_function(self.kind)
+
+    def outputs(self, params: step.Params, batch: step.Batch) -> Array:
+        """`[batch, num_labels]` float32 logits."""
+        return step.logits_of(self.apply)(params, batch)
+
+    def encode(self, rows: Any) -> tokens.Encoded:
+        """Tokenises sentences or pairs."""
+        if self.benchmark is None:
+            return tokens.tokenize(rows, self.tokenizer, self.max_length)
+        rows = self.benchmark.named(rows)
+        columns = self.benchmark.for_encoder(rows)
+        encoded = tokens.tokenize(columns, self.tokenizer, self.max_length)
+        return dataclasses.replace(encoded, rows=rows, groups=tokens.groups_of(columns))
+
+    def scores(self, outputs: np.ndarray, encoded: tokens.Encoded) -> dict[str, float]:
+        """The metrics of `compute_metrics` and of the benchmark, and the mean loss."""
+        values = metrics.compute_metrics(self.kind, outputs, targets_of(encoded))
+        return {
+            **self.with_benchmark(values, outputs.argmax(-1), encoded),
+            "loss": mean_loss(self.loss, outputs, encoded),
+        }
+
+    def predictions(self, outputs: np.ndarray, encoded: tokens.Encoded) -> Predictions:
+        """The logits."""
+        return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelClassifier(Classifier):
+    """Classifiers beside each other, of a model that returns a tuple of their logits.
+
+    What is trained is the mean of their losses; the metrics are those of each, as
+    `NAME/accuracy`, and their means.
+
+    Attributes:
+      names: of the classifiers.
+    """
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> step.LossFunction:
+        """The mean over the classifiers."""
+        of_one = super().loss
+
+        def mean(logits: Any, labels: Array) -> Array:
+            return jnp.mean(jnp.stack([of_one(each, labels) for each in logits]), axis=0)
+
+        return mean
+
+    def outputs(self, params: step.Params, batch: step.Batch) -> Any:
+        """A tuple of `[batch, num_labels]` float32 logits."""
+        return tuple(each.astype(jnp.float32) for each in self.apply(params, batch, None))
+
+    def scores(self, outputs: Any, encoded: tokens.Encoded) -> dict[str, float]:
+        """Those of each classifier, and under the metrics' own names their means."""
+        alone = Classifier(self.model, self.tokenizer, self.kind, self.max_length, self.benchmark)
+        each = [alone.scores(logits, encoded) for logits in outputs]
+        means = {name: float(np.mean([scores[name] for scores in each])) for name in each[0]}
+        named = zip(self.names, each, strict=True)
+        own = {f"{who}/{name}": value for who, found in named for name, value in found.items()}
+        return means | own
+
+    def predictions(self, outputs: Any, encoded: tokens.Encoded) -> dict[str, Any]:
+        """Name -> logits."""
+        return dict(zip(self.names, outputs, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chooser(Classifier):
+    """One of the candidates of a row, each of which the classifier judges by itself."""
+
+    benchmark: Choice
+
+    def scores(self, outputs: np.ndarray, encoded: tokens.Encoded) -> dict[str, float]:
+        """The benchmark's metrics of what is chosen, and the mean loss of a candidate."""
+        targets_of(encoded)
+        metrics.check_finite(outputs)
+        chosen, values = self.predictions(outputs, encoded), {}
+        if isinstance(chosen, np.ndarray):
+            values = metrics.compute_metrics("classification", chosen, encoded.rows["label"][:])
+        return {
+            **self.with_benchmark(values, chosen, encoded),
+            "loss": mean_loss(self.loss, outputs, encoded),
+        }
+
+    def predictions(self, outputs: np.ndarray, encoded: tokens.Encoded) -> Predictions:
+        """What is chosen; where candidates are labels, `[rows, labels]` logits of them.
+
+        A candidate's logit is by how much it is rather right than wrong.
+        """
+        assert encoded.groups is not None
+        ends = np.flatnonzero(np.diff(encoded.groups)) + 1
+        chances = np.split(outputs[:, 1] - outputs[:, 0], ends)
+        if self.benchmark.kind == "classification":
+            return np.stack(chances)
+        pairs = zip(self.benchmark.candidates(encoded.rows), chances, strict=True)
+        return [names[chance.argmax()] for names, chance in pairs]
+
+    def check_predicts(self, *, logits: bool) -> None:
+        """Rows with candidates of their own have no logits of labels."""
+        if logits and self.benchmark.kind != "classification":
+            refuse_logits(self.benchmark)

@@ -1,0 +1,183 @@
+"""T5's pre-training task: text with spans cut out, and the spans to put back."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from dataclasses import KW_ONLY, dataclass
+
+import numpy as np
+
+from train.data.corpus import Segments, joined
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """Takes spans out of a segment of text and makes them the target.
+
+    Of `n` tokens `round(noise_density * n)` are noise, in `round(noise / mean_span_length)` spans
+    (of both at least one). Spans of text and of noise alternate, the first is text, the last is
+    noise; all such divisions are equally likely. In the inputs the first span of noise is replaced
+    by the first sentinel, the second by the second, and so on; the targets hold the same sentinels,
+    each followed by its span. Both end with the end-of-sequence token. Figure 2 of the paper closes
+    the targets with one more sentinel; the released code, with which the checkpoints were trained,
+    does not, since a segment never ends in text, and so it is done here.
+
+    Attributes:
+      input_length: most tokens of the inputs, sentinels and the end of the sequence included.
+      noise_density: part of the tokens to take out.
+      mean_span_length: tokens per span of noise, on average.
+      eos_token_id: the end of a sequence.
+      sentinel_ids: what replaces the first span, the second, …; see `sentinel_ids`.
+
+    Raises:
+      ValueError: if a value is out of its range, or there are fewer sentinels than spans.
+
+    References:
+      Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+      Transformer, JMLR 2020, arXiv:1910.10683, sections 3.1.4 and 3.3.4.
+    """
+
+    input_length: int
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+    _: KW_ONLY
+    eos_token_id: int
+    sentinel_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "input_length": (self.input_length >= 3, "at least 3: a token, a sentinel and the end"),
+            # Above, hardly anything is left to go by, and segments grow without bound.
+            "noise_density": (0 < self.noise_density <= 0.9, "above 0 and at most 0.9"),
+            "mean_span_length": (1 <= self.mean_span_length < math.inf, "at least 1"),
+            "eos_token_id": (self.eos_token_id >= 0, "at least 0"),
+        }
+        for name, (holds, want) in wanted.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} must be {want}")
+        ids = (self.eos_token_id, *self.sentinel_ids)
+        if len(set(ids)) < len(ids) or min(ids) < 0:
+            raise ValueError(
+                f"sentinel_ids={self.sentinel_ids} must be distinct, none of them negative or "
+                f"eos_token_id={self.eos_token_id}"
+            )
+        self._check_sentinels()
+
+    @functools.cached_property  # `corrupt` looks at it for every segment
+    def segment_length(self) -> int:
+        """Tokens of text that make inputs of `input_length`, or as near below as can be."""
+        # Above this even the text that is left would not fit.
+        limit = math.ceil(self.input_length / (1 - self.noise_density)) + 1
+        return bisect.bisect_right(range(limit), self.input_length, key=self._num_inputs) - 1
+
+    @property
+    def target_length(self) -> int:
+        """Tokens of the targets of a segment of `segment_length`; shorter ones have no more."""
+        return sum(self._num_noise(self.segment_length)) + 1
+
+    def corrupt(
+        self, tokens: np.ndarray, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of one segment.
+
+        Args:
+          tokens: `[n]` integers, `2 <= n <= segment_length`, no sentinels among them.
+          generator: which noise to draw; segments of one length take as much from it.
+
+        Returns:
+          Inputs `[n - noise + spans + 1]` and targets `[noise + spans + 1]`, int32.
+
+        Raises:
+          ValueError: if there are too few or too many tokens.
+        """
+        if not 2 <= len(tokens) <= self.segment_length:
+            raise ValueError(
+                f"a segment of {len(tokens)} tokens cannot be corrupted with input_length="
+                f"{self.input_length}; it wants 2 to {self.segment_length}"
+            )
+        noise, spans = self._num_noise(len(tokens))
+        noise_lengths = _random_lengths(noise, spans, generator)
+        text_lengths = _random_lengths(len(tokens) - noise, spans, generator)
+        lengths = np.stack([text_lengths, noise_lengths], axis=1).ravel()
+        is_noise = np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
+        starts = np.cumsum(lengths) - lengths
+        inputs = self._replace_spans(tokens, is_noise, starts[1::2])
+        targets = self._replace_spans(tokens, ~is_noise, starts[::2])
+        return inputs, targets
+
+    def _replace_spans(
+        self, tokens: np.ndarray, dropped: np.ndarray, starts: np.ndarray
+    ) -> np.ndarray:
+        """`tokens` with a sentinel for every span of `dropped`, and the end of the sequence."""
+        tokens = np.append(tokens, self.eos_token_id).astype(np.int32)
+        kept = np.append(~dropped, True)
+        tokens[starts] = self.sentinel_ids[: len(starts)]
+        kept[starts] = True
+        return tokens[kept]
+
+    def _num_noise(self, length: int) -> tuple[int, int]:
+        """Noise tokens and their spans in a segment of `length`; neither falls as it grows."""
+        noise = min(max(round(length * self.noise_density), 1), length - 1)
+        spans = max(round(noise / self.mean_span_length), 1)
+        return noise, min(spans, length - noise)
+
+    def _num_inputs(self, length: int) -> int:
+        if length < 2:
+            return 0
+        noise, spans = self._num_noise(length)
+        return length - noise + spans + 1
+
+    def _check_sentinels(self) -> None:
+        have = len(self.sentinel_ids)
+        length = self.segment_length
+        if self._num_noise(length)[1] <= have:
+            return
+        fitting = bisect.bisect_right(range(2, length), have, key=lambda n: self._num_noise(n)[1])
+        instead = (
+            f"input_length={self._num_inputs(fitting + 1)} or less, or a longer mean_span_length"
+            if fitting
+            else "a tokenizer that has some"
+        )
+        raise ValueError(
+            f"input_length={self.input_length} makes {self._num_noise(length)[1]} spans, but there "
+            f"are {have} sentinels; use {instead}"
+        )
+
+
+def corrupted(
+    segments: Segments, corruption: SpanCorruption, *, seed: int, epoch: int
+) -> tuple[Segments, Segments]:
+    """Inputs and targets of every segment, with the noise of one epoch.
+
+    The noise of a segment depends on `seed`, `epoch` and the segment's index alone.
+
+    Args:
+      segments: text, as `read_segments` returns it.
+      corruption: how to corrupt; its `segment_length` is that of the segments or more.
+      seed: of the noise.
+      epoch: each draws its own noise.
+
+    Returns:
+      `(inputs, targets)`, of as many segments, in the same order.
+
+    Raises:
+      ValueError: if `seed` or `epoch` is negative, or a segment does not suit `corruption`.
+    """
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"span corruption wants seed and epoch of 0 or more, got {seed}, {epoch}")
+    pairs = [
+        corruption.corrupt(segments[i], np.random.default_rng([seed, epoch, i]))
+        for i in range(len(segments))
+    ]
+    inputs, targets = zip(*pairs, strict=True) if pairs else ((), ())
+    return joined(inputs), joined(targets)
+
+
+def _random_lengths(total: int, parts: int, generator: np.random.Generator) -> np.ndarray:
+    """`[parts]` positive integers that add up to `total`, every way to do so equally likely."""
+    bounds = np.zeros(parts + 1, np.int64)
+    bounds[1:-1] = np.sort(generator.permutation(total - 1)[: parts - 1]) + 1
+    bounds[-1] = total
+    return bounds[1:] - bounds[:-1]

@@ -1,0 +1,244 @@
+"""Objectives of an encoder-decoder: tasks cast as text, and its pre-training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import compacter_jax as cj
+from train.compute import step
+from train.data import batching
+from train.data import tokens as data_tokens
+from train.objectives import learning_rates as objectives_learning_rates
+from train.objectives.base import Objective, Predicted, targets_of
+from train.tasks import metrics, text_format
+from train.tasks.benchmark import Benchmark
+
+# Of labels in a notice.
+_MOST_SHOWN = 10
+
+
+class Seq2Seq(Objective):
+    """What all objectives of an encoder-decoder share: the loss is that of the target's tokens.
+
+    Attributes:
+      config: of the backbone's module; the special tokens are its.
+    """
+
+    inputs: ClassVar = ("input_ids", "attention_mask", "decoder_input_ids")
+    learning_rates: ClassVar = objectives_learning_rates.TEXT_TO_TEXT
+    config: Any
+
+    @property
+    def loss(self) -> step.LossFunction:
+        """Cross-entropy of the target's tokens."""
+        return step.loss_function("tokens")
+
+    def encoded(
+        self,
+        inputs: data_tokens.Texts,
+        target_texts: data_tokens.Texts | None,
+        targets: np.ndarray | None = None,
+    ) -> data_tokens.Encoded:
+        """Inputs and targets that are token ids already."""
+        return data_tokens.Encoded(
+            input_ids=inputs.ids,
+            token_type_ids=None,
+            offsets=inputs.offsets,
+            targets=targets,
+            max_length=inputs.max_length,
+            pad_token_id=self.config.pad_token_id,
+            num_truncated=inputs.num_truncated,
+            unknown=inputs.unknown,
+            target_texts=target_texts,
+            decoder_start_token_id=self.config.decoder_start_token_id,
+        )
+
+    def teacher_forced(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
+        """Per row: `loss`, the mean over target tokens, and `correct`, how many come first."""
+        logits, labels = self.apply(params, batch, None), batch["labels"]
+        correct = jnp.sum((logits.argmax(-1) == labels) & (labels != data_tokens.IGNORED), -1)
+        return {"loss": self.loss(logits, labels), "correct": correct}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToText(Seq2Seq):
+    """A task cast as text; labels by the likelihood of their words unless by generation.
+
+    Attributes:
+      model: an encoder-decoder with logits.
+      tokenizer: the backbone's.
+      config: of its module.
+      casting: how rows become text and text predictions.
+      max_length: longest input in tokens, the end-of-sequence token included.
+      benchmark: whose rows are read, if any.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: Any
+    casting: text_format.Casting
+    max_length: int
+    benchmark: Benchmark | None = None
+
+    @functools.cached_property
+    def label_ids(self) -> np.ndarray:
+        """`[labels, length]` int32 token ids of the label words, `IGNORED` behind their end."""
+        casting = self.casting
+        tokens = text_format.label_tokens(
+            casting.label_names, self.tokenizer, casting.max_target_length
+        )
+        ids = np.full((len(tokens), max(map(len, tokens))), data_tokens.IGNORED, np.int32)
+        for row, label in zip(ids, tokens, strict=True):
+            row[: len(label)] = label
+        return ids
+
+    def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
+        """`scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]` and `loss`."""
+        if not self.casting.generates:
+            return {"scores": self._label_scores(params, batch)}
+        ids = cj.generate(
+            self.model,
+            params,
+            batch["input_ids"],
+            batch["attention_mask"],
+            max_new_tokens=self.casting.max_new_tokens,
+            num_beams=self.casting.num_beams,
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+            decoder_start_token_id=self.config.decoder_start_token_id,
+            adapter_ids=batch.get("adapter_ids"),
+        )
+        forced = self.teacher_forced(params, batch) if "decoder_input_ids" in batch else {}
+        return {"ids": ids, **forced}
+
+    def encode(self, rows: Any) -> data_tokens.Encoded:
+        """Casts rows as text and tokenises it."""
+        casting, columns = self.casting, rows
+        if self.benchmark is not None:
+            rows = self.benchmark.named(rows)
+            columns = self.benchmark.for_decoder(rows)
+        targets = casting.targets(columns)
+        if targets is not None and casting.kind == "regression":
+            text_format.check_scores(targets, self.tokenizer)
+        encoded = self.encoded(
+            data_tokens.tokenize_texts(
+                casting.inputs(columns), self.tokenizer, self.max_length, what="input"
+            ),
+            None
+            if targets is None
+            else data_tokens.tokenize_texts(
+                targets,
+                self.tokenizer,
+                casting.max_target_length,
+                what="target",
+                may_be_empty=self.benchmark is not None,
+            ),
+            data_tokens.targets_of(columns),
+        )
+        return dataclasses.replace(encoded, rows=rows, groups=data_tokens.groups_of(columns))
+
+    def scores(
+        self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
+    ) -> dict[str, float]:
+        """Metrics of the kind of task and of the benchmark, and the mean loss of a target token."""
+        casting, targets = self.casting, targets_of(encoded)
+        if not casting.generates:
+            scores = outputs["scores"]
+            likelihoods = scores[np.arange(len(targets)), targets].astype(np.float64)
+            values = metrics.compute_metrics("classification", scores, targets)
+            values = self.with_benchmark(values, scores.argmax(-1), encoded)
+            return {**values, "loss": float(-likelihoods.sum() / num_tokens(encoded).sum())}
+        predictions = casting.read(text_format.decode(outputs["ids"], self.tokenizer))
+        if casting.kind == "classification":
+            values = metrics.label_metrics(predictions, targets, len(casting.label_names))
+        elif casting.kind == "regression":
+            values = metrics.score_metrics(predictions, targets, casting.score_mean)
+        else:
+            values = metrics.text_metrics(predictions, targets)
+        if encoded.groups is not None:
+            # A row with several right answers is several examples with one input.
+            predictions = predictions[np.unique(encoded.groups, return_index=True)[1]]
+        values = self.with_benchmark(values, predictions, encoded)
+        return {**values, "loss": mean_token_loss(outputs, encoded)}
+
+    def predictions(
+        self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
+    ) -> Predicted:
+        """Label scores as logits; or scores, None where the text is no number; or texts."""
+        if not self.casting.generates:
+            return outputs["scores"]
+        read = self.casting.read(text_format.decode(outputs["ids"], self.tokenizer))
+        if self.casting.kind == "regression":
+            return [None if np.isnan(score) else float(score) for score in read]
+        return list(map(str, read))
+
+    def notices(self) -> list[str]:
+        """Returns which labels have characters that the tokenizer has no token for."""
+        names, unknown = self.casting.label_names, self.tokenizer.unk_token_id
+        if not names or unknown is None:
+            return []
+        said = zip(names, self.label_ids, text_format.written(names, self.tokenizer), strict=True)
+        found = [
+            f"{name!r:.100} (written {as_text!r:.100})"
+            for name, ids, as_text in said
+            if unknown in ids
+        ]
+        if not found:
+            return []
+        more = ", …" if len(found) > _MOST_SHOWN else ""
+        return [
+            f"{len(found)} of {len(names)} labels have characters that the tokenizer has no token "
+            f"for: {', '.join(found[:_MOST_SHOWN])}{more}"
+        ]
+
+    def check_predicts(self, *, logits: bool) -> None:
+        """Text that is generated has no logits of labels."""
+        if logits and self.casting.generates:
+            raise ValueError(
+                f"--logits: predictions of kind {self.casting.kind} are generated text, which has "
+                "none; leave it out"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The casting, but for what every adapter has."""
+        return {**super().settings, "text_to_text": text_format.to_json(self.casting)}
+
+    def _label_scores(self, params: step.Params, batch: step.Batch) -> Array:
+        """Log-likelihood of each label's text, all labels in one call of the decoder."""
+        labels, rows = jnp.asarray(self.label_ids), batch["input_ids"].shape[0]
+        mask = batch["attention_mask"]
+        states = self.model.apply(
+            {"params": params}, batch["input_ids"], mask, method="encode", **step.routing(batch)
+        )
+        inputs = batching.shift_right(
+            self.label_ids, self.config.pad_token_id, self.config.decoder_start_token_id
+        )
+        logits = self.model.apply(
+            {"params": params},
+            jnp.tile(inputs, (rows, 1)),
+            jnp.repeat(states, len(labels), axis=0),
+            jnp.repeat(mask, len(labels), axis=0),
+            method="decode",
+            **step.routing(batch, len(labels)),
+        )
+        likelihoods = step.token_log_likelihoods(logits, jnp.tile(labels, (rows, 1)))
+        return likelihoods.sum(-1).reshape(rows, len(labels))
+
+
+def num_tokens(encoded: data_tokens.Encoded) -> np.ndarray:
+    """`[examples]`: tokens of each target."""
+    assert encoded.target_texts is not None
+    return np.diff(encoded.target_texts.offsets)
+
+
+def mean_token_loss(outputs: Mapping[str, np.ndarray], encoded: data_tokens.Encoded) -> float:
+    """Returns the mean loss over the tokens of all targets."""
+    return float(np.average(outputs["loss"].astype(np.float64), weights=num_tokens(encoded)))

@@ -1,0 +1,190 @@
+"""The user's own files as splits of a task, checked row by row."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+
+from train.data.rows import check_texts, column_names, column_values, read_rows, require_column
+from train.tasks import labels
+from train.tasks.benchmark import Kind
+
+_KINDS: dict[str, Kind] = {"label": "classification", "score": "regression", "target": "text"}
+SENTIMENT = Path(__file__).parents[1] / "sentiment"
+SENTIMENT_LABELS = ("negative", "positive")
+
+
+@dataclass(frozen=True)
+class Read:
+    """What files hold.
+
+    Attributes:
+      kind: of the task.
+      label_names: one for each class; empty unless it is classification.
+      splits: split -> rows.
+      notes: what the user should know of how they were read, a line each.
+    """
+
+    kind: Kind
+    label_names: tuple[str, ...]
+    splits: dict[str, datasets.Dataset]
+    notes: tuple[str, ...]
+
+
+def load(
+    files: Mapping[str, Path],
+    wanted: Sequence[str],
+    target: str | None,
+    names: tuple[str, ...],
+    order: tuple[str, ...],
+    max_characters: int,
+) -> Read:
+    """Reads the splits of a task.
+
+    Args:
+      files: split -> file.
+      wanted: the splits to return.
+      target: the column to predict; None takes the first of label, score and target there is.
+      names: of labels; where there are none, those of the training file.
+      order: what integer labels from 0 on stand for, where that is stated.
+      max_characters: limit on the length of one sentence.
+
+    Raises:
+      FileNotFoundError, ValueError: as `train.tasks.load_task`.
+    """
+    target = target or _target_column(next(iter(files.values())), max_characters)
+    # The training file is read even when only evaluating, if the label names have to come from it.
+    needed = [s for s in files if s in wanted or (s == "train" and target == "label" and not names)]
+    columns = {split: _read_split(files[split], target, max_characters) for split in needed}
+    _check_same_columns(files, columns)
+    notes: list[str] = []
+    if target != "label":
+        names = ()
+    else:
+        if "train" in columns:
+            _check_two_classes(files["train"], columns["train"]["label"])
+        if not names:
+            names, order, notes = _names_of_training(files, columns)
+        for split, values in columns.items():
+            values["label"], told = labels.indices(files[split], values["label"], names, order)
+            notes += told
+        if "train" in columns:
+            _check_two_classes(files["train"], [names[i] for i in columns["train"]["label"]])
+    splits = {split: _dataset(columns[split], names) for split in wanted}
+    return Read(_KINDS[target], names, splits, tuple(dict.fromkeys(notes)))
+
+
+def _target_column(path: Path, max_characters: int) -> str:
+    names = column_names(next(read_rows(path, max_characters=max_characters)))
+    return next((column for column in _KINDS if column in names), "label")
+
+
+def _read_split(path: Path, target: str, max_characters: int) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {}
+    for rows in read_rows(path, max_characters=max_characters):
+        if not columns:
+            names = column_names(rows)
+            require_column(path, names, target)
+            columns = {name: [] for name in ("sentence", "sentence2", target) if name in names}
+        for name in columns:
+            columns[name] += column_values(rows, name)
+    if target == "score":
+        columns["score"] = [_score(path, row, x) for row, x in enumerate(columns["score"], 1)]
+    elif target == "target":
+        texts = columns[target]
+        check_texts(path, target, texts, range(1, 1 + len(texts)), max_characters)
+    else:
+        class_names = _class_names(path)
+        columns["label"] = [
+            _label(path, row, x, class_names) for row, x in enumerate(columns["label"], 1)
+        ]
+    return columns
+
+
+def _check_same_columns(files: Mapping[str, Path], columns: Mapping[str, dict[str, Any]]) -> None:
+    pairs = {split: "sentence2" in values for split, values in columns.items()}
+    if len(set(pairs.values())) > 1:
+        with_pairs = next(files[split] for split, pair in pairs.items() if pair)
+        without = next(files[split] for split, pair in pairs.items() if not pair)
+        raise ValueError(f"{with_pairs} has a column 'sentence2' and {without} has none")
+
+
+def _check_two_classes(path: Path, found: Sequence[str]) -> None:
+    if len(set(found)) == 1:
+        raise ValueError(
+            f"{path}: every label is {found[0]!r:.80}; training needs at least two classes"
+        )
+
+
+def _class_names(path: Path) -> Sequence[str]:
+    """The names of integer labels, where the file is built in or was written by `datasets`."""
+    if SENTIMENT in path.parents:
+        return SENTIMENT_LABELS
+    if path.suffix.lower() != ".parquet":
+        return ()
+    feature = datasets.Features.from_arrow_schema(pq.read_schema(path)).get("label")
+    return feature.names if isinstance(feature, datasets.ClassLabel) else ()
+
+
+def _label(path: Path, row: int, value: Any, class_names: Sequence[str]) -> str:
+    """A label as text: integers in decimal, or by name where `class_names` has one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas stores integers as floats where some are missing
+    if (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not labels.key(value))
+        or (class_names and value == -1)  # how `datasets` marks a hidden label
+    ):
+        raise ValueError(f"{path}, row {row}: the label is missing")
+    if not isinstance(value, str | int):
+        raise ValueError(
+            f"{path}, row {row}: label {str(value)[:80]!r} is neither an integer nor text; "
+            "a number to predict belongs in a column 'score'"
+        )
+    if isinstance(value, int) and 0 <= value < len(class_names):
+        return class_names[value]
+    return str(value)
+
+
+def _names_of_training(
+    files: Mapping[str, Path], columns: Mapping[str, dict[str, list[Any]]]
+) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """The labels' names, their order where the file states one, and what to say of them."""
+    if "train" not in files:
+        raise ValueError(
+            "without a training file the label names are unknown; give train_file or label_names"
+        )
+    found = Counter(columns["train"]["label"])
+    notes = labels.check_found(files["train"], found)
+    if class_names := tuple(_class_names(files["train"])):
+        return class_names, class_names, notes
+    names = sorted(found, key=int if all(map(labels.is_integer, found)) else None)
+    return tuple(names), (), notes
+
+
+def _score(path: Path, row: int, value: Any) -> float:
+    try:
+        score = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{path}, row {row}: score {str(value)[:80]!r} is not a finite number")
+    return score
+
+
+def _dataset(columns: dict[str, list[Any]], names: tuple[str, ...]) -> datasets.Dataset:
+    """In memory: nothing is cached on disk, so an edited file is never mistaken for an old one."""
+    features: dict[str, Any] = {name: datasets.Value("string") for name in columns}
+    if "label" in columns:
+        features["label"] = datasets.ClassLabel(names=list(names))
+    elif "score" in columns:
+        features["score"] = datasets.Value("float64")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -1,0 +1,276 @@
+"""Tasks cast as text, after the T5 paper: what the encoder reads, what the decoder is to say."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from train.data.tokens import columns_of, tokenize_texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from train.cli.options import EvaluateBy
+    from train.tasks import Kind
+
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+
+
+# Texts -> these as a tokenizer writes them.
+Write: TypeAlias = Callable[["Sequence[str] | np.ndarray"], list[str]]
+
+
+class Said(str):
+    """A text that a decoder wrote, which knows what its tokenizer makes of other texts.
+
+    A tokenizer does not write every text back as it was: T5's has no `<`, and makes of `½` a `12`.
+    Whoever compares a `Said` with a text compares it with what `write` makes of that.
+
+    Attributes:
+      write: texts -> what the tokenizer writes for them, as `written` does.
+    """
+
+    write: Write
+
+    def __new__(cls, text: str, write: Write) -> Said:
+        """Returns the text with its tokenizer's `write`."""
+        made = super().__new__(cls, text)
+        made.write = write
+        return made
+
+
+def as_said(predictions: Iterable[str], texts: Sequence[str] | np.ndarray) -> list[str]:
+    """Returns `texts` as the tokenizer of the predictions writes them.
+
+    Predictions that no decoder wrote, such as parts of a context, leave them as they are.
+    """
+    write: Write = next((text.write for text in predictions if isinstance(text, Said)), list)
+    return write(texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Casting:
+    """How the rows of a task become text, and how text becomes predictions again.
+
+    `movie sentence: a fine film` -> `positive`, for pairs `mrpc sentence1: … sentence2: …`; of the
+    kind "text" `summarize: …` -> the column `target`. A column `text` stands behind the prefix as
+    it is.
+
+    Attributes:
+      kind: of the task.
+      prefix: what the input begins with, by default the task's name.
+      label_names: the label words; empty unless `kind` is "classification".
+      score_step: scores are rounded to the nearest multiple of it.
+      score_mean: of the training split; stands for text that is no number.
+      max_target_length: longest target in tokens, the end-of-sequence token included.
+      max_new_tokens: how many tokens may be generated.
+      evaluate_by: how labels are predicted, by the likelihood of each one's text or by generation.
+      num_beams: of generation.
+
+    References:
+      Raffel et al., Exploring the Limits of Transfer Learning, JMLR 2020, arXiv:1910.10683,
+      section 2.4 and appendix D.
+    """
+
+    kind: Kind
+    prefix: str
+    label_names: tuple[str, ...] = ()
+    score_step: float = 0.2
+    score_mean: float = 0.0
+    max_target_length: int = 64
+    max_new_tokens: int = 64
+    evaluate_by: EvaluateBy = "scoring"
+    num_beams: int = 1
+
+    @property
+    def generates(self) -> bool:
+        """Whether a split is evaluated by generating text."""
+        return self.kind != "classification" or self.evaluate_by == "generation"
+
+    def inputs(self, rows: Dataset | Mapping[str, Sequence[Any]]) -> list[str]:
+        """What the encoder reads: the prefix, and `text`, or `sentence` and maybe `sentence2`."""
+        head = f"{self.prefix} " if self.prefix else ""
+        if "text" in columns_of(rows):
+            return [f"{head}{text}" for text in rows["text"][:]]
+        first = rows["sentence"][:]
+        if "sentence2" in columns_of(rows):
+            pairs = zip(first, rows["sentence2"][:], strict=True)
+            return [f"{head}sentence1: {a} sentence2: {b}" for a, b in pairs]
+        if self.kind == "text":
+            return [f"{self.prefix}: {a}" if self.prefix else a for a in first]
+        return [f"{head}sentence: {a}" for a in first]
+
+    def targets(self, rows: Dataset | Mapping[str, Sequence[Any]]) -> list[str] | None:
+        """What the decoder is to say; None if `rows` does not have the task's column."""
+        column = {"classification": "label", "regression": "score"}.get(self.kind, "target")
+        if column not in columns_of(rows):
+            return None
+        values = rows[column][:]
+        if self.kind == "classification":
+            return [self.label_names[label] for label in values]
+        if self.kind == "regression":
+            return [format_score(score, self.score_step) for score in values]
+        return list(values)
+
+    def read(self, texts: Sequence[str]) -> np.ndarray:
+        """Predictions from generated text.
+
+        Returns:
+          `[texts]` int64 labels, -1 where the text is no label's name; or float64 scores, NaN where
+          it is no number; or the texts as objects. Labels' names are compared as the tokenizer of
+          the texts writes them. White space counts as one space, at the ends as none.
+        """
+        if self.kind == "classification":
+            names = as_said(texts, self.label_names)
+            index = {_plain(name): i for i, name in enumerate(names)}
+            return np.array([index.get(_plain(text), -1) for text in texts], np.int64)
+        if self.kind == "regression":
+            return np.array([parse_score(text) for text in texts], np.float64)
+        plain = [
+            Said(_plain(text), text.write) if isinstance(text, Said) else _plain(text)
+            for text in texts
+        ]
+        return np.array(plain, object)
+
+
+def to_json(casting: Casting) -> dict[str, Any]:
+    """The fields of a casting but for `kind` and `label_names`, which every adapter has."""
+    return {k: v for k, v in asdict(casting).items() if k not in ("kind", "label_names")}
+
+
+def from_json(values: Mapping[str, Any], kind: Kind, label_names: Sequence[str]) -> Casting:
+    """Inverse of `to_json`."""
+    return Casting(kind=kind, label_names=tuple(label_names), **values)
+
+
+def format_score(score: float, step: float) -> str:
+    """The multiple of `step` nearest to `score`, in decimal: 2.57 and 0.2 give "2.6".
+
+    Both are taken as the decimal numbers they are written as, so that 0.3 lies exactly between 0.2
+    and 0.4; of two multiples as near, the even one is taken. All multiples of a step have as many
+    decimals as it has.
+
+    Args:
+      score: a finite number; one that is exact in float32 stands for that float32's decimal.
+      step: above 0.
+    """
+    with np.errstate(over="ignore"):
+        short = np.float32(score)
+    written = Decimal(str(short) if float(short) == score else repr(float(score)))
+    unit = Decimal(repr(float(step))).normalize()
+    # Adding 0 makes of Decimal's negative zero a plain one.
+    return f"{(written / unit).to_integral_value() * unit + 0:f}"
+
+
+def parse_score(text: str) -> float:
+    """The decimal number that `text` is; NaN if it is none."""
+    return float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
+
+
+def label_tokens(
+    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_target_length: int
+) -> list[np.ndarray]:
+    """Token ids of each label word, end-of-sequence token included, as the decoder must say them.
+
+    Raises:
+      ValueError: if a label is longer than `max_target_length`, or two of them cannot be told
+        apart: they differ in white space alone, their tokens are the same, or the tokens of one
+        begin those of the other.
+    """
+    encoded = tokenize_texts(names, tokenizer, max_target_length, what="label")
+    if encoded.num_truncated:
+        longest = max(names, key=len)
+        raise ValueError(
+            f"{encoded.num_truncated} labels are longer than max_target_length={max_target_length} "
+            f"tokens, such as {longest[:80]!r}; give a larger --max-target-length or shorter labels"
+        )
+    tokens = np.split(encoded.ids, encoded.offsets[1:-1])
+    for i, j in itertools.permutations(range(len(names)), 2):
+        if _plain(names[i]) == _plain(names[j]):
+            raise ValueError(
+                f"the labels {names[i]!r} and {names[j]!r} differ in white space alone; rename one"
+            )
+        if np.array_equal(tokens[i], tokens[j][: len(tokens[i])]):
+            raise ValueError(
+                f"the tokenizer cannot tell the labels {names[i]!r} and {names[j]!r} apart: their "
+                f"tokens are {tokens[i].tolist()} and {tokens[j].tolist()}; rename one"
+            )
+    return tokens
+
+
+def check_written(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that labels differ, and are not empty, once the tokenizer has written them.
+
+    Raises:
+      ValueError: names two labels that do not, or one of which nothing is left.
+    """
+    found: dict[str, str] = {}
+    for name, text in zip(names, map(_plain, written(names, tokenizer)), strict=True):
+        if not text:
+            raise ValueError(
+                f"the tokenizer has no token for anything in the label {name!r:.200}, so that no "
+                "decoder can write it; rename it"
+            )
+        if text in found:
+            raise ValueError(
+                f"the tokenizer writes both labels {found[text]!r:.100} and {name!r:.100} as "
+                f"{text!r:.100}; rename one"
+            )
+        found[text] = name
+
+
+def check_scores(targets: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that scores cast as text are still these scores once the tokenizer has written them.
+
+    Raises:
+      ValueError: names one that is not.
+    """
+    different = sorted(set(targets))
+    for score, text in zip(different, written(different, tokenizer), strict=True):
+        if parse_score(text) != parse_score(score):
+            raise ValueError(
+                f"the tokenizer writes the score {score!r:.100} as {text!r:.100}, so that no "
+                "decoder can say it; use a backbone whose tokenizer has digits, point and sign"
+            )
+
+
+def written(texts: Sequence[str] | np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns `decode(tokenize(text))` for each text: what a decoder says that says its tokens.
+
+    Characters without a token are left out, others may be written differently, and nothing is said
+    after an end-of-sequence token.
+    """
+    if not len(texts):
+        return []
+    end = tokenizer.eos_token_id
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    said = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in ids]
+    return _decoded(said, tokenizer)
+
+
+def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Said]:
+    """Returns generated token ids `[rows, length]`, start token first, as text.
+
+    Special tokens are no text, nor are negative ids, which `generate` writes where logits are NaN.
+    """
+    write = functools.partial(written, tokenizer=tokenizer)
+    said = _decoded([row[row >= 0] for row in ids[:, 1:]], tokenizer)
+    return [Said(text, write) for text in said]
+
+
+def _decoded(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _plain(text: str) -> str:
+    """`text` with single spaces for white space, none at the ends."""
+    return " ".join(text.split())
