@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.errors import InvalidRngError
+from flax.errors import InvalidRngError, ScopeParamNotFoundError
 
 from compacter_jax.catalogue import preset
 from compacter_jax.inject.adapted import Adapted, init_adapters
@@ -548,6 +548,10 @@ def test_any_method_of_the_backbone():
     )
     with pytest.raises(ValueError, match="Methods has no method 'feature'"):
         model.apply(variables, x, method="feature")
+    with pytest.raises(ValueError, match="calls the backbone itself, which has no parameters"):
+        model.apply(variables, x, method=lambda model, x: model.backbone.features(x))
+    with pytest.raises(ScopeParamNotFoundError):
+        model.apply({"params": {"host_0": {"other": x}}}, x, method=features)
 
 
 def test_any_method_under_intrinsic_dimension():

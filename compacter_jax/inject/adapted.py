@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
+from flax.errors import ScopeParamNotFoundError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.compositions.banked_layer import Shared, banked_shared
@@ -137,6 +138,14 @@ class Adapted(nn.Module):
             except AttributeError as error:
                 if method is None or not str(error).startswith(_LACKING):
                     raise
+            except ScopeParamNotFoundError as error:
+                if method is None or '"/backbone' not in str(error):
+                    raise
+                raise ValueError(
+                    "the function given as method= calls the backbone itself, which has no "
+                    "parameters there; call its methods on the model that the function is given, "
+                    "as in lambda model, x: model.features(x)"
+                ) from error
         return super().apply(variables, method, *args, method=Adapted.call, **kwargs)
 
     def call(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
