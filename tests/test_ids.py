@@ -169,7 +169,7 @@ def test_a_row_whose_logits_are_nan_has_no_tokens(search):
     settings |= {"max_new_tokens": 3, "min_new_tokens": 0, "num_beams": beams, "start": 0}
     settings |= {"num_return_sequences": beams, "length_penalty": 1.0, "early_stopping": False}
     settings |= {"temperature": 1.0, "top_p": 0.9, "eos": (1,)}
-    settings = settings.Settings(**settings)
+    settings = decode_settings.Settings(**settings)
     logits = np.random.default_rng(0).standard_normal((2 * beams, 5)).astype(np.float32)
     logits[beams:] = np.nan
 

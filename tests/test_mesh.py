@@ -126,7 +126,7 @@ def test_every_device_has_its_part():
 @pytest.mark.parametrize("backbone", ["bert-base-uncased", "t5-base", "google/mt5-base"])
 def test_rules_cover_every_method(backbone):
     from compacter_jax.models.loading import module_from_name
-    from train.fit.shapes import shapes_of
+    from train.objectives.shapes import shapes_of
 
     module = module_from_name(backbone)
     for head in {module.head, "masked_lm"} if isinstance(module, cj.Bert) else {module.head}:

@@ -15,7 +15,6 @@ from compacter_jax.messages import listing
 from train import tasks
 from train.cli.compositions import folder_of
 from train.cli.options import TrainingOptions
-from train.fit.options import FitOptions
 from train.tasks.benchmarks import find as find_benchmark
 from train.tasks.own_files import SENTIMENT
 
@@ -46,7 +45,7 @@ def files_read(options: TrainingOptions) -> Inputs:
         found |= _data_files(name.strip(), options)
     if folder := _backbone_folder(options.backbone):
         found["--backbone"] = _files_of_backbone(folder)
-    if isinstance(options, FitOptions) and options.composition is not None:
+    if options.composition is not None:
         for name, leaf in options.composition.leaves().items():
             if leaf.folder is not None:
                 found[f"{name} in --method"] = _files_of_adapter(leaf.folder)

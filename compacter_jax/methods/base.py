@@ -99,6 +99,8 @@ class MethodConfig:
     """
 
     kind: ClassVar[str] = ""
+    # Of the fields that the class declares, where they are listed as flags.
+    heading: ClassVar[str] = "in place of the preset's values, for any method"
     # Groups that the method trains whatever its fields say.
     own_groups: ClassVar[frozenset[str]] = frozenset({"adapters"})
     # Groups that a backbone may lack without that being a mistake.
@@ -234,6 +236,7 @@ class InsertedConfig(MethodConfig):
       leave_out: indices of layers in which it does not.
     """
 
+    heading: ClassVar[str] = "for methods that act at sites"
     # Roles of sites where the method can act.
     roles: ClassVar[tuple[Role, ...]] = ()
     # The sites named by default are passed over in a backbone that does not have them.

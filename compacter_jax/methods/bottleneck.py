@@ -174,6 +174,7 @@ class BottleneckConfig(InsertedConfig):
     """
 
     kind: ClassVar[str] = "bottleneck"
+    heading: ClassVar[str] = "for bottleneck adapters, Compacter among them"
     roles: ClassVar[tuple[Role, ...]] = ("output", "parallel", "join")
     has_dense_equivalent: ClassVar[bool] = True
     linear: ClassVar[str] = "dense"
@@ -327,6 +328,7 @@ class LowRankBottleneckConfig(BottleneckConfig):
     """
 
     kind: ClassVar[str] = "low_rank_bottleneck"
+    heading: ClassVar[str] = "for low-rank and lora"
     linear: ClassVar[str] = "low_rank"
 
     w_init: str = "glorot-uniform"

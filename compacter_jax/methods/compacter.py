@@ -44,6 +44,7 @@ class PHMBottleneckConfig(BottleneckConfig):
     """
 
     kind: ClassVar[str] = "phm_bottleneck"
+    heading: ClassVar[str] = "for Compacter and PHM-Adapter"
     linear: ClassVar[str] = "phm"
 
     w_init: str = "glorot-uniform"

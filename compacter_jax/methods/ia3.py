@@ -54,6 +54,7 @@ class IA3Config(InsertedConfig):
     """
 
     kind: ClassVar[str] = "ia3"
+    heading: ClassVar[str] = "for ia3"
     roles: ClassVar[tuple[Role, ...]] = ("output",)
     moves_kernels: ClassVar[bool] = True
 

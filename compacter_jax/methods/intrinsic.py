@@ -132,6 +132,7 @@ class IntrinsicConfig(MethodConfig):
     """
 
     kind: ClassVar[str] = "intrinsic"
+    heading: ClassVar[str] = "for intrinsic and intrinsic-said"
     moves_backbone: ClassVar[bool] = True
 
     dimension: int = 20_000

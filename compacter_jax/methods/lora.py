@@ -65,6 +65,7 @@ class LoRAConfig(InsertedConfig):
     """
 
     kind: ClassVar[str] = "lora"
+    heading: ClassVar[str] = "for lora"
     roles: ClassVar[tuple[Role, ...]] = ("output",)
     moves_kernels: ClassVar[bool] = True
 

@@ -145,6 +145,7 @@ class PrefixTuningConfig(InsertedConfig):
     """
 
     kind: ClassVar[str] = "prefix_tuning"
+    heading: ClassVar[str] = "for prefix-tuning and mam"
     roles: ClassVar[tuple[Role, ...]] = ("attend",)
     skips_missing_sites: ClassVar[bool] = True
     shares_by_site: ClassVar[bool] = True

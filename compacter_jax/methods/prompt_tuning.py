@@ -71,6 +71,7 @@ class PromptTuningConfig(InsertedConfig):
     """
 
     kind: ClassVar[str] = "prompt_tuning"
+    heading: ClassVar[str] = "for prompt-tuning-random and -vocabulary"
     roles: ClassVar[tuple[Role, ...]] = ("embedding",)
     adds_tokens: ClassVar[bool] = True
 

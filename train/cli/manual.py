@@ -12,16 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from compacter_jax import catalogue
-from compacter_jax.methods import (
-    bottleneck,
-    compacter,
-    ia3,
-    intrinsic,
-    lora,
-    prefix_tuning,
-    prompt_tuning,
-)
-from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from train.cli import method_flags, options
 
 INDENT, COLUMN = 2, 28
@@ -160,16 +150,6 @@ _HEADINGS: dict[type, str] = {
     options.TextToTextOptions: "text to text, for T5",
     options.TrainingOptions: "training",
     options.HostOptions: "several processes",
-    MethodConfig: "in place of the preset's values, for any method",
-    InsertedConfig: "for methods that act at sites",
-    bottleneck.BottleneckConfig: "for bottleneck adapters, Compacter among them",
-    compacter.PHMBottleneckConfig: "for Compacter and PHM-Adapter",
-    bottleneck.LowRankBottleneckConfig: "for low-rank and lora",
-    lora.LoRAConfig: "for lora",
-    ia3.IA3Config: "for ia3",
-    prefix_tuning.PrefixTuningConfig: "for prefix-tuning and mam",
-    prompt_tuning.PromptTuningConfig: "for prompt-tuning-random and -vocabulary",
-    intrinsic.IntrinsicConfig: "for intrinsic and intrinsic-said",
 }
 
 
@@ -245,7 +225,7 @@ def _heading(classes: Sequence[type], name: str) -> str:
     for cls in classes:
         for declaring in reversed(cls.__mro__):
             if name in vars(declaring).get("__annotations__", {}):
-                return _HEADINGS.get(declaring, _OF_COMMAND)
+                return _HEADINGS.get(declaring) or vars(declaring).get("heading", _OF_COMMAND)
     raise ValueError(f"no class of options declares {name!r}")
 
 

@@ -132,6 +132,11 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
     backbone_dropout: float | None = None
     remat: Literal["off", "full", "dots"] = "off"
 
+    @property
+    def composition(self) -> compositions.Node | None:
+        """The composition that a command is told; None for commands that take none."""
+        return None
+
     def check(self) -> None:
         """ValueError for a number that cannot work."""
         wanted = {

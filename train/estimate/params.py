@@ -20,8 +20,8 @@ from train import report
 from train.cli.method_flags import ALL, method_of, options_of
 from train.compute import memory, mesh
 from train.estimate.options import ParamsOptions
-from train.fit.shapes import shapes_of
 from train.objectives import head_arguments
+from train.objectives.shapes import shapes_of
 
 # Entries of T5's embedding -> tokens there really are. arXiv:2106.04647 cuts the embedding to these
 # before it counts.

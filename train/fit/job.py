@@ -14,17 +14,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax.methods.base import FullFineTuningConfig, MethodConfig
-from compacter_jax.methods.intrinsic import IntrinsicConfig
+from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.loading import module_from_config, read_config
 from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import tasks
 from train.compute import distributed, mesh
 from train.data import batching
-from train.fit import mixture, shapes
+from train.fit import mixture
 from train.fit.options import FitOptions
 from train.inference import adapter, compositions
-from train.objectives import Objective, check_options, for_task, head_arguments, prompt_init
+from train.objectives import Objective, check_options, for_task, head_arguments, prompt_init, shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,9 +305,7 @@ def _say_new(backbone: cj.Backbone, labels: Any) -> None:
 
 def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:
     method = options.method_config()
-    if options.backbone_dtype == "int8" and isinstance(
-        method, FullFineTuningConfig | IntrinsicConfig
-    ):
+    if options.backbone_dtype == "int8" and (method.trains_backbone or method.moves_backbone):
         raise ValueError(
             f"--backbone-dtype int8 is for weights that stay as they are, and --method "
             f"{options.method} changes all of them; use bfloat16"

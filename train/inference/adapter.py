@@ -17,11 +17,10 @@ from compacter_jax.models.loading import module_from_config, read_config
 from train.cli import compositions as cli_compositions
 from train.compute.outputs import OutputsFunction
 from train.data import tokens
-from train.fit import shapes
 from train.inference import compositions as inference_compositions
 from train.inference.options import AdapterOptions
 from train.inference.saved import settings_of
-from train.objectives import Objective, from_settings
+from train.objectives import Objective, from_settings, shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ def load_backbone(
       method: to be used; by default that of the settings.
 
     Raises:
-      ValueError, OSError: as `train.fit.shapes.check_fit` and `compacter_jax.load_backbone`.
+      ValueError, OSError: as `train.objectives.shapes.check_fit` and `compacter_jax.load_backbone`.
     """
     name, head = options.backbone or settings["backbone"], head_of(settings)
     if settings["sites"] is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from compacter_jax.models.loading import read_config
 from train import tasks
 from train.cli.options import TextToTextOptions
 from train.data import tokens
-from train.fit.options import FitOptions
 from train.objectives import noise as objectives_noise
 from train.objectives.base import Objective
 from train.objectives.classification import Chooser, Classifier, ParallelClassifier
@@ -30,6 +29,9 @@ from train.objectives.text_to_text import TextToText
 from train.tasks import text_format
 from train.tasks.benchmark import Benchmark, Choice, Kind
 from train.tasks.benchmarks import find
+
+if TYPE_CHECKING:
+    from train.fit.options import FitOptions
 
 __all__ = [
     "Objective",
