@@ -47,7 +47,7 @@ WORDS = (
 # What runs longest is begun first, so that the last file to end is a short one.
 LONGEST = (
     *("surviving", "notebooks", "cli", "cli_t5", "grid", "compare", "methods", "mixture", "banked"),
-    *("compositions", "hosts_processes", "peers", "benchmarks", "readme"),
+    *("compositions", "distributed", "peers", "benchmarks", "readme"),
 )
 
 

@@ -22,9 +22,9 @@ from compacter_jax.compositions.stack import Stack
 from compacter_jax.inject.adapted import Adapted, init_adapters
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.params import count, label_params
+from tests.compositions.test_compose import METHODS, ROWS, assert_near, trained_alone
 from tests.helpers import ONE_LAYER, backbone_of, quick_key
 from tests.hosts import PLUS_PLUS, assert_same, run
-from tests.test_compose import METHODS, ROWS, assert_near, trained_alone
 
 
 def bert(labels=2, **settings):

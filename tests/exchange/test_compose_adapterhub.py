@@ -13,9 +13,7 @@ from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.stack import Stack
 from compacter_jax.exchange.adapterhub import import_adapterhub
 from compacter_jax.inject.adapted import Adapted, init_adapters
-from tests.helpers import IDS, MASK, quick_key
-from tests.hosts import run
-from tests.test_adapterhub import (
+from tests.exchange.test_adapterhub import (
     BACKBONES,
     CLASSES,
     assert_equal_logits,
@@ -24,6 +22,8 @@ from tests.test_adapterhub import (
     phm,
     randomise,
 )
+from tests.helpers import IDS, MASK, quick_key
+from tests.hosts import run
 
 
 def seq_bn():

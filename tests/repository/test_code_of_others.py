@@ -11,7 +11,7 @@ import pytest
 
 from train.data.tokens import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = [
     path
     for folder in ("compacter_jax", "train", "benchmarks", "notebooks")

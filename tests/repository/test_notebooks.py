@@ -14,7 +14,7 @@ jupytext = pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
 LIMIT = 600  # seconds that all notebooks may take together at small size: what hangs is an error
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 _spec = importlib.util.spec_from_file_location("notebooks_run", FOLDER / "run.py")
 run = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run)

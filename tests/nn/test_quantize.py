@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, path_aware_map
 import compacter_jax as cj
 from compacter_jax.nn import quantize
 from tests.helpers import quick_jit
-from tests.test_step import make_batch, setup, text_batch
+from tests.train.compute.test_step import make_batch, setup, text_batch
 from train.compute import step
 from train.compute.compute import make_compute
 

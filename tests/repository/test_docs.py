@@ -56,7 +56,7 @@ COMMAND_PAGES = [page for page in [*PAGES, ROOT / "README.md"] if code_blocks(pa
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda page: page.stem)
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    # The page on extending adds it; tests/test_extending.py does so, and runs the command.
+    # The page on extending adds it; test_extending.py does so, and runs the command.
     monkeypatch.setitem(catalogue._PRESETS, "scale-shift", catalogue.preset("ia3"))
     for block in code_blocks(page):
         for line in block.replace("\\\n", " ").splitlines():

@@ -427,7 +427,7 @@ def test_a_comparison_that_was_killed_goes_on(sent, pretended, files, tmp_path, 
     """What it was running then runs on after SIGKILL, is waited for, and is not run twice."""
     output = tmp_path / "out"
     flags = compare_flags(files, output, methods="full,lora,bitfit", seeds=1)
-    environment = {**os.environ, "HANGS": "lora", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "HANGS": "lora", "PYTHONPATH": str(Path(__file__).parents[3])}
     if sent == signal.SIGINT:  # which ends the run long before
         environment["SECONDS_OF_HANGING"] = "60"
     real = shlex.split((tmp_path / "python").read_text().splitlines()[1])[1]

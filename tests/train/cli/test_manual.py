@@ -15,7 +15,7 @@ from compacter_jax.nn.activations import ACTIVATIONS
 from train.__main__ import COMMANDS, _parsed, main
 from train.cli import manual, method_flags
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 def page(name, width=100):

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import compacter_jax as cj
 from benchmarks import devices
-from tests.test_step import make_batch, setup, text_batch
+from tests.train.compute.test_step import make_batch, setup, text_batch
 from train.compute import mesh, step
 from train.compute.compute import make_compute
 

@@ -11,7 +11,7 @@ from train.estimate import plan
 from train.estimate.options import PlanOptions
 from train.objectives.learning_rates import TEXT_TO_TEXT
 
-FOLDER = Path(plan.__file__).parent / "configs"
+FOLDER = Path(plan.__file__).parents[1] / "configs"
 BASES = sorted(FOLDER.glob("*_base.toml"))
 RUNS = sorted(set(FOLDER.glob("*glue_*.toml")) - set(BASES))
 TASKS = {

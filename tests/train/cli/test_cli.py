@@ -29,7 +29,7 @@ from train.fit import job
 from train.fit.options import FitOptions
 from train.inference import adapter as inference_adapter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 GOOD, BAD = WORDS[10:14], WORDS[14:18]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import compacter_jax as cj
 from compacter_jax.params import Count
-from tests.test_mesh import T5_CONFIG
+from tests.train.compute.test_mesh import T5_CONFIG
 from train.__main__ import main
 from train.compute import step
 from train.compute.compute import make_compute

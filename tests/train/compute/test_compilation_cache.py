@@ -10,7 +10,7 @@ import pytest
 from train.compute.compilation_cache import keep
 
 pytest.importorskip("filelock")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -1,0 +1,188 @@
+"""Imports point one way, folder by folder, and importing the library loads nothing heavy."""
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compacter_jax
+from compacter_jax import catalogue
+
+ROOT = Path(compacter_jax.__file__).parents[1]
+# A file or a folder of a package imports from those in the lines before its own, and a folder's
+# files from each other.
+ARROWS = {
+    "compacter_jax": (
+        {"messages", "limits", "fastfood", "phm", "hosts"},
+        {"files", "patterns", "sites", "nn"},
+        {"leftovers", "paths", "models"},
+        {"methods", "trees"},
+        {"compositions"},
+        {"catalogue", "inject", "params"},
+        {"checkpoint", "decode"},
+        {"banks", "exchange"},
+        {"public"},
+        {"__init__"},
+    ),
+    "train": (
+        {"__init__", "errors", "folders", "report", "cli", "data"},
+        {"compute", "tasks"},
+        {"fingerprints", "objectives"},
+        {"inference"},
+        {"exchange", "fit"},
+        {"compare", "estimate"},
+        {"__main__"},
+    ),
+}
+# A backbone knows nothing of adapters, and what is inserted knows no family of backbones.
+NEVER = {
+    "compacter_jax/models": {"paths", "leftovers"},
+    "compacter_jax/methods": {"models"},
+    "compacter_jax/compositions": {"models"},
+    "compacter_jax/inject": {"models", "catalogue"},
+    "compacter_jax/params": {"models", "inject"},
+}
+MODULES = sorted(
+    path.relative_to(ROOT) for package in ARROWS for path in (ROOT / package).rglob("*.py")
+)
+# Where classes of methods are named: by themselves, as presets, as other libraries have them, and
+# in the list of public names.
+NAMES_METHODS = ("methods", "exchange", "catalogue.py", "public.py")
+# First words of sentences that have no subject.
+WITHOUT_SUBJECT = ("What", "Whether", "Those", "That", "Where", "As")
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def imported(path, *, with_types=False):
+    """Dotted names of the imports in a file, inside functions too."""
+    for_types = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for_types |= {id(inner) for inner in ast.walk(node)}
+    names = []
+    for node in ast.walk(tree_of(path)):
+        if id(node) in for_types and not with_types:
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def place(path):
+    """The file or folder of its package that a module is, or lies in."""
+    return path.parts[1].removesuffix(".py")
+
+
+def places_imported(path):
+    names = [name.split(".") for name in imported(path)]
+    return {parts[1] for parts in names if parts[0] == path.parts[0] and len(parts) > 1}
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_every_file_and_folder_has_its_place(package):
+    there = {place(path) for path in MODULES if path.parts[0] == package}
+    named = [name for line in ARROWS[package] for name in line]
+    assert sorted(named) == sorted(there)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_one_way(path):
+    lines, name = ARROWS[path.parts[0]], place(path)
+    line = next(i for i, names in enumerate(lines) if name in names)
+    below = {other for names in lines[:line] for other in names} | {"__version__"}
+    never = NEVER.get(f"{path.parts[0]}/{name}", set())
+    beside = places_imported(path) - {name}
+    # In a line, too, there is an order: a circle would show as two places that import each other.
+    assert beside <= (below | lines[line]) - never
+    for other in beside & lines[line]:
+        files = [
+            each for each in MODULES if each.parts[0] == path.parts[0] and place(each) == other
+        ]
+        assert not any(name in places_imported(each) for each in files), (name, other)
+
+
+def test_no_file_imports_one_that_imports_it():
+    files = {str(path.with_suffix("")).replace("/", "."): path for path in MODULES}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    imports = {
+        name: {
+            next((each for each in (other, other.rpartition(".")[0]) if each in files), name)
+            for other in imported(path)
+        }
+        - {name}
+        for name, path in files.items()
+    }
+    while leaves := [name for name, others in imports.items() if not others & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert not imports, f"a circle among {sorted(imports)}"
+
+
+def test_classes_of_methods_are_named_where_methods_are():
+    classes = {cls.__name__ for cls in catalogue.METHODS.values()}
+    outside = [
+        path
+        for path in MODULES
+        if path.parts[0] != "compacter_jax" or path.parts[1] not in NAMES_METHODS
+    ]
+    named = {
+        f"{path}: {node.id if isinstance(node, ast.Name) else node.attr}"
+        for path in outside
+        for node in ast.walk(tree_of(path))
+        if (isinstance(node, ast.Name) and node.id in classes)
+        or (isinstance(node, ast.Attribute) and node.attr in classes)
+    }
+    assert not named
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_docstrings_begin_with_a_subject_or_a_verb(path):
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) for node in ast.walk(tree_of(path)) if isinstance(node, kinds)]
+    first_words = {re.match(r"\W*(\w*)", text)[1]: text for text in texts if text}
+    assert not {text for word, text in first_words.items() if word in WITHOUT_SUBJECT}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_the_library_imports_no_jobs_tests_or_oracles(path):
+    if path.parts[0] != "compacter_jax":
+        return
+    foreign = {name.partition(".")[0] for name in imported(path, with_types=True)}
+    # What others wrote with PyTorch's pickle only PyTorch reads, where it is installed.
+    allowed = {"torch"} if path == Path("compacter_jax/exchange/tensors.py") else set()
+    never = {"train", "tests", "benchmarks", "torch", "adapters", "datasets"}
+    assert not foreign & never - allowed
+
+
+def modules_after(program, names):
+    """Those of `names` that a program has imported at its end."""
+    program += f"; import sys; print([name for name in {names!r} if name in sys.modules])"
+    run = [sys.executable, "-c", program]
+    result = subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT)
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    heavy = ("jax", "transformers", "datasets", "torch", "orbax", "matplotlib", "adapters", "train")
+    assert modules_after("import compacter_jax", heavy) == "[]"
+
+
+def test_the_base_of_methods_needs_no_jax():
+    assert modules_after("from compacter_jax.methods import base", ("jax", "flax")) == "[]"
+
+
+def test_what_is_exported_is_there():
+    exported = compacter_jax.__all__  # ruff sorts it
+    assert len(exported) == len(set(exported))
+    assert all(getattr(compacter_jax, name).__doc__ for name in exported)
