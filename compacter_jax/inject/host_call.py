@@ -231,11 +231,11 @@ def _holds(stored: Mapping[str, Any], member: Path) -> bool:
 
 
 def _foldable(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Returns `create` with an argument `folded`, for layers that have such an attribute."""
+    """Returns `create` with an argument `per_row`, for layers that have such an attribute."""
 
-    def make(*, folded: bool = False) -> nn.Module:
+    def make(*, per_row: bool = False) -> nn.Module:
         layer = create(parent=None)
-        return layer.clone(folded=folded) if hasattr(layer, "folded") else layer
+        return layer.clone(per_row=per_row) if hasattr(layer, "per_row") else layer
 
     return make
 

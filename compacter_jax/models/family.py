@@ -26,18 +26,18 @@ class Family:
       module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)`
         -> module.
       from_hugging_face: tensors -> nested parameters.
-      parts: path prefixes that a checkpoint may lack (they are initialised) or have in excess
+      optional: path prefixes that a checkpoint may lack (they are initialised) or have in excess
         (they are left out), each as a whole: heads and poolers.
       ties: path -> the path of the same values under another name, transposed if one is a kernel
         and the other an embedding. Checkpoints may hold such a copy though the module has none.
       to_hugging_face: inverse of `from_hugging_face`.
-      surplus: path prefixes that a checkpoint may have in excess, but not lack.
-      untie: a module whose parameters of `ties` are its own takes the values of the other name
+      droppable: path prefixes that a checkpoint may have in excess, but not lack.
+      copies_tied_head: a module whose parameters of `ties` are its own takes the values of the other name
         where the checkpoint has only those and its configuration ties them. transformers 5 ties
         every T5 and saves one copy.
       config_class: what the module is told; its fields are those of config.json.
       depths: field of config.json -> path of the layers that it counts.
-      ambiguous_parts: those of `parts` that several heads call by the same name; they are left out
+      shared_head_names: those of `optional` that several heads call by the same name; they are left out
         where config.json names an architecture with another head.
       module_class: of its modules.
       published: hub id -> configuration, of sizes that are known without a download.
@@ -48,7 +48,7 @@ class Family:
     heads: tuple[str | None, ...]
     module: Callable[..., nn.Module]
     from_hugging_face: Callable[[Mapping[str, np.ndarray]], Params]
-    parts: tuple[str, ...]
+    optional: tuple[str, ...]
     ties: Mapping[str, str]
     to_hugging_face: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
     config_class: type[Any]
@@ -56,9 +56,9 @@ class Family:
     module_class: type[nn.Module]
     published: Mapping[str, Any]
     of_size: Callable[[Any, str | None, int | None], nn.Module]
-    surplus: tuple[str, ...] = ()
-    untie: bool = False
-    ambiguous_parts: tuple[str, ...] = ()
+    droppable: tuple[str, ...] = ()
+    copies_tied_head: bool = False
+    shared_head_names: tuple[str, ...] = ()
 
 
 def add_parameter(
@@ -80,10 +80,10 @@ def add_parameter(
 def to_tensors(params: Mapping[str, Any], known: re.Pattern[str], family: str) -> dict[str, Any]:
     """`.`-joined name without any prefix -> C-contiguous array in PyTorch's orientation."""
     flat = flatten_dict(params, sep="/")
-    strangers = [path for path in flat if not known.fullmatch(path)]
-    if strangers:
+    not_allowed = [path for path in flat if not known.fullmatch(path)]
+    if not_allowed:
         raise ValueError(
-            f"not parameters of {family}: {listing(strangers, most=4)}; take adapters out of the "
+            f"not parameters of {family}: {listing(not_allowed, most=4)}; take adapters out of the "
             "parameters before converting them"
         )
     tensors = {}

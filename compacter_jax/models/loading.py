@@ -113,7 +113,7 @@ def load_backbone(
         found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     check_depths(str(folder / CONFIG_FILE), module.config, family, found)
     if _other_task(config, family, module):
-        found = _leave_out(found, family.ambiguous_parts, folder)
+        found = _leave_out(found, family.shared_head_names, folder)
     params, new = _fit(found, module, family, folder=folder, seed=seed)
     return Backbone(module, params, config, str(path_or_hub_id), new)
 
@@ -371,17 +371,17 @@ def _fit(
 
     key = jax.random.key(seed)
     wanted = jax.eval_shape(initial, key)
-    found = _leave_out(found, [p for p in family.parts if not _within(p, wanted)], folder)
+    found = _leave_out(found, [p for p in family.optional if not _within(p, wanted)], folder)
     _settle_ties(found, wanted, module, family, folder)
-    found = _leave_out(found, [p for p in family.surplus if not _within(p, wanted)], folder)
-    for part in family.surplus:
+    found = _leave_out(found, [p for p in family.droppable if not _within(p, wanted)], folder)
+    for part in family.droppable:
         if _within(part, wanted) and not _within(part, found):
             raise ValueError(
                 f"{folder} has no {part}, which head={module.head!r} needs; load a checkpoint that "
                 "has one, or with another head: head='encoder' for an encoder alone"
             )
 
-    absent = [part for part in family.parts if not _within(part, found)]
+    absent = [part for part in family.optional if not _within(part, found)]
     new = tuple(path for part in absent for path in _within(part, wanted))
     _check_new(folder, {path: wanted[path] for path in new}, found)
     _check_shapes(found, {p: leaf for p, leaf in wanted.items() if p not in new}, folder)
@@ -446,7 +446,7 @@ def _settle_ties(
         kinds = {path.rsplit("/", 1)[-1], original.rsplit("/", 1)[-1]}
         values = found[original].T if kinds == {"kernel", "embedding"} else found[original]
         if path in wanted:
-            if family.untie and _says_tied(folder):
+            if family.copies_tied_head and _says_tied(folder):
                 found.setdefault(path, values)
         elif (
             path in found

@@ -710,7 +710,7 @@ def test_lora_of_earlier_releases_is_not_scaled(tmp_path):
     for version in ("adapters.1.0.1", "adapters.1.1.0", "4.57.0"):
         edit(tmp_path / "adapter_config.json", lambda c, v=version: c.update(version=v))
         adapted, _ = import_adapterhub(tmp_path, BACKBONES["bert"])
-        factors[version] = adapted.method.factor
+        factors[version] = adapted.method.scaling
     assert factors == {"adapters.1.0.1": 1, "adapters.1.1.0": 4, "4.57.0": 4}
 
 

@@ -176,10 +176,10 @@ def saved_modules(
     """
     ends = tuple(_list_of_names(settings, "modules_to_save"))
     saved = _under(ends, names)
-    strangers = sorted(place for place in saved if group_of(place) not in TRAINED_BESIDE)
-    if strangers:
+    not_allowed = sorted(place for place in saved if group_of(place) not in TRAINED_BESIDE)
+    if not_allowed:
         raise ValueError(
-            f"modules_to_save={quote(list(ends))} in {path} has {listing(strangers, 3)}; only a "
+            f"modules_to_save={quote(list(ends))} in {path} has {listing(not_allowed, 3)}; only a "
             "head, a "
             "pooler and layer norms can be kept beside an adapter"
         )

@@ -91,13 +91,15 @@ _LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def _check_settings(path: Path, settings: Mapping[str, Any], *read: str) -> None:
     """ValueError for keys beyond those `read` and the harmless ones, unless they are off."""
-    strangers = {
+    unsupported = {
         key: value
         for key, value in settings.items()
         if key not in _HARMLESS | _READ | set(read) and value and (key, value) != ("bias", "none")
     }
-    if strangers:
-        listed = listing((f"{key}={quote(value, 60)}" for key, value in strangers.items()), most=4)
+    if unsupported:
+        listed = listing(
+            (f"{key}={quote(value, 60)}" for key, value in unsupported.items()), most=4
+        )
         raise ValueError(f"{path} has settings that are not supported: {listed}")
 
 

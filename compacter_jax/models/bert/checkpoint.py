@@ -175,8 +175,8 @@ BERT = Family(
     published=PUBLISHED,
     of_size=_of_size,
     depths={"num_hidden_layers": "encoder/layer"},
-    parts=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
+    optional=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
     ties={"cls/predictions/decoder/kernel": "embeddings/word_embeddings/embedding"},
-    ambiguous_parts=("classifier",),
+    shared_head_names=("classifier",),
 )
 """The family of `model_type` "bert"."""

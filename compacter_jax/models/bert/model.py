@@ -77,7 +77,7 @@ class _BertModule(nn.Module):
             name="LayerNorm",
         )
 
-    def part(self, module: type[_BertModule], name: str, **attributes: Any) -> _BertModule:
+    def child(self, module: type[_BertModule], name: str, **attributes: Any) -> _BertModule:
         return module(self.config, self.dtype, self.param_dtype, name=name, **attributes)
 
 
@@ -158,8 +158,8 @@ class BertAttention(_BertModule):
 
     @nn.compact
     def __call__(self, x: Array, states: Array, bias: Array | None, deterministic: bool) -> Array:
-        y = self.part(BertSelfAttention, "self")(x, states, bias, deterministic)
-        return self.part(BertResidual, "output")(y, x, deterministic)
+        y = self.child(BertSelfAttention, "self")(x, states, bias, deterministic)
+        return self.child(BertResidual, "output")(y, x, deterministic)
 
 
 class BertIntermediate(_BertModule):
@@ -184,9 +184,9 @@ class BertLayer(_BertModule):
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
         queries = x[:, :1] if self.first_only else x
-        x = self.part(BertAttention, "attention")(queries, x, bias, deterministic)
-        y = self.part(BertIntermediate, "intermediate")(x)
-        return self.part(BertResidual, "output")(y, x, deterministic)
+        x = self.child(BertAttention, "attention")(queries, x, bias, deterministic)
+        y = self.child(BertIntermediate, "intermediate")(x)
+        return self.child(BertResidual, "output")(y, x, deterministic)
 
 
 class BertLayers(_BertModule):
@@ -202,7 +202,7 @@ class BertLayers(_BertModule):
         last = self.config.num_hidden_layers - 1
         for i in range(last + 1):
             first_only = self.first_only and i == last
-            x = self.part(layer, str(i), first_only=first_only)(x, bias, deterministic)
+            x = self.child(layer, str(i), first_only=first_only)(x, bias, deterministic)
         return x
 
 
@@ -214,7 +214,7 @@ class BertEncoder(_BertModule):
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
-        layers = self.part(BertLayers, "layer", remat=self.remat, first_only=self.first_only)
+        layers = self.child(BertLayers, "layer", remat=self.remat, first_only=self.first_only)
         return layers(x, bias, deterministic)
 
 
@@ -241,7 +241,7 @@ class BertPredictions(_BertModule):
     @nn.compact
     def __call__(self, x: Array, word_table: Array | QuantizedArray) -> Array:
         vocab_size = self.config.vocab_size
-        x = self.part(BertTransform, "transform")(x)
+        x = self.child(BertTransform, "transform")(x)
         # The bias belongs to `predictions`, not to `decoder`: that is its Hugging Face name.
         bias = self.param("bias", initializers.zeros, (vocab_size,), self.param_dtype)
         if self.config.tie_word_embeddings:
@@ -264,7 +264,7 @@ class BertMaskedLM(_BertModule):
 
     @nn.compact
     def __call__(self, x: Array, word_table: Array | QuantizedArray) -> Array:
-        return self.part(BertPredictions, "predictions")(x, word_table)
+        return self.child(BertPredictions, "predictions")(x, word_table)
 
 
 class Bert(nn.Module):

@@ -150,8 +150,8 @@ def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
         to_hugging_face=t5_to_hugging_face,
         config_class=T5Config,
         depths={"num_layers": "encoder/block", "num_decoder_layers": "decoder/block"},
-        parts=(),
-        surplus=("decoder", "lm_head"),
+        optional=(),
+        droppable=("decoder", "lm_head"),
         ties={"lm_head/kernel": "shared/embedding"},
-        untie=True,
+        copies_tied_head=True,
     )

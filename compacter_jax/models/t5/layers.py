@@ -65,7 +65,7 @@ class _T5Module(nn.Module):
         """The end of a sub-layer."""
         return _wide(residual) + _wide(output)
 
-    def part(self, module: type[_T5Module], name: str, **attributes: Any) -> Any:
+    def child(self, module: type[_T5Module], name: str, **attributes: Any) -> Any:
         return module(self.config, self.dtype, self.param_dtype, name=name, **attributes)
 
 
@@ -192,7 +192,7 @@ class T5LayerSelfAttention(_T5Module):
         index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, Array | None, KeyValue]:
-        attention = self.part(
+        attention = self.child(
             T5Attention,
             "SelfAttention",
             bidirectional=self.bidirectional,
@@ -216,7 +216,7 @@ class T5LayerCrossAttention(_T5Module):
         cached: KeyValue | None,
         deterministic: bool,
     ) -> tuple[Array, KeyValue]:
-        attention = self.part(T5Attention, "EncDecAttention")
+        attention = self.child(T5Attention, "EncDecAttention")
         y, _, key_value = attention(self.norm()(x), states, mask, None, cached, None, deterministic)
         return self.add(x, self.dropout(y, deterministic)), key_value
 
@@ -244,7 +244,7 @@ class T5LayerFeedForward(_T5Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        y = self.part(T5FeedForward, "DenseReluDense")(self.norm()(x), deterministic)
+        y = self.child(T5FeedForward, "DenseReluDense")(self.norm()(x), deterministic)
         return self.add(x, self.dropout(y, deterministic))
 
 
@@ -269,7 +269,7 @@ class T5Sublayers(_StackModule):
         index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, Array | None, tuple[KeyValue, KeyValue | None]]:
-        attention = self.part(
+        attention = self.child(
             T5LayerSelfAttention,
             "0",
             bidirectional=not self.is_decoder,
@@ -280,10 +280,10 @@ class T5Sublayers(_StackModule):
         )
         crossed = None
         if self.is_decoder:
-            x, crossed = self.part(T5LayerCrossAttention, "1")(
+            x, crossed = self.child(T5LayerCrossAttention, "1")(
                 x, states, masks[1], cached[1], deterministic
             )
-        x = self.part(T5LayerFeedForward, "2" if self.is_decoder else "1")(x, deterministic)
+        x = self.child(T5LayerFeedForward, "2" if self.is_decoder else "1")(x, deterministic)
         return x, position_bias, (own, crossed)
 
 
@@ -299,7 +299,7 @@ class T5Block(_StackModule):
 
     @nn.compact
     def __call__(self, x, states, masks, position_bias, cached, index, deterministic):
-        sublayers = self.part(
+        sublayers = self.child(
             T5Sublayers,
             "layer",
             is_decoder=self.is_decoder,
@@ -333,7 +333,7 @@ class T5Blocks(_StackModule):
         block = rematted(T5Block, self.remat, static_argnums=(7,))
         position_bias, key_values = None, []
         for i in range(num_layers):
-            layer = self.part(
+            layer = self.child(
                 block,
                 str(i),
                 is_decoder=self.is_decoder,
@@ -366,7 +366,7 @@ class T5Stack(_StackModule):
         index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, list[Any]]:
-        blocks = self.part(
+        blocks = self.child(
             T5Blocks, "block", is_decoder=self.is_decoder, remat=self.remat, keep=self.keep
         )
         x = self.dropout(x, deterministic, "dropout_in")
