@@ -53,7 +53,7 @@ class Average(Composition):
         return total
 
     def effective(self, child: EffectiveOf, own: Leaf, rows: int) -> Leaf:
-        """Returns the weighted sum of the members' leaves; a label has to be every member's."""
+        """Returns the weighted sum of the members' leaves, without labels that a member lacks."""
         leaves = [child(name, own, rows) for name in self.names]
         mixed: Any = 0
         lacking: Any = False

@@ -64,7 +64,7 @@ class Bank(Composition):
 
     @property
     def allows_unadapted_rows(self) -> bool:
-        """Whether a row can be without an adapter: not with tokens or positions put in."""
+        """True if a row can be without an adapter: no method adds tokens or shifts positions."""
         return all(part.allows_unadapted_rows for part in self.inserted())
 
     def single_methods(self) -> tuple[Member, ...]:

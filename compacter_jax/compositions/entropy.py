@@ -99,7 +99,7 @@ def _minimize(
 
 
 def _mean_entropy(logits: Array, mask: Any) -> Array:
-    """Mean entropy of the predictions, of logits `[…, labels]` and a mask `[…]` or None."""
+    """Returns the mean entropy of logits `[…, labels]`, over a mask `[…]` if there is one."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     entropies = -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
     if mask is None:

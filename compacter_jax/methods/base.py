@@ -1,4 +1,4 @@
-"""What every method answers: which groups it trains, where it acts, how it is merged."""
+"""The interface of methods: the groups they train, the sites where they act, and their merging."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class MethodConfig:
         return set(self.own_groups)
 
     def trained_groups(self) -> set[str]:
-        """Returns the groups of `GROUPS` that are trained whole; see `trains_biases` for others."""
+        """Returns the groups of `GROUPS` that are trained whole; `trains_biases` adds to them."""
         choices = {
             "layer norms": self.train_layer_norms,
             "head": self.train_head,
@@ -197,13 +197,13 @@ class MethodConfig:
     def own_params(
         self, param: ParamFunction, paths: list[str], groups: Groups | None, dtype: Dtype
     ) -> dict[str, Any]:
-        """Creates what a method that moves the backbone trains, at the top of the tree.
+        """Creates the trained parameters of a method that moves the backbone, at the tree's top.
 
         Args:
           param: the model's `param` method.
-          paths: `/`-joined, of all parameters of the model.
+          paths: `/`-joined paths of all parameters of the model.
           groups: names of the head, norms and pooler, as in `Adapted`.
-          dtype: of the parameters.
+          dtype: dtype of the parameters.
         """
         del param, paths, groups, dtype
         return {}

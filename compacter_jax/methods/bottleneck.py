@@ -302,7 +302,7 @@ class BottleneckConfig(InsertedConfig):
         return not self.original_ln_after
 
     def map_signature(self) -> Any:
-        """Returns the dense equivalent without its initial values and without what it trains."""
+        """Returns the dense equivalent, without its initial values and `train_…` fields."""
         default = BottleneckConfig()
         return self.dense_equivalent().replace(
             **{name: getattr(default, name) for name in _INITIAL}

@@ -63,7 +63,7 @@ class CombinedConfig(MethodConfig):
         return set().union(*(part.trained_inserted_groups() for part in self.parts))
 
     def unmergeable(self, sites_of: SitesOf) -> str | None:
-        """Returns which part weights of the backbone cannot express, and why; None if all can."""
+        """Returns the first part that backbone weights cannot express and why, or None."""
         for part in self.parts:
             if (reason := part.unmergeable(sites_of)) is not None:
                 return f"of its parts, {part.kind!r} cannot: {reason}"

@@ -71,7 +71,11 @@ class PHMBottleneckConfig(BottleneckConfig):
         return FACTOR_INITS
 
     def bottleneck_width(self, width: int) -> int:
-        """As for the dense bottleneck; ValueError unless `phm_dim` divides both widths."""
+        """Returns the width of the bottleneck for hidden states of `width`.
+
+        Raises:
+          ValueError: if it would be 0, or if `phm_dim` does not divide both widths.
+        """
         bottleneck = super().bottleneck_width(width)
         if width % self.phm_dim or bottleneck % self.phm_dim:
             fits = [n for n in range(1, bottleneck + 1) if not (width % n or bottleneck % n)]
