@@ -255,7 +255,7 @@ def _dense_adapter(adapter: Mapping[str, Any], top: Mapping[str, Any]) -> dict[s
 
 
 def _stored(places: Sequence[Mapping[str, Any]], whole: str, left: str, right: str) -> Array:
-    """Returns the parameter `whole`, or the product of its factors, from the first that has it."""
+    """Returns the parameter `whole` or the product of its factors, of the first place with it."""
     for params in places:
         if whole in params:
             return params[whole]

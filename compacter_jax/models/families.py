@@ -112,10 +112,10 @@ def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> N
 
 
 def check_depths(where: str, config: Any, family: Family, paths: Iterable[str]) -> None:
-    """Checks that there are weights for as many layers as the configuration says.
+    """Checks that there are weights for all layers of the configuration.
 
     Raises:
-      ValueError: if there are fewer; raised before a module of this depth is made.
+      ValueError: if some are missing; raised before a module of this depth is made.
     """
     paths = list(paths)
     for field, prefix in family.depths.items():

@@ -208,7 +208,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     if path.suffix == ".json":
         data = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     else:
-        # `save` writes the memory of a view in the order of the memory.
+        # `save` writes the memory of an array as it lies, so a view must be copied first.
         tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in content.items()}
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     with replace_file(path) as temporary:
