@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_banked import read_jsonl, three_labels, write_jsonl
-from test_cli import BAD, GOOD, fit_flags, refusal, write_splits
-from test_cli_t5 import t5_flags
 
 import compacter_jax as cj
 from compacter_jax.compositions.base import parallel_names
 from tests.helpers import weights_of
+from tests.train.cli.test_cli import BAD, GOOD, fit_flags, refusal, write_splits
+from tests.train.cli.test_cli_t5 import t5_flags
+from tests.train.inference.test_banked import read_jsonl, three_labels, write_jsonl
 from train.__main__ import main
 from train.cli import compositions
 
