@@ -265,7 +265,8 @@ def test_errors_on_the_way(error, told, capsys, monkeypatch):
     def run(arguments):
         raise error
 
-    monkeypatch.setitem(command_line.COMMANDS, "merge", (run, command_line.options.MergeOptions))
+    _, options = command_line.COMMANDS["merge"]
+    monkeypatch.setitem(command_line.COMMANDS, "merge", (run, options))
     assert told in refused(capsys, "merge", "--adapter", "a", "--to", "b")
 
 
@@ -273,7 +274,8 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
     def run(arguments):
         raise RuntimeError("a fault")
 
-    monkeypatch.setitem(command_line.COMMANDS, "merge", (run, command_line.options.MergeOptions))
+    _, options = command_line.COMMANDS["merge"]
+    monkeypatch.setitem(command_line.COMMANDS, "merge", (run, options))
     with pytest.raises(RuntimeError, match="a fault"):
         main(["merge", "--adapter", "a", "--to", "b"])
 
@@ -282,7 +284,7 @@ def test_ctrl_c_while_options_are_read(capsys, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line.config_files, "expand_config", stop)
+    monkeypatch.setattr("train.cli.config_files.expand_config", stop)
     assert main(["fit"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
