@@ -164,10 +164,10 @@ def test_a_cache_without_room_gives_nan(t5):
 
 @pytest.mark.parametrize("search", ["greedy", "sampling", "beams"])
 def test_a_row_whose_logits_are_nan_has_no_tokens(search):
-    beams = 2 if search == "beams" else 1
+    num_beams = 2 if search == "beams" else 1
     settings = dict.fromkeys(field.name for field in dataclasses.fields(decode_settings.Settings))
-    settings |= {"max_new_tokens": 3, "min_new_tokens": 0, "num_beams": beams, "start": 0}
-    settings |= {"num_return_sequences": beams, "length_penalty": 1.0, "early_stopping": False}
+    settings |= {"max_new_tokens": 3, "min_new_tokens": 0, "num_beams": num_beams, "start": 0}
+    settings |= {"num_return_sequences": num_beams, "length_penalty": 1.0, "early_stopping": False}
     settings |= {"temperature": 1.0, "top_p": 0.9, "eos": (1,)}
     settings = decode_settings.Settings(**settings)
     logits = np.random.default_rng(0).standard_normal((2 * beams, 5)).astype(np.float32)
