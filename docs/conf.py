@@ -10,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 
 import compacter_jax
 from train import manual
-from train.__main__ import COMMANDS, USAGE
+from train.__main__ import USAGE, options_class_of
 
 project = "compacter_jax"
 copyright = "the authors of compacter_jax"
@@ -56,7 +56,7 @@ class Manual(SphinxDirective):
         """What the command prints, as it prints it."""
         text = USAGE.strip()
         if self.arguments:
-            text = manual.page(self.arguments[0], COMMANDS[self.arguments[0]][1], width=96)
+            text = manual.page(self.arguments[0], options_class_of(self.arguments[0]), width=96)
         return [nodes.literal_block(text, text, language="none")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
@@ -11,19 +12,18 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from compacter_jax.messages import LONGEST, shorten
-from train.cli import config_files, huge_pages, manual
-from train.compare import options as compare_options
-from train.compute import compilation_cache
+from train.cli import huge_pages
 from train.errors import EndedRunError, InterruptedRunError, StoppedRunError
-from train.estimate import options as estimate_options
-from train.exchange import options as exchange_options
-from train.fit import options as fit_options
-from train.inference import options as inference_options
+
+if TYPE_CHECKING:
+    from train.compare.options import CompareOptions
+    from train.estimate.options import ParamsOptions, PlanOptions
+    from train.exchange.options import ConvertOptions, CreateOptions, MergeOptions
+    from train.fit.options import FitOptions
+    from train.inference.options import EvaluateOptions, PredictOptions
 
 USAGE = """usage: python -m train COMMAND [OPTIONS]
 
@@ -59,21 +59,21 @@ tasks movie, product, tweet and editorial come with this repository.
 """
 
 
-def fit(arguments: fit_options.FitOptions) -> None:
+def fit(arguments: FitOptions) -> None:
     """Runs the command `fit`."""
     from train.fit import grid, run  # noqa: PLC0415 - help and bad flags should not wait for it
 
     (grid if arguments.is_grid else run).fit(arguments)
 
 
-def evaluate(arguments: inference_options.EvaluateOptions) -> None:
+def evaluate(arguments: EvaluateOptions) -> None:
     """Runs the command `evaluate`."""
     from train.inference import commands  # noqa: PLC0415
 
     commands.evaluate(arguments)
 
 
-def predict(arguments: inference_options.PredictOptions) -> None:
+def predict(arguments: PredictOptions) -> None:
     """Runs the command `predict`."""
     from train.inference import banked, commands  # noqa: PLC0415
 
@@ -83,65 +83,72 @@ def predict(arguments: inference_options.PredictOptions) -> None:
         commands.predict(arguments)
 
 
-def plan(each: Sequence[estimate_options.PlanOptions]) -> None:
+def plan(each: Sequence[PlanOptions]) -> None:
     """Runs the command `plan`."""
     from train.estimate import plan as estimate_plan  # noqa: PLC0415
 
     estimate_plan.plan(each)
 
 
-def params(arguments: estimate_options.ParamsOptions) -> None:
+def params(arguments: ParamsOptions) -> None:
     """Runs the command `params`."""
     from train.estimate import params as estimate_params  # noqa: PLC0415
 
     estimate_params.params(arguments)
 
 
-def compare(each: Sequence[compare_options.CompareOptions]) -> None:
+def compare(each: Sequence[CompareOptions]) -> None:
     """Runs the command `compare`."""
     from train.compare import runs  # noqa: PLC0415
 
     runs.compare(each)
 
 
-def convert(arguments: exchange_options.ConvertOptions) -> None:
+def convert(arguments: ConvertOptions) -> None:
     """Runs the command `convert`."""
     from train.exchange import convert as exchange_convert  # noqa: PLC0415
 
     exchange_convert.convert(arguments)
 
 
-def merge(arguments: exchange_options.MergeOptions) -> None:
+def merge(arguments: MergeOptions) -> None:
     """Runs the command `merge`."""
     from train.exchange import merge as exchange_merge  # noqa: PLC0415
 
     exchange_merge.merge(arguments)
 
 
-def create_backbone(arguments: exchange_options.CreateOptions) -> None:
+def create_backbone(arguments: CreateOptions) -> None:
     """Runs the command `create-backbone`."""
     from train.exchange import create_backbone as exchange_create_backbone  # noqa: PLC0415
 
     exchange_create_backbone.create_backbone(arguments)
 
 
-# Command -> the function that runs it, and the class of its options.
-COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
-    "fit": (fit, fit_options.FitOptions),
-    "evaluate": (evaluate, inference_options.EvaluateOptions),
-    "predict": (predict, inference_options.PredictOptions),
-    "plan": (plan, estimate_options.PlanOptions),
-    "params": (params, estimate_options.ParamsOptions),
-    "compare": (compare, compare_options.CompareOptions),
-    "convert": (convert, exchange_options.ConvertOptions),
-    "merge": (merge, exchange_options.MergeOptions),
-    "create-backbone": (create_backbone, exchange_options.CreateOptions),
+# Command -> the function that runs it, and the class of its options, which is imported when needed:
+# neither the page of all commands nor the start of a process with huge pages waits for JAX.
+COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "fit": (fit, "train.fit.options:FitOptions"),
+    "evaluate": (evaluate, "train.inference.options:EvaluateOptions"),
+    "predict": (predict, "train.inference.options:PredictOptions"),
+    "plan": (plan, "train.estimate.options:PlanOptions"),
+    "params": (params, "train.estimate.options:ParamsOptions"),
+    "compare": (compare, "train.compare.options:CompareOptions"),
+    "convert": (convert, "train.exchange.options:ConvertOptions"),
+    "merge": (merge, "train.exchange.options:MergeOptions"),
+    "create-backbone": (create_backbone, "train.exchange.options:CreateOptions"),
 }
 # These read `--config FILE.toml`, and the last two are told the options of each task.
 _CONFIGURED, _OF_EACH_TASK = ("fit", "plan", "compare"), ("plan", "compare")
 # These compute for so long that the process is prepared for it.
 _LONG = {"fit", "compare", "evaluate", "predict"}
 _HELP = {"-h", "--help"}
+
+
+def options_class_of(name: str) -> type:
+    """Returns the class of a command's options."""
+    module, _, cls = COMMANDS[name][1].partition(":")
+    return getattr(importlib.import_module(module), cls)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -216,21 +223,29 @@ def _help(arguments: Sequence[str]) -> str:
     """The manual page of the command that is named first, or of all."""
     if not arguments or arguments[0] not in COMMANDS:
         return USAGE.rstrip()
+    from train.cli import manual  # noqa: PLC0415
+
     name = arguments[0]
     width = min(shutil.get_terminal_size().columns, 100)
-    return manual.page(name, COMMANDS[name][1], width=width)
+    return manual.page(name, options_class_of(name), width=width)
 
 
 def _parsed(name: str, arguments: Sequence[str]) -> Any:
     """The options of a command."""
-    options_class = COMMANDS[name][1]
+    import tyro  # noqa: PLC0415
+
+    from train.cli.numbers import NUMBERS  # noqa: PLC0415
+
+    options_class = options_class_of(name)
     if name in _CONFIGURED:
+        from train.cli import config_files  # noqa: PLC0415
+
         arguments = config_files.expand_config(arguments, options_class)
     told = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     try:
         # Where both are UTF-8, tyro draws a box around what is wrong.
         with (
-            config_files.NUMBERS,
+            NUMBERS,
             contextlib.redirect_stdout(told),
             contextlib.redirect_stderr(told),
         ):
@@ -276,6 +291,8 @@ def _prepare() -> None:
     # Of transformers only configurations and tokenizers are used: it would load PyTorch where
     # that is installed, and take 2 seconds and 250 MB for it.
     os.environ.setdefault("USE_TORCH", "0")
+    from train.compute import compilation_cache  # noqa: PLC0415
+
     compilation_cache.keep(os.environ)
     # Importing and tracing make many objects that stay: an eighth of a short run went into
     # looking through them again and again.

@@ -180,11 +180,23 @@ def page(command: str, options_class: type, *, width: int = 100) -> str:
     parts = [_wrapped(usage, width, hanging=len("usage: ")), _wrapped(summary, width)]
     parts += [_wrapped(paragraph, width) for paragraph in paragraphs]
     parts.append(_examples(command, width))
-    for heading in (_REQUIRED, _OF_COMMAND, *_HEADINGS.values()):
+    for heading in (_REQUIRED, _OF_COMMAND, *_HEADINGS.values(), *_method_headings()):
         if of_heading := [entry for entry in entries if entry.heading == heading]:
             lines = [line for entry in of_heading for line in _entry_lines(entry, width)]
             parts.append("\n".join([f"{heading}:", *lines]))
     return "\n\n".join(parts)
+
+
+def _method_headings() -> list[str]:
+    """Returns the headings of methods, each after that of the class it derives from."""
+    return list(
+        dict.fromkeys(
+            vars(declaring)["heading"]
+            for cls in catalogue.METHODS.values()
+            for declaring in reversed(cls.__mro__)
+            if "heading" in vars(declaring)
+        )
+    )
 
 
 def _description(cls: type) -> list[str]:

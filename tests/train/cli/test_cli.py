@@ -212,13 +212,14 @@ FIT_AND_KEEP_LOGITS = """
 import sys
 import numpy as np
 import tyro
-from train import job, loop, options, run_folder, stopping
+from train.fit import job, run_folder, stopping, trainer
+from train.fit.options import FitOptions
 path, *flags = sys.argv[1:]
-work = job.prepare(tyro.cli(options.FitOptions, args=flags))
+work = job.prepare(tyro.cli(FitOptions, args=flags))
 run_folder.open_run(work.options)
-with loop.Trainer(work, stopping.Stopping()) as trainer:
-    trainer.run()
-    np.save(path, trainer.outputs(0, "test"))
+with trainer.Trainer(work, stopping.Stopping()) as running:
+    running.run()
+    np.save(path, running.outputs(0, "test"))
 """
 
 

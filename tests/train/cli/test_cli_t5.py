@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import QUICK, WORDS, write_t5
 from flax.traverse_util import flatten_dict
-from test_cli import (
+
+import compacter_jax as cj
+from tests.train.cli.test_cli import (
     FIT_AND_KEEP_LOGITS,
     ROOT,
     adapter_bytes,
@@ -25,8 +27,6 @@ from test_cli import (
     small_flags,
     write_splits,
 )
-
-import compacter_jax as cj
 from train.__main__ import main
 from train.data import batching, tokens
 from train.fit import trainer as fit_trainer

@@ -6,15 +6,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_banked import read_jsonl, three_labels, write_jsonl
-from test_cli import BAD, GOOD, fit_flags, refusal, write_splits
-from test_cli_t5 import t5_flags
 
 import compacter_jax as cj
 from compacter_jax.compositions.base import parallel_names
 from tests.helpers import weights_of
+from tests.train.cli.test_cli import BAD, GOOD, fit_flags, refusal, write_splits
+from tests.train.cli.test_cli_t5 import t5_flags
+from tests.train.inference.test_banked import read_jsonl, three_labels, write_jsonl
 from train.__main__ import main
-from train.cli import compositions
+from train.cli import compositions, method_flags
 
 STEPS = {"epochs": 1, "backbone-dropout": 0}
 
@@ -86,7 +86,7 @@ def test_an_expression_is_what_the_library_composes(saved):
     expression = compositions.parse(text)
     assert list(expression.leaves()) == ["low", "1/x", "1/y/0", "1/y/1"]
     assert expression.presets() == ["compacter++", "lora", "houlsby"]
-    options = compositions.MethodOptions(train_layer_norms=False, rank=2)
+    options = method_flags.MethodOptions(train_layer_norms=False, rank=2)
     made = compositions.composed(expression, options, None)
     low = cj.preset("compacter++", reduction_factor=2)
     norms = {"train_layer_norms": False}
@@ -99,7 +99,7 @@ def test_an_expression_is_what_the_library_composes(saved):
     assert made == cj.Stack(low, beside, names=("low", "1"), frozen=("low",))
     assert parallel_names(made) == ("x", "y")
     both = compositions.parse(f"average({saved}/a,{saved}/b)")
-    chosen = compositions.composed(both, compositions.MethodOptions(), "1")
+    chosen = compositions.composed(both, method_flags.MethodOptions(), "1")
     assert chosen.frozen == ("0",)
 
 

@@ -10,9 +10,9 @@ from train.cli import huge_pages
 
 PROGRAM = """
 import os, sys
-from train import allocator
+from train.cli import huge_pages
 before = os.environ.get("GLIBC_TUNABLES")
-allocator.use_huge_pages()
+huge_pages.use_huge_pages()
 print(os.getpid(), before, os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
 """
 SETTING = "glibc.malloc.hugetlb=1"

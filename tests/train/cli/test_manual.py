@@ -12,14 +12,14 @@ import tyro
 
 from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.nn.activations import ACTIVATIONS
-from train.__main__ import COMMANDS, _parsed, main
+from train.__main__ import COMMANDS, _parsed, main, options_class_of
 from train.cli import manual, method_flags
 
 ROOT = Path(__file__).parents[3]
 
 
 def page(name, width=100):
-    return manual.page(name, COMMANDS[name][1], width=width)
+    return manual.page(name, options_class_of(name), width=width)
 
 
 def listed_flags(text):
@@ -31,7 +31,7 @@ def listed_flags(text):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_has_one_entry(name, capsys):
     with pytest.raises(SystemExit):
-        tyro.cli(COMMANDS[name][1], args=["--help"])
+        tyro.cli(options_class_of(name), args=["--help"])
     text = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     known = re.findall(r"^\W*(?:-h, )?(--[a-z][\w-]+)", text, re.MULTILINE)
     assert listed_flags(page(name)) == sorted(set(known) - {"--help"})

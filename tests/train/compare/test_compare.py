@@ -18,9 +18,9 @@ import pytest
 from conftest import QUICK
 from matplotlib import image
 from matplotlib import pyplot as plt
-from test_cli import refusal, write_splits
 
 import compacter_jax as cj
+from tests.train.cli.test_cli import refusal, write_splits
 from train import tasks
 from train.__main__ import main
 from train.cli.method_flags import MethodOptions
@@ -111,7 +111,7 @@ def test_the_clock_leaves_out_steps_in_which_something_was_compiled(monkeypatch)
 def test_the_peak_of_memory_is_the_process_s_own():
     """Not that of the process which started it, as Linux has it in `ru_maxrss`."""
     held = np.ones(2**27, np.uint8)  # 128 MiB
-    script = "from train.measure import peak_memory; print(peak_memory())"
+    script = "from train.fit.timing import peak_memory; print(peak_memory())"
     script = f"import numpy; {script}; x = numpy.ones(2**26); print(peak_memory())"
     run = [sys.executable, "-c", script]
     output = subprocess.run(run, check=True, capture_output=True, text=True).stdout

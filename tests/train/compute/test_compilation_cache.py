@@ -83,8 +83,8 @@ def test_what_was_left_half_written_is_removed(environment):
 
 PROGRAM = """
 import os
-from train import compiled
-compiled.keep(os.environ)
+from train.compute import compilation_cache
+compilation_cache.keep(os.environ)
 import jax, numpy as np
 def run(x):
     for i in range(40):

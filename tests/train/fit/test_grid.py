@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import QUICK
 from safetensors.numpy import load_file
-from test_cli import ROOT, fit_flags, refusal, write_splits
 
 from tests.helpers import weights_of
+from tests.train.cli.test_cli import ROOT, fit_flags, refusal, write_splits
 from train.__main__ import main
 from train.data import tokens
 from train.fit import grid

@@ -10,9 +10,9 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
-from test_cli import adapter_bytes, fit_flags, write_splits
 
 from benchmarks.survive import survive
+from tests.train.cli.test_cli import adapter_bytes, fit_flags, write_splits
 from train.__main__ import main
 from train.fit import trainer as fit_trainer
 from train.fit.checkpoints import Checkpoints

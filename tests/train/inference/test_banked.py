@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 
+from tests.train.cli.test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 from train.__main__ import main
 from train.inference import banked
 
