@@ -151,8 +151,8 @@ class BottleneckConfig(InsertedConfig):
         gelu_python_tanh, gelu_pytorch_tanh, leaky_relu, linear, mish, quick_gelu, relu, relu2,
         relu6, sigmoid, silu, swish or tanh.
       w_init: distribution of the projections' initial weights; one of `WEIGHT_INITS`. The Glorot
-        distributions have gain sqrt(2), as the authors of Compacter use; `lora` initialises `up` to
-        zero and is for dense projections alone.
+        distributions have gain sqrt(2), as the authors of Compacter use. With `lora`, the
+        projection `up` is initially zero; it is for dense projections alone.
       w_init_range: standard deviation of `w_init="normal"`.
       scaling: factor of the adapter's output.
       dropout: dropout rate of the adapter's output, before it is added.
