@@ -59,12 +59,12 @@ class Adapted(nn.Module):
     backbone.
 
     A call of a model with a `Bank` takes one more argument, by name. `adapter_ids`, `[batch]`
-    integers, is the member that each row uses, or -1 for the plain backbone. `mix` is
+    integers, holds the member that each row uses, or -1 for the plain backbone. `mix` holds
     floating-point weights of the members' outputs: `[size]` for all rows, `[batch, size]`, or
     `[batch or 1, sites, size]` with weights for every site of `mixing_sites`. With several banks,
-    each of the two is a mapping from their `/`-joined names. An id without a member raises a
-    ValueError; inside a transformation, where ids are not known, its row is NaN. A model with
-    `Parallel` returns a tuple with one result per member.
+    each of the two arguments is a mapping from the banks' `/`-joined names. An id without a member
+    raises a ValueError; inside a transformation, where ids are not known, its row is NaN. A model
+    with `Parallel` returns a tuple with one result per member.
 
     Call the model inside the function that is transformed: a function that was jitted before, on
     the backbone alone, runs without the adapters.
