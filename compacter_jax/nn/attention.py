@@ -85,6 +85,27 @@ def _exponentials_jvp(
 KeyValue = tuple[Array, Array]
 
 
+class StackInputs(NamedTuple):
+    """Everything that the layers of a stack are told beside hidden states.
+
+    Attributes:
+      masks: biases of self-attention and of cross-attention, each added to the scores and broadcast
+        to `[batch, heads, queries, keys]`, or None.
+      states: states of the encoder, `[batch, keys, width]`; None in an encoder.
+      query_index: position of the only query, where keys and values are cached; None elsewhere.
+      position_bias: bias of relative positions, `[1, heads, queries, keys]`, which the first layer
+        makes for all; None before it has.
+      cached: keys and values of a layer's self-attention and cross-attention, each None where
+        nothing is cached.
+    """
+
+    masks: tuple[Array | None, Array | None]
+    states: Array | None = None
+    query_index: Array | None = None
+    position_bias: Array | None = None
+    cached: tuple[KeyValue | None, KeyValue | None] = (None, None)
+
+
 class DecoderCache(NamedTuple):
     """Keys and values of the decoder's attention, a pair per layer.
 

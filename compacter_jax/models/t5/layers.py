@@ -13,7 +13,7 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.models.t5.config import T5Config
-from compacter_jax.nn.attention import DecoderCache, KeyValue, attention, split_heads
+from compacter_jax.nn.attention import DecoderCache, KeyValue, StackInputs, attention, split_heads
 from compacter_jax.nn.dense import Dtype, Embed, dense
 from compacter_jax.nn.dropout import Dropout
 from compacter_jax.nn.norms import RMSNorm
@@ -193,10 +193,7 @@ class T5LayerSelfAttention(_T5Module):
     def __call__(
         self,
         x: Array,
-        mask: Array | None,
-        position_bias: Array | None,
-        cached: KeyValue | None,
-        index: Array | None,
+        inputs: StackInputs,
         deterministic: bool,
     ) -> tuple[Array, Array | None, KeyValue]:
         attention = self.child(
@@ -206,7 +203,13 @@ class T5LayerSelfAttention(_T5Module):
             has_position_bias=self.has_position_bias,
         )
         y, position_bias, key_value = attention(
-            self.norm()(x), None, mask, position_bias, cached, index, deterministic
+            self.norm()(x),
+            None,
+            inputs.masks[0],
+            inputs.position_bias,
+            inputs.cached[0],
+            inputs.query_index,
+            deterministic,
         )
         return self.add(x, self.dropout(y, deterministic)), position_bias, key_value
 
@@ -216,15 +219,18 @@ class T5LayerCrossAttention(_T5Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        states: Array | None,
-        mask: Array | None,
-        cached: KeyValue | None,
-        deterministic: bool,
+        self, x: Array, inputs: StackInputs, deterministic: bool
     ) -> tuple[Array, KeyValue]:
         attention = self.child(T5Attention, "EncDecAttention")
-        y, _, key_value = attention(self.norm()(x), states, mask, None, cached, None, deterministic)
+        y, _, key_value = attention(
+            self.norm()(x),
+            inputs.states,
+            inputs.masks[1],
+            None,
+            inputs.cached[1],
+            None,
+            deterministic,
+        )
         return self.add(x, self.dropout(y, deterministic)), key_value
 
 
@@ -269,11 +275,7 @@ class T5Sublayers(_StackModule):
     def __call__(
         self,
         x: Array,
-        states: Array | None,
-        masks: tuple[Array | None, Array | None],
-        position_bias: Array | None,
-        cached: tuple[KeyValue | None, KeyValue | None],
-        index: Array | None,
+        inputs: StackInputs,
         deterministic: bool,
     ) -> tuple[Array, Array | None, tuple[KeyValue, KeyValue | None]]:
         attention = self.child(
@@ -282,14 +284,10 @@ class T5Sublayers(_StackModule):
             bidirectional=not self.is_decoder,
             has_position_bias=self.has_position_bias,
         )
-        x, position_bias, own = attention(
-            x, masks[0], position_bias, cached[0], index, deterministic
-        )
+        x, position_bias, own = attention(x, inputs, deterministic)
         crossed = None
         if self.is_decoder:
-            x, crossed = self.child(T5LayerCrossAttention, "1")(
-                x, states, masks[1], cached[1], deterministic
-            )
+            x, crossed = self.child(T5LayerCrossAttention, "1")(x, inputs, deterministic)
         x = self.child(T5LayerFeedForward, "2" if self.is_decoder else "1")(x, deterministic)
         return x, position_bias, (own, crossed)
 
@@ -305,16 +303,16 @@ class T5Block(_StackModule):
     keep: bool = False
 
     @nn.compact
-    def __call__(self, x, states, masks, position_bias, cached, index, deterministic):
+    def __call__(
+        self, x: Array, inputs: StackInputs, deterministic: bool
+    ) -> tuple[Array, Array | None, Any]:
         sublayers = self.child(
             T5Sublayers,
             "layer",
             is_decoder=self.is_decoder,
             has_position_bias=self.has_position_bias,
         )
-        x, position_bias, key_value = sublayers(
-            x, states, masks, position_bias, cached, index, deterministic
-        )
+        x, position_bias, key_value = sublayers(x, inputs, deterministic)
         return x, position_bias, key_value if self.keep else None
 
 
@@ -328,17 +326,15 @@ class T5Blocks(_StackModule):
     def __call__(
         self,
         x: Array,
-        states: Array | None,
-        masks: tuple[Array | None, Array | None],
+        inputs: StackInputs,
         cache: DecoderCache | None,
-        index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, list[Any]]:
         config = self.config
         num_layers = config.num_decoder_layers if self.is_decoder else config.num_layers
-        # `deterministic` is argument 7 of T5Block.__call__, self counted.
-        block = rematted(T5Block, self.remat, static_argnums=(7,))
-        position_bias, key_values = None, []
+        # `deterministic` is argument 3 of T5Block.__call__, self counted.
+        block = rematted(T5Block, self.remat, static_argnums=(3,))
+        position_bias, key_values = inputs.position_bias, []
         for i in range(num_layers):
             layer = self.child(
                 block,
@@ -350,9 +346,8 @@ class T5Blocks(_StackModule):
             cached: Any = (None, None)
             if cache is not None:
                 cached = (cache.self_attention[i], cache.cross_attention[i])
-            x, position_bias, key_value = layer(
-                x, states, masks, position_bias, cached, index, deterministic
-            )
+            of_layer = inputs._replace(position_bias=position_bias, cached=cached)
+            x, position_bias, key_value = layer(x, of_layer, deterministic)
             key_values.append(key_value)
         return x, key_values
 
@@ -367,17 +362,15 @@ class T5Stack(_StackModule):
     def __call__(
         self,
         x: Array,
-        states: Array | None,
-        masks: tuple[Array | None, Array | None],
+        inputs: StackInputs,
         cache: DecoderCache | None,
-        index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, list[Any]]:
         blocks = self.child(
             T5Blocks, "block", is_decoder=self.is_decoder, remat=self.remat, keep=self.keep
         )
         x = self.dropout(x, deterministic, "dropout_in")
-        x, key_values = blocks(x, states, masks, cache, index, deterministic)
+        x, key_values = blocks(x, inputs, cache, deterministic)
         x = self.norm("final_layer_norm")(x)
         return self.dropout(x, deterministic, "dropout_out"), key_values
 

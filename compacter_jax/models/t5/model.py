@@ -14,7 +14,7 @@ from jax import Array
 
 from compacter_jax.models.t5.config import HEADS, T5Config
 from compacter_jax.models.t5.layers import T5Stack
-from compacter_jax.nn.attention import DecoderCache, causal_bias, padding_bias
+from compacter_jax.nn.attention import DecoderCache, StackInputs, causal_bias, padding_bias
 from compacter_jax.nn.dense import Dtype, Embed, dense
 from compacter_jax.nn.inputs import check_ids, check_inputs, check_source
 from compacter_jax.nn.remat import Remat
@@ -312,7 +312,7 @@ class T5(nn.Module):
             encoder = T5Stack(config, remat=self.remat, name="encoder", **settings)
             padding = padding_bias(attention_mask, dtype)
             x = self.embed_inputs(input_ids, shared)
-            states, _ = encoder(x, None, (padding, None), None, None, deterministic)
+            states, _ = encoder(x, StackInputs((padding, None)), None, deterministic)
         if decoder_input_ids is None:
             return states
         if self.head == "encoder":
@@ -333,9 +333,8 @@ class T5(nn.Module):
             causal_bias(decoder_input_ids.shape[1], decoder_attention_mask, cache, index, dtype),
             padding_bias(attention_mask, dtype),
         )
-        x, key_values = decoder(
-            shared(decoder_input_ids), states, masks, cache, index, deterministic
-        )
+        inputs = StackInputs(masks, states, index)
+        x, key_values = decoder(shared(decoder_input_ids), inputs, cache, deterministic)
         if keys_and_values:
             return key_values
         if self.head is None:
