@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from compacter_jax import catalogue
-from tests.pages import ROOT, code_blocks, rows_of_tables
+from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import _parsed
 from train.estimate import params as estimate_params
 from train.estimate.options import ParamsOptions
@@ -57,7 +57,7 @@ COMMAND_PAGES = [page for page in [*PAGES, ROOT / "README.md"] if code_blocks(pa
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     # The page on extending adds it; test_extending.py does so, and runs the command.
-    monkeypatch.setitem(catalogue._PRESETS, "scale-shift", catalogue.preset("ia3"))
+    monkeypatch.setitem(catalogue.PRESETS, "scale-shift", catalogue.PRESETS["ia3"])
     for block in code_blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             if found := re.match(r"(?:\$ )?python -m train (.*)", line):
@@ -201,6 +201,14 @@ def check_row(row, name, backbone, method):
         value = value_of(formula or "0", **sizes)
         assert value == counted.groups.get(group, (0, 0))[0], (row[0], group)
         assert not number or value == value_of(number), (row[0], group)
+
+
+def test_the_table_of_presets():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- presets -->\n\n(.*?)\n\n<!-- end of presets -->", text, re.DOTALL)
+    assert table.splitlines() == catalogue.table_of_presets()
+    names = [cells(line)[0] for line in table.splitlines()[2:]]
+    assert names == [f"`{name}`" for name in cj.presets()]
 
 
 @pytest.mark.slow
