@@ -92,6 +92,34 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f"{page.name} links to {target}"
 
 
+# Made on the page on extending, or a place for a name.
+NOT_THERE = r"compacter_jax[./]methods[./]scale_shift(\.py)?|notebooks/NAME\.py"
+
+
+TEXTS = [page for page in LINKED if page.suffix == ".md"] + [ROOT / "benchmarks/NOTES.md"]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_files_and_modules_of_the_text_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(
+        r"(?<![\w/.])(?:compacter_jax|train|tests|benchmarks|docs|notebooks)/[\w./]+\w", text
+    )
+    dotted = re.findall(r"(?<![\w/.])(?:compacter_jax|train|tests|benchmarks)(?:\.[a-z]\w*)+", text)
+    names = [name for name in dotted if not re.search(r"\.(csv|parquet)$", name)]
+    missing = {path for path in files if not any(ROOT.glob(f"{path}*"))}  # a `.*` may follow
+    missing |= {name for name in names if not is_there(name)}
+    assert not {name for name in missing if not re.fullmatch(NOT_THERE, name)}
+
+
+def is_there(name):
+    """Whether a dotted name is a module, or leads to something in one."""
+    try:
+        return bool(pkgutil.resolve_name(name))
+    except (ImportError, AttributeError):
+        return False
+
+
 def python(page, number, **replaced):
     """A block of Python of a page, with what is of the size of a real backbone replaced."""
     code = code_blocks(ROOT / "docs" / page, "python")[number]
