@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,24 +24,6 @@ from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 
-METHODS: dict[str, type[MethodConfig]] = {
-    cls.kind: cls
-    for cls in (
-        FullFineTuningConfig,
-        BottleneckConfig,
-        PHMBottleneckConfig,
-        LowRankBottleneckConfig,
-        LoRAConfig,
-        IA3Config,
-        PrefixTuningConfig,
-        PromptTuningConfig,
-        BitFitConfig,
-        IntrinsicConfig,
-        CombinedConfig,
-    )
-}
-
-
 COMPOSITIONS: dict[str, type[Composition]] = {
     cls.kind: cls for cls in (Bank, Stack, Parallel, Average, AverageMaps)
 }
@@ -55,47 +38,211 @@ _PARALLEL = BottleneckConfig(
 )
 
 
-_PRESETS: dict[str, MethodConfig] = {
-    "full": FullFineTuningConfig(),
-    "houlsby": BottleneckConfig(train_layer_norms=True),
-    "pfeiffer-attention": BottleneckConfig(sites=("attention",), train_layer_norms=True),
-    "pfeiffer-feed-forward": BottleneckConfig(
-        sites=("residual_feed_forward",),
-        reduction_factor=16,
-        non_linearity="relu",
-        w_init_range=2e-2,
-        original_ln_before=True,
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A row of the table of presets.
+
+    Attributes:
+      name: of the preset.
+      method: what it stands for.
+      learning_rate: published with it, of T5 where there is one for T5.
+      summary: one line on what it inserts or trains.
+      source: of the method, its values and the learning rate.
+    """
+
+    name: str
+    method: MethodConfig
+    learning_rate: float
+    summary: str
+    source: str
+
+    def as_row(self) -> str:
+        """Returns the row in Markdown."""
+        rate = f"{self.learning_rate:.0e}".replace("e-0", "e-")
+        return f"| `{self.name}` | {self.summary} | {rate} | {self.source} |"
+
+
+_COMPACTER = "arXiv:2106.04647"
+
+
+_ROWS = (
+    Preset("full", FullFineTuningConfig(), 3e-4, "every parameter", _COMPACTER),
+    Preset(
+        "houlsby",
+        BottleneckConfig(train_layer_norms=True),
+        3e-4,
+        "dense bottlenecks after attention and feed-forward",
+        _COMPACTER,
     ),
-    "adapterdrop": BottleneckConfig(leave_out=(0, 1, 2, 3, 4), train_layer_norms=True),
-    "low-rank": LowRankBottleneckConfig(train_layer_norms=True),
-    "phm": PHMBottleneckConfig(
-        phm_dim=12,
-        factorized_phm_W=False,
-        shared_phm_rule=False,
-        phm_init_range=1e-2,
-        train_layer_norms=True,
+    Preset(
+        "pfeiffer-attention",
+        BottleneckConfig(sites=("attention",), train_layer_norms=True),
+        3e-4,
+        "dense bottlenecks after self-attention alone, the paper's Pfeiffer",
+        _COMPACTER,
     ),
-    "compacter": PHMBottleneckConfig(train_layer_norms=True),
-    "compacter++": PHMBottleneckConfig(sites=("feed_forward",), train_layer_norms=True),
-    "bitfit": BitFitConfig(),
-    "prompt-tuning-random": PromptTuningConfig(),
-    "prompt-tuning-vocabulary": PromptTuningConfig(prompt_init="vocabulary"),
-    "intrinsic-said": IntrinsicConfig(),
-    "intrinsic": IntrinsicConfig(structure_aware=False),
-    "lora": LoRAConfig(),
-    "ia3": IA3Config(),
-    "prefix-tuning": PrefixTuningConfig(),
-    "parallel": _PARALLEL,
-    "scaled-parallel": _PARALLEL.replace(scaling=4.0),
-    "mam": CombinedConfig(
-        parts=(PrefixTuningConfig(bottleneck_size=800), _PARALLEL.replace(scaling=4.0))
+    Preset(
+        "pfeiffer-feed-forward",
+        BottleneckConfig(
+            sites=("residual_feed_forward",),
+            reduction_factor=16,
+            non_linearity="relu",
+            w_init_range=2e-2,
+            original_ln_before=True,
+        ),
+        1e-4,
+        "AdapterHub's `seq_bn`: after feed-forward, on the normalised sum with the residual; "
+        "ReLU, `width // 16`, layer norms frozen",
+        "arXiv:2005.00052",
     ),
-}
+    Preset(
+        "adapterdrop",
+        BottleneckConfig(leave_out=(0, 1, 2, 3, 4), train_layer_norms=True),
+        3e-4,
+        "`houlsby` without the first five layers of encoder and decoder",
+        f"{_COMPACTER}, arXiv:2010.11918",
+    ),
+    Preset(
+        "low-rank",
+        LowRankBottleneckConfig(train_layer_norms=True),
+        3e-3,
+        "projections of rank 1, both sites",
+        _COMPACTER,
+    ),
+    Preset(
+        "phm",
+        PHMBottleneckConfig(
+            phm_dim=12,
+            factorized_phm_W=False,
+            shared_phm_rule=False,
+            phm_init_range=1e-2,
+            train_layer_norms=True,
+        ),
+        3e-3,
+        "PHM-Adapter: `phm_dim=12`, one rule per projection (standard deviation 0.01, whatever "
+        "the released flags say), full blocks, both sites",
+        _COMPACTER,
+    ),
+    Preset(
+        "compacter",
+        PHMBottleneckConfig(train_layer_norms=True),
+        3e-3,
+        "`phm_dim=4`, one shared rule, rank-one blocks, both sites",
+        _COMPACTER,
+    ),
+    Preset(
+        "compacter++",
+        PHMBottleneckConfig(sites=("feed_forward",), train_layer_norms=True),
+        3e-3,
+        "Compacter after feed-forward alone",
+        _COMPACTER,
+    ),
+    Preset(
+        "bitfit",
+        BitFitConfig(),
+        3e-4,
+        "biases; in T5 new ones at all linear layers, at norms within layers and at the logits",
+        f"{_COMPACTER}, arXiv:2106.10199",
+    ),
+    Preset(
+        "prompt-tuning-random",
+        PromptTuningConfig(),
+        3e-2,
+        "100 embeddings before the input, uniform on [-0.5, 0.5]",
+        f"{_COMPACTER}, arXiv:2104.08691",
+    ),
+    Preset(
+        "prompt-tuning-vocabulary",
+        PromptTuningConfig(prompt_init="vocabulary"),
+        3e-1,
+        "100 embeddings before the input, from the embeddings of `prompt_token_ids`",
+        f"{_COMPACTER}, arXiv:2104.08691",
+    ),
+    Preset(
+        "intrinsic-said",
+        IntrinsicConfig(),
+        3e-2,
+        "all weights within 20,000 dimensions, a scale for each layer",
+        f"{_COMPACTER}, arXiv:2012.13255",
+    ),
+    Preset(
+        "intrinsic",
+        IntrinsicConfig(structure_aware=False),
+        3e-2,
+        "all weights within 20,000 dimensions, without scales",
+        f"arXiv:2012.13255; the rate is that of {_COMPACTER} for `intrinsic-said`",
+    ),
+    Preset(
+        "lora",
+        LoRAConfig(),
+        5e-4,
+        "rank 8 on queries and values, `lora_alpha` 8",
+        "arXiv:2106.09685, table 9 (RoBERTa)",
+    ),
+    Preset(
+        "ia3",
+        IA3Config(),
+        3e-3,
+        "factors on keys, values and inner feed-forward activations",
+        "arXiv:2205.05638",
+    ),
+    Preset(
+        "prefix-tuning",
+        PrefixTuningConfig(),
+        2e-4,
+        "30 keys and values before each attention's, through a bottleneck of 512",
+        "AdapterHub's `prefix_tuning`, arXiv:2101.00190; the rate was chosen here",
+    ),
+    Preset(
+        "parallel",
+        _PARALLEL,
+        1e-4,
+        "a bottleneck of `width // 2` beside feed-forward, ReLU, `up` zero at first",
+        "arXiv:2110.04366",
+    ),
+    Preset(
+        "scaled-parallel",
+        _PARALLEL.replace(scaling=4.0),
+        1e-4,
+        "`parallel`, its output times 4",
+        "arXiv:2110.04366",
+    ),
+    Preset(
+        "mam",
+        CombinedConfig(
+            parts=(PrefixTuningConfig(bottleneck_size=800), _PARALLEL.replace(scaling=4.0))
+        ),
+        1e-4,
+        "`scaled-parallel` with 30 prefixes, through a bottleneck of 800",
+        "AdapterHub's `mam`; arXiv:2110.04366",
+    ),
+)
+PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
+
+
+# Every kind of method has a preset.
+METHODS: dict[str, type[MethodConfig]] = {row.method.kind: type(row.method) for row in _ROWS}
+
+
+def table_of_presets() -> list[str]:
+    """Returns the lines of the table of presets, in Markdown."""
+    head = ["| preset | method | learning rate | source |", "|---|---|---|---|"]
+    return [*head, *(row.as_row() for row in _ROWS)]
+
+
+def _wrapped_table() -> str:
+    """Returns the table of presets as docstrings have it, where a row may take several lines."""
+    lines = [
+        line
+        for row in table_of_presets()
+        for line in textwrap.wrap(row, 92, subsequent_indent="  ", break_on_hyphens=False)
+    ]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def presets() -> tuple[str, ...]:
     """Returns the names that `preset` accepts."""
-    return tuple(_PRESETS)
+    return tuple(PRESETS)
 
 
 def preset(name: str, **overrides: Any) -> MethodConfig:
@@ -106,43 +253,7 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
     layer norms of the backbone where these train them. The other presets follow the papers and
     libraries named below. All presets train the head.
 
-    | preset | method | learning rate | source |
-    |---|---|---|---|
-    | `full` | every parameter | 3e-4 | arXiv:2106.04647 |
-    | `houlsby` | dense bottlenecks after attention and feed-forward | 3e-4 | arXiv:2106.04647 |
-    | `pfeiffer-attention` | dense bottlenecks after self-attention alone, the paper's Pfeiffer |
-      3e-4 | arXiv:2106.04647 |
-    | `pfeiffer-feed-forward` | AdapterHub's `seq_bn`: after feed-forward, on the normalised sum
-      with the residual; ReLU, `width // 16`, layer norms frozen | 1e-4 | arXiv:2005.00052 |
-    | `adapterdrop` | `houlsby` without the first five layers of encoder and decoder | 3e-4 |
-      arXiv:2106.04647, arXiv:2010.11918 |
-    | `low-rank` | projections of rank 1, both sites | 3e-3 | arXiv:2106.04647 |
-    | `phm` | PHM-Adapter: `phm_dim=12`, one rule per projection (standard deviation 0.01, whatever
-      the released flags say), full blocks, both sites | 3e-3 | arXiv:2106.04647 |
-    | `compacter` | `phm_dim=4`, one shared rule, rank-one blocks, both sites | 3e-3 |
-      arXiv:2106.04647 |
-    | `compacter++` | Compacter after feed-forward alone | 3e-3 | arXiv:2106.04647 |
-    | `bitfit` | biases; in T5 new ones at all linear layers, at norms within layers and at the
-      logits | 3e-4 | arXiv:2106.04647, arXiv:2106.10199 |
-    | `prompt-tuning-random` | 100 embeddings before the input, uniform on [-0.5, 0.5] | 3e-2 |
-      arXiv:2106.04647, arXiv:2104.08691 |
-    | `prompt-tuning-vocabulary` | 100 embeddings before the input, from the embeddings of
-      `prompt_token_ids` | 3e-1 | arXiv:2106.04647, arXiv:2104.08691 |
-    | `intrinsic-said` | all weights within 20,000 dimensions, a scale for each layer | 3e-2 |
-      arXiv:2106.04647, arXiv:2012.13255 |
-    | `intrinsic` | all weights within 20,000 dimensions, without scales | 3e-2 |
-      arXiv:2012.13255; the rate is that of arXiv:2106.04647 for `intrinsic-said` |
-    | `lora` | rank 8 on queries and values, `lora_alpha` 8 | 5e-4 | arXiv:2106.09685, table 9
-      (RoBERTa) |
-    | `ia3` | factors on keys, values and inner feed-forward activations | 3e-3 |
-      arXiv:2205.05638 |
-    | `prefix-tuning` | 30 keys and values before each attention's, through a bottleneck of 512 |
-      2e-4 | AdapterHub's `prefix_tuning`, arXiv:2101.00190; the rate was chosen here |
-    | `parallel` | a bottleneck of `width // 2` beside feed-forward, ReLU, `up` zero at first |
-      1e-4 | arXiv:2110.04366 |
-    | `scaled-parallel` | `parallel`, its output times 4 | 1e-4 | arXiv:2110.04366 |
-    | `mam` | `scaled-parallel` with 30 prefixes, through a bottleneck of 800 | 1e-4 |
-      AdapterHub's `mam`; arXiv:2110.04366 |
+    TABLE
 
     Args:
       name: one of `presets()`.
@@ -157,12 +268,16 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
       >>> preset("lora", rank=4, sites=("query", "key")).scaling
       2.0
     """
-    if name not in _PRESETS:
+    if name not in PRESETS:
         raise ValueError(
-            f"unknown method preset {quote(name, 100)}{did_you_mean(name, list(_PRESETS))}; "
-            f"known are {', '.join(_PRESETS)}"
+            f"unknown method preset {quote(name, 100)}{did_you_mean(name, list(PRESETS))}; "
+            f"known are {', '.join(PRESETS)}"
         )
-    return _PRESETS[name].replace(**overrides)
+    return PRESETS[name].method.replace(**overrides)
+
+
+# There is no docstring under `python -OO`.
+preset.__doc__ = (preset.__doc__ or "").replace("    TABLE", _wrapped_table())
 
 
 def to_dict(method: MethodConfig) -> dict[str, Any]:

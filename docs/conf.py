@@ -9,8 +9,8 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 import compacter_jax
-from train import manual
 from train.__main__ import USAGE, options_class_of
+from train.cli import manual
 
 project = "compacter_jax"
 copyright = "the authors of compacter_jax"

@@ -400,7 +400,7 @@ def test_floats_must_be_finite(field, value):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "unknown kind of method None; known are full, bottleneck, phm_bottleneck"),
+        ({}, "unknown kind of method None; known are full, bottleneck, low_rank_bottleneck"),
         ({"kind": "compacter"}, "unknown kind of method 'compacter'"),
         ("full", "a method must be a mapping of its fields, not 'full'"),
         ({"kind": "lora", "rnak": 4}, r"no field 'rnak' \(did you mean 'rank'\?\)"),

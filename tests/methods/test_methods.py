@@ -19,7 +19,6 @@ from tests.helpers import (
     IDS,
     MASK,
     ONE_LAYER,
-    SMALL,
     TINY_T5,
     adapted_shapes,
     backbone_of,
@@ -29,33 +28,9 @@ from tests.helpers import (
     t5_inputs,
     weights_of,
 )
+from tests.methods.rows import ROWS, sizes_of, t5_sizes
 from tests.reference import Reference
 
-HALF = {"reduction_factor": 2}
-PREFIX = {"prefix_length": 2, "bottleneck_size": 5}
-# What makes each preset fit a width of 12.
-SIZES = {
-    "full": {},
-    "houlsby": HALF,
-    "pfeiffer-attention": HALF,
-    "pfeiffer-feed-forward": HALF,
-    "adapterdrop": HALF | {"leave_out": (0,)},
-    "low-rank": HALF,
-    "phm": SMALL,
-    "compacter": SMALL,
-    "compacter++": SMALL,
-    "bitfit": {},
-    "prompt-tuning-random": {"prompt_length": 3},
-    "prompt-tuning-vocabulary": {"prompt_length": 3, "prompt_token_ids": (5, 2)},
-    "intrinsic-said": {"dimension": 30},
-    "intrinsic": {"dimension": 30},
-    "lora": {"rank": 2, "lora_alpha": 3.0},
-    "ia3": {},
-    "prefix-tuning": PREFIX,
-    "parallel": {},
-    "scaled-parallel": {},
-    "mam": PREFIX,
-}
 BACKBONES = {
     "bert": cj.Bert(ONE_LAYER, head="sequence_classification", num_labels=3),
     "t5": cj.T5(dataclasses.replace(TINY_T5, num_layers=1)),
@@ -108,11 +83,11 @@ KINDS = (
 
 
 def small(name, **overrides):
-    return cj.preset(name, **(SIZES[name] | overrides))
+    return cj.preset(name, **(ROWS[name].fields | overrides))
 
 
 def test_the_table_has_every_preset():
-    assert tuple(SIZES) == cj.presets()
+    assert tuple(ROWS) == cj.presets()
 
 
 def module_of(name, backbone):
@@ -208,72 +183,6 @@ def plain_logits(module):
 
 # --- where they go ------------------------------------------------------------------------------
 
-LAYER, ENCODER, DECODER = "encoder/layer/0", "encoder/block/0/layer", "decoder/block/0/layer"
-T5_ATTENTIONS = (
-    f"{ENCODER}/0/SelfAttention",
-    f"{DECODER}/0/SelfAttention",
-    f"{DECODER}/1/EncDecAttention",
-)
-T5_FEED_FORWARD = (f"{ENCODER}/1/DenseReluDense", f"{DECODER}/2/DenseReluDense")
-SERIAL = {
-    "bert": {
-        "attention": {f"{LAYER}/attention/output/dense"},
-        "feed_forward": {f"{LAYER}/output/dense"},
-    },
-    "t5": {
-        "attention": {f"{place}/o" for place in T5_ATTENTIONS[:2]},
-        "feed_forward": {f"{place}/wo" for place in T5_FEED_FORWARD},
-    },
-}
-BOTH = {backbone: set.union(*places.values()) for backbone, places in SERIAL.items()}
-
-
-def projections(names):
-    """Paths of projections of attention, by BERT's names and T5's."""
-    return {
-        "bert": {f"{LAYER}/attention/self/{name}" for name in names},
-        "t5": {f"{place}/{name[0]}" for place in T5_ATTENTIONS for name in names},
-    }
-
-
-PREFIXED = {"bert": {f"{LAYER}/attention/self"}, "t5": set(T5_ATTENTIONS)}
-PARALLEL = {"bert": {f"{LAYER}/output"}, "t5": set(T5_FEED_FORWARD)}
-NOWHERE = {"bert": set(), "t5": set()}
-PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}}
-# Paths of the modules that have an adapter.
-PLACES = {
-    **dict.fromkeys(("full", "intrinsic-said", "intrinsic"), NOWHERE),
-    **dict.fromkeys(("houlsby", "low-rank", "phm", "compacter"), BOTH),
-    "pfeiffer-attention": {b: places["attention"] for b, places in SERIAL.items()},
-    "compacter++": {b: places["feed_forward"] for b, places in SERIAL.items()},
-    "pfeiffer-feed-forward": {
-        "bert": {f"{LAYER}/output"},
-        "t5": {f"{ENCODER}/1", f"{DECODER}/2"},
-    },
-    # Of two layers in BERT and in T5's encoder, and of one in its decoder, the first is left out.
-    "adapterdrop": {
-        "bert": {path.replace("/0/", "/1/") for path in BOTH["bert"]},
-        "t5": {f"encoder/block/1/layer/{p}" for p in ("0/SelfAttention/o", "1/DenseReluDense/wo")},
-    },
-    "bitfit": {
-        "bert": set(),
-        "t5": projections("qkvo")["t5"]
-        | {f"{place}/{name}" for place in T5_FEED_FORWARD for name in ("wi", "wo")}
-        | {f"{ENCODER}/{i}/layer_norm" for i in range(2)}
-        | {f"{DECODER}/{i}/layer_norm" for i in range(3)}
-        | {""},
-    },
-    **dict.fromkeys(("prompt-tuning-random", "prompt-tuning-vocabulary"), PROMPTED),
-    "lora": projections(("query", "value")),
-    "ia3": {
-        backbone: places | SERIAL[backbone]["feed_forward"]
-        for backbone, places in projections(("key", "value")).items()
-    },
-    "prefix-tuning": PREFIXED,
-    **dict.fromkeys(("parallel", "scaled-parallel"), PARALLEL),
-    "mam": {backbone: PREFIXED[backbone] | PARALLEL[backbone] for backbone in PREFIXED},
-}
-
 
 @pytest.mark.parametrize("backbone", ["bert", "t5"])
 @pytest.mark.parametrize("name", cj.presets())
@@ -281,7 +190,7 @@ def test_the_modules_that_have_an_adapter(name, backbone):
     shapes = adapted_shapes(cj.Adapted(module_of(name, backbone), small(name)))
     paths = ["/" + path for path in flatten_dict(shapes, sep="/")]
     hosts = {path.split("/adapter/")[0][1:] for path in paths if "/adapter/" in path}
-    assert hosts == PLACES[name][backbone]
+    assert hosts == ROWS[name].places[backbone]
 
 
 # --- what a step moves --------------------------------------------------------------------------
@@ -332,27 +241,17 @@ def test_a_step_moves_the_trained_leaves_and_no_other(name, backbone):
 
 # --- the start ----------------------------------------------------------------------------------
 
-# Largest change of a logit by an untrained adapter, in terms of the largest logit: of rounding
-# alone, or of weights drawn with a small deviation (dense: 0.01 each way, 0.02 in AdapterHub's;
-# PHM: rules of 0.01 in PHM-Adapter and 0.0001 in Compacter, each way).
-AT_START = {
-    **dict.fromkeys(("full", "bitfit", "lora", "ia3", "intrinsic-said", "intrinsic"), 1e-6),
-    **dict.fromkeys(("parallel", "scaled-parallel"), 1e-6),
-    **dict.fromkeys(("houlsby", "pfeiffer-attention", "adapterdrop"), 1e-2),
-    "pfeiffer-feed-forward": 2e-2,
-    "phm": 1e-2,
-    **dict.fromkeys(("compacter", "compacter++"), 1e-5),
-}
+
+def check_start(name, changed):
+    largest = ROWS[name].start
+    assert changed > 1e-2 if largest is None else changed < largest
 
 
 @every_case
 def test_the_start_is_the_backbones_where_that_is_promised(name, backbone):
     case = case_of(name, backbone)
     changed = relative_difference(case.first[0], plain_logits(case.backbone.module))
-    if name in AT_START:
-        assert changed < AT_START[name]
-    else:  # new tokens, or weights of order one
-        assert changed > 1e-2
+    check_start(name, changed)
 
 
 # --- against float64 NumPy ----------------------------------------------------------------------
@@ -424,7 +323,7 @@ def test_start_and_files_of_the_others(name, backbone, tmp_path):
     params = cj.init_adapters(model, backbone, quick_key(1))
     logits = model.apply({"params": params}, *inputs_of(backbone.module))
     changed = relative_difference(logits, plain_logits(backbone.module))
-    assert changed < AT_START[name] if name in AT_START else changed > 1e-2
+    check_start(name, changed)
     labels = flatten_dict(cj.label_params(params, model.method), sep="/")
     flat, drawn = (flatten_dict(tree, sep="/") for tree in (params, random_tree(params, seed=2)))
     moved = {path: drawn[path] if labels[path] == "train" else leaf for path, leaf in flat.items()}
@@ -485,113 +384,13 @@ def test_bfloat16_computes_on_float32_parameters(name, backbone):
 # --- counts -------------------------------------------------------------------------------------
 
 
-def bert_sizes(config, num_labels, **method):
-    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head = d * num_labels + num_labels
-    embedded = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    return types.SimpleNamespace(
-        d=d,
-        f=f,
-        inner=d,
-        sublayers=layers,
-        kept=layers - 1,
-        attentions=layers,
-        prefix_sites=1,
-        norms=2 * d * (2 * layers + 1),
-        head=head,
-        # Of the norm of the embeddings, four projections, two linear layers and two norms in each
-        # layer, the pooler.
-        biases=d + layers * (7 * d + f) + d,
-        everything=embedded * d
-        + 2 * d
-        + layers * (4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d)
-        + (d * d + d)
-        + head,
-        **method,
-    )
-
-
-def t5_sizes(config, dropped=(1, 1), **method):
-    """`dropped`: layers of encoder and decoder without adapters in AdapterDrop."""
-    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
-    encoder, decoder, words = config.num_layers, config.num_decoder_layers, config.vocab_size
-    blocks, attentions = encoder + decoder, encoder + 2 * decoder
-    norms = 2 * encoder + 3 * decoder + 2
-    into = 2 if config.is_gated else 1  # projections to the inner width
-    return types.SimpleNamespace(
-        d=d,
-        f=f,
-        inner=inner,
-        sublayers=blocks,
-        kept=blocks - sum(dropped),
-        attentions=attentions,
-        prefix_sites=3,
-        norms=norms * d,
-        head=0,
-        # Of all linear layers, of the norms but the two last, of the logits.
-        biases=attentions * (3 * inner + d) + blocks * (into * f + d) + (norms - 2) * d + words,
-        everything=words * d * (1 if config.tie_word_embeddings else 2)
-        + 2 * config.relative_attention_num_buckets * config.num_heads
-        + attentions * 4 * d * inner
-        + blocks * (into + 1) * d * f
-        + norms * d,
-        **method,
-    )
-
-
-def bottleneck(s):
-    return s.d * s.r + s.r + s.r * s.d + s.d
-
-
-def compacter(s, adapters):
-    # `left`, `right` and bias of each projection; one rule.
-    return s.n**3 + adapters * ((s.d + s.r + s.r) + (s.r + s.d + s.d))
-
-
-def prefix(s):
-    shared = s.prefix * s.d + s.d * s.b + s.b
-    return s.prefix_sites * shared + s.attentions * (s.b * 2 * s.inner + 2 * s.inner)
-
-
-# What is trained beside the task's head, by the papers. Sublayers: of one kind, in all layers.
-COUNTS = {
-    "full": lambda s: s.everything - s.head,
-    "houlsby": lambda s: 2 * s.sublayers * bottleneck(s) + s.norms,
-    "pfeiffer-attention": lambda s: s.sublayers * bottleneck(s) + s.norms,
-    "pfeiffer-feed-forward": lambda s: s.sublayers * bottleneck(s),
-    "adapterdrop": lambda s: 2 * s.kept * bottleneck(s) + s.norms,
-    "low-rank": lambda s: 2 * s.sublayers * (2 * (s.d + s.r) + s.r + s.d) + s.norms,
-    "phm": lambda s: 2 * s.sublayers * (2 * (s.n**3 + s.d * s.r // s.n) + s.r + s.d) + s.norms,
-    "compacter": lambda s: compacter(s, 2 * s.sublayers) + s.norms,
-    "compacter++": lambda s: compacter(s, s.sublayers) + s.norms,
-    "bitfit": lambda s: s.biases,
-    "prompt-tuning-random": lambda s: s.prompt * s.d,
-    "prompt-tuning-vocabulary": lambda s: s.prompt * s.d,
-    "intrinsic-said": lambda s: s.dimension,
-    "intrinsic": lambda s: s.dimension,
-    "lora": lambda s: 2 * s.attentions * s.k * (s.d + s.inner),
-    "ia3": lambda s: s.attentions * 2 * s.inner + s.sublayers * s.f,
-    "prefix-tuning": prefix,
-    "parallel": lambda s: s.sublayers * bottleneck(s),
-    "scaled-parallel": lambda s: s.sublayers * bottleneck(s),
-    "mam": lambda s: prefix(s) + s.sublayers * bottleneck(s),
-}
-TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2, "b": 5}
-
-
 @every_other
 def test_counts_of_the_others(name, backbone):
     method, module = small(name), module_of(name, backbone)
     shapes = adapted_shapes(cj.Adapted(module, method))
     counted = cj.count(shapes, cj.label_params(shapes, method))
     sizes = sizes_of(module.config, backbone)
-    assert counted.trained == COUNTS[name](sizes) + sizes.head
-
-
-def sizes_of(config, backbone):
-    if backbone == "bert":
-        return bert_sizes(config, 3, **TINY_METHOD)
-    return t5_sizes(config, **TINY_METHOD)
+    assert counted.trained == ROWS[name].count(sizes) + sizes.head
 
 
 @every_case
@@ -599,7 +398,7 @@ def test_counts(name, backbone):
     case, config = case_of(name, backbone), module_of(name, backbone).config
     sizes = sizes_of(config, backbone)
     counted = cj.count(case.params, case.labels)
-    assert counted.trained == COUNTS[name](sizes) + sizes.head
+    assert counted.trained == ROWS[name].count(sizes) + sizes.head
     own = sum(leaf.size for leaf in jax.tree.leaves(case.backbone.params))
     assert own == sizes.everything
     assert counted.total == sum(leaf.size for leaf in jax.tree.leaves(case.params))
@@ -626,4 +425,4 @@ def test_the_formulas_give_the_papers_counts():
         ("compacter", 12): 163_392,
         ("compacter++", 12): 106_368,
     }
-    assert {(name, n): COUNTS[name](sizes[n]) for name, n in expected} == expected
+    assert {(name, n): ROWS[name].count(sizes[n]) for name, n in expected} == expected

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from compacter_jax import catalogue
-from tests.pages import ROOT, code_blocks, rows_of_tables
+from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import _parsed
 from train.estimate import params as estimate_params
 from train.estimate.options import ParamsOptions
@@ -57,7 +57,7 @@ COMMAND_PAGES = [page for page in [*PAGES, ROOT / "README.md"] if code_blocks(pa
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     # The page on extending adds it; test_extending.py does so, and runs the command.
-    monkeypatch.setitem(catalogue._PRESETS, "scale-shift", catalogue.preset("ia3"))
+    monkeypatch.setitem(catalogue.PRESETS, "scale-shift", catalogue.PRESETS["ia3"])
     for block in code_blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             if found := re.match(r"(?:\$ )?python -m train (.*)", line):
@@ -90,6 +90,34 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{page.name} links to {target}"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{page.name} links to {target}"
+
+
+# Made on the page on extending, or a place for a name.
+NOT_THERE = r"compacter_jax[./]methods[./]scale_shift(\.py)?|notebooks/NAME\.py"
+
+
+TEXTS = [page for page in LINKED if page.suffix == ".md"] + [ROOT / "benchmarks/NOTES.md"]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_files_and_modules_of_the_text_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(
+        r"(?<![\w/.])(?:compacter_jax|train|tests|benchmarks|docs|notebooks)/[\w./]+\w", text
+    )
+    dotted = re.findall(r"(?<![\w/.])(?:compacter_jax|train|tests|benchmarks)(?:\.[a-z]\w*)+", text)
+    names = [name for name in dotted if not re.search(r"\.(csv|parquet)$", name)]
+    missing = {path for path in files if not any(ROOT.glob(f"{path}*"))}  # a `.*` may follow
+    missing |= {name for name in names if not is_there(name)}
+    assert not {name for name in missing if not re.fullmatch(NOT_THERE, name)}
+
+
+def is_there(name):
+    """Whether a dotted name is a module, or leads to something in one."""
+    try:
+        return bool(pkgutil.resolve_name(name))
+    except (ImportError, AttributeError):
+        return False
 
 
 def python(page, number, **replaced):
@@ -201,6 +229,14 @@ def check_row(row, name, backbone, method):
         value = value_of(formula or "0", **sizes)
         assert value == counted.groups.get(group, (0, 0))[0], (row[0], group)
         assert not number or value == value_of(number), (row[0], group)
+
+
+def test_the_table_of_presets():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- presets -->\n\n(.*?)\n\n<!-- end of presets -->", text, re.DOTALL)
+    assert table.splitlines() == catalogue.table_of_presets()
+    names = [cells(line)[0] for line in table.splitlines()[2:]]
+    assert names == [f"`{name}`" for name in cj.presets()]
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_headings_defaults_and_switches():
     text = page("fit")
     headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert headings[:3] == ["examples", "required", "of this command"]
-    assert headings[-1] == "for intrinsic and intrinsic-said"
+    assert headings[-1] == "for prefix-tuning and mam"
     assert "--batch-size INT          examples per update, over all devices. (default: 32)" in text
     assert (
         "--seed INT                of initial values, order of the data and dropout. (default: 0)"
