@@ -124,7 +124,7 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """
     jobs = _jobs(options, batch_size)
     batches = list(itertools.islice(zip(*map(_batches, jobs), strict=True), options.rounds))
-    alone, joint = _trainers(jobs), grid.Joint(_trainers(jobs))
+    alone, stacked = _trainers(jobs), grid.StackedRuns(_trainers(jobs))
 
     def one_after_another(given: Sequence[batching.Batch]) -> None:
         metrics = None
@@ -137,7 +137,7 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
         jax.block_until_ready(metrics)
 
     def together(given: Sequence[batching.Batch]) -> None:
-        jax.block_until_ready(joint.step(given))
+        jax.block_until_ready(stacked.step(given))
 
     ways: dict[str, Callable[[Sequence[batching.Batch]], None]] = {
         "one_after_another": one_after_another,
@@ -190,7 +190,7 @@ def _trainers(jobs: Sequence[Job]) -> list[fit_trainer.Trainer]:
 def _batches(job: Job) -> Iterator[batching.Batch]:
     """Of the first epoch, as `fit` draws them."""
     options = job.options
-    examples = job.lanes[0].encoded["train"].of_epoch(0)
+    examples = job.task_runs[0].encoded["train"].of_epoch(0)
     return batching.batches(examples, options.batch_size, shuffle=True, seed=options.seed)
 
 

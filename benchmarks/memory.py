@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from train.compute import step  # noqa: PLC0415
     from train.estimate import plan  # noqa: PLC0415
 
-    shape = plan.Shape(
+    shape = plan.Workload(
         backbone=options.backbone,
         method=cj.preset(options.methods, **_overrides(options)),
         num_labels=2,

@@ -291,7 +291,7 @@ def _prepare() -> None:
     os.environ.setdefault("USE_TORCH", "0")
     from train.compute import compilation_cache  # noqa: PLC0415
 
-    compilation_cache.keep(os.environ)
+    compilation_cache.enable(os.environ)
     # Importing and tracing make many objects that stay: an eighth of a short run went into
     # looking through them again and again.
     gc.set_threshold(100_000, 50, 100)

@@ -29,7 +29,7 @@ logger = logging.getLogger("train")
 
 
 @functools.cache
-def announce() -> None:
+def announce_compilation() -> None:
     """Says that what comes first has to be compiled, and how long that may take; once a process."""
     tqdm.write(
         "compiling for each new length of input: up to about 20 s each on two cores, less where an "
@@ -37,7 +37,7 @@ def announce() -> None:
     )
 
 
-def keep(environment: MutableMapping[str, str]) -> Path | None:
+def enable(environment: MutableMapping[str, str]) -> Path | None:
     """Has JAX, which is imported later, keep what it compiles; in processes started from here, too.
 
     A folder that cannot be made or written, or that others can write to (who could have this
@@ -92,7 +92,7 @@ def _remove_unfinished(folder: Path) -> None:
 
     Of an entry JAX writes the program, then when it was used; both under a lock.
     """
-    import filelock  # noqa: PLC0415 - see `keep`
+    import filelock  # noqa: PLC0415 - see `enable`
 
     with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=1):
         for program in folder.glob("*-cache"):

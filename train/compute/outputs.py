@@ -50,7 +50,7 @@ def split_outputs(
             if before_batch is not None:
                 before_batch()
             if distributed.is_first():
-                compilation_cache.announce()
+                compilation_cache.announce_compilation()
             indices, y = distributed.gather((batch["indices"], outputs(batch)))
             if rows is None:
                 rows = jax.tree.map(lambda x: np.zeros((len(encoded), *x.shape[1:]), x.dtype), y)

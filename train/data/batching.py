@@ -25,7 +25,7 @@ class Examples(Protocol):
     def of_epoch(self, epoch: int) -> Encoded:
         """As many examples in every epoch, a function of `epoch` alone."""
 
-    def notices(self, split: str) -> list[str]:
+    def user_messages(self, split: str) -> list[str]:
         """What the user should know of them, a line each."""
 
 

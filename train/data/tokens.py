@@ -50,7 +50,7 @@ class Unknown:
             self.texts + other.texts,
         )
 
-    def notices(self, what: str) -> list[str]:
+    def user_messages(self, what: str) -> list[str]:
         """Returns a line on what the texts are called, if it is 1 % of the tokens or more."""
         if not self.tokens or self.tokens < _TOLD_OF_UNKNOWN * self.all_tokens:
             return []
@@ -148,11 +148,11 @@ class Encoded:
         """The examples of an epoch: the same in every one."""
         return self
 
-    def notices(self, split: str) -> list[str]:
+    def user_messages(self, split: str) -> list[str]:
         """What was cut or is unknown to the tokenizer, in words; empty if nothing was."""
-        lines = self.unknown.notices(f"{split} inputs")
+        lines = self.unknown.user_messages(f"{split} inputs")
         if self.target_texts is not None:
-            lines += self.target_texts.unknown.notices(f"{split} targets")
+            lines += self.target_texts.unknown.user_messages(f"{split} targets")
         if self.num_truncated:
             lines.append(
                 f"{self.num_truncated} of {len(self)} {split} examples are cut to "

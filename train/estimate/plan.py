@@ -67,7 +67,7 @@ PARTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Workload:
     """What determines the program of a step: everything but the values.
 
     Attributes:
@@ -129,7 +129,7 @@ class Plan:
       steps: updates in all.
       input_lengths: what inputs are padded to.
       target_lengths: what targets are padded to; empty without a decoder.
-      shape: of a step.
+      workload: of a step.
       cost: of a step.
       seconds: of all steps, if each batch were of the longest; None if the peak is not known.
     """
@@ -140,7 +140,7 @@ class Plan:
     steps: int
     input_lengths: tuple[int, ...]
     target_lengths: tuple[int, ...]
-    shape: Shape
+    workload: Workload
     cost: Cost
     seconds: float | None
 
@@ -172,14 +172,16 @@ def plan_of(options: PlanOptions) -> Plan:
     """What a run on one task would cost; errors as of `plan`."""
     options.check()
     module = module_from_name(options.backbone)
-    shape = _shape(options, isinstance(module, cj.T5))
-    cost = cost_of(shape)
+    workload = _workload(options, isinstance(module, cj.T5))
+    cost = cost_of(workload)
     examples = train_examples(options, isinstance(module, cj.T5))
     steps = options.epochs * batching.num_batches(examples, options.batch_size)
     steps = min(steps, options.max_steps or steps)
     peak = peak_of(options)
     seconds = None if peak is None else steps * cost.flops / (peak * options.utilisation)
-    targets = batching.bucket_lengths(shape.target_length, 4) if isinstance(module, cj.T5) else ()
+    targets = (
+        batching.bucket_lengths(workload.target_length, 4) if isinstance(module, cj.T5) else ()
+    )
     return Plan(
         task=options.task,
         train_examples=examples,
@@ -187,7 +189,7 @@ def plan_of(options: PlanOptions) -> Plan:
         steps=steps,
         input_lengths=batching.bucket_lengths(options.max_length),
         target_lengths=targets,
-        shape=shape,
+        workload=workload,
         cost=cost,
         seconds=seconds,
     )
@@ -231,7 +233,7 @@ def peak_of(options: PlanOptions) -> float | None:
     return peak
 
 
-def _shape(options: PlanOptions, text_to_text: bool) -> Shape:
+def _workload(options: PlanOptions, text_to_text: bool) -> Workload:
     sizes = compute_mesh.parse(options.mesh) if options.mesh else {}
     rows_of_devices = sizes.get(compute_mesh.DATA, options.devices)
     parts = rows_of_devices * options.accumulation_steps
@@ -245,7 +247,7 @@ def _shape(options: PlanOptions, text_to_text: bool) -> Shape:
     if benchmark is not None:
         labelled = benchmark.wanted == "label"
     longest = options.max_target_length
-    return Shape(
+    return Workload(
         backbone=options.backbone,
         method=options.method_config(),
         num_labels=0 if text_to_text else 1 if options.regression else _LABELS.get(options.task, 2),
@@ -262,19 +264,19 @@ def _shape(options: PlanOptions, text_to_text: bool) -> Shape:
 
 
 @functools.cache  # the tasks of a benchmark share one
-def cost_of(shape: Shape) -> Cost:
+def cost_of(workload: Workload) -> Cost:
     """Traces the step; errors as of `compacter_jax.Adapted`."""
-    model, objective = model_of(shape)
+    model, objective = model_of(workload)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     labels = cj.label_params(shapes, model.method)
     trained, frozen = cj.partition(shapes, labels)
-    frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, shape.backbone_dtype), frozen)
+    frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, workload.backbone_dtype), frozen)
     loss = step.loss_function("tokens" if objective is Seq2Seq else "classification")
     tx = cj.optimizer(optax.adamw(1e-3), labels)
 
     def traced(model: Any) -> Any:
         apply = step.apply_function(model, objective.inputs)
-        part = batch_of(shape, shape.rows // shape.accumulation_steps)
+        part = batch_of(workload, workload.rows // workload.accumulation_steps)
         return gradient_program(apply, loss, trained, frozen, part)
 
     program, unrepeated = traced(model), compute_flops.without_remat(model)
@@ -284,64 +286,70 @@ def cost_of(shape: Shape) -> Cost:
         program,
         trained,
         frozen,
-        batch_of(shape, shape.rows),
+        batch_of(workload, workload.rows),
         tx,
-        accumulation_steps=shape.accumulation_steps,
+        accumulation_steps=workload.accumulation_steps,
     )
-    if shape.mesh:
+    if workload.mesh:
         parts = dataclasses.replace(
-            parts, frozen=compute_mesh.bytes_of_part(frozen, dict(shape.mesh))
+            parts, frozen=compute_mesh.bytes_of_part(frozen, dict(workload.mesh))
         )
     return Cost(
         trained=count.trained,
         total=count.total,
         adapter_bytes=compute_memory.size(trained),
         # The devices along `model` divide each product.
-        flops=shape.accumulation_steps
+        flops=workload.accumulation_steps
         * compute_flops.of_step(traced(unrepeated) if repeats else program)
-        // dict(shape.mesh).get(compute_mesh.MODEL, 1),
+        // dict(workload.mesh).get(compute_mesh.MODEL, 1),
         memory=parts,
     )
 
 
-def model_of(shape: Shape) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
+def model_of(workload: Workload) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
     """The adapted module, and the objective whose batches it reads."""
-    module = module_from_name(shape.backbone)
-    attributes: dict[str, Any] = {"dtype": jnp.dtype(shape.dtype), "remat": shape.remat}
+    module = module_from_name(workload.backbone)
+    attributes: dict[str, Any] = {"dtype": jnp.dtype(workload.dtype), "remat": workload.remat}
     rates = ["dropout_rate"]
     if isinstance(module, cj.Bert):
-        attributes |= {"head": "sequence_classification", "num_labels": shape.num_labels}
+        attributes |= {"head": "sequence_classification", "num_labels": workload.num_labels}
         rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
-    if shape.dropout_rate is not None:
-        changed = dict.fromkeys(rates, shape.dropout_rate)
+    if workload.dropout_rate is not None:
+        changed = dict.fromkeys(rates, workload.dropout_rate)
         attributes["config"] = dataclasses.replace(module.config, **changed)
     objective = Seq2Seq if isinstance(module, cj.T5) else Classifier
-    return cj.Adapted(module.clone(**attributes), shape.method), objective
+    return cj.Adapted(module.clone(**attributes), workload.method), objective
 
 
-def batch_of(shape: Shape, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_of(workload: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """What `train.data.batching.batches` yields, of the longest."""
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     batch = {"weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
-    batch |= {name: integers((rows, shape.length)) for name in ("input_ids", "attention_mask")}
-    if shape.target_length:
+    batch |= {name: integers((rows, workload.length)) for name in ("input_ids", "attention_mask")}
+    if workload.target_length:
         targets = ("decoder_input_ids", "labels")
-        return batch | {name: integers((rows, shape.target_length)) for name in targets}
-    return batch | {"token_type_ids": integers((rows, shape.length)), "labels": integers((rows,))}
+        return batch | {name: integers((rows, workload.target_length)) for name in targets}
+    return batch | {
+        "token_type_ids": integers((rows, workload.length)),
+        "labels": integers((rows,)),
+    }
 
 
 def _to_json(one: Plan) -> dict[str, Any]:
     values = dataclasses.asdict(one)
-    values["shape"].pop("method")
+    values["workload"].pop("method")
     values["cost"]["memory"]["total"] = one.cost.memory.total
     return values | {"programs": one.programs, "total_flops": one.total_flops}
 
 
 def _text(plans: Sequence[Plan], options: PlanOptions) -> list[str]:
-    """The plans for the console: a table of tasks, then each shape of a step."""
+    """The plans for the console: a table of tasks, then each workload of a step."""
     lines = [f"{options.method} on {options.backbone}", "", *_task_table(plans)]
-    for shape in dict.fromkeys(one.shape for one in plans):
-        lines += ["", *_shape_lines(shape, [one for one in plans if one.shape == shape])]
+    for workload in dict.fromkeys(one.workload for one in plans):
+        lines += [
+            "",
+            *_workload_lines(workload, [one for one in plans if one.workload == workload]),
+        ]
     lines.append("")
     if (peak := peak_of(options)) is None:
         lines.append("time: not known; give --device-kind or --peak-flops")
@@ -375,19 +383,20 @@ def _task_table(plans: Sequence[Plan]) -> list[str]:
     ]
 
 
-def _shape_lines(shape: Shape, plans: Sequence[Plan]) -> list[str]:
+def _workload_lines(workload: Workload, plans: Sequence[Plan]) -> list[str]:
     cost, one = plans[0].cost, plans[0]
     targets = f", targets to {_listed(one.target_lengths)}" if one.target_lengths else ""
     lines = [
-        f"{', '.join(plan.task for plan in plans)}: {shape.rows} rows on each device, computed in "
-        f"{shape.dtype}, remat {shape.remat}, {cost.flops:.3g} FLOPs for a step of the longest",
+        f"{', '.join(plan.task for plan in plans)}: {workload.rows} rows on each device, "
+        f"computed in {workload.dtype}, remat {workload.remat}, {cost.flops:.3g} FLOPs for a step "
+        "of the longest",
         f"  compiled for inputs padded to {_listed(one.input_lengths)}{targets} tokens: "
         f"{one.programs} programs at most, and others to evaluate",
         f"  trained {cost.trained:,} of {cost.total:,} parameters "
         f"({100 * cost.trained / cost.total:.3f} %); the adapter takes about "
         f"{cost.adapter_bytes:,} bytes",
         "  memory of a device, in MB"
-        + (", activations as if `model` did not divide them:" if shape.mesh else ":"),
+        + (", activations as if `model` did not divide them:" if workload.mesh else ":"),
     ]
     values = {**dataclasses.asdict(cost.memory), "total": cost.memory.total}
     for name, value in values.items():

@@ -169,18 +169,20 @@ def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted)
     metadata |= {"task": options.task or "custom", "kind": kind, "label_names": list(names)}
     metadata["max_length"] = options.max_length
     if writes:
-        metadata["text_to_text"] = text_format.to_json(_casting(options, kind, names))
+        metadata["text_to_text"] = text_format.to_json(_text_format(options, kind, names))
     return metadata
 
 
-def _casting(options: ConvertOptions, kind: Any, names: Sequence[str]) -> text_format.Casting:
+def _text_format(
+    options: ConvertOptions, kind: Any, names: Sequence[str]
+) -> text_format.TextFormat:
     prefix = options.prefix if options.prefix is not None else options.task
     if prefix is None:
         raise ValueError(
             "what the adapter's inputs begin with is unknown; give --task, or --prefix (which may "
             "be '')"
         )
-    return text_format.Casting(
+    return text_format.TextFormat(
         kind=kind,
         prefix=prefix,
         label_names=tuple(names),

@@ -153,7 +153,7 @@ def _finished(
     result = run.result_of(trainer, 0)
     cost = timing.cost(trainer.progress.step_seconds, started)
     run.write_results(
-        trainer.job, {trainer.job.lanes[0].name: result}, {**cost, "runs_at_once": runs_at_once}
+        trainer.job, {trainer.job.task_runs[0].name: result}, {**cost, "runs_at_once": runs_at_once}
     )
     return result
 
@@ -166,7 +166,7 @@ def _train(trainers: Mapping[str, fit_trainer.Trainer], stop: stopping.Stopping)
     """
     failures: dict[str, str] = {}
     stopped: list[StoppedRunError] = []
-    joint = Joint(list(trainers.values()))
+    stacked = StackedRuns(list(trainers.values()))
     total = max(trainer.job.total_steps for trainer in trainers.values())
     done = min(trainer.learners[0].steps for trainer in trainers.values())
     with stop.delayed(), tqdm(total=total, initial=done, unit="step") as bar:
@@ -187,7 +187,7 @@ def _train(trainers: Mapping[str, fit_trainer.Trainer], stop: stopping.Stopping)
                         stopped.append(end)
             if members:
                 given = [waiting.get(name) for name in trainers]
-                metrics = dict(zip(trainers, joint.step(given), strict=True))
+                metrics = dict(zip(trainers, stacked.step(given), strict=True))
                 bar.update()
     if stopped:
         raise stopped[0]
@@ -195,7 +195,7 @@ def _train(trainers: Mapping[str, fit_trainer.Trainer], stop: stopping.Stopping)
 
 
 class _Arguments(NamedTuple):
-    """Of one run in a joint step.
+    """Of one run in a stacked step.
 
     Attributes:
       own: leaves of the frozen half that not all runs share, by position.
@@ -212,7 +212,7 @@ class _Arguments(NamedTuple):
     active: Any
 
 
-class Joint:
+class StackedRuns:
     """The states of several runs, stacked on a leading axis, and a step of all.
 
     With several devices, as many as divide the number of runs have equal parts of the runs.
@@ -255,8 +255,8 @@ class Joint:
     def _compiled(self, first: fit_trainer.Trainer) -> Callable[..., Any]:
         """The step as a function of arrays; the metrics of every run come apart."""
         job, learner, runs = first.job, first.job.learners[0], len(self._trainers)
-        lane = job.lanes[0]
-        apply = learners.apply_of(lane, learner.views[0])
+        task_run = job.task_runs[0]
+        apply = learners.apply_of(task_run, learner.views[0])
 
         def one(
             state: compute_step.TrainState, arguments: _Arguments, shared: dict[int, Array]
@@ -269,7 +269,7 @@ class Joint:
                 arguments.batch,
                 jax.random.key(arguments.seed),
                 apply=apply,
-                loss=lane.objective.loss,
+                loss=task_run.objective.loss,
                 tx=cj.optimizer(learners.transformation(job.options), learner.labels),
                 accumulation_steps=job.options.accumulation_steps,
                 numbers=arguments.numbers,
@@ -307,15 +307,15 @@ class Joint:
 class _Row:
     """The `train.compute.step.TrainState` of one run, read where it is asked for."""
 
-    def __init__(self, joint: Joint, index: int):
-        self._joint, self._index = joint, index
+    def __init__(self, stacked: StackedRuns, index: int):
+        self._stacked, self._index = stacked, index
 
     @property
     def trained(self) -> Any:
-        return self._joint.row(self._index, self._joint.states.trained)
+        return self._stacked.row(self._index, self._stacked.states.trained)
 
     def _asdict(self) -> dict[str, Any]:
-        return self._joint.row(self._index, self._joint.states)._asdict()
+        return self._stacked.row(self._index, self._stacked.states)._asdict()
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

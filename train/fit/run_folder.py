@@ -237,7 +237,7 @@ def _record_of(path: Path, found: dict[str, Any]) -> Record:
     if missing := [name for name in _OF_RECORD if name not in found]:
         raise ValueError(f"{path} is not the record of a run: it has no {listing(missing)}")
     # What stands there is removed by --overwrite: nothing is that no run writes.
-    extra = {"profile", *(f"{lane}backbone" for lane in _lanes(settings))}
+    extra = {"profile", *(f"{prefix}backbone" for prefix in _task_prefixes(settings))}
     writes = tuple(name for name in found["writes"] if name in {*possible, *extra})
     return Record(settings, found["run_id"], found["inputs"], writes)
 
@@ -252,7 +252,7 @@ def _write_record(folder: Path, record: Record) -> None:
     report.write_json(folder / RUN_NAME, {**record.settings, **own})
 
 
-def _lanes(settings: Mapping[str, Any]) -> list[str]:
+def _task_prefixes(settings: Mapping[str, Any]) -> list[str]:
     """Of each task of a run, what the names of its files begin with."""
     names = [name.strip() for name in str(settings["task"]).split(",")]
     plain = [name for name in names if re.fullmatch(r"\w[\w.-]*", name)]
@@ -266,16 +266,16 @@ def _written(settings: Mapping[str, Any], options: FitOptions | None) -> tuple[s
       settings: of its record.
       options: of the command line; None if not known: what the run may have written, then.
     """
-    lanes = _lanes(settings)
+    prefixes = _task_prefixes(settings)
     names = ["checkpoints", *_FILES]
     if options is None or options.log == "tensorboard":
         names.append("tensorboard")
     if options is not None and options.profile:
         names.append("profile")
-    of_lane = ["adapter", "metrics.json", "report.md", "curves.png"]
+    of_task = ["adapter", "metrics.json", "report.md", "curves.png"]
     if settings["method"] == "full" and settings["task"] == SPAN_CORRUPTION:
-        of_lane.append("backbone")
-    names += [f"{lane}{name}" for lane in lanes for name in of_lane]
+        of_task.append("backbone")
+    names += [f"{prefix}{name}" for prefix in prefixes for name in of_task]
     return tuple(dict.fromkeys(names))
 
 

@@ -86,14 +86,14 @@ class _Pending:
 
     Attributes:
       metrics: what it gives.
-      lane: its task.
+      task_index: its task.
       batch: this host's part.
       number: of the step, from 1 on.
       learning_rate: its.
     """
 
     metrics: step.StepMetrics
-    lane: int
+    task_index: int
     batch: batching.Batch
     number: int
     learning_rate: float
@@ -126,7 +126,7 @@ class Trainer:
         self.learners: list[Training] = trainings_of(job, self._placed, computes, devices)
         self.progress = Progress()
         self._clock = timing.StepClock(self.progress.step_seconds)
-        self._meters = [_meter(job.options, lane) for lane in job.lanes]
+        self._meters = [_meter(job.options, task_run) for task_run in job.task_runs]
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Trainer:
@@ -167,23 +167,23 @@ class Trainer:
             metrics: step.StepMetrics | None = None  # a generator is first sent None
             while True:
                 try:
-                    lane, batch = steps.send(metrics)
+                    index, batch = steps.send(metrics)
                 except StopIteration:
                     return self.progress
-                training, compute = self.of_lane(lane)
+                training, compute = self.of_task(index)
                 with self._profiler.step(self._step_number() + 1):
                     training.state, metrics = compute.step(
                         training.state, training.frozen, batch, self.numbers(training)
                     )
 
     def steps(self) -> Steps:
-        """The run but for its updates: yields a lane and its batch, is sent the update's metrics.
+        """The run but for its updates: yields a index and its batch, is sent the update's metrics.
 
-        Whoever iterates updates the state of the lane's learner in between.
+        Whoever iterates updates the state of the index's learner in between.
         """
         while self.progress.epoch < self.job.epochs:
             if distributed.is_first():
-                compilation_cache.announce()
+                compilation_cache.announce_compilation()
             yield from self._train_epoch()
             self._finish_epoch()
         self._checkpoints.finish()
@@ -197,15 +197,15 @@ class Trainer:
         steps = self.job.steps_of(progress.epoch)
         first = progress.epoch * self.job.steps_per_epoch
         streams = [
-            self._stream(lane, first + progress.batch) for lane in range(len(self.job.lanes))
+            self._stream(index, first + progress.batch) for index in range(len(self.job.task_runs))
         ]
         pending: _Pending | None = None
         self._clock.start()
         with self._bar() as bar:
             while progress.batch < steps:
-                lane = int(self.job.order[first + progress.batch])
-                batch, examples = next(streams[lane])
-                current = yield from self._dispatch(lane, batch)
+                index = int(self.job.order[first + progress.batch])
+                batch, examples = next(streams[index])
+                current = yield from self._dispatch(index, batch)
                 # Reading a loss waits for it: read the last one, while this step computes.
                 self._note(pending, bar)
                 pending = current
@@ -224,12 +224,12 @@ class Trainer:
             self._note(pending, bar)
         progress.seconds = seconds + time.perf_counter() - started
 
-    def _stream(self, lane: int, start: int) -> Iterator[tuple[batching.Batch, int]]:
+    def _stream(self, index: int, start: int) -> Iterator[tuple[batching.Batch, int]]:
         """A task's batches from a step of the run on: the part of this host, and all examples."""
         options = self.options
-        examples = self.job.lanes[lane].encoded["train"]
+        examples = self.job.task_runs[index].encoded["train"]
         per_epoch = batching.num_batches(len(examples), options.batch_size)
-        epoch, batch = divmod(int(np.sum(self.job.order[:start] == lane)), per_epoch)
+        epoch, batch = divmod(int(np.sum(self.job.order[:start] == index)), per_epoch)
         while True:
             rest = batching.batches(
                 examples.of_epoch(epoch),
@@ -246,22 +246,22 @@ class Trainer:
             epoch, batch = epoch + 1, 0
 
     def _dispatch(
-        self, lane: int, batch: batching.Batch
+        self, index: int, batch: batching.Batch
     ) -> Generator[tuple[int, batching.Batch], step.StepMetrics | None, _Pending]:
         """Has a step given to the devices."""
-        training, _ = self.of_lane(lane)
+        training, _ = self.of_task(index)
         number = self._step_number() + 1
-        metrics = yield lane, batch
+        metrics = yield index, batch
         assert metrics is not None
-        self._clock.dispatched(batch, lane)
+        self._clock.dispatched(batch, index)
         learning_rate = float(training.schedule(training.steps))
         training.steps += 1
-        return _Pending(metrics, lane, batch, number, learning_rate)
+        return _Pending(metrics, index, batch, number, learning_rate)
 
-    def of_lane(self, lane: int) -> tuple[Training, Compute]:
+    def of_task(self, index: int) -> tuple[Training, Compute]:
         """The learner of a task, and what is compiled for the task."""
-        training = next(t for t in self.learners if lane in t.learner.lanes)
-        return training, training.computes[training.learner.lanes.index(lane)]
+        training = next(t for t in self.learners if index in t.learner.task_indices)
+        return training, training.computes[training.learner.task_indices.index(index)]
 
     def numbers(self, training: Training) -> step.Hyperparameters:
         """Returns the optimizer's numbers for the next step of a learner."""
@@ -310,7 +310,7 @@ class Trainer:
                 f"step {pending.number}: loss {loss}, gradient norm {norm}; {kept}. Try a "
                 "smaller --learning-rate, more --warmup-fraction, or --dtype float32"
             )
-        losses = self.progress.losses.setdefault(self.job.lanes[pending.lane].name, [])
+        losses = self.progress.losses.setdefault(self.job.task_runs[pending.task_index].name, [])
         losses.append(loss)
         self._log.step(
             pending.number,
@@ -319,7 +319,9 @@ class Trainer:
             gradient_norm=norm,
             examples_per_second=self.options.batch_size / seconds if seconds else None,
             model_flops_utilisation=(
-                self._meters[pending.lane].utilisation(pending.batch, seconds) if seconds else None
+                self._meters[pending.task_index].utilisation(pending.batch, seconds)
+                if seconds
+                else None
             ),
         )
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", refresh=False)
@@ -336,14 +338,14 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Validates, and keeps the adapters that are the best; returns whether one is."""
         progress = self.progress
-        lanes = range(len(self.job.lanes))
+        indices = range(len(self.job.task_runs))
         # All of them before any is recorded: what stops in between starts with the first again.
-        found = [self.scores(lane, "validation", stops=True) for lane in lanes]
-        scores = [self._record(lane, values) for lane, values in enumerate(found)]
+        found = [self.scores(index, "validation", stops=True) for index in indices]
+        scores = [self._record(index, values) for index, values in enumerate(found)]
         better = False
         for training in self.learners:
             learner = training.learner
-            score = float(np.mean([scores[lane] for lane in learner.lanes]))
+            score = float(np.mean([scores[index] for index in learner.task_indices]))
             if score > progress.best.get(learner.name, -math.inf):
                 progress.best[learner.name] = score
                 progress.best_epoch[learner.name] = progress.epoch + 1
@@ -354,12 +356,12 @@ class Trainer:
 
     def _record(self, index: int, values: dict[str, float]) -> float:
         """Records the metrics of a task's validation; returns the one that counts."""
-        progress, lane = self.progress, self.job.lanes[index]
+        progress, task_run = self.progress, self.job.task_runs[index]
         validation_loss = values.pop("loss")
-        losses = progress.losses.get(lane.name, [])
+        losses = progress.losses.get(task_run.name, [])
         # A task of a mixture may not have come up.
         train_loss = float(np.mean(losses)) if losses else None
-        progress.history.setdefault(lane.name, []).append(
+        progress.history.setdefault(task_run.name, []).append(
             {
                 "epoch": progress.epoch + 1,
                 "train_loss": train_loss,
@@ -369,11 +371,11 @@ class Trainer:
                 "step_losses": _thinned(losses),
             }
         )
-        split = f"{lane.name}_validation" if self.job.is_mixture else "validation"
+        split = f"{task_run.name}_validation" if self.job.is_mixture else "validation"
         self._log.evaluation(self._step_number(), split, {"loss": validation_loss, **values})
-        name = lane.task.metric
+        name = task_run.task.metric
         if distributed.is_first():
-            name_of = lane.name if self.job.is_mixture else self._name
+            name_of = task_run.name if self.job.is_mixture else self._name
             task = f"{name_of}: " if name_of else ""
             invalid = f", {values['invalid']} invalid" if values.get("invalid") else ""
             tqdm.write(
@@ -392,13 +394,13 @@ class Trainer:
             stands.
           stops: whether what asks to stop ends the run here; a checkpoint is written.
         """
-        training, compute = self.of_lane(index)
-        view = training.learner.views[training.learner.lanes.index(index)]
+        training, compute = self.of_task(index)
+        view = training.learner.views[training.learner.task_indices.index(index)]
         trained = view(training.state.trained) if trained is None else trained
         frozen = view(training.frozen)
         return compute_outputs.split_outputs(
             lambda batch: compute.outputs(trained, frozen, batch),
-            self.job.lanes[index].encoded[split].of_epoch(0),
+            self.job.task_runs[index].encoded[split].of_epoch(0),
             self.options.eval_batch_size,
             description=split,
             before_batch=self._check_stop if stops else None,
@@ -409,8 +411,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Metrics and loss of a split; arguments as of `outputs`."""
         outputs = self.outputs(index, split, trained, stops=stops)
-        lane = self.job.lanes[index]
-        return lane.objective.scores(outputs, lane.encoded[split].of_epoch(0))
+        task_run = self.job.task_runs[index]
+        return task_run.objective.scores(outputs, task_run.encoded[split].of_epoch(0))
 
     def _check_stop(self) -> None:
         """In an evaluation: what asked to stop does not wait for its end, the next run does it."""
@@ -432,21 +434,21 @@ class Trainer:
             return
         _, frozen = cj.partition(learner.params, learner.labels)
         whole = jax.tree.map(jnp.asarray, cj.merge(trained, frozen))
-        for i, view in zip(learner.lanes, learner.views, strict=True):
-            lane = self.job.lanes[i]
+        for i, view in zip(learner.task_indices, learner.views, strict=True):
+            task_run = self.job.task_runs[i]
             cj.save_adapter(
-                self.job.folder(lane) / "adapter",
-                lane.model,
+                self.job.folder(task_run) / "adapter",
+                task_run.model,
                 view(whole),
                 metadata={
-                    "backbone": lane.backbone.name,
+                    "backbone": task_run.backbone.name,
                     "dtype": self.options.dtype,
                     "backbone_dtype": self.options.backbone_dtype,
-                    "task": lane.name,
-                    "kind": lane.task.kind,
-                    "label_names": list(lane.task.label_names),
+                    "task": task_run.name,
+                    "kind": task_run.task.kind,
+                    "label_names": list(task_run.task.label_names),
                     "max_length": self.options.max_length,
-                    **lane.objective.settings,
+                    **task_run.objective.settings,
                 },
             )
 
@@ -479,16 +481,16 @@ class Trainer:
         return restored.step
 
 
-def _meter(options: FitOptions, lane: TaskRun) -> flops.Meter:
+def _meter(options: FitOptions, task_run: TaskRun) -> flops.Meter:
     """What part of the devices' peak the steps of a task use."""
-    objective = lane.objective
+    objective = task_run.objective
     peak = options.peak_flops or flops.peak(jax.local_devices()[0].device_kind, options.dtype)
     return flops.Meter(
-        lane.model,
+        task_run.model,
         objective.inputs,
         objective.loss,
-        lane.params,
-        lane.labels,
+        task_run.params,
+        task_run.labels,
         peak=peak,
         devices=jax.local_device_count(),
     )

@@ -113,7 +113,7 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
             bar.update(len(rows))
     for name, count in counted.items():
         print(f"{name}: {count:,} rows")
-    for line in [*labels.lines(), *unknown.notices("inputs")]:
+    for line in [*labels.lines(), *unknown.user_messages("inputs")]:
         print(line)
     commands.say_predicted(options.output, rows_done, cut, bank.max_length, invalid)
     return rows_done

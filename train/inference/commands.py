@@ -60,7 +60,11 @@ def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
     )
     _check_same_kind(options.adapter, adapter, task)
     encoded = adapter.objective.encode(task.splits[options.split])
-    for line in [*task.notices(), *adapter.objective.notices(), *encoded.notices(options.split)]:
+    for line in [
+        *task.user_messages(),
+        *adapter.objective.user_messages(),
+        *encoded.user_messages(options.split),
+    ]:
         print(line)
     outputs = split_outputs(
         adapter.outputs, encoded, options.eval_batch_size, description=options.split
@@ -153,8 +157,8 @@ def predict(options: PredictOptions) -> int:
             write_logits=options.logits,
             progress=bar.update,
         )
-    told_of_inputs = sum(unknown, tokens.Unknown()).notices("inputs")
-    for line in [*counts.lines(), *objective.notices(), *told_of_inputs]:
+    told_of_inputs = sum(unknown, tokens.Unknown()).user_messages("inputs")
+    for line in [*counts.lines(), *objective.user_messages(), *told_of_inputs]:
         print(line)
     limit = adapter.settings["max_length"]
     say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))

@@ -32,10 +32,10 @@ _FIELDS: Mapping[str, Any] = {
     "text_to_text": dict[str, Any],
 }
 _REQUIRED = ("backbone", "max_length", "kind", "label_names", "dtype")
-_CASTING = {
+_TEXT_FORMAT = {
     name: hint
     for name, hint in typing.get_type_hints(
-        text_format.Casting, localns={"Kind": Kind, "EvaluateBy": EvaluateBy}
+        text_format.TextFormat, localns={"Kind": Kind, "EvaluateBy": EvaluateBy}
     ).items()
     if name not in ("kind", "label_names")
 }
@@ -104,8 +104,8 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
         _check_inner(where, settings, wanted, _NOISE, required=tuple(_NOISE))
     elif head == "conditional_generation":
         wanted = "text_to_text"
-        _check_inner(where, settings, wanted, _CASTING, required=("prefix",))
-        _check_casting(f"{where}: {wanted}", settings[wanted])
+        _check_inner(where, settings, wanted, _TEXT_FORMAT, required=("prefix",))
+        _check_text_format(f"{where}: {wanted}", settings[wanted])
     for name in {"span_corruption", "text_to_text"} - {wanted}:
         if name in settings:
             raise ValueError(f"{where}: {name} does not go with kind={kind!r} and head={head!r}")
@@ -128,7 +128,7 @@ def _check_inner(
     check_fields(where, inner, fields)
 
 
-def _check_casting(where: str, values: Mapping[str, Any]) -> None:
+def _check_text_format(where: str, values: Mapping[str, Any]) -> None:
     """ValueError for a number that cannot work."""
     limits = {
         "max_target_length": (2, _MOST_TOKENS),

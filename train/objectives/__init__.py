@@ -1,6 +1,6 @@
 """How a task is put to a backbone: what is tokenised, what a step computes, how a split is scored.
 
-`Classifier`, `Chooser` and `SpanExtractor` are heads on an encoder, `TextToText` is a task cast as
+`Classifier`, `MultipleChoice` and `ExtractiveQA` are heads on an encoder, `TextToText` is a task cast as
 text for an encoder-decoder, `SpanCorruption` its pre-training. Whoever trains, evaluates or
 predicts knows `Objective` alone.
 """
@@ -22,9 +22,9 @@ from train.cli.options import TextToTextOptions
 from train.data import tokens
 from train.objectives import noise as objectives_noise
 from train.objectives.base import Objective
-from train.objectives.classification import Chooser, Classifier, ParallelClassifier
+from train.objectives.classification import Classifier, MultipleChoice, ParallelClassifier
 from train.objectives.span_corruption import SpanCorruption
-from train.objectives.span_extraction import SpanExtractor
+from train.objectives.span_extraction import ExtractiveQA
 from train.objectives.text_to_text import TextToText
 from train.tasks import text_format
 from train.tasks.benchmark import Benchmark, Choice, Kind
@@ -86,8 +86,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
         noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}
         made = _span_corruption(model, tokenizer, module.config, options.max_length, noise)
         return dataclasses.replace(made, seed=options.seed)
-    casting = text_format.Casting(
-        kind=_casting_kind(task.kind),
+    fmt = text_format.TextFormat(
+        kind=_text_kind(task.kind),
         label_names=task.label_names,
         prefix=task.prefix if options.prefix is None else options.prefix,
         score_step=options.score_step,
@@ -98,10 +98,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
     )
     if task.kind == "regression":
         scores = task.splits["train"]["score"][:]
-        casting = dataclasses.replace(casting, score_mean=float(np.mean(scores)))
-    cast = _text_to_text(
-        model, tokenizer, module.config, casting, options.max_length, task.benchmark
-    )
+        fmt = dataclasses.replace(fmt, score_mean=float(np.mean(scores)))
+    cast = _text_to_text(model, tokenizer, module.config, fmt, options.max_length, task.benchmark)
     text_format.check_written(task.label_names, tokenizer)
     return cast
 
@@ -115,7 +113,7 @@ def from_settings(
       settings: of `adapter_config.json`.
       model: the adapted module.
       tokenizer: the backbone's.
-      **changes: fields of `text.Casting` to change, where not None and the objective has one.
+      **changes: fields of `text_format.TextFormat` to change, where not None and the objective has one.
     """
     config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
     if kind == "span_corruption":
@@ -125,12 +123,12 @@ def from_settings(
         made = _of_encoder(model, tokenizer, kind, max_length, benchmark)
         return _with_none(made) if settings.get("benchmark", {}).get("may_be_none") else made
     names = settings["label_names"]
-    casting = text_format.from_json(settings["text_to_text"], _casting_kind(kind), names)
+    fmt = text_format.from_json(settings["text_to_text"], _text_kind(kind), names)
     given = {name: value for name, value in changes.items() if value is not None}
-    casting = dataclasses.replace(casting, **given)
-    if casting.kind == "classification" and casting.generates:
-        text_format.check_written(casting.label_names, tokenizer)
-    return _text_to_text(model, tokenizer, config, casting, max_length, benchmark)
+    fmt = dataclasses.replace(fmt, **given)
+    if fmt.kind == "classification" and fmt.generates:
+        text_format.check_written(fmt.label_names, tokenizer)
+    return _text_to_text(model, tokenizer, config, fmt, max_length, benchmark)
 
 
 def check_options(task: tasks.Task, options: FitOptions) -> None:
@@ -211,20 +209,20 @@ def _of_encoder(
             )
         return ParallelClassifier(model, tokenizer, kind, max_length, benchmark, names)
     if benchmark is not None and kind == "span":
-        return SpanExtractor(model, tokenizer, max_length, benchmark)
+        return ExtractiveQA(model, tokenizer, max_length, benchmark)
     if isinstance(benchmark, Choice):
-        return Chooser(model, tokenizer, "classification", max_length, benchmark)
+        return MultipleChoice(model, tokenizer, "classification", max_length, benchmark)
     return Classifier(model, tokenizer, kind, max_length, benchmark)
 
 
 def _with_none(objective: Objective) -> Objective:
     """One that may find no answer, where it looks for one in a text."""
-    if isinstance(objective, SpanExtractor):
+    if isinstance(objective, ExtractiveQA):
         return dataclasses.replace(objective, may_be_none=True)
     return objective
 
 
-def _casting_kind(kind: Kind) -> Kind:
+def _text_kind(kind: Kind) -> Kind:
     """What a decoder makes of a task: candidates and spans are text that it writes."""
     return "text" if kind in ("choice", "span") else kind
 
@@ -233,16 +231,16 @@ def _text_to_text(
     model: Any,
     tokenizer: Any,
     config: Any,
-    casting: text_format.Casting,
+    fmt: text_format.TextFormat,
     max_length: int,
     benchmark: Benchmark | None,
 ) -> TextToText:
     """With the longest label as the limit of what is generated, where labels are."""
     _check_special_tokens(tokenizer, config)
-    made = TextToText(model, tokenizer, config, casting, max_length, benchmark)
-    if casting.kind == "classification":
-        casting = dataclasses.replace(casting, max_new_tokens=made.label_ids.shape[1])
-    return dataclasses.replace(made, casting=casting)
+    made = TextToText(model, tokenizer, config, fmt, max_length, benchmark)
+    if fmt.kind == "classification":
+        fmt = dataclasses.replace(fmt, max_new_tokens=made.label_ids.shape[1])
+    return dataclasses.replace(made, format=fmt)
 
 
 def _span_corruption(

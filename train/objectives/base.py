@@ -66,7 +66,7 @@ class Objective(abc.ABC):
     def predictions(self, outputs: Any, encoded: tokens.Encoded) -> Predictions:
         """What `predict_file` writes, for each row."""
 
-    def notices(self) -> list[str]:
+    def user_messages(self) -> list[str]:
         """Returns what the user should know of the labels, a line each."""
         return []
 

@@ -110,7 +110,7 @@ class ParallelClassifier(Classifier):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chooser(Classifier):
+class MultipleChoice(Classifier):
     """One of the candidates of a row, each of which the classifier judges by itself."""
 
     benchmark: Choice

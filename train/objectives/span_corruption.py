@@ -60,10 +60,10 @@ class Corpus:
             tokens.Texts(targets.tokens, targets.offsets, corruption.target_length),
         )
 
-    def notices(self, split: str) -> list[str]:
+    def user_messages(self, split: str) -> list[str]:
         """How much text there is."""
         size = f"{split}: {len(self.segments.tokens):,} tokens in {len(self):,} segments"
-        return [size, *self.unknown().notices(f"{split} segments")]
+        return [size, *self.unknown().user_messages(f"{split} segments")]
 
     def unknown(self) -> tokens.Unknown:
         """Counts what of the segments the tokenizer does not know."""

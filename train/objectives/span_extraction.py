@@ -22,7 +22,7 @@ _LEAST = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanExtractor(Objective):
+class ExtractiveQA(Objective):
     """The part of a context that answers a question, from the logits of its first and last token.
 
     Attributes:

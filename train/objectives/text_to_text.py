@@ -75,7 +75,7 @@ class TextToText(Seq2Seq):
       model: an encoder-decoder with logits.
       tokenizer: the backbone's.
       config: of its module.
-      casting: how rows become text and text predictions.
+      format: how rows become text and text predictions.
       max_length: longest input in tokens, the end-of-sequence token included.
       benchmark: whose rows are read, if any.
     """
@@ -83,17 +83,15 @@ class TextToText(Seq2Seq):
     model: Any
     tokenizer: Any
     config: Any
-    casting: text_format.Casting
+    format: text_format.TextFormat
     max_length: int
     benchmark: Benchmark | None = None
 
     @functools.cached_property
     def label_ids(self) -> np.ndarray:
         """`[labels, length]` int32 token ids of the label words, `IGNORED` behind their end."""
-        casting = self.casting
-        tokens = text_format.label_tokens(
-            casting.label_names, self.tokenizer, casting.max_target_length
-        )
+        fmt = self.format
+        tokens = text_format.label_tokens(fmt.label_names, self.tokenizer, fmt.max_target_length)
         ids = np.full((len(tokens), max(map(len, tokens))), data_tokens.IGNORED, np.int32)
         for row, label in zip(ids, tokens, strict=True):
             row[: len(label)] = label
@@ -101,15 +99,15 @@ class TextToText(Seq2Seq):
 
     def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
         """`scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]` and `loss`."""
-        if not self.casting.generates:
+        if not self.format.generates:
             return {"scores": self._label_scores(params, batch)}
         ids = cj.generate(
             self.model,
             params,
             batch["input_ids"],
             batch["attention_mask"],
-            max_new_tokens=self.casting.max_new_tokens,
-            num_beams=self.casting.num_beams,
+            max_new_tokens=self.format.max_new_tokens,
+            num_beams=self.format.num_beams,
             eos_token_id=self.config.eos_token_id,
             pad_token_id=self.config.pad_token_id,
             decoder_start_token_id=self.config.decoder_start_token_id,
@@ -120,23 +118,23 @@ class TextToText(Seq2Seq):
 
     def encode(self, rows: Any) -> data_tokens.Encoded:
         """Casts rows as text and tokenises it."""
-        casting, columns = self.casting, rows
+        fmt, columns = self.format, rows
         if self.benchmark is not None:
             rows = self.benchmark.named(rows)
             columns = self.benchmark.for_decoder(rows)
-        targets = casting.targets(columns)
-        if targets is not None and casting.kind == "regression":
+        targets = fmt.targets(columns)
+        if targets is not None and fmt.kind == "regression":
             text_format.check_scores(targets, self.tokenizer)
         encoded = self.encoded(
             data_tokens.tokenize_texts(
-                casting.inputs(columns), self.tokenizer, self.max_length, what="input"
+                fmt.inputs(columns), self.tokenizer, self.max_length, what="input"
             ),
             None
             if targets is None
             else data_tokens.tokenize_texts(
                 targets,
                 self.tokenizer,
-                casting.max_target_length,
+                fmt.max_target_length,
                 what="target",
                 may_be_empty=self.benchmark is not None,
             ),
@@ -148,18 +146,18 @@ class TextToText(Seq2Seq):
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> dict[str, float]:
         """Metrics of the kind of task and of the benchmark, and the mean loss of a target token."""
-        casting, targets = self.casting, targets_of(encoded)
-        if not casting.generates:
+        fmt, targets = self.format, targets_of(encoded)
+        if not fmt.generates:
             scores = outputs["scores"]
             likelihoods = scores[np.arange(len(targets)), targets].astype(np.float64)
             values = metrics.compute_metrics("classification", scores, targets)
             values = self.with_benchmark(values, scores.argmax(-1), encoded)
             return {**values, "loss": float(-likelihoods.sum() / num_tokens(encoded).sum())}
-        predictions = casting.read(text_format.decode(outputs["ids"], self.tokenizer))
-        if casting.kind == "classification":
-            values = metrics.label_metrics(predictions, targets, len(casting.label_names))
-        elif casting.kind == "regression":
-            values = metrics.score_metrics(predictions, targets, casting.score_mean)
+        predictions = fmt.read(text_format.decode(outputs["ids"], self.tokenizer))
+        if fmt.kind == "classification":
+            values = metrics.label_metrics(predictions, targets, len(fmt.label_names))
+        elif fmt.kind == "regression":
+            values = metrics.score_metrics(predictions, targets, fmt.score_mean)
         else:
             values = metrics.text_metrics(predictions, targets)
         if encoded.groups is not None:
@@ -172,16 +170,16 @@ class TextToText(Seq2Seq):
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> Predicted:
         """Label scores as logits; or scores, None where the text is no number; or texts."""
-        if not self.casting.generates:
+        if not self.format.generates:
             return outputs["scores"]
-        read = self.casting.read(text_format.decode(outputs["ids"], self.tokenizer))
-        if self.casting.kind == "regression":
+        read = self.format.read(text_format.decode(outputs["ids"], self.tokenizer))
+        if self.format.kind == "regression":
             return [None if np.isnan(score) else float(score) for score in read]
         return list(map(str, read))
 
-    def notices(self) -> list[str]:
+    def user_messages(self) -> list[str]:
         """Returns which labels have characters that the tokenizer has no token for."""
-        names, unknown = self.casting.label_names, self.tokenizer.unk_token_id
+        names, unknown = self.format.label_names, self.tokenizer.unk_token_id
         if not names or unknown is None:
             return []
         said = zip(names, self.label_ids, text_format.written(names, self.tokenizer), strict=True)
@@ -200,16 +198,16 @@ class TextToText(Seq2Seq):
 
     def check_predicts(self, *, logits: bool) -> None:
         """Text that is generated has no logits of labels."""
-        if logits and self.casting.generates:
+        if logits and self.format.generates:
             raise ValueError(
-                f"--logits: predictions of kind {self.casting.kind} are generated text, which has "
+                f"--logits: predictions of kind {self.format.kind} are generated text, which has "
                 "none; leave it out"
             )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The casting, but for what every adapter has."""
-        return {**super().settings, "text_to_text": text_format.to_json(self.casting)}
+        """The fmt, but for what every adapter has."""
+        return {**super().settings, "text_to_text": text_format.to_json(self.format)}
 
     def _label_scores(self, params: step.Params, batch: step.Batch) -> Array:
         """Log-likelihood of each label's text, all labels in one call of the decoder."""

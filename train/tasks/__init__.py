@@ -69,7 +69,7 @@ class Task:
         """What the input of an encoder-decoder begins with unless the user says it."""
         return self.name if self.benchmark is None else self.benchmark.prefix
 
-    def notices(self) -> list[str]:
+    def user_messages(self) -> list[str]:
         """Returns what the user should know before anything is computed, a line each.
 
         That is how the files were read, which labels there are, in which order and on how many rows
@@ -87,7 +87,7 @@ class Task:
             rows_without = [self.benchmark.unanswered(rows) for rows in self.splits.values()]
             if any(rows_without):
                 lines.append(f"questions without an answer ({splits}): {_listed(rows_without)}")
-            lines += self.benchmark.notices()
+            lines += self.benchmark.user_messages()
         return lines
 
 

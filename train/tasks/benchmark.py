@@ -120,7 +120,7 @@ class Benchmark:
         """Returns how many rows have no answer, where that is one."""
         return 0
 
-    def notices(self) -> list[str]:
+    def user_messages(self) -> list[str]:
         """Returns what the user should know of the metrics, a line each."""
         return []
 

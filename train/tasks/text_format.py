@@ -58,7 +58,7 @@ def as_said(predictions: Iterable[str], texts: Sequence[str] | np.ndarray) -> li
 
 
 @dataclass(frozen=True, kw_only=True)
-class Casting:
+class TextFormat:
     """How the rows of a task become text, and how text becomes predictions again.
 
     `movie sentence: a fine film` -> `positive`, for pairs `mrpc sentence1: … sentence2: …`; of the
@@ -142,14 +142,14 @@ class Casting:
         return np.array(plain, object)
 
 
-def to_json(casting: Casting) -> dict[str, Any]:
-    """The fields of a casting but for `kind` and `label_names`, which every adapter has."""
-    return {k: v for k, v in asdict(casting).items() if k not in ("kind", "label_names")}
+def to_json(fmt: TextFormat) -> dict[str, Any]:
+    """The fields of a fmt but for `kind` and `label_names`, which every adapter has."""
+    return {k: v for k, v in asdict(fmt).items() if k not in ("kind", "label_names")}
 
 
-def from_json(values: Mapping[str, Any], kind: Kind, label_names: Sequence[str]) -> Casting:
+def from_json(values: Mapping[str, Any], kind: Kind, label_names: Sequence[str]) -> TextFormat:
     """Inverse of `to_json`."""
-    return Casting(kind=kind, label_names=tuple(label_names), **values)
+    return TextFormat(kind=kind, label_names=tuple(label_names), **values)
 
 
 def format_score(score: float, step: float) -> str:

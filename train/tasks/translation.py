@@ -63,7 +63,7 @@ class Translation(Benchmark):
             usable.append(all((pair[code] or "").strip() for code in (self.source, self.to)))
         return usable
 
-    def notices(self) -> list[str]:
+    def user_messages(self) -> list[str]:
         """Returns by which words BLEU is, where they are not those of others' BLEU."""
         _, told = metrics.bleu_tokenizer(self.to)
         return [told] if told else []
