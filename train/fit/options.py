@@ -23,8 +23,7 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
       config: TOML file of flags (`learning_rate = 3e-3`); flags on the command line take
         precedence. It may name a base file, and have tables [tasks.NAME] for single tasks.
       train_size: train on a random sample of this many examples.
-      seed: seed of the initial values, the data order and dropout. One number; see seeds for
-        several.
+      seed: seed of the initial values, the data order and dropout.
       seeds: several seeds joined by commas, trained at once. Each run has its own folder in
         output_dir; report.md there has every result, the means and the standard deviations.
       learning_rates: several learning rates joined by commas; combined with every seed.
