@@ -15,7 +15,7 @@ from train.compute.program import Program, gradient_program
 
 # `device_kind` of JAX -> dtype -> peak of dense matrix products in FLOP/s, of one JAX device.
 # "float32" is JAX's default precision for it: TF32 on GPUs that have it, and one pass of bfloat16
-# on TPUs. TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; for v2 and v3 a device
+# on TPUs. TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; a device of v2 and v3
 # is a core, half a chip. GPUs: NVIDIA's data sheets, whose numbers from Ampere on include sparsity,
 # taken out here. The T4 has neither TF32 nor bfloat16.
 _PEAKS: Mapping[str, Mapping[str, float]] = {

@@ -207,7 +207,7 @@ class Trainer:
                 index = int(self.job.order[first + progress.batch])
                 batch, examples = next(streams[index])
                 current = yield from self._dispatch(index, batch)
-                # Reading a loss waits for its step, so the previous one is read while this one runs.
+                # Reading a loss waits for its step: the previous one is read during this step.
                 self._note(pending, bar)
                 pending = current
                 progress.batch += 1
