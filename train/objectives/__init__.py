@@ -1,8 +1,8 @@
-"""How a task is put to a backbone: what is tokenised, what a step computes, how a split is scored.
+"""Objectives: how a task is put to a backbone, trained and scored.
 
-`Classifier`, `MultipleChoice` and `ExtractiveQA` are heads on an encoder, `TextToText` is a task cast as
-text for an encoder-decoder, `SpanCorruption` its pre-training. Whoever trains, evaluates or
-predicts knows `Objective` alone.
+`Classifier`, `MultipleChoice` and `ExtractiveQA` use a head on an encoder. `TextToText` formats a
+task as text for an encoder-decoder, and `SpanCorruption` is the pre-training of one. Training,
+evaluation and prediction only use the base class `Objective`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MODEL_TYPES = ("t5", "mt5")
 def head_arguments(
     backbone: str | Path, num_labels: int, kind: Kind = "classification"
 ) -> dict[str, Any]:
-    """What to load a checkpoint with: T5's own head, or a new one for the kind of task."""
+    """Returns the arguments to load a checkpoint with: T5's own head, or a new one for the task."""
     if is_text_to_text(backbone):
         return {"head": "auto"}
     if kind == "span":
@@ -57,15 +57,15 @@ def head_arguments(
 
 
 def is_text_to_text(backbone: str | Path) -> bool:
-    """Whether a checkpoint is of the T5 family; errors as of `load_backbone`."""
+    """Returns True if a checkpoint is of the T5 family; raises the errors of `load_backbone`."""
     return read_config(backbone).model_type in MODEL_TYPES
 
 
 def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Objective:
-    """The objective of a run, by its task and whether the backbone has a decoder.
+    """Returns the objective of a run, chosen by its task and by whether the backbone has a decoder.
 
     Raises:
-      ValueError: if a T5 cannot write text, or the labels or the special tokens do not suit.
+      ValueError: if a T5 cannot write text, or if the labels or the special tokens are unsuitable.
     """
     module = model.backbone
     if isinstance(module, cj.T5) and parallel_names(model.method):
@@ -107,13 +107,13 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
 def from_settings(
     settings: Mapping[str, Any], model: Any, tokenizer: Any, **changes: Any
 ) -> Objective:
-    """The objective that `fit` saved an adapter with.
+    """Returns the objective that `fit` saved with an adapter.
 
     Args:
-      settings: of `adapter_config.json`.
+      settings: the content of `adapter_config.json`.
       model: the adapted module.
-      tokenizer: the backbone's.
-      **changes: fields of `text_format.TextFormat` to change, where not None and the objective has one.
+      tokenizer: the tokenizer of the backbone.
+      **changes: fields of `TextFormat` to change, where not None and the objective has a format.
     """
     config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
     if kind == "span_corruption":
@@ -132,11 +132,11 @@ def from_settings(
 
 
 def check_options(task: tasks.Task, options: FitOptions) -> None:
-    """Refuses what does not go together, before anything slow.
+    """Refuses combinations of task and options before anything slow happens.
 
     Raises:
-      ValueError: if a split is missing; the task needs a decoder, or an option for one is given,
-        and there is none; or the task has no examples to sample.
+      ValueError: if a split is missing; if the task needs a decoder, or an option for one is given,
+        and the backbone has none; or if the task has no examples to sample from.
     """
     needed = ("train",) if task.kind == "span_corruption" else ("train", "validation")
     for split in needed:
@@ -169,7 +169,7 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
 
 
 def check_length(config: Any, method: Any, max_length: int) -> None:
-    """ValueError if inputs with a method's prompt do not fit an encoder's absolute positions."""
+    """Raises ValueError if inputs with a method's prompt exceed an encoder's absolute positions."""
     prompt_length = sum(part.extra_tokens for part in method.inserted())
     positions = config.max_position_embeddings
     if prompt_length and max_length + prompt_length > positions:
@@ -186,7 +186,11 @@ def check_length(config: Any, method: Any, max_length: int) -> None:
 
 
 def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
-    """The benchmark that an adapter was trained on, if it was one."""
+    """Returns the benchmark that an adapter was trained on; None for other tasks.
+
+    Raises:
+      ValueError: if this version does not know the benchmark.
+    """
     if "benchmark" not in settings:
         return None
     name = settings["benchmark"]["name"]
@@ -200,7 +204,9 @@ def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
 def _of_encoder(
     model: Any, tokenizer: Any, kind: Kind, max_length: int, benchmark: Benchmark | None
 ) -> Objective:
-    """What a head on an encoder does for a task; ValueError if `Parallel` cannot do it."""
+    """Returns the objective of an encoder for a task; raises ValueError if `Parallel` does not
+    allow it.
+    """
     if names := parallel_names(model.method):
         if kind not in ("classification", "regression") or isinstance(benchmark, Choice):
             raise ValueError(
@@ -216,14 +222,14 @@ def _of_encoder(
 
 
 def _with_none(objective: Objective) -> Objective:
-    """One that may find no answer, where it looks for one in a text."""
+    """Returns the objective with answers that may be empty, if it looks for answers in a text."""
     if isinstance(objective, ExtractiveQA):
         return dataclasses.replace(objective, may_be_none=True)
     return objective
 
 
 def _text_kind(kind: Kind) -> Kind:
-    """What a decoder makes of a task: candidates and spans are text that it writes."""
+    """Returns the kind of a task for a decoder, which writes candidates and spans as text."""
     return "text" if kind in ("choice", "span") else kind
 
 
@@ -235,7 +241,7 @@ def _text_to_text(
     max_length: int,
     benchmark: Benchmark | None,
 ) -> TextToText:
-    """With the longest label as the limit of what is generated, where labels are."""
+    """Builds the objective; for labels, the longest label limits the generated text."""
     _check_special_tokens(tokenizer, config)
     made = TextToText(model, tokenizer, config, fmt, max_length, benchmark)
     if fmt.kind == "classification":

@@ -1,4 +1,4 @@
-"""Objectives of an encoder-decoder: tasks cast as text, and its pre-training."""
+"""Objectives of an encoder-decoder: their base class, and tasks that are formatted as text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from train.objectives.base import Objective, Predicted, targets_of
 from train.tasks import metrics, text_format
 from train.tasks.benchmark import Benchmark
 
-# Of labels in a notice.
+# Maximum number of labels in a message.
 _MOST_SHOWN = 10
 
 
 class Seq2Seq(Objective):
-    """What all objectives of an encoder-decoder share: the loss is that of the target's tokens.
+    """Base of the objectives of an encoder-decoder, whose loss is over the tokens of the target.
 
     Attributes:
-      config: of the backbone's module; the special tokens are its.
+      config: the configuration of the backbone's module, which has the special tokens.
     """
 
     inputs: ClassVar = ("input_ids", "attention_mask", "decoder_input_ids")
@@ -37,7 +37,7 @@ class Seq2Seq(Objective):
 
     @property
     def loss(self) -> step.LossFunction:
-        """Cross-entropy of the target's tokens."""
+        """Cross-entropy of the target tokens."""
         return step.loss_function("tokens")
 
     def encoded(
@@ -46,7 +46,7 @@ class Seq2Seq(Objective):
         target_texts: data_tokens.Texts | None,
         targets: np.ndarray | None = None,
     ) -> data_tokens.Encoded:
-        """Inputs and targets that are token ids already."""
+        """Combines inputs and targets, both of token ids, into examples."""
         return data_tokens.Encoded(
             input_ids=inputs.ids,
             token_type_ids=None,
@@ -61,7 +61,9 @@ class Seq2Seq(Objective):
         )
 
     def teacher_forced(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
-        """Per row: `loss`, the mean over target tokens, and `correct`, how many come first."""
+        """Computes, per row, the mean `loss` of the target tokens and the number `correct` by
+        argmax.
+        """
         logits, labels = self.apply(params, batch, None), batch["labels"]
         correct = jnp.sum((logits.argmax(-1) == labels) & (labels != data_tokens.IGNORED), -1)
         return {"loss": self.loss(logits, labels), "correct": correct}
@@ -69,15 +71,15 @@ class Seq2Seq(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class TextToText(Seq2Seq):
-    """A task cast as text; labels by the likelihood of their words unless by generation.
+    """A task formatted as text; labels are scored by the likelihood of their words, or generated.
 
     Attributes:
       model: an encoder-decoder with logits.
-      tokenizer: the backbone's.
-      config: of its module.
-      format: how rows become text and text predictions.
-      max_length: longest input in tokens, the end-of-sequence token included.
-      benchmark: whose rows are read, if any.
+      tokenizer: the tokenizer of the backbone.
+      config: the configuration of the module.
+      format: the conversion of rows to text, and of text to predictions.
+      max_length: the maximum input length in tokens, the end-of-sequence token included.
+      benchmark: the benchmark whose rows are read, if any.
     """
 
     model: Any
@@ -89,7 +91,7 @@ class TextToText(Seq2Seq):
 
     @functools.cached_property
     def label_ids(self) -> np.ndarray:
-        """`[labels, length]` int32 token ids of the label words, `IGNORED` behind their end."""
+        """Token ids of the label words, `[labels, length]` int32, followed by `IGNORED`."""
         fmt = self.format
         tokens = text_format.label_tokens(fmt.label_names, self.tokenizer, fmt.max_target_length)
         ids = np.full((len(tokens), max(map(len, tokens))), data_tokens.IGNORED, np.int32)
@@ -98,7 +100,9 @@ class TextToText(Seq2Seq):
         return ids
 
     def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
-        """`scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]` and `loss`."""
+        """Computes `scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]` and
+        `loss`.
+        """
         if not self.format.generates:
             return {"scores": self._label_scores(params, batch)}
         ids = cj.generate(
@@ -117,7 +121,7 @@ class TextToText(Seq2Seq):
         return {"ids": ids, **forced}
 
     def encode(self, rows: Any) -> data_tokens.Encoded:
-        """Casts rows as text and tokenises it."""
+        """Formats rows as text and tokenises it."""
         fmt, columns = self.format, rows
         if self.benchmark is not None:
             rows = self.benchmark.named(rows)
@@ -145,7 +149,9 @@ class TextToText(Seq2Seq):
     def scores(
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> dict[str, float]:
-        """Metrics of the kind of task and of the benchmark, and the mean loss of a target token."""
+        """Returns the metrics of the kind of task and of the benchmark, and the mean target token
+        loss.
+        """
         fmt, targets = self.format, targets_of(encoded)
         if not fmt.generates:
             scores = outputs["scores"]
@@ -161,7 +167,7 @@ class TextToText(Seq2Seq):
         else:
             values = metrics.text_metrics(predictions, targets)
         if encoded.groups is not None:
-            # A row with several right answers is several examples with one input.
+            # A row with several right answers has several examples with the same input.
             predictions = predictions[np.unique(encoded.groups, return_index=True)[1]]
         values = self.with_benchmark(values, predictions, encoded)
         return {**values, "loss": mean_token_loss(outputs, encoded)}
@@ -169,7 +175,7 @@ class TextToText(Seq2Seq):
     def predictions(
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> Predicted:
-        """Label scores as logits; or scores, None where the text is no number; or texts."""
+        """Returns label scores as logits; or scores, None if the text is no number; or texts."""
         if not self.format.generates:
             return outputs["scores"]
         read = self.format.read(text_format.decode(outputs["ids"], self.tokenizer))
@@ -178,7 +184,7 @@ class TextToText(Seq2Seq):
         return list(map(str, read))
 
     def user_messages(self) -> list[str]:
-        """Returns which labels have characters that the tokenizer has no token for."""
+        """Returns a line about labels with characters that the tokenizer has no token for."""
         names, unknown = self.format.label_names, self.tokenizer.unk_token_id
         if not names or unknown is None:
             return []
@@ -197,7 +203,7 @@ class TextToText(Seq2Seq):
         ]
 
     def check_predicts(self, *, logits: bool) -> None:
-        """Text that is generated has no logits of labels."""
+        """Raises ValueError for `logits` of generated text, which has no label logits."""
         if logits and self.format.generates:
             raise ValueError(
                 f"--logits: predictions of kind {self.format.kind} are generated text, which has "
@@ -206,11 +212,13 @@ class TextToText(Seq2Seq):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fmt, but for what every adapter has."""
+        """Settings of the text format, without the fields that every adapter has."""
         return {**super().settings, "text_to_text": text_format.to_json(self.format)}
 
     def _label_scores(self, params: step.Params, batch: step.Batch) -> Array:
-        """Log-likelihood of each label's text, all labels in one call of the decoder."""
+        """Computes the log-likelihood of each label's text, all labels in one call of the
+        decoder.
+        """
         labels, rows = jnp.asarray(self.label_ids), batch["input_ids"].shape[0]
         mask = batch["attention_mask"]
         states = self.model.apply(
@@ -232,7 +240,7 @@ class TextToText(Seq2Seq):
 
 
 def num_tokens(encoded: data_tokens.Encoded) -> np.ndarray:
-    """`[examples]`: tokens of each target."""
+    """Returns the number of tokens of each target, `[examples]`."""
     assert encoded.target_texts is not None
     return np.diff(encoded.target_texts.offsets)
 
