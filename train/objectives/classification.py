@@ -96,8 +96,8 @@ class ParallelClassifier(Classifier):
         return tuple(each.astype(jnp.float32) for each in self.apply(params, batch, None))
 
     def scores(self, outputs: Any, encoded: tokens.Encoded) -> dict[str, float]:
-        """Returns the metrics of each classifier, and the means under the plain names of the
-        metrics.
+        """Returns the metrics of each classifier, and their means under the metrics' plain
+        names.
         """
         alone = Classifier(self.model, self.tokenizer, self.kind, self.max_length, self.benchmark)
         each = [alone.scores(logits, encoded) for logits in outputs]
@@ -143,8 +143,6 @@ class MultipleChoice(Classifier):
         return [names[chance.argmax()] for names, chance in pairs]
 
     def check_predicts(self, *, logits: bool) -> None:
-        """Raises ValueError for `logits` if rows have their own candidates, which have no label
-        logits.
-        """
+        """Raises ValueError for `logits` if the candidates of a row are no labels."""
         if logits and self.benchmark.kind != "classification":
             refuse_logits(self.benchmark)

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 def with_tokens(method: Any, words: str | None, task: Task, tokenizer: Any) -> Any:
-    """Returns `method` with the tokens of `words`, or with the most common tokens of the training
-    texts.
+    """Returns `method` with the tokens of `words`, or with the training texts' most common tokens.
 
     Raises:
       ValueError: if `words` have more tokens than the prompt, or none.

@@ -49,8 +49,8 @@ class ExtractiveQA(Objective):
 
     @property
     def apply(self) -> step.ApplyFunction:
-        """Model whose logits of padding are minimal, so that the loss does not depend on its
-        length.
+        """Model that masks the logits of padding, so that the length of the padding has no
+        effect.
         """
         apply = super().apply
 
