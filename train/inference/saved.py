@@ -1,4 +1,4 @@
-"""The settings of saved adapters, checked before anything is made of them."""
+"""Settings of saved adapters, checked before they are used."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _TEXT_FORMAT = {
     if name not in ("kind", "label_names")
 }
 _NOISE = {"noise_density": float, "mean_span_length": float}
-# Head of the backbone -> kinds of tasks that it is for.
+# Head of the backbone -> kinds of tasks that it supports.
 _KINDS: Mapping[str | None, tuple[Kind, ...]] = {
     "sequence_classification": ("classification", "regression", "choice"),
     "question_answering": ("span",),
     "conditional_generation": typing.get_args(Kind),
 }
-# `fit` writes less; more would take memory before anything is generated.
+# `fit` writes smaller numbers; larger ones would take memory before anything is generated.
 _MOST_TOKENS, _MOST_BEAMS = 2**16, 2**10
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Reads what an adapter predicts, and with what, from its `adapter_config.json`.
+    """Reads from `adapter_config.json` what an adapter predicts, and from which inputs.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it has too little to predict with, a field of another type, or fields that
-        contradict each other; the message names the file and the field.
+      FileNotFoundError: if there is no such file.
+      ValueError: if it has too little to predict with, a field of another type, or contradictory
+        fields; the message names the file and the field.
     """
     settings = cj.read_adapter_config(folder)
     if missing := [name for name in _REQUIRED if name not in settings]:
@@ -75,16 +75,17 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Checks the head, which is made before the weights are read: these bound its width.
+    """Checks the head, which is created before the weights are read, against the size of their
+    file.
 
     Raises:
-      ValueError: for a width that no file of weights as large as this one can have.
+      ValueError: for a width that exceeds what a file of weights of this size can hold.
     """
     fields = {name: _FIELDS[name] for name in ("head", "num_labels")}
     check_fields(str(folder / CONFIG_NAME), settings, fields)
     num_labels = settings["num_labels"]
     weights = folder / weights_name(folder / CONFIG_NAME, settings)
-    # An adapter holds its head; no weight takes fewer than two bytes.
+    # An adapter includes its head; no weight takes fewer than two bytes.
     most = weights.stat().st_size // 2 if weights.is_file() else 2**16
     if num_labels is not None and not 1 <= num_labels <= most:
         raise ValueError(
@@ -94,7 +95,9 @@ def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
-    """ValueError if the head is not for this kind of task, or what belongs to the kind is wrong."""
+    """Raises ValueError if the head does not support the kind of task, or the kind's fields are
+    wrong.
+    """
     kind, head = settings["kind"], settings["head"]
     if kind not in _KINDS.get(head, ()):
         raise ValueError(f"{where}: kind={kind!r} does not go with head={quote(head)}")
@@ -119,7 +122,9 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
 def _check_inner(
     where: str, settings: Mapping[str, Any], name: str, fields: Mapping[str, Any], required: Any
 ) -> None:
-    """ValueError if an object in the settings lacks a field, has an unknown one or a wrong type."""
+    """Raises ValueError if an object in the settings lacks a field, or has an unknown or mistyped
+    one.
+    """
     inner, where = settings.get(name, {}), f"{where}: {name}"
     if missing := [field for field in required if field not in inner]:
         raise ValueError(f"{where} has no {listing(missing)}")
@@ -129,7 +134,7 @@ def _check_inner(
 
 
 def _check_text_format(where: str, values: Mapping[str, Any]) -> None:
-    """ValueError for a number that cannot work."""
+    """Raises ValueError for a number out of range."""
     limits = {
         "max_target_length": (2, _MOST_TOKENS),
         "max_new_tokens": (1, _MOST_TOKENS),
@@ -145,7 +150,7 @@ def _check_text_format(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_labels(where: str, settings: Mapping[str, Any]) -> None:
-    """ValueError if the names of the labels are not as many as the kind of task has outputs."""
+    """Raises ValueError if the number of label names does not match the kind of task."""
     kind, names, num_labels = (settings[name] for name in ("kind", "label_names", "num_labels"))
     if bool(names) != (kind == "classification"):
         raise ValueError(

@@ -180,8 +180,8 @@ def indices(
       order: the names that the integers from 0 on stand for; empty if no order is stated.
 
     Raises:
-      ValueError: for a label that is none of the names; or for an integer if these have names and
-        no order is stated. The message names the row.
+      ValueError: for a label that is none of the names, or an integer in place of a name if no
+        order is stated; the message names the row.
     """
     index = {name: i for i, name in enumerate(names)}
     numbers = dict(enumerate(order))

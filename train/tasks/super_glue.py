@@ -49,7 +49,7 @@ class MultiRC(Benchmark):
 
 
 class WordInContext(Benchmark):
-    """WiC: does a word have the same meaning in two sentences?"""
+    """WiC: pairs of sentences, and a word that has the same meaning in both or not."""
 
     def for_encoder(self, rows: Rows) -> Columns:
         """Returns pairs of sentences, with the word before the first."""
@@ -67,7 +67,7 @@ class WordInContext(Benchmark):
 
 
 class Winograd(Benchmark):
-    """WSC: does a pronoun refer to a noun, both marked in the text?
+    """WSC: texts with a marked pronoun, and a marked noun that it refers to or not.
 
     T5's own models were trained to write the noun. Here, as in the Compacter paper's code, both
     words are also marked for an encoder-decoder.
