@@ -1,4 +1,4 @@
-"""The help of a command, laid out as a manual page: usage, examples, options in groups."""
+"""Help of a command as a manual page: usage, examples, and options in groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.cli import method_flags, options
 INDENT, COLUMN = 2, 28
 _KEPT = "\u00a0"  # a space at which no line is broken
 
-# Command -> (what it does, arguments after `python -m train COMMAND`); the tests parse them all.
+# Command -> (description, arguments after `python -m train COMMAND`); the tests parse them all.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "fit": (
         (
@@ -155,7 +155,7 @@ _HEADINGS: dict[type, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """One entry: `--flag VALUE`, what it is, and under which heading."""
+    """Entry of one option: `--flag VALUE`, its explanation, and its heading."""
 
     flag: str
     text: str
@@ -163,12 +163,12 @@ class _Option:
 
 
 def page(command: str, options_class: type, *, width: int = 100) -> str:
-    """The manual page of a command.
+    """Returns the manual page of a command.
 
     Args:
       command: a key of `EXAMPLES`.
       options_class: the dataclass of its options, whose docstring explains them.
-      width: of a line, in characters.
+      width: the width of a line in characters.
 
     Returns:
       Text without a newline at its end.
@@ -200,13 +200,13 @@ def _method_headings() -> list[str]:
 
 
 def _description(cls: type) -> list[str]:
-    """The paragraphs of a class's docstring before its attributes."""
+    """Returns the paragraphs of a class's docstring before its attributes."""
     text = inspect.cleandoc(cls.__doc__ or "").split("\nAttributes:")[0]
     return [" ".join(part.replace("`", "").split()) for part in text.strip().split("\n\n")]
 
 
 def _entries(cls: type) -> Iterator[_Option]:
-    """The options of a command, in the order of its dataclass."""
+    """Yields the options of a command, in the order of its dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     texts = method_flags.documented(cls)
     for field in dataclasses.fields(cls):
@@ -225,7 +225,9 @@ def _entries(cls: type) -> Iterator[_Option]:
 
 
 def _method_entries() -> Iterator[_Option]:
-    """The options that change a preset, each under the class of methods that has it first."""
+    """Yields the options that change a preset, each under the first class of methods that
+    has it.
+    """
     for entry in _entries(method_flags.MethodOptions):
         name = entry.flag.split()[0].removeprefix("--").replace("-", "_")
         heading = _heading(tuple(catalogue.METHODS.values()), name)
@@ -233,7 +235,7 @@ def _method_entries() -> Iterator[_Option]:
 
 
 def _heading(classes: Sequence[type], name: str) -> str:
-    """That of the class that declares the field, of the first class that has it."""
+    """Returns the heading of the class that declares a field, among the first class that has it."""
     for cls in classes:
         for declaring in reversed(cls.__mro__):
             if name in vars(declaring).get("__annotations__", {}):
@@ -242,7 +244,7 @@ def _heading(classes: Sequence[type], name: str) -> str:
 
 
 def _plain(hint: Any) -> tuple[Any, Any]:
-    """A type without `Annotated` and `| None`, and what tyro was told of it."""
+    """Returns a type without `Annotated` and `| None`, and its settings for tyro."""
     told = None
     if typing.get_origin(hint) is typing.Annotated:
         hint, *rest = typing.get_args(hint)
@@ -253,7 +255,7 @@ def _plain(hint: Any) -> tuple[Any, Any]:
 
 
 def _metavar(hint: Any) -> str:
-    """How a value is written; nothing for a switch."""
+    """Returns the placeholder of a value; empty for a switch."""
     if hint is bool:
         return ""
     if typing.get_origin(hint) is typing.Literal:
@@ -264,7 +266,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    """What a page says of a default; nothing where the text says it, or there is none."""
+    """Returns the text of a default value; empty if there is none or the explanation has it."""
     if value is dataclasses.MISSING or value is None or isinstance(value, bool | tuple):
         return ""
     return f" (default: {value})"
@@ -273,7 +275,7 @@ def _default(value: Any) -> str:
 def _examples(command: str, width: int) -> str:
     lines = ["examples:"]
     for what, arguments in EXAMPLES[command]:
-        # A flag stays with its values.
+        # A flag and its values stay on one line.
         units = re.sub(r"(?<= )(?=--)", "\n", f"python -m train {command} {arguments}")
         kept = units.replace(" ", _KEPT).replace(f"{_KEPT}\n", " ")
         folded = textwrap.wrap(kept, width - 8, break_long_words=False, break_on_hyphens=False)
@@ -283,7 +285,7 @@ def _examples(command: str, width: int) -> str:
 
 
 def _continued(lines: Sequence[str]) -> list[str]:
-    """Lines of one shell command."""
+    """Returns the lines of one shell command."""
     spaced = [line.replace(_KEPT, " ") for line in lines]
     return [*(f"{line} \\" for line in spaced[:-1]), spaced[-1]]
 

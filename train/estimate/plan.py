@@ -1,4 +1,4 @@
-"""The command `plan`: what a run would cost, said without its data or weights."""
+"""Command `plan`: the cost of a run, without its data or weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ _EXAMPLES = {
     "squad": 87_599,
     "wmt16-ro-en": 610_320,
 }
-# Of large data sets with one validation split, --split-protocol paper holds out so many examples.
+# Size from which on a data set is large, and the number of examples that --split-protocol paper
+# holds out of a large one with a single validation split.
 _LARGE, _HELD_OUT = 10_000, 1_000
 _HALVED = ("mnli", "multirc")  # two validation splits; 5,100 questions, which is small
 _LABELS = {"mnli": 3, "cb": 3, "stsb": 1}
@@ -68,21 +69,21 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What determines the program of a step: everything but the values.
+    """Everything that determines the program of a step, except the values of its arrays.
 
     Attributes:
-      backbone: published name or path of a configuration.
-      method: what is trained.
-      num_labels: outputs of an encoder's head.
-      rows: of one device.
-      length: of the longest inputs, in tokens.
-      target_length: of the longest targets, for a decoder.
-      dtype: of the computation.
-      backbone_dtype: of the frozen weights.
-      remat: as for `fit`.
-      mesh: axis -> devices along it, over which frozen weights are divided.
-      accumulation_steps: parts that the rows are divided into.
-      dropout_rate: in place of the configuration's.
+      backbone: the published name or the path of a configuration.
+      method: the method to train.
+      num_labels: the number of outputs of an encoder's head.
+      rows: the number of rows on one device.
+      length: the length of the longest inputs in tokens.
+      target_length: the length of the longest targets of a decoder.
+      dtype: the dtype of the computation.
+      backbone_dtype: the dtype of the frozen weights.
+      remat: the recomputation, as for `fit`.
+      mesh: axis -> number of devices, over which frozen weights are divided.
+      accumulation_steps: the number of parts into which the rows are divided.
+      dropout_rate: the dropout rate, in place of the configuration's.
     """
 
     backbone: str
@@ -101,14 +102,14 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a step on one device, at the longest lengths.
+    """Cost of a step on one device, at the longest lengths.
 
     Attributes:
-      trained: numbers that are trained.
-      total: all parameters.
-      adapter_bytes: of what is saved, its names aside.
-      flops: floating-point operations.
-      memory: at its peak.
+      trained: the number of trained parameters.
+      total: the number of all parameters.
+      adapter_bytes: the bytes of a saved adapter, without its names.
+      flops: the floating-point operations.
+      memory: the memory at its peak.
     """
 
     trained: int
@@ -120,18 +121,19 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run on one task would cost.
+    """Cost of a run on one task.
 
     Attributes:
-      task: its name.
-      train_examples: to learn from.
-      epochs: passes over them.
-      steps: updates in all.
-      input_lengths: what inputs are padded to.
-      target_lengths: what targets are padded to; empty without a decoder.
-      workload: of a step.
-      cost: of a step.
-      seconds: of all steps, if each batch were of the longest; None if the peak is not known.
+      task: the name of the task.
+      train_examples: the number of training examples.
+      epochs: the number of passes over them.
+      steps: the number of updates.
+      input_lengths: the lengths that inputs are padded to.
+      target_lengths: the lengths that targets are padded to; empty without a decoder.
+      workload: the workload of a step.
+      cost: the cost of a step.
+      seconds: the time of all steps, if every batch had the longest length; None if the peak is not
+        known.
     """
 
     task: str
@@ -146,20 +148,20 @@ class Plan:
 
     @property
     def programs(self) -> int:
-        """Steps of different shapes, at most; each is compiled once."""
+        """Maximum number of steps with different shapes, each of which is compiled once."""
         return len(self.input_lengths) * max(1, len(self.target_lengths))
 
     @property
     def total_flops(self) -> int:
-        """Of all steps on one device, if each batch were of the longest."""
+        """FLOPs of all steps on one device, if every batch had the longest length."""
         return self.steps * self.cost.flops
 
 
 def plan(each: Sequence[PlanOptions]) -> None:
-    """Runs the command, for the options of each task.
+    """Runs the command `plan` for the options of each task.
 
     Raises:
-      ValueError: for options that do not fit, or a task whose size is not known.
+      ValueError: for invalid options, or a task whose size is not known.
     """
     plans = [plan_of(options) for options in each]
     if each[0].json:
@@ -169,7 +171,7 @@ def plan(each: Sequence[PlanOptions]) -> None:
 
 
 def plan_of(options: PlanOptions) -> Plan:
-    """What a run on one task would cost; errors as of `plan`."""
+    """Returns the plan of a run on one task; raises the errors of `plan`."""
     options.check()
     module = module_from_name(options.backbone)
     workload = _workload(options, isinstance(module, cj.T5))
@@ -196,7 +198,12 @@ def plan_of(options: PlanOptions) -> Plan:
 
 
 def train_examples(options: PlanOptions, text_to_text: bool) -> int:
-    """How many there are: known of public data sets, counted of built-in tasks, or given."""
+    """Returns the number of training examples: known for public data sets, counted for built-in
+    tasks.
+
+    Raises:
+      ValueError: for other tasks if `train_size` is not given.
+    """
     name, protocol = options.task, options.split_protocol
     if name in tasks.BUILT_IN:
         known = pq.read_metadata(tasks.SENTIMENT / name / "train.parquet").num_rows
@@ -217,10 +224,10 @@ def train_examples(options: PlanOptions, text_to_text: bool) -> int:
 
 
 def peak_of(options: PlanOptions) -> float | None:
-    """FLOP/s of one device, as given or by its kind; None if neither is.
+    """Returns the FLOP/s of one device, as given or by its kind; None if neither is given.
 
     Raises:
-      ValueError: for a kind that is not known.
+      ValueError: for an unknown kind.
     """
     if options.peak_flops is not None or options.device_kind is None:
         return options.peak_flops
@@ -265,7 +272,7 @@ def _workload(options: PlanOptions, text_to_text: bool) -> Workload:
 
 @functools.cache  # the tasks of a benchmark share one
 def cost_of(workload: Workload) -> Cost:
-    """Traces the step; errors as of `compacter_jax.Adapted`."""
+    """Traces the step and returns its cost; raises the errors of `compacter_jax.Adapted`."""
     model, objective = model_of(workload)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     labels = cj.label_params(shapes, model.method)
@@ -298,7 +305,7 @@ def cost_of(workload: Workload) -> Cost:
         trained=count.trained,
         total=count.total,
         adapter_bytes=compute_memory.size(trained),
-        # The devices along `model` divide each product.
+        # Each product is divided over the devices along `model`.
         flops=workload.accumulation_steps
         * compute_flops.of_step(traced(unrepeated) if repeats else program)
         // dict(workload.mesh).get(compute_mesh.MODEL, 1),
@@ -307,7 +314,7 @@ def cost_of(workload: Workload) -> Cost:
 
 
 def model_of(workload: Workload) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
-    """The adapted module, and the objective whose batches it reads."""
+    """Returns the adapted module, and the objective whose batches it reads."""
     module = module_from_name(workload.backbone)
     attributes: dict[str, Any] = {"dtype": jnp.dtype(workload.dtype), "remat": workload.remat}
     rates = ["dropout_rate"]
@@ -322,7 +329,7 @@ def model_of(workload: Workload) -> tuple[cj.Adapted, type[Seq2Seq] | type[Class
 
 
 def batch_of(workload: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `train.data.batching.batches` yields, of the longest."""
+    """Returns the shapes of a batch of `train.data.batching.batches` with the longest lengths."""
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     batch = {"weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
     batch |= {name: integers((rows, workload.length)) for name in ("input_ids", "attention_mask")}
@@ -343,7 +350,7 @@ def _to_json(one: Plan) -> dict[str, Any]:
 
 
 def _text(plans: Sequence[Plan], options: PlanOptions) -> list[str]:
-    """The plans for the console: a table of tasks, then each workload of a step."""
+    """Returns the lines for the console: a table of tasks, then each workload of a step."""
     lines = [f"{options.method} on {options.backbone}", "", *_task_table(plans)]
     for workload in dict.fromkeys(one.workload for one in plans):
         lines += [
