@@ -15,7 +15,7 @@ from compacter_jax import catalogue
 from train.cli import method_flags, options
 
 INDENT, COLUMN = 2, 28
-_KEPT = "\u00a0"  # a space at which no line is broken
+_KEPT = "\u00a0"  # a non-breaking space
 
 # Command -> (description, arguments after `python -m train COMMAND`); the tests parse them all.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -143,7 +143,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 _REQUIRED, _OF_COMMAND = "required", "of this command"
-# The class that declares options -> their heading; what other classes declare is `_OF_COMMAND`.
+# Class that declares options -> their heading; options of other classes are `_OF_COMMAND`.
 _HEADINGS: dict[type, str] = {
     options.BackboneOptions: "backbone",
     options.TaskOptions: "task and data",

@@ -15,7 +15,7 @@ from compacter_jax.catalogue import METHODS, preset, presets
 from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.methods.base import MethodConfig
 
-# In place of a preset, for commands that accept all of them.
+# Name in place of a preset, for commands that accept all of them.
 ALL = "all"
 
 

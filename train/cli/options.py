@@ -173,7 +173,7 @@ def check(options: Any, wanted: Mapping[str, tuple[bool, str]]) -> None:
 
     Args:
       options: the dataclass with the fields.
-      wanted: field -> whether its value is valid, and the valid range in words.
+      wanted: field -> whether its value is valid, and the valid values in words.
     """
     for name, (holds, want) in wanted.items():
         if not holds:

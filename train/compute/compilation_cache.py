@@ -22,7 +22,7 @@ from tqdm import tqdm
 _FOLDER, _ENABLED = "jax_compilation_cache_dir", "JAX_ENABLE_COMPILATION_CACHE"
 _DEFAULTS = {
     "jax_compilation_cache_max_size": 2**30,  # the least recently used goes first
-    # By default JAX caches programs that compile for a second; many programs of a run take less.
+    # JAX's default is a second, and many programs of a run compile in less.
     "jax_persistent_cache_min_compile_time_secs": 0.2,
 }
 

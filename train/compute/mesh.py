@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (GROUPS["rule"], ()),
     (GROUPS["adapters"], ()),
     (r"(.*/)?(bias|scale)", ()),
-    # The first kernels of a sub-layer by columns, the last one by rows.
+    # The first kernels of a sub-layer are divided by columns, the last one by rows.
     (r"(.*/)?(q|k|v|wi|wi_0|wi_1|query|key|value|intermediate/dense)/kernel", (DATA, MODEL)),
     (r"(.*/)?(o|wo|output/dense)/kernel", (MODEL, DATA)),
     # The vocabulary.

@@ -217,7 +217,7 @@ def load_tokenizer(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the kinds differ between versions and file formats
+    except Exception as error:  # the types differ between versions and file formats
         _check_no_own_code(source, refused="trust_remote_code" in str(error))
         reason = reason_of(error)
         raise ValueError(
@@ -229,7 +229,7 @@ def load_tokenizer(
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(
         tokenizer.all_special_tokens
-    ):  # what transformers 5 makes of no files
+    ):  # transformers 5 returns this if there are no files
         raise ValueError(
             f"the tokenizer of {source!r} knows no words; it wants tokenizer.json or vocab.txt"
         )
@@ -375,7 +375,7 @@ def tokenize_texts(
       tokenizer: a fast tokenizer with an end-of-sequence token.
       max_length: the maximum length in tokens, the end-of-sequence token included.
       what: "input", "target" or "label", for errors.
-      may_be_empty: whether "" is allowed; only the end-of-sequence token is left of it.
+      may_be_empty: whether "" is allowed; its only token is then the end-of-sequence token.
 
     Raises:
       ValueError: if another text has no tokens, or `max_length` leaves no room for a token.

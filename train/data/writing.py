@@ -63,7 +63,7 @@ class _Writer(abc.ABC):
 
     def __init__(self, file: IO[bytes], path: Path):
         self.file, self.path = file, path
-        self.names: list[str] = []  # of the first chunk's columns
+        self.names: list[str] = []  # names of the first chunk's columns
 
     @abc.abstractmethod
     def write(self, rows: Rows) -> None: ...
@@ -117,12 +117,12 @@ class _JsonWriter(_Writer):
             line = json.dumps(record, ensure_ascii=False, default=str)
             try:
                 self.file.write(line.encode() + b"\n")
-            except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+            except UnicodeEncodeError:  # half a surrogate pair, which JSON can only escape
                 self.file.write(json.dumps(record, default=str).encode() + b"\n")
 
 
 class _CsvWriter(_Writer):
-    rows = 0  # written before
+    rows = 0  # number of rows written so far
 
     def write(self, rows: Rows) -> None:
         header = not self.names

@@ -29,7 +29,7 @@ from train.objectives.classification import Classifier
 from train.objectives.text_to_text import Seq2Seq
 
 # Task -> training examples on the hub, as GLUE (arXiv:1804.07461), SuperGLUE (arXiv:1905.00537),
-# SQuAD (arXiv:1606.05250) and WMT publish them; of ReCoRD, one for each answer, as T5 learns them.
+# SQuAD (arXiv:1606.05250) and WMT publish them; ReCoRD has one for each answer, as for T5.
 _EXAMPLES = {
     "cola": 8_551,
     "sst2": 67_349,
@@ -53,9 +53,9 @@ _EXAMPLES = {
 # Size from which on a data set is large, and the number of examples that --split-protocol paper
 # holds out of a large one with a single validation split.
 _LARGE, _HELD_OUT = 10_000, 1_000
-_HALVED = ("mnli", "multirc")  # two validation splits; 5,100 questions, which is small
+_HALVED = ("mnli", "multirc")  # two validation splits; a small set of 5,100 questions
 _LABELS = {"mnli": 3, "cb": 3, "stsb": 1}
-# The longest label of a benchmark, not_entailment, is of six tokens.
+# The longest label of a benchmark, not_entailment, has six tokens.
 _LABEL_LENGTH = 8
 PARTS = {
     "frozen": "frozen weights",
@@ -270,7 +270,7 @@ def _workload(options: PlanOptions, text_to_text: bool) -> Workload:
     )
 
 
-@functools.cache  # the tasks of a benchmark share one
+@functools.cache  # the tasks of a benchmark share a workload
 def cost_of(workload: Workload) -> Cost:
     """Traces the step and returns its cost; raises the errors of `compacter_jax.Adapted`."""
     model, objective = model_of(workload)

@@ -79,7 +79,7 @@ class Checkpoints:
         # Orbax would log at length the failures that are reported here.
         logging.set_verbosity(logging.FATAL)
         self._kept = _Kept(keep)
-        self._written: int | None = None  # the step under way
+        self._written: int | None = None  # the step that is being written
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -148,7 +148,7 @@ class Checkpoints:
             )
         except OSError:
             raise
-        except Exception as error:  # the kinds differ between file systems and versions
+        except Exception as error:  # the types differ between file systems and versions
             raise self._unwritten(error) from error
         self._written = step
 

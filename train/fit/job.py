@@ -64,7 +64,7 @@ class Learner:
       params: the parameters of all the tasks; with several, `classifier/NAME/kernel` is the head of
         the task NAME.
       labels: tree like `params` that says what is trained.
-      views: for each task, a function from a tree like `params`, or from one half of it, to the
+      views: for each task, a function from a tree like `params`, or like one of its halves, to the
         part that belongs to the task.
     """
 

@@ -71,7 +71,7 @@ _OF_RECORD = {
     "inputs": dict[str, dict[str, dict[str, Any]]],
     "writes": list[str],
 }
-# Settings that identify a record without a version as a run's.
+# Settings by which a record without a version is recognised as that of a run.
 _ALWAYS_THERE = ("backbone", "task", "method", "seed", "epochs", "batch_size")
 
 

@@ -143,7 +143,7 @@ def _from_hub(benchmark: Benchmark) -> Read:
         found = datasets.load_dataset(
             benchmark.repository, benchmark.configuration, trust_remote_code=False
         )
-    except Exception as error:  # many kinds: of the network, the hub and the files
+    except Exception as error:  # many types: errors of the network, the hub and the files
         reason = reason_of(error)
         raise ValueError(
             f"cannot load {benchmark.repository} ({benchmark.configuration}) from the hub: "
