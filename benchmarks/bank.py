@@ -1,5 +1,4 @@
-"""Many adapters on one backbone: one forward pass for rows of many adapters, and several runs at
-once.
+"""Many adapters on one backbone: a forward pass for rows of many, and several runs at once.
 
     python -m benchmarks.bank --backbone DIR --json bank.json
 
@@ -147,9 +146,7 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
         "one_after_another": one_after_another,
         "at_once": together,
     }
-    for given, way in itertools.product(
-        batches, ways.values()
-    ):  # compiles every shape
+    for given, way in itertools.product(batches, ways.values()):  # compiles every shape
         way(given)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number, given in enumerate(batches):

@@ -121,9 +121,7 @@ def launch(where: Arrangement) -> list[dict[str, Any]]:
 
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
-    """Joins the other processes; returns the result of `train` in this one for each dropout
-    rate.
-    """
+    """Joins the other processes; returns the results of `train` for each dropout rate."""
     from train.cli.options import HostOptions  # noqa: PLC0415
     from train.compute import distributed  # noqa: PLC0415
 

@@ -131,9 +131,7 @@ class Assets:
             self._save(name, cj.preset(name, **overrides))
 
     def _save(self, name: str, method: cj.MethodConfig) -> None:
-        """Saves an adapter in this package's format, and in that of each library that has the
-        method.
-        """
+        """Saves an adapter in this package's format, and in those of libraries with the method."""
         model = cj.Adapted(self.backbone.module, method)
         shapes = jax.eval_shape(
             lambda: adapted.init_adapters(model, self.backbone, jax.random.key(0))
@@ -244,9 +242,7 @@ def _ours(what: str) -> Callable[[Assets, Random, Path], Case]:
 
 
 def _damage(what: str, r: Random, adapter: Path) -> str:
-    """Damages one file of an adapter of this package, mostly with a matching hash of the
-    weights.
-    """
+    """Damages one file of an adapter, mostly with a matching hash of the damaged weights."""
     config = adapter / CONFIG_NAME
     (weights,) = adapter.glob("*.safetensors")
     if what == "config":

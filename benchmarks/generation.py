@@ -29,7 +29,7 @@ from compacter_jax.models.loading import Backbone
 from compacter_jax.models.t5.config import PUBLISHED, T5Config
 from compacter_jax.models.t5.model import T5
 
-LIMIT = 1.05  # ratios of the time with an adapter to the time without one
+LIMIT = 1.05  # ratio of the time with an adapter to the time without one
 
 
 class Work(NamedTuple):

@@ -75,9 +75,7 @@ def write_backbone(size: dict[str, Any], folder: str) -> dict[str, Any]:
 def write_adapter(
     folder: str, method: str, changes: dict[str, Any], ours: str, peers: str
 ) -> dict[str, Any]:
-    """Writes a random adapter for the backbone in `folder`, in the formats of this package and the
-    peer.
-    """
+    """Writes a random adapter for the backbone in `folder`, in our format and the peer's."""
     backbone = cj.load_backbone(folder)
     model = cj.Adapted(backbone.module, method_of(method, **changes))
     params = cj.init_adapters(model, backbone, jax.random.key(1))
@@ -148,9 +146,7 @@ def _loaded(task: Task) -> tuple[cj.Adapted, Any, Any]:
 def training_step(
     model: Any, params: Any, labels: Any, batch: Any, size: Size, learning_rate: float
 ) -> Callable[[], Array]:
-    """Returns the step that `python -m train fit` runs; each call updates the state and returns the
-    loss.
-    """
+    """Returns the step of `python -m train fit`; a call updates the state and returns the loss."""
     trained, frozen = cj.partition(params, labels)
     made = compute.make_compute(
         step.apply_function(model, INPUTS[size.family]),

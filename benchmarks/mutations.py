@@ -140,8 +140,9 @@ def split_tensors(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def join_tensors(header: Any, body: bytes) -> bytes:
-    """Returns the bytes of a safetensors file; inverse of `split_tensors`. A header may be
-    bytes.
+    """Returns the bytes of a safetensors file; inverse of `split_tensors`.
+
+    The header may be bytes already.
     """
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body

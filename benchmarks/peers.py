@@ -54,7 +54,7 @@ _WARM_UPS = 3
 _TURN_SECONDS = 0.1
 _VERSIONS = ("jax", "flax", "optax", "torch", "transformers", "adapters", "peft")
 _ENVIRONMENT = {
-    # Variables that would disable compilation, or add output.
+    # No cached compilation, no preallocated memory, no requests to the hub, no warnings.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "HF_HUB_OFFLINE": "1",
@@ -156,8 +156,7 @@ def measure(
 def _adapters_of(
     method: str, backbone: Path, settings: Settings
 ) -> tuple[str, str] | tuple[None, None]:
-    """Returns folders with one adapter in the formats of this package and the peer; writes missing
-    ones.
+    """Returns folders with one adapter, in our format and the peer's; writes missing ones.
 
     The result is None for full fine-tuning.
     """
@@ -250,9 +249,7 @@ def _timed(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _ratios(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the ratios to the peer: spreads over neighbouring runs, and that of the peak
-    memory.
-    """
+    """Returns the ratios to the peer: spreads over neighbouring runs, and of peak memory."""
     ratios: dict[str, Any] = {
         name: spread(np.divide(ours[name], peer[name])) for name in ("seconds", "cpu_seconds")
     }

@@ -18,9 +18,7 @@ from compacter_jax.files import replace_file
 
 
 def plot(path: Path) -> Path:
-    """Plots the loss of pre-training by step, and validation accuracy of fine-tuning by epoch, as
-    PNG.
-    """
+    """Plots the loss of pre-training by step, and the accuracy of fine-tuning by epoch."""
     results = json.loads(path.read_text(encoding="utf-8"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     pretraining = results["pretraining"]

@@ -56,9 +56,7 @@ class Kill:
 
 
 def fit(flags: Sequence[str], log: Path, devices: int, cache: Path, aimed: str) -> None:
-    """Runs `python -m train fit` in this process, which may kill itself; its output goes to
-    `log`.
-    """
+    """Runs `python -m train fit` in this process, which may kill itself; logs to `log`."""
     others = os.environ.get("XLA_FLAGS", "").split()
     count = "--xla_force_host_platform_device_count"
     own = [flag for flag in others if not flag.startswith(count)]
@@ -256,9 +254,7 @@ def _unfinished(folder: Path) -> list[str]:
 
 
 def _resumed(log: Path) -> int | None:
-    """Returns the step from which a run says that it resumed; None if it started from the
-    beginning.
-    """
+    """Returns the step from which a run says that it resumed; None without one."""
     for line in log.read_text().splitlines():
         if line.startswith("resumed at step "):
             return int(line.split()[3].rstrip(","))

@@ -98,9 +98,7 @@ def _step(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
 
 
 def _forward(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
-    """Returns a function that computes logits in evaluation mode; a T5 derives decoder inputs from
-    labels.
-    """
+    """Returns a function that computes logits in evaluation mode, a T5's from the labels."""
     model.eval()
     call = _compiled(task, model)
     labels = batch["labels"].cpu().numpy()

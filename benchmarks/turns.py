@@ -169,9 +169,7 @@ def _thread_variables(threads: int | None) -> dict[str, str]:
 def take_turns(
     workers: Sequence[Worker], repeats: int, times: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Asks each worker to "run", in turns, and returns the answers; a turn runs the work `times`
-    times.
-    """
+    """Asks each worker to "run", in turns; a turn runs the work `times` times."""
     asked = {
         worker.name: lambda worker=worker: worker.ask("run", times=times) for worker in workers
     }

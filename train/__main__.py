@@ -33,20 +33,20 @@ to train:
   fit              fine-tune on a task and save the adapter of the best epoch
   compare          train several methods with several seeds; tables and figures
 
-to use what was trained:
+to use a trained adapter:
   evaluate         metrics of a saved adapter on a split
   predict          predictions of a saved adapter for every row of a file
 
-to know before:
-  plan             what a fit would cost: steps, memory, time
-  params           what a method, or each of all, would train on a backbone
+to plan ahead:
+  plan             cost of a run of fit: steps, memory, time
+  params           number of parameters that a method, or every method, trains on a backbone
 
 to exchange:
-  convert          adapters of AdapterHub and PEFT into ours, and ours into theirs
+  convert          convert adapters from and to the formats of AdapterHub and PEFT
   merge            write a backbone with LoRA, IA3 and the like merged into its weights
   create-backbone  make a small random T5 with a tokenizer, to be pre-trained with fit
 
-`python -m train COMMAND --help` has examples of a command, and its options. To begin with:
+`python -m train COMMAND --help` shows examples of a command and its options. To get started:
 
   python -m train params --backbone-config t5-base --method all
   python -m train fit --backbone DIR --task movie --output-dir runs/movie
@@ -54,8 +54,8 @@ to exchange:
   python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
 
 DIR is a folder with config.json, model.safetensors and tokenizer.json, or an id on the Hugging Face
-hub, such as bert-base-uncased. Without a network give folders, and --data-dir for benchmarks; the
-tasks movie, product, tweet and editorial come with this repository.
+hub, such as bert-base-uncased. Without a network, give folders, and --data-dir for benchmarks. The
+tasks movie, product, tweet and editorial are part of this repository.
 """
 
 
@@ -258,18 +258,14 @@ def _parsed(name: str, arguments: Sequence[str]) -> Any:
 
 
 def _without_box(drawn: str) -> str:
-    """Returns the text in the boxes that tyro draws as one line: `;` for rules, without
-    headings.
-    """
+    """Returns the text of tyro's boxes as one line: `;` for rules, without headings."""
     lines = re.sub(r"\x1b\[[\d;]*m|^[╭╰].*$", "", drawn, flags=re.MULTILINE).splitlines()
     text = " ".join(line.strip("│ ") for line in lines)
     return re.sub(r"\s*─+\s*", "; ", text).strip()
 
 
 def _of_each_task(name: str, arguments: Sequence[str]) -> list[Any]:
-    """Returns the options of a command for each task of `--task`, which a configuration may
-    vary.
-    """
+    """Returns the options of a command for each task, since a configuration may vary them."""
     parsed = _parsed(name, arguments)
     tasks = [task.strip() for task in parsed.task.split(",")]
     if len(tasks) == 1:

@@ -2,8 +2,9 @@
 
 
 class EndedRunError(RuntimeError):
-    """A run that cannot continue; the command line prints the message and exits with
-    `exit_code`.
+    """A run that cannot continue.
+
+    The command line prints the message and exits with `exit_code`.
     """
 
     exit_code = 1
@@ -18,10 +19,11 @@ class FailedRunsError(EndedRunError):
 
 
 class StoppedRunError(KeyboardInterrupt):
-    """A run that a signal stopped; the command line prints the message and exits with `exit_code`.
+    """A run that a signal stopped.
 
-    It is no Exception, since a signal can arrive in the middle of any code: code that continues
-    after a failure must not mistake the signal for the failure.
+    The command line prints the message and exits with `exit_code`. The class is no Exception, since
+    a signal can arrive in the middle of any code: code that continues after a failure must not
+    mistake the signal for the failure.
     """
 
     exit_code = 130

@@ -100,9 +100,7 @@ def _data_files(task: str, options: TrainingOptions) -> Inputs:
 
 
 def _backbone_folder(name: str) -> Path | None:
-    """Returns the folder of a backbone, or its folder in the hub's cache; None if there is
-    neither.
-    """
+    """Returns the folder of a backbone, or that in the hub's cache; None without either."""
     folder = expanded(name)
     if is_there(folder) and folder.is_dir():
         return folder

@@ -40,9 +40,7 @@ def parameter_rows(count: Count) -> list[tuple[str, str, str, str]]:
 
 
 def backbone_total(count: Count) -> int:
-    """Returns the number of parameters of the backbone: all but those of the method and the
-    head.
-    """
+    """Returns the number of parameters of the backbone, without method and head."""
     return count.total - sum(count.groups.get(g, (0, 0))[1] for g in ("rule", "adapters", "head"))
 
 

@@ -81,9 +81,7 @@ class Node:
 
 
 def folder_of(folder: Path) -> Path:
-    """Returns the folder of an adapter: `folder` itself, or `folder/adapter` if `fit` wrote
-    `folder`.
-    """
+    """Returns the folder of an adapter: `folder`, or `folder/adapter` in the output of `fit`."""
     candidates = (folder, folder / "adapter")
     return next(
         (path for path in candidates if (path / cj.checkpoint.CONFIG_NAME).exists()), folder

@@ -47,8 +47,7 @@ NUMBERS.primitive_rule(_number)
 
 
 def expand_config(arguments: Sequence[str], options_class: type) -> list[str]:
-    """Inserts the flags of `--config FILE.toml` before those of the command line, which take
-    precedence.
+    """Inserts the flags of `--config FILE.toml` before those of the command line, which win.
 
     `base = "OTHER.toml"` names a file in the same folder, whose keys are the defaults of this
     file's. A table `[tasks.NAME]` has the values for runs of this single task. For commands with
@@ -99,9 +98,7 @@ def _check_keys(path: str, values: Mapping[str, Any], hints: Mapping[str, Any]) 
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """Returns the last value of a flag, given as `--flag value` or `--flag=value`; None without
-    one.
-    """
+    """Returns the last value of a flag, `--flag value` or `--flag=value`; None without one."""
     value = None
     for i, argument in enumerate(arguments):
         if argument == name and i + 1 < len(arguments):
@@ -142,8 +139,9 @@ def _read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 
 
 def flag(key: str, value: Any, toggle: bool) -> list[str]:
-    """Returns a field as command line arguments; a bool is `--key` or, without `toggle`, a
-    value.
+    """Returns a field as command line arguments.
+
+    A bool is a switch `--key` with `toggle`, otherwise a value.
     """
     name = key.replace("_", "-")
     if isinstance(value, bool) and toggle:

@@ -40,12 +40,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--output-dir runs/grid",
         ),
         (
-            "A new adapter on top of a saved one, which stays as it is:",
+            "A new adapter on top of a saved one, which stays frozen:",
             "--backbone DIR --task movie --method 'stack(runs/english,compacter++)' "
             "--output-dir runs/stack",
         ),
         (
-            "Go on with a run that was interrupted:",
+            "Continue an interrupted run:",
             "--backbone DIR --task movie --method compacter++ --output-dir runs/movie --resume",
         ),
     ),
@@ -73,21 +73,21 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--adapter runs/movie/adapter --input new.csv --output labelled.parquet --logits",
         ),
         (
-            "Every row by the adapter that its column adapter names, of those in a folder:",
+            "Predict every row with the adapter in a folder that its column adapter names:",
             "--adapter runs --input mixed.csv --output labelled.csv",
         ),
         (
-            "By two adapters at once, their outputs averaged in every layer:",
+            "Use two adapters at once, with their outputs averaged in every layer:",
             "--adapter 'average(0.7*runs/a,0.3*runs/b)' --input new.csv --output labelled.csv",
         ),
     ),
     "plan": (
         (
-            "A run of the paper on a device that is not here:",
+            "A run of the paper, on a device that this machine lacks:",
             '--config train/configs/glue_compacter_pp.toml --device-kind "TPU v4"',
         ),
         (
-            "How much memory a large backbone takes, divided over eight devices:",
+            "Memory of a large backbone, sharded over eight devices:",
             "--backbone t5-11b --task mnli --method compacter --mesh data=2,model=4 "
             "--backbone-dtype bfloat16 --max-steps 10000",
         ),
@@ -96,7 +96,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("Compacter on your backbone, by group:", "--backbone DIR --method compacter"),
         ("Every method on T5-base, without its weights:", "--backbone-config t5-base --method all"),
         (
-            "What each device holds if the backbone is divided:",
+            "Memory of each device if the backbone is sharded:",
             "--backbone-config t5-11b --mesh data=1,model=4 --backbone-dtype bfloat16",
         ),
     ),
@@ -111,14 +111,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--backbone DIR --task movie --train-size 2000 --processes 2 --output-dir runs/compare",
         ),
         (
-            "How the methods do as the data grows:",
+            "Scores of methods by training set size:",
             "--backbone DIR --task movie --methods full,compacter++ "
             "--train-size 100,500,1000,4000 --seeds 5 --steps 300 --output-dir runs/sizes",
         ),
     ),
     "convert": (
         (
-            "From AdapterHub, with the names of the labels, which its folder does not have:",
+            "From AdapterHub, with the names of the labels, which its folder lacks:",
             "--from adapterhub FOLDER --backbone DIR --label-names negative positive "
             "--to my-adapter",
         ),
@@ -129,13 +129,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "merge": (
         (
-            "LoRA becomes weights; PyTorch's transformers loads the folder:",
+            "Merge LoRA into the weights, for PyTorch's transformers:",
             "--adapter runs/lora/adapter --to merged-backbone",
         ),
     ),
     "create-backbone": (
         (
-            "A small T5 with a tokenizer of your text, to be pre-trained by fit --task "
+            "A small T5 with a tokenizer trained on your text, to pre-train with fit --task "
             "span_corruption:",
             "--text-files corpus.txt --vocab-size 8000 --num-layers 4 --output-dir runs/t5-random",
         ),
@@ -225,9 +225,7 @@ def _entries(cls: type) -> Iterator[_Option]:
 
 
 def _method_entries() -> Iterator[_Option]:
-    """Yields the options that change a preset, each under the first class of methods that
-    has it.
-    """
+    """Yields the options of presets, each under the first class of methods that has it."""
     for entry in _entries(method_flags.MethodOptions):
         name = entry.flag.split()[0].removeprefix("--").replace("-", "_")
         heading = _heading(tuple(catalogue.METHODS.values()), name)

@@ -115,9 +115,7 @@ def method_of(name: str, options: Any) -> MethodConfig:
 
 
 def is_composition(text: str) -> bool:
-    """Returns True if a text is an expression for `train.cli.compositions.parse`, and not a
-    name.
-    """
+    """Returns True for an expression of `train.cli.compositions.parse`, False for a name."""
     return "(" in text
 
 

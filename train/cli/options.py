@@ -107,7 +107,7 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
     Attributes:
       epochs: number of passes over the training data.
       max_evaluations: maximum number of evaluations, evenly spaced over the epochs; by default one
-        after every epoch. The best of them gives the adapter.
+        after every epoch. The adapter of the best evaluation is kept.
       batch_size: examples per update, over all devices.
       accumulation_steps: number of parts into which each device divides its share of a batch, to
         save memory.
@@ -225,8 +225,7 @@ class ChoosesMethod:
     method_options: Any
 
     def check_method(self) -> None:
-        """Checks the name and the options of a preset; a composition is parsed only when it is
-        used.
+        """Checks the name and options of a preset; a composition is only parsed when it is used.
 
         Raises:
           ValueError: for an unknown preset, or for options that it lacks.

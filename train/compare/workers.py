@@ -54,9 +54,7 @@ def side_by_side(
 
 
 def shares(count: int) -> list[frozenset[int]]:
-    """Divides the processors into `count` shares; if there are too few, every share is all
-    of them.
-    """
+    """Divides the processors into `count` shares; each is all of them if they are too few."""
     if not hasattr(os, "sched_getaffinity"):  # macOS cannot pin processes
         return [frozenset()] * count
     processors = sorted(os.sched_getaffinity(0))

@@ -263,9 +263,7 @@ def _on_mesh(update: Any, forward: Any, mesh: Mesh) -> _Compiled:
 
 
 def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
-    """Returns a function that copies every leaf to each device, along a leading axis as pmap wants
-    it.
-    """
+    """Returns a function that copies every leaf to each device, along pmap's leading axis."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def copy(leaf: Any) -> Array:

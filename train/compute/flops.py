@@ -1,6 +1,4 @@
-"""Floating-point operations of a training step, and the fraction of a device's peak that a run
-uses.
-"""
+"""Floating-point operations of a training step, and model FLOP/s utilisation."""
 
 from __future__ import annotations
 
@@ -93,9 +91,7 @@ class Meter:
         self._flops: dict[Any, int] = {}
 
     def utilisation(self, batch: Mapping[str, Any], seconds: float) -> float | None:
-        """Returns the utilisation of a step on this process's rows of a batch; None without
-        a peak.
-        """
+        """Returns the utilisation of a step on this process's rows; None without a peak."""
         if self._peak is None:
             return None
         shapes = {name: _shape(array) for name, array in batch.items()}

@@ -126,9 +126,7 @@ def at_peak(program: Program) -> tuple[int, int]:
 
 
 def _sources(program: Program) -> dict[int, frozenset[int]]:
-    """Returns, for each computed array, the stored arrays that it is computed from; itself if
-    stored.
-    """
+    """Returns the stored arrays from which each array is computed: itself, if it is stored."""
     uses = Counter(array for operation in program.operations for array in operation.inputs)
     wanted = _wanted(program)
     sources: dict[int, frozenset[int]] = {}
@@ -144,7 +142,7 @@ def _sources(program: Program) -> dict[int, frozenset[int]]:
 
 
 def _wanted(program: Program) -> set[int]:
-    """Returns the arrays that must be stored: outputs, and the operands of matrix products."""
+    """Returns the arrays that must be stored: outputs, and operands of matrix products."""
     wanted = set(program.outputs)
     for operation in reversed(program.operations):
         seen_through = operation.name in _VIEWS and operation.outputs[0] in wanted

@@ -163,9 +163,7 @@ def fetch(frozen: Any, mesh: Mesh) -> Any:
 
 
 def refetched(function: Any) -> Any:
-    """Returns `function` with a backward pass that fetches weights again instead of storing
-    them.
-    """
+    """Returns `function` with a backward pass that fetches weights again, not storing them."""
 
     def keeps(primitive: Any, *_: Any, **__: Any) -> bool:
         return primitive.name not in _NOT_KEPT
@@ -174,9 +172,7 @@ def refetched(function: Any) -> Any:
 
 
 def joined(path: Sequence[Any]) -> str:
-    """Returns the `/`-joined path of a parameter, which may itself be a node with several
-    arrays.
-    """
+    """Returns the `/`-joined path of a parameter, or of the node of its arrays."""
     return "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 

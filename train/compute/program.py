@@ -116,9 +116,7 @@ class _Flattened:
         return len(self.bytes) - 1
 
     def add(self, jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
-        """Appends the operations of `jaxpr` on `inputs`, its constants first; returns its
-        outputs.
-        """
+        """Appends the operations of `jaxpr` on `inputs`, constants first; returns its outputs."""
         numbers = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
 
         def read(variables: Sequence[Any]) -> list[int]:

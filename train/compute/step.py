@@ -99,10 +99,13 @@ def token_log_likelihoods(logits: Array, labels: Array) -> Array:
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Returns the cross-entropy of each label, `[…]` float32, from `[…, n]` logits and `[…]`
-    labels.
+    """Returns the cross-entropy of each label, `[…]` float32.
 
-    The result is NaN for a label outside of 0 to n - 1.
+    It is NaN for a label outside of 0 to n - 1.
+
+    Args:
+      logits: `[…, n]`.
+      labels: `[…]` integers.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     # Labels that are too large give NaN already; negative ones would index from the end.
@@ -207,8 +210,7 @@ def apply_function(
 
 
 def routing(batch: Batch, copies: int = 1) -> dict[str, Array]:
-    """Returns the keyword argument that routes rows to the members of a bank; empty if there is
-    none.
+    """Returns the keyword argument that routes rows to the members of a bank, if there is one.
 
     Args:
       batch: the batch, which may have `adapter_ids`.

@@ -23,9 +23,7 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def of_epoch(self, epoch: int) -> Encoded:
-        """Returns the examples of an epoch, a function of `epoch` alone; their number is
-        constant.
-        """
+        """Returns the examples of an epoch, a function of `epoch` alone with a constant number."""
 
     def user_messages(self, split: str) -> list[str]:
         """Returns lines about the examples for the user."""
@@ -158,8 +156,9 @@ def _sliced(order: np.ndarray, size: int) -> list[np.ndarray]:
 def _shuffled(
     buckets: np.ndarray, batch_size: int, generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Returns the positions of each batch. Windows are whole batches, so only the last can be
-    short.
+    """Returns the positions of each batch.
+
+    Windows are whole batches, so that only the last batch can be short.
     """
     windows = _sliced(generator.permutation(len(buckets)), batch_size * _WINDOW_BATCHES)
     order = [window[np.argsort(buckets[window], kind="stable")] for window in windows]
@@ -168,9 +167,7 @@ def _shuffled(
 
 
 def _padded_lengths(encoded: Encoded) -> np.ndarray:
-    """Returns `[examples, 2]`: the buckets of each example's input and target, 0 without a
-    target.
-    """
+    """Returns `[examples, 2]`: the buckets of each input and target, 0 without a target."""
     padded = np.zeros((len(encoded), 2), np.int64)
     texts = encoded.target_texts
     columns = [(encoded.offsets, encoded.max_length, 16)]

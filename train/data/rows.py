@@ -128,18 +128,14 @@ class ColumnReader:
 
 
 def columns_read(names: Sequence[str], columns: Mapping[str, type] | None) -> tuple[str, ...]:
-    """Returns `columns` if a file has them all, otherwise `sentence` and, if present,
-    `sentence2`.
-    """
+    """Returns `columns` if a file has them all, otherwise `sentence` and any `sentence2`."""
     if columns and set(columns) <= set(names):
         return tuple(columns)
     return ("sentence", "sentence2") if "sentence2" in names else ("sentence",)
 
 
 def column_names(rows: Rows) -> list[str]:
-    """Returns the names of the columns; for records, of all keys in the order of first
-    appearance.
-    """
+    """Returns the column names; for records, all keys in the order of first appearance."""
     if isinstance(rows, pa.Table):
         return rows.column_names
     return list(dict.fromkeys(itertools.chain.from_iterable(rows)))

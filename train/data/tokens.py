@@ -169,9 +169,7 @@ class Encoded:
 
 
 def check_max_length(max_length: int, positions: int | None) -> None:
-    """Raises ValueError if inputs are too short for a word, or longer than the backbone's
-    positions.
-    """
+    """Raises ValueError if inputs are too short for a word, or exceed the backbone's positions."""
     if max_length < 3:
         raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
     if positions is not None and max_length > positions:
@@ -344,9 +342,7 @@ def columns_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> Sequence[str]:
 
 
 def targets_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
-    """Returns the targets of predictions: int32 labels, float32 scores or texts; None if
-    unknown.
-    """
+    """Returns the targets: int32 labels, float32 scores or texts; None if they are unknown."""
     for column, dtype in (("label", np.int32), ("score", np.float32), ("target", object)):
         if column in columns_of(dataset):
             return np.array(dataset[column][:], dtype)
@@ -354,9 +350,7 @@ def targets_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | N
 
 
 def groups_of(columns: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
-    """Returns the column `row` as `[examples]` int64, the data row of each example; None without
-    one.
-    """
+    """Returns the data row of each example, `[examples]` int64; None without a column `row`."""
     return np.array(columns["row"][:], np.int64) if "row" in columns_of(columns) else None
 
 

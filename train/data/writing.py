@@ -97,8 +97,9 @@ class _ParquetWriter(_Writer):
             ) from error
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
-        """Returns the rows as a table with inferred types; casting to the first chunk's would lose
-        values.
+        """Returns the rows as a table with inferred types.
+
+        A cast to the types of the first chunk would lose values.
         """
         columns = {name: pa.array(column_values(rows, name)) for name in self.names}
         for field in self.writer.schema if self.writer is not None else ():

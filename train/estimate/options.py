@@ -16,8 +16,7 @@ from train.fit.options import FitOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions(FitOptions):
-    """Print what a run of fit would cost in steps, programs, memory and time, without data or
-    weights.
+    """Print what a run of fit would cost: steps, programs, memory, time; reads no data or weights.
 
     Accepts the flags of fit. Several tasks joined by commas are planned as separate runs.
 

@@ -112,9 +112,7 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
 
 
 def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
-    """Returns the parameter counts of `method` on backbones that differ only in their
-    vocabulary.
-    """
+    """Returns the parameter counts of `method` on backbones that differ only in vocabulary."""
     first = backbones[0]
     shapes = shapes_of(cj.Adapted(first.module, method))
     found = [shapes]
@@ -198,9 +196,7 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
 
 
 def _device_table(held: DeviceBytes, options: ParamsOptions) -> list[str]:
-    """Returns lines with the memory per device by kind, and the share of the capacity of
-    devices.
-    """
+    """Returns lines with the memory per device by kind, and the share of its capacity."""
     rows = {
         f"not trained, in {options.backbone_dtype}": held.frozen,
         "trained, in float32": held.trained,
@@ -244,9 +240,7 @@ def _line(name: str, options: ParamsOptions, backbones: list[Counted]) -> list[C
 
 
 def _cells(line: list[Count] | str, backbones: list[Counted], headings: list[str]) -> list[str]:
-    """Returns the cells of a row: for each backbone, the trained parameters and their
-    percentage.
-    """
+    """Returns the cells of a row: for each backbone, trained parameters and percentage."""
     if isinstance(line, str):
         return [line]
     cells = []

@@ -198,8 +198,7 @@ def plan_of(options: PlanOptions) -> Plan:
 
 
 def train_examples(options: PlanOptions, text_to_text: bool) -> int:
-    """Returns the number of training examples: known for public data sets, counted for built-in
-    tasks.
+    """Returns the number of training examples: known, counted, or given by the options.
 
     Raises:
       ValueError: for other tasks if `train_size` is not given.

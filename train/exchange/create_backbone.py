@@ -187,9 +187,7 @@ def _check_vocab_size(vocab_size: int) -> None:
 
 
 def _train_pieces(text_files: Sequence[str | Path], num_pieces: int) -> list[tuple[str, float]]:
-    """Returns at most `num_pieces` pieces of words and their log-probabilities, most probable
-    first.
-    """
+    """Returns at most `num_pieces` pieces of words and their log-probabilities, descending."""
     from tokenizers.trainers import UnigramTrainer  # noqa: PLC0415 - help should not wait for it
 
     # The trainer keeps every character that it sees, even if they exceed `num_pieces`.

@@ -48,16 +48,13 @@ class _Kept(checkpoint_managers.PreservationPolicy):
     best: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns True for each checkpoint to keep; orbax passes the checkpoints in the order of
-        steps.
-        """
+        """Returns True for each checkpoint to keep; orbax passes them in the order of steps."""
         first = len(checkpoints) - self.last
         return [i >= first or found.step == self.best for i, found in enumerate(checkpoints)]
 
 
 class Checkpoints:
-    """Checkpoints of one run in one folder; a context manager that waits for the last write on
-    exit.
+    """Checkpoints of one run in one folder; a context manager that waits for the last write.
 
     Several hosts write to the same folder, which must be visible to all of them.
 
@@ -106,9 +103,7 @@ class Checkpoints:
             sys.unraisablehook = self._hook
 
     def _without_echoes(self, unraisable: Any) -> None:
-        """Ignores errors of other arrays that reach orbax's closed event loop after one array
-        failed.
-        """
+        """Ignores errors that reach orbax's closed event loop after one array has failed."""
         if "Event loop is closed" not in str(unraisable.exc_value):
             self._hook(unraisable)
 

@@ -42,8 +42,9 @@ class Mixture:
         return rates / rates.sum()
 
     def order(self, sizes: Sequence[int], steps: int, *, seed: int, epoch: int) -> np.ndarray:
-        """Returns `[steps]` int64, the task of each step of an epoch; depends on the arguments
-        alone.
+        """Returns the task of each step of an epoch, `[steps]` int64.
+
+        The order is a function of the arguments alone.
         """
         if len(sizes) == 1:
             return np.zeros(steps, np.int64)

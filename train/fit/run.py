@@ -127,9 +127,7 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
 
 
 def write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, Any]) -> None:
-    """Writes numbers, curves and report of every task, and for a mixture one file of all
-    numbers.
-    """
+    """Writes numbers, curves and report of every task, and for a mixture all numbers."""
     for task_run in job.task_runs:
         result, folder = results[task_run.name], job.folder(task_run)
         if not job.is_mixture:

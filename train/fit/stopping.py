@@ -1,6 +1,4 @@
-"""Signals during a run: SIGINT and SIGTERM stop it at once, or between steps if work would
-be lost.
-"""
+"""Signals during a run: SIGINT and SIGTERM stop it at once, or between two steps."""
 
 from __future__ import annotations
 

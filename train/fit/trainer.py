@@ -363,9 +363,7 @@ class Trainer:
         return better
 
     def _record(self, index: int, values: dict[str, float]) -> float:
-        """Records the validation metrics of a task; returns the metric that selects the best
-        epoch.
-        """
+        """Records the validation metrics of a task; returns the one that selects the best epoch."""
         progress, task_run = self.progress, self.job.task_runs[index]
         validation_loss = values.pop("loss")
         losses = progress.losses.get(task_run.name, [])

@@ -137,9 +137,7 @@ def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:
 
 
 def labels_of(adapter: LoadedAdapter) -> list[str] | dict[str, list[str]]:
-    """Returns the names of the labels; with parallel adapters, name -> names of the labels
-    of one.
-    """
+    """Returns the label names; with parallel adapters, name -> the label names of one."""
     names = parallel_names(adapter.objective.model.method)
     own: list[str] = adapter.settings["label_names"]
     if not names:
@@ -151,9 +149,7 @@ def labels_of(adapter: LoadedAdapter) -> list[str] | dict[str, list[str]]:
 def stored(
     params: Any, method: cj.MethodConfig, options: AdapterOptions, settings: Mapping[str, Any]
 ) -> Any:
-    """Returns the parameters with frozen ones cast to the requested dtype, or to that of
-    training.
-    """
+    """Returns the parameters, frozen ones cast to the requested dtype or that of training."""
     dtype = options.backbone_dtype or settings.get("backbone_dtype", "float32")
     if dtype == "float32":
         return params
@@ -169,8 +165,10 @@ def head_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
-    """Loads the tokenizer of a backbone; raises ValueError as
-    `train.data.tokens.load_tokenizer`.
+    """Loads the tokenizer of a backbone.
+
+    Raises:
+      ValueError: as `train.data.tokens.load_tokenizer`.
     """
     return tokens.load_tokenizer(
         name,

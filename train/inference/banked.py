@@ -29,8 +29,9 @@ COLUMN = "adapter"
 
 
 def members_of(folder: Path) -> dict[str, Path]:
-    """Returns name -> folder of the adapters in a folder: `NAME/` or, as `fit` writes,
-    `NAME/adapter/`.
+    """Returns name -> folder of the adapters in a folder.
+
+    They are in `NAME/`, or in `NAME/adapter/` as `fit` writes them.
     """
     # An adapter, and the folder of a single run, are no banks.
     if not folder.is_dir() or compositions.holds_adapter(folder):

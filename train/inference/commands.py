@@ -95,9 +95,7 @@ def _has_fixed_labels(task: str | None) -> bool:
 
 
 def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
-    """Raises ValueError if neither task nor files are given, but the adapter's own task
-    could be.
-    """
+    """Raises ValueError without task and files if the adapter's own task could be given."""
     files = (options.train_file, options.validation_file, options.test_file)
     if options.task == tasks.CUSTOM and _has_fixed_labels(trained_on) and not any(files):
         raise ValueError(

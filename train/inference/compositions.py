@@ -92,9 +92,7 @@ def with_heads(expression: Node) -> dict[str, Path]:
 
 
 def load(expression: Node, backbone: cj.Backbone, source: str) -> tuple[cj.Adapted, Any]:
-    """Loads a composition of saved adapters and its parameters; the arguments are as in
-    `with_saved`.
-    """
+    """Loads a composition of saved adapters and its parameters, as in `with_saved`."""
     model = cj.Adapted(backbone.module, of_all(expression))
     # Every parameter drawn here is replaced: the composition has no new members.
     params = cj.init_adapters(model, backbone, jax.random.key(0))

@@ -136,9 +136,7 @@ def check_logits(logits: np.ndarray, num_rows: int, num_labels: int) -> None:
 def added_columns(
     predicted: Predicted, label_names: Sequence[str], added: Sequence[str]
 ) -> dict[str, pa.Array]:
-    """Returns the columns named in `added`, from `[rows, num_labels]` float64 logits or
-    predictions.
-    """
+    """Returns the columns `added`, from `[rows, num_labels]` float64 logits or predictions."""
     if isinstance(predicted, list):
         of_text = any(isinstance(value, str) for value in predicted)
         return {"prediction": pa.array(predicted, pa.string() if of_text else pa.float64())}

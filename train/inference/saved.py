@@ -75,8 +75,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Checks the head, which is created before the weights are read, against the size of their
-    file.
+    """Checks the width of the head, which is created before the weights are read.
 
     Raises:
       ValueError: for a width that exceeds what a file of weights of this size can hold.
@@ -95,9 +94,7 @@ def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError if the head does not support the kind of task, or the kind's fields are
-    wrong.
-    """
+    """Raises ValueError if the head does not support the kind, or the kind's fields are wrong."""
     kind, head = settings["kind"], settings["head"]
     if kind not in _KINDS.get(head, ()):
         raise ValueError(f"{where}: kind={kind!r} does not go with head={quote(head)}")
@@ -122,9 +119,7 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
 def _check_inner(
     where: str, settings: Mapping[str, Any], name: str, fields: Mapping[str, Any], required: Any
 ) -> None:
-    """Raises ValueError if an object in the settings lacks a field, or has an unknown or mistyped
-    one.
-    """
+    """Raises ValueError if an object has a missing, unknown or mistyped field."""
     inner, where = settings.get(name, {}), f"{where}: {name}"
     if missing := [field for field in required if field not in inner]:
         raise ValueError(f"{where} has no {listing(missing)}")

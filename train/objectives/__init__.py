@@ -204,8 +204,10 @@ def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
 def _of_encoder(
     model: Any, tokenizer: Any, kind: Kind, max_length: int, benchmark: Benchmark | None
 ) -> Objective:
-    """Returns the objective of an encoder for a task; raises ValueError if `Parallel` does not
-    allow it.
+    """Returns the objective of an encoder for a task.
+
+    Raises:
+      ValueError: if the method is a `Parallel` and the task has no labels or scores for it.
     """
     if names := parallel_names(model.method):
         if kind not in ("classification", "regression") or isinstance(benchmark, Choice):

@@ -48,9 +48,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def outputs(self, params: step.Params, batch: step.Batch) -> Any:
-        """Computes a tree of `[batch, …]` arrays to score a split by; see
-        `step.OutputsFunction`.
-        """
+        """Computes a tree of `[batch, …]` arrays to score a split by (`step.OutputsFunction`)."""
 
     @abc.abstractmethod
     def encode(self, rows: Any) -> tokens.Encoded:
@@ -73,15 +71,11 @@ class Objective(abc.ABC):
         return []
 
     def check_predicts(self, *, logits: bool) -> None:  # noqa: B027 - most can do everything
-        """Raises ValueError if there are no predictions, or no `logits` although they are
-        requested.
-        """
+        """Raises ValueError if there are no predictions, or no `logits` if they are requested."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Metadata of a saved adapter, JSON-ready, in addition to the fields that all objectives
-        have.
-        """
+        """Metadata of a saved adapter, JSON-ready, beyond the fields of all objectives."""
         return {} if self.benchmark is None else {"benchmark": {"name": self.benchmark.name}}
 
     def with_benchmark(

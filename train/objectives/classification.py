@@ -96,9 +96,7 @@ class ParallelClassifier(Classifier):
         return tuple(each.astype(jnp.float32) for each in self.apply(params, batch, None))
 
     def scores(self, outputs: Any, encoded: tokens.Encoded) -> dict[str, float]:
-        """Returns the metrics of each classifier, and their means under the metrics' plain
-        names.
-        """
+        """Returns the metrics of each classifier, and their means under the plain names."""
         alone = Classifier(self.model, self.tokenizer, self.kind, self.max_length, self.benchmark)
         each = [alone.scores(logits, encoded) for logits in outputs]
         means = {name: float(np.mean([scores[name] for scores in each])) for name in each[0]}

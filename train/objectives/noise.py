@@ -69,18 +69,14 @@ class SpanCorruption:
 
     @functools.cached_property  # `corrupt` reads it for every segment
     def segment_length(self) -> int:
-        """Number of text tokens whose inputs have `input_length` tokens, or as many below it as
-        possible.
-        """
+        """Number of text tokens that give `input_length` inputs, or the largest with fewer."""
         # Above this limit even the remaining text would not fit.
         limit = math.ceil(self.input_length / (1 - self.noise_density)) + 1
         return bisect.bisect_right(range(limit), self.input_length, key=self._num_inputs) - 1
 
     @property
     def target_length(self) -> int:
-        """Number of target tokens of a segment of `segment_length`; shorter segments have no
-        more.
-        """
+        """Number of target tokens of a segment of `segment_length`, the maximum of all segments."""
         return sum(self._num_noise(self.segment_length)) + 1
 
     def corrupt(
@@ -116,9 +112,7 @@ class SpanCorruption:
     def _replace_spans(
         self, tokens: np.ndarray, dropped: np.ndarray, starts: np.ndarray
     ) -> np.ndarray:
-        """Returns `tokens` with a sentinel for every span of `dropped`, and the end-of-sequence
-        token.
-        """
+        """Returns `tokens` with a sentinel for every span of `dropped`, and the end token."""
         tokens = np.append(tokens, self.eos_token_id).astype(np.int32)
         kept = np.append(~dropped, True)
         tokens[starts] = self.sentinel_ids[: len(starts)]
@@ -126,9 +120,7 @@ class SpanCorruption:
         return tokens[kept]
 
     def _num_noise(self, length: int) -> tuple[int, int]:
-        """Returns the numbers of noise tokens and of their spans; both are monotonic in
-        `length`.
-        """
+        """Returns the numbers of noise tokens and of spans, both monotonic in `length`."""
         noise = min(max(round(length * self.noise_density), 1), length - 1)
         spans = max(round(noise / self.mean_span_length), 1)
         return noise, min(spans, length - noise)

@@ -61,9 +61,7 @@ def most_common_tokens(
 
 
 def training_texts(task: Task) -> Iterator[str]:
-    """Yields every sentence of the training split; of a benchmark, every input; of a file, its
-    texts.
-    """
+    """Yields the texts of the training split: sentences, inputs of a benchmark, or documents."""
     rows = task.splits["train"]
     if task.kind == "span_corruption":
         yield from corpus.read_documents(rows)

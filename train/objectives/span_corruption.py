@@ -142,9 +142,7 @@ class SpanCorruption(Seq2Seq):
 def _held_out(
     segments: data_corpus.Segments, path: Path
 ) -> tuple[data_corpus.Segments, data_corpus.Segments]:
-    """Splits segments into a small part for validation and the rest; prints the size of the
-    part.
-    """
+    """Splits off a small part of the segments for validation, and prints its size."""
     if len(segments) < 2:
         raise ValueError(
             f"{path}: one segment alone leaves none for validation; give more text or "

@@ -49,9 +49,7 @@ class ExtractiveQA(Objective):
 
     @property
     def apply(self) -> step.ApplyFunction:
-        """Model that masks the logits of padding, so that the length of the padding has no
-        effect.
-        """
+        """Model that masks the logits of padding, so that its length has no effect."""
         apply = super().apply
 
         def masked(params: step.Params, batch: step.Batch, dropout_key: Array | None) -> Array:

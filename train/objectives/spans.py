@@ -87,8 +87,7 @@ def encode(
 
 
 def answers(logits: np.ndarray, encoded: Encoded, *, may_be_none: bool = False) -> list[str]:
-    """Returns the likeliest part of each context over all its windows; "" if a context has no
-    token.
+    """Returns the likeliest part of each context over its windows; "" if it has no token.
 
     Args:
       logits: `[windows, length, 2]` of first and last tokens.
@@ -137,9 +136,7 @@ def best_span(
 def _cut(
     questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int
 ) -> tuple[list[str], int]:
-    """Truncates questions to at most `most` tokens; returns them and the number of truncated
-    ones.
-    """
+    """Truncates questions to at most `most` tokens; returns them and the number truncated."""
     # Some tokenizers treat leading blanks as part of a context's first token.
     kept = [question.strip() for question in questions]
     num_cut = 0
@@ -153,9 +150,7 @@ def _cut(
 
 
 def _answer_spans(rows: Any) -> list[tuple[int, int] | None]:
-    """Returns the span of each row's first answer in its context, in characters; None
-    without one.
-    """
+    """Returns the span in characters of each row's first answer, None without one."""
     spans: list[tuple[int, int] | None] = []
     for row, (context, answer) in enumerate(
         zip(rows["context"][:], rows["answers"][:], strict=True), 1

@@ -61,7 +61,7 @@ class Seq2Seq(Objective):
         )
 
     def teacher_forced(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
-        """Computes, per row, the mean `loss` of the target tokens and the number `correct` by
+        """Computes each row's mean `loss` of target tokens, and how many are `correct` by
         argmax.
         """
         logits, labels = self.apply(params, batch, None), batch["labels"]
@@ -100,9 +100,7 @@ class TextToText(Seq2Seq):
         return ids
 
     def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
-        """Computes `scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]` and
-        `loss`.
-        """
+        """Computes `scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]`, `loss`."""
         if not self.format.generates:
             return {"scores": self._label_scores(params, batch)}
         ids = cj.generate(
@@ -149,9 +147,7 @@ class TextToText(Seq2Seq):
     def scores(
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> dict[str, float]:
-        """Returns the metrics of the kind of task and of the benchmark, and the mean target token
-        loss.
-        """
+        """Returns the metrics of the kind and of the benchmark, and the mean target token loss."""
         fmt, targets = self.format, targets_of(encoded)
         if not fmt.generates:
             scores = outputs["scores"]
@@ -216,9 +212,7 @@ class TextToText(Seq2Seq):
         return {**super().settings, "text_to_text": text_format.to_json(self.format)}
 
     def _label_scores(self, params: step.Params, batch: step.Batch) -> Array:
-        """Computes the log-likelihood of each label's text, all labels in one call of the
-        decoder.
-        """
+        """Computes the log-likelihood of each label's text, all in one call of the decoder."""
         labels, rows = jnp.asarray(self.label_ids), batch["input_ids"].shape[0]
         mask = batch["attention_mask"]
         states = self.model.apply(

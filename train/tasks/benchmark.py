@@ -28,8 +28,7 @@ Columns: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Benchmark of sentences, or pairs of them, with a label or a score; subclasses override the
-    rest.
+    """Benchmark of sentences or pairs, with a label or a score; subclasses override the rest.
 
     Attributes:
       name: the name of the task.
@@ -85,16 +84,12 @@ class Benchmark:
         return {renamed.get(name, name): rows[name] for name in found}
 
     def for_encoder(self, rows: Rows) -> Columns:
-        """Returns `sentence`, optionally `sentence2`, and, where there are any, `label` or
-        `score`.
-        """
+        """Returns `sentence`, optionally `sentence2`, and any `label` or `score`."""
         inputs = zip(("sentence", "sentence2"), self.columns, strict=False)
         return {column: rows[name][:] for column, name in inputs} | self.targets(rows)
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """Returns `text` without the prefix, and, where there are any, `label`, `score` or
-        `target`.
-        """
+        """Returns `text` without the prefix, and any `label`, `score` or `target`."""
         names = sorted(self.columns)
         parts = zip(*(rows[name][:] for name in names), strict=True)
         texts = [keyed(dict(zip(names, values, strict=True))) for values in parts]
@@ -130,9 +125,7 @@ class Benchmark:
         return []
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
-        """Returns metrics beyond those of the kind; predictions are labels or texts, one for each
-        row.
-        """
+        """Returns metrics beyond those of the kind, from labels or texts, one for each row."""
         return {}
 
     def with_mean(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -142,9 +135,7 @@ class Benchmark:
 
 
 class Choice(Benchmark, abc.ABC):
-    """Choice among several candidates; an encoder scores each separately, and the likeliest is
-    taken.
-    """
+    """Choice of the likeliest of several candidates, which an encoder scores separately."""
 
     @abc.abstractmethod
     def candidates(self, rows: Rows) -> list[list[str]]:
@@ -159,9 +150,7 @@ class Choice(Benchmark, abc.ABC):
         """Returns, for each row, whether each candidate is right; None if that is unknown."""
 
     def for_encoder(self, rows: Rows) -> Columns:
-        """Returns a pair for each candidate, with label 1 if it is right; `row` is the row of the
-        pair.
-        """
+        """Returns a pair for each candidate, with label 1 if it is right, and its `row`."""
         pairs, right = self.pairs(rows), self.right(rows)
         flat = list(itertools.chain.from_iterable(pairs))
         columns: Columns = {

@@ -113,9 +113,7 @@ def _paper(benchmark: Benchmark, read: Read) -> dict[str, Callable[[], Any]]:
 def _divided(
     benchmark: Benchmark, rows: datasets.Dataset, size: Callable[[int], int]
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Returns the rows of `size(number)` random questions, and the other rows, each in their
-    order.
-    """
+    """Returns the rows of `size(number)` random questions, and the other rows."""
     groups = _groups(benchmark, rows)
     number = int(groups.max()) + 1
     if not 0 < size(number) < number:

@@ -1,6 +1,4 @@
-"""Labels of files: their names, labels that look like missing values, and the meaning of
-integers.
-"""
+"""Labels of files: their names, missing values among them, and the meaning of integers."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ _DASHES = {"-", "--", "---", "\u2013", "\u2014", "_"}
 
 
 def is_integer(label: str) -> bool:
-    """Returns True if `label` is how Python writes an integer of at most 18 digits, unlike
-    "007".
-    """
+    """Returns True if Python writes an integer of at most 18 digits like `label`; not "007"."""
     return _INTEGER.fullmatch(label) is not None
 
 

@@ -24,9 +24,7 @@ class MultiRC(Benchmark):
         }
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """Returns texts that end with the paragraph, so that truncation affects only the
-        paragraph.
-        """
+        """Returns texts that end with the paragraph, which is therefore what is truncated."""
         parts = zip(rows["question"][:], rows["answer"][:], rows["paragraph"][:], strict=True)
         texts = [
             keyed({"question": question, "answer": answer, "paragraph": _without_tags(paragraph)})
@@ -39,8 +37,7 @@ class MultiRC(Benchmark):
         return list(zip(rows["paragraph"][:], rows["question"][:], strict=True))
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
-        """Returns `exact_match`: the fraction of the questions whose answers are all judged
-        correctly.
+        """Returns `exact_match`: the fraction of questions with all answers judged correctly.
 
         The official F1a, over all answers, is `f1`.
         """

@@ -1,6 +1,4 @@
-"""Text format of tasks, after the T5 paper: the inputs of the encoder, the targets of the
-decoder.
-"""
+"""Text format of tasks, after the T5 paper: encoder inputs and decoder targets."""
 
 from __future__ import annotations
 
@@ -61,8 +59,7 @@ def as_said(predictions: Iterable[str], texts: Sequence[str] | np.ndarray) -> li
 
 @dataclass(frozen=True, kw_only=True)
 class TextFormat:
-    """Text format of a task: from rows to text, and from text to predictions (a verbalizer for
-    labels).
+    """Text format of a task, in both directions; for labels, a verbalizer.
 
     `movie sentence: a fine film` -> `positive`, for pairs `mrpc sentence1: … sentence2: …`; of the
     kind "text" `summarize: …` -> the column `target`. A column `text` follows the prefix unchanged.
@@ -99,9 +96,7 @@ class TextFormat:
         return self.kind != "classification" or self.evaluate_by == "generation"
 
     def inputs(self, rows: Dataset | Mapping[str, Sequence[Any]]) -> list[str]:
-        """Returns the encoder's texts: the prefix, and `text`, or `sentence` with any
-        `sentence2`.
-        """
+        """Returns the encoder's texts: the prefix, and `text` or `sentence` and `sentence2`."""
         head = f"{self.prefix} " if self.prefix else ""
         if "text" in columns_of(rows):
             return [f"{head}{text}" for text in rows["text"][:]]
@@ -148,8 +143,9 @@ class TextFormat:
 
 
 def to_json(fmt: TextFormat) -> dict[str, Any]:
-    """Returns the fields of a text format except `kind` and `label_names`, which every
-    adapter has.
+    """Returns the fields of a text format except `kind` and `label_names`.
+
+    Every adapter has these two anyway.
     """
     return {k: v for k, v in asdict(fmt).items() if k not in ("kind", "label_names")}
 
@@ -252,8 +248,7 @@ def check_scores(targets: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def written(texts: Sequence[str] | np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns `decode(tokenize(text))` for each text: the output of a decoder that predicts its
-    tokens.
+    """Returns `decode(tokenize(text))` for each text, as a decoder would write it.
 
     Characters without a token are left out, others may be written differently, and text after an
     end-of-sequence token is dropped.

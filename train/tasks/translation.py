@@ -64,9 +64,7 @@ class Translation(Benchmark):
         return usable
 
     def user_messages(self) -> list[str]:
-        """Returns a line about the words of BLEU, if they are not those of common
-        implementations.
-        """
+        """Returns a line if BLEU counts other words than common implementations."""
         _, told = metrics.bleu_tokenizer(self.to)
         return [told] if told else []
 
