@@ -1,7 +1,8 @@
 """Compacter and other parameter-efficient fine-tuning methods for JAX and Flax.
 
-Everything public is here: `import compacter_jax as cj`. JAX itself is imported when the first of
-the names is used, so that `compacter_jax.catalogue` alone is there at once.
+`import compacter_jax as cj` gives all public names. Importing the package does not import JAX: the
+first use of a public name does. A program that needs only one module, such as
+`compacter_jax.catalogue`, loads only that module and its imports.
 """
 
 import importlib

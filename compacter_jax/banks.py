@@ -1,4 +1,4 @@
-"""Members of banks and other compositions: from saved adapters, and back."""
+"""Members of banks and other compositions: stacked from saved adapters, read, and replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from compacter_jax.methods.base import MethodConfig
 from compacter_jax.paths import OCCUPIED, SHARED, Groups, group_of
 
 Params = Any
-# A folder of `save_adapter`, or what `load_adapter` makes of it.
+# A folder of `save_adapter`, or the result of `load_adapter`.
 Source = str | os.PathLike[str] | tuple[Adapted, Params]
 
 
@@ -35,7 +35,7 @@ class _Backbone:
 
 
 class _Loader:
-    """Loads adapters onto a backbone, each with as many labels as it has."""
+    """A loader of adapters onto a backbone, each with its own number of labels."""
 
     def __init__(self, backbone: Any) -> None:
         self._backbone = backbone
@@ -43,7 +43,7 @@ class _Loader:
         self._reader = AdapterReader()
 
     def load(self, source: Source) -> tuple[Adapted, Params]:
-        """See `load_adapter`; a pair is what it is."""
+        """Loads an adapter as `load_adapter` does; returns a pair unchanged."""
         if isinstance(source, tuple):
             return source
         saved = read_saved(source)
@@ -55,7 +55,8 @@ class _Loader:
             )
         if labels not in self._by_labels:
             if not any(path.startswith("classifier/") for path in saved.tensors):
-                # Nothing says that there are so many; the reader refuses what does not fit.
+                # The tensors do not confirm the number of labels; the reader refuses tensors that
+                # do not fit.
                 return self._reader.join(Path(source), saved, self._backbone)
             self._by_labels[labels] = _with_labels(self._backbone, labels)
         return self._reader.join(Path(source), saved, self._by_labels[labels])
@@ -68,25 +69,26 @@ def stack_adapters(
     capacity: int | None = None,
     shared_rule: bool = False,
 ) -> tuple[Adapted, Params]:
-    """A bank of adapters of one shape.
+    """Stacks adapters of one shape into a bank.
 
-    Heads are stacked, too, as wide as the widest set of labels; a label that a member does not have
-    gets no probability, and in a mixture one that any member with a weight does not have. What the
-    backbone itself has, its norms and its head, stays as it is.
+    Heads are stacked, too, padded to the largest number of labels. A label that a member lacks gets
+    no probability; in a mixture, neither does a label that any member with a weight lacks. The
+    backbone's own norms and head stay unchanged.
 
     Args:
       sources: folders written by `save_adapter`, or pairs of an adapted module and its parameters.
-      backbone: has `module` and `params`; its head may have any number of labels.
-      capacity: how many members there is room for; by default as many as there are. With
-        `set_member` members can be put in the places that are left, and nothing compiles anew.
-      shared_rule: store one rule for all; the members' must be equal then.
+      backbone: object with `module` and `params`; its head may have any number of labels.
+      capacity: number of places for members; by default the number of sources. `set_member` can
+        fill the free places, and nothing is compiled again.
+      shared_rule: True to store one rule for all members, whose rules must then be equal.
 
     Returns:
-      A module that is called with `adapter_ids` or `mix`, see `Adapted`, and its parameters.
+      A module that is called with `adapter_ids` or `mix`, as `Adapted` describes, and its
+      parameters.
 
     Raises:
-      ValueError: if there are none or more than `capacity`, or they differ in more than numbers and
-        labels; it lists the differences. Or as `load_adapter` does.
+      ValueError: if there are no sources or more than `capacity`; if they differ in more than
+        numbers and labels, and then the message lists the differences; or as `load_adapter` does.
     """
     capacity = len(sources) if capacity is None else capacity
     if not 1 <= len(sources) <= capacity:
@@ -121,14 +123,14 @@ def stack_adapters(
 
 
 def unstack(model: Adapted, params: Params) -> list[tuple[Adapted, Params]]:
-    """The members of a bank, each an adapted module and its parameters, as they were stacked.
+    """Returns the members of a bank, each as an adapted module and its parameters.
 
     Args:
-      model: its method is a `Bank`.
-      params: of it.
+      model: an adapted module whose method is a `Bank`.
+      params: its parameters.
 
     Raises:
-      ValueError: if the model is no bank.
+      ValueError: if the method is not a bank.
     """
     bank_of(model.method)
     occupied = np.asarray(params[SHARED][OCCUPIED])
@@ -136,16 +138,16 @@ def unstack(model: Adapted, params: Params) -> list[tuple[Adapted, Params]]:
 
 
 def get_member(model: Adapted, params: Params, which: int | str) -> tuple[Adapted, Params]:
-    """One member of a composition as a model of its own.
+    """Returns one member of a composition as a model of its own.
 
     Args:
-      model: of a composition.
-      params: of it.
-      which: name of the member, names of nested compositions `/`-joined; in a bank the index, after
-        the name of the bank where there is one (`"tasks/3"`).
+      model: the adapted module of a composition.
+      params: its parameters.
+      which: name of the member, with the names of nested compositions joined by `/`. In a bank it
+        is the index, after the name of the bank if the bank is nested (`"tasks/3"`).
 
     Returns:
-      The adapted module and its parameters; leaves of the backbone that the member does not replace
+      The adapted module and its parameters. Leaves of the backbone that the member does not replace
       are the composition's.
 
     Raises:
@@ -167,20 +169,21 @@ def get_member(model: Adapted, params: Params, which: int | str) -> tuple[Adapte
 
 
 def set_member(model: Adapted, params: Params, which: int | str, source: Source) -> Params:
-    """The parameters with another member in one place.
+    """Returns the parameters with another member in one place.
 
-    Shapes stay what they are, so nothing that was compiled for the model is compiled again.
+    All shapes stay the same, so nothing that was compiled for the model is compiled again.
 
     Args:
-      model: of a composition.
-      params: of it; they are not changed.
-      which: as for `get_member`; a place of a bank that holds no member is filled.
-      source: a folder written by `save_adapter`, or an adapted module and its parameters; these may
-        have another head where the composition does not use it, as in a `Stack` below the last.
+      model: the adapted module of a composition.
+      params: its parameters; the function does not change them.
+      which: the member, as for `get_member`; an empty place of a bank is filled.
+      source: a folder written by `save_adapter`, or an adapted module and its parameters. The
+        source may have another head if the composition does not use it, as in a `Stack` below the
+        last member.
 
     Raises:
-      ValueError: if there is no such place, or the source differs from what is wanted there in more
-        than numbers and labels; it lists the differences.
+      ValueError: if there is no such place, or if the source differs from the other members in more
+        than numbers and labels; the message lists the differences.
     """
     member, index = _find(model.method, which)
     given, given_params = _Loader(_plain_backbone(model, params)).load(source)
@@ -211,7 +214,7 @@ def set_member(model: Adapted, params: Params, which: int | str, source: Source)
 
 
 def _find(method: MethodConfig, which: int | str) -> tuple[Member, int | None]:
-    """The member that names lead to, and its index where it is a bank's."""
+    """Returns the member that the names lead to, and its index if it is in a bank."""
     members = members_of(method)
     names = tuple(str(which).split("/"))
     for member in members:
@@ -235,7 +238,7 @@ def _num_labels(backbone: Any) -> int | None:
 
 
 def _with_labels(backbone: Any, labels: int | None) -> Any:
-    """The backbone with so many labels; those that it did not have get no probability."""
+    """Returns the backbone with this number of labels; added labels get no probability."""
     if labels is None or _num_labels(backbone) in (None, labels):
         return backbone
     flat = flatten_dict(backbone.params, sep="/")
@@ -249,7 +252,7 @@ def _is_head(path: str) -> bool:
 
 
 def _wide(path: str, leaf: Any, width: int) -> Any:
-    """A leaf of a head with columns for labels that it does not have."""
+    """Pads a leaf of a head with columns for labels that the head does not have."""
     if not _is_head(path) or leaf.shape[-1] >= width:
         return leaf
     fill = NO_LABEL if path.endswith("/bias") else 0.0
@@ -258,18 +261,18 @@ def _wide(path: str, leaf: Any, width: int) -> Any:
 
 
 def _narrow(path: str, leaf: Any, labels: int | None) -> Any:
-    """Inverse of `_wide`."""
+    """Removes the columns that `_wide` adds."""
     return leaf[..., :labels] if labels is not None and _is_head(path) else leaf
 
 
 def _labels_of(leaves: Mapping[str, Any]) -> int | None:
-    """How many labels a head has; None if there is none of several."""
+    """Returns the number of labels of a head, or None if there is no classifier."""
     bias = leaves.get("classifier/bias")
     return None if bias is None else int(np.sum(np.asarray(bias) > NO_LABEL / 2))
 
 
 def _own_leaves(member: Member, params: Params, groups: Groups | None) -> dict[str, Any]:
-    """Of the parameters of a model of one adapter those that are not the plain backbone's."""
+    """Returns the leaves of a one-adapter model that are not the plain backbone's."""
     flat = flatten_dict(params, sep="/")
     return {
         path: leaf
@@ -279,12 +282,12 @@ def _own_leaves(member: Member, params: Params, groups: Groups | None) -> dict[s
 
 
 def _is_common(member: Member, path: str) -> bool:
-    """Whether the members of a bank have a leaf in common."""
+    """Returns True if the members of a bank share a leaf."""
     return member.bank is not None and member.bank.shared_rule and group_of(path) == "rule"
 
 
 def _stacked(path: str, own: str, leaves: Sequence[Any], shape: Any, capacity: int) -> Any:
-    """One leaf of a bank; places that hold no member have the first one's numbers."""
+    """Returns one leaf of a bank; empty places get the numbers of the first member."""
     if group_of(own) == "rule" and shape.shape == leaves[0].shape:
         if any(not np.array_equal(leaf, leaves[0]) for leaf in leaves):
             raise ValueError(
@@ -315,7 +318,7 @@ def _check_equal(sources: Sequence[Source], models: Sequence[Adapted]) -> None:
 
 
 def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> None:
-    """ValueError that lists in what an adapter is not as wanted."""
+    """Raises ValueError with the list of differences if an adapter is not as wanted."""
     pairs = {"sites": (given.sites, like.sites), "groups": (given.groups, like.groups)}
     if "head" in wanted.replaces:
         own, other = (getattr(each.backbone, "head", None) for each in (given, like))
@@ -331,7 +334,7 @@ def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> N
 
 
 def _plain_backbone(model: Adapted, params: Params) -> HasParams:
-    """The backbone of a composition, whose own leaves it leaves alone."""
+    """Returns the backbone of a composition, with only the leaves that no member owns."""
     members = members_of(model.method)
     flat = {
         path: leaf

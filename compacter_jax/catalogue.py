@@ -94,43 +94,44 @@ _PRESETS: dict[str, MethodConfig] = {
 
 
 def presets() -> tuple[str, ...]:
-    """The names `preset` knows."""
+    """Returns the names that `preset` accepts."""
     return tuple(_PRESETS)
 
 
 def preset(name: str, **overrides: Any) -> MethodConfig:
-    """A method by name, with any of its fields replaced.
+    """Returns a preset method by name, with any of its fields replaced.
 
-    Those of the paper's comparison are as in its released configurations for T5-base (bottlenecks
-    of `width // 32`, tanh GELU, learning rate as given), and train the backbone's layer norms where
-    these do; the others are as in the papers and libraries named. All train the head.
+    The presets of the Compacter paper (arXiv:2106.04647) follow its released configurations for
+    T5-base: bottlenecks of `width // 32`, tanh GELU, the learning rate given below, and trained
+    layer norms of the backbone where these train them. The other presets follow the papers and
+    libraries named below. All presets train the head.
 
-    | preset | what | learning rate | source |
+    | preset | method | learning rate | source |
     |---|---|---|---|
     | `full` | every parameter | 3e-4 | arXiv:2106.04647 |
     | `houlsby` | dense bottlenecks after attention and feed-forward | 3e-4 | arXiv:2106.04647 |
-    | `pfeiffer-attention` | the same after self-attention alone: the authors' Pfeiffer | 3e-4 |
-      arXiv:2106.04647 |
-    | `pfeiffer-feed-forward` | AdapterHub's (`seq_bn`): after feed-forward, reading the normalised
-      sum with the residual; ReLU, `width // 16`, layer norms frozen | 1e-4 | arXiv:2005.00052 |
+    | `pfeiffer-attention` | dense bottlenecks after self-attention alone, the paper's Pfeiffer |
+      3e-4 | arXiv:2106.04647 |
+    | `pfeiffer-feed-forward` | AdapterHub's `seq_bn`: after feed-forward, on the normalised sum
+      with the residual; ReLU, `width // 16`, layer norms frozen | 1e-4 | arXiv:2005.00052 |
     | `adapterdrop` | `houlsby` without the first five layers of encoder and decoder | 3e-4 |
       arXiv:2106.04647, arXiv:2010.11918 |
     | `low-rank` | projections of rank 1, both sites | 3e-3 | arXiv:2106.04647 |
-    | `phm` | PHM-Adapter: `phm_dim=12`, own rule per projection (standard deviation 0.01, whatever
+    | `phm` | PHM-Adapter: `phm_dim=12`, one rule per projection (standard deviation 0.01, whatever
       the released flags say), full blocks, both sites | 3e-3 | arXiv:2106.04647 |
     | `compacter` | `phm_dim=4`, one shared rule, rank-one blocks, both sites | 3e-3 |
       arXiv:2106.04647 |
     | `compacter++` | Compacter after feed-forward alone | 3e-3 | arXiv:2106.04647 |
-    | `bitfit` | biases, of T5 new ones at all linear layers, at norms within layers and at the
+    | `bitfit` | biases; in T5 new ones at all linear layers, at norms within layers and at the
       logits | 3e-4 | arXiv:2106.04647, arXiv:2106.10199 |
     | `prompt-tuning-random` | 100 embeddings before the input, uniform on [-0.5, 0.5] | 3e-2 |
       arXiv:2106.04647, arXiv:2104.08691 |
-    | `prompt-tuning-vocabulary` | the same from the embeddings of `prompt_token_ids` | 3e-1 |
-      arXiv:2106.04647, arXiv:2104.08691 |
+    | `prompt-tuning-vocabulary` | 100 embeddings before the input, from the embeddings of
+      `prompt_token_ids` | 3e-1 | arXiv:2106.04647, arXiv:2104.08691 |
     | `intrinsic-said` | all weights within 20,000 dimensions, a scale for each layer | 3e-2 |
       arXiv:2106.04647, arXiv:2012.13255 |
-    | `intrinsic` | the same without scales | 3e-2 | arXiv:2012.13255; the rate is that of
-      arXiv:2106.04647 for `intrinsic-said` |
+    | `intrinsic` | all weights within 20,000 dimensions, without scales | 3e-2 |
+      arXiv:2012.13255; the rate is that of arXiv:2106.04647 for `intrinsic-said` |
     | `lora` | rank 8 on queries and values, `lora_alpha` 8 | 5e-4 | arXiv:2106.09685, table 9
       (RoBERTa) |
     | `ia3` | factors on keys, values and inner feed-forward activations | 3e-3 |
@@ -139,21 +140,21 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
       2e-4 | AdapterHub's `prefix_tuning`, arXiv:2101.00190; the rate was chosen here |
     | `parallel` | a bottleneck of `width // 2` beside feed-forward, ReLU, `up` zero at first |
       1e-4 | arXiv:2110.04366 |
-    | `scaled-parallel` | the same times 4 | 1e-4 | arXiv:2110.04366 |
+    | `scaled-parallel` | `parallel`, its output times 4 | 1e-4 | arXiv:2110.04366 |
     | `mam` | `scaled-parallel` with 30 prefixes, through a bottleneck of 800 | 1e-4 |
       AdapterHub's `mam`; arXiv:2110.04366 |
 
     Args:
       name: one of `presets()`.
-      **overrides: fields of that preset's dataclass.
+      **overrides: values for fields of the preset's dataclass.
 
     Raises:
-      ValueError: unknown name or field, or a value that cannot work; it says which would.
+      ValueError: for an unknown name or field, or an invalid value; the message lists valid ones.
 
     Example:
       >>> preset("compacter++", reduction_factor=16).bottleneck_width(768)
       48
-      >>> preset("lora", rank=4, sites=("query", "key")).factor
+      >>> preset("lora", rank=4, sites=("query", "key")).scaling
       2.0
     """
     if name not in _PRESETS:
@@ -165,7 +166,7 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
 
 
 def to_dict(method: MethodConfig) -> dict[str, Any]:
-    """The method as JSON-ready values, with its `kind`."""
+    """Returns the method as JSON-ready values, with its `kind`."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     return {"kind": method.kind, **{name: _to_json(value) for name, value in values.items()}}
 
@@ -177,7 +178,7 @@ def _to_json(value: Any) -> Any:
 
 
 def from_dict(values: Mapping[str, Any]) -> MethodConfig:
-    """Inverse of `to_dict`; ValueError for an unknown kind, field or value."""
+    """Returns the method of a `to_dict` mapping; raises ValueError for unknown kinds or fields."""
     if not isinstance(values, Mapping):
         raise ValueError(f"a method must be a mapping of its fields, not {quote(values)}")
     fields = dict(values)

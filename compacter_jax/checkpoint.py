@@ -44,11 +44,11 @@ from compacter_jax.trees import check_numbers, check_params
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
-# The file of weights where adapter_config.json names none, as releases before 0.2 wrote it.
+# The file of weights if adapter_config.json names none, as in releases before 0.2.
 _UNNAMED_WEIGHTS = "adapter.safetensors"
 _WEIGHTS_NAME = re.compile(r"adapter(-[0-9a-f]{16})?\.safetensors")
 
-# Field of adapter_config.json -> its type; metadata may have any other.
+# Field of adapter_config.json -> its type; the metadata may have any other field.
 _REQUIRED_FIELDS: Mapping[str, Any] = {
     "format_version": int,
     "method": dict[str, Any],
@@ -65,10 +65,10 @@ _FIELDS = {
     "also_trained": list[str] | None,
 }
 
-# Saved although frozen: the backbone's checkpoint does not have them.
+# Groups that are saved although frozen, because the backbone's checkpoint lacks them.
 _ALWAYS_SAVED = ("adapters", "rule", "head")
-# In adapter_config.json where there are such: names of a backbone of others, and paths of what
-# rules of `label_params` train.
+# Fields that adapter_config.json has only if they are not None: the groups of a module other than
+# `Bert` and `T5`, and the paths that rules of `label_params` train.
 _RARE = ("backbone_groups", "also_trained")
 
 
@@ -81,38 +81,40 @@ def save_adapter(
     labels: Any = None,
     backbone: Any = None,
 ) -> None:
-    """Writes what a fine-tuned model has beyond its backbone.
+    """Writes the parameters that a fine-tuned model has in addition to its backbone.
 
     `adapter-HASH.safetensors` holds the trained leaves, the adapters, their rule and the head under
-    their `/`-joined paths; `adapter_config.json` its name, the method, the head and a hash of
-    every leaf that is not stored. An adapter that is in the directory already is there until the
-    new `adapter_config.json` takes the old one's place in one step; then the old weights are
-    removed. Several threads or processes may save to one directory. A save that is killed may
-    leave weights that nothing names; the next one removes them by a log, `.adapter_saving.json`.
+    their `/`-joined paths. `adapter_config.json` holds the name of this file, the method, the head
+    and one hash over the leaves that are not stored. An adapter that is already in the directory
+    stays valid until the new `adapter_config.json` replaces the old one in one step; then the old
+    weights are removed. Several threads or processes may save to one directory. A save that is
+    killed may leave weights that no configuration names; the next save finds them in a log,
+    `.adapter_saving.json`, and removes them.
 
-    Parameters do not say which of them were trained. Whoever trains more than the method does, by
-    `rules` of `label_params` or a rule of their own, gives `labels`, or `backbone` to be told what
-    would not be stored. Without either, `load_adapter` refuses the adapter where the difference is
-    large enough to change the hash of what is not stored.
+    The parameters do not show which of them were trained. If more was trained than the method
+    trains, by `rules` of `label_params` or in another way, give `labels` to store it, or `backbone`
+    to get an error that lists it. Without either, `load_adapter` refuses the adapter if the
+    difference is large enough to change the hash of the leaves that are not stored.
 
     Args:
-      directory: made if it does not exist.
+      directory: folder of the adapter, made if it does not exist.
       model: the adapted module.
-      params: its parameters.
-      metadata: JSON-ready values kept in `adapter_config.json` beside the library's own, such as
-        label names; `read_adapter_config` gives them back.
-      labels: of `label_params`, where its `rules` train more than the method does, so that this is
-        stored too. By default what the method trains.
-      backbone: has `params`, as before training. Where it is given, parameters that are not stored
-        must be equal to its own.
+      params: parameters of the model.
+      metadata: JSON-ready values that `adapter_config.json` keeps beside the library's own, such as
+        label names; `read_adapter_config` returns them.
+      labels: result of `label_params`, if its `rules` train more than the method does, so that
+        these leaves are stored too. The default is the leaves that the method trains.
+      backbone: object with the `params` from before training. If it is given, parameters that are
+        not stored must be equal to those of the backbone.
 
     Raises:
-      TypeError: if `metadata` is no JSON; nothing is written then.
-      ValueError: if `labels` are not those of `params`, `metadata` has a key that the library
-        writes itself or something that JSON cannot hold, such as NaN, `params` are not those of
-        the model (replicated, say, or a half of `partition`), the backbone in them is of int8,
-        whose hash is not the backbone's, they differ from `backbone` where they are not stored, or
-        hold NaN or infinite numbers where they are. Nothing is written then.
+      TypeError: if `metadata` is not JSON.
+      ValueError: if `labels` do not belong to `params`; if `metadata` has a key that the library
+        writes itself, or a value that JSON cannot hold, such as NaN; if `params` are not those of
+        the model (replicated, say, or a half of `partition`); if the backbone in them is of int8,
+        whose hash differs from the backbone's; if they differ from `backbone` in leaves that are
+        not stored; or if leaves to be stored hold NaN or infinite numbers. Nothing is written after
+        a TypeError or a ValueError.
       OSError: if the directory cannot be written.
     """
     check_params(model, params, "saving an adapter")
@@ -141,7 +143,7 @@ def save_adapter(
         raise ValueError(f"metadata may not name {quote(clash)}, which save_adapter writes itself")
     own = {name: value for name, value in own.items() if name not in _RARE or value is not None}
     text = json.dumps({**own, **metadata}, indent=2, sort_keys=True, ensure_ascii=False)
-    parse_json(text, "metadata")  # what could not be read again is not written
+    parse_json(text, "metadata")  # refuses text that could not be read again
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with hold_folder(directory) as is_alone, _logged(directory, str(own["weights"]), is_alone):
@@ -149,7 +151,7 @@ def save_adapter(
 
 
 def _check_unchanged(left: Mapping[str, Any], backbone: Any) -> None:
-    """ValueError if leaves that are not stored are others than the backbone's."""
+    """Raises ValueError if leaves that are not stored differ from the backbone's."""
     if not isinstance(getattr(backbone, "params", None), Mapping):
         raise ValueError(
             f"backbone={quote(backbone, 100)} has no params; give what load_backbone returns, or "
@@ -166,7 +168,7 @@ def _check_unchanged(left: Mapping[str, Any], backbone: Any) -> None:
 
 
 def _is_same(leaf: Any, own: Any) -> bool:
-    """Whether two leaves are equal, up to bfloat16 where one is of another type."""
+    """Returns True for equal leaves, compared in bfloat16 if their types differ."""
     if leaf is own or own is None:
         return leaf is own
     if leaf.dtype == own.dtype:
@@ -176,8 +178,8 @@ def _is_same(leaf: Any, own: Any) -> bool:
 
 @contextlib.contextmanager
 def _logged(directory: Path, name: str, is_alone: bool) -> Iterator[None]:
-    """Keeps a log while an adapter is written, and removes what saves that were killed left."""
-    if not is_alone:  # what is in the log may be of somebody who saves just now
+    """Keeps a log while an adapter is written, and removes leftovers of killed saves."""
+    if not is_alone:  # another process may be saving just now, and the log may be its own
         yield
         return
     before = _weights_in_use(directory)
@@ -190,7 +192,7 @@ def _logged(directory: Path, name: str, is_alone: bool) -> Iterator[None]:
 
 
 def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
-    """Writes weights, then the configuration that names them, then removes the weights before."""
+    """Writes weights, then the configuration that names them; then removes the old weights."""
     before = _weights_in_use(directory)
     with replace_file(directory / name) as temporary:
         temporary.write_bytes(data)
@@ -201,7 +203,7 @@ def _commit(directory: Path, name: str, data: bytes, text: str) -> None:
 
 
 def _weights_in_use(directory: Path) -> str | None:
-    """The weights that the configuration names; None where it is missing, broken or of others."""
+    """Returns the weights that the configuration names, or None if it is missing or invalid."""
     try:
         return weights_name(directory / CONFIG_NAME, read_adapter_config(directory))
     except (OSError, ValueError):
@@ -211,11 +213,11 @@ def _weights_in_use(directory: Path) -> str | None:
 def load_adapter(
     directory: str | os.PathLike[str], backbone: Any, *inputs: Any
 ) -> tuple[adapted.Adapted, dict[str, Any]]:
-    """Reads an adapter back onto the backbone it was trained with.
+    """Loads an adapter onto the backbone it was trained with.
 
     Args:
-      directory: written by `save_adapter`.
-      backbone: has `module` and `params`, with the head that the adapter was saved with.
+      directory: folder written by `save_adapter`.
+      backbone: object with `module` and `params`, with the head that the adapter was saved with.
       *inputs: example arguments of a call; by default `backbone.module.dummy_inputs()`.
 
     Returns:
@@ -223,33 +225,35 @@ def load_adapter(
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: for a truncated or foreign file, another backbone or head, missing or unknown
-        leaves; it says which.
+      ValueError: for a truncated or foreign file, another backbone or head, and missing or unknown
+        leaves; the message says which.
     """
     return AdapterReader().read(directory, backbone, *inputs)
 
 
 class AdapterReader:
-    """`load_adapter` for many: what adapters of one shape have in common is computed once.
+    """A `load_adapter` for many adapters: parts that they share are computed once.
 
-    That is the hash of the backbone, and which leaves a method has beside it.
+    These parts are the hash of the backbone, and the split of a method's leaves into stored ones
+    and those of the backbone.
     """
 
     def __init__(self) -> None:
-        # By identity; arrays and modules are kept, so that nothing else can come to have theirs.
+        # The keys are identities. The arrays and modules are kept, so that no other object can get
+        # their identity.
         self._hashes: dict[tuple[int, ...], tuple[str, list[Any]]] = {}
         self._splits: dict[Any, tuple[Any, tuple[dict[str, Any], dict[str, Any]]]] = {}
 
     def read(
         self, directory: str | os.PathLike[str], backbone: Any, *inputs: Any
     ) -> tuple[adapted.Adapted, dict[str, Any]]:
-        """See `load_adapter`."""
+        """Reads an adapter as `load_adapter` does."""
         return self.join(Path(directory), read_saved(directory), backbone, *inputs)
 
     def join(
         self, directory: Path, saved: Saved, backbone: Any, *inputs: Any
     ) -> tuple[adapted.Adapted, dict[str, Any]]:
-        """Puts what `read_saved` read from a directory onto the backbone; see `load_adapter`."""
+        """Puts the result of `read_saved` onto the backbone, as `load_adapter` does."""
         settings, stored = saved
         for name in ("head", "num_labels"):
             given = getattr(backbone.module, name, None)
@@ -282,7 +286,7 @@ class AdapterReader:
     def _split(
         self, model: adapted.Adapted, backbone: Any, settings: Mapping[str, Any], inputs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Shapes of what is stored, and of what is not, by path."""
+        """Returns the shapes of the stored leaves and of the other leaves, by path."""
         also = settings.get("also_trained") or ()
         own = [repr(settings.get(name)) for name in ("sites", *_RARE)]
         key = (model.method, *own, id(backbone.module))
@@ -294,7 +298,7 @@ class AdapterReader:
         return self._splits[key][1]
 
     def _hash(self, left: Mapping[str, Any]) -> str:
-        """`hash_params`, of the same arrays once."""
+        """Returns `hash_params`, computed once for the same arrays."""
         arrays = [left[path] for path in sorted(left)]
         key = tuple(map(id, arrays))
         if key not in self._hashes:
@@ -305,18 +309,19 @@ class AdapterReader:
 def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, config: Any) -> None:
     """Writes a backbone as a Hugging Face checkpoint: config.json and model.safetensors.
 
-    `load_backbone` reads it back, and so does transformers' PyTorch. Each file is written to a
+    `load_backbone` and transformers' PyTorch models can read it. Each file is written to a
     temporary name, synced and renamed.
 
     Args:
-      directory: made if it does not exist.
-      module: the backbone's module; its head decides on the architecture named.
-      params: its parameters, without adapters.
-      config: the configuration of transformers, such as `Backbone.config`; it is not changed.
+      directory: folder of the checkpoint, made if it does not exist.
+      module: module of the backbone; its head decides which architecture config.json names.
+      params: parameters of the module, without adapters.
+      config: configuration of transformers, such as `Backbone.config`; the function does not change
+        it.
 
     Raises:
-      ValueError: if the model is of no supported family, or `params` hold something else, or NaN or
-        infinite numbers.
+      ValueError: if the model is of no supported family, or if `params` are not those of the
+        module, or hold NaN or infinite numbers.
       OSError: if the directory cannot be written.
     """
     family = family_of(config)
@@ -339,7 +344,7 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replace_file(directory / SINGLE_FILE) as temporary:
-        # "pt" is what transformers wants to see; the values are NumPy's.
+        # transformers expects the format "pt"; the values are NumPy's.
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
     with replace_file(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -349,8 +354,8 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the contents of `adapter_config.json`, metadata included.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it is not an adapter's, or of a newer format.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is not an adapter's, or has a newer format.
     """
     path = Path(directory) / CONFIG_NAME
     if not path.exists():
@@ -372,8 +377,8 @@ class Saved(NamedTuple):
     """An adapter as it is on the disk.
 
     Attributes:
-      settings: of adapter_config.json.
-      tensors: by `/`-joined path, as they are stored.
+      settings: contents of adapter_config.json.
+      tensors: `/`-joined path -> array, in the stored dtype.
     """
 
     settings: dict[str, Any]
@@ -381,12 +386,12 @@ class Saved(NamedTuple):
 
 
 def read_saved(directory: str | os.PathLike[str]) -> Saved:
-    """Reads the two files of an adapter, which are of one save even beside somebody who saves.
+    """Reads the two files of an adapter; both are of one save, even while others save.
 
     Raises:
-      FileNotFoundError: if one is missing.
-      ValueError: if one is broken, they are not of one adapter, a number is not finite, or the
-        head has other than `num_labels` labels.
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is broken, the two are not of one adapter, a number is not finite, or
+        the head does not have `num_labels` labels.
     """
     directory, before = Path(directory), None
     for _ in range(_ATTEMPTS):
@@ -404,12 +409,12 @@ def read_saved(directory: str | os.PathLike[str]) -> Saved:
     raise FileNotFoundError(f"{path} does not exist, and {CONFIG_NAME} beside it names it")
 
 
-# Who saves all the time may remove what was named just now, each time that it is looked for.
+# A process that saves all the time may remove the named file before each attempt to read it.
 _ATTEMPTS = 100
 
 
 def weights_name(path: Path, settings: Mapping[str, Any]) -> str:
-    """Returns the name of the file of weights that adapter_config.json at `path` names.
+    """Returns the name of the weights that adapter_config.json at `path` gives.
 
     Raises:
       ValueError: if it is not the name of an adapter's weights.
@@ -424,8 +429,8 @@ def weights_name(path: Path, settings: Mapping[str, Any]) -> str:
 
 
 def _check_labels(directory: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """ValueError if a classifier is not as wide as the configuration says."""
-    if settings["num_labels"] is None:  # of a module that does not say how many it has
+    """Raises ValueError if a classifier is not as wide as the configuration says."""
+    if settings["num_labels"] is None:  # the module has no such attribute
         return
     for path, leaf in tensors.items():
         if path.startswith("classifier/") and leaf.shape[-1:] != (settings["num_labels"],):
@@ -437,10 +442,10 @@ def _check_labels(directory: Path, settings: Mapping[str, Any], tensors: Mapping
 
 
 def hash_params(params: Mapping[str, Any]) -> str:
-    """SHA-256 of parameters by path and value.
+    """Returns the SHA-256 of parameters by path and value.
 
-    Values are rounded to bfloat16 first, so that a backbone kept in bfloat16 and the same one in
-    float32 have one hash.
+    Values are first rounded to bfloat16, so that a backbone has the same hash in bfloat16 and in
+    float32.
 
     Args:
       params: `/`-joined path -> array.
@@ -456,7 +461,7 @@ def hash_params(params: Mapping[str, Any]) -> str:
 def _split(
     params: Any, model: adapted.Adapted, also: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flat `(stored, left to the backbone's own checkpoint)`; paths in `also` are stored, too."""
+    """Returns flat `(stored, left to the backbone's checkpoint)`; stores paths in `also`, too."""
     groups, also = model.groups or {}, frozenset(also)
     if unknown := sorted(also - flatten_dict(params, sep="/").keys()):
         raise ValueError(
@@ -472,7 +477,7 @@ def _split(
 
 
 def _also_trained(params: Any, model: adapted.Adapted, labels: Any) -> list[str]:
-    """The paths that labels train, and the method does not."""
+    """Returns the paths that the labels train, but the method does not."""
     if labels is None:
         return []
     _, left = _split(params, model, ())
@@ -492,12 +497,12 @@ def _sites_to_json(sites: Mapping[str, str | Site]) -> dict[str, Any]:
 
 
 def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
-    # Releases that do not know a field read what does not have it.
+    # A release that does not know a field can read the sites that lack it.
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _sites_from_json(sites: Any) -> Any:
-    """Inverse; ValueError for what is no table of sites."""
+    """Returns the sites of `_sites_to_json`; raises ValueError for an invalid table."""
     if sites is None:
         return None
     return {
@@ -526,7 +531,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, np.ndarray]:
 
 
 def _is_boolean(path: str) -> bool:
-    """Whether a leaf says which places of a bank are occupied."""
+    """Returns True for the leaf that marks the occupied places of a bank."""
     return path.rpartition("/")[2] == paths.OCCUPIED
 
 
@@ -534,7 +539,7 @@ def check_count(method: MethodConfig, stored: Mapping[str, Any]) -> None:
     """Checks that a method has no more members and parts than there are tensors.
 
     Raises:
-      ValueError: if it has more, before anything is made of them.
+      ValueError: if it has more; raised before the model is built.
     """
     count = max(len(members_of(method)), len(method.inserted()))
     if count > max(1, len(stored)):
@@ -544,19 +549,19 @@ def check_count(method: MethodConfig, stored: Mapping[str, Any]) -> None:
 
 
 def as_leaf(path: str, stored: np.ndarray, dtype: Any) -> jax.Array:
-    """Returns a stored leaf in the model's type, or in float32 where that was stored.
+    """Returns a stored leaf in the model's dtype, or in float32 if it was stored in float32.
 
-    Adapters compute in the dtype of their parameters. One that is stored in 16 bits for a model of
-    32 is widened, which is exact. What was trained in float32 stays so beside a backbone of 16
-    bits, and float64 becomes float32.
+    Adapters compute in the dtype of their parameters. A leaf that is stored in 16 bits for a model
+    of 32 is widened, which is exact. A leaf that was trained in float32 stays float32 beside a
+    backbone of 16 bits, and float64 becomes float32.
 
     Args:
-      path: for messages.
-      stored: of a floating-point type, or boolean.
-      dtype: of the model's leaf.
+      path: path of the leaf, for messages.
+      stored: array of a floating-point type, or boolean.
+      dtype: dtype of the model's leaf.
 
     Raises:
-      ValueError: if a number is too large for float32, or one of the two is boolean alone.
+      ValueError: if a number is too large for float32, or if only one of the two is boolean.
     """
     dtype = jnp.dtype(dtype)
     if "bool" in (stored.dtype.name, dtype.name):
@@ -576,7 +581,7 @@ def check_leaves(
     *,
     trained_with: str = "",
 ) -> None:
-    """ValueError that lists what is missing in `stored`, left over, or of another shape."""
+    """Raises ValueError that lists leaves of `stored` that are missing, left over or misshapen."""
     missing = sorted(wanted.keys() - stored.keys())
     left_over = sorted(stored.keys() - wanted.keys())
     shapes = [

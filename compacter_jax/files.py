@@ -27,20 +27,21 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Tokenizers of many languages have 20 MB; nothing that is read here comes near.
+# Tokenizers of many languages have 20 MB; all files that are read here are much smaller.
 LARGEST_JSON = 64 * 2**20
-# Of brackets within brackets. Who walks through a value may recur: Python allows 1,000 calls.
+# Nesting depth of brackets. Functions that walk through a value may recurse: Python allows 1,000
+# calls.
 DEEPEST_JSON = 64
-# How safetensors names the types that weights may have, and what NumPy holds them in.
+# safetensors' name of a type that weights may have -> the NumPy type that holds it.
 _WEIGHT_TYPES: Mapping[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Locks of threads; a folder has one, which it may share with others.
+# Locks for threads; each folder has one, which it may share with other folders.
 _HELD = [threading.Lock() for _ in range(64)]
-# Asked for once: to read it one has to set it, for all threads.
+# The umask, read once: the only way to read it is to set it, for all threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
@@ -58,10 +59,10 @@ def read_json(
     """Reads the JSON object in a file.
 
     Args:
-      path: of the file.
-      fields: name -> type that the field has where it is there, as `check_fields` takes it.
-      required: names of fields that must be there.
-      what: the file is, for messages: "the configuration of an adapter".
+      path: path of the file.
+      fields: name -> type of the field if it is present, as `check_fields` takes it.
+      required: names of fields that must be present.
+      what: description of the file for messages, such as "the configuration of an adapter".
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -82,15 +83,15 @@ def read_json(
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """Parses JSON as its standard has it, without NaN and infinities.
+    """Parses JSON by the letter of its standard, without NaN and infinities.
 
     Args:
       text: the JSON.
-      where: the text is from, for messages.
+      where: origin of the text, for messages.
 
     Raises:
-      ValueError: if it is no JSON, is too deep, or holds a number or a text that Python or UTF-8
-        cannot write again.
+      ValueError: if the text is not JSON, is too deep, or holds a number or a string that Python or
+        UTF-8 cannot write again.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
@@ -110,7 +111,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """Returns how many brackets are within each other; 0 for a number."""
+    """Returns the nesting depth of the brackets in a value; 0 for a number."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
@@ -119,16 +120,17 @@ def _depth(value: Any) -> int:
 
 
 def check_fields(where: str, settings: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-    """Checks the types of the fields that are there.
+    """Checks the types of the fields that are present.
 
     Args:
-      where: the settings are from, for messages.
-      settings: as JSON has them.
+      where: origin of the settings, for messages.
+      settings: fields as JSON has them.
       fields: name -> type, such as `int`, `str | None`, `list[str]`, `dict[str, int]`,
         `Literal["a", "b"]` or `Any`. A bool is no int, and an int is a float.
 
     Raises:
-      ValueError: that names the place, the field, its value and the type wanted.
+      ValueError: if a field has another type; the message names the place, the field, its value and
+        the type wanted.
     """
     for name, hint in fields.items():
         if name in settings and not conforms(settings[name], hint):
@@ -138,7 +140,7 @@ def check_fields(where: str, settings: Mapping[str, Any], fields: Mapping[str, A
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Returns True for a value of JSON that is of the type `hint`, as `check_fields` says."""
+    """Returns True if a JSON value is of the type `hint`, by the rules of `check_fields`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(conforms(value, argument) for argument in arguments)
@@ -155,15 +157,16 @@ def conforms(value: Any, hint: Any) -> bool:
 
 
 def read_text(path: Path, most: int) -> str:
-    """Reads a file of UTF-8; a pipe or a device is not read at all.
+    """Reads a file of UTF-8; refuses a pipe or a device unread.
 
     Args:
-      path: of the file.
-      most: bytes that it may have.
+      path: path of the file.
+      most: largest size in bytes.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is no file, is larger, or is not UTF-8; the message names it.
+      ValueError: if the path is not a file, or the file is larger or not UTF-8; the message names
+        it.
     """
     if (size := check_file(path)) > most:
         raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that are read")
@@ -174,22 +177,22 @@ def read_text(path: Path, most: int) -> str:
 
 
 def check_file(path: Path) -> int:
-    """Checks that there is a file, by one look: it may be replaced or removed meanwhile.
+    """Checks that there is a file, with one system call, since another process may replace it.
 
     Returns:
       Its size in bytes.
 
     Raises:
-      FileNotFoundError: if there is nothing.
-      ValueError: if it is a folder, a pipe or a device, or its name can be that of no file.
+      FileNotFoundError: if the path does not exist.
+      ValueError: if it is a folder, a pipe or a device, or no file can have such a name.
     """
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{shorten(str(path), 300)} does not exist") from None
-    except OSError as error:  # the name is too long, say, and would be repeated
+    except OSError as error:  # the name is too long, for example, and would be repeated
         raise type(error)(error.errno, error.strerror, shorten(str(path), 300)) from None
-    except ValueError as error:  # a null character in the name, say
+    except ValueError as error:  # a null character in the name, for example
         raise ValueError(f"{quote(str(path))} is no name of a file: {error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a file")
@@ -197,7 +200,7 @@ def check_file(path: Path) -> int:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Returns a path with the home folder in the place of `~`; without that user, as it is."""
+    """Returns a path with `~` replaced by the home folder; unchanged if the user is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -205,10 +208,10 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Returns True if there is something of that name, False also for a name that nothing has."""
+    """Returns True if the path exists; False also for a name that no file can have."""
     try:
         return path.exists()
-    except OSError:  # longer than the system takes
+    except OSError:  # the name is longer than the system allows
         return False
 
 
@@ -256,23 +259,23 @@ def read_tensors(
     """Reads the weights in a safetensors file.
 
     Args:
-      path: of the file.
-      names: of the tensors wanted; None for all.
-      skip: returns True for the name of a tensor that is not wanted, and may be of any type.
+      path: path of the file.
+      names: names of the tensors to read; None for all.
+      skip: predicate on names; a tensor for which it returns True is ignored and may have any type.
 
     Returns:
-      Name -> array on the host, dtypes unchanged: bfloat16 is that of `jax.numpy`.
+      Name -> array on the host, with unchanged dtypes; bfloat16 is the dtype of `jax.numpy`.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is truncated or no safetensors file, lacks a name, or has a tensor
-        that is not of 16 to 64 bits and floating-point, or with NaN or an infinite number in it.
-        The message names the file and the tensor.
+      ValueError: if the file is truncated or is not a safetensors file; if it lacks a name; or if a
+        tensor is not floating-point of 16 to 64 bits, or holds NaN or an infinite number. The
+        message names the file and the tensor.
     """
     path = Path(path)
     check_file(path)
     try:
-        # framework="np" hands out bfloat16 as the dtype of that name which jax registers.
+        # framework="np" returns bfloat16 as the dtype of that name which jax registers.
         with safetensors.safe_open(path, framework="np") as opened:
             there = [name for name in opened.keys() if not skip(name)]  # noqa: SIM118
             wanted = there if names is None else [name for name in names if not skip(name)]
@@ -287,12 +290,12 @@ def read_tensors(
 def parse_tensors(
     data: bytes, where: str, *, is_boolean: Callable[[str], bool] = lambda name: False
 ) -> dict[str, np.ndarray]:
-    """Reads weights from the bytes of a safetensors file; see `read_tensors`.
+    """Reads weights from the bytes of a safetensors file, with the checks of `read_tensors`.
 
     Args:
       data: all bytes of the file.
-      where: the bytes are from, for messages.
-      is_boolean: returns True for the name of a tensor that may be of booleans.
+      where: origin of the bytes, for messages.
+      is_boolean: predicate on names; a tensor for which it returns True may be of booleans.
     """
     try:
         found = safetensors.deserialize(data)
@@ -312,10 +315,10 @@ def parse_tensors(
 
 
 def check_weight_type(where: str | Path, name: str, dtype: str) -> None:
-    """Checks what safetensors says of a tensor's type, before anything is made of it.
+    """Checks the type that a safetensors file gives for a tensor, before the tensor is read.
 
     Raises:
-      ValueError: if it is not floating-point of 16 to 64 bits.
+      ValueError: if the type is not floating-point of 16 to 64 bits.
     """
     if dtype not in _WEIGHT_TYPES:
         raise ValueError(
@@ -326,10 +329,10 @@ def check_weight_type(where: str | Path, name: str, dtype: str) -> None:
 
 
 def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
-    """Checks that a floating-point array has neither NaN nor infinite numbers in it.
+    """Checks that a floating-point array has neither NaN nor infinite numbers.
 
     Raises:
-      ValueError: that names the place and the tensor.
+      ValueError: if it has; the message names the place and the tensor.
     """
     if count := _count_not_finite(array):
         raise ValueError(
@@ -339,7 +342,7 @@ def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
 
 
 def _count_not_finite(array: np.ndarray) -> int:
-    if array.dtype == ml_dtypes.bfloat16:  # whose own functions are slow
+    if array.dtype == ml_dtypes.bfloat16:  # the functions of ml_dtypes are slow
         return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
     return int(np.count_nonzero(~np.isfinite(array)))
 
@@ -348,10 +351,10 @@ def converted(where: str | Path, name: str, array: np.ndarray, dtype: Any) -> np
     """Returns a floating-point array in another type.
 
     Args:
-      where: it is from, for messages.
-      name: of the tensor.
-      array: of any floating-point type.
-      dtype: wanted.
+      where: origin of the array, for messages.
+      name: name of the tensor.
+      array: array of any floating-point type.
+      dtype: floating-point type of the result.
 
     Raises:
       ValueError: if a number is too large for a smaller type, or was NaN or infinite before.
@@ -385,12 +388,12 @@ def _tensor(path: Path, opened: Any, name: str) -> np.ndarray:
 def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
 
-    The temporary file is one that nobody could have put there before, its mode that of other new
-    files, and the folder is synced after the rename. On an exception the temporary file is removed
-    and `path` stays what it was; an OSError that names no file, or the temporary one, names `path`.
+    Nobody else can create the temporary file first. It gets the mode of other new files, and the
+    folder is synced after the rename. On an exception the temporary file is removed and `path`
+    stays unchanged. An OSError that names no file, or the temporary one, is changed to name `path`.
 
     Args:
-      path: of the file to write; its folder exists.
+      path: path of the file to write, in an existing folder.
     """
     path = Path(path)
     _check_replaceable(path)
@@ -421,11 +424,11 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def hold_folder(folder: str | os.PathLike[str]) -> Iterator[bool]:
     """Waits until no other thread or process holds a folder, and holds it meanwhile.
 
-    It is for short steps of several files. The lock is the system's and ends with the process;
-    file systems that have none keep only threads of one process apart.
+    The lock is for short operations on several files. It is a lock of the system and ends with the
+    process. File systems without such locks keep apart only threads of one process.
 
     Args:
-      folder: that exists.
+      folder: path of an existing folder.
 
     Yields:
       True if other processes are kept away as well.
@@ -446,19 +449,19 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[bool]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """OSError, before anything is written, if there can be no file of this name."""
+    """Raises OSError if no file can have this name, before anything is written."""
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Returns when the names in a folder are on the disk, where the system can tell."""
+    """Waits until the names in a folder are on the disk, if the system can tell."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # Some network file systems have no such call; there is nothing else to wait for.
+        # Some network file systems lack this call; there is nothing else to wait for.
         with contextlib.suppress(OSError):
             os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""Kinds of hosts: what a linear layer sums over, what it makes, and how its kernel lies."""
+"""Kinds of hosts: the axes that a linear layer sums over and makes, and its kernel's layout."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import numpy as np
 from jax import Array
 
 _ARRAYS = (jax.Array, np.ndarray)
-# Layers whose weights are no matrix between an axis of the input and one of the output.
+# Layers whose weights are not a matrix between an axis of the input and one of the output.
 _NOT_LINEAR = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Embed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A linear layer as an equation, a letter for each axis.
+    """A linear layer as an equation, with a letter for each axis.
 
     Attributes:
-      inputs: of what it is called with.
-      outputs: of what it returns.
-      kernel: of its `kernel`; None where that layout is not known, and nothing can be merged.
+      inputs: axes of the input.
+      outputs: axes of the output.
+      kernel: axes of the `kernel`; None if the layout is unknown, and then nothing can be merged.
     """
 
     inputs: str
@@ -35,21 +35,21 @@ class Linear:
 
     @property
     def summed(self) -> str:
-        """The axes that the layer sums over, in the order of the input."""
+        """Axes that the layer sums over, in the order of the input."""
         return "".join(axis for axis in self.inputs if axis not in self.outputs)
 
     @property
     def made(self) -> str:
-        """The axes that the layer makes, in the order of the output."""
+        """Axes that the layer makes, in the order of the output."""
         return "".join(axis for axis in self.outputs if axis not in self.inputs)
 
     @property
     def kept(self) -> str:
-        """The axes of the input that the output has, too."""
+        """Axes that the input and the output share, in the order of the input."""
         return "".join(axis for axis in self.inputs if axis in self.outputs)
 
     def fits(self, x: Array, y: Array) -> bool:
-        """Whether an input and an output can be the layer's."""
+        """Returns True if an input and an output can be the layer's."""
         if x.ndim != len(self.inputs) or y.ndim != len(self.outputs):
             return False
         sizes = dict(zip(self.inputs, x.shape, strict=True))
@@ -58,7 +58,7 @@ class Linear:
         )
 
     def rows(self, x: Array) -> Array:
-        """The input as `[…, in]`, what the layer sums over in one axis."""
+        """Returns the input as `[…, in]`, with all axes that the layer sums over in one."""
         order = self.kept + self.summed
         if self.inputs != order:
             x = jnp.transpose(x, [self.inputs.index(axis) for axis in order])
@@ -67,11 +67,11 @@ class Linear:
         return x.reshape(*x.shape[: len(self.kept)], -1)
 
     def width(self, y: Array) -> int:
-        """How many numbers the layer makes, all its axes together."""
+        """Returns the number of entries that the layer makes, over all of its axes."""
         return int(np.prod([y.shape[self.outputs.index(axis)] for axis in self.made]))
 
     def columns(self, rows: Array, y: Array) -> Array:
-        """`[…, out]` in the shape of the layer's output `y`."""
+        """Reshapes `[…, out]` to the shape of the layer's output `y`."""
         order = self.kept + self.made
         if len(self.made) != 1:
             made = [y.shape[self.outputs.index(axis)] for axis in self.made]
@@ -81,7 +81,7 @@ class Linear:
         return jnp.transpose(rows, [order.index(axis) for axis in self.outputs])
 
     def as_kernel(self, update: Array, like: Array) -> Array:
-        """`[…, in, out]` in the shape of the kernel `like`, whose first axes may be of layers."""
+        """Reshapes `[…, in, out]` as the kernel `like`, whose first axes may count layers."""
         assert self.kernel is not None
         order, layers = self.summed + self.made, like.ndim - len(self.kernel)
         sizes = dict(zip(self.kernel, like.shape[layers:], strict=True))
@@ -90,25 +90,26 @@ class Linear:
         return jnp.transpose(update, [*range(layers), *axes])
 
     def along(self, axis: str, scale: Array, like: Array) -> Array:
-        """Factors `[…, size]` of one axis, to be multiplied by the kernel `like`."""
+        """Reshapes factors `[…, size]` of one axis, for a product with the kernel `like`."""
         assert self.kernel is not None
         layers = like.ndim - len(self.kernel)
         ones = [-1 if own == axis else 1 for own in self.kernel]
         return scale.reshape(*like.shape[:layers], *ones)
 
 
-# Of an input with one axis: what a kernel is multiplied by does not depend on the others.
+# The layer for an input with one axis. The factors of a kernel do not depend on the other axes.
 DENSE = Linear("y", "z", "yz")
 
 
 def known(host: nn.Module, args: Any) -> Linear | None:
-    """Returns what a host of flax's own linear layers computes, None for any other module.
+    """Returns the `Linear` of a host of flax's own linear layers, or None for any other module.
 
-    A subclass with a `__call__` of its own is another module: its kernel may lie otherwise.
+    A subclass with its own `__call__` counts as another module, because its kernel may have another
+    layout.
 
     Args:
-      host: bound or not.
-      args: what it is called with, by position.
+      host: the module, bound or not.
+      args: positional arguments of its call.
 
     Raises:
       ValueError: if one axis is in the input, the kernel and the output at once.
@@ -125,20 +126,20 @@ def known(host: nn.Module, args: Any) -> Linear | None:
 
 
 def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Any]:
-    """Returns what a host computes as a linear layer, and the input that it does it with.
+    """Returns the `Linear` of a host and the array that it acts on.
 
-    A module that is not known counts as one that maps the last axis; as `nn.DenseGeneral`, where it
-    has `axis` and `features` as that has (t5x, MaxText); or, where it is called with an equation
-    in front, as `einsum`.
+    An unknown module counts as one that maps the last axis. There are two exceptions: a module with
+    attributes `axis` and `features` (t5x, MaxText) counts as `nn.DenseGeneral`, and a call with an
+    equation in front counts as `einsum`.
 
     Args:
-      host: bound or not.
-      args: what it is called with, by position.
-      y: what it returns.
-      path: of the host, for errors.
+      host: the module, bound or not.
+      args: positional arguments of its call.
+      y: result of the call.
+      path: path of the host, for errors.
 
     Raises:
-      ValueError: if it cannot be a linear layer; it names the class.
+      ValueError: if the host cannot be a linear layer; the message names the class.
     """
     found = known(host, args)
     if found is not None:
@@ -163,12 +164,12 @@ def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Any]:
 
 
 def by_position(context: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns a call's arguments with the first ones by position, where they were given by name.
+    """Returns a call's arguments, with leading keyword arguments moved to their positions.
 
     Args:
-      context: of the interceptor.
-      args: by position.
-      kwargs: by name.
+      context: context of the interceptor.
+      args: positional arguments.
+      kwargs: keyword arguments.
     """
     left = dict(kwargs)
     if not left:
@@ -220,12 +221,12 @@ def _einsum(equation: str, ndim: int, *, has_kernel: bool) -> Linear:
 
 
 def met_in(model: nn.Module, inputs: Any) -> Mapping[str, tuple[str, Linear | None]]:
-    """Returns the modules of a model by path: the name of the class, and what it is if it is known.
+    """Returns path -> (name of the class, `Linear` if it is known) for the modules of a model.
 
-    Of modules that share a scope it is the outermost, which is where an adapter acts.
+    Of modules that share a scope, the result has the outermost, which is where an adapter acts.
 
     Args:
-      model: unbound.
+      model: the unbound model.
       inputs: example arguments of a call.
     """
     met: dict[str, tuple[str, Linear | None]] = {}
@@ -247,5 +248,5 @@ def met_in(model: nn.Module, inputs: Any) -> Mapping[str, tuple[str, Linear | No
 
 
 def first_array(args: Any) -> int:
-    """Returns the index of what a host acts on: an equation may come before it."""
+    """Returns the index of the array that a host acts on, since an equation may come before it."""
     return next((i for i, x in enumerate(args) if isinstance(x, _ARRAYS)), 0)

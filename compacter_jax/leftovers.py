@@ -1,8 +1,9 @@
-"""Weights that killed saves left in an adapter's folder, and how the next save knows them.
+"""Weights left in an adapter's folder by interrupted saves, and the log that names them.
 
-A save writes new weights, then the configuration that names them, then removes the old weights.
-A kill in between leaves weights that no configuration names. Their names are in a log, which is
-there for as long as a save lasts. What is in no log is somebody else's.
+A save first writes the new weights, then the configuration that names them, and last removes the
+old weights. If a save is killed in between, it leaves weights that no configuration names. Each
+save keeps the names of its weights in a log while it runs. Files that are in no log belong to
+somebody else.
 """
 
 from __future__ import annotations
@@ -15,24 +16,23 @@ from pathlib import Path
 from compacter_jax.files import read_json, replace_file
 
 LOG_NAME = ".adapter_saving.json"
-# With a hash: other libraries have files of the name adapter.safetensors.
+# The name contains a hash, because other libraries also write files named adapter.safetensors.
 _WEIGHTS_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 def note(directory: Path, names: Iterable[str]) -> None:
-    """Adds names of weights to the log, before a save writes or replaces them."""
+    """Adds names of weights to the log, before a save writes or replaces the weights."""
     names = {name for name in names if _WEIGHTS_NAME.fullmatch(name)} | set(_noted(directory))
     with replace_file(directory / LOG_NAME) as temporary:
         temporary.write_text(json.dumps({"weights": sorted(names)}) + "\n", encoding="utf-8")
 
 
 def clear(directory: Path, in_use: str | None) -> None:
-    """Removes the log and the weights named in it, whole or begun, other than those in use.
+    """Removes the log and the weights that it names, complete or partial, except those in use.
 
     Args:
-      directory: in which nobody else saves meanwhile.
-      in_use: the name that the configuration has; None where no configuration says one, and then
-        nothing is removed.
+      directory: folder of the adapter; nobody else saves to it meanwhile.
+      in_use: name of the weights in the configuration; if None, the function removes nothing.
     """
     if in_use is None:
         return
@@ -45,7 +45,7 @@ def clear(directory: Path, in_use: str | None) -> None:
 
 
 def _noted(directory: Path) -> list[str]:
-    """The names in the log, none where there is no log or a damaged one."""
+    """Returns the names in the log; an empty list if the log is missing or damaged."""
     try:
         names = read_json(directory / LOG_NAME, {"weights": list[str]})["weights"]
     except (OSError, ValueError, KeyError):

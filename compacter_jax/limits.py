@@ -1,4 +1,4 @@
-"""Limits on what is asked for, checked before anything of its size is made."""
+"""Limits on the size of requested arrays, checked before the arrays are made."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def check_memory(what: str, shapes: Mapping[str, Any], fix: str) -> None:
     """Checks that arrays fit into the memory of this machine, before they are made.
 
     Args:
-      what: the arrays are, for the message.
+      what: description of the arrays, for the message.
       shapes: `/`-joined path -> anything with a `shape` and a `dtype`.
-      fix: what to do about it, for the message.
+      fix: advice to the user, for the message.
 
     Raises:
-      ValueError: if all together are larger than the memory; it names the largest of them.
+      ValueError: if the arrays together are larger than the memory; the message names the largest.
     """
     sizes = {
         path: math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8)
@@ -33,7 +33,7 @@ def check_memory(what: str, shapes: Mapping[str, Any], fix: str) -> None:
 
 
 def memory_of_machine() -> int | None:
-    """Returns how many bytes of memory this machine has, None where the system does not tell."""
+    """Returns the memory of this machine in bytes, or None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Values and lists in error messages, cut so that one message stays one short line."""
+"""Values and lists in error messages, shortened so that a message stays one short line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# A message quotes no value beyond this, and no message is longer than `LONGEST`.
+# A message quotes no value in more than `LONGEST_VALUE` characters, and no message is longer than
+# `LONGEST`.
 LONGEST_VALUE = 200
 LONGEST = 500
-# Of a message, for names of parameters: half, since paths of files are long as well.
+# The characters of a message that names of parameters may take: half of it, since paths of files
+# are long as well.
 _ROOM = 240
 _LONGEST_ITEM = 130
 
 
 class _Repr(reprlib.Repr):
-    """`repr` that looks at no more of a value than it shows."""
+    """A `repr` that reads no more of a value than it shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,17 +35,17 @@ _REPR = _Repr()
 
 
 def quote(value: Any, longest: int = LONGEST_VALUE) -> str:
-    """Returns `repr(value)`, cut in the middle of a long value.
+    """Returns `repr(value)`; a long one is cut in the middle.
 
     Args:
-      value: anything; of a long or deep one only the beginning and the end are looked at.
-      longest: number of characters that the answer does not exceed.
+      value: any value; only the beginning and the end of a long or deep one are read.
+      longest: largest number of characters in the result.
     """
     return shorten(_REPR.repr(value), longest)
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """Returns a text whose middle is left out where it exceeds `longest` characters."""
+    """Returns `text`, without its middle if it has more than `longest` characters."""
     if len(text) <= longest:
         return text
     end = (longest - 1) // 3
@@ -51,14 +53,14 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def listing(items: Iterable[str], most: int = 8, longest: int = 60) -> str:
-    """Returns the items joined by commas, `most` of them at most, each cut at `longest`."""
+    """Returns at most `most` items joined by commas, each cut to `longest` characters."""
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(shorten(item, longest) for item in items[:most]) + more
 
 
 def mismatches(missing: list[str], left_over: list[str], shapes: list[str]) -> str:
-    """Returns what does not fit, as many items of each kind as leave room for the others."""
+    """Returns one line that lists mismatched leaves of each kind and leaves room for every kind."""
     kinds = {"missing": missing, "left over": left_over, "of another shape": shapes}
     room = _ROOM // max(1, sum(map(bool, kinds.values())))
     listed = []
@@ -74,16 +76,16 @@ def mismatches(missing: list[str], left_over: list[str], shapes: list[str]) -> s
 
 
 def reason_of(error: BaseException, longest: int = LONGEST_VALUE) -> str:
-    """Returns what an error of others says, as one line; its class tells the user nothing."""
+    """Returns the message of an exception as one line, without the name of its class."""
     return shorten(" ".join(str(error).split()), longest) or "no reason was given"
 
 
 @contextlib.contextmanager
 def about(place: Any) -> Iterator[None]:
-    """Puts a place in front of the message of a ValueError that does not name it.
+    """Puts a place in front of the message of a ValueError that does not name the place.
 
     Args:
-      place: what is read, such as the path of a file; anything with a `str`.
+      place: source of the value, such as the path of a file; anything with a `str`.
     """
     try:
         yield

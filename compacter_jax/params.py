@@ -1,4 +1,4 @@
-"""What is trained and what is frozen: labels by path, partition, merge, counts, optimizer."""
+"""Trained and frozen parameters: labels by path, partition, merge, counts, optimizer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from compacter_jax.patterns import compiled
 Params = Any
 Labels = Any
 
-# What int8 is for, and the axis that a channel runs along: kernels of linear layers, and the
-# vocabulary's embeddings.
+# The weights that int8 can store, with the axis of a channel: kernels of linear layers and
+# embeddings of the vocabulary.
 _QUANTIZED = (
     (re.compile("(.*/)?kernel"), 0),
     (re.compile("(.*/)?(shared|word_embeddings)/embedding"), 1),
 )
 
-# Modules with these parameters alone are norms, and so are those with this in their names.
+# A module is a norm if it has exactly these parameters, or if its name matches this pattern.
 _NORM_LEAVES = ({"scale"}, {"scale", "bias"})
 _NORM_NAME = re.compile(r"(.*/)?[^/]*(norm|(^|_)ln(?![a-z]))[^/]*", re.IGNORECASE)
 
@@ -43,26 +43,26 @@ def label_params(
     *,
     groups: Groups | None = None,
 ) -> Labels:
-    """Labels each leaf "train" or "freeze", as `method` wants it.
+    """Labels each leaf "train" or "freeze", as `method` needs it.
 
     Args:
       params: nested dict of arrays (or of their shapes).
-      method: says which of `GROUPS` are trained.
-      rules: `(pattern, label)` pairs that come before the method's; a pattern is a regular
-        expression over the whole `/`-joined path, and the first match wins. `save_adapter` wants
-        the labels to store what rules alone train.
-      groups: names of the head, the layer norms and the pooler, `groups` of the `Adapted` model. By
-        default the built-in names; a backbone of others where these do not find the head, or not
-        all norms, is refused then if the method trains them. An empty mapping means that the
-        built-in names find all there is.
+      method: the method; it decides which of `GROUPS` are trained.
+      rules: `(pattern, label)` pairs that take precedence over the method. A pattern is a regular
+        expression that matches a whole `/`-joined path; the first match wins. `save_adapter` needs
+        the labels to store leaves that only rules train.
+      groups: names of the head, the layer norms and the pooler, the same as `groups` of the
+        `Adapted` model. None means the built-in names; for a module other than `Bert` and `T5`, the
+        function then raises an error if the method trains a head or norms that these names do not
+        find. An empty mapping states that the built-in names find all of them.
 
     Returns:
       A tree of `params`' structure with a string at each leaf.
 
     Raises:
-      ValueError: if a rule or a group matches no path, a rule has another label or a pattern that
-        is no regular expression or takes too long, or the method trains a group that the parameters
-        do not have, or have by a name that is not known.
+      ValueError: if a rule or a group matches no path; if a rule has another label, or a pattern
+        that is not a regular expression or takes too long; if the method trains a group that the
+        parameters lack, or have under an unknown name.
     """
     check_groups(groups)
     _check_pairs(rules)
@@ -97,7 +97,7 @@ def label_params(
 
 
 def _check_pairs(rules: Sequence[tuple[str, str]]) -> None:
-    """ValueError if rules are no pairs of a pattern and a label."""
+    """Raises ValueError if `rules` are not pairs of a pattern and a label."""
     is_sequence = isinstance(rules, Sequence) and not isinstance(rules, str)
     if not is_sequence or not all(
         isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules
@@ -109,7 +109,7 @@ def _check_pairs(rules: Sequence[tuple[str, str]]) -> None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a rule's pattern matches a path; ValueError for a broken or a slow pattern."""
+    """Returns True if a rule's pattern matches; raises ValueError for a broken or slow pattern."""
     if not isinstance(pattern, str):
         raise ValueError(f"rules: {quote(pattern)} is no regular expression")
     with about("rules"):
@@ -133,7 +133,7 @@ def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -
 
 
 def _named(group: str) -> str:
-    """How a user names a group of a backbone."""
+    """Returns the advice how a user names a group of a backbone."""
     return (
         f"give Adapted and label_params groups={{'{group}': regular expression of the paths of "
         "its parameters or modules}"
@@ -143,10 +143,10 @@ def _named(group: str) -> str:
 def _check_found(
     paths: Sequence[str], method: MethodConfig, rules: Sequence[tuple[str, str]]
 ) -> None:
-    """Checks that the head and all norms that a method trains are found in a backbone of others.
+    """Checks that the head and norms that a method trains are found in another module.
 
-    A head by a name that is not known would stay as it was drawn, and norms would be trained in
-    part. What the user's own rules match is taken for known.
+    A head under an unknown name would keep its initial values, and norms under unknown names would
+    stay frozen. The check takes paths that the user's own rules match as known.
     """
     wanted = [member.method for member in members_of(method)]
     if any(one.trains_backbone for one in wanted) or is_own(paths):
@@ -170,13 +170,13 @@ def _check_found(
 
 
 def _beginnings(paths: Sequence[str]) -> list[str]:
-    """The names at the top of a backbone's parameters."""
+    """Returns the top-level names of a backbone's parameters."""
     groups = ("rule", "adapters")
     return sorted({path.partition("/")[0] for path in paths if group_of(path) not in groups})
 
 
 def _norms(paths: Sequence[str]) -> list[str]:
-    """The parameters that look like those of norms, outside of adapters and heads."""
+    """Returns the parameters that look like those of norms, outside of adapters and heads."""
     modules: dict[str, set[str]] = {}
     for path in paths:
         module, _, leaf = path.rpartition("/")
@@ -191,21 +191,21 @@ def _norms(paths: Sequence[str]) -> list[str]:
         for path in paths
         if path.rpartition("/")[0] in norms
         and group_of(path) in ("layer norms", "backbone")
-        and not path.startswith("cls/")  # of a language-modelling head, which stays frozen
+        and not path.startswith("cls/")  # the language-modelling head stays frozen
     ]
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first names of many, for an error of one line."""
+    """Returns the first names of many, for an error message of one line."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (", ".join(names[:3]))[:150] + more
 
 
 def _trained_by(method: MethodConfig, groups: Groups | None) -> Callable[[str], bool]:
-    """Returns a function that says whether `method` trains what is at a `/`-joined path."""
+    """Returns a predicate on `/`-joined paths: True for a leaf that `method` trains."""
     members = composed_members(method)
     if members:
-        # A member trains what it would if it were alone.
+        # A member trains the same leaves as it would alone.
         alone = {member.path: _trained_by(member.method, groups) for member in members}
 
         def by_member(path: str) -> bool:
@@ -225,8 +225,8 @@ def _trained_by(method: MethodConfig, groups: Groups | None) -> Callable[[str], 
 def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
     """Splits `params` into `(trained, frozen)`, each with None in place of the other's leaves.
 
-    JAX sees no leaf where None stands: gradients, norms, optimizer state and all-reduces of the
-    trained half are those of the trained leaves alone.
+    JAX ignores None in a tree: gradients, norms, optimizer state and all-reduces of the trained
+    half cover the trained leaves alone.
 
     Example:
       >>> partition({"a": 1, "b": 2}, {"a": "train", "b": "freeze"})
@@ -238,7 +238,7 @@ def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
 
 
 def merge(trained: Params, frozen: Params) -> Params:
-    """Inverse of `partition`.
+    """Merges the two halves that `partition` returns.
 
     Raises:
       ValueError: if a leaf is in both halves or in neither.
@@ -258,20 +258,20 @@ def merge(trained: Params, frozen: Params) -> Params:
 
 
 def cast_frozen(frozen: Params, dtype: Any) -> Params:
-    """The frozen half of `partition` in fewer bits; the backbone computes with it as with its own.
+    """Returns the frozen half of `partition` in a smaller dtype, for the backbone to compute with.
 
-    What computes is still of the dtype of the module, and what is trained of its own. int8 is for
-    kernels and the vocabulary's embeddings (see `compacter_jax.nn.quantize`); biases, layer norms
-    and the small embeddings then stay as they are. `save_adapter` wants the half as it was before,
-    or of bfloat16.
+    The layers still compute in the dtype of the module, and trained leaves keep their own dtype.
+    int8 stores kernels and the embeddings of the vocabulary (see `compacter_jax.nn.quantize`);
+    biases, layer norms and the small embeddings stay unchanged then. `save_adapter` needs the
+    original half, or one in bfloat16.
 
     Args:
-      frozen: nested dict of arrays, None where a leaf is trained. Adapters in it stay as they are.
-      dtype: bfloat16, float16 or float32; or int8.
+      frozen: nested dict of arrays, None where a leaf is trained. Adapters in it stay unchanged.
+      dtype: bfloat16, float16, float32 or int8.
 
     Raises:
-      ValueError: for another dtype, or if there is nothing for int8, or the backbone is one of
-        others, whose layers cannot compute with it.
+      ValueError: for another dtype; for int8, if no frozen leaf can be stored in it, or if the
+        backbone is neither `Bert` nor `T5`, whose layers alone compute with it.
     """
     dtype = jnp.dtype(dtype)
     if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
@@ -305,8 +305,8 @@ class Count:
     """Numbers of parameters.
 
     Attributes:
-      trained: all that are trained.
-      total: all.
+      trained: number of trained parameters.
+      total: number of all parameters.
       groups: group -> (trained, total), for the groups that the parameters have.
     """
 
@@ -316,12 +316,12 @@ class Count:
 
 
 def count(params: Params, labels: Labels, groups: Groups | None = None) -> Count:
-    """Counts parameters by group, trained and in all.
+    """Counts parameters by group, trained and in total.
 
     Args:
       params: nested dict of arrays, or of their shapes.
-      labels: of `label_params`.
-      groups: what `label_params` was given.
+      labels: result of `label_params`.
+      groups: the `groups` that `label_params` received.
     """
     flat, flat_labels = flatten_dict(params, sep="/"), flatten_dict(labels, sep="/")
     sizes = dict.fromkeys(GROUPS, (0, 0))
@@ -343,18 +343,18 @@ def count(params: Params, labels: Labels, groups: Groups | None = None) -> Count
 def optimizer(
     tx: optax.GradientTransformation, labels: Labels
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` on the trained leaves, zero updates and no state for the frozen ones.
+    """Applies `tx` to the trained leaves; the frozen ones get zero updates and no state.
 
-    It takes whole trees as well as the trained half of `partition`. Put clipping inside `tx`:
-    there it reads the gradients of trained leaves only.
+    The transformation accepts whole trees as well as the trained half of `partition`. Put clipping
+    inside `tx`, so that it sees the gradients of trained leaves only.
 
     Args:
       tx: any optax transformation.
-      labels: of `label_params`.
+      labels: result of `label_params`.
     """
 
     def labels_of(tree: Any) -> Any:
-        # The trained half has None, no leaf at all, where a label says "freeze".
+        # Where a label says "freeze", the trained half has None, which is not a leaf.
         return jax.tree.map(lambda label, leaf: None if leaf is None else label, labels, tree)
 
     return optax.partition({TRAIN: tx, FREEZE: optax.set_to_zero()}, labels_of)

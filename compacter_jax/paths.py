@@ -1,4 +1,4 @@
-"""Paths of parameters: the names in a tree, and the groups that paths belong to."""
+"""Paths of parameters: the names in a parameter tree, and the group of every path."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from compacter_jax.messages import about, quote
 from compacter_jax.patterns import Pattern, compiled
 
-# Name of an adapter's parameters under its host: `…/adapter/…`.
+# The name under which a host keeps the parameters of its adapter: `…/adapter/…`.
 ADAPTER = "adapter"
 
 
-# Task heads, by `/`-joined paths: made for the task, so no method adapts them as a backbone.
+# Task heads, as `/`-joined paths. A head belongs to the task, so no method adapts it as a part of
+# the backbone.
 HEAD = r"(classifier|qa_outputs)/.*"
 
 
-# In a composition: `…/adapter/NAMES/replaced/…` are a member's own leaves of the host itself, its
-# norm or head; `adapters/NAMES/…` what the adapters of a member share, and which slots of a bank
-# are occupied.
+# Names in the parameters of a composition. `…/adapter/NAMES/replaced/…` holds a member's own copy
+# of leaves of the host itself, such as a norm or the head. `adapters/NAMES/…` holds parameters that
+# all adapters of a member share, and the flags of the occupied slots of a bank.
 REPLACED = "replaced"
 
 
@@ -29,7 +30,8 @@ SHARED = "adapters"
 OCCUPIED = "occupied"
 
 
-# Group of parameters -> regular expression over whole `/`-joined paths; see `groups` for others.
+# Group of parameters -> regular expression that matches whole `/`-joined paths. A caller can
+# replace some of them, see `Adapted.groups`.
 GROUPS: dict[str, str] = {
     "rule": r"(.*/)?phm_rule(_left|_right)?",
     "adapters": rf"(.*/)?{ADAPTER}/.*|(phm_(down|up)|prefix|intrinsic)_.*|{SHARED}/.*",
@@ -40,11 +42,11 @@ GROUPS: dict[str, str] = {
 }
 
 
-# First match wins: a norm within a head is the head's.
+# The first match wins: a norm within a head belongs to the head.
 _PRECEDENCE = ("rule", "adapters", "head", "layer norms", "pooler", "backbone")
 
 
-# The groups whose names a backbone of others can say, as keys of a mapping.
+# The groups that `groups` can name for a module other than `Bert` and `T5`, as keys of the mapping.
 NAMED_GROUPS = ("head", "layer_norms", "pooler")
 
 
@@ -52,13 +54,15 @@ Groups = Mapping[str, str]
 
 
 def check_groups(groups: Groups | None) -> None:
-    """Checks names of groups as `Adapted` and `label_params` take them.
+    """Checks a `groups` argument of `Adapted` or `label_params`.
 
     Args:
-      groups: names of `NAMED_GROUPS` -> regular expressions; None for the built-in names.
+      groups: mapping from names of `NAMED_GROUPS` to regular expressions; None for the built-in
+        names.
 
     Raises:
-      ValueError: if it is no mapping, has another name, or a value is no regular expression.
+      ValueError: if `groups` is not a mapping, a name is not in `NAMED_GROUPS`, or a value is not a
+        regular expression.
     """
     if groups is None:
         return
@@ -87,17 +91,18 @@ def _patterns(
 
 
 def group_of(path: str, groups: Groups | None = None) -> str:
-    """The group of `GROUPS` that a `/`-joined path belongs to.
+    """Returns the group of `GROUPS` that a `/`-joined path belongs to.
 
     Args:
-      path: of a parameter.
-      groups: names in place of the built-in ones, see `Adapted`.
+      path: path of a parameter.
+      groups: regular expressions in place of the built-in ones, as in `Adapted`.
     """
     patterns = _patterns(tuple((groups or {}).items()))
     return next(name for name, pattern in patterns if pattern.fullmatch(path))
 
 
-# How the parameters of `Bert` and `T5` begin: every one of them, and one that each tree has.
+# The first names in the paths of `Bert` and `T5`. Every path begins with one of them, and every
+# tree has one of the embeddings.
 _OWN_BEGINNINGS = frozenset(
     (
         *("embeddings", "encoder", "pooler", "classifier", "qa_outputs", "cls"),
@@ -110,10 +115,10 @@ _OWN_EMBEDDINGS = ("embeddings/word_embeddings/embedding", "shared/embedding")
 
 
 def is_own(paths: Sequence[str]) -> bool:
-    """Whether parameters have the names of `Bert` or `T5`, adapters left out of account.
+    """Returns True if parameters have the names of `Bert` or `T5`; ignores adapters.
 
     Args:
-      paths: `/`-joined.
+      paths: `/`-joined paths of the parameters.
     """
     backbone = [path for path in paths if group_of(path) not in ("rule", "adapters")]
     begin = {path.partition("/")[0] for path in backbone}

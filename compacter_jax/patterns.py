@@ -1,8 +1,8 @@
-"""Regular expressions of files and callers, matched within a limit of time.
+"""Regular expressions from files and callers, matched within a time limit.
 
-Python's `re` has no such limit, and no rule about the text of a pattern tells all the slow ones:
-`(a|a)*b` has no star within a star, and `.*.*.*.*.*!` no star around anything. The package `regex`,
-which transformers needs, too, reads the same language and gives up in time.
+Python's `re` has no time limit, and no rule about the text of a pattern finds every slow one:
+`(a|a)*b` has no star within a star, and `.*.*.*.*.*!` has no star around anything. The package
+`regex`, which transformers also needs, reads the same language and can stop in time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import regex
 
 from compacter_jax.messages import quote, reason_of
 
-# A pattern of this library's own takes microseconds.
+# The library's own patterns take microseconds.
 MOST_SECONDS = 1.0
 _LONGEST = 20_000
-# Of the thread's own time; a quicker match is not counted, however often there is one.
+# In seconds of the thread's own computing time. Faster matches are not counted, however many there
+# are.
 _SLOW = 1e-3
 
 
 class Pattern:
-    """A compiled regular expression; all its slow matches together have `MOST_SECONDS`.
+    """A compiled regular expression; all its slow matches together may take `MOST_SECONDS`.
 
     Attributes:
-      pattern: the text.
+      pattern: text of the expression.
       groupindex: name of a group -> its number.
     """
 
@@ -38,7 +39,7 @@ class Pattern:
                 f"use at most {_LONGEST:,}"
             )
         try:
-            re.compile(pattern)  # what only `regex` knows, such as recursion, is refused
+            re.compile(pattern)  # refuses syntax that only `regex` knows, such as recursion
             self._compiled = regex.compile(pattern, regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             reason = reason_of(error, 100)
@@ -48,10 +49,10 @@ class Pattern:
         self._spent = 0.0
 
     def fullmatch(self, text: str) -> Any:
-        """Returns the match of all of `text`, or None, as `re.fullmatch` does.
+        """Returns the match of the whole `text`, or None, as `re.fullmatch` does.
 
         Raises:
-          ValueError: if the pattern has taken longer than `MOST_SECONDS` of computing.
+          ValueError: if the pattern has taken more than `MOST_SECONDS` of computing time.
         """
         start = time.thread_time()
         try:
@@ -70,9 +71,9 @@ class Pattern:
 
 @functools.lru_cache(maxsize=1024)
 def compiled(pattern: str) -> Pattern:
-    """Returns the pattern, compiled once.
+    """Returns the compiled pattern, from a cache after the first call.
 
     Raises:
-      ValueError: if it is no regular expression, or longer than any sensible one.
+      ValueError: if `pattern` is not a regular expression, or is too long.
     """
     return Pattern(pattern)

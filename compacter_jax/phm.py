@@ -14,26 +14,26 @@ from jax import Array
 Blocks = Array | tuple[Array, Array]
 Initializer = Callable[..., Any]
 
-# A multiplication of the factored path costs this many of the built path's, whose one large
-# matrix product runs nearer the peak: measured on two CPU cores, forward and gradient, the paths
-# break even at ratios between 2 and 10, the higher the more tokens.
+# The cost of one multiplication on the factored path, in multiplications on the built path, whose
+# one large matrix product runs closer to peak speed. Measured on two CPU cores, forward pass and
+# gradient, the paths break even at ratios between 2 and 10; more tokens give a higher ratio.
 _FACTORED_COST = 8
 
 
 def kronecker_sum(rule: Array, blocks: Blocks) -> Array:
-    """Sum of Kronecker products, `W = sum_i rule[i] (x) blocks[i]`.
+    """Returns a sum of Kronecker products, `W = sum_i rule[i] (x) blocks[i]`.
 
     Args:
-      rule: `[n, a, b]` left factors; Compacter shares them between all adapters.
-      blocks: `[n, p, q]` right factors, one set per adapter; or `(left, right)` of shapes
-        `[n, p, r]` and `[n, r, q]`, for `blocks[i] = left[i] @ right[i]`.
+      rule: left factors, `[n, a, b]`; Compacter shares them between all adapters.
+      blocks: right factors, `[n, p, q]`, one set per adapter; or `(left, right)` of shapes `[n, p,
+        r]` and `[n, r, q]`, for `blocks[i] = left[i] @ right[i]`.
 
     Returns:
       `[a * p, b * q]` weight, of the operands' promoted dtype.
 
     Raises:
-      ValueError: if an operand is not rank 3, the leading axes differ, or the ranks of `left` and
-        `right` do.
+      ValueError: if an operand does not have rank 3, the leading axes differ, or `left` and `right`
+        differ in their rank `r`.
 
     Example:
       >>> rule = jnp.stack([jnp.eye(2), jnp.array([[0.0, -1.0], [1.0, 0.0]])])
@@ -54,10 +54,11 @@ def kronecker_sum(rule: Array, blocks: Blocks) -> Array:
 
 
 def kronecker_sum_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
-    """`x @ kronecker_sum(rule, blocks)`, by the cheaper of two equal ways.
+    """Computes `x @ kronecker_sum(rule, blocks)`, by the cheaper of two equal ways.
 
-    Many tokens: `W` is built once and multiplied. Few tokens, or factors much smaller than `W`:
-    `x` goes through the factors and `W` is never made. The shapes decide, while tracing.
+    For many tokens, the function builds `W` once and multiplies. For few tokens, or factors much
+    smaller than `W`, it multiplies `x` by the factors and never builds `W`. The choice depends on
+    the shapes alone and is made during tracing.
 
     Args:
       x: `[..., a * p]`.
@@ -89,10 +90,11 @@ def kronecker_sum_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
 
 
 def prefers_factored(tokens: int, rule: Array, blocks: Blocks) -> bool:
-    """Whether `kronecker_sum_matmul` takes the factored way for `tokens` rows of `x`.
+    """Returns True if `kronecker_sum_matmul` takes the factored path for `tokens` rows of `x`.
 
-    Counts multiplications: `(tokens + n) in out` to build and multiply; factored, per token,
-    `n r (in + out) + n a b r` for low-rank blocks and `n in q + n a b q` for full ones.
+    The function counts multiplications. The built path has `(tokens + n) in out`. The factored path
+    has, per token, `n r (in + out) + n a b r` for low-rank blocks and `n in q + n a b q` for full
+    blocks.
     """
     n, a, b = rule.shape
     if isinstance(blocks, tuple):
@@ -106,9 +108,9 @@ def prefers_factored(tokens: int, rule: Array, blocks: Blocks) -> bool:
 
 
 def factored_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
-    """`x @ W` without making `W`: blocks on one axis of `x`, the rule on the other.
+    """Computes `x @ W` without building `W`: blocks act on one axis of `x`, the rule on the other.
 
-    Shapes, dtype and equation as for `kronecker_sum_matmul`.
+    Shapes, dtype and equation are those of `kronecker_sum_matmul`.
     """
     left = blocks[0] if isinstance(blocks, tuple) else blocks
     a, p = rule.shape[1], left.shape[1]
@@ -122,13 +124,14 @@ def factored_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
     return y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
 
 
-def folded_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
-    """`x @ W` as two products with small matrices, for a `W` that few rows of `x` have in common.
+def per_row_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
+    """Computes `x @ W` as two products with small matrices, for a `W` that few rows of `x` share.
 
-    The rule is multiplied into the factors of the narrower side first, so that two products are
-    left in place of three; where each row of a batch has its own `W`, these are batched.
+    The function first multiplies the rule into the factors of the narrower side, so that two
+    products remain instead of three. If each row of a batch has its own `W`, these products are
+    batched.
 
-    Shapes, dtype and equation as for `kronecker_sum_matmul`.
+    Shapes, dtype and equation are those of `kronecker_sum_matmul`.
     """
     if not isinstance(blocks, tuple):
         return factored_matmul(x, rule, blocks)
@@ -144,10 +147,10 @@ def folded_matmul(x: Array, rule: Array, blocks: Blocks) -> Array:
 
 
 def blocks_init(w_init: str, init_range: float) -> Initializer:
-    """Initialiser of blocks or of their factors, each of the `n` drawn by itself.
+    """Returns an initialiser of blocks or their factors, which draws each of the `n` separately.
 
     Args:
-      w_init: "glorot-uniform" or "glorot-normal", both of gain sqrt(2) over the fan of one block,
+      w_init: "glorot-uniform" or "glorot-normal", both with gain sqrt(2) over the fan of one block,
         or "normal".
       init_range: standard deviation of "normal".
 
@@ -159,7 +162,7 @@ def blocks_init(w_init: str, init_range: float) -> Initializer:
         case "glorot-uniform":
             return scaling(2.0, "fan_avg", "uniform", batch_axis=(0,))
         case "glorot-normal":
-            # "normal" is the untruncated one, as in PyTorch's xavier_normal_.
+            # "normal" is the untruncated distribution, as in PyTorch's xavier_normal_.
             return scaling(2.0, "fan_avg", "normal", batch_axis=(0,))
         case "normal":
             return jax.nn.initializers.normal(init_range)
@@ -167,11 +170,11 @@ def blocks_init(w_init: str, init_range: float) -> Initializer:
 
 
 def rule_init(phm_c_init: str, init_range: float) -> Initializer:
-    """Initialiser of a rule or of its factors.
+    """Returns an initialiser of a rule or of its factors.
 
     Args:
-      phm_c_init: "normal" of standard deviation `init_range`, or "uniform" on [-1, 1].
-      init_range: see there.
+      phm_c_init: "normal", or "uniform" on [-1, 1].
+      init_range: standard deviation of "normal".
 
     Raises:
       ValueError: for another `phm_c_init`.

@@ -1,4 +1,4 @@
-"""The public names, as `import compacter_jax as cj` has them."""
+"""The public names of `import compacter_jax as cj`."""
 
 from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
 from compacter_jax.catalogue import preset, presets

@@ -1,4 +1,4 @@
-"""Sites: the places of a backbone where a method can act, as its table names them."""
+"""Sites: the places in a backbone where a method can act, and the names of these places."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compacter_jax.messages import quote
 
 Role: TypeAlias = Literal["output", "bias", "parallel", "join", "attend", "positions", "embedding"]
 
-# Roles where a method acts on what the host is called with -> how it is called.
+# Roles where a method acts on the arguments of the host -> the signature of the host.
 BEFORE: dict[Role, str] = {
     "join": "join(residual, output)",
     "attend": "attend(query, key, value, biases), of arrays [batch, length, heads, width] and a "
@@ -23,19 +23,19 @@ class Site:
     """A place in a backbone where a method can act, one in each layer or one in all.
 
     Attributes:
-      host: regular expression that the `/`-joined path of a module matches in full; a group
-        `layer` is the layer's index, where there are layers.
-      method: which method of the host.
-      role: what the method is. `output` returns what is acted on, and is a linear layer for methods
-        that change its weight; `bias` returns what only a bias is added to; `parallel` takes the
-        input of a sub-layer and returns its output (alone or first in a tuple);
-        `join(residual, output, …)` ends a sub-layer; `attend(query, key, value, biases, …)` is
-        attention, each bias an array `[…, keys]` or None; `positions(queries, keys, …)` is the bias
-        of relative positions, for these numbers of queries and keys; `embedding` returns
-        `[batch, length, width]`.
-      length_axis: of keys and values, where the role is `attend`.
-      output: where the host returns a tuple, the index of what is acted on in it; None where it
-        returns an array. Of a `parallel` sub-layer's tuple it is the first by default.
+      host: regular expression that matches the whole `/`-joined path of a module. A group named
+        `layer` is the index of the layer, if there are layers.
+      method: name of the host's method that is intercepted.
+      role: purpose of that method. `output` returns the array that an adapter changes; it must be a
+        linear layer for methods that change its weight. `bias` returns an array that only a bias is
+        added to. `parallel` takes the input of a sub-layer and returns its output (alone or first
+        in a tuple). `join(residual, output, …)` ends a sub-layer. `attend(query, key, value,
+        biases, …)` is attention; each bias is an array `[…, keys]` or None. `positions(queries,
+        keys, …)` returns the bias of relative positions for these numbers of queries and keys.
+        `embedding` returns `[batch, length, width]`.
+      length_axis: axis of keys and values that counts positions, for the role `attend`.
+      output: index of the adapted array if the host returns a tuple; None if it returns an array.
+        For a tuple of a `parallel` sub-layer, the default is the first item.
     """
 
     host: str
@@ -46,20 +46,20 @@ class Site:
 
     @property
     def is_before(self) -> bool:
-        """Whether what acts here acts on what the host is called with."""
+        """True if a method at this site acts on the arguments of the host, before the host runs."""
         return self.role in BEFORE
 
 
 def as_site(site: str | Site) -> Site:
-    """Returns a site for the pattern of a host, and a site as it is."""
+    """Returns `site`, or the site with this pattern as its host."""
     return Site(host=site) if isinstance(site, str) else site
 
 
 def check_output(name: str, site: Site) -> None:
-    """Checks that a site which says which output is acted on can have that.
+    """Checks that a site with an `output` index can have one.
 
     Raises:
-      ValueError: if it cannot.
+      ValueError: if the index is not valid, or the role does not allow one.
     """
     index = site.output
     if index is None:

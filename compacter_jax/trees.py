@@ -1,4 +1,4 @@
-"""Checks that a tree holds the parameters of a module, before anything is made of it."""
+"""Checks that a tree holds the parameters of a module, before the tree is used."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _Shape = tuple[int, ...]
 
 
 def check_params(module: nn.Module, params: Any, doing: str, *, stacked: bool = False) -> bool:
-    """Checks that `params` is a tree as `module.init` makes it: no other leaves, nor shapes.
+    """Checks that `params` has the leaves and shapes that `module.init` makes, and no others.
 
-    Without `dummy_inputs` of the module, or of the one that it adapts, the shapes are not known;
-    and within a transformation, where nothing is written, they are not asked for. Then only trees
-    are refused that no module has.
+    The shapes are unknown if neither the module nor the backbone that it adapts has `dummy_inputs`.
+    Inside a transformation, where nothing is saved, the function does not compute them. In both
+    cases it refuses only trees that no module has.
 
     Args:
-      module: of which `params` should be.
-      params: a tree of arrays.
-      doing: what is done with the tree, to begin the message.
-      stacked: let a tree pass all of whose leaves have one more axis, the first.
+      module: module that the parameters should belong to.
+      params: tree of arrays.
+      doing: description of the operation, the beginning of the message.
+      stacked: True to accept a tree whose leaves all have one more axis in front.
 
     Returns:
-      Whether the leaves have one more axis.
+      True if the leaves have one more axis.
 
     Raises:
-      ValueError: if `params` is replicated, or in `{"params": …}`, a half of `partition`, or of
-        another model; it says which, and what to give.
+      ValueError: if `params` is replicated, wrapped in `{"params": …}`, a half of `partition`, or
+        made for another model. The message says which, and what to give instead.
     """
     leaves = jax.tree.leaves(params)
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
@@ -56,13 +56,13 @@ def check_params(module: nn.Module, params: Any, doing: str, *, stacked: bool = 
 
 
 def check_numbers(leaves: Mapping[str, Any]) -> None:
-    """Checks that leaves to be written are such that readers take: without NaN and infinities.
+    """Checks that leaves to be saved hold neither NaN nor infinities, which readers refuse.
 
     Args:
       leaves: `/`-joined path -> array.
 
     Raises:
-      ValueError: that names the leaf.
+      ValueError: if a leaf holds one; the message names the leaf.
     """
     for path, leaf in leaves.items():
         check_finite("params", path, np.asarray(leaf))
@@ -73,7 +73,7 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _no_tree(params: Any, wanted: Mapping[str, _Shape] | None) -> str | None:
-    """Why `params` are no tree of arrays by their names, and the fix; None if they are."""
+    """Returns why `params` is not a tree of named arrays and the fix, or None if it is one."""
     if not isinstance(params, Mapping | FrozenDict):
         return f"this is of type {type(params).__name__}; give the nested dict of arrays"
     if _is_wrapped(params, wanted):
@@ -93,18 +93,18 @@ def _is_wrapped(params: Mapping[str, Any], wanted: Mapping[str, _Shape] | None) 
 
 
 def _is_stacked(shapes: Mapping[str, _Shape], wanted: Mapping[str, _Shape] | None) -> bool:
-    """Whether all leaves have one axis of the same size before those that they should have."""
+    """Returns True if all leaves have one axis of the same size before those that are wanted."""
     first = {shape[:1] for shape in shapes.values()}
     if len(first) != 1 or first == {()}:
         return False
     if wanted is not None:
         return {path: shape[1:] for path, shape in shapes.items()} == wanted
-    # No module has matrices alone, all of as many rows.
+    # No module consists of matrices only, all with the same number of rows.
     return all(len(shape) > 1 for shape in shapes.values())
 
 
 def _misfit(shapes: Mapping[str, _Shape], wanted: Mapping[str, _Shape] | None) -> str | None:
-    """Why leaves are not those that are wanted, and the fix; None if they are."""
+    """Returns why leaves differ from those that are wanted and the fix, or None if they agree."""
     if _is_stacked(shapes, wanted):
         path, shape = next(iter(shapes.items()))
         return (
@@ -132,7 +132,7 @@ def _misfit(shapes: Mapping[str, _Shape], wanted: Mapping[str, _Shape] | None) -
 
 
 def _shapes(module: nn.Module) -> dict[str, _Shape] | None:
-    """Path -> shape of every leaf that `module.init` makes, None without example inputs."""
+    """Returns path -> shape of every leaf of `module.init`, or None without example inputs."""
     if not hasattr(getattr(module, "backbone", module), "dummy_inputs"):
         return None
     module = hashable(module)
@@ -144,7 +144,7 @@ def _shapes(module: nn.Module) -> dict[str, _Shape] | None:
 
 
 def hashable(module: nn.Module) -> nn.Module:
-    """Returns an equal module that can be a key, though some of its fields are ordinary dicts."""
+    """Returns an equal module that can be hashed, even if some fields are ordinary dicts."""
     mappings: dict[str, Any] = {
         field.name: FrozenDict(value)
         for field in dataclasses.fields(module)
@@ -156,9 +156,9 @@ def hashable(module: nn.Module) -> nn.Module:
 def _with_unused(
     module: nn.Module, wanted: Mapping[str, _Shape] | None, there: Mapping[str, _Shape]
 ) -> Mapping[str, _Shape] | None:
-    """`wanted`, with leaves of the backbone that are there, though the method leaves them unused.
+    """Returns `wanted` plus leaves of the backbone that are present, but unused by the method.
 
-    So a norm that an adapter takes the place of.
+    An example is a norm that an adapter replaces.
     """
     if wanted is None or there.keys() <= wanted.keys() or not hasattr(module, "backbone"):
         return wanted
@@ -172,5 +172,5 @@ def _traced_shapes(module: nn.Module) -> dict[str, _Shape]:
     return {path: np.shape(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
-# Tracing a model takes seconds; a run saves it many times.
+# Tracing a model takes seconds, and a run saves it many times.
 _cached_shapes = functools.lru_cache(maxsize=8)(_traced_shapes)

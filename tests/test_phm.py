@@ -10,9 +10,9 @@ import pytest
 from compacter_jax.phm import (
     blocks_init,
     factored_matmul,
-    folded_matmul,
     kronecker_sum,
     kronecker_sum_matmul,
+    per_row_matmul,
     prefers_factored,
     rule_init,
 )
@@ -45,7 +45,7 @@ def built_matmul(x, rule, blocks):
     return x @ kronecker_sum(rule, blocks)
 
 
-PATHS = {"built": built_matmul, "factored": factored_matmul, "folded": folded_matmul}
+PATHS = {"built": built_matmul, "factored": factored_matmul, "per-row": per_row_matmul}
 paths = pytest.mark.parametrize("matmul", PATHS.values(), ids=PATHS)
 
 

@@ -235,16 +235,18 @@ def _parsed(name: str, arguments: Sequence[str]) -> Any:
     """Parses the options of a command."""
     import tyro  # noqa: PLC0415
 
-    from train.cli import config_files  # noqa: PLC0415
+    from train.cli.numbers import NUMBERS  # noqa: PLC0415
 
     options_class = options_class_of(name)
     if name in _CONFIGURED:
+        from train.cli import config_files  # noqa: PLC0415
+
         arguments = config_files.expand_config(arguments, options_class)
     told = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     try:
         # tyro draws a box around an error if both streams are UTF-8.
         with (
-            config_files.NUMBERS,
+            NUMBERS,
             contextlib.redirect_stdout(told),
             contextlib.redirect_stderr(told),
         ):

@@ -15,11 +15,11 @@ from compacter_jax.methods.base import InsertedConfig
 class Average(Composition):
     """The weighted sum of the members' outputs at every site, `sum_m w_m y_m`.
 
-    What is missing from a sum of 1 is what there would be without adapters, so the weights can be
-    those of task arithmetic, too. Heads and layer norms are averaged likewise.
+    If the weights do not sum to 1, the output without adapters gets the rest, so the weights of
+    task arithmetic are possible, too. Heads and layer norms are averaged in the same way.
 
     Attributes:
-      weights: one for each member; by default the mean.
+      weights: weights of the members, one each; by default equal, for the mean.
 
     References:
       Wang et al., Efficient Test Time Adapter Ensembling for Low-resource Language Varieties,
@@ -53,7 +53,7 @@ class Average(Composition):
         return total
 
     def effective(self, child: EffectiveOf, own: Leaf, rows: int) -> Leaf:
-        """Returns the weighted sum of the members' leaves; a label has to be every member's."""
+        """Returns the weighted sum of the members' leaves, without labels that a member lacks."""
         leaves = [child(name, own, rows) for name in self.names]
         mixed: Any = 0
         lacking: Any = False
@@ -69,16 +69,12 @@ class Average(Composition):
 class AverageMaps(Average):
     """One adapter whose linear maps are the weighted sums of the members' maps.
 
-    `down` is `sum_m w_m W_m`, and so are `up`, biases and layer norms; the non-linearity is between
-    them, so this costs one adapter and is not the average of outputs. Nor is it the average of
-    parameters, where maps are products of factors: with `W_m = sum_i A_i (x) l_i r_i`, averaged
-    factors bring in `A_i (x) l_i r_i` with each factor from another member, `M^3` terms where
-    the average of maps has the `M` whose factors belong together. For methods without a
-    non-linearity (LoRA, IA3, BitFit) it is equal to `Average`.
-
-    References:
-      Wang et al., AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning, EMNLP 2022,
-      arXiv:2205.12410 (averages parameters of dense adapters, which are their maps).
+    `down` is `sum_m w_m W_m`, and so are `up`, biases and layer norms. The non-linearity lies
+    between them, so this costs one adapter and differs from the average of outputs. It also differs
+    from the average of parameters if maps are products of factors. With `W_m = sum_i A_i (x) l_i
+    r_i`, averaged factors would give terms `A_i (x) l_i r_i` whose factors come from different
+    members: `M^3` terms, of which the average of maps has the `M` with all factors from one member.
+    For methods without a non-linearity (LoRA, IA3, BitFit) it equals `Average`.
     """
 
     kind: ClassVar[str] = "average_maps"

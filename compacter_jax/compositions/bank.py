@@ -1,4 +1,4 @@
-"""Banks: adapters of one shape, of which each row of a batch uses one or a mixture."""
+"""Banks: adapters of one shape; each row of a batch uses one of them, or a mixture."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from compacter_jax.methods.fields import require
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Bank(Composition):
-    """Adapters of one shape, of which each row of a batch uses one, or a mixture.
+    """Adapters of one shape; each row of a batch uses one of them, or a mixture.
 
-    Their parameters are those of one adapter with a leading axis `size`. A model with a bank is
-    called with `adapter_ids` `[batch]`, the member of each row (-1: the plain backbone), or with
-    `mix`, weights of the members' outputs.
+    Their parameters are those of one adapter with a leading axis `size`. A call of a model with a
+    bank takes `adapter_ids` `[batch]`, the member of each row (-1 for the plain backbone), or
+    `mix`, the weights of the members' outputs.
 
-    `stack_adapters` makes one of saved adapters; `Bank(method, size=n)` is a method like any other,
-    with `init_adapters` for parameters to train.
+    `stack_adapters` makes a bank of saved adapters. `Bank(method, size=n)` is a method like any
+    other, and `init_adapters` creates its parameters for training.
 
     Attributes:
-      size: how many there is room for; a program that is compiled for a size serves all members
-        that come and go.
-      shared_rule: all members have one rule, if each has one for the whole model; otherwise each
-        has its own.
+      size: number of places for members; a program that is compiled for a size works for all
+        members that are put in and taken out.
+      shared_rule: True for one rule in all members, if each member has one for the whole model;
+        otherwise each member has its own.
     """
 
     kind: ClassVar[str] = "bank"
@@ -59,16 +59,16 @@ class Bank(Composition):
 
     @property
     def member(self) -> MethodConfig:
-        """The method of every member."""
+        """Method of every member."""
         return self.members[0]
 
     @property
     def allows_unadapted_rows(self) -> bool:
-        """Whether a row can be without an adapter: not with tokens or positions put in."""
+        """True if a row can be without an adapter: no method adds tokens or shifts positions."""
         return all(part.allows_unadapted_rows for part in self.inserted())
 
     def single_methods(self) -> tuple[Member, ...]:
-        """Returns the method of every member, as one."""
+        """Returns the method of the members, as one `Member`."""
         is_trained = self.names[0] not in self.frozen
         return (Member((), self.member, self, is_trained, replaced_groups(self.member)),)
 
@@ -79,10 +79,10 @@ class Bank(Composition):
 
 
 def bank_of(method: MethodConfig) -> Bank:
-    """Returns the bank that a method is.
+    """Returns `method`, if it is a bank.
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if it is not a bank.
     """
     if not isinstance(method, Bank):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The layers of a bank at one site, and what they share."""
+"""The layers of a bank at one site, and the values that they share with other sites."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LayerCall(NamedTuple):
     """The arguments of one call of a layer.
 
     Attributes:
-      inputs: arrays `[rows, …]`.
-      kwargs: keyword arguments: arrays `[rows, …]`, or what is no array; without what is shared.
-      plain: what stands in place of the result in rows without an adapter, None for nothing.
+      inputs: positional arguments, arrays `[rows, …]`.
+      kwargs: keyword arguments, arrays `[rows, …]` or other values; without the shared ones.
+      plain: value of the result in rows without an adapter; None if there is none.
       call_layer: `call_layer(layer, *inputs, **kwargs)`.
     """
 
@@ -42,18 +42,18 @@ class LayerCall(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the layers of a part share, as keyword arguments of a layer (or by site).
+    """Values that the layers of a part share, as keyword arguments of a layer (or by site).
 
     Attributes:
-      common: for all members of a bank, and where there is no bank.
-      stacked: with a leading axis `size`.
+      common: values for all members of a bank, or without a bank.
+      stacked: values of the members of a bank, with a leading axis `size`.
     """
 
     common: dict[str, Any]
     stacked: dict[str, Any]
 
     def at(self, site: str) -> Shared:
-        """Returns what the layers of one site share, where it differs from site to site."""
+        """Returns the shared values of one site, for methods that share by site."""
         common, stacked = (
             {"hidden": tree[site]} if site in tree else {} for tree in (self.common, self.stacked)
         )
@@ -63,12 +63,12 @@ class Shared(NamedTuple):
 def banked_shared(
     create: Callable[[ParamFunction], dict[str, Any]], param: ParamFunction, bank: Bank
 ) -> Shared:
-    """What the layers of a bank's members share, each member's own.
+    """Creates the values that the layers of each member of a bank share.
 
     Args:
-      create: makes it for one member with the `param` method it is given.
-      param: the model's.
-      bank: says how many there are, and whether a rule is one for all.
+      create: function that creates the values of one member with the `param` method it is given.
+      param: `param` method of the model.
+      bank: the bank, which has the number of members and says if they share a rule.
     """
     one: dict[str, Array] = {}
     many: dict[str, Array] = {}
@@ -97,12 +97,12 @@ class BankedLayer:
     """The layers of a bank at one site.
 
     Attributes:
-      create: makes the layer of a member, without a scope; `create(folded=True)` where a bottleneck
-        is not to build its weights.
-      params: of the layers, each leaf `[size, …]`.
-      routing: which rows use which.
-      shared: what they share with those at other sites.
-      key: of dropout, or None.
+      create: function that creates the layer of a member, without a scope; `create(per_row=True)`
+        if a bottleneck must not build its weights.
+      params: parameters of the layers, each leaf `[size, …]`.
+      routing: the members that each row uses.
+      shared: values that the layers share with those at other sites.
+      key: key of dropout, or None.
     """
 
     create: Callable[..., nn.Module]
@@ -112,7 +112,7 @@ class BankedLayer:
     key: Array | None
 
     def __call__(self, call: LayerCall) -> Any:
-        """What each row's member, or the mixture of members, returns."""
+        """Returns the result of each row's member, or of the mixture of members."""
         if self.routing.mix is not None:
             return self._mixed(call)
         y = self._routed(call)
@@ -121,7 +121,7 @@ class BankedLayer:
     def _routed(self, call: LayerCall) -> Any:
         arrays = {name: value for name, value in call.kwargs.items() if isinstance(value, Array)}
         others = {name: value for name, value in call.kwargs.items() if name not in arrays}
-        layer = self.create(folded=True)
+        layer = self.create(per_row=True)
         rows = call.inputs[0].shape[0]
         keys = None if self.key is None else jax.random.split(self.key, rows)
 
@@ -143,7 +143,8 @@ class BankedLayer:
         layer, weights = self.create(), self.routing.weights
         keys = None if self.key is None else jax.random.split(self.key, self.routing.bank.size)
 
-        # One member after the other, computed again for the gradient: memory for one, not for all.
+        # The members run one after the other, and the backward pass computes them again. This needs
+        # the memory of one member instead of all.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def add(total: Array, member: Any) -> tuple[Array, None]:
             params, stacked, key, weight = member

@@ -1,4 +1,4 @@
-"""Compositions of adapters: their members, and whose parameters are whose."""
+"""Compositions of adapters: their members, and the owners of their parameters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from jax import Array
 
 Path = tuple[str, ...]
-# A layer's effect at a site: `(x, context) -> x`, where `x` is what is adapted, and a context what
-# else is read; arrays have a row of the batch each.
+# A layer's effect at a site: `(x, context) -> x`, with the adapted value `x` and a further value
+# `context` that is read; arrays have one row for each row of the batch.
 Act = Callable[[Any, Any], Any]
 Combine = Callable[[str, Any, Any], Any]
 
 
 class Leaf(NamedTuple):
-    """A leaf of the backbone, or what rows of a batch have in its place.
+    """A leaf of the backbone, or the leaf that rows of a batch have instead.
 
     Attributes:
       value: `[…]`, or `[rows, …]` if `by_row`.
-      by_row: whether it differs from row to row.
+      by_row: True if the value differs from row to row.
     """
 
     value: Array
@@ -41,13 +41,13 @@ EffectiveOf = Callable[[str, Leaf, int], Leaf]
 class Composition(MethodConfig):
     """The base of all compositions of adapters; a composition is a method.
 
-    Members may be compositions themselves. Layer norms, head, pooler and, with BitFit, biases that
-    a member trains are its own: the backbone keeps the ones it had, so the fields `train_…` are
-    those of the members.
+    Members may be compositions themselves. A member owns the layer norms, the head, the pooler and,
+    with BitFit, the biases that it trains; the backbone keeps its original ones. The fields
+    `train_…` therefore belong to the members.
 
     Attributes:
-      members: methods, given by position.
-      names: of the members in the tree of parameters, `…/adapter/NAME/…`; by default 0, 1, ….
+      members: methods, given as positional arguments.
+      names: names of the members in the parameter tree, `…/adapter/NAME/…`; by default 0, 1, ….
       frozen: names of members that are not trained.
     """
 
@@ -121,7 +121,7 @@ class Composition(MethodConfig):
             )
 
     def inserted(self) -> tuple[InsertedConfig, ...]:
-        """Returns what all members insert."""
+        """Returns the inserted methods of all members."""
         return tuple(part for member in self.members for part in member.inserted())
 
     def unmergeable(self, sites_of: SitesOf) -> str:
@@ -132,7 +132,7 @@ class Composition(MethodConfig):
     def precomputed(
         self, params: Mapping[str, Any], sites_of: SitesOf
     ) -> tuple[MethodConfig, Mapping[str, Any]]:
-        """Returns the composition and the parameters as they are."""
+        """Returns the composition and the parameters unchanged."""
         del sites_of
         return self, params
 
@@ -158,12 +158,12 @@ class Composition(MethodConfig):
         return None
 
     def groups_of_others(self, name: str) -> frozenset[str]:
-        """Returns the groups of the backbone that a member can never have of its own."""
+        """Returns the groups of the backbone that a member can never own."""
         del name
         return frozenset()
 
     def copies(self) -> int:
-        """Returns how many times a model of the composition has every row of a batch."""
+        """Returns the number of copies that a model of the composition makes of each row."""
         copies = [copies_of(member) for member in self.members]
         if len(set(copies) - {1}) > 1:
             raise ValueError(
@@ -173,7 +173,7 @@ class Composition(MethodConfig):
         return max(copies)
 
     def parallel_names(self) -> tuple[str, ...]:
-        """Returns the names of what a call returns if that is a tuple, see `parallel_names`."""
+        """Returns the names of the items if a call returns a tuple, see `parallel_names`."""
         return max((parallel_names(member) for member in self.members), key=len)
 
     def combine(self, child: Combine, x: Any, context: Any) -> Any:
@@ -181,28 +181,28 @@ class Composition(MethodConfig):
 
         Args:
           child: `child(name, x, context)` is the effect of a member.
-          x: what is adapted, arrays `[rows, …]`.
-          context: what else is read, likewise.
+          x: adapted value, arrays `[rows, …]`.
+          context: further value that is read, arrays `[rows, …]`.
         """
         raise NotImplementedError(type(self).__name__)
 
     def effective(self, child: EffectiveOf, own: Leaf, rows: int) -> Leaf:
-        """Returns what a host computes with, in place of a leaf of its own.
+        """Returns the leaf that a host uses in place of its own.
 
         Args:
-          child: `child(name, own, rows)` is that of a member.
-          own: the backbone's.
-          rows: of the batch.
+          child: `child(name, own, rows)` is the leaf of a member.
+          own: leaf of the backbone.
+          rows: number of rows of the batch.
         """
         raise NotImplementedError(type(self).__name__)
 
     def chosen(self, own: Leaf, stored: Array, choose: Callable[[Any, Any], Any]) -> Leaf:
-        """Returns a leaf that stands for the whole composition, if its members have no names.
+        """Returns the leaf of the whole composition, if its members have no names.
 
         Args:
-          own: the backbone's.
-          stored: the members' leaves, stacked.
-          choose: `choose(stored, own)` gives what the rows of a batch have.
+          own: leaf of the backbone.
+          stored: stacked leaves of the members.
+          choose: `choose(stored, own)` returns the leaf of the rows of a batch.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -212,12 +212,13 @@ class Member:
     """A single method of a composition.
 
     Attributes:
-      path: names that lead to it; none outside of compositions and in a bank that is the method.
-      method: what it is.
-      bank: the bank whose members it describes, or None.
-      trained: whether it is.
-      replaces: groups of the backbone's parameters of which it has its own: "layer norms", "head",
-        "pooler" or "biases".
+      path: names that lead to the member; empty outside of compositions, and in a bank that is the
+        whole method.
+      method: method of the member.
+      bank: bank whose members it describes, or None.
+      trained: True if the member is trained.
+      replaces: groups of the backbone's parameters that the member has its own copy of: "layer
+        norms", "head", "pooler" or "biases".
     """
 
     path: tuple[str, ...]
@@ -228,11 +229,11 @@ class Member:
 
 
 def members_of(method: MethodConfig, composed: bool = False) -> tuple[Member, ...]:
-    """Returns the single methods of a composition, or the one that `method` is, in order.
+    """Returns the single methods of a composition in order, or `method` itself as the only one.
 
     Args:
       method: any method.
-      composed: whether it is a member of a composition.
+      composed: True if `method` is a member of a composition.
     """
     if isinstance(method, Composition):
         return method.single_methods()
@@ -240,14 +241,14 @@ def members_of(method: MethodConfig, composed: bool = False) -> tuple[Member, ..
 
 
 def composed_members(method: MethodConfig) -> tuple[Member, ...]:
-    """Returns the single methods of a composition; none for a method that is no composition."""
+    """Returns the single methods of a composition; none for any other method."""
     return members_of(method) if isinstance(method, Composition) else ()
 
 
 def replaced_groups(method: MethodConfig) -> frozenset[str]:
-    """Returns the groups of the backbone of which a member has its own."""
+    """Returns the groups of the backbone that a member has its own copy of."""
     choices = {
-        # Made for the task, so it is the member's whether it is trained or not.
+        # The head belongs to the task, so a member owns one even if it does not train it.
         "head": True,
         "layer norms": method.train_layer_norms,
         "pooler": method.train_pooler,
@@ -257,14 +258,14 @@ def replaced_groups(method: MethodConfig) -> frozenset[str]:
 
 
 def own_path(members: tuple[Member, ...], path: str) -> tuple[Member, str] | None:
-    """Finds whose a leaf of a composition is, and its path in a model of that member alone.
+    """Returns the owner of a leaf of a composition, and the leaf's path in the owner's model.
 
     Args:
-      members: of the composition.
-      path: `/`-joined.
+      members: members of the composition.
+      path: `/`-joined path of the leaf.
 
     Returns:
-      None for what is the backbone's, or says which places of a bank are occupied.
+      None for a leaf of the backbone, and for the flags of the occupied places of a bank.
     """
     parts = path.split("/")
     if parts[0] == SHARED:
@@ -287,17 +288,17 @@ def own_path(members: tuple[Member, ...], path: str) -> tuple[Member, str] | Non
 
 
 def copies_of(method: MethodConfig) -> int:
-    """Returns how many times a model of `method` has every row of a batch."""
+    """Returns the number of copies that a model of `method` makes of each row."""
     return method.copies() if isinstance(method, Composition) else 1
 
 
 def parallel_names(method: MethodConfig) -> tuple[str, ...]:
-    """Returns the names of what a call of a model returns, `/`-joined; none if it is no tuple."""
+    """Returns the `/`-joined names of the items that a call returns; none if it is no tuple."""
     return method.parallel_names() if isinstance(method, Composition) else ()
 
 
 def node_at(method: MethodConfig, path: Path) -> Any:
-    """Returns the member of a composition to which names lead."""
+    """Returns the member of a composition that the names lead to."""
     for name in path:
         assert isinstance(method, Composition)
         method = dict(method.children())[name]
@@ -307,14 +308,14 @@ def node_at(method: MethodConfig, path: Path) -> Any:
 def combine(
     node: MethodConfig, acts: Mapping[Path, Act], x: Any, context: Any, path: Path = ()
 ) -> Any:
-    """Combines what the members of a composition do at one site.
+    """Combines the effects of the members of a composition at one site.
 
     Args:
       node: a method.
-      acts: path of a member -> its effect; a member that is not here has no layer at this site.
-      x: what is adapted, arrays `[rows, …]`.
-      context: what else is read, likewise.
-      path: of `node`.
+      acts: path of a member -> its effect; a member that is missing has no layer at this site.
+      x: adapted value, arrays `[rows, …]`.
+      context: further value that is read, arrays `[rows, …]`.
+      path: path of `node`.
     """
     if path in acts:
         return acts[path](x, context)
@@ -330,7 +331,7 @@ def combine(
 
 
 def replaces(member: Member, path: str, groups: Groups | None = None) -> bool:
-    """Returns whether a member has a leaf of its own in place of the backbone's at `path`."""
+    """Returns True if a member has its own leaf in place of the backbone's at `path`."""
     group = group_of(path, groups)
     bias = "biases" in member.replaces and group != "head" and BIAS.fullmatch(path)
     return bool(bias) or group in member.replaces

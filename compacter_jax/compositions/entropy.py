@@ -1,4 +1,4 @@
-"""Mixtures chosen at test time: the weights with which predictions are most certain."""
+"""Mixtures chosen at test time: the weights that make predictions most certain."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jax import Array
 
 
 class Mixed(NamedTuple):
-    """What `minimize_entropy` returns.
+    """The result of `minimize_entropy`.
 
     Attributes:
-      weights: `[batch, n]`, or `[batch, sites, n]`, each row's found by itself; they sum to 1.
-      logits: with these weights, `[batch, …, labels]`.
+      weights: `[batch, n]` or `[batch, sites, n]`, found for each row separately; they sum to 1.
+      logits: logits with these weights, `[batch, …, labels]`.
       entropies: `[batch, steps + 1]`, before every step and after the last, in nats.
     """
 
@@ -34,25 +34,25 @@ def minimize_entropy(
     mask: Any = None,
     sites: int | None = None,
 ) -> Mixed:
-    """Finds for each example weights of `n` adapters with which its predictions are most certain.
+    """Finds, for each example, the weights of `n` adapters that make its predictions most certain.
 
-    By gradient descent, from equal weights, on scores of which the weights are the softmax. No
-    labels are needed, so it is done when predicting; examples do not see each other. All is one
-    compiled program.
+    The function minimises the entropy by gradient descent on scores, from equal weights; the
+    weights are the softmax of the scores. It needs no labels, so it runs at prediction time.
+    Examples do not affect each other. All steps are one compiled program.
 
     Args:
-      logits_fn: `logits_fn(weights, *inputs_of_one_example)` gives its logits, `[labels]` or
+      logits_fn: `logits_fn(weights, *inputs_of_one_example)` returns logits, `[labels]` or
         `[length, labels]`; the weights are `[n]`, or `[sites, n]`. With a bank: `lambda mix, ids:
-        model.apply({"params": params}, ids[None], mix=mix[None])[0]`. Nothing compiles anew for the
-        same function; to change parameters, make them arguments of it, and pass
+        model.apply({"params": params}, ids[None], mix=mix[None])[0]`. The same function object is
+        compiled only once. To change parameters, make them arguments of the function, and pass
         `jax.tree_util.Partial(logits_fn, params)`.
-      n: how many adapters there are.
+      n: number of adapters.
       *inputs: arrays `[batch, …]`.
-      steps: of gradient descent.
-      learning_rate: of gradient descent.
+      steps: number of steps of gradient descent.
+      learning_rate: learning rate of gradient descent.
       mask: `[batch, length]`, zero where a prediction does not count, such as at padding.
-      sites: how many sites have weights of their own, `len(mixing_sites(params))`; None for the
-        same at all.
+      sites: number of sites with their own weights, `len(mixing_sites(params))`; None for the same
+        weights at all sites.
 
     Raises:
       ValueError: if `n`, `steps` or `learning_rate` is not positive, or there are no inputs.
@@ -99,7 +99,7 @@ def _minimize(
 
 
 def _mean_entropy(logits: Array, mask: Any) -> Array:
-    """Mean entropy of the predictions, of logits `[…, labels]` and a mask `[…]` or None."""
+    """Returns the mean entropy of logits `[…, labels]`, over a mask `[…]` if there is one."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     entropies = -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
     if mask is None:

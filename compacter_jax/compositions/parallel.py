@@ -1,4 +1,4 @@
-"""Parallel adapters: the rows of a batch go through each."""
+"""Parallel adapters: the rows of a batch pass through each."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from compacter_jax.compositions.base import (
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Parallel(Composition):
-    """Adapters beside each other: the rows of a batch go through each, and a call returns a tuple.
+    """Parallel adapters: each gets a copy of every row of a batch, and a call returns a tuple.
 
-    Rows are copied for each member where the backbone begins, so a call costs what one call for
-    each would, in one program. A T5 is called like any other backbone, but `generate` takes a model
-    of one member, and the command line has adapters beside each other on encoders alone, for tasks
-    with labels or scores.
+    Rows are copied for each member at the start of the backbone. A call is one program that costs
+    as much as one call for each member. A T5 is called like any other backbone, but `generate`
+    takes a model of one member. The command line supports parallel adapters only on encoders, for
+    tasks with labels or scores.
     """
 
     kind: ClassVar[str] = "parallel"
@@ -38,11 +38,11 @@ class Parallel(Composition):
         )
 
     def copies(self) -> int:
-        """Returns how many times a model of the composition has every row of a batch."""
+        """Returns the number of copies that a model of the composition makes of each row."""
         return sum(copies_of(member) for member in self.members)
 
     def parallel_names(self) -> tuple[str, ...]:
-        """Returns the names of the members, or of what those that are tuples return."""
+        """Returns the names of the members, or of the items of members that return tuples."""
         return tuple(
             "/".join(filter(None, (name, each)))
             for name, member in self.children()
@@ -55,7 +55,7 @@ class Parallel(Composition):
         return jnp.concatenate(parts)
 
     def effective(self, child: EffectiveOf, own: Leaf, rows: int) -> Leaf:
-        """Returns a leaf whose rows are those of the members."""
+        """Returns a leaf with the rows of all members."""
         parts = []
         for i, (name, member) in enumerate(self.children()):
             count = rows // self.copies() * copies_of(member)
@@ -65,7 +65,7 @@ class Parallel(Composition):
         return Leaf(jnp.concatenate(parts), by_row=True)
 
     def _chunk(self, index: int, tree: Any) -> Any:
-        """Returns the rows of one member, of arrays with the rows of all."""
+        """Returns the rows of one member from arrays with the rows of all."""
         copies = [copies_of(member) for member in self.members]
         first, last = sum(copies[:index]), sum(copies[: index + 1])
 

@@ -19,20 +19,20 @@ from compacter_jax.compositions.replacements import labels_apart, with_rest
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.paths import ADAPTER, OCCUPIED, SHARED
 
-# The id of no member: the plain backbone.
+# The id of the plain backbone, without a member.
 NO_ADAPTER = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Which members of a bank the rows of a batch use.
+    """The members of a bank that the rows of a batch use.
 
     Attributes:
       bank: the bank.
-      occupied: `[size]` bool, the slots that hold a member.
+      occupied: `[size]` bool, True for places that hold a member.
       ids: `[rows]` integers, or None.
-      mix: `[size]` or `[rows, size]` weights, or for each site in turn `[rows or 1, sites, size]`;
-        or None. A model that is being initialised has neither.
+      mix: weights `[size]` or `[rows, size]`, or separate ones for each site `[rows or 1, sites,
+        size]`; or None. A model that is being initialised has neither `ids` nor `mix`.
     """
 
     bank: Bank
@@ -41,15 +41,15 @@ class Routing:
     mix: Array | None = None
 
     def at(self, site: int, rows: int, batch: int) -> Routing:
-        """That of the site of this number, for rows that are copies of a batch.
+        """Returns the routing at one site, for rows that are copies of a batch.
 
         Args:
-          site: its number.
-          rows: how many there are here, a multiple of `batch`.
-          batch: how many rows the model was called with.
+          site: index of the site.
+          rows: number of rows at the site, a multiple of `batch`.
+          batch: number of rows that the model was called with.
 
         Raises:
-          ValueError: if it is of another number of rows than the batch.
+          ValueError: if `ids` or `mix` has another number of rows than the batch.
         """
         ids, mix = self.ids, self.mix
         if mix is not None and mix.ndim == 3:
@@ -72,13 +72,14 @@ class Routing:
         return dataclasses.replace(self, ids=ids, mix=mix)
 
     def gather(self, stacked: Any) -> Any:
-        """Of leaves `[size, …]` the rows' own, `[rows, …]`: NaN where there is no such member."""
+        """Gathers rows `[rows, …]` from leaves `[size, …]`; NaN for an id without a member."""
         assert self.ids is not None
         assert self.occupied is not None
         known = (self.ids >= 0) & (self.ids < self.bank.size)
         known &= jnp.take(self.occupied, self.ids, mode="clip")
         index = jnp.where(known, self.ids, self.bank.size)
-        # A row of the plain backbone takes any member's, to be replaced afterwards.
+        # A row of the plain backbone takes any member's leaf, and its result is replaced
+        # afterwards.
         index = jnp.where(self.is_unadapted, 0, index)
 
         def take(leaf: Array) -> Array:
@@ -88,31 +89,31 @@ class Routing:
 
     @property
     def is_unadapted(self) -> Array:
-        """`[rows]` bool: those of the plain backbone."""
+        """True for each row `[rows]` of the plain backbone."""
         assert self.ids is not None
         return (self.ids == NO_ADAPTER) & self.bank.allows_unadapted_rows
 
     def or_backbone(self, plain: Any, y: Any) -> Any:
-        """`y` `[rows, …]`, in rows of the plain backbone `plain`."""
+        """Returns `y` `[rows, …]`, with `plain` in rows of the plain backbone."""
         plain = jnp.asarray(plain, y.dtype)
         return jnp.where(along(self.is_unadapted, y), plain, y)
 
     @property
     def weights(self) -> Array:
-        """`mix` with NaN where a weight is for a slot that holds no member."""
+        """Weights of `mix`, with NaN for the weight of a place that holds no member."""
         assert self.mix is not None
         assert self.occupied is not None
         return jnp.where(self.occupied | (self.mix == 0), self.mix, jnp.nan)
 
     def choose(self, stacked: Array, own: Array) -> Array:
-        """One leaf of the bank, or a mixture of them, where the backbone has `own`.
+        """Returns one leaf of the bank per row, or a mixture of them, in place of `own`.
 
-        A label has a probability where every member with a weight has it; whether the backbone
-        does counts in rows that no member has a part in.
+        A label has a probability if every member with a weight has the label. In rows where no
+        member has a weight, the labels of the backbone count.
 
         Args:
-          stacked: `[size, …]`.
-          own: `[…]` or `[rows, …]`.
+          stacked: leaves of the members, `[size, …]`.
+          own: leaf of the backbone, `[…]` or `[rows, …]`.
 
         Returns:
           `[…]` for a `mix` that all rows share, otherwise `[rows, …]`.
@@ -129,18 +130,18 @@ class Routing:
 
 
 def along(rows: Array, y: Array) -> Array:
-    """`[rows]` as `[rows, 1, …]`, to go with `y`; a scalar as it is."""
+    """Reshapes `[rows]` to `[rows, 1, …]`, to broadcast with `y`; keeps a scalar."""
     return rows.reshape(rows.shape + (1,) * (y.ndim - rows.ndim))
 
 
 def mixing_sites(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """The hosts at which a bank's members act, in the order of a `mix` by site.
+    """Returns the hosts at which a bank's members act, in the order of a `mix` by site.
 
     Args:
-      params: of a model with a bank.
+      params: parameters of a model with a bank.
 
     Returns:
-      `/`-joined paths of modules of the backbone, those of replaced norms and heads included.
+      `/`-joined paths of modules of the backbone, including replaced norms and heads.
     """
     inside = (path for path in flatten_dict(dict(params)) if ADAPTER in path)
     return tuple(sorted({"/".join(path[: path.index(ADAPTER)]) for path in inside}))
@@ -149,18 +150,19 @@ def mixing_sites(params: Mapping[str, Any]) -> tuple[str, ...]:
 def route(
     method: MethodConfig, params: Mapping[str, Any], adapter_ids: Any, mix: Any
 ) -> dict[Path, Routing]:
-    """Path of each bank of a composition -> which rows use which of its members.
+    """Returns path of each bank of a composition -> `Routing` of its members.
 
     Args:
-      method: of the model.
-      params: of the model; empty while it is being initialised.
-      adapter_ids: `[batch]` integers, from 0 to `size - 1` or -1; with several banks a mapping of
-        their names, `/`-joined. Checked where it is no tracer.
-      mix: `[size]`, `[batch, size]` or `[batch or 1, sites, size]`; likewise.
+      method: method of the model.
+      params: parameters of the model; empty while it is being initialised.
+      adapter_ids: `[batch]` integers, from 0 to `size - 1` or -1; with several banks a mapping from
+        their `/`-joined names. The values are checked, except those of a tracer.
+      mix: `[size]`, `[batch, size]` or `[batch or 1, sites, size]`; with several banks a mapping
+        from their names.
 
     Raises:
-      ValueError: if there is no bank, both or neither are given, a shape does not fit, or an id is
-        of no member.
+      ValueError: if there is no bank, both or neither are given, a shape does not fit, or an id has
+        no member.
     """
     banks = {member.path: member.bank for member in members_of(method) if member.bank is not None}
     given = {"adapter_ids": adapter_ids, "mix": mix}
@@ -204,13 +206,13 @@ def _of_bank(name: str, value: Any, path: str, count: int) -> Any:
 
 
 def check_ids(ids: Any, bank: Bank, occupied: Any) -> None:
-    """ValueError unless every id is of a member, as far as the values are known.
+    """Raises ValueError if an id has no member, as far as the values are known.
 
     Args:
-      ids: `[batch]` integers. Those of a tracer are not looked at: a row whose id is of no member
-        is NaN then.
-      bank: says how many there are.
-      occupied: `[size]` bool.
+      ids: `[batch]` integers. The values of a tracer are not checked; a row whose id has no member
+        is then NaN.
+      bank: the bank, which has the number of members.
+      occupied: `[size]` bool, True for places that hold a member.
     """
     if np.ndim(ids) != 1 or not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
         raise ValueError(

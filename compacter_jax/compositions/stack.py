@@ -1,4 +1,4 @@
-"""Stacks: adapters one on top of the other."""
+"""Stacks: adapters in sequence."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from compacter_jax.compositions.base import Combine, Composition, EffectiveOf, L
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Stack(Composition):
-    """Adapters one on top of the other: at each site a member reads what the one before returns.
+    """Adapters in sequence: at each site, a member reads the result of the member before it.
 
-    Layer norms (or biases, of BitFit) can be one member's alone; the head is the last member's.
-
-    References:
-      Pfeiffer et al., MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer,
-      EMNLP 2020, arXiv:2005.00052.
+    Only one member can have its own layer norms (or biases, with BitFit); the head is the last
+    member's.
     """
 
     kind: ClassVar[str] = "stack"
@@ -45,7 +42,7 @@ class Stack(Composition):
         return frozenset() if is_last else frozenset({"head", "pooler"})
 
     def combine(self, child: Combine, x: Any, context: Any) -> Any:
-        """Returns the last member's effect on that of the one before, and so on."""
+        """Returns the effect of all members in sequence."""
         for name in self.names:
             x = child(name, x, context)
         return x

@@ -11,12 +11,12 @@ from jax import Array, lax
 
 from compacter_jax.decode.settings import NO_TOKEN, Settings, Step, forbid_end, is_end
 
-# What transformers adds to the score of a hypothesis that must not be chosen.
+# The number that transformers adds to the score of a hypothesis that must not be chosen.
 _EXCLUDED = -1e9
 
 
 class _Beams(NamedTuple):
-    """The state of a beam search; `n` is `num_beams`, hypotheses are sorted by their scores."""
+    """State of a beam search; `n` is `num_beams`, and hypotheses are sorted by their scores."""
 
     done: Array  # [] int32, tokens generated
     running: Array  # [batch, n, width] int32
@@ -24,23 +24,23 @@ class _Beams(NamedTuple):
     ended: Array  # [batch, n, width] int32
     ended_scores: Array  # [batch, n] float32, with the length penalty
     lengths: Array  # [batch, n] int32, tokens generated in each of `ended`
-    is_ended: Array  # [batch, n] bool, whether that place of `ended` is filled
-    improvable: Array  # [batch, 1] bool, whether a running hypothesis may enter `ended`
-    stuck: Array  # [] bool, whether nothing is left to extend
-    cache: Any  # self-attention's, rows of `running` flattened
+    is_ended: Array  # [batch, n] bool, True if that place of `ended` is filled
+    improvable: Array  # [batch, 1] bool, True if a running hypothesis may enter `ended`
+    stuck: Array  # [] bool, True if nothing is left to extend
+    cache: Any  # cache of the self-attention, rows of `running` flattened
 
 
 class _Candidates(NamedTuple):
-    """Extensions of the running hypotheses, the best first; `m` is twice `num_beams` or more."""
+    """Extensions of the running hypotheses, best first; `m` is at least twice `num_beams`."""
 
     ids: Array  # [batch, m, width] int32
     scores: Array  # [batch, m] float32
-    parents: Array  # [batch, m] int32, which running hypothesis each extends
+    parents: Array  # [batch, m] int32, index of the running hypothesis that each extends
     ends: Array  # [batch, m] bool
 
 
 def beam_search(step: Step, cache: Any, rows: int, settings: Settings) -> tuple[Array, Array]:
-    """Beam search, kept score for score as transformers keeps it, so that the tokens agree."""
+    """Runs a beam search with the same scores as transformers, so that the tokens agree."""
 
     def unfinished(beams: _Beams) -> Array:
         go_on = beams.improvable.any() & ~beams.stuck
@@ -63,11 +63,11 @@ def beam_search(step: Step, cache: Any, rows: int, settings: Settings) -> tuple[
 
 def _first_beams(cache: Any, rows: int, settings: Settings) -> _Beams:
     shape = (rows, settings.num_beams)
-    # Transformers takes a pad token of 0 for none.
+    # Transformers treats a pad token of 0 as none.
     fill = settings.pad or (settings.eos[0] if settings.eos else 0)
     ids = jnp.full((*shape, 1 + settings.max_new_tokens), fill, jnp.int32)
     ids = ids.at[..., 0].set(settings.start)
-    # All hypotheses begin alike: only the first is to be extended.
+    # All hypotheses start equal, so only the first may be extended.
     scores = jnp.zeros(shape, jnp.float32).at[:, 1:].set(_EXCLUDED)
     return _Beams(
         done=jnp.int32(0),
@@ -84,7 +84,10 @@ def _first_beams(cache: Any, rows: int, settings: Settings) -> _Beams:
 
 
 def _candidates(beams: _Beams, logits: Array, settings: Settings) -> _Candidates:
-    """The best extensions: so many that `num_beams` remain if all others end."""
+    """Returns the best `max(2, 1 + len(eos)) * num_beams` extensions.
+
+    If all others end, `num_beams` of them remain.
+    """
     rows, n, _ = beams.running.shape
     vocab_size = logits.shape[-1]
     scores = forbid_end(jax.nn.log_softmax(logits), beams.done, settings)
@@ -99,9 +102,9 @@ def _candidates(beams: _Beams, logits: Array, settings: Settings) -> _Candidates
 
 
 def _collect_ended(beams: _Beams, candidates: _Candidates, settings: Settings) -> _Beams:
-    """The best of the hypotheses that had ended and those that just did."""
+    """Keeps the best of the hypotheses that had ended and those that just ended."""
     n = settings.num_beams
-    # The rest are a reserve to go on with, not results.
+    # The other candidates are a reserve to continue with, not results.
     just_ended = candidates.ends & (jnp.arange(candidates.ends.shape[1]) < n)
     length = beams.done + 1
     scores = candidates.scores / _penalty(length, settings)
@@ -123,7 +126,7 @@ def _collect_ended(beams: _Beams, candidates: _Candidates, settings: Settings) -
 
 
 def _keep_running(beams: _Beams, candidates: _Candidates) -> _Beams:
-    """The best hypotheses that go on, each with the cache of the one that it extends."""
+    """Keeps the best running hypotheses, each with the cache of its parent."""
     rows, n, _ = beams.running.shape
     scores, best = lax.top_k(candidates.scores + candidates.ends * _EXCLUDED, n)
     parents = (rows_at(candidates.parents, best) + n * jnp.arange(rows)[:, None]).reshape(-1)
@@ -137,7 +140,7 @@ def _keep_running(beams: _Beams, candidates: _Candidates) -> _Beams:
 
 
 def _look_ahead(beams: _Beams, settings: Settings) -> _Beams:
-    """Whether the best running hypothesis of each row could still beat its worst ended one."""
+    """Updates for each row if its best running hypothesis can still beat its worst ended one."""
     length = beams.done
     if settings.early_stopping == "never" and settings.length_penalty > 0:
         length = jnp.int32(settings.max_new_tokens)
@@ -150,12 +153,12 @@ def _look_ahead(beams: _Beams, settings: Settings) -> _Beams:
 
 
 def _penalty(length: Array, settings: Settings) -> Array:
-    """`length ** length_penalty`, rounded once, as Python's numbers are."""
+    """Returns `length ** length_penalty`, rounded once, as Python's numbers are."""
     table = np.arange(1, settings.max_new_tokens + 1) ** np.float64(settings.length_penalty)
     return jnp.asarray(table, jnp.float32)[length - 1]
 
 
 def rows_at(array: Array, indices: Array) -> Array:
-    """`[batch, n, …]`, `[batch, m]` -> `[batch, m, …]`, hypotheses of each row by their places."""
+    """Returns `[batch, m, …]`, the hypotheses `[batch, n, …]` at the places `[batch, m]`."""
     indices = indices.reshape(indices.shape + (1,) * (array.ndim - 2))
     return jnp.take_along_axis(array, indices, 1, mode="clip")

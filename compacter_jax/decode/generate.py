@@ -46,54 +46,56 @@ def generate(
 ) -> Array:
     """Generates text: greedy search, beam search for `num_beams > 1`, or sampling.
 
-    Greedy and beam search return, token for token, what `generate` of transformers' PyTorch models
-    returns; sampling draws from the same distribution. All is one compiled program: the
-    encoder runs once, adapters' weights are built once, and the loop ends when every row has
-    ended. It compiles anew for other shapes and other settings, never for other values. Logits are
-    processed in float32 whatever the model computes in.
+    Greedy and beam search return the same tokens as `generate` of transformers' PyTorch models;
+    sampling draws from the same distribution. The generation is one compiled program: the encoder
+    runs once, the weights of adapters are built once, and the loop ends when every row has ended.
+    New shapes or settings need another compilation, new values do not. Logits are processed in
+    float32, in any dtype of the model.
 
     Args:
       model: an encoder-decoder with logits, such as `T5` with `head="conditional_generation"`, or
         `Adapted` around one.
-      params: its parameters.
-      input_ids: `[batch, length]` integers, of the encoder.
-      attention_mask: `[batch, length]` integers or booleans, zero at padding. None leaves out the
-        tokens that are `pad_token_id`, unless that also ends sequences, as transformers does.
-      max_new_tokens: the most tokens that are generated, the start token not counted.
-      min_new_tokens: no sequence ends before so many.
-      num_beams: hypotheses kept per row; 1 is greedy search, or sampling.
-      length_penalty: of beam search; a hypothesis's score is its log probability divided by
-        `length ** length_penalty`, so positive values favour long ones.
-      early_stopping: of beam search; True ends a row at `num_beams` finished hypotheses, False
-        when the running ones no longer beat them at their present length, "never" when they
-        could not at any length.
-      do_sample: draw each token instead of taking the most probable.
-      temperature: of sampling; divides the logits, before the two cuts below, in this order.
-      top_k: of sampling; keeps the so many most probable tokens and those equal to the last of
-        them. None keeps all (where transformers has 50).
-      top_p: of sampling; keeps the fewest most probable tokens whose probabilities add up to it.
-      key: of `jax.random`, for sampling alone; the same key gives the same tokens.
-      num_return_sequences: results per row: samples, or the best of the beams in their order.
-      eos_token_id: one or several tokens that end a sequence; () has none end early. None takes
-        that of the model's config, here and below.
-      pad_token_id: follows the end of a sequence; without any, the first of `eos_token_id` does.
-      decoder_start_token_id: begins every sequence.
-      adapter_ids: of a model with a bank of adapters, as for a call of it.
-      mix: likewise.
+      params: parameters of the model.
+      input_ids: `[batch, length]` integers, the tokens of the encoder.
+      attention_mask: `[batch, length]` integers or booleans, zero at padding. None masks the tokens
+        equal to `pad_token_id`, unless that token also ends sequences, as in transformers.
+      max_new_tokens: largest number of generated tokens, without the start token.
+      min_new_tokens: smallest number of generated tokens before a sequence may end.
+      num_beams: number of hypotheses per row; 1 is greedy search, or sampling.
+      length_penalty: exponent of beam search. The score of a hypothesis is its log probability
+        divided by `length ** length_penalty`, so positive values favour long ones.
+      early_stopping: rule that ends a row in beam search. True ends it at `num_beams` finished
+        hypotheses; False, when the running ones do not beat them at their present length; "never",
+        when they cannot beat them at any length.
+      do_sample: True to draw each token, False to take the most probable one.
+      temperature: divisor of the logits in sampling, applied before `top_k` and `top_p`, in this
+        order.
+      top_k: number of most probable tokens that sampling keeps, with all that equal the last of
+        them. None keeps all tokens (the default of transformers is 50).
+      top_p: probability that sampling keeps: the fewest most probable tokens whose probabilities
+        add up to it.
+      key: key of `jax.random`, for sampling alone; the same key gives the same tokens.
+      num_return_sequences: number of results per row: samples, or the best beams in their order.
+      eos_token_id: one or several tokens that end a sequence; with () no sequence ends early. None
+        takes the token of the model's config, for this argument and the next two.
+      pad_token_id: token after the end of a sequence; without one, the first of `eos_token_id`.
+      decoder_start_token_id: first token of every sequence.
+      adapter_ids: adapter of each row, as in a call of a model with a bank of adapters.
+      mix: weights of the adapters, as in a call of a model with a bank of adapters.
 
     Returns:
       `[batch * num_return_sequences, width]` int32, the start token first. Inside a
-      transformation (`jit`, `pmap`, …) the width is `1 + max_new_tokens`; called by itself, the
-      result ends with its longest sequence, as in transformers. What follows the end of a
-      sequence is `pad_token_id`; in beam search, where that is 0, it is the first of
-      `eos_token_id`, which is what transformers writes. Inside a transformation, where no error
-      can be raised for a row with an id that the vocabulary does not have, its tokens are -1, and
-      so are all others of logits that are NaN.
+      transformation (`jit`, `pmap`, …) the width is `1 + max_new_tokens`; otherwise the result ends
+      with its longest sequence, as in transformers. `pad_token_id` follows the end of a sequence.
+      In beam search with a `pad_token_id` of 0, the first of `eos_token_id` follows, as in
+      transformers. A transformation cannot raise an error; there a row has the token -1 wherever
+      its logits are NaN, for instance if an id is not in the vocabulary.
 
     Raises:
-      ValueError: if `model` cannot generate, the prompt is empty or not `[batch, length]`, or has
-        an id that the vocabulary does not have, a setting is out of range or has no effect beside
-        the others, a key is missing or not needed, no start token is known, or logits are NaN.
+      ValueError: if `model` cannot generate; if the prompt is empty, is not `[batch, length]`, or
+        has an id that the vocabulary does not have; if a setting is out of range, or has no effect
+        beside the others; if a key is missing or not needed; if no start token is known; or if
+        logits are NaN.
 
     References:
       Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762 (decoding); Holtzman et
@@ -134,7 +136,7 @@ def generate(
     )
     if isinstance(width, jax.core.Tracer):
         return ids
-    # On the host: an array sliced on the device compiles once per width.
+    # The slice is taken on the host: an array sliced on the device compiles once per width.
     tokens = np.asarray(ids)[:, : int(width)]
     if (broken := np.argwhere(tokens == NO_TOKEN)).size:
         raise ValueError(
@@ -145,7 +147,7 @@ def generate(
 
 
 def _config(model: nn.Module) -> Any:
-    """The config of a module that can generate."""
+    """Returns the config of a module that can generate."""
     backbone = model.backbone if isinstance(model, Adapted) else model
     name = type(backbone).__name__
     if not hasattr(backbone, "start_cache"):
@@ -164,7 +166,7 @@ def _config(model: nn.Module) -> Any:
 def _special_tokens(
     config: Any, eos: int | Sequence[int] | None, pad: int | None, start: int | None
 ) -> dict[str, Any]:
-    """The three fields of `_Settings`, from the arguments or else from the config."""
+    """Returns three fields of `Settings`, from the arguments or else from the config."""
     eos = config.eos_token_id if eos is None else eos
     ends = () if eos is None else tuple(int(token) for token in np.ravel(eos))
     pad = config.pad_token_id if pad is None else pad
@@ -202,7 +204,7 @@ def _generate(
     key: Array | None,
     chosen: dict[str, Any],
 ) -> tuple[Array, Array]:
-    """Ids `[rows, 1 + max_new_tokens]`, and the width transformers would cut them to."""
+    """Returns ids `[rows, 1 + max_new_tokens]`, and the width to which transformers cuts them."""
     if attention_mask is None:
         attention_mask = _default_mask(input_ids, settings)
     step, cache = _start(model, settings, params, input_ids, attention_mask, chosen)
@@ -226,12 +228,13 @@ def _start(
     attention_mask: Array,
     chosen: dict[str, Any],
 ) -> tuple[Step, Any]:
-    """Runs the encoder; returns a decoding step and the self-attention cache it starts from.
+    """Runs the encoder; returns a decoding step and its first self-attention cache.
 
-    Both are for `num_beams` or `num_return_sequences` copies of each row, next to each other.
+    Both are for `num_beams` or `num_return_sequences` adjacent copies of each row.
     """
     if isinstance(model, Adapted):
-        # Here, outside the loop: inside it, PHM weights would be built at every token.
+        # The weights are built outside of the loop; inside, PHM weights would be built at every
+        # token.
         model, params = model.precomputed(params)
 
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +243,7 @@ def _start(
     states = apply("encode", input_ids, attention_mask, **chosen)
     cache = apply("start_cache", states, settings.max_new_tokens, **chosen)
     copies = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
-    # Copied after the cross-attention's keys and values are computed, not before.
+    # The copies are made after the cross-attention's keys and values are computed.
     cache, mask = jax.tree.map(
         lambda leaf: jnp.repeat(leaf, copies, axis=0), (cache, attention_mask)
     )
@@ -254,7 +257,7 @@ def _start(
     chosen = jax.tree.map(repeat, chosen)
 
     def step(tokens: Array, self_attention: Any, index: Array) -> tuple[Array, Any]:
-        # The cross-attention's part never changes, so it is no part of the loop's state.
+        # The cache of the cross-attention never changes, so the state of the loop does not have it.
         now = cache._replace(self_attention=self_attention)
         logits, now = apply(
             "decode", tokens[:, None], attention_mask=mask, cache=now, index=index, **chosen

@@ -1,4 +1,4 @@
-"""Decoding of one token after the other: greedy, or sampled."""
+"""Decoding of one token after another: greedy search or sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compacter_jax.decode.settings import NO_TOKEN, Settings, Step, forbid_end, 
 def one_by_one(
     step: Step, cache: Any, rows: int, settings: Settings, key: Array | None
 ) -> tuple[Array, Array]:
-    """Greedy search, or sampling where there is a key."""
+    """Runs greedy search, or sampling if there is a key."""
     ids = jnp.full((rows, 1 + settings.max_new_tokens), settings.pad or 0, jnp.int32)
     ids = ids.at[:, 0].set(settings.start)
 
@@ -42,10 +42,11 @@ def one_by_one(
 
 
 def _most_probable(logits: Array) -> Array:
-    """`[rows, vocab] -> [rows]`, the first of equals, `_NO_TOKEN` where there is a NaN.
+    """Returns the first most probable token per row, `[rows, vocab] -> [rows]`; `NO_TOKEN` for NaN.
 
-    As `argmax`, in two reductions that XLA vectorizes on a CPU, where it does not that of pairs;
-    and of the transpose, which is how `tied_logits` has computed them.
+    The result equals `argmax`. A CPU is faster here, because XLA vectorizes the two reductions, but
+    not the reduction of pairs in `argmax`. They act on the transpose, the layout in which
+    `tied_logits` computes the logits.
     """
     columns = logits.T
     index = lax.broadcasted_iota(jnp.int32, columns.shape, 0)
@@ -55,7 +56,10 @@ def _most_probable(logits: Array) -> Array:
 
 
 def cut_logits(logits: Array, settings: Settings) -> Array:
-    """`[rows, vocab]` after temperature, top-k and top-p, in transformers' order; -inf is cut."""
+    """Applies temperature, top-k and top-p to `[rows, vocab]`, in transformers' order.
+
+    Tokens that are cut get -inf.
+    """
     logits = logits / settings.temperature
     if settings.top_k is not None:
         best, _ = lax.top_k(logits, min(settings.top_k, logits.shape[-1]))

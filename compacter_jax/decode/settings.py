@@ -1,4 +1,4 @@
-"""What a generation is asked for, as one compiled program takes it."""
+"""The settings of a generation, a static argument of one compiled program."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-# One decoding step: tokens [rows], self-attention cache, position -> logits [rows, vocab], cache.
+# One decoding step: (tokens [rows], self-attention cache, position) -> (logits [rows, vocab],
+# cache).
 Step = Callable[[Array, Any, Array], tuple[Array, Any]]
 
 
-# The token of logits that are NaN, which no vocabulary has.
+# The token that stands for logits with NaN; no vocabulary has it.
 NO_TOKEN = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All of `generate`'s arguments that are compiled in; hashed, so equal ones compile once."""
+    """All static arguments of `generate`; equal settings have equal hashes and compile once."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -37,7 +38,7 @@ class Settings:
     eos: tuple[int, ...]
 
     def check(self, vocab_size: int) -> None:
-        """ValueError for a value out of range, or one that would have no effect."""
+        """Raises ValueError for a value that is out of range or would have no effect."""
         self._check_lengths()
         for name, token in (
             ("decoder_start_token_id", self.start),
@@ -117,12 +118,12 @@ class Settings:
 
 
 def is_end(tokens: Array, settings: Settings) -> Array:
-    """Returns which tokens end a sequence."""
+    """Returns True for each token that ends a sequence."""
     return (tokens[..., None] == jnp.asarray(settings.eos, jnp.int32)).any(-1)
 
 
 def forbid_end(scores: Array, index: Array, settings: Settings) -> Array:
-    """`[rows, vocab]` with -inf at the ends of sequences before `min_new_tokens`."""
+    """Sets the tokens that end sequences to -inf in `[rows, vocab]`, before `min_new_tokens`."""
     if settings.min_new_tokens == 0:
         return scores
     ends = is_end(jnp.arange(scores.shape[-1]), settings)

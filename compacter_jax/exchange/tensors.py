@@ -1,4 +1,4 @@
-"""Files of tensors that other libraries wrote, read safely."""
+"""Safe reading of tensor files that other libraries wrote."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from compacter_jax import files
 from compacter_jax.files import check_finite, check_weight_type
 from compacter_jax.messages import quote, shorten
 
-# Before it, `torch.load(weights_only=True)` could be made to run code: CVE-2025-32434.
+# Before this release, `torch.load(weights_only=True)` could be made to run code: CVE-2025-32434.
 _SAFE_TORCH = (2, 6)
 
 
 def read_tensors(directory: Path, stems: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads the tensors of the first file there is of `STEM.safetensors`, then `STEM.bin`.
+    """Reads the tensors of the first existing file of `STEM.safetensors`, then `STEM.bin`.
 
-    Pickled tensors (`.bin`) need PyTorch, whose restricted reader makes tensors and nothing else.
+    Pickled tensors (`.bin`) need PyTorch, whose restricted reader creates tensors and nothing else.
 
     Args:
       directory: the folder.
       stems: names of the file without their suffix.
 
     Returns:
-      Name -> array on the host, dtypes unchanged: bfloat16 is that of `jax.numpy`.
+      Name -> array on the host, with unchanged dtypes; bfloat16 is the dtype of `jax.numpy`.
 
     Raises:
-      FileNotFoundError: if there is none; it lists the names.
+      FileNotFoundError: if there is no such file; the message lists the names.
       ValueError: if the file is truncated, is not what its suffix says, or holds anything but
-        named tensors of 16 to 64 bits and floating-point, all finite; or if it is pickled and there
-        is no PyTorch, or one that reads unsafely.
+        named, finite, floating-point tensors of 16 to 64 bits; or if it is pickled and PyTorch is
+        missing or reads unsafely.
     """
     path = find_tensors(directory, stems)
     if path is None:
@@ -42,7 +42,7 @@ def read_tensors(directory: Path, stems: Sequence[str]) -> dict[str, np.ndarray]
 
 
 def find_tensors(directory: Path, stems: Sequence[str]) -> Path | None:
-    """Returns the file that `read_tensors` reads, None if there is none."""
+    """Returns the file that `read_tensors` reads, or None if there is none."""
     paths = (directory / name for name in _file_names(stems))
     return next((path for path in paths if path.is_file()), None)
 
@@ -92,7 +92,7 @@ def _to_numpy(path: Path, name: Any, value: Any) -> np.ndarray:
                 f"{shorten(name, 100)} in {path} repeats the same numbers to a size of "
                 f"{tuple(tensor.shape)}; save the adapter as safetensors where it was made"
             )
-        if tensor.dtype == torch.bfloat16:  # which PyTorch does not hand to NumPy
+        if tensor.dtype == torch.bfloat16:  # PyTorch cannot convert this type to NumPy
             array = tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
         else:
             array = tensor.numpy()
@@ -105,7 +105,7 @@ def _to_numpy(path: Path, name: Any, value: Any) -> np.ndarray:
     return array
 
 
-# PyTorch's name of a type that weights may have -> that of safetensors.
+# PyTorch's name of a type that weights may have -> safetensors' name.
 _TORCH_TYPES = {
     "torch.float64": "F64",
     "torch.float32": "F32",

@@ -42,46 +42,49 @@ from compacter_jax.sites import Site, as_site
 
 
 class HasParams(Protocol):
-    """Anything with a tree of parameters: `Backbone`, or a model of another library."""
+    """An object with a tree of parameters: a `Backbone`, or a model of another library."""
 
     @property
     def params(self) -> Any: ...
 
 
 class Adapted(nn.Module):
-    """`backbone` with a layer of `method` at every module that is one of its sites.
+    """A backbone with a layer of a method at every module that is one of its sites.
 
-    The parameters are the backbone's under their own names, each adapter under its host as
-    `…/adapter/…`, and what adapters share at the top. It is called as the backbone is, and
-    returns what the backbone returns. What turns on the backbone's dropout, `deterministic=False`
-    or, by another name, `train=True`, `training`, `is_training` or `enable_dropout`, turns on the
-    adapters' too. Other methods of the backbone are called through `call`, or by `method=`.
+    The parameters of the backbone keep their names. Each adapter has its parameters under its host,
+    as `…/adapter/…`; parameters that adapters share are at the top. A call takes the arguments of
+    the backbone and returns its result. The argument that turns on the backbone's dropout also
+    turns on that of the adapters: `deterministic=False`, or `train`, `training`, `is_training` or
+    `enable_dropout` with True. `call`, or `method=` of `apply`, calls other methods of the
+    backbone.
 
-    A model with a `Bank` is called with one argument more, by name: `adapter_ids`, `[batch]`
-    integers, the member that each row uses, -1 for the plain backbone; or `mix`, floating-point
-    weights of the members' outputs, `[size]` for all rows, `[batch, size]`, or `[batch or 1, sites,
-    size]` with weights for every site of `mixing_sites`. With several banks each is a mapping of
-    their names, `/`-joined. An id that no member has is a ValueError where ids are known, and
-    where they are traced the row is NaN. A model with `Parallel` returns a tuple, of its members.
+    A call of a model with a `Bank` takes one more argument, by name. `adapter_ids`, `[batch]`
+    integers, holds the member that each row uses, or -1 for the plain backbone. `mix` holds
+    floating-point weights of the members' outputs: `[size]` for all rows, `[batch, size]`, or
+    `[batch or 1, sites, size]` with weights for every site of `mixing_sites`. With several banks,
+    each of the two arguments is a mapping from the banks' `/`-joined names. An id without a member
+    raises a ValueError; inside a transformation, where ids are not known, its row is NaN. A model
+    with `Parallel` returns a tuple with one result per member.
 
-    Enter it inside the traced function: a function jitted before, outside, ignores the hook.
+    Call the model inside the function that is transformed: a function that was jitted before, on
+    the backbone alone, runs without the adapters.
 
     Attributes:
       backbone: a linen module.
-      method: what to insert.
-      sites: site name -> `Site`, or a regular expression that fully matches `/`-joined paths of
-        host modules, with a group `layer`. By default the backbone's own table, its class
+      method: method to insert.
+      sites: site name -> `Site`, or a regular expression that matches the whole `/`-joined path of
+        a host module, with a group `layer`. The default is the backbone's own table, its class
         attribute `sites`.
-      param_dtype: of the adapters' parameters; they compute in their host's dtype.
-      groups: of the parameters of a backbone of others: "head", "layer_norms" or "pooler" ->
-        regular expression that fully matches `/`-joined paths of parameters, or of modules that
-        have them. `label_params` wants it, too.
+      param_dtype: dtype of the adapters' parameters; an adapter computes in the dtype of its host.
+      groups: groups of the parameters of a module other than `Bert` and `T5`: "head", "layer_norms"
+        or "pooler" -> regular expression that matches whole `/`-joined paths of parameters, or of
+        modules that have them. `label_params` needs the same mapping.
 
     Raises:
       ValueError: when constructed, for an unknown site, group or activation, or a site where the
-        method cannot act; when called, if a site or a layer to leave out was never met, a host does
-        not return an array, or the adapters have dropout and the backbone takes nothing that
-        turns it on.
+        method cannot act; when called, if no module matches a site or a layer to leave out does not
+        exist, if a host does not return an array, or if the adapters have dropout and the backbone
+        takes no argument that turns it on.
     """
 
     backbone: nn.Module
@@ -109,7 +112,8 @@ class Adapted(nn.Module):
         nn.share_scope(self, self.backbone)
         scope = self.scope
         assert scope is not None
-        # Part of what nn.jit compares calls by: it would reuse a call without adapters.
+        # nn.jit compares calls by these flags; without a new value it would reuse a call without
+        # adapters.
         scope.flags = FrozenDict({**scope.flags, ADAPTER: _NeverEqual()})
         self.shared = tuple(
             self._shared(member, part)
@@ -127,10 +131,9 @@ class Adapted(nn.Module):
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """Applies the model, as `nn.Module.apply` does.
 
-        `method` may be the name of a method of the backbone.
-
-        A function is called with the adapted model, as flax does; one that wants what only the
-        backbone has, as those of transformers' wrappers, with that, adapters inserted.
+        `method` may be the name of a method of the backbone, or a function. A function receives the
+        adapted model, as in flax. If it needs an attribute that only the backbone has, as functions
+        of transformers' wrappers do, it receives the backbone with adapters inserted.
         """
         if not isinstance(method, str) or hasattr(Adapted, method):
             try:
@@ -149,12 +152,12 @@ class Adapted(nn.Module):
         return super().apply(variables, method, *args, method=Adapted.call, **kwargs)
 
     def call(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls any method of the backbone, adapters inserted.
+        """Calls any method of the backbone, with adapters inserted.
 
         Args:
-          method: its name, or a function that takes the backbone first.
-          *args: as the method takes them.
-          **kwargs: likewise.
+          method: name of the method, or a function that takes the backbone first.
+          *args: positional arguments of the method.
+          **kwargs: keyword arguments of the method.
 
         Raises:
           ValueError: if the backbone has no such method.
@@ -164,35 +167,36 @@ class Adapted(nn.Module):
         return self._call(method, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the backbone with its own arguments, adapters inserted."""
+        """Calls the backbone with its own arguments, with adapters inserted."""
         return self._call("__call__", args, kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method `encode` of a backbone that has one, adapters inserted."""
+        """Calls the method `encode` of a backbone that has one, with adapters inserted."""
         return self._call("encode", args, kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method `decode` of a backbone that has one, adapters inserted."""
+        """Calls the method `decode` of a backbone that has one, with adapters inserted."""
         return self._call("decode", args, kwargs)
 
     def start_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method `start_cache` of a backbone that decodes, adapters inserted."""
+        """Calls the method `start_cache` of a backbone that decodes, with adapters inserted."""
         return self._call("start_cache", args, kwargs)
 
     @nn.nowrap
     def precomputed(self, params: Any) -> tuple[Adapted, Any]:
-        """Returns an equal model that computes only once what depends on parameters alone.
+        """Returns an equal model in which values that depend on parameters alone are precomputed.
 
-        For inference, where they do not change: a decoder would otherwise compute it at every
-        token. Kronecker sums become dense bottlenecks, prefixes flat; what `merge_adapter` can
-        merge is merged.
+        This is for inference, where the parameters do not change; a decoder would otherwise compute
+        these values at every token. Kronecker sums become dense bottlenecks, prefixes become flat,
+        and adapters that `merge_adapter` can merge are merged.
 
         Args:
-          params: of this model.
+          params: parameters of this model.
 
         Returns:
-          The model and its parameters; both as given if there is nothing to compute, or kernels of
-          few bits would round away what is merged into them. Outputs are equal to rounding.
+          The model and its parameters. Both are unchanged if there is nothing to compute, or if
+          kernels in fewer bits than float32 would round away a merged update. Outputs are equal up
+          to rounding.
         """
         method = self.method
         moves_kernels = any(part.moves_kernels for part in method.inserted())
@@ -206,7 +210,7 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def _shared(self, member: Member, part: InsertedConfig) -> Shared:
-        """Creates what the layers of a part share."""
+        """Creates the parameters that the layers of a part share."""
         width = getattr(getattr(self.backbone, "config", None), "hidden_size", None)
         sites = list(self.sites_of(part))
 
@@ -229,7 +233,7 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def _create_own(self, param: ParamFunction) -> None:
-        """Creates what a method that moves the backbone trains; its size follows from that."""
+        """Creates the trained parameters of a method that moves the backbone, sized by it."""
         paths = list(flatten_dict(self.variables["params"], sep="/"))
         self.method.own_params(param, paths, self.groups, self.param_dtype)
 
@@ -281,7 +285,7 @@ class Adapted(nn.Module):
         )
         with nn.intercept_methods(interceptor):
             y = call(*bound.args, **bound.kwargs)
-        if not is_whole:  # another method runs a part of the backbone
+        if not is_whole:  # other methods run only a part of the backbone
             return y
         interceptor.check()
         if prompt and hasattr(self.backbone, "without_first"):
@@ -290,7 +294,7 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def _check_dropout(self) -> None:
-        """Raises ValueError if the method has dropout and no call of the backbone turns it on."""
+        """Raises ValueError if the method has dropout that no argument of the backbone turns on."""
         rates = [getattr(part, "dropout", 0.0) for part in self.method.inserted()]
         parameters = inspect.signature(type(self.backbone).__call__).parameters.values()
         is_told = any(
@@ -315,7 +319,7 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def _routings(self, kwargs: Any) -> tuple[dict[str, Any], dict[Path, Routing]]:
-        """Returns a call's arguments for the backbone, and those for the banks."""
+        """Returns the arguments of a call for the backbone, and the routings of the banks."""
         given = {name: kwargs.get(name) for name in ("adapter_ids", "mix")}
         kwargs = {name: value for name, value in kwargs.items() if name not in given}
         params = {} if self.is_initializing() else self.variables.get("params", {})
@@ -330,7 +334,8 @@ class Adapted(nn.Module):
                 own = next(shared)
                 for name, site in self.sites_of(part).items():
                     for each in (site, *part.companions(site)):
-                        # Arrays, not modules, are shared: closing over a module breaks under remat.
+                        # The placements share arrays, not modules: closing over a module fails
+                        # under remat.
                         of_site = own.at(name) if part.shares_by_site else own
                         pattern = compiled(site.host)
                         places.append(Placement(name, each, pattern, part, of_site, member))
@@ -338,7 +343,7 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def _call_moved(self, name: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Calls the backbone with every parameter moved as the method has it."""
+        """Calls the backbone with the parameters that the method has moved."""
         moved = self.method.moved(self.variables["params"], self.groups)
         rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
         backbone = self.backbone.clone(parent=None, name=None)
@@ -386,7 +391,7 @@ _LACKING = '"Adapted" object has no attribute'
 
 
 class _NeverEqual:
-    """A value whose hash is another one each time."""
+    """A value with a new hash at each call, so that no two uses compare equal."""
 
     _counter = itertools.count()
 
@@ -399,23 +404,23 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
 
     Args:
       model: the adapted module.
-      backbone: what has the backbone's `params`; they are taken as they are, not copied.
-      key: of the adapters' initial values.
+      backbone: object with the backbone's `params`, which are used without a copy.
+      key: random key of the adapters' initial values.
       *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
 
     Returns:
       A nested dict of arrays.
 
     Raises:
-      ValueError: if `backbone.params` is not what `model.backbone` would initialise, or as
-        `Adapted` does.
+      ValueError: if `backbone.params` differ in names or shapes from those that `model.backbone`
+        initialises; or as `Adapted` does.
     """
     inputs = inputs or example_inputs(model.backbone)
     given = flatten_dict(backbone.params, sep="/")
     wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
     _check_backbone(given, flatten_dict(wanted, sep="/"))
 
-    @jax.jit  # what is not returned is not computed: the backbone is not initialised
+    @jax.jit  # leaves that are not returned are not computed: the backbone is not initialised
     def init(key: jax.Array) -> dict[str, jax.Array]:
         flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
         return {path: leaf for path, leaf in flat.items() if path not in given}
@@ -424,7 +429,8 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
     new = init(key)
     members = members_of(model.method)
     for path, leaf in new.items():
-        # A member's own norms and heads start as the backbone's are, not as they are initialised.
+        # A member's own norms and heads start with the values of the backbone, not with initial
+        # ones.
         if f"/{REPLACED}/" in path and (owned := own_path(members, path)) is not None:
             new[path] = jnp.broadcast_to(given[owned[1]], leaf.shape)
     for part in model.method.inserted():

@@ -1,4 +1,4 @@
-"""What backbones and hosts are called with and return."""
+"""The arguments and results of backbones and hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compacter_jax.sites import BEFORE, Role, Site
 
 
 def output_of(places: list[Placement], y: Any, path: str) -> int | None:
-    """Returns the index of what is adapted in what a host returns, None if it is all of it."""
+    """Returns the index of the adapted item in a host's result, or None for the whole result."""
     given = {place.site.output for place in places}
     if len(given) > 1:
         raise ValueError(
@@ -37,7 +37,7 @@ def output_of(places: list[Placement], y: Any, path: str) -> int | None:
 
 
 def with_item(y: Any, index: int, item: Any) -> Any:
-    """Returns a tuple or list with another item."""
+    """Returns a tuple or list with another item at an index."""
     items = [*y[:index], item, *y[index + 1 :]]
     return y._make(items) if hasattr(y, "_make") else type(y)(items)
 
@@ -45,20 +45,20 @@ def with_item(y: Any, index: int, item: Any) -> Any:
 def split_args(
     site: Site, context: Any, path: str, args: Any
 ) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """Splits what a host is called with, for a method that acts before it.
+    """Splits the arguments of a host, for a method that acts before it.
 
     Args:
-      site: where the method acts.
-      context: flax's, of the call.
-      path: of the host, `/`-joined.
-      args: what the host is called with.
+      site: site where the method acts.
+      context: flax's context of the call.
+      path: `/`-joined path of the host.
+      args: positional arguments of the host.
 
     Returns:
-      `(x, context, join_args)`: what is adapted, the residual or None, and a function that puts
-      what is adapted back among the arguments.
+      `(x, context, join_args)`: the adapted value, the residual or None, and a function that puts
+      the adapted value back among the arguments.
 
     Raises:
-      ValueError: if the host is not called as the role of the site wants it.
+      ValueError: if the call of the host does not fit the role of the site.
     """
     role = site.role
     _check_arguments(role, context, path, args)
@@ -74,7 +74,7 @@ def split_args(
 
 
 def _check_arguments(role: Role, context: Any, path: str, args: Any) -> None:
-    """Raises ValueError unless a host is called as its role wants it."""
+    """Raises ValueError if the call of a host does not fit its role."""
     fits = len(args) >= {"join": 2, "attend": 4, "positions": 2}.get(role, 1)
     if fits and role == "attend":
         arrays = all(isinstance(x, jax.Array) and x.ndim == 4 for x in args[1:3])
@@ -93,12 +93,12 @@ def _check_arguments(role: Role, context: Any, path: str, args: Any) -> None:
         )
 
 
-# Names under which backbones are told to be deterministic, or the opposite.
+# Arguments that make a backbone deterministic, or the opposite.
 SWITCHES = ("deterministic", "train", "training", "is_training", "enable_dropout")
 
 
 def is_deterministic(bound: inspect.BoundArguments) -> bool:
-    """Returns what the backbone is told, by position or by name; True if it takes no switch."""
+    """Returns True if dropout is off by the arguments, or the backbone takes no switch."""
     given = {
         parameter.name: parameter.default
         for parameter in bound.signature.parameters.values()
@@ -114,7 +114,7 @@ def is_deterministic(bound: inspect.BoundArguments) -> bool:
 
 
 def make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
-    """Lengthens a call's arguments by `count` tokens in front, whose embeddings are replaced."""
+    """Pads a call's arguments by `count` tokens in front, whose embeddings are replaced later."""
     ids = arguments.get("input_ids")
     if ids is not None:
         limit = getattr(config, "max_position_embeddings", None)
@@ -123,7 +123,7 @@ def make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
                 f"prompt_length={count} and {ids.shape[1]} tokens are more than the backbone's "
                 f"max_position_embeddings={limit}; truncate to {max(0, limit - count)} tokens"
             )
-    # Any token but padding, through whose embedding BERT sends no gradient.
+    # The filler may be any token but padding, because BERT sends no gradient through its embedding.
     token = 1 if getattr(config, "pad_token_id", None) == 0 else 0
     for name, filler in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 0)):
         if (array := arguments.get(name)) is not None:
@@ -134,10 +134,10 @@ def make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
 
 
 def repeat_rows(arguments: dict[str, Any], copies: int) -> int:
-    """Puts as many copies of a batch behind each other; what is one row for all stays one.
+    """Repeats a batch `copies` times; keeps arguments that do not have one row per row of it.
 
     Returns:
-      How many rows the batch has.
+      The number of rows of the batch.
     """
     rows = max(np.shape(x)[0] for x in jax.tree.leaves(arguments) if np.ndim(x))
 
@@ -151,14 +151,14 @@ def repeat_rows(arguments: dict[str, Any], copies: int) -> int:
 
 
 def apart(y: Any, copies: int) -> tuple[Any, ...]:
-    """Returns what was returned for each copy of a batch."""
+    """Splits a result into those of the copies of a batch."""
     leaves, structure = jax.tree.flatten(y)
     parts = zip(*(jnp.split(leaf, copies) for leaf in leaves), strict=True)
     return tuple(jax.tree.unflatten(structure, part) for part in parts)
 
 
 def is_own(backbone: nn.Module) -> bool:
-    """Returns whether a backbone is one of this library's, whose layers are known."""
+    """Returns True if a backbone is one of this library's, whose layers are known."""
     return any(cls.__module__.startswith("compacter_jax.models.") for cls in type(backbone).__mro__)
 
 
@@ -166,7 +166,7 @@ def example_inputs(backbone: Any) -> Any:
     """Returns example arguments of a call.
 
     Raises:
-      ValueError: if the backbone has none.
+      ValueError: if the backbone has no `dummy_inputs`.
     """
     if not hasattr(backbone, "dummy_inputs"):
         raise ValueError(

@@ -37,12 +37,12 @@ class Placement:
 
     @property
     def is_before(self) -> bool:
-        """Whether the layer acts before its host, on what the host is called with."""
+        """True if the method acts before its host, on the host's arguments."""
         return self.config.is_before(self.name, self.site)
 
 
 def both_at(one: Placement, other: Placement, path: str) -> str:
-    """Returns the message for two sites that are one host."""
+    """Returns the message for two sites that match the same host."""
     return (
         f"sites {one.name!r} and {other.name!r} are both {path or 'the model itself'}; "
         "name one of them"
@@ -50,7 +50,7 @@ def both_at(one: Placement, other: Placement, path: str) -> str:
 
 
 def descend(tree: Any, path: Path) -> Any:
-    """Returns the node of a tree to which names lead."""
+    """Returns the node of a tree to which the names lead."""
     return functools.reduce(lambda node, name: node[name], path, tree)
 
 
@@ -65,15 +65,15 @@ def _call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @dataclasses.dataclass
 class HostCall:
-    """One call of a host where a layer of one member acts; it is a `SiteCall`.
+    """One call of a host at which a layer of one member acts; it is a `SiteCall`.
 
     Attributes:
-      interceptor: what called the host.
-      place: the site, and the method that acts there.
-      context: flax's, of the call.
-      path: of the host, `/`-joined.
-      run_host: the host itself.
-      args: what the host is called with.
+      interceptor: interceptor of the call.
+      place: placement with the site and the method.
+      context: flax's context of the call.
+      path: `/`-joined path of the host.
+      run_host: function that runs the host.
+      args: positional arguments of the host.
     """
 
     interceptor: Interceptor
@@ -85,7 +85,7 @@ class HostCall:
 
     @property
     def name(self) -> str:
-        """The name of the site."""
+        """Name of the site."""
         return self.place.name
 
     @property
@@ -95,22 +95,22 @@ class HostCall:
 
     @property
     def config(self) -> InsertedConfig:
-        """The method that acts."""
+        """Method that acts at the site."""
         return self.place.config
 
     @property
     def host(self) -> nn.Module:
-        """The module that is called."""
+        """Module that is called."""
         return self.context.module
 
     @property
     def deterministic(self) -> bool:
-        """Whether dropout is off."""
+        """True if dropout is off."""
         return self.interceptor.deterministic
 
     @property
     def needs_plain(self) -> bool:
-        """Whether some rows may be those of the backbone without an adapter."""
+        """True if some rows may need the result of the backbone without an adapter."""
         return self.place.member.bank is not None
 
     def run(self, *args: Any) -> Any:
@@ -148,7 +148,7 @@ class HostCall:
         host, pushed = self.host, self.interceptor.pushed
         assert host.scope is not None
         member = self.place.member.path
-        # A second call of the same host shares its adapter's parameters.
+        # A second call of the same host shares the parameters of its adapter.
         key = (host.scope, member)
         if key in pushed:
             return pushed[key]
@@ -160,16 +160,16 @@ class HostCall:
             return pushed[key]
         if host.scope.name_reserved(ADAPTER):
             raise ValueError(NAME_TAKEN.format(self.path))
-        # A method other than a call is a part of a compact call.
+        # A method other than `__call__` runs as a part of a compact call.
         compact = hasattr(self.context.orig_method, "compact")
         if compact or self.place.site.method != "__call__":
             return create(name=ADAPTER)
-        # A setup-style host allows no submodules in its call, so the scope is made by hand.
+        # A setup-style host allows no submodules in its call, so the scope is created by hand.
         pushed[key] = create(parent=host.scope.push(ADAPTER))
         return pushed[key]
 
     def _params(self, init: Callable[[jax.Array], Any]) -> Any:
-        """Returns a layer's parameters, made by `init` while the model is initialised."""
+        """Returns the parameters of a layer; `init` creates them while the model is initialised."""
         host, member = self.host, self.place.member.path
         owner = self.interceptor.owners.setdefault((host.scope, member), self.place)
         if owner is not self.place:
@@ -207,7 +207,7 @@ class HostCall:
         if routing.mix is None and not member.bank.allows_unadapted_rows:
             call = call._replace(plain=None)
         key = self._dropout_key(call)
-        layer = BankedLayer(_foldable(create), params, routing, shared, key)
+        layer = BankedLayer(_with_per_row(create), params, routing, shared, key)
         with self.interceptor.paused():
             return layer(call)
 
@@ -230,29 +230,29 @@ def _holds(stored: Mapping[str, Any], member: Path) -> bool:
     return True
 
 
-def _foldable(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Returns `create` with an argument `folded`, for layers that have such an attribute."""
+def _with_per_row(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Returns `create` with an argument `per_row`, which layers without this field ignore."""
 
-    def make(*, folded: bool = False) -> nn.Module:
+    def make(*, per_row: bool = False) -> nn.Module:
         layer = create(parent=None)
-        return layer.clone(folded=folded) if hasattr(layer, "folded") else layer
+        return layer.clone(per_row=per_row) if hasattr(layer, "per_row") else layer
 
     return make
 
 
 @dataclasses.dataclass
 class AveragedHostCall(HostCall):
-    """The call of a host where the members of `AverageMaps` act, as one dense layer.
+    """One call of a host at which the members of `AverageMaps` act as one dense layer.
 
     Attributes:
-      members: with their weights.
+      members: pairs of a member's weight and its call.
     """
 
     members: tuple[tuple[float, HostCall], ...] = ()
 
     @classmethod
     def of(cls, weights: Mapping[str, float], calls: Mapping[Path, HostCall]) -> AveragedHostCall:
-        """Makes one call of those of an average's members, by their paths."""
+        """Combines the calls of an average's members, by their paths, into one."""
         members = tuple((weights[path[-1]], one) for path, one in calls.items())
         first = next(iter(calls.values()))
         return cls(
@@ -266,7 +266,7 @@ class AveragedHostCall(HostCall):
         )
 
     def _called(self, create: functools.partial[nn.Module], call: LayerCall) -> Any:
-        """Runs one layer; what the members share is built into their maps."""
+        """Runs one layer; parameters that members share are built into their maps."""
         settings = create.keywords
         maps = []
         for weight, member in self.members:

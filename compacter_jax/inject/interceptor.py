@@ -1,4 +1,4 @@
-"""The interceptor behind `Adapted`: which host is a site, and what a method does there."""
+"""The interceptor behind `Adapted`: it finds the hosts that are sites and runs methods there."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ Run = Callable[..., Any]
 
 
 class Interceptor:
-    """The interceptor: runs the host, and layers inside the host's scope.
+    """An interceptor that runs the host, and layers of methods inside the host's scope.
 
     Attributes:
-      method: of the model; a composition or a single method.
+      method: method of the model; a composition or a single method.
       places: the placements: which method acts at which site.
-      routings: path of each bank of a composition -> which rows use which of its members.
-      hosts: the hosts of a composition's members, in the order in which a `mix` may list them.
-      batch: how many rows the model is called with, where the backbone has copies of them; None
-        where it has them as they are.
-      groups: of the model.
+      routings: path of each bank of a composition -> `Routing` of its members.
+      hosts: hosts of a composition's members, in the order of a `mix` by site.
+      batch: number of rows that the model is called with, if the backbone runs on copies of the
+        rows; otherwise None.
+      groups: `groups` of the model.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Interceptor:
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         host = context.module
         path = "/".join(host.path[self.depth :])
-        # A class that calls super().__call__ comes twice, and so do modules within one whose scope
-        # they share: the outer call is the host's.
+        # flax intercepts a class that calls super().__call__ twice; the same holds for modules
+        # within a host that share its scope. The outer call is the host's.
         call = (path, context.method_name)
         if self.is_paused or call in self.running:
             return next_fun(*args, **kwargs)
@@ -106,7 +106,7 @@ class Interceptor:
         return self._around(places, context, path, run, args)
 
     def _check_alone(self, call: Any, host: nn.Module, path: str) -> None:
-        """Raises ValueError if a host shares its scope with another one that has been called."""
+        """Raises ValueError if a host shares its scope with another host that was called."""
         other = self.called.setdefault(call, host)
         if (type(other), other.name) != (type(host), host.name):
             raise ValueError(
@@ -116,7 +116,7 @@ class Interceptor:
             )
 
     def _places(self, path: str, method: str) -> list[Placement]:
-        """Returns the placements at a path, one of each member, and notes layers left out."""
+        """Returns the placements at a path, one per member, and records the layers left out."""
         found: dict[Path, Placement] = {}
         for place in self.places:
             if place.site.method != method or not (match := place.pattern.fullmatch(path)):
@@ -154,7 +154,7 @@ class Interceptor:
     def _acts(
         self, places: list[Placement], context: Any, path: str, run: Run, args: Any
     ) -> dict[Path, Act]:
-        """Returns what each member does; the members of `AverageMaps` do one thing together."""
+        """Returns the effect of each member; the members of `AverageMaps` have one together."""
         calls = {
             place.member.path: HostCall(self, place, context, path, run, args) for place in places
         }
@@ -176,9 +176,9 @@ class Interceptor:
         }
 
     def check(self) -> None:
-        """Raises ValueError if a site matched no module or a layer to leave out does not exist."""
+        """Raises ValueError if a site matched no module, or a layer to leave out does not exist."""
         for place in self.places:
-            if place.site.role == "positions":  # some layers have them, none need to
+            if place.site.role == "positions":  # a layer may lack them
                 continue
             if not place.matched_layers:
                 raise ValueError(
@@ -200,7 +200,7 @@ class Interceptor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Pauses the interceptor: the calls within are those of layers, not of hosts."""
+        """Pauses the interceptor, so that calls within are those of layers instead of hosts."""
         before, self.is_paused = self.is_paused, True
         try:
             yield
@@ -208,7 +208,7 @@ class Interceptor:
             self.is_paused = before
 
     def open(self, host: nn.Module, path: str, member: Path) -> Any:
-        """Opens the scope of a composition's member under a host, made by hand."""
+        """Opens the scope of a composition's member under a host, created by hand."""
         scope = host.scope
         assert scope is not None
         if scope not in self.opened and scope.name_reserved(ADAPTER):
@@ -219,7 +219,7 @@ class Interceptor:
         return scope
 
     def route(self, host: str, bank: Path, rows: int) -> Routing:
-        """Returns which rows use which members of a bank at a host, both by their paths."""
+        """Returns the routing of a bank at a host, both by their paths."""
         routing = self.routings[bank]
         if routing.occupied is None:  # the model is being initialised
             occupied = jnp.ones(routing.bank.size, bool)
@@ -231,7 +231,7 @@ class Interceptor:
                 f"mix has shape {mix.shape}, but the bank acts at {len(self.hosts)} sites; "
                 "mixing_sites(params) lists them"
             )
-        # Each member of a `Parallel` within another sees some of the copies of the batch.
+        # A member of a `Parallel` within another `Parallel` sees some of the copies of the batch.
         batch = rows if self.batch is None else self.batch
         return routing.at(self.hosts.index(host), rows, batch)
 
@@ -270,7 +270,7 @@ class Interceptor:
             return replacements.run_with(host, own, leaves, x)
 
     def _replacing(self, own: Mapping[str, Any], path: str) -> dict[str, list[Member]]:
-        """Returns the members that have leaves in place of a host's `own`, by the leaves' names."""
+        """Returns name of a leaf -> members that replace this leaf of a host's `own`."""
         replacing: dict[str, list[Member]] = {}
         for name, leaf in own.items():
             whole = f"{path}/{name}" if path else name

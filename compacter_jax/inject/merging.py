@@ -1,4 +1,4 @@
-"""Merging: the backbone's weights with an adapter's in them."""
+"""Merging of adapters into the backbone's weights."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
     """Merges a weight-space method into the backbone's parameters.
 
-    `model.backbone` with them computes what `model` does, to rounding, at no cost beyond its own;
-    `save_backbone` writes them.
+    `model.backbone` with the result computes the same as `model`, up to rounding, at no cost beyond
+    its own. `save_backbone` can write the result.
 
     Args:
-      model: the adapted module: LoRA, IA3, BitFit on a backbone with biases of its own, several
-        of these at once, intrinsic dimension, or full fine-tuning.
-      params: its parameters; or all of them with one more axis, as after replicating for pmap,
-        which the result has then too.
+      model: adapted module: LoRA, IA3, BitFit on a backbone with its own biases, several of these
+        at once, intrinsic dimension, or full fine-tuning.
+      params: parameters of the model; or all of them with one more axis, as after replicating for
+        pmap, which the result then has too.
       *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
 
     Returns:
-      A nested dict of arrays, as `model.backbone` has them.
+      A nested dict of arrays, the parameters of `model.backbone`.
 
     Raises:
-      ValueError: if the method is none that weights of the backbone can express; it says why. Or if
-        the backbone is of int8, `params` are not those of the model, or a host is of a class whose
-        kernel may lie in another way than those of `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum`.
+      ValueError: if weights of the backbone cannot express the method, and then the message says
+        why; if the backbone is of int8; if `params` are not those of the model; or if the kernel of
+        a host may have another layout than those of `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum`.
     """
     if check_params(model, params, "merging an adapter", stacked=True):
         return jax.vmap(lambda one: merge_adapter(model, one, *inputs))(params)
@@ -57,7 +57,7 @@ def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
 
 
 def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]:
-    """Returns what the hosts of adapters compute, by path.
+    """Returns path -> `Linear` of the hosts of adapters.
 
     Raises:
       ValueError: for a class that is not known.
@@ -83,7 +83,7 @@ def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]
 def _merge_parts(
     parts: list[InsertedConfig], sites_of: SitesOf, params: Any, hosts: Mapping[str, Linear]
 ) -> Any:
-    """Returns the backbone's parameters with all parts merged: a host has one part's."""
+    """Returns the backbone's parameters with all parts merged; a host belongs to one part."""
     patterns = [(compiled(site.host), part) for part in parts for site in sites_of(part).values()]
 
     def part_at(host: str) -> InsertedConfig:
@@ -109,7 +109,7 @@ def _merge_parts(
 
 
 def has_narrow_kernels(params: Mapping[str, Any]) -> bool:
-    """Returns whether kernels of the backbone have fewer bits than float32."""
+    """Returns True if kernels of the backbone have fewer bits than float32."""
     kernels = [
         leaf
         for path, leaf in flatten_dict(params).items()

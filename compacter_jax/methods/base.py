@@ -1,4 +1,4 @@
-"""What every method answers: which groups it trains, where it acts, how it is merged."""
+"""The interface of methods: the groups they train, the sites where they act, and their merging."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compacter_jax.hosts import Linear
     from compacter_jax.nn.dense import Dtype, ParamFunction
 
-# The sites of a backbone where a part of a method acts, by name.
+# A function that returns the sites of a backbone where a part of a method acts, by name.
 SitesOf = Callable[["InsertedConfig"], Mapping[str, Site]]
 
 
@@ -28,8 +28,8 @@ class SiteCall(Protocol):
     """One call of a host, as a method sees it.
 
     Attributes:
-      args: what the host is called with.
-      path: of the host, `/`-joined.
+      args: positional arguments of the host.
+      path: `/`-joined path of the host.
     """
 
     args: Any
@@ -37,7 +37,7 @@ class SiteCall(Protocol):
 
     @property
     def name(self) -> str:
-        """The name of the site."""
+        """Name of the site."""
 
     @property
     def site(self) -> Site:
@@ -45,18 +45,18 @@ class SiteCall(Protocol):
 
     @property
     def host(self) -> Any:
-        """The module that is called."""
+        """Module that is called."""
 
     @property
     def deterministic(self) -> bool:
-        """Whether dropout is off."""
+        """True if dropout is off."""
 
     @property
     def needs_plain(self) -> bool:
-        """Whether some rows may be those of the backbone without an adapter."""
+        """True if some rows may need the result of the backbone without an adapter."""
 
     def run(self, *args: Any) -> Any:
-        """Runs the host, which a method that acts before it may have to do by itself."""
+        """Runs the host; a method that acts before the host may have to do this itself."""
 
     def layer(
         self,
@@ -71,16 +71,16 @@ class SiteCall(Protocol):
         """Calls a layer of the method in the scope of the host.
 
         Args:
-          cls: of the layer, `cls(*args, dtype=…, param_dtype=…)`.
-          like: an array; the layer computes in its dtype.
-          *args: what the layer is made with.
-          inputs: arrays `[rows, …]` that the layer is called with.
-          plain: what stands in place of the result in rows without an adapter, None for nothing.
+          cls: constructor of the layer, `cls(*args, dtype=…, param_dtype=…)`.
+          like: array whose dtype the layer computes in.
+          *args: arguments of the constructor.
+          inputs: positional arguments of the layer, arrays `[rows, …]`.
+          plain: value of the result in rows without an adapter; None if there is none.
           call_layer: `call_layer(layer, *inputs, **kwargs)`; by default the layer's `__call__`.
-          **kwargs: what the layer is called with by name; arrays are `[rows, …]`.
+          **kwargs: keyword arguments of the layer; arrays are `[rows, …]`.
 
         Raises:
-          ValueError: if `like` is no array, or the host has something named as adapters are.
+          ValueError: if `like` is not an array, or the host already has the name of the adapters.
         """
 
     def hiding(self, count: int, key: Array, axis: int) -> tuple[Array, ...]:
@@ -89,25 +89,25 @@ class SiteCall(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """The base of every method: what it trains beside what it inserts.
+    """The base of every method: the parameters that it trains beside those that it inserts.
 
     Attributes:
-      train_layer_norms: train the backbone's layer norms too. The paper does for every method
-        (arXiv:2106.04647, section 5.1), AdapterHub does not.
-      train_head: train the task's head. A pre-trained language-modelling head stays frozen.
-      train_pooler: train the pooler of an encoder that has one.
+      train_layer_norms: True to train the backbone's layer norms too. The Compacter paper does so
+        for every method (arXiv:2106.04647, section 5.1); AdapterHub does not.
+      train_head: True to train the task's head. A pre-trained language-modelling head stays frozen.
+      train_pooler: True to train the pooler of an encoder that has one.
     """
 
     kind: ClassVar[str] = ""
-    # Of the fields that the class declares, where they are listed as flags.
+    # Heading of the class's own fields in a list of flags.
     heading: ClassVar[str] = "in place of the preset's values, for any method"
-    # Groups that the method trains whatever its fields say.
+    # Groups that the method trains, independently of its fields.
     own_groups: ClassVar[frozenset[str]] = frozenset({"adapters"})
-    # Groups that a backbone may lack without that being a mistake.
+    # Groups that a backbone may lack without an error.
     optional_groups: ClassVar[frozenset[str]] = frozenset({"head"})
-    # The method trains all of the backbone, so that no head can be forgotten.
+    # True if the method trains the whole backbone, so that no head can be forgotten.
     trains_backbone: ClassVar[bool] = False
-    # The method moves the backbone's parameters as a whole, see `moved`.
+    # True if the method moves the backbone's parameters as a whole, see `moved`.
     moves_backbone: ClassVar[bool] = False
 
     train_layer_norms: bool = False
@@ -118,7 +118,7 @@ class MethodConfig:
         """Returns a copy with `overrides`.
 
         Raises:
-          ValueError: for a field that the method does not have, or a value that cannot work.
+          ValueError: for a field that the method does not have, or an invalid value.
         """
         known = [field.name for field in dataclasses.fields(self)]
         for name in overrides:
@@ -137,22 +137,22 @@ class MethodConfig:
             )
 
     def needs_token_ids(self) -> bool:
-        """Returns whether the method starts from embeddings of tokens that are still to be named.
+        """Returns True if the prompt starts from embeddings of tokens that are not named yet.
 
-        They are the field `prompt_token_ids`, at most `extra_tokens` ids.
+        These tokens are the field `prompt_token_ids`, at most `extra_tokens` ids.
         """
         return False
 
     def inserted(self) -> tuple[InsertedConfig, ...]:
-        """Returns what the method inserts: itself, its parts, those of all members, or nothing."""
+        """Returns the inserted methods: itself, its parts, those of all members, or none."""
         return ()
 
     def trained_inserted_groups(self) -> set[str]:
-        """Returns the groups of what the method itself brings, as far as they are trained."""
+        """Returns the groups of the method's own parameters that are trained."""
         return set(self.own_groups)
 
     def trained_groups(self) -> set[str]:
-        """Returns the groups of `GROUPS` that are trained whole; see `trains_biases` for others."""
+        """Returns the groups of `GROUPS` that are trained whole; `trains_biases` adds to them."""
         choices = {
             "layer norms": self.train_layer_norms,
             "head": self.train_head,
@@ -162,33 +162,33 @@ class MethodConfig:
         return self.trained_inserted_groups() | chosen
 
     def trains_biases(self) -> bool:
-        """Returns whether the backbone's own biases are trained."""
+        """Returns True if the method trains the backbone's own biases."""
         return any(part.trains_biases() for part in self.inserted())
 
     def unmergeable(self, sites_of: SitesOf) -> str | None:
-        """Returns why weights of the backbone cannot express the method, None if they can.
+        """Returns why weights of the backbone cannot express the method, or None if they can.
 
         Args:
-          sites_of: the sites of the backbone where a part acts.
+          sites_of: function that returns the sites of the backbone where a part acts.
         """
         del sites_of
         return None
 
     def without_adapters(self) -> MethodConfig:
-        """Returns the method of a model whose backbone has the adapter merged into it."""
+        """Returns the method of a model after its adapter was merged into the backbone."""
         return FullFineTuningConfig()
 
     def precomputed(
         self, params: Mapping[str, Any], sites_of: SitesOf
     ) -> tuple[MethodConfig, Mapping[str, Any]]:
-        """Computes once what depends on parameters alone, for decoding.
+        """Computes values that depend on the parameters alone once, for decoding.
 
         Args:
-          params: of a model of the method.
-          sites_of: the sites of the backbone where a part acts.
+          params: parameters of a model of the method.
+          sites_of: function that returns the sites of the backbone where a part acts.
 
         Returns:
-          A method that computes the same from the parameters returned; both as given if there is
+          A method and parameters that compute the same result; the arguments themselves if there is
           nothing to compute.
         """
         del sites_of
@@ -197,26 +197,26 @@ class MethodConfig:
     def own_params(
         self, param: ParamFunction, paths: list[str], groups: Groups | None, dtype: Dtype
     ) -> dict[str, Any]:
-        """Creates what a method that moves the backbone trains, at the top of the tree.
+        """Creates the trained parameters of a method that moves the backbone, at the tree's top.
 
         Args:
           param: the model's `param` method.
-          paths: `/`-joined, of all parameters of the model.
+          paths: `/`-joined paths of all parameters of the model.
           groups: names of the head, norms and pooler, as in `Adapted`.
-          dtype: of the parameters.
+          dtype: dtype of the parameters.
         """
         del param, paths, groups, dtype
         return {}
 
     def moved(self, params: Mapping[str, Any], groups: Groups | None) -> Any:
-        """Returns the backbone's parameters as the method moves them, given those of the model."""
+        """Returns the parameters of the backbone after the method has moved them."""
         del groups
         return params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullFineTuningConfig(MethodConfig):
-    """Full fine-tuning: every parameter of the backbone and its head; nothing is inserted."""
+    """Full fine-tuning of every parameter of the backbone and its head, with nothing inserted."""
 
     kind: ClassVar[str] = "full"
     own_groups: ClassVar[frozenset[str]] = frozenset({"backbone"})
@@ -232,24 +232,25 @@ class InsertedConfig(MethodConfig):
     """The base of every method that acts at sites of the backbone.
 
     Attributes:
-      sites: where the method acts, names from the backbone's table of sites.
-      leave_out: indices of layers in which it does not.
+      sites: names of sites where the method acts, from the backbone's table of sites.
+      leave_out: indices of layers in which the method does not act.
     """
 
     heading: ClassVar[str] = "for methods that act at sites"
-    # Roles of sites where the method can act.
+    # Roles of the sites where the method can act.
     roles: ClassVar[tuple[Role, ...]] = ()
-    # The sites named by default are passed over in a backbone that does not have them.
+    # True if the default sites are skipped in a backbone that lacks them.
     skips_missing_sites: ClassVar[bool] = False
-    # Why a backbone needs none of the sites, for a message about `leave_out`; None if it needs one.
+    # Why a backbone may have none of the sites, for a message about `leave_out`; None if it must
+    # have one.
     needs_no_site: ClassVar[str | None] = None
-    # Layers share parameters with those of the same site alone, see `shared`.
+    # True if layers share parameters only with layers of the same site, see `shared`.
     shares_by_site: ClassVar[bool] = False
-    # The layers add positions to attend to.
+    # True if the layers add positions to attend to.
     adds_tokens: ClassVar[bool] = False
-    # The update can be merged into kernels, see `merged`.
+    # True if the update can be merged into kernels, see `merged`.
     moves_kernels: ClassVar[bool] = False
-    # Every layer equals a dense one of the same class, see `dense_equivalent`.
+    # True if every layer equals a dense layer of the same class, see `dense_equivalent`.
     has_dense_equivalent: ClassVar[bool] = False
 
     sites: tuple[str, ...] = ()
@@ -270,22 +271,22 @@ class InsertedConfig(MethodConfig):
         return (self,)
 
     def trains_biases(self) -> bool:
-        """Returns whether the backbone's own biases are trained."""
+        """Returns True if the method trains the backbone's own biases."""
         return False
 
     def all_sites(self) -> tuple[str, ...]:
-        """Returns every site the method acts at."""
+        """Returns every site where the method acts."""
         return self.sites
 
     def check_site(self, name: str, site: Site) -> None:
-        """Checks that the method can act at a site, and in the way its fields say.
+        """Checks that the method can act at a site, with the values of its fields.
 
         Args:
-          name: of the site.
+          name: name of the site.
           site: the site.
 
         Raises:
-          ValueError: if it cannot.
+          ValueError: if the method cannot act there.
         """
         if site.role not in self.roles:
             raise ValueError(
@@ -301,39 +302,39 @@ class InsertedConfig(MethodConfig):
             )
 
     def is_before(self, site_name: str, site: Site) -> bool:
-        """Returns whether the method acts on the host's arguments, not on its result."""
+        """Returns True if the method acts on the host's arguments instead of its result."""
         del site_name
         return site.is_before
 
     def companions(self, site: Site) -> tuple[Site, ...]:
-        """Returns the sites where the method acts too if it acts at `site`."""
+        """Returns the further sites where the method acts if it acts at `site`."""
         del site
         return ()
 
     def shared(
         self, param: ParamFunction, width: int | None, sites: list[str], dtype: Dtype
     ) -> dict[str, Any]:
-        """Creates what the layers of the method share.
+        """Creates the parameters that the layers of the method share.
 
         Args:
-          param: the `param` method of the module that owns it.
-          width: of the backbone's hidden states, None if it does not say.
+          param: the `param` method of the module that owns them.
+          width: width of the backbone's hidden states, None if the backbone does not say.
           sites: names of the sites where the method acts.
-          dtype: of the parameters.
+          dtype: dtype of the parameters.
 
         Returns:
-          Keyword arguments of a layer; where `shares_by_site`, a value of `hidden` for each site.
+          Keyword arguments of a layer; with `shares_by_site`, a value of `hidden` for each site.
         """
         del param, width, sites, dtype
         return {}
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:
-        """Adapts what a host is called with or returns.
+        """Adapts the arguments or the result of a host.
 
         Args:
-          call: one call of a host.
-          x: what is adapted; of the host's arguments if the method acts before it.
-          context: what else is read: the residual, or the host's input.
+          call: one call of the host.
+          x: adapted value; from the host's arguments if the method acts before the host.
+          context: further value that the method reads: the residual, or the host's input.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -343,15 +344,15 @@ class InsertedConfig(MethodConfig):
         """Returns new leaves whose initial values depend on the backbone's parameters.
 
         Args:
-          backbone: the module.
-          given: its parameters, by `/`-joined path.
-          new: freshly initialised adapters, likewise.
+          backbone: module of the backbone.
+          given: parameters of the backbone, by `/`-joined path.
+          new: freshly initialised adapters, by `/`-joined path.
         """
         del backbone, given, new
         return {}
 
     def unmergeable(self, sites_of: SitesOf) -> str | None:
-        """Returns why weights of the backbone cannot express the method, None if they can."""
+        """Returns why weights of the backbone cannot express the method, or None if they can."""
         del sites_of
         return None if self.moves_kernels else "it adds more than weights"
 
@@ -361,10 +362,10 @@ class InsertedConfig(MethodConfig):
         """Returns the host's leaves that change when the method is merged into them.
 
         Args:
-          host: the leaves of a linear layer.
-          own: the adapter's parameters there.
-          linear: the layout of its kernel.
-          path: of the host, for messages.
+          host: leaves of a linear layer.
+          own: parameters of its adapter.
+          linear: layout of its kernel.
+          path: path of the host, for messages.
 
         Raises:
           ValueError: if the kernel cannot hold the update.
@@ -373,42 +374,42 @@ class InsertedConfig(MethodConfig):
 
     @property
     def extra_tokens(self) -> int:
-        """Number of input tokens for which the method makes room in front of a sequence."""
+        """Number of input tokens that the method reserves in front of a sequence."""
         return 0
 
     @property
     def allows_unadapted_rows(self) -> bool:
-        """Whether rows of a batch can be without the adapter while others have it."""
+        """True if some rows of a batch can be without the adapter while others have it."""
         return True
 
     @property
     def replaces_residual(self) -> bool:
-        """Whether the layer's result takes the place of the sub-layer's, residual included."""
+        """True if the layer's result replaces the sub-layer's result, residual included."""
         return False
 
     @property
     def rule(self) -> str | None:
-        """Whose the rule of Kronecker products is, "shared" or "own"; None if there is none."""
+        """Owner of the rule of Kronecker products, "shared" or "own"; None if there is no rule."""
         return None
 
     @property
     def owns_top_names(self) -> bool:
-        """Whether the method's shared parameters have fixed names at the top of the tree."""
+        """True if the method's shared parameters have fixed names at the top of the tree."""
         return False
 
     def map_signature(self) -> Any:
-        """Returns what members of an average of maps must agree in."""
+        """Returns the value in which all members of an average of maps must agree."""
         return self.kind
 
     def dense_equivalent(self) -> Any:
-        """Returns the method whose dense layers compute the same, where there is one."""
+        """Returns the method whose dense layers compute the same, if there is one."""
         raise NotImplementedError(type(self).__name__)
 
     def dense_params(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the parameters of the dense layer that equals one of the method's.
 
         Args:
-          own: the layer's parameters.
-          shared: what it is called with that others share, see `shared`.
+          own: parameters of the layer.
+          shared: keyword arguments of the layer that other layers share, see `shared`.
         """
         raise NotImplementedError(type(self).__name__)

@@ -1,4 +1,4 @@
-"""BitFit: the biases of the backbone, or new ones where it has none."""
+"""BitFit: trained biases of the backbone, or new ones if it has none."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from compacter_jax.sites import Role
 
 
 class AddedBias(nn.Module):
-    """`x + bias`, `bias` `[width]` initially zero: for BitFit where there is no bias to train.
+    """A new bias `[width]`, initially zero, for BitFit at hosts that have no bias to train.
 
     Attributes:
-      dtype: of the computation; None promotes as flax does.
-      param_dtype: of the parameter.
+      dtype: dtype of the computation; None promotes as flax does.
+      param_dtype: dtype of the parameter.
     """
 
     dtype: Dtype | None = None
@@ -35,7 +35,7 @@ class AddedBias(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFitConfig(InsertedConfig):
-    """Train the biases of the backbone, or new ones where it has none.
+    """Trained biases of the backbone, or new ones if it has none.
 
     Attributes:
       sites: linear layers, norms and logits that get a new bias, initially zero.
@@ -52,7 +52,7 @@ class BitFitConfig(InsertedConfig):
     needs_no_site: ClassVar[str | None] = (
         "has biases of its own, and BitFit trains them all; leave_out is for new ones"
     )
-    # Where a backbone has biases, nothing is added.
+    # The method adds nothing to a backbone that has biases.
     optional_groups: ClassVar[frozenset[str]] = frozenset({"head", "adapters"})
 
     sites: tuple[str, ...] = ("linear", "norm", "logits")
@@ -62,7 +62,7 @@ class BitFitConfig(InsertedConfig):
         return True
 
     def unmergeable(self, sites_of: SitesOf) -> str | None:
-        """Returns why new biases cannot be merged; None if the backbone has biases of its own."""
+        """Returns why new biases cannot be merged, or None if the backbone has its own biases."""
         new = "its biases are new, and the backbone's architecture has no place for them"
         return new if sites_of(self) else None
 

@@ -21,19 +21,19 @@ from compacter_jax.sites import Role, Site
 
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
 FACTOR_INITS = WEIGHT_INITS[:3]
-# Fields that have no part in what a trained bottleneck computes.
+# Fields that do not affect the function of a trained bottleneck.
 _INITIAL = ("w_init", "w_init_range", "train_layer_norms", "train_head", "train_pooler")
 
 
 class LowRankLinear(nn.Module):
-    """`x @ left @ right + bias`.
+    """A linear layer with a low-rank weight, `x @ left @ right + bias`.
 
     Attributes:
       features: width of the output.
-      rank: of the weight `left @ right`.
+      rank: rank of the weight `left @ right`.
       factor_init: initialiser of each factor.
-      dtype: of the computation; None promotes as flax does.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation; None promotes as flax does.
+      param_dtype: dtype of the parameters.
 
     References:
       arXiv:2106.04647, section 5.2.
@@ -60,10 +60,10 @@ class Bottleneck(nn.Module):
     """A bottleneck adapter: `x + scaling * up(act(down(x)))`.
 
     Attributes:
-      config: sizes, activation and initial values; dense or PHM projections by its class.
-      dtype: of the computation; None promotes as flax does.
-      param_dtype: of the parameters.
-      folded: never build the weights of PHM projections, as in `PHMLinear`.
+      config: sizes, activation and initial values; its class decides on dense or PHM projections.
+      dtype: dtype of the computation; None promotes as flax does.
+      param_dtype: dtype of the parameters.
+      per_row: True to never build the weights of PHM projections, as in `PHMLinear`.
 
     References:
       arXiv:2106.04647, section 3.2; arXiv:1902.00751.
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
     config: BottleneckConfig
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    folded: bool = False
+    per_row: bool = False
 
     @nn.compact
     def __call__(
@@ -88,12 +88,12 @@ class Bottleneck(nn.Module):
         """Adapts hidden states.
 
         Args:
-          x: `[..., width]`.
-          skip: what the adapter's output is added to, `[..., width]`; by default `x`.
-          rule: `[n, n, n]`, where the model shares one.
-          down_blocks: blocks of the projection `down`, where the model shares them.
-          up_blocks: those of `up`.
-          deterministic: no dropout; otherwise the rng stream `dropout` is used.
+          x: hidden states, `[..., width]`.
+          skip: array that the adapter's output is added to, `[..., width]`; by default `x`.
+          rule: the rule `[n, n, n]`, if the model shares one.
+          down_blocks: blocks of the projection `down`, if the model shares them.
+          up_blocks: blocks of the projection `up`, if the model shares them.
+          deterministic: True for no dropout; False uses the rng stream `dropout`.
 
         Returns:
           `[..., width]`.
@@ -115,8 +115,8 @@ class Bottleneck(nn.Module):
         return (x if skip is None else skip) + config.scaling * h
 
     def _layer_norm(self, name: str) -> nn.LayerNorm:
-        # As PyTorch's, which the reference implementation uses; the fast variance cancels where
-        # hidden states have a few large entries.
+        # The layer norm equals PyTorch's, which the reference implementation uses. The fast
+        # variance cancels if hidden states have a few large entries.
         return nn.LayerNorm(
             epsilon=1e-5,
             use_fast_variance=False,
@@ -129,12 +129,12 @@ class Bottleneck(nn.Module):
         self, features: int, name: str, x: Array, rule: Array | None, blocks: phm.Blocks | None
     ) -> Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        project = self.config.projection(features, name, folded=self.folded, **dtypes)
+        project = self.config.projection(features, name, per_row=self.per_row, **dtypes)
         return project(x, rule, blocks)
 
 
 def dense_init(config: BottleneckConfig, name: str) -> phm.Initializer:
-    """Initialiser of the dense projection `down` or `up`: as for one block, over all of it."""
+    """Returns the initialiser of the dense projection `down` or `up`, drawn as one block."""
     if config.w_init == "lora":
         return linear_init if name == "down" else nn.initializers.zeros
     init = phm.blocks_init(config.w_init, config.w_init_range)
@@ -146,26 +146,30 @@ class BottleneckConfig(InsertedConfig):
     """A bottleneck adapter, `x + scaling * up(act(down(x)))`, with dense projections.
 
     Attributes:
-      reduction_factor: the bottleneck is `width // reduction_factor` wide.
+      reduction_factor: divisor of the width; the bottleneck is `width // reduction_factor` wide.
       non_linearity: the activation: gelu, gelu_10, gelu_accurate, gelu_fast, gelu_new, gelu_python,
         gelu_python_tanh, gelu_pytorch_tanh, leaky_relu, linear, mish, quick_gelu, relu, relu2,
         relu6, sigmoid, silu, swish or tanh.
       w_init: distribution of the projections' initial weights; one of `WEIGHT_INITS`. The Glorot
-        kinds have gain sqrt(2), as the authors of Compacter use; `lora` starts `up` at zero, for
-        dense projections and LoRA alone.
+        distributions have gain sqrt(2), as the authors of Compacter use. With `lora`, the
+        projection `up` is initially zero; it is for dense projections alone.
       w_init_range: standard deviation of `w_init="normal"`.
-      scaling: factor on the adapter's output.
-      dropout: rate on the method's output before it is added.
-      layer_norm_before: a layer norm of the adapter's own, on its input.
-      layer_norm_after: a layer norm of the adapter's own, on its output before the skip connection.
-      parallel: the adapter reads the sub-layer's input (at the sites `residual_...`, its residual)
-        and is added to the sub-layer's output; for the sites `parallel_...` and `residual_...`.
-      original_ln_before: at the sites `residual_...`, the adapter reads the sub-layer's output with
-        its residual added and, in a backbone that normalises after, normalised.
-      original_ln_after: at the sites `residual_...`, residual and norm of the sub-layer follow the
-        adapter; otherwise its output is the sub-layer's.
-      residual_before_ln: with `original_ln_before`, the adapter's skip connection starts before
-        residual and norm are applied; False: after both; `post_add`: between the two, at the sum.
+      scaling: factor of the adapter's output.
+      dropout: dropout rate of the adapter's output, before it is added.
+      layer_norm_before: True for an own layer norm on the adapter's input.
+      layer_norm_after: True for an own layer norm on the adapter's output, before the skip
+        connection.
+      parallel: True if the adapter reads the sub-layer's input (at the sites `residual_...`, its
+        residual) and is added to the sub-layer's output; for the sites `parallel_...` and
+        `residual_...`.
+      original_ln_before: True if at the sites `residual_...` the adapter reads the sub-layer's
+        output after the residual is added and, in a backbone that normalises after, the norm is
+        applied.
+      original_ln_after: True if at the sites `residual_...` the residual and the norm of the
+        sub-layer follow the adapter; False if the adapter's output replaces the sub-layer's.
+      residual_before_ln: start of the adapter's skip connection with `original_ln_before`. True:
+        before the residual and the norm; False: after both; `post_add`: between the two, at the
+        sum.
 
     References:
       Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019, arXiv:1902.00751;
@@ -209,7 +213,7 @@ class BottleneckConfig(InsertedConfig):
         return WEIGHT_INITS
 
     def bottleneck_width(self, width: int) -> int:
-        """Returns the width of the bottleneck beside a hidden state of `width`.
+        """Returns the width of the bottleneck for hidden states of `width`.
 
         Raises:
           ValueError: if it would be 0.
@@ -223,25 +227,26 @@ class BottleneckConfig(InsertedConfig):
         return bottleneck
 
     def projection(
-        self, features: int, name: str, *, folded: bool, **dtypes: Any
+        self, features: int, name: str, *, per_row: bool, **dtypes: Any
     ) -> Callable[[Array, Array | None, phm.Blocks | None], Array]:
-        """Makes the projection `down` or `up` within the call of a `Bottleneck`.
+        """Creates the projection `down` or `up` within the call of a `Bottleneck`.
 
         Args:
-          features: width of its output.
-          name: which of the two.
-          folded: never build the weights of PHM projections.
+          features: width of the output.
+          name: "down" or "up".
+          per_row: True to never build the weights of PHM projections.
           **dtypes: `dtype` and `param_dtype` of the layer.
 
         Returns:
-          A function of the input, and of the rule and blocks that the model shares or None.
+          A function of the input, the rule and the blocks; the latter two are None unless the model
+          shares them.
         """
-        del folded
+        del per_row
         layer = nn.Dense(features, kernel_init=dense_init(self, name), name=name, **dtypes)
         return lambda x, rule, blocks: layer(x)
 
     def check_site(self, name: str, site: Site) -> None:
-        """Checks that the adapter can read what its fields say at a site."""
+        """Checks that the adapter can read the inputs that its fields ask for at a site."""
         super().check_site(name, site)
         is_parallel = site.role == "parallel" or name.startswith("parallel_")
         if is_parallel and not self.parallel:
@@ -259,7 +264,7 @@ class BottleneckConfig(InsertedConfig):
             )
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:
-        """Runs the adapter on what its fields and the role of the site say it reads."""
+        """Runs the adapter on the inputs that its fields and the role of the site select."""
         if call.site.role == "output":
             return self._adapt(call, x, None, x)
         if call.site.role == "parallel":
@@ -293,18 +298,18 @@ class BottleneckConfig(InsertedConfig):
 
     @property
     def replaces_residual(self) -> bool:
-        """Whether the adapter's output takes the place of the sub-layer's, residual included."""
+        """True if the adapter's output replaces the sub-layer's, residual included."""
         return not self.original_ln_after
 
     def map_signature(self) -> Any:
-        """Returns the dense equivalent without its initial values and without what it trains."""
+        """Returns the dense equivalent, without its initial values and `train_…` fields."""
         default = BottleneckConfig()
         return self.dense_equivalent().replace(
             **{name: getattr(default, name) for name in _INITIAL}
         )
 
     def dense_equivalent(self) -> BottleneckConfig:
-        """Returns the dense bottleneck that computes the same once the weights are built."""
+        """Returns the dense bottleneck that computes the same once its weights are built."""
         fields = {field.name for field in dataclasses.fields(BottleneckConfig)}
         return BottleneckConfig(**{name: getattr(self, name) for name in fields})
 
@@ -318,10 +323,11 @@ class BottleneckConfig(InsertedConfig):
 class LowRankBottleneckConfig(BottleneckConfig):
     """A bottleneck adapter whose projections are products `left @ right` of low rank.
 
-    The released code multiplies the two element by element, which is the product at rank 1 alone.
+    The released code multiplies the two factors element by element, which equals the product only
+    at rank 1.
 
     Attributes:
-      rank: of each projection.
+      rank: rank of each projection.
 
     References:
       arXiv:2106.04647, section 5.2 ("Low-rank").
@@ -342,16 +348,16 @@ class LowRankBottleneckConfig(BottleneckConfig):
         return FACTOR_INITS
 
     def projection(
-        self, features: int, name: str, *, folded: bool, **dtypes: Any
+        self, features: int, name: str, *, per_row: bool, **dtypes: Any
     ) -> Callable[[Array, Array | None, phm.Blocks | None], Array]:
-        """Makes the projection `down` or `up` within the call of a `Bottleneck`."""
-        del folded
+        """Creates the projection `down` or `up` within the call of a `Bottleneck`."""
+        del per_row
         factor_init = dense_init(self, name)
         layer = LowRankLinear(features, self.rank, factor_init=factor_init, name=name, **dtypes)
         return lambda x, rule, blocks: layer(x)
 
     def dense_params(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the parameters of the dense bottleneck: each kernel is a product of factors."""
+        """Returns the parameters of the dense bottleneck, whose kernels are products of factors."""
         del shared
         dense = dict(own)
         for name in ("down", "up"):

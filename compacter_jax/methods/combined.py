@@ -15,7 +15,7 @@ class CombinedConfig(MethodConfig):
     """Several methods at once, at different sites: AdapterHub's `ConfigUnion`.
 
     Attributes:
-      parts: the methods; what they say of norms, head and pooler is not read.
+      parts: the methods; their own `train_…` fields are ignored.
     """
 
     kind: ClassVar[str] = "combined"
@@ -34,7 +34,7 @@ class CombinedConfig(MethodConfig):
             )
 
     def replace(self, **overrides: Any) -> Self:
-        """Returns a copy with `overrides` of its own fields or of those that one part alone has."""
+        """Returns a copy with overrides of its own fields, or of fields that only one part has."""
         own = {field.name for field in dataclasses.fields(self)}
         hint = tuple[InsertedConfig, ...]
         parts = list(typed("parts", overrides.get("parts", self.parts), hint))
@@ -59,11 +59,11 @@ class CombinedConfig(MethodConfig):
         return self.parts
 
     def trained_inserted_groups(self) -> set[str]:
-        """Returns the groups that any of the parts brings and trains."""
+        """Returns the groups of the parts' own parameters that are trained."""
         return set().union(*(part.trained_inserted_groups() for part in self.parts))
 
     def unmergeable(self, sites_of: SitesOf) -> str | None:
-        """Returns which part weights of the backbone cannot express, and why; None if all can."""
+        """Returns the first part that backbone weights cannot express and why, or None."""
         for part in self.parts:
             if (reason := part.unmergeable(sites_of)) is not None:
                 return f"of its parts, {part.kind!r} cannot: {reason}"
@@ -72,7 +72,7 @@ class CombinedConfig(MethodConfig):
     def precomputed(
         self, params: Mapping[str, Any], sites_of: SitesOf
     ) -> tuple[MethodConfig, Mapping[str, Any]]:
-        """Computes once what depends on the parameters of each part alone."""
+        """Computes values that depend on the parameters of each part alone once."""
         parts = []
         for part in self.parts:
             new, params = part.precomputed(params, sites_of)

@@ -24,20 +24,22 @@ RULE_INITS = ("normal", "uniform")
 class PHMBottleneckConfig(BottleneckConfig):
     """A bottleneck adapter whose projections are sums of Kronecker products.
 
-    `W = sum_i rule[i] (x) blocks[i]`: with `shared_phm_rule` and `factorized_phm_W` this is
-    Compacter, with neither the PHM-Adapter. Names are those of the reference implementation.
+    The weight is `W = sum_i rule[i] (x) blocks[i]`. With both `shared_phm_rule` and
+    `factorized_phm_W` this is Compacter; with neither it is the PHM-Adapter. The names are those of
+    the reference implementation.
 
     Attributes:
-      phm_dim: `n`, the number of Kronecker products; divides the width and the bottleneck.
-      phm_rank: rank of the blocks where `factorized_phm_W`.
-      factorized_phm_W: blocks are products `left @ right` of rank `phm_rank`.
-      shared_phm_rule: one rule for the whole model; otherwise each projection has its own.
-      factorized_phm_rule: the rule itself is a product of rank one, `[n, n, 1] @ [n, 1, n]`.
-      shared_W_phm: one set of blocks for all adapters (down and up), owned by the model.
-      learn_phm: train the rule; otherwise it stays at its initial value.
-      phm_c_init: distribution of the rule's initial values; one of `RULE_INITS`
-        (`uniform` is on [-1, 1]).
-      phm_init_range: standard deviation of the rule, and of the blocks where `w_init="normal"`.
+      phm_dim: `n`, the number of Kronecker products; it divides the width and the bottleneck.
+      phm_rank: rank of the blocks with `factorized_phm_W`.
+      factorized_phm_W: True if the blocks are products `left @ right` of rank `phm_rank`.
+      shared_phm_rule: True for one rule in the whole model, False for one in each projection.
+      factorized_phm_rule: True if the rule itself is a product of rank one, `[n, n, 1] @ [n, 1,
+        n]`.
+      shared_W_phm: True for one set of blocks for all adapters (down and up), owned by the model.
+      learn_phm: True to train the rule; False to keep its initial value.
+      phm_c_init: distribution of the rule's initial values; one of `RULE_INITS` (`uniform` is on
+        [-1, 1]).
+      phm_init_range: standard deviation of the rule, and of the blocks if `w_init="normal"`.
 
     References:
       Karimi Mahabadi et al., Compacter, NeurIPS 2021, arXiv:2106.04647, section 3.
@@ -69,7 +71,11 @@ class PHMBottleneckConfig(BottleneckConfig):
         return FACTOR_INITS
 
     def bottleneck_width(self, width: int) -> int:
-        """As for the dense bottleneck; ValueError unless `phm_dim` divides both widths."""
+        """Returns the width of the bottleneck for hidden states of `width`.
+
+        Raises:
+          ValueError: if it would be 0, or if `phm_dim` does not divide both widths.
+        """
         bottleneck = super().bottleneck_width(width)
         if width % self.phm_dim or bottleneck % self.phm_dim:
             fits = [n for n in range(1, bottleneck + 1) if not (width % n or bottleneck % n)]
@@ -82,28 +88,28 @@ class PHMBottleneckConfig(BottleneckConfig):
 
     @property
     def rule(self) -> str:
-        """Whose the rule of Kronecker products is, "shared" or "own"."""
+        """Owner of the rule of Kronecker products, "shared" or "own"."""
         return "shared" if self.shared_phm_rule else "own"
 
     @property
     def owns_top_names(self) -> bool:
-        """Whether the rule or the blocks are shared, under fixed names at the top of the tree."""
+        """True if the rule or the blocks are shared, under fixed names at the top of the tree."""
         return self.shared_phm_rule or self.shared_W_phm
 
     def trained_inserted_groups(self) -> set[str]:
-        """Returns the adapters and, if it is learned, the rule."""
+        """Returns the group of adapters and, if it is learned, that of the rule."""
         return {*self.own_groups, "rule"} if self.learn_phm else set(self.own_groups)
 
     def projection(
-        self, features: int, name: str, *, folded: bool, **dtypes: Any
+        self, features: int, name: str, *, per_row: bool, **dtypes: Any
     ) -> Callable[[Array, Array | None, phm.Blocks | None], Array]:
-        """Makes the projection `down` or `up` within the call of a `Bottleneck`."""
+        """Creates the projection `down` or `up` within the call of a `Bottleneck`."""
         return PHMLinear(
             features,
             phm_dim=self.phm_dim,
             phm_rank=self._rank,
             factorized_phm_rule=self.factorized_phm_rule,
-            folded=folded,
+            per_row=per_row,
             rule_init=self._rule_init,
             blocks_init=self._blocks_init,
             name=name,
@@ -128,10 +134,11 @@ class PHMBottleneckConfig(BottleneckConfig):
         """Creates the rule and the blocks that all adapters of a model share.
 
         Args:
-          param: the model's `param` method; names are `phm_rule…`, `phm_down_…` and `phm_up_…`.
-          width: of the hidden states; needed where blocks are shared.
+          param: `param` method of the model; the names are `phm_rule…`, `phm_down_…` and
+            `phm_up_…`.
+          width: width of the hidden states, required for shared blocks.
           sites: names of the sites where the method acts.
-          dtype: of the parameters.
+          dtype: dtype of the parameters.
 
         Raises:
           ValueError: if blocks are shared and `width` is None.
@@ -176,7 +183,7 @@ class PHMBottleneckConfig(BottleneckConfig):
     def precomputed(
         self, params: Mapping[str, Any], sites_of: SitesOf
     ) -> tuple[MethodConfig, Mapping[str, Any]]:
-        """Returns dense bottlenecks, each kernel a Kronecker sum."""
+        """Returns dense bottlenecks, whose kernels are the built Kronecker sums."""
         hosts = (site.host for site in sites_of(self).values())
         return self.dense_equivalent(), build_weights(params, hosts)
 
@@ -184,8 +191,8 @@ class PHMBottleneckConfig(BottleneckConfig):
         """Returns the parameters of the dense bottleneck that equals one of the method's.
 
         Args:
-          own: the parameters of a `Bottleneck`.
-          shared: `rule`, `down_blocks` and `up_blocks`, as far as others share them.
+          own: parameters of a `Bottleneck`.
+          shared: those of `rule`, `down_blocks` and `up_blocks` that other bottlenecks share.
         """
         top = {"phm_rule": shared["rule"]} if "rule" in shared else {}
         for name in ("down", "up"):
@@ -199,16 +206,16 @@ class PHMBottleneckConfig(BottleneckConfig):
 
 
 def build_weights(params: Mapping[str, Any], hosts: Iterable[str]) -> dict[str, Any]:
-    """Returns the parameters of the dense bottlenecks that equal PHM ones.
+    """Returns the parameters of the dense bottlenecks that equal PHM bottlenecks.
 
     Args:
-      params: nested parameters of a model with PHM bottlenecks, each under `…/adapter`, and what
-        they share at the top.
+      params: nested parameters of a model with PHM bottlenecks, each under `…/adapter`, and their
+        shared parameters at the top.
       hosts: regular expressions of the paths of their hosts.
 
     Returns:
-      The same with `kernel` `[in, out]` in place of each projection's rule and blocks, and nothing
-      shared at the top.
+      The parameters with `kernel` `[in, out]` in place of each projection's rule and blocks, and
+      without the shared ones at the top.
 
     References:
       arXiv:2106.04647, equation 3.
@@ -236,7 +243,7 @@ def _with_dense_adapters(
 
 
 def _dense_adapter(adapter: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns one adapter's own parameters with built kernels; `top` has what is shared."""
+    """Returns one adapter's parameters with built kernels; `top` has the shared parameters."""
     built = dict(adapter)
     for name in ("down", "up"):
         own, prefix = adapter[name], f"phm_{name}_"
@@ -248,7 +255,7 @@ def _dense_adapter(adapter: Mapping[str, Any], top: Mapping[str, Any]) -> dict[s
 
 
 def _stored(places: Sequence[Mapping[str, Any]], whole: str, left: str, right: str) -> Array:
-    """Returns the parameter `whole`, or the product of its factors, from the first that has it."""
+    """Returns the parameter `whole` or the product of its factors, of the first place with it."""
     for params in places:
         if whole in params:
             return params[whole]

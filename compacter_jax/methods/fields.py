@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 from compacter_jax.messages import quote
 
-# Of a size or an index: products of two are still numbers of 64 bits, which shapes are made of.
+# The largest size or index. Products of two of them are still numbers of 64 bits, the type of array
+# sizes.
 _LARGEST_INT = 2**31 - 1
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """Returns `value` as `hint` wants it: lists become tuples, ints floats.
+    """Returns `value` in the type `hint`: converts lists to tuples and ints to floats.
 
     Args:
-      name: of the field.
-      value: what was given.
-      hint: the field's type.
+      name: name of the field.
+      value: given value.
+      hint: type of the field.
 
     Raises:
       ValueError: if the value is of another type, not finite, or too large.
@@ -42,7 +43,8 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         # JSON has whole numbers that no float can hold.
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
-        # Exactly the type, for a bool is an int too; but a kind of method is a method.
+        # The type must be exact, because a bool is also an int. A field for methods accepts every
+        # subclass.
         nests = dataclasses.is_dataclass(hint)
         fits = isinstance(value, hint) if nests else type(value) is hint
     else:
@@ -57,24 +59,24 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
-    """Raises ValueError, naming a field and what is wanted of it, unless a condition holds."""
+    """Raises ValueError that names a field and its valid values if a condition does not hold."""
     if not holds:
         raise ValueError(f"{name}={quote(value)} must be {wanted}")
 
 
 def choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless a field has one of the values to choose from."""
+    """Raises ValueError if a field has none of the values to choose from."""
     if value not in choices:
         raise ValueError(f"unknown {name}={quote(value)}; use one of {', '.join(choices)}")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """Returns a hint for the end of a message, with the known name that is nearest."""
+    """Returns a hint for the end of a message: the known name that is most similar."""
     close = difflib.get_close_matches(name[:100], known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def either(values: list[int]) -> str:
-    """Returns numbers as text: `1, 2 or 4`."""
+    """Returns numbers as text, such as `1, 2 or 4`."""
     head = ", ".join(map(str, values[:-1]))
     return f"{head} or {values[-1]}" if head else str(values[-1])

@@ -18,12 +18,12 @@ from compacter_jax.sites import Role, Site
 
 
 class IA3Scale(nn.Module):
-    """`x * scale`, `scale` `[width]` initially one.
+    """A layer of factors, `x * scale`, with `scale` `[width]` initially one.
 
     Attributes:
       param_name: `scale` for a linear layer's output, `input_scale` for its input.
-      dtype: of the computation; None promotes as flax does.
-      param_dtype: of the parameter.
+      dtype: dtype of the computation; None promotes as flax does.
+      param_dtype: dtype of the parameter.
 
     References:
       arXiv:2205.05638, section 3.3.
@@ -66,7 +66,7 @@ class IA3Config(InsertedConfig):
         return self.sites + self.input_sites
 
     def is_before(self, site_name: str, site: Site) -> bool:
-        """Returns whether the host's input is scaled rather than its output."""
+        """Returns True if the method scales the host's input instead of its output."""
         return site.is_before or site_name not in self.sites
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Intrinsic dimension: the whole backbone moved within a random subspace."""
+"""Intrinsic dimension: the whole backbone moves within a random subspace."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _INTRINSIC = re.compile("intrinsic_(vector|scale)")
 
 
 def layer_of(path: str) -> str:
-    """The layer of a parameter by its `/`-joined path, for structure-aware scaling.
+    """Returns the layer of a parameter by its `/`-joined path, for structure-aware scaling.
 
-    `encoder/layer/3`, `decoder/block/11`; what is in none of these is a layer by its first name
-    (`embeddings`, `shared`, `pooler`), under `encoder` and `decoder` by its first two
-    (`encoder/final_layer_norm`).
+    Examples are `encoder/layer/3` and `decoder/block/11`. The layer of any other parameter is the
+    first name of its path (`embeddings`, `shared`, `pooler`), or the first two names under
+    `encoder` and `decoder` (`encoder/final_layer_norm`).
     """
     found = re.match(r"(.*?/)?(layer|block)/\d+(?=/)|(encoder|decoder)/[^/]+|[^/]+", path)
     return found[0] if found else path
 
 
 def layers_of(paths: Iterable[str], groups: Groups | None = None) -> tuple[str, ...]:
-    """The layers of the parameters that `perturb` moves, each once, layer 2 before layer 10."""
+    """Returns the distinct layers of the parameters that `perturb` moves, layer 2 before 10."""
 
     def natural(layer: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in layer.split("/")]
@@ -44,15 +44,15 @@ def layers_of(paths: Iterable[str], groups: Groups | None = None) -> tuple[str, 
 
 
 def _is_moved(path: str, groups: Groups | None) -> bool:
-    """Whether a parameter is the backbone's: no task head, no adapter."""
+    """Returns True for a parameter of the backbone, which is in no task head or adapter."""
     return group_of(path, groups) != "head" and ADAPTER not in path.split("/")
 
 
 def vector_size(config: IntrinsicConfig, paths: Iterable[str], groups: Groups | None = None) -> int:
-    """How many of the method's numbers are the vector's: all but one scale for each layer.
+    """Returns the size of the vector: the method's dimension less one scale for each layer.
 
     Raises:
-      ValueError: if none are.
+      ValueError: if nothing is left.
     """
     scales = len(layers_of(paths, groups)) if config.structure_aware else 0
     if config.dimension <= scales:
@@ -70,23 +70,25 @@ def perturb(
     seed: int | Array,
     groups: Groups | None = None,
 ) -> dict[str, Any]:
-    """The backbone's parameters at `vector`: each `theta + scale_layer P v`.
+    """Returns the backbone's parameters at `vector`: each is `theta + scale_layer P v`.
 
-    With `vector` zero they are those given, to the bit (but zeros become positive). `P` depends on
-    the seed and on the paths and sizes of the tensors; it is drawn again in every call.
+    If `vector` is zero, they equal the given parameters to the bit, except that negative zeros
+    become positive. `P` depends on the seed and on the paths and sizes of the tensors; each call
+    draws it again.
 
     Args:
-      params: nested dict of arrays. Task heads and adapters in it are returned as they are.
-      vector: `[d]`.
-      scale: `[m]`, one for each of `layers_of` the paths of `params`; None for no scaling.
+      params: nested dict of arrays. Task heads and adapters in it are returned unchanged.
+      vector: trained vector, `[d]`.
+      scale: scales `[m]`, one for each of `layers_of` the paths of `params`; None for no scaling.
       seed: `IntrinsicConfig.projection_seed`.
-      groups: of the `Adapted` model, which say what is a head.
+      groups: `groups` of the `Adapted` model, which define the head.
 
     Returns:
       A dict of `params`' structure, shapes and dtypes; sums are computed in float32 at least.
 
     Raises:
-      ValueError: if `vector` is not of rank 1 or empty, or `scale` has not one entry per layer.
+      ValueError: if `vector` is empty or does not have rank 1, or `scale` does not have one entry
+        per layer.
 
     References:
       Aghajanyan et al., arXiv:2012.13255: with `scale` SAID, without it DID.
@@ -116,15 +118,17 @@ def perturb(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntrinsicConfig(MethodConfig):
-    """Move all of the backbone within a random subspace of few dimensions.
+    """A method that moves the whole backbone within a random subspace of few dimensions.
 
-    `theta_j = theta_j(0) + scale_layer(j) (P v)_j`, `P` a fixed Fastfood projection: `v` and, where
-    `structure_aware`, one scale for each layer are trained, `dimension` numbers in all.
+    The parameters are `theta_j = theta_j(0) + scale_layer(j) (P v)_j` with a fixed Fastfood
+    projection `P`. The method trains `v` and, with `structure_aware`, one scale for each layer:
+    `dimension` numbers in total.
 
     Attributes:
-      dimension: numbers trained, the scales counted.
-      structure_aware: learn a scale for each layer (SAID); otherwise all are 1.
-      projection_seed: of the random projection; it is not stored, but drawn again when needed.
+      dimension: number of trained values, scales included.
+      structure_aware: True to learn a scale for each layer (SAID); otherwise all scales are 1.
+      projection_seed: seed of the random projection, which is not stored but drawn again when
+        needed.
 
     References:
       Aghajanyan et al., Intrinsic Dimensionality Explains the Effectiveness of Language Model
@@ -152,7 +156,7 @@ class IntrinsicConfig(MethodConfig):
     def own_params(
         self, param: ParamFunction, paths: list[str], groups: Groups | None, dtype: Dtype
     ) -> dict[str, Any]:
-        """Creates the vector, zero at first, and the layers' scales, one at first."""
+        """Creates the vector, initially zero, and the layers' scales, initially one."""
         paths = [path for path in paths if not _INTRINSIC.fullmatch(path)]
         size = (vector_size(self, paths, groups),)
         own = {"vector": param("intrinsic_vector", nn.initializers.zeros, size, dtype)}
@@ -165,7 +169,8 @@ class IntrinsicConfig(MethodConfig):
         """Returns the backbone's parameters at the vector, in float32 at least."""
         vector, scale = params["intrinsic_vector"], params.get("intrinsic_scale")
         own = {name: leaf for name, leaf in params.items() if not _INTRINSIC.fullmatch(name)}
-        # What moves by less than bfloat16 tells apart must not be rounded to it.
+        # A change may be smaller than the resolution of bfloat16, so the sum must not be rounded to
+        # it.
         check_float(own, "intrinsic dimension")
         own = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), own)
         return perturb(own, vector, scale, self.projection_seed, groups)

@@ -1,4 +1,4 @@
-"""LoRA: updates of low rank to linear layers."""
+"""LoRA: low-rank updates of linear layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from compacter_jax.sites import Role
 
 
 class LoRADelta(nn.Module):
-    """The update `lora_alpha / rank * (dropout(x) @ left) @ right` of a linear layer's output.
+    """The update `scaling * (dropout(x) @ left) @ right` of a linear layer's output.
 
     Attributes:
-      config: rank, factor and dropout rate.
+      config: rank, scaling and dropout rate.
       features: width of the linear layer's output.
-      dtype: of the computation; None promotes as flax does.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation; None promotes as flax does.
+      param_dtype: dtype of the parameters.
 
     References:
       arXiv:2106.09685, equation 3.
@@ -45,20 +45,20 @@ class LoRADelta(nn.Module):
         right = self.param("right", nn.initializers.zeros, (rank, self.features), self.param_dtype)
         x = Dropout(self.config.dropout, name="dropout")(x, deterministic)
         x, left, right = promote_dtype(x, left, right, dtype=self.dtype)
-        return self.config.factor * (x @ left @ right)
+        return self.config.scaling * (x @ left @ right)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig(InsertedConfig):
     """A low-rank update of linear layers, `x @ W + lora_alpha / rank * (x @ left) @ right`.
 
-    `left` starts as PyTorch's linear layers do, `right` at zero.
+    The initial values of `left` are those of PyTorch's linear layers; `right` is initially zero.
 
     Attributes:
-      rank: of each update.
-      lora_alpha: the update is multiplied by `lora_alpha / rank`.
-      use_rslora: divide by `sqrt(rank)` instead, arXiv:2312.03732.
-      dropout: rate on the update's input.
+      rank: rank of each update.
+      lora_alpha: numerator of the scaling `lora_alpha / rank`.
+      use_rslora: True to divide by `sqrt(rank)` instead, arXiv:2312.03732.
+      dropout: dropout rate of the update's input.
 
     References:
       Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv:2106.09685.
@@ -81,13 +81,13 @@ class LoRAConfig(InsertedConfig):
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
 
     @property
-    def factor(self) -> float:
-        """The factor on the update."""
+    def scaling(self) -> float:
+        """Factor of the update."""
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:
-        """Adds the update of the host's input to its output."""
-        # A member may have some of the rows alone.
+        """Adds the low-rank update, computed from the host's input, to the host's output."""
+        # In a composition, `context` may have only some of the rows of the call.
         first = first_array(call.args)
         args = (*call.args[:first], context, *call.args[first + 1 :])
         host, inputs = linear(call.host, args, x, call.path)
@@ -110,5 +110,5 @@ class LoRAConfig(InsertedConfig):
         kernel = host["kernel"].astype(jnp.float32)
         left, right = (own[name].astype(jnp.float32) for name in ("left", "right"))
         update = jnp.matmul(left, right, precision="highest")
-        kernel += self.factor * linear.as_kernel(update, kernel)
+        kernel += self.scaling * linear.as_kernel(update, kernel)
         return {"kernel": kernel.astype(host["kernel"].dtype)}

@@ -17,11 +17,11 @@ def rule_params(
     """Creates a rule `[n, n, n]` as `phm_rule`, or as `phm_rule_left` times `phm_rule_right`.
 
     Args:
-      param: the owner's `param` method.
+      param: `param` method of the owner.
       phm_dim: `n`.
       init: initialiser of the rule, or of each factor.
-      dtype: of the parameters.
-      factorized: store `[n, n, 1]` and `[n, 1, n]`, whose product is the rule.
+      dtype: dtype of the parameters.
+      factorized: True to store `[n, n, 1]` and `[n, 1, n]`, whose product is the rule.
     """
     n = phm_dim
     if not factorized:
@@ -44,17 +44,17 @@ def blocks_params(
     """Creates blocks `[n, in / n, out / n]` as `blocks`, or factors of `rank` as `left`, `right`.
 
     Args:
-      param: the owner's `param` method.
-      in_features: rows of the weight that the blocks and a rule `[n, n, n]` make.
-      features: its columns.
+      param: `param` method of the owner.
+      in_features: number of rows of the weight that the blocks and a rule `[n, n, n]` make.
+      features: number of columns of the weight.
       phm_dim: `n`.
       rank: rank of each block, or None for full blocks.
       init: initialiser of the blocks, or of each factor.
-      dtype: of the parameters.
-      prefix: put before the names.
+      dtype: dtype of the parameters.
+      prefix: prefix of the names.
 
     Raises:
-      ValueError: if `phm_dim` does not divide both feature counts.
+      ValueError: if `phm_dim` does not divide both `in_features` and `features`.
     """
     n = phm_dim
     if in_features % n or features % n:
@@ -69,21 +69,22 @@ def blocks_params(
 
 
 class PHMLinear(nn.Module):
-    """`x @ W + bias`, `W = kronecker_sum(rule, blocks)`.
+    """A linear layer `x @ W + bias` with the weight `W = kronecker_sum(rule, blocks)`.
 
-    Whoever shares a rule or blocks owns them and passes them in; without, the layer has its own.
+    An owner of shared rules or blocks passes them to the call. Without them, the layer creates its
+    own.
 
     Attributes:
       features: width of the output; `phm_dim` divides it and the width of the input.
-      phm_dim: `n`.
+      phm_dim: `n`, the number of Kronecker products.
       phm_rank: rank of the blocks, None for full blocks.
-      factorized_phm_rule: an own rule is a product of rank one.
-      use_bias: add a bias, initially zero.
-      folded: multiply with the factors, for a layer whose parameters differ from row to row;
+      factorized_phm_rule: True if the layer's own rule is a product of rank one.
+      use_bias: True to add a bias, initially zero.
+      per_row: True to multiply by the factors, for a layer whose parameters differ from row to row;
         otherwise the shapes decide.
       rule_init, blocks_init: initialisers, see `phm`.
-      dtype: of the computation; None promotes as flax does. Parameters stay in `param_dtype`.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation; None promotes as flax does. Parameters keep `param_dtype`.
+      param_dtype: dtype of the parameters.
 
     References:
       arXiv:2106.04647, equations 3 to 5.
@@ -94,7 +95,7 @@ class PHMLinear(nn.Module):
     phm_rank: int | None = 1
     factorized_phm_rule: bool = False
     use_bias: bool = True
-    folded: bool = False
+    per_row: bool = False
     rule_init: phm.Initializer = phm.rule_init("normal", 1e-2)
     blocks_init: phm.Initializer = phm.blocks_init("glorot-uniform", 1e-2)
     dtype: Dtype | None = None
@@ -104,7 +105,7 @@ class PHMLinear(nn.Module):
     def __call__(
         self, x: Array, rule: Array | None = None, blocks: phm.Blocks | None = None
     ) -> Array:
-        """`[..., in] -> [..., features]`; `rule` `[n, n, n]`, `blocks` as `phm.kronecker_sum`'s."""
+        """Maps `[..., in]` to `[..., features]`, with `rule` and `blocks` as in `kronecker_sum`."""
         if rule is None:
             rule = rule_params(
                 self.param,
@@ -131,6 +132,6 @@ class PHMLinear(nn.Module):
             blocks = (left, right)
         else:
             x, rule, bias, blocks = promote_dtype(x, rule, bias, blocks, dtype=self.dtype)
-        matmul = phm.folded_matmul if self.folded else phm.kronecker_sum_matmul
+        matmul = phm.per_row_matmul if self.per_row else phm.kronecker_sum_matmul
         y = matmul(x, rule, blocks)
         return y if bias is None else y + bias

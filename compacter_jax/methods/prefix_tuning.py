@@ -1,4 +1,4 @@
-"""Prefix tuning: learned keys and values in front of those of each attention."""
+"""Prefix tuning: learned keys and values before those of each attention."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class PrefixKeyValue(nn.Module):
     """Learned keys and values of one attention.
 
     Attributes:
-      config: how many, and how they are parameterised.
-      width: of keys, all heads together.
-      dtype: of the result.
-      param_dtype: of the parameters.
+      config: number and parameterisation of the prefixes.
+      width: width of the keys, over all heads.
+      dtype: dtype of the result.
+      param_dtype: dtype of the parameters.
 
     References:
       arXiv:2101.00190, section 4.3.
@@ -44,12 +44,13 @@ class PrefixKeyValue(nn.Module):
     def __call__(
         self, batch: int, hidden: Array | None, deterministic: bool = True
     ) -> tuple[Array, Array]:
-        """Keys and values, `[batch, prefix_length, width]` each.
+        """Returns keys and values, `[batch, prefix_length, width]` each.
 
         Args:
-          batch: rows; they differ by dropout alone.
-          hidden: `[prefix_length, bottleneck_size]` of `prefix_hidden`, where not flat.
-          deterministic: no dropout.
+          batch: number of rows, which differ only by dropout.
+          hidden: result of `prefix_hidden`, `[prefix_length, bottleneck_size]`; None for flat
+            prefixes.
+          deterministic: True for no dropout.
         """
         length = self.config.prefix_length
         if hidden is None:
@@ -71,14 +72,14 @@ class PrefixKeyValue(nn.Module):
 def prefix_hidden(
     param: ParamFunction, config: PrefixTuningConfig, site: str, width: int | None, dtype: Dtype
 ) -> Array:
-    """What the prefixes of a site are computed from, `[prefix_length, bottleneck_size]`.
+    """Returns the hidden states of a site's prefixes, `[prefix_length, bottleneck_size]`.
 
     Args:
       param: the model's `param` method; names are `prefix_SITE_embedding`, `…_kernel`, `…_bias`.
       config: sizes and activation.
       site: name of the site.
-      width: of the embeddings.
-      dtype: of the parameters.
+      width: width of the embeddings.
+      dtype: dtype of the parameters.
 
     Raises:
       ValueError: if `width` is None.
@@ -99,16 +100,16 @@ def prefix_hidden(
 def flat_prefixes(
     params: Mapping[str, Any], config: PrefixTuningConfig, hosts: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Parameters of the flat prefixes that equal those computed through a bottleneck.
+    """Returns the parameters of the flat prefixes that equal prefixes through a bottleneck.
 
     Args:
-      params: nested parameters of a model with prefix tuning, not flat.
+      params: nested parameters of a model with prefix tuning that is not flat.
       config: the method.
       hosts: site -> regular expression of its hosts' paths.
 
     Returns:
-      The same with `key` and `value` `[prefix_length, width]` in place of each host's `kernel` and
-      `bias`, and without what the hosts of a site share.
+      The parameters with `key` and `value` `[prefix_length, width]` in place of each host's
+      `kernel` and `bias`, and without those that the hosts of a site share.
     """
     flat = flatten_dict(params, sep="/")
     built = {path: leaf for path, leaf in flat.items() if not path.startswith("prefix_")}
@@ -126,18 +127,19 @@ def flat_prefixes(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(InsertedConfig):
-    """Learned keys and values in front of those of each attention.
+    """Learned keys and values before those of each attention.
 
     Attributes:
-      prefix_length: how many.
-      flat: learn them directly; otherwise they are `kernel_layer^T act(W e + b) + bias_layer` of
-        learned embeddings `e`, with `W` and `e` shared by the layers of a site.
-      bottleneck_size: width of `W e`, where not flat.
-      non_linearity: the activation, where not flat.
-      dropout: rate on the keys and values.
-      shift_positions: where positions are relative (T5), count those of tokens' keys from the first
-        prefix, but not those of queries, as AdapterHub does; otherwise the prefixes have no bias
-        and tokens keep theirs.
+      prefix_length: number of prefixes.
+      flat: True to learn the prefixes directly; False to compute them as `kernel_layer^T act(W e +
+        b) + bias_layer` from learned embeddings `e`, with `W` and `e` shared by the layers of a
+        site.
+      bottleneck_size: width of `W e`, if not flat.
+      non_linearity: activation `act`, if not flat.
+      dropout: dropout rate of the keys and values.
+      shift_positions: with relative positions (T5), True to count the keys' positions from the
+        first prefix, but not those of queries, as AdapterHub does; False to leave the tokens'
+        biases unchanged and give the prefixes none.
 
     References:
       Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, ACL 2021,
@@ -172,11 +174,11 @@ class PrefixTuningConfig(InsertedConfig):
 
     @property
     def allows_unadapted_rows(self) -> bool:
-        """Whether rows of a batch can be without prefixes: not where they shift all positions."""
+        """True if some rows can be without prefixes: unless the prefixes shift all positions."""
         return not self.shift_positions
 
     def companions(self, site: Site) -> tuple[Site, ...]:
-        """Returns where positions are counted, if prefixes shift them."""
+        """Returns the sites where positions are counted, if prefixes shift them."""
         if not self.shift_positions:
             return ()
         return (dataclasses.replace(site, method="relative_bias", role="positions"),)
@@ -184,7 +186,7 @@ class PrefixTuningConfig(InsertedConfig):
     def shared(
         self, param: ParamFunction, width: int | None, sites: list[str], dtype: Dtype
     ) -> dict[str, Any]:
-        """Creates what the prefixes of each site are computed from, `prefix_hidden`."""
+        """Creates the hidden states of each site's prefixes with `prefix_hidden`."""
         if self.flat:
             return {}
         return {site: prefix_hidden(param, self, site, width, dtype) for site in sites}
@@ -204,7 +206,7 @@ class PrefixTuningConfig(InsertedConfig):
         return self.replace(flat=True), flat_prefixes(params, self, hosts)
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:
-        """Puts the prefixes in front of keys and values, and lengthens the biases."""
+        """Puts the prefixes before keys and values, and pads the biases."""
         del context
         if call.site.role == "positions":
             return x + self.prefix_length
@@ -230,7 +232,7 @@ class PrefixTuningConfig(InsertedConfig):
         key, value = (extend(*pair) for pair in zip((key, value), prefixes, strict=True))
 
         def lengthen(bias: Any) -> Any:
-            # A bias of shifted positions is that of all keys already.
+            # A bias of shifted positions already covers all keys.
             count = 0 if bias is None else key.shape[length] - bias.shape[-1]
             return jnp.pad(bias, ((0, 0),) * (bias.ndim - 1) + ((count, 0),)) if count else bias
 

@@ -1,4 +1,4 @@
-"""Prompt tuning: learned embeddings in front of those of the input tokens."""
+"""Prompt tuning: learned embeddings before those of the input tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from compacter_jax.sites import Role
 
 
 class SoftPrompt(nn.Module):
-    """Learned embeddings that take the place of the first `prompt_length` ones.
+    """Learned embeddings that replace the first `prompt_length` embeddings.
 
     Attributes:
-      config: length and initial values; those of the vocabulary are set by `init_adapters`.
-      dtype: of the computation; None promotes as flax does.
-      param_dtype: of the parameter.
+      config: length and initial values; `init_adapters` sets those from the vocabulary.
+      dtype: dtype of the computation; None promotes as flax does.
+      param_dtype: dtype of the parameter.
 
     References:
       arXiv:2104.08691, section 2.
@@ -56,14 +56,14 @@ PROMPT_INITS = ("random", "vocabulary")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(InsertedConfig):
-    """Learned embeddings in front of those of the (encoder's) input tokens.
+    """Learned embeddings before those of the (encoder's) input tokens.
 
     Attributes:
-      prompt_length: how many.
-      prompt_init: `random`, uniform, or `vocabulary`, embeddings of the backbone's tokens.
-      prompt_init_range: half the width of `random`.
-      prompt_token_ids: the tokens of `vocabulary`, repeated where there are fewer than
-        `prompt_length`.
+      prompt_length: number of embeddings.
+      prompt_init: `random` for uniform values, `vocabulary` for embeddings of the backbone's
+        tokens.
+      prompt_init_range: largest absolute value of `random`.
+      prompt_token_ids: tokens for `vocabulary`, repeated if they are fewer than `prompt_length`.
 
     References:
       Lester et al., The Power of Scale for Parameter-Efficient Prompt Tuning, EMNLP 2021,
@@ -90,17 +90,17 @@ class PromptTuningConfig(InsertedConfig):
             require(token >= 0, "prompt_token_ids", token, "ids of tokens, from 0 on")
 
     def needs_token_ids(self) -> bool:
-        """Returns whether prompts start from the vocabulary, and no tokens are named."""
+        """Returns True if prompts start from the vocabulary, and no tokens are named."""
         return self.prompt_init == "vocabulary" and not self.prompt_token_ids
 
     @property
     def extra_tokens(self) -> int:
-        """Number of input tokens for which the method makes room in front of a sequence."""
+        """Number of input tokens that the method reserves in front of a sequence."""
         return self.prompt_length
 
     @property
     def allows_unadapted_rows(self) -> bool:
-        """False: a row without a prompt would have tokens that stand for nothing."""
+        """False, because a row without a prompt would have placeholder tokens without a meaning."""
         return False
 
     def unmergeable(self, sites_of: SitesOf) -> str | None:
@@ -109,17 +109,18 @@ class PromptTuningConfig(InsertedConfig):
         return "it adds tokens to attend to, not weights"
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:
-        """Puts the prompt in place of the first embeddings."""
+        """Replaces the first embeddings by the prompt."""
         del context
         return call.layer(SoftPrompt, x, self, inputs=(x,), plain=x)
 
     def initial_values(
         self, backbone: Any, given: Mapping[str, Any], new: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Returns prompts from the vocabulary, each the embedding of one of the tokens, in turn.
+        """Returns prompts from the vocabulary, the embeddings of the given tokens in turn.
 
         Raises:
-          ValueError: if the backbone does not say where its embeddings are, or a token is missing.
+          ValueError: if no tokens are given, a token is not in the vocabulary, or the backbone does
+            not say where its embeddings are.
         """
         if self.prompt_init != "vocabulary":
             return {}

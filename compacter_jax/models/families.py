@@ -1,4 +1,4 @@
-"""What loading and saving need to know of each family: architectures, Hugging Face names, ties."""
+"""The families of backbones, and the checks of their configurations."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from compacter_jax.models.t5.config import PUBLISHED
 
 
 def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str, str]:
-    """The names that transformers has for the parameters of a backbone.
+    """Returns the names that transformers uses for the parameters of a backbone.
 
     Args:
-      module: the backbone, a `Bert` or a `T5`.
-      params: its nested parameters, or their shapes, without adapters.
+      module: backbone, a `Bert` or a `T5`.
+      params: nested parameters of the backbone, or their shapes, without adapters.
 
     Returns:
-      `/`-joined path -> name, such as `bert.pooler.dense.weight` of `pooler/dense/kernel`.
+      `/`-joined path -> name, for instance `bert.pooler.dense.weight` for `pooler/dense/kernel`.
 
     Raises:
-      ValueError: if the backbone is of another class, or a parameter is not one of its.
+      ValueError: if the backbone is of another class, or does not have one of the parameters.
     """
     family = next((one for one in FAMILIES.values() if isinstance(module, one.module_class)), None)
     if family is None:
@@ -49,10 +49,10 @@ FAMILIES: Mapping[str, Family] = {
     "t5": t5_family("T5", PUBLISHED),
     "mt5": t5_family("MT5", {}),
 }
-"""`model_type` of config.json -> what is known of it."""
+"""`model_type` of config.json -> its family."""
 
 
-# Fields of config.json that every family has -> type.
+# Field of config.json that every family has -> its type.
 _COMMON_FIELDS: Mapping[str, Any] = {
     "architectures": list[str] | None,
     "id2label": dict[str, Any] | None,
@@ -67,7 +67,8 @@ _COMMON_FIELDS: Mapping[str, Any] = {
 }
 
 
-# Larger than any model that was published, and small enough to be described in seconds.
+# Limits above any published model, and low enough that a module of this size is described in
+# seconds.
 _MOST_LAYERS = 512
 
 
@@ -78,18 +79,19 @@ _LARGEST_SIZE = 2**28
 
 
 def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> None:
-    """Checks fields of config.json, or attributes of what transformers makes of it.
+    """Checks the fields of config.json, or the attributes of transformers' configuration.
 
     Args:
-      where: they are from, for messages.
+      where: origin of the settings, for messages.
       settings: name -> value.
-      family: of the model.
+      family: family of the model.
 
     Raises:
-      ValueError: if one is of another type than the module wants, or too large for any model.
+      ValueError: if a value has another type than the module needs, or is too large for any model.
     """
     own = typing.get_type_hints(family.config_class)
-    # transformers reads a list here, too, and null as the number of layers of the encoder.
+    # transformers also accepts a list of end tokens, and null for as many layers as the encoder
+    # has.
     others = {"eos_token_id": int | list[int] | None, "num_decoder_layers": int | None}
     fields = {**own, **{name: others[name] for name in others.keys() & own.keys()}}
     check_fields(where, settings, {**_COMMON_FIELDS, **fields})
@@ -110,10 +112,10 @@ def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> N
 
 
 def check_depths(where: str, config: Any, family: Family, paths: Iterable[str]) -> None:
-    """Checks that there are weights for as many layers as a configuration says.
+    """Checks that there are weights for all layers of the configuration.
 
     Raises:
-      ValueError: if there are fewer, before a module of so many is made.
+      ValueError: if some are missing; raised before a module of this depth is made.
     """
     paths = list(paths)
     for field, prefix in family.depths.items():
@@ -128,7 +130,7 @@ def check_depths(where: str, config: Any, family: Family, paths: Iterable[str]) 
 
 
 def family_of(config: Any) -> Family:
-    """The family of a configuration of transformers; ValueError if it is not supported."""
+    """Returns the family of a transformers configuration; raises ValueError for an unknown one."""
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model_type={quote(config.model_type)} is not supported; supported: "

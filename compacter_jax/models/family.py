@@ -1,4 +1,4 @@
-"""A family of backbones: all that is known of it beside its modules."""
+"""The description of a family of backbones: everything but its modules."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that is known of one `model_type` beside its modules.
+    """The description of one `model_type`: everything but its modules.
 
     Attributes:
       architectures: name in config.json -> head.
-      heads: all that its modules have.
-      module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)`
-        -> module.
+      heads: all heads of its modules.
+      module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)` ->
+        module.
       from_hugging_face: tensors -> nested parameters.
-      parts: path prefixes that a checkpoint may lack (they are initialised) or have in excess
-        (they are left out), each as a whole: heads and poolers.
-      ties: path -> the path of the same values under another name, transposed if one is a kernel
-        and the other an embedding. Checkpoints may hold such a copy though the module has none.
+      optional: path prefixes that a checkpoint may lack (these parameters are initialised) or have
+        in excess (these are left out), each as a whole: heads and poolers.
+      ties: path -> path of the same values under another name, transposed if one is a kernel and
+        the other an embedding. A checkpoint may hold this copy though the module does not have it.
       to_hugging_face: inverse of `from_hugging_face`.
-      surplus: path prefixes that a checkpoint may have in excess, but not lack.
-      untie: a module whose parameters of `ties` are its own takes the values of the other name
-        where the checkpoint has only those and its configuration ties them. transformers 5 ties
-        every T5 and saves one copy.
-      config_class: what the module is told; its fields are those of config.json.
+      droppable: path prefixes that a checkpoint may have in excess, but not lack.
+      copies_tied_head: True if a module with its own parameters of `ties` takes the values of the
+        other name, where the checkpoint has only those and its configuration ties them.
+        transformers 5 ties every T5 and saves one copy.
+      config_class: class of the module's configuration; its fields are those of config.json.
       depths: field of config.json -> path of the layers that it counts.
-      ambiguous_parts: those of `parts` that several heads call by the same name; they are left out
-        where config.json names an architecture with another head.
-      module_class: of its modules.
-      published: hub id -> configuration, of sizes that are known without a download.
-      of_size: `(published configuration, head, num_labels) -> module`; head "auto" for the usual.
+      shared_head_names: those of `optional` that several heads have under the same name; they are
+        left out if config.json names an architecture with another head.
+      module_class: class of its modules.
+      published: hub id -> configuration, for the sizes that are known without a download.
+      of_size: `(published configuration, head, num_labels) -> module`; head "auto" is the usual
+        head.
     """
 
     architectures: Mapping[str, str | None]
     heads: tuple[str | None, ...]
     module: Callable[..., nn.Module]
     from_hugging_face: Callable[[Mapping[str, np.ndarray]], Params]
-    parts: tuple[str, ...]
+    optional: tuple[str, ...]
     ties: Mapping[str, str]
     to_hugging_face: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
     config_class: type[Any]
@@ -56,15 +57,15 @@ class Family:
     module_class: type[nn.Module]
     published: Mapping[str, Any]
     of_size: Callable[[Any, str | None, int | None], nn.Module]
-    surplus: tuple[str, ...] = ()
-    untie: bool = False
-    ambiguous_parts: tuple[str, ...] = ()
+    droppable: tuple[str, ...] = ()
+    copies_tied_head: bool = False
+    shared_head_names: tuple[str, ...] = ()
 
 
 def add_parameter(
     flat: dict[str, np.ndarray], origin: dict[str, str], path: str, array: np.ndarray, name: str
 ) -> None:
-    """Adds a parameter under its path, and notes the name that the checkpoint has for it.
+    """Adds a parameter under its path, and records its name in the checkpoint.
 
     Raises:
       ValueError: if another name means the same path.
@@ -78,12 +79,12 @@ def add_parameter(
 
 
 def to_tensors(params: Mapping[str, Any], known: re.Pattern[str], family: str) -> dict[str, Any]:
-    """`.`-joined name without any prefix -> C-contiguous array in PyTorch's orientation."""
+    """Converts parameters to `.`-joined names and C-contiguous arrays, oriented as in PyTorch."""
     flat = flatten_dict(params, sep="/")
-    strangers = [path for path in flat if not known.fullmatch(path)]
-    if strangers:
+    not_allowed = [path for path in flat if not known.fullmatch(path)]
+    if not_allowed:
         raise ValueError(
-            f"not parameters of {family}: {listing(strangers, most=4)}; take adapters out of the "
+            f"not parameters of {family}: {listing(not_allowed, most=4)}; take adapters out of the "
             "parameters before converting them"
         )
     tensors = {}

@@ -43,11 +43,11 @@ class Backbone:
 
     Attributes:
       module: the linen module.
-      params: nested plain dict of arrays, in structure and shapes what `module.init` makes.
-      config: the configuration of transformers, as it was loaded.
-      name: the folder or hub id it was loaded from.
-      new_parameters: `/`-joined paths of the parameters that the checkpoint does not have and
-        that were initialised.
+      params: nested plain dict of arrays, with the structure and shapes of `module.init`.
+      config: configuration of transformers, as it was loaded.
+      name: folder or hub id that it was loaded from.
+      new_parameters: `/`-joined paths of the parameters that the checkpoint lacks and that were
+        initialised.
     """
 
     module: nn.Module
@@ -68,31 +68,30 @@ def load_backbone(
     remat: Remat = "off",
     seed: int = 0,
 ) -> Backbone:
-    """Reads a Hugging Face checkpoint: config.json and safetensors, whole or in shards.
+    """Loads a Hugging Face checkpoint: config.json and safetensors, whole or in shards.
 
-    A head or pooler that the checkpoint does not have is initialised from `seed`, logged as a
-    warning and listed in `new_parameters`; one that the module does not have is left out and
-    logged.
+    A head or pooler that the checkpoint lacks is initialised from `seed`, logged as a warning and
+    listed in `new_parameters`. A head or pooler that the module lacks is left out and logged.
 
     Args:
       path_or_hub_id: a folder, or the id of a repository on the Hugging Face hub.
-      head: "auto" is the head that config.json names in `architectures`; otherwise a head of the
-        module, for BERT one of `compacter_jax.models.bert.config.HEADS` (None: hidden states).
-      num_labels: width of a classification head; None is what config.json says (2 if nothing).
-      dropout_rate: in place of all the dropout rates of config.json.
-      dtype: of the computation; None promotes inputs and parameters as flax does.
-      param_dtype: what the parameters are converted to, those that will be trained included, which
-        want float32; `cast_frozen` stores the others in fewer bits.
-      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
-        its input alone; or "dots", all but the products with weights.
-      seed: of the parameters that the checkpoint does not have.
+      head: "auto" for the head that config.json names in `architectures`; otherwise a head of the
+        module, for BERT one of `compacter_jax.models.bert.config.HEADS` (None for hidden states).
+      num_labels: width of a classification head; None takes that of config.json (2 if it has none).
+      dropout_rate: value for all dropout rates of config.json; None keeps them.
+      dtype: dtype of the computation; None promotes inputs and parameters as flax does.
+      param_dtype: dtype of all parameters. Trained ones need float32; `cast_frozen` stores the
+        others in fewer bits.
+      remat: activations that the backward pass computes again, to save memory: "off" for none;
+        "full" for each layer from its input alone; "dots" for all but the products with weights.
+      seed: seed of the parameters that the checkpoint lacks.
 
     Returns:
       Module, parameters and configuration.
 
     Raises:
       ValueError: if the folder, its configuration or its weights are not those of a supported
-        model, or do not fit the head asked for.
+        model, or do not fit the requested head.
       OSError: if the hub does not answer or has no such repository.
     """
     folder = _folder_of(path_or_hub_id)
@@ -113,17 +112,17 @@ def load_backbone(
         found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     check_depths(str(folder / CONFIG_FILE), module.config, family, found)
     if _other_task(config, family, module):
-        found = _leave_out(found, family.ambiguous_parts, folder)
+        found = _leave_out(found, family.shared_head_names, folder)
     params, new = _fit(found, module, family, folder=folder, seed=seed)
     return Backbone(module, params, config, str(path_or_hub_id), new)
 
 
 def read_config(path_or_hub_id: str | Path) -> Any:
-    """The configuration of transformers of a checkpoint, or of a config.json by itself.
+    """Returns the transformers configuration of a checkpoint, or of a config.json alone.
 
     Args:
       path_or_hub_id: a folder, a file, or the id of a repository on the Hugging Face hub (whose
-        weights are fetched, too, as `load_backbone` does).
+        weights are fetched, too, as in `load_backbone`).
 
     Raises:
       ValueError: if it is not the configuration of a supported model.
@@ -144,25 +143,25 @@ def module_from_config(
     param_dtype: Dtype = jnp.float32,
     remat: Remat = "off",
 ) -> nn.Module:
-    """The module that a configuration of transformers describes, without weights.
+    """Returns the module that a transformers configuration describes, without weights.
 
     Args:
-      config: a configuration of transformers, for instance a `transformers.BertConfig`.
-      head: "auto" is the head that `config.architectures` names; otherwise a head of the module.
-      num_labels: width of a classification head; None is what the configuration says.
-      dropout_rate: in place of all the dropout rates of the configuration.
-      dtype: of the computation; None promotes inputs and parameters as flax does.
-      param_dtype: of the parameters.
-      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
-        its input alone; or "dots", all but the products with weights.
+      config: configuration of transformers, for instance a `transformers.BertConfig`.
+      head: "auto" for the head that `config.architectures` names; otherwise a head of the module.
+      num_labels: width of a classification head; None takes that of the configuration.
+      dropout_rate: value for all dropout rates of the configuration; None keeps them.
+      dtype: dtype of the computation; None promotes inputs and parameters as flax does.
+      param_dtype: dtype of the parameters.
+      remat: activations that the backward pass computes again, to save memory: "off" for none;
+        "full" for each layer from its input alone; "dots" for all but the products with weights.
 
     Returns:
       A linen module, for `init` or `jax.eval_shape`.
 
     Raises:
-      ValueError: if the configuration is not of a supported model, "auto" finds no known
-        architecture in it, models of its family have no such head, or `num_labels` is given for
-        a head without labels.
+      ValueError: if the configuration is not of a supported model; if "auto" finds no known
+        architecture in it; if models of its family have no such head; or if `num_labels` is given
+        for a head without labels.
     """
     family = family_of(config)
     _check_attributes("the configuration", config, family)
@@ -177,12 +176,12 @@ def module_from_config(
 def module_from_name(
     name_or_path: str | Path, *, head: str | None = "auto", num_labels: int | None = None
 ) -> nn.Module:
-    """The module of a published size, or of a configuration on disk, without weights.
+    """Returns the module of a published size, or of a configuration on disk, without weights.
 
     Args:
-      name_or_path: a key of `PUBLISHED` such as "t5-base", known without a download; or the path
-        of a config.json or of its folder.
-      head: "auto" is the head that a config.json names and, for a published size, conditional
+      name_or_path: a key of `PUBLISHED` such as "t5-base", which needs no download; or the path of
+        a config.json or of its folder.
+      head: "auto" for the head that a config.json names and, for a published size, conditional
         generation for T5 and no head for BERT; otherwise a head of the module.
       num_labels: width of a classification head.
 
@@ -208,7 +207,7 @@ def module_from_name(
 PUBLISHED: Mapping[str, Any] = {
     name: config for family in FAMILIES.values() for name, config in family.published.items()
 }
-"""Hub id -> configuration, of sizes that are known without a download."""
+"""Hub id -> configuration, for the sizes that are known without a download."""
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def _head_of_architecture(config: Any, family: Family) -> str | None:
 
 
 def _check_head(head: str | None, model_type: str) -> None:
-    """ValueError for a head of another family; one that none has is refused by the module."""
+    """Raises ValueError for a head of another family; the module refuses an unknown head."""
     heads = FAMILIES[model_type].heads
     if head not in heads and any(head in family.heads for family in FAMILIES.values()):
         raise ValueError(
@@ -237,14 +236,14 @@ def _check_head(head: str | None, model_type: str) -> None:
 
 
 def _other_task(config: Any, family: Family, module: Any) -> bool:
-    """Whether the configuration names an architecture with a head, and not that of the module."""
+    """Returns True if the configuration names an architecture with another head than the module."""
     if not config.architectures:
         return False
     return family.architectures.get(config.architectures[0], "unknown") not in (None, module.head)
 
 
 def _read_config(place: Path) -> Any:
-    """The configuration in a folder, or in the file itself."""
+    """Returns the configuration in a folder, or in the file itself."""
     from transformers import AutoConfig  # noqa: PLC0415 (importing compacter_jax stays light)
 
     file = place / CONFIG_FILE if place.is_dir() else place
@@ -264,16 +263,16 @@ def _read_config(place: Path) -> Any:
     check_settings(str(file), settings, family)
     try:
         config = AutoConfig.from_pretrained(file, trust_remote_code=False)
-    except Exception as error:  # its classes of errors change between versions of transformers
+    except Exception as error:  # the classes of errors change between versions of transformers
         reason = shorten(" ".join(str(error).split()), 200)
         raise ValueError(f"{file} is not a configuration of {model_type!r}: {reason}") from error
-    # Its other names of a field, such as hidden_size of a T5, have set the field by now.
+    # Other names of a field, such as hidden_size for a T5, have set the field by now.
     _check_attributes(str(file), config, family)
     return config
 
 
 def _check_attributes(where: str, config: Any, family: Family) -> None:
-    """ValueError if what the module reads of a configuration of transformers is not as it wants."""
+    """Raises ValueError if an attribute that the module reads is not valid for the module."""
     fields = [*typing.get_type_hints(family.config_class), "num_labels", "architectures"]
     own = {name: getattr(config, name) for name in fields if hasattr(config, name)}
     check_settings(where, own, family)
@@ -329,7 +328,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _is_buffer(name: str) -> bool:
-    """Whether a tensor holds positions, whole numbers that are no parameter."""
+    """Returns True for a tensor of positions, whole numbers that are not a parameter."""
     return name.endswith("position_ids")
 
 
@@ -342,7 +341,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, np.ndarray]:
         shards.setdefault(shard, []).append(name)
     tensors: dict[str, np.ndarray] = {}
     for shard, wanted in sorted(shards.items()):
-        # A longer name no file system has; asked for it, the system repeats all of it.
+        # No file system has longer names; asked for one, the system would repeat the whole name.
         if Path(shard).name != shard or "\0" in shard or len(shard) > 255:
             raise ValueError(
                 f"{index} names the shard {quote(shard, 100)}, which is not in its folder"
@@ -364,24 +363,24 @@ def _fit(
     folder: Path,
     seed: int,
 ) -> tuple[Params, tuple[str, ...]]:
-    """Parameters exactly as `module.init` makes them, and the paths of those not in `found`."""
+    """Returns parameters in the form of `module.init`, and the paths of those not in `found`."""
 
     def initial(key):
         return flatten_dict(module.init(key, *module.dummy_inputs())["params"], sep="/")
 
     key = jax.random.key(seed)
     wanted = jax.eval_shape(initial, key)
-    found = _leave_out(found, [p for p in family.parts if not _within(p, wanted)], folder)
+    found = _leave_out(found, [p for p in family.optional if not _within(p, wanted)], folder)
     _settle_ties(found, wanted, module, family, folder)
-    found = _leave_out(found, [p for p in family.surplus if not _within(p, wanted)], folder)
-    for part in family.surplus:
+    found = _leave_out(found, [p for p in family.droppable if not _within(p, wanted)], folder)
+    for part in family.droppable:
         if _within(part, wanted) and not _within(part, found):
             raise ValueError(
                 f"{folder} has no {part}, which head={module.head!r} needs; load a checkpoint that "
                 "has one, or with another head: head='encoder' for an encoder alone"
             )
 
-    absent = [part for part in family.parts if not _within(part, found)]
+    absent = [part for part in family.optional if not _within(part, found)]
     new = tuple(path for part in absent for path in _within(part, wanted))
     _check_new(folder, {path: wanted[path] for path in new}, found)
     _check_shapes(found, {p: leaf for p, leaf in wanted.items() if p not in new}, folder)
@@ -391,9 +390,9 @@ def _fit(
             "%s does not have %s: newly initialised, to be trained before use",
             folder,
             ", ".join(new),
-            extra={"new_parameters": new},  # for who has these parameters from elsewhere
+            extra={"new_parameters": new},  # for callers that have these parameters from elsewhere
         )
-        # Only these leave the compiled function, so that nothing else is computed.
+        # The compiled function returns only these leaves, so that nothing else is computed.
         fresh = jax.jit(lambda key: {path: initial(key)[path] for path in new})(key)
     flat = {
         path: fresh[path]
@@ -404,12 +403,12 @@ def _fit(
     return unflatten_dict(flat, sep="/"), new
 
 
-# Of a new head on a small backbone, which may well be larger than that.
+# The allowed size of a new head, which may be larger than a small backbone.
 _MANY = 2**24
 
 
 def _check_new(folder: Path, new: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """ValueError if parameters that nothing in the checkpoint speaks for are more than it has."""
+    """Raises ValueError if a new parameter is larger than all that the checkpoint has."""
     for path, leaf in new.items():
         size = math.prod(leaf.shape)
         if size > max(_MANY, sum(array.size for array in found.values())):
@@ -439,14 +438,14 @@ def _settle_ties(
     family: Family,
     folder: Path,
 ) -> None:
-    """Takes copies that the module does not have out of `found`, adds those it does have."""
+    """Removes tied copies that the module lacks from `found`, and adds those that it has."""
     for path, original in family.ties.items():
         if original not in found:
             continue
         kinds = {path.rsplit("/", 1)[-1], original.rsplit("/", 1)[-1]}
         values = found[original].T if kinds == {"kernel", "embedding"} else found[original]
         if path in wanted:
-            if family.untie and _says_tied(folder):
+            if family.copies_tied_head and _says_tied(folder):
                 found.setdefault(path, values)
         elif (
             path in found
@@ -460,7 +459,7 @@ def _settle_ties(
 
 
 def _says_tied(folder: Path) -> bool:
-    """What config.json says itself: transformers 5 reads True of every T5."""
+    """Returns `tie_word_embeddings` of config.json, for which transformers 5 always reads True."""
     return read_json(folder / CONFIG_FILE).get("tie_word_embeddings", True)
 
 

@@ -18,15 +18,16 @@ def _gelu_exact(x: Array) -> Array:
 
 @jax.custom_jvp
 def _gelu_by_erf(x: Array) -> Array:
-    # As PyTorch computes it; erfc, as in jax.nn.gelu, takes longer and keeps one array more.
+    # PyTorch computes the same. `jax.nn.gelu` uses erfc, which is slower and keeps one more array.
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 @_gelu_by_erf.defjvp
 def _gelu_by_erf_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
-    # erf is odd. Of -x it is not what the forward pass has, which XLA would otherwise keep for the
-    # backward pass beside x, an array of the feed-forward layer's inner width.
+    # erf is odd. Taken at -x it differs from the expression of the forward pass. XLA would
+    # otherwise keep that one beside x for the backward pass, an array of the feed-forward layer's
+    # inner width.
     below = 0.5 * (1 - jax.lax.erf(x * -math.sqrt(0.5)))
     density = jnp.exp(-0.5 * jnp.square(x)) * (1 / math.sqrt(2 * math.pi))
     return _gelu_by_erf(x), dx * (below + x * density)
@@ -69,20 +70,20 @@ ACTIVATIONS: dict[str, ActivationFn] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-"""Every entry computes what `transformers.activations.ACT2FN` computes under the same name."""
+"""Each entry equals the entry of `transformers.activations.ACT2FN` with the same name."""
 
 
 def get_activation(name: str) -> ActivationFn:
-    """The activation function of that name.
+    """Returns the activation function of that name.
 
     Args:
-      name: a key of `ACTIVATIONS`, for instance "gelu" (the exact one) or "gelu_new" (by tanh).
+      name: a key of `ACTIVATIONS`, for instance "gelu" (exact) or "gelu_new" (with tanh).
 
     Returns:
-      An elementwise function; shape and dtype of its result are those of its argument.
+      An elementwise function; its result has the shape and dtype of its argument.
 
     Raises:
-      ValueError: if there is no such name.
+      ValueError: if the name is unknown.
     """
     if name not in ACTIVATIONS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Attention, and how heads are split."""
+"""Attention, its biases and its cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compacter_jax.nn.dense import Dtype
 
 
 def split_heads(x: Array, heads: int) -> Array:
-    """`[batch, length, heads * size]` -> `[batch, heads, length, size]`."""
+    """Reshapes `[batch, length, heads * size]` to `[batch, heads, length, size]`."""
     return jnp.moveaxis(x.reshape(*x.shape[:-1], heads, -1), -2, -3)
 
 
@@ -27,20 +27,20 @@ def attention(
     scale: float = 1.0,
     dropout: Callable[[Array], Array] = lambda x: x,
 ) -> Array:
-    """`softmax(scale * query key^T + biases) value`, the softmax in float32 at least.
+    """Computes `softmax(scale * query key^T + biases) value`, the softmax in float32 at least.
 
-    Heads come before lengths, so that every product of the forward and of the backward pass is of
-    matrices that lie in one piece: with the axes the other way round, on a CPU, both take up to
-    1.7 times as long (`benchmarks/NOTES.md`).
+    The axis of heads comes before that of lengths, so that every product of the forward and the
+    backward pass multiplies contiguous matrices. With the axes the other way round, both passes
+    take up to 1.7 times as long on a CPU (`benchmarks/NOTES.md`).
 
     Args:
       query: `[batch, heads, queries, size]`.
       key: `[batch, heads, keys, size]`.
-      value: as `key`.
+      value: `[batch, heads, keys, size]`.
       biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
-      scale: of the scores.
-      dropout: applied to the probabilities `[batch, heads, queries, keys]`, times a number for
-        each query: it zeroes some and scales the others.
+      scale: factor of the scores.
+      dropout: function that zeroes some probabilities `[batch, heads, queries, keys]` and scales
+        the others; it receives the probabilities times a positive number for each query.
 
     Returns:
       `[batch, queries, heads, size]`.
@@ -52,8 +52,8 @@ def attention(
     for bias in biases:
         if bias is not None:
             scores += bias
-    # What makes the sum 1 comes last, so that of the largest arrays one is kept for the backward
-    # pass, and not the exponentials and the probabilities both.
+    # The normalisation comes last, so that only one of the largest arrays is kept for the backward
+    # pass, instead of the exponentials and the probabilities.
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     exponentials = _exponentials(scores - largest, value.dtype)
     y = jnp.einsum(
@@ -68,7 +68,7 @@ def attention(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _exponentials(x: Array, dtype: Dtype) -> Array:
-    """`exp(x)` rounded to `dtype`; its derivative is by what was rounded, which alone is kept."""
+    """Returns `exp(x)` rounded to `dtype`; the derivative uses the rounded values, kept alone."""
     return jnp.exp(x).astype(dtype)
 
 
@@ -85,12 +85,33 @@ def _exponentials_jvp(
 KeyValue = tuple[Array, Array]
 
 
+class StackInputs(NamedTuple):
+    """Everything that the layers of a stack are told beside hidden states.
+
+    Attributes:
+      masks: biases of self-attention and of cross-attention, each added to the scores and broadcast
+        to `[batch, heads, queries, keys]`, or None.
+      states: states of the encoder, `[batch, keys, width]`; None in an encoder.
+      query_index: position of the only query, where keys and values are cached; None elsewhere.
+      position_bias: bias of relative positions, `[1, heads, queries, keys]`, which the first layer
+        makes for all; None before it has.
+      cached: keys and values of a layer's self-attention and cross-attention, each None where
+        nothing is cached.
+    """
+
+    masks: tuple[Array | None, Array | None]
+    states: Array | None = None
+    query_index: Array | None = None
+    position_bias: Array | None = None
+    cached: tuple[KeyValue | None, KeyValue | None] = (None, None)
+
+
 class DecoderCache(NamedTuple):
     """Keys and values of the decoder's attention, a pair per layer.
 
     Attributes:
-      self_attention: of the tokens so far, `[batch, heads, max_length, d_kv]`, zero beyond.
-      cross_attention: of the encoder's states, `[batch, heads, length, d_kv]`.
+      self_attention: pairs of the tokens so far, `[batch, heads, max_length, d_kv]`, zero beyond.
+      cross_attention: pairs of the encoder's states, `[batch, heads, length, d_kv]`.
     """
 
     self_attention: tuple[KeyValue, ...]
@@ -98,16 +119,16 @@ class DecoderCache(NamedTuple):
 
 
 def bias_where(allowed: Array, dtype: Dtype) -> Array:
-    """0 where allowed, elsewhere the least finite number: not -inf, which makes rows of NaN."""
+    """Returns 0 where allowed, else the least finite number: -inf would turn full rows into NaN."""
     dtype = jnp.promote_types(dtype, jnp.float32)
     return jnp.where(allowed, 0, jnp.finfo(dtype).min).astype(dtype)
 
 
 def padding_bias(mask: Array | None, dtype: Dtype) -> Array | None:
-    """Returns the bias of a padding mask `[batch, length]`, `[batch, 1, 1, length]`.
+    """Returns the bias `[batch, 1, 1, length]` of a padding mask `[batch, length]`.
 
-    It is added, not selected, so that a row that is all padding has the gradient that PyTorch
-    gives it; its softmax is uniform, and not NaN.
+    The bias is added to the scores instead of selecting among them. A row of padding alone thus has
+    the gradient that PyTorch gives it, and a uniform softmax instead of NaN.
     """
     return None if mask is None else bias_where(mask[:, None, None, :] != 0, dtype)
 
@@ -115,7 +136,7 @@ def padding_bias(mask: Array | None, dtype: Dtype) -> Array | None:
 def causal_bias(
     length: int, mask: Array | None, cache: DecoderCache | None, index: Array | None, dtype: Dtype
 ) -> Array:
-    """`[1 or batch, 1, length, keys]`: no token after the query, and no padding."""
+    """Returns the bias `[1 or batch, 1, length, keys]` that hides later tokens and padding."""
     if cache is not None and index is not None:
         keys = cache.self_attention[0][0].shape[2]
         bias = bias_where(jnp.arange(keys)[None, None, None, :] <= index, dtype)

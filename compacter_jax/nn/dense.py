@@ -1,4 +1,4 @@
-"""Dense layers and embeddings, also on weights of 8 bits."""
+"""Dense layers and embeddings, also with weights of 8 bits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Dtype = Any
 
 
 def dense(features: int, **attributes: Any) -> nn.Dense:
-    """A dense layer of flax, whose kernel may be a `QuantizedArray`."""
+    """Returns a dense layer of flax, whose kernel may be a `QuantizedArray`."""
     return nn.Dense(features, promote_dtype=_promote, dot_general=_dot_general, **attributes)
 
 
 def _promote(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> list[Any]:
-    """As flax's `promote_dtype`; a `QuantizedArray` stays what it is, and has no say."""
+    """Promotes arrays as flax's `promote_dtype`, and ignores each `QuantizedArray`."""
     plain = [None if is_quantized(x) else x for x in args]
     promoted = promote_dtype(*plain, dtype=dtype, inexact=inexact)
     return [x if is_quantized(x) else y for x, y in zip(args, promoted, strict=True)]
@@ -35,9 +35,9 @@ def _dot_general(x: Array, kernel: Any, *args: Any, **keywords: Any) -> Array:
 
 
 class Embed(nn.Embed):
-    """Embeddings, as flax's; the table may be a `QuantizedArray`.
+    """Embeddings as in flax; the table may be a `QuantizedArray`.
 
-    An id that the table does not have, a negative one included, gives a row of NaN.
+    An id that the table does not have, negative ones included, gives a row of NaN.
     """
 
     def __call__(self, inputs: Array) -> Array:  # [...] integers -> [..., features]
@@ -54,20 +54,20 @@ class Embed(nn.Embed):
 
 
 def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:
-    """`x` `[…, features]` times the transpose of embeddings `[vocab, features]`, `[…, vocab]`."""
+    """Returns the product of `x` `[…, features]` and `table^T`, `table` `[vocab, features]`."""
     x, table = _promote(x, table, dtype=dtype)
     if is_quantized(table):
         return matmul(x, table.transposed())
     if x.ndim == 3 and x.shape[1] == 1:
-        # The next token of each row: what takes the time is to read the table, which a CPU does
-        # faster along its rows (`benchmarks/NOTES.md`).
+        # For the next token of each row, reading the table takes most of the time. A CPU reads the
+        # table faster along its rows (`benchmarks/NOTES.md`).
         return jnp.einsum("vf,btf->vbt", table, x).transpose(1, 2, 0)
     return jnp.dot(x, table.T)
 
 
-# `nn.Module.param` of whichever module owns the parameter.
+# The bound method `nn.Module.param` of the module that owns a parameter.
 ParamFunction = Callable[..., Array]
 
 
-# What PyTorch's linear layers start with, uniform within 1 / sqrt(in).
+# The initialiser of PyTorch's linear layers, uniform within 1 / sqrt(in).
 linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -1,4 +1,4 @@
-"""Dropout whose masks do not depend on padding, for the backbones and the adapters alike."""
+"""Dropout whose masks do not depend on padding, for the backbones and the adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.extend.random import threefry_2x32
 
 
 class Dropout(nn.Dropout):
-    """Dropout as flax's, by the masks of `dropout_mask`; not for more than four axes."""
+    """Dropout as in flax, with the masks of `dropout_mask`; for two to four axes."""
 
     @nn.compact
     def __call__(
@@ -30,27 +30,27 @@ def _kept_of_65536(rate: float) -> int:
 
 
 def dropout_mask(key: Array, shape: tuple[int, ...], rate: float) -> Array:
-    """Which entries dropout keeps; each is kept with probability `1 - rate`, to 2^-17.
+    """Returns the mask of entries that dropout keeps, each with probability `1 - rate`, to 2^-17.
 
-    An entry of the mask depends on the key and on where it stands, not on the lengths: of a
-    shorter or longer batch, or one of fewer rows, the common part has the same mask, so padding
-    changes nothing. Four entries share a hash of 64 bits, where `jax.random.bernoulli` takes one
-    for each: `benchmarks/NOTES.md` has what that saves.
+    An entry of the mask depends on the key and on its position, not on the shape. Batches of other
+    lengths or with fewer rows share the common part of the mask, so padding changes nothing. Four
+    entries share a hash of 64 bits, where `jax.random.bernoulli` takes one hash for each;
+    `benchmarks/NOTES.md` has the time that this saves.
 
     Args:
-      key: of the masks.
+      key: random key of the mask.
       shape: `[batch, width]`, `[batch, length, width]` or `[batch, heads, queries, keys]`.
-      rate: at least 0 and less than 1.
+      rate: probability of a zero, at least 0 and less than 1.
 
     Returns:
       Booleans of that shape.
 
     Raises:
-      ValueError: if it has another number of axes.
+      ValueError: if `shape` has another number of axes.
     """
     if not 2 <= len(shape) <= 4:
         raise ValueError(f"shape {shape} has {len(shape)} axes; dropout is for two to four")
-    # The four entries are apart along an axis whose size the model fixes: its width or its heads.
+    # The four entries lie along an axis whose size the model fixes: its width or its heads.
     axis = 1 if len(shape) == 4 else len(shape) - 1
     counted = [-(-size // 4) if i == axis else size for i, size in enumerate(shape)]
     index = [jax.lax.broadcasted_iota(jnp.uint32, counted, i) for i in range(len(shape))]
@@ -62,6 +62,6 @@ def dropout_mask(key: Array, shape: tuple[int, ...], rate: float) -> Array:
         low |= index[1] << 16
     words = threefry_2x32(jax.random.bits(key, (2,), jnp.uint32), jnp.stack([high, low]))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    # Bytes: booleans are concatenated more slowly.
+    # The concatenation uses bytes, because booleans are concatenated more slowly.
     bits = [(half < _kept_of_65536(rate)).astype(jnp.uint8) for half in halves]
     return jax.lax.slice_in_dim(jnp.concatenate(bits, axis), 0, shape[axis], axis=axis) != 0

@@ -1,4 +1,4 @@
-"""Checks of what a model is called with."""
+"""Checks of the arguments of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compacter_jax.nn.attention import DecoderCache
 def check_inputs(
     vocab_size: int, name: str, ids: Array, mask_name: str, mask: Array | None
 ) -> None:
-    """Raises ValueError unless ids are those of a vocabulary, and the mask is of their shape."""
+    """Raises ValueError if ids are outside of the vocabulary or the mask has another shape."""
     if ids.ndim != 2:
         raise ValueError(f"{name} has shape {ids.shape}; it must be [batch, length]")
     if not ids.shape[1]:
@@ -27,7 +27,7 @@ def check_inputs(
 def check_source(
     width: int, ids: Array, states: Array | None, mask: Array | None, cache: DecoderCache | None
 ) -> None:
-    """What the decoder's `ids` attend to, in `states` or in the cache."""
+    """Checks the mask and states (or cache) of the encoder that the decoder's `ids` attend to."""
     if states is not None:
         if states.ndim != 3 or states.shape[2] != width:
             raise ValueError(
@@ -51,25 +51,27 @@ def _check_mask(name: str, mask: Array | None, of: str, shape: tuple[int, ...]) 
     if mask.shape != shape:
         raise ValueError(f"{name} has shape {mask.shape}; it must be that of {of}, {shape}")
     if jnp.issubdtype(mask.dtype, jnp.floating):
-        # It might be an additive mask, 0 to attend and -inf to leave out: the very opposite.
+        # A floating-point mask might be an additive one, with 0 to attend and -inf to ignore: the
+        # opposite.
         raise ValueError(
             f"{name} is {mask.dtype}; it must be integers or booleans, 1 at tokens and 0 at padding"
         )
 
 
 def check_ids(name: str, ids: Any, size: int, field: str) -> None:
-    """Checks that a table of `size` rows has every id, as far as the values are known.
+    """Checks that a table of `size` rows has every id, if the values are known.
 
-    The values of a tracer are not looked at: `Embed` gives NaN for an id that it does not have.
+    The function does not check a tracer, whose values are unknown. `Embed` gives NaN for an id that
+    the table does not have.
 
     Args:
-      name: of the argument.
+      name: name of the argument.
       ids: integers of any shape.
-      size: of the table.
-      field: of the configuration that says `size`.
+      size: number of rows of the table.
+      field: field of the configuration that holds `size`.
 
     Raises:
-      ValueError: if an id is negative, or `size` or more.
+      ValueError: if an id is negative, or not less than `size`.
     """
     if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
         return

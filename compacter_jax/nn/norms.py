@@ -14,16 +14,16 @@ from compacter_jax.nn.dense import Dtype
 
 
 class _Norm(nn.Module):
-    """Normalises the last axis, its statistics in float32 at least.
+    """A norm over the last axis, with its statistics in float32 at least.
 
-    What is multiplied is multiplied from left to right. Flax multiplies the scale with one over the
-    deviation first, which is an array as large as the input, and kept for the backward pass
+    The product runs from left to right. Flax first multiplies the scale with one over the
+    deviation, an array as large as the input that is kept for the backward pass
     (`benchmarks/NOTES.md`).
 
     Attributes:
-      epsilon: added to the mean square, as in PyTorch.
-      dtype: of the result; None promotes as flax does.
-      param_dtype: of the parameters.
+      epsilon: number added to the mean square, as in PyTorch.
+      dtype: dtype of the result; None promotes as flax does.
+      param_dtype: dtype of the parameters.
       scale_init: initialiser of the scale.
     """
 
@@ -39,21 +39,21 @@ class _Norm(nn.Module):
 
 
 class LayerNorm(_Norm):
-    """`(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
+    """Layer normalisation, `(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]
         dtype = canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
         x = _at_least_float32(x)
-        # Not E[x^2] - E[x]^2, which cancels: states of BERT have a few entries much larger than the
-        # rest.
+        # The variance is not computed as E[x^2] - E[x]^2, which cancels: states of BERT have a few
+        # entries much larger than the rest.
         y = self._scaled(x - x.mean(-1, keepdims=True))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         return (y + bias).astype(dtype)
 
 
 class RMSNorm(_Norm):
-    """`x / sqrt(mean(x^2) + epsilon) * scale`."""
+    """Root mean square normalisation, `x / sqrt(mean(x^2) + epsilon) * scale`."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]

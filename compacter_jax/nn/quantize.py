@@ -1,9 +1,9 @@
-"""Weights of eight bits: integers, and for every output channel a scale that they share.
+"""Weights of eight bits: integers, and one scale for every output channel.
 
-A weight `w` is stored as `q = round(w / scale)`, `scale = max |w| / 127` over its channel, so that
-`|w - scale q| <= scale / 2`: at most 1/254 of the channel's largest weight. The scale is of an
-output channel, so a product multiplies by it afterwards, `x w = (x q) scale`, and no floating-point
-copy of more than the one weight at work is ever made.
+A weight `w` is stored as `q = round(w / scale)` with `scale = max |w| / 127` over its channel, so
+`|w - scale q| <= scale / 2`: the error is at most 1/254 of the channel's largest weight. The scale
+belongs to an output channel, so a product applies it last, `x w = (x q) scale`. At most one weight
+at a time has a floating-point copy.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 Dtype = Any
-_LARGEST = 127  # of int8, the same on both sides of zero
+_LARGEST = 127  # the largest int8 used, the same on both sides of zero
 
 
 @flax.struct.dataclass
 class QuantizedArray:
-    """A matrix `values * scale`; in a tree of parameters it stands where the matrix did.
+    """A matrix `values * scale`; it takes the place of the matrix in a tree of parameters.
 
     Attributes:
       values: int8, of the matrix' shape.
-      scale: float32, `[1, out]` of a kernel `[in, out]`, `[vocab, 1]` of embeddings.
+      scale: float32; `[1, out]` for a kernel `[in, out]`, `[vocab, 1]` for embeddings.
     """
 
     values: Array
@@ -35,38 +35,38 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix."""
+        """Shape of the matrix."""
         return self.values.shape
 
     @property
     def ndim(self) -> int:
-        """Of the matrix."""
+        """Number of axes of the matrix."""
         return self.values.ndim
 
     @property
     def size(self) -> int:
-        """Numbers in the matrix; the scales do not count."""
+        """Number of entries of the matrix, without the scales."""
         return self.values.size
 
     def transposed(self) -> QuantizedArray:
-        """The transpose."""
+        """Returns the transposed matrix."""
         return QuantizedArray(self.values.T, self.scale.T)
 
     def dequantized(self, dtype: Dtype = jnp.float32) -> Array:
-        """The matrix itself."""
+        """Returns the matrix as a floating-point array."""
         return (self.values * self.scale).astype(dtype)
 
     def rows(self, ids: Array, dtype: Dtype) -> Array:
-        """The rows `ids` `[…]` of embeddings, `[…, width]`; NaN for an id that has no row."""
+        """Returns the rows `ids` `[…]` of embeddings, `[…, width]`; NaN for an id without a row."""
         return (rows_of(self.values, ids) * rows_of(self.scale, ids)).astype(dtype)
 
 
 def quantize(weight: Any, axis: int) -> QuantizedArray:
-    """The nearest matrix of eight bits, on the host if `weight` is there.
+    """Returns the nearest matrix of eight bits, computed by NumPy if `weight` is a NumPy array.
 
     Args:
-      weight: a floating-point matrix.
-      axis: that a channel runs along: 0 of a kernel `[in, out]`, 1 of embeddings.
+      weight: floating-point matrix.
+      axis: axis along which a channel runs: 0 for a kernel `[in, out]`, 1 for embeddings.
     """
     numpy: Any = jnp if isinstance(weight, Array) else np
     weight = weight.astype(jnp.float32)
@@ -76,27 +76,28 @@ def quantize(weight: Any, axis: int) -> QuantizedArray:
 
 
 def matmul(x: Array, kernel: QuantizedArray) -> Array:
-    """`[…, in] -> […, out]` in the dtype of `x`; the scales are multiplied in float32."""
+    """Multiplies `[…, in] -> […, out]` in the dtype of `x`; applies the scales in float32."""
     y = jnp.matmul(x, kernel.values.astype(x.dtype))
     return (y * kernel.scale[0]).astype(x.dtype)
 
 
 def rows_of(table: Any, ids: Any) -> Array:
-    """The rows `ids` `[…]` of `table` `[rows, width]`, `[…, width]`.
+    """Returns the rows `ids` `[…]` of `table` `[rows, width]`, as `[…, width]`.
 
-    An id that is negative, or too large, gives NaN, or of integers the least of their type.
+    An id that is negative or too large gives NaN; in a table of integers, it gives the smallest
+    integer of the type.
     """
-    # Not `jnp.take`, where negative ids count from the end.
+    # `jnp.take` counts negative ids from the end.
     return jnp.asarray(table).at[ids].get(mode="fill", wrap_negative_indices=False)
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Whether it is a `QuantizedArray`: what tree functions are to take as one leaf."""
+    """Returns True for a `QuantizedArray`, which tree functions must treat as one leaf."""
     return isinstance(leaf, QuantizedArray)
 
 
 def check_float(params: Mapping[str, Any], doing: str) -> None:
-    """ValueError if a parameter is quantised, which `doing` would lose bits of."""
+    """Raises ValueError if a parameter is quantised, so that `doing` would lose precision."""
     for path, leaf in flatten_dict(params, sep="/").items():
         if is_quantized(leaf):
             raise ValueError(

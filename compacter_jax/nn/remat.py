@@ -10,21 +10,22 @@ import jax
 Remat: TypeAlias = Literal["off", "full", "dots"]
 
 
-# What of a layer is kept for the backward pass, where it is recomputed; None keeps its input alone.
+# Remat -> the policy that decides which arrays of a layer are kept for the backward pass; None
+# keeps only the layer's input.
 _KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def rematted(layer: type[nn.Module], remat: Remat, *, static_argnums: tuple[int, ...]) -> Any:
-    """`layer`, or one that the backward pass computes again.
+    """Returns `layer`, or a class whose activations the backward pass computes again.
 
     Args:
       layer: a class of modules.
-      remat: "off"; "full", which keeps a layer's input alone; or "dots", which keeps the products
-        with weights, too, and computes again what is between them.
-      static_argnums: arguments of a call that are no arrays, self counted.
+      remat: "off"; "full", which keeps only the input of a layer; or "dots", which also keeps the
+        products with weights and recomputes everything between them.
+      static_argnums: positions of the call's arguments that are not arrays, with `self` at 0.
 
     Raises:
-      ValueError: if `remat` is something else.
+      ValueError: for another value of `remat`.
     """
     if remat == "off":
         return layer

@@ -706,12 +706,12 @@ def test_names_of_earlier_releases(kind, tmp_path):
 
 def test_lora_of_earlier_releases_is_not_scaled(tmp_path):
     saved(tmp_path, adapters.LoRAConfig(r=2, alpha=8))
-    factors = {}
+    scalings = {}
     for version in ("adapters.1.0.1", "adapters.1.1.0", "4.57.0"):
         edit(tmp_path / "adapter_config.json", lambda c, v=version: c.update(version=v))
         adapted, _ = import_adapterhub(tmp_path, BACKBONES["bert"])
-        factors[version] = adapted.method.factor
-    assert factors == {"adapters.1.0.1": 1, "adapters.1.1.0": 4, "4.57.0": 4}
+        scalings[version] = adapted.method.scaling
+    assert scalings == {"adapters.1.0.1": 1, "adapters.1.1.0": 4, "4.57.0": 4}
 
 
 def test_gelu_of_the_first_releases_is_by_tanh(tmp_path):

@@ -489,11 +489,11 @@ def test_sharing_parts_beside_one_that_does_not():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "factor"),
+    ("overrides", "scaling"),
     [({}, 1.0), ({"rank": 2, "lora_alpha": 3}, 1.5), ({"rank": 4, "use_rslora": True}, 4.0)],
 )
-def test_factor_of_lora(overrides, factor):
-    assert preset("lora", **overrides).factor == factor
+def test_scaling_of_lora(overrides, scaling):
+    assert preset("lora", **overrides).scaling == scaling
 
 
 def test_all_sites():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from compacter_jax import Adapted, generate, preset
-from compacter_jax.decode import sampling
+from compacter_jax.decode import beams, sampling
 from compacter_jax.decode import settings as decode_settings
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.t5.model import T5
@@ -164,14 +164,14 @@ def test_a_cache_without_room_gives_nan(t5):
 
 @pytest.mark.parametrize("search", ["greedy", "sampling", "beams"])
 def test_a_row_whose_logits_are_nan_has_no_tokens(search):
-    beams = 2 if search == "beams" else 1
+    num_beams = 2 if search == "beams" else 1
     settings = dict.fromkeys(field.name for field in dataclasses.fields(decode_settings.Settings))
-    settings |= {"max_new_tokens": 3, "min_new_tokens": 0, "num_beams": beams, "start": 0}
-    settings |= {"num_return_sequences": beams, "length_penalty": 1.0, "early_stopping": False}
+    settings |= {"max_new_tokens": 3, "min_new_tokens": 0, "num_beams": num_beams, "start": 0}
+    settings |= {"num_return_sequences": num_beams, "length_penalty": 1.0, "early_stopping": False}
     settings |= {"temperature": 1.0, "top_p": 0.9, "eos": (1,)}
     settings = decode_settings.Settings(**settings)
-    logits = np.random.default_rng(0).standard_normal((2 * beams, 5)).astype(np.float32)
-    logits[beams:] = np.nan
+    logits = np.random.default_rng(0).standard_normal((2 * num_beams, 5)).astype(np.float32)
+    logits[num_beams:] = np.nan
 
     @quick_jit
     def run(logits):
@@ -183,8 +183,8 @@ def test_a_row_whose_logits_are_nan_has_no_tokens(search):
         )
 
     tokens, _ = run(logits)
-    assert ((tokens[:beams] >= 0) & (tokens[:beams] < 5)).all()
-    assert (tokens[beams:, 1:] == -1).all()
+    assert ((tokens[:num_beams] >= 0) & (tokens[:num_beams] < 5)).all()
+    assert (tokens[num_beams:, 1:] == -1).all()
 
 
 def test_generate_by_itself_refuses_logits_that_are_nan(monkeypatch):

@@ -7,6 +7,7 @@ which are new members, and folders of saved adapters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from compacter_jax.compositions.bank import Bank
 from compacter_jax.compositions.base import Composition
 from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import MethodConfig
-from train.cli.method_flags import given_options, method_of, options_of
+from train.cli.method_flags import given_options, is_composition, method_of, options_of
 
 _KINDS = [kind for kind in COMPOSITIONS if kind != Bank.kind]
 
@@ -290,3 +291,42 @@ def _composition(
         *members, names=node.names, frozen=tuple(frozen), **weights
     )
     return made
+
+
+class ChoosesMethod:
+    """Base of the options of commands that accept a preset or a composition."""
+
+    method: str
+    train_members: str | None
+    method_options: Any
+
+    def check_method(self) -> None:
+        """Checks the name and options of a preset; a composition is only parsed when it is used.
+
+        Raises:
+          ValueError: for an unknown preset, or for options that it lacks.
+        """
+        if not is_composition(self.method):
+            method_of(self.method, self.method_options)
+
+    def check_members(self) -> None:
+        """Raises ValueError if members of a composition are named although the method is none."""
+        if self.train_members is not None and not is_composition(self.method):
+            raise ValueError(
+                f"--train-members are those of a composition, and --method {self.method} is none"
+            )
+
+    @functools.cached_property
+    def composition(self) -> Node | None:
+        """Composition that `method` describes; None for a preset.
+
+        Raises:
+          ValueError: as `parse`.
+        """
+        return parse(self.method) if is_composition(self.method) else None
+
+    def method_config(self) -> MethodConfig:
+        """Returns the preset with the given changes, or the composition."""
+        if self.composition is None:
+            return method_of(self.method, self.method_options)
+        return composed(self.composition, self.method_options, self.train_members)

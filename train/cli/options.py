@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from compacter_jax.methods.base import MethodConfig
-from train.cli import compositions
-from train.cli.method_flags import is_composition, method_of
+if TYPE_CHECKING:
+    from train.cli.compositions import Node
 
 EvaluateBy: TypeAlias = Literal["scoring", "generation"]
 
@@ -135,7 +133,7 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
     remat: Literal["off", "full", "dots"] = "off"
 
     @property
-    def composition(self) -> compositions.Node | None:
+    def composition(self) -> Node | None:
         """Composition that the command is given; None for commands that accept none."""
         return None
 
@@ -215,42 +213,3 @@ class HostOptions:
         last = (self.num_processes or float("inf")) - 1
         if self.process_id is not None and not 0 <= self.process_id <= last:
             raise ValueError(f"process_id={self.process_id} must be from 0 to {last}")
-
-
-class ChoosesMethod:
-    """Base of the options of commands that accept a preset or a composition."""
-
-    method: str
-    train_members: str | None
-    method_options: Any
-
-    def check_method(self) -> None:
-        """Checks the name and options of a preset; a composition is only parsed when it is used.
-
-        Raises:
-          ValueError: for an unknown preset, or for options that it lacks.
-        """
-        if not is_composition(self.method):
-            method_of(self.method, self.method_options)
-
-    def check_members(self) -> None:
-        """Raises ValueError if members of a composition are named although the method is none."""
-        if self.train_members is not None and not is_composition(self.method):
-            raise ValueError(
-                f"--train-members are those of a composition, and --method {self.method} is none"
-            )
-
-    @functools.cached_property
-    def composition(self) -> compositions.Node | None:
-        """Composition that `method` describes; None for a preset.
-
-        Raises:
-          ValueError: as `train.cli.compositions.parse`.
-        """
-        return compositions.parse(self.method) if is_composition(self.method) else None
-
-    def method_config(self) -> MethodConfig:
-        """Returns the preset with the given changes, or the composition."""
-        if self.composition is None:
-            return method_of(self.method, self.method_options)
-        return compositions.composed(self.composition, self.method_options, self.train_members)

@@ -20,7 +20,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Reads the keys of a file.
 
     Raises:
-      FileNotFoundError: if there is no such file.
+      FileNotFoundError: if the file does not exist.
       ValueError: if it is too large, is not UTF-8 or no TOML, or has too many nested brackets; the
         message names the file.
     """

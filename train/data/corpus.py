@@ -114,8 +114,8 @@ def read_segments(
 ) -> Segments:
     """Tokenises a text file and divides it into segments.
 
-    As in the released code of T5, documents follow each other without a separator, and a segment
-    may span several documents. Text that spells a sentinel or another special token (except the
+    Documents follow each other without a separator, and a segment may span several documents, as in
+    the released code of T5. Text that spells a sentinel or another special token (except the
     unknown token) is left out, since the model would read it as that token.
 
     Args:

@@ -9,8 +9,9 @@ from typing import Annotated
 import tyro
 
 from compacter_jax.catalogue import presets
+from train.cli.compositions import ChoosesMethod
 from train.cli.method_flags import ALL, MethodFlags, MethodOptions
-from train.cli.options import BackboneDtype, ChoosesMethod, check
+from train.cli.options import BackboneDtype, check
 from train.fit.options import FitOptions
 
 

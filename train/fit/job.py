@@ -303,8 +303,8 @@ def say_all(lines: Sequence[str]) -> None:
 
 def _new_paths(backbone: cj.Backbone, labels: Any, label: str) -> list[str]:
     """Returns the paths that the backbone's checkpoint lacks and that have the given label."""
-    fates = flatten_dict(labels, sep="/")
-    return [path for path in backbone.new_parameters if fates.get(path) == label]
+    label_of = flatten_dict(labels, sep="/")
+    return [path for path in backbone.new_parameters if label_of.get(path) == label]
 
 
 def _with_leaves(params: Any, others: Any, paths: Sequence[str]) -> Any:
@@ -315,11 +315,11 @@ def _with_leaves(params: Any, others: Any, paths: Sequence[str]) -> Any:
 
 def _say_new(backbone: cj.Backbone, labels: Any) -> None:
     """Prints the parameters that the backbone's checkpoint lacks, as a rule a head to train."""
-    fates = {TRAIN: "new, and trained here", FREEZE: "drawn at random, and not trained"}
-    for label, fate in fates.items():
+    labels_in_words = {TRAIN: "new, and trained here", FREEZE: "drawn at random, and not trained"}
+    for label, words in labels_in_words.items():
         paths = _new_paths(backbone, labels, label)
         if paths and distributed.is_first():
-            print(f"{backbone.name} does not have {', '.join(paths)}: {fate}")
+            print(f"{backbone.name} does not have {', '.join(paths)}: {words}")
 
 
 def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:

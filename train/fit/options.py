@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from train.cli.compositions import ChoosesMethod
 from train.cli.method_flags import MethodFlags, MethodName, MethodOptions, is_composition
-from train.cli.options import ChoosesMethod, HostOptions, TrainingOptions, check
+from train.cli.options import HostOptions, TrainingOptions, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """Reads from `adapter_config.json` what an adapter predicts, and from which inputs.
 
     Raises:
-      FileNotFoundError: if there is no such file.
+      FileNotFoundError: if the file does not exist.
       ValueError: if it has too little to predict with, a field of another type, or contradictory
         fields; the message names the file and the field.
     """

@@ -1,4 +1,4 @@
-"""Adapters of AdapterHub's library `adapters`: its folders, in and out."""
+"""Folders of AdapterHub's library `adapters`: import and export."""
 
 from compacter_jax.exchange.adapterhub.exporting import export_adapterhub
 from compacter_jax.exchange.adapterhub.heads import HEAD_CONFIG_NAME, read_adapterhub_head

@@ -1,4 +1,4 @@
-"""An adapted model -> a folder of AdapterHub's."""
+"""The export of an adapted model to a folder of AdapterHub's library `adapters`."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ def export_adapterhub(
     name: str = "adapter",
     with_head: bool = True,
 ) -> None:
-    """Writes an adapter that `adapters` loads to the same logits.
+    """Writes an adapter with which `adapters` computes the same logits.
 
-    It is written as safetensors, which `adapters` wants to be told of: in a model with the same
-    backbone, `torch_model.load_adapter(directory, use_safetensors=True, set_active=True)`. A head
-    of T5 that is tied is not written, for it is the backbone's own: a `T5AdapterModel` gets it by
-    `add_seq2seq_lm_head`.
+    The file is safetensors, which `adapters` must be told: in a model with the same backbone, call
+    `torch_model.load_adapter(directory, use_safetensors=True, set_active=True)`. A tied head of T5
+    is not written, because it is the backbone's own; `add_seq2seq_lm_head` adds it to a
+    `T5AdapterModel`.
 
     Each file is written to a temporary name, synced and renamed.
 
     Args:
-      directory: made if it does not exist.
-      model: the adapted module: bottleneck adapters dense or PHM, LoRA, IA3, prefix tuning, or
+      directory: folder to write, made if it does not exist.
+      model: adapted module with bottleneck adapters (dense or PHM), LoRA, IA3, prefix tuning, or
         several of them.
-      params: its parameters.
-      name: of the adapter.
-      with_head: write the prediction head too.
+      params: parameters of the model.
+      name: name of the adapter.
+      with_head: True to write the prediction head too.
 
     Raises:
-      ValueError: if `adapters` has no counterpart of the method, or of where it acts, or `params`
-        are not those of the model or hold NaN or infinite numbers; it says why, and nothing is
-        written.
+      ValueError: if `adapters` has no counterpart of the method or of its placement, or if `params`
+        are not those of the model or hold NaN or infinite numbers. The message says why, and
+        nothing is written.
       OSError: if the directory cannot be written.
     """
     if not re.fullmatch(r"[\w-]+", name):
@@ -140,14 +140,15 @@ def _check_expressible(model: adapted.Adapted) -> None:
         )
 
 
-# Where a projection ends a sub-layer, a bottleneck is as where the sub-layer joins the residual.
+# A bottleneck at the projection that ends a sub-layer equals one at the point where the sub-layer
+# joins the residual.
 _LAST = re.compile(r"(.+/output)/dense|(.+/layer/\d)/\w+/w?o")
 
 
 def _placed(
     flat: Mapping[str, Any], model: adapted.Adapted
 ) -> tuple[dict[str, np.ndarray], list[tuple[InsertedConfig, set[str]]]]:
-    """Parameters of adapters under the hosts that AdapterHub has, and these of each part."""
+    """Returns adapters' parameters under AdapterHub's hosts, and these hosts for each part."""
     adapters = [path for path in flat if group_of(path) in ("adapters", "rule")]
     parts = model.method.inserted()
     part_at = PartsAt(model, range(len(parts)))
@@ -174,7 +175,7 @@ def _placed(
 
 
 def _before_last(host: str, module: Any) -> str:
-    """Where AdapterHub scales what the last projection of a feed-forward network reads."""
+    """Returns where AdapterHub scales the input of a feed-forward network's last projection."""
     if not getattr(module.config, "is_gated", False) or not host.endswith("/wo"):
         raise ValueError(
             f"AdapterHub cannot scale the input of {host}: it scales before the activation; use "
@@ -184,7 +185,7 @@ def _before_last(host: str, module: Any) -> str:
 
 
 def _with_copies(placed: Mapping[str, np.ndarray], naming: Naming) -> Tensors:
-    """The tensors; an own norm before the adapter is named twice."""
+    """Returns the tensors; an adapter's own norm before it has two names."""
     tensors = to_tensors(placed, naming)
     norm = ".adapter_norm_before."
     copies = {key.replace(norm, ".adapter_down.0."): tensors[key] for key in tensors if norm in key}
@@ -192,7 +193,7 @@ def _with_copies(placed: Mapping[str, np.ndarray], naming: Naming) -> Tensors:
 
 
 def _check_folder(directory: Path, *, has_head: bool) -> None:
-    """ValueError if files of another adapter would be read with those written."""
+    """Raises ValueError if files of another adapter would be read with the new ones."""
     names = [f"{stem}.bin" for stem in (STEMS[1], HEAD_STEMS[1])]
     if not has_head:
         names += [HEAD_CONFIG_NAME, f"{HEAD_STEMS[0]}.safetensors"]
@@ -207,7 +208,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     if path.suffix == ".json":
         data = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     else:
-        # `save` writes the memory of a view, in its order.
+        # `save` writes the memory of an array as it lies, so a view must be copied first.
         tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in content.items()}
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     with replace_file(path) as temporary:

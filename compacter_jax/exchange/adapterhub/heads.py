@@ -22,10 +22,10 @@ from compacter_jax.models.families import FAMILIES
 from compacter_jax.models.family import Family
 
 HEAD_CONFIG_NAME = "head_config.json"
-# Names of the file of tensors, without suffix: as safetensors, as pickle.
+# Names of the file of tensors, without suffix: as safetensors, and as a pickle.
 HEAD_STEMS = ("model_head", "pytorch_model_head")
 
-# Head of ours -> the top level of its parameters.
+# Head of this library -> the top level of its parameters.
 _TOPS = {
     "sequence_classification": "classifier",
     "token_classification": "classifier",
@@ -36,12 +36,12 @@ _TOPS = {
 
 
 class _FlexHead(NamedTuple):
-    """A head of AdapterHub's own classes of models that has a counterpart here.
+    """A head of AdapterHub's own model classes that has a counterpart in this library.
 
     Attributes:
-      settings: what its configuration must say.
-      head: of ours.
-      layers: number of a layer of it -> name of a module in transformers' model.
+      settings: required fields of its configuration.
+      head: head of this library.
+      layers: number of one of its layers -> name of a module in transformers' model.
     """
 
     settings: Mapping[str, Any]
@@ -78,7 +78,7 @@ _FLEX_HEADS = {
 }
 
 
-# Field of head_config.json -> its type, and of the `config` within.
+# Field of head_config.json -> its type, and the same for the `config` within.
 _FIELDS: Mapping[str, Any] = {
     "config": dict[str, Any] | None,
     "name": str | None,
@@ -97,13 +97,13 @@ _CONFIG_FIELDS: Mapping[str, Any] = {
 
 
 class _Head(NamedTuple):
-    """What head_config.json says.
+    """The contents of head_config.json.
 
     Attributes:
-      head: of ours.
-      num_labels: of a classifier; else None.
-      layers: what the names of its tensors start with -> what to put in its place.
-      activation: of a masked language model's transform, where it is said.
+      head: head of this library.
+      num_labels: number of labels of a classifier; otherwise None.
+      layers: prefix of the names of its tensors -> replacement.
+      activation: activation of a masked language model's transform, if it is given.
     """
 
     head: str
@@ -113,16 +113,17 @@ class _Head(NamedTuple):
 
 
 def read_adapterhub_head(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The prediction head in a folder of `adapters`, as arguments of `load_backbone`.
+    """Returns the prediction head in a folder of `adapters`, as arguments of `load_backbone`.
 
     Args:
-      directory: written by `save_adapter` of `adapters`.
+      directory: folder written by `save_adapter` of `adapters`.
 
     Returns:
-      `head` and, of a classifier, `num_labels`; nothing where the folder has no head.
+      `head` and, for a classifier, `num_labels`; empty if the folder has no head.
 
     Raises:
-      ValueError: if the head has no counterpart here, or nothing says what head it is.
+      ValueError: if the head has no counterpart in this library, or the folder does not say which
+        head it is.
     """
     path = _config_path(Path(directory))
     if path is None:
@@ -133,7 +134,7 @@ def read_adapterhub_head(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _config_path(directory: Path) -> Path | None:
-    """What says which head is in the folder, None where there is no head."""
+    """Returns the file that says which head is in the folder, or None if there is no head."""
     path = directory / HEAD_CONFIG_NAME
     if path.is_file():
         return path
@@ -167,7 +168,7 @@ def _head_of(path: Path) -> _Head:
 
 
 def _num_labels(settings: Mapping[str, Any], head: str, path: Path) -> int | None:
-    """Of a classifier; None of other heads, or where it is not said."""
+    """Returns the number of labels of a classifier; None for other heads, or if it is not given."""
     labels = settings.get("num_labels") if _TOPS[head] == "classifier" else None
     if labels is not None and labels < 1:
         raise ValueError(f"num_labels={labels} in {path} must be a whole number from 1 on")
@@ -196,19 +197,19 @@ def _flex_head(config: Mapping[str, Any], name: Any, path: Path) -> _Head:
 
 
 def read_head(directory: Path, module: Any, own: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The head in the folder.
+    """Reads the head in the folder.
 
     Args:
-      directory: of the adapter.
-      module: the backbone's.
-      own: its parameters by `/`-joined path.
+      directory: folder of the adapter.
+      module: module of the backbone.
+      own: parameters of the backbone by `/`-joined path.
 
     Returns:
-      Parameters by path; none where the folder has no head.
+      Parameters by path; empty if the folder has no head.
 
     Raises:
-      ValueError: if the backbone has another head, the tensors are not those of the head, or
-        nothing says what head they are of.
+      ValueError: if the backbone has another head, the tensors are not those of the head, or the
+        folder does not say which head they belong to.
     """
     path = _config_path(directory)
     if path is None:
@@ -218,7 +219,7 @@ def read_head(directory: Path, module: Any, own: Mapping[str, Any]) -> dict[str,
     tensors = {}
     for name, array in read_tensors(directory, HEAD_STEMS).items():
         layer, _, kind = name.rpartition(".")
-        # T5 saves its prefixes with its head.
+        # A T5 saves its prefixes with its head.
         if not name.startswith("prefix_tuning."):
             tensors[f"{head.layers.get(layer, layer)}.{kind}"] = array
     family = _family(module)
@@ -256,7 +257,7 @@ def _check_head(directory: Path, head: _Head, module: Any) -> None:
 def _check_ties(
     directory: Path, found: dict[str, Any], own: Mapping[str, Any], family: Family
 ) -> None:
-    """Takes out copies of the backbone's embeddings; ValueError if they are none."""
+    """Removes copies of the backbone's embeddings; raises ValueError if they differ from them."""
     for path, original in family.ties.items():
         if path not in found or path in own:
             continue
@@ -278,7 +279,7 @@ def _top(path: str) -> str:
 
 
 def model_class(module: Any) -> str:
-    """The name of transformers' class of a backbone, by its head."""
+    """Returns the name of transformers' class for a backbone with its head."""
     architectures = _family(module).architectures
     return next(name for name, head in architectures.items() if head == module.head)
 
@@ -286,19 +287,19 @@ def model_class(module: Any) -> str:
 def written_head(
     module: Any, flat: Mapping[str, Any], name: str, *, trained_pooler: bool
 ) -> tuple[dict[str, Any], Tensors] | None:
-    """What head_config.json says beside what both configurations say, and the tensors.
+    """Returns the head's own fields of head_config.json, and the tensors of the head.
 
-    A pooler that was trained is the first of two layers of a head of AdapterHub's own; others are
-    heads of transformers' classes.
+    A trained pooler becomes the first of two layers of a head of AdapterHub's own; other heads are
+    those of transformers' classes.
 
     Args:
-      module: the backbone's.
-      flat: its parameters by `/`-joined path.
-      name: of the adapter.
-      trained_pooler: whether the pooler is not the backbone's.
+      module: module of the backbone.
+      flat: parameters of the backbone by `/`-joined path.
+      name: name of the adapter.
+      trained_pooler: True if the pooler differs from the backbone's.
 
     Returns:
-      None where there is no head, or it is tied to the embeddings and nothing else.
+      None if there is no head, or if it is tied to the embeddings and has no other parameters.
     """
     with_pooler = trained_pooler and module.head == "sequence_classification"
     tops = {_TOPS.get(module.head)} | ({"pooler"} if with_pooler else set())

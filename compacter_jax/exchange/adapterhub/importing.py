@@ -1,4 +1,4 @@
-"""A folder of AdapterHub's -> an adapted model."""
+"""The import of a folder of AdapterHub's library `adapters` as an adapted model."""
 
 from __future__ import annotations
 
@@ -31,28 +31,29 @@ from compacter_jax.inject import adapted
 from compacter_jax.messages import about, listing, quote, shorten
 from compacter_jax.paths import ADAPTER
 
-# Names of the file of tensors, without suffix: as safetensors, as pickle.
+# Names of the file of tensors, without suffix: as safetensors, and as a pickle.
 STEMS = ("adapter", "pytorch_adapter")
 
 
 def import_adapterhub(
     directory: str | os.PathLike[str], backbone: Any, *, with_head: bool = True
 ) -> tuple[adapted.Adapted, dict[str, Any]]:
-    """Reads an adapter that `adapters` saved, onto the backbone it was trained with.
+    """Loads an adapter that `adapters` saved, onto the backbone it was trained with.
 
-    It computes what `adapters` 1.3.0 does: bottleneck adapters, Compacter's among them, in all
-    their placements, LoRA, IA3, prefix tuning, and unions of these. A learned scaling is folded
-    into the weights. How weights were initialised is not read.
+    The result computes the same as `adapters` 1.3.0. Supported are bottleneck adapters (Compacter's
+    among them) in all their placements, LoRA, IA3, prefix tuning, and unions of these. A learned
+    scaling is multiplied into the weights. Settings of the initial weights are ignored.
 
-    A prediction head in the folder is taken with it. A head of language modelling that is not the
-    backbone's replaces it in the parameters: `save_backbone` keeps it then, `save_adapter` does
+    A prediction head in the folder is loaded, too. A language-modelling head that differs from the
+    backbone's replaces it in the parameters; `save_backbone` then keeps it, `save_adapter` does
     not.
 
     Args:
-      directory: written by `save_adapter` of `adapters`, as safetensors or, where PyTorch is
-        installed, as it does by default.
-      backbone: has `module`, a `Bert` or `T5` with the head that is in the folder, and `params`.
-      with_head: False leaves a head in the folder unread.
+      directory: folder written by `save_adapter` of `adapters`, as safetensors or, if PyTorch is
+        installed, in its default format.
+      backbone: object with `params` and `module`, a `Bert` or `T5` with the head that is in the
+        folder.
+      with_head: False to ignore a head in the folder.
 
     Returns:
       The adapted module and its parameters.
@@ -60,7 +61,8 @@ def import_adapterhub(
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: for a truncated or foreign file, another backbone or head, a configuration without
-        a counterpart here, or unknown, missing or misshapen tensors; it says which.
+        a counterpart in this library, or unknown, missing or misshapen tensors; the message says
+        which.
     """
     directory, module = Path(directory), backbone.module
     settings = _read_settings(directory)
@@ -112,7 +114,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _modernised(settings: Mapping[str, Any]) -> Any:
-    """The config, with what `adapters` changes in those of its earlier releases."""
+    """Returns the config with the changes that `adapters` makes to those of earlier releases."""
     config, version = settings["config"], str(settings.get("version", ""))
     if not isinstance(config, dict):
         return config
@@ -122,7 +124,7 @@ def _modernised(settings: Mapping[str, Any]) -> Any:
     release = re.match(r"adapters\.(\d+)\.(\d+)", version)
     is_lora = config.get("architecture") == "lora" and "r" in config
     if release and is_lora and tuple(map(int, release.groups())) < (1, 1):
-        changes["alpha"] = config["r"]  # until 1.1 it scaled by nothing
+        changes["alpha"] = config["r"]  # releases before 1.1 did not scale
     return config | changes
 
 
@@ -142,19 +144,19 @@ def _check_backbone(settings: Mapping[str, Any], source: Source) -> None:
         )
 
 
-# What bottlenecks were under in adapter-transformers 1, which told tasks from languages.
+# The names of bottlenecks in adapter-transformers 1, which told tasks from languages.
 _EARLIER = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
-# One pool of prefixes, under the name of each layer that uses it.
+# One pool of prefixes, saved under the name of each layer that uses it.
 _POOL = re.compile(r".+\.prefix_tuning\.pool\.(prefix_tunings\..+)")
 
 
 def _stored(directory: Path, naming: Naming) -> Tensors:
-    """The tensors in the folder, each once; ValueError if two copies of one differ."""
+    """Returns the tensors in the folder, each once; raises ValueError if two copies differ."""
     base = f"{naming.layout.base}."
     stored = read_tensors(directory, STEMS)
     once: Tensors = {}
     for key, array in stored.items():
-        # An own norm is named as itself and as the first layer of `adapter_down`.
+        # An adapter's own norm has its own name and that of the first layer of `adapter_down`.
         norm = key.replace(".adapter_down.0.", ".adapter_norm_before.")
         now = _EARLIER.sub(".adapters.", norm if norm in stored else key)
         name = _POOL.sub(r"prefix_tuning.\1", now).removeprefix(base)
@@ -174,7 +176,7 @@ def _fit(
     part_at: PartsAt[Part],
     naming: Naming,
 ) -> Tensors:
-    """The parameters `new` by path; ValueError if the tensors are not just theirs."""
+    """Returns the parameters `new` by path; raises ValueError for missing or further tensors."""
     blank = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in new.items()}
     wanted = to_tensors(blank, naming)
     absent: Tensors = {}
@@ -202,11 +204,11 @@ def _fit(
 
 
 def _scaled_leaves(leaves: set[str]) -> list[str]:
-    """The parameters that, multiplied by a factor, multiply what an adapter adds or scales by."""
+    """Returns the leaves that scale an adapter's effect if they are multiplied by a factor."""
     if "scale" in leaves:
         return ["scale"]
     weights = (f"up/{leaf}" for leaf in ("kernel", "right", "blocks", "phm_rule", "phm_rule_right"))
-    # Where nothing of the weight is the adapter's own, the factor is 1.
+    # If the adapter owns no part of the weight, the factor is 1.
     return [weight for weight in weights if weight in leaves][:1] + sorted({"up/bias"} & leaves)
 
 

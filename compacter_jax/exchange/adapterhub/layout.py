@@ -1,4 +1,4 @@
-"""Where AdapterHub puts adapters in BERT and T5."""
+"""The layout of AdapterHub's adapters in BERT and T5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.t5.model import T5
 
-# The release whose behaviour is reproduced; its folders say so.
+# The release whose behaviour this library reproduces; exported folders name it.
 VERSION = "adapters.1.3.0"
 
 # Location -> hosts of one layer.
@@ -18,18 +18,18 @@ Layer = Mapping[str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where AdapterHub puts adapters in a family of backbones.
+    """The layout of AdapterHub's adapters in a family of backbones.
 
-    A location is the field of its configurations that asks for adapters there, a letter of
-    `attn_matrices`, or its name for the prefixes of an attention.
+    A location is a place of adapters in AdapterHub's configurations: the field that puts adapters
+    there, a letter of `attn_matrices`, or the name of an attention's prefixes.
 
     Attributes:
-      model_types: what adapter_config.json may call the family; the first is written.
-      base: the first part of the names of tensors in a model with a head.
-      depths: module -> path of each stack of layers -> its number of layers. AdapterHub numbers
-        the layers of one stack after those of the other.
+      model_types: names of the family in adapter_config.json; exports use the first.
+      base: first part of the names of tensors in a model with a head.
+      depths: module -> path of each stack of layers -> its number of layers. AdapterHub numbers the
+        layers of the second stack after those of the first.
       hosts: stack -> location -> hosts below the path of a layer. `{wi}` is the first projection of
-        the feed-forward network, where there are two the one without activation.
+        the feed-forward network; of two, the one without activation.
       sites: location -> site.
     """
 
@@ -40,7 +40,7 @@ class Layout:
     sites: Mapping[str, str]
 
     def layers(self, module: Any) -> list[Layer]:
-        """The layers by AdapterHub's numbers."""
+        """Returns the layers in the order of AdapterHub's numbers."""
         wi = "wi_1" if getattr(module.config, "is_gated", False) else "wi"
         return [
             {
@@ -129,7 +129,7 @@ _LAYOUTS = {Bert: _BERT, T5: _T5}
 
 
 def layout_of(module: Any) -> Layout:
-    """The layout of a backbone's family; ValueError if AdapterHub's is not known."""
+    """Returns the layout of a backbone's family; raises ValueError if it is unknown."""
     for cls, layout in _LAYOUTS.items():
         if isinstance(module, cls):
             return layout
@@ -140,17 +140,17 @@ def layout_of(module: Any) -> Layout:
 
 
 def has_relative_positions(layout: Layout) -> bool:
-    """Whether prefixes of self-attention meet biases of relative positions."""
+    """Returns True if the self-attention that prefixes extend has biases of relative positions."""
     return layout is _T5
 
 
 def check_prefixed_layers(
     layout: Layout, layers: list[Layer], locations: Collection[str], leave_out: Collection[int]
 ) -> None:
-    """ValueError where `adapters` loses the biases of relative positions.
+    """Raises ValueError if `adapters` would lose the biases of relative positions.
 
-    The first layer of a stack has them, and hands them on; a layer that has prefixes where the one
-    before has none, or the reverse, gets zeros.
+    The first layer of a stack has the biases and passes them on. A layer gets zeros instead if it
+    has prefixes and the one before does not, or the reverse.
     """
     if not has_relative_positions(layout):
         return

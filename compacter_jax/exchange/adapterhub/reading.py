@@ -1,4 +1,4 @@
-"""AdapterHub's configurations of adapters <-> methods."""
+"""The methods that equal AdapterHub's configurations of adapters."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from compacter_jax.sites import Site
 
 
 class Part(NamedTuple):
-    """One configuration of AdapterHub's, read.
+    """One configuration of AdapterHub's, as read.
 
     Attributes:
-      method: what it is here.
-      shunned: patterns of paths where `method` must not act, though its sites are there.
-      factor: what its weights are still to be multiplied by: a number or, for each adapter, the
-        tensor `scaling` of `[1]` ("learned") or `[width]` ("channel").
-      has_bias: whether there are tensors for the biases of PHM projections.
+      method: equal method of this library.
+      shunned: patterns of paths where `method` must not act, though they are at its sites.
+      factor: factor that its weights are still to be multiplied by: a number or, for each adapter,
+        the tensor `scaling` of `[1]` ("learned") or `[width]` ("channel").
+      has_bias: True if there are tensors for the biases of PHM projections.
     """
 
     method: InsertedConfig
@@ -50,12 +50,12 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What is read, and for which backbone.
+    """The configuration that is read, and the backbone it is for.
 
     Attributes:
-      path: of the configuration, for messages.
-      module: of the backbone.
-      layout: of its family.
+      path: path of the configuration, for messages.
+      module: module of the backbone.
+      layout: layout of the backbone's family.
     """
 
     path: Path
@@ -64,10 +64,10 @@ class Source(NamedTuple):
 
 
 def read_parts(config: Any, source: Source) -> list[Part]:
-    """Reads the `config` of adapter_config.json: one, or a union of several.
+    """Reads the `config` of adapter_config.json: one configuration, or a union of several.
 
     Raises:
-      ValueError: for what is no configuration, or has no counterpart here.
+      ValueError: if a configuration is not valid, or has no counterpart in this library.
     """
     configs = [config]
     if isinstance(config, dict) and config.get("architecture") == "union":
@@ -98,7 +98,8 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
     if values["residual_before_ln"] == "post_add" and not parallel:
         _check_sum(values, source)
     scaling = _number(values, "scaling", source.path, besides=("learned", "channel"))
-    # Here the factor comes after an own norm, there before it.
+    # In this library, the factor follows an adapter's own norm; in AdapterHub, it precedes the
+    # norm.
     kept = 1.0 if isinstance(scaling, str) or values["ln_after"] else scaling
     factor = scaling if kept == 1.0 else 1.0
     cls, fields = (PHMBottleneckConfig, PHM_FIELDS) if phm else (BottleneckConfig, ())
@@ -110,7 +111,7 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
             "is no sum of Kronecker products"
         )
     same = {ours: values[theirs] for theirs, ours in BOTTLENECK.same.items()}
-    if parallel:  # it reads the residual and skips from the output, whatever these say
+    if parallel:  # it always reads the residual and skips from the output
         same |= {"original_ln_before": False, "residual_before_ln": True}
     locations = [name for name in BOTTLENECK.locations if values[name]]
     placement, shunned = _placement(locations, values["leave_out"], source)
@@ -126,7 +127,7 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
 
 
 def _check_sum(values: Mapping[str, Any], source: Source) -> None:
-    """ValueError where `adapters` finds no sum that a skip connection could start from."""
+    """Raises ValueError if `adapters` has no sum where the skip connection could start."""
     where = "on a T5" if normalises_before(source.layout) else "with original_ln_before=False"
     if normalises_before(source.layout) or not values["original_ln_before"]:
         raise ValueError(
@@ -136,7 +137,7 @@ def _check_sum(values: Mapping[str, Any], source: Source) -> None:
 
 
 def normalises_before(layout: Layout) -> bool:
-    """Whether norms are in front of sub-layers, and nothing follows the sum with the residual."""
+    """Returns True if norms come before sub-layers, and none follows the sum with the residual."""
     return has_relative_positions(layout)
 
 
@@ -164,7 +165,7 @@ def _number(
 
 
 def _reduction_factor(values: Mapping[str, Any], source: Source) -> int:
-    """The whole number that leaves as wide a bottleneck as AdapterHub's number does."""
+    """Returns the whole number that gives the same bottleneck width as AdapterHub's number."""
     value, width = _number(values, "reduction_factor", source.path), _width(source)
     if isinstance(value, float | int) and value > 0:
         bottleneck = max(1, int(width // value))
@@ -192,7 +193,7 @@ def _activation(values: Mapping[str, Any], path: Path) -> str:
 def _read_lora(config: Mapping[str, Any], source: Source) -> Part:
     values = LORA.read(config, source.path)
     matrices = values["attn_matrices"] if values["selfattn_lora"] else []
-    # Other matrices it passes over in BERT and T5.
+    # AdapterHub ignores other matrices in BERT and T5.
     locations = [name for name in LORA.locations if name in matrices or values.get(name)]
     placement, shunned = _placement(locations, values["leave_out"], source)
     if "intermediate_lora" in locations and getattr(source.module.config, "is_gated", False):
@@ -212,7 +213,7 @@ def _read_lora(config: Mapping[str, Any], source: Source) -> Part:
 
 def _read_prefix_tuning(config: Mapping[str, Any], source: Source) -> Part:
     values = PREFIX_TUNING.read(config, source.path)
-    # Decoders, and encoders without one, have prefixes always.
+    # The locations without a field, decoders and encoders without a decoder, always have prefixes.
     locations = [name for name in PREFIX_TUNING.locations if values.get(name, True)]
     layers = source.layout.layers(source.module)
     check_prefixed_layers(source.layout, layers, locations, values["leave_out"])
@@ -233,10 +234,10 @@ _READERS: dict[str | None, Callable[[Mapping[str, Any], Source], Part]] = {
 def _placement(
     locations: Iterable[str], leave_out: Collection[int], source: Source
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The fields `sites` and `leave_out`, and patterns of paths to shun.
+    """Returns the fields `sites` and `leave_out`, and patterns of paths to shun.
 
-    A layer of ours has one number in encoder and decoder; where AdapterHub leaves out different
-    ones of the two, their paths are shunned instead.
+    In this library, a layer of the encoder and one of the decoder share a number. If AdapterHub
+    leaves out different numbers in the two, their paths are shunned instead.
     """
     module, layout = source.module, source.layout
     layers = layout.layers(module)
@@ -257,17 +258,17 @@ def _placement(
 
 
 def method_of(parts: Sequence[Part], *, train_pooler: bool) -> MethodConfig:
-    """The method that all parts are."""
+    """Returns the method that consists of all parts."""
     if len(parts) == 1:
         return parts[0].method.replace(train_pooler=train_pooler)
     return CombinedConfig(parts=tuple(part.method for part in parts), train_pooler=train_pooler)
 
 
 def sites_of(parts: Sequence[Part], source: Source) -> dict[str, str | Site] | None:
-    """The backbone's table of sites with patterns narrowed; None if it does as it is.
+    """Returns the backbone's table of sites with narrowed patterns, or None if none is narrowed.
 
     Raises:
-      ValueError: if two parts want one site narrowed in different ways.
+      ValueError: if two parts narrow one site in different ways.
     """
     if not any(part.shunned for part in parts):
         return None

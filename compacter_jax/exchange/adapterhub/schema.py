@@ -1,4 +1,4 @@
-"""The fields of AdapterHub's configurations, and which of them are understood."""
+"""The fields of AdapterHub's configurations, and the values that are supported."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class _Architecture:
     """One of AdapterHub's kinds of configuration.
 
     Attributes:
-      fields: every field it has -> its default. Those named nowhere else say how weights are
-        initialised, and are not read.
-      same: fields that mean what a field of ours does -> its name.
-      only: field -> the values that have a counterpart here.
-      locations: where its adapters can be; those that are fields say whether they are.
+      fields: every field -> its default. Fields that no other attribute names are about initial
+        weights, and are ignored.
+      same: field with the meaning of a field of this library -> name of that field.
+      only: field -> supported values.
+      locations: possible places of its adapters; a field with the name of a location turns it on or
+        off.
     """
 
     fields: Mapping[str, Any]
@@ -32,7 +33,11 @@ class _Architecture:
     locations: tuple[str, ...]
 
     def read(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        """All fields of `config`; ValueError for unknown, missing or unsupported ones."""
+        """Returns all fields of `config`.
+
+        Raises:
+          ValueError: if a field is unknown, missing or not supported.
+        """
         unknown = sorted(config.keys() - self.fields.keys() - {"architecture"})
         required = {name for name, default in self.fields.items() if default is _REQUIRED}
         missing = sorted(required - config.keys())
@@ -62,7 +67,7 @@ class _Architecture:
         return values
 
     def write(self, own: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
-        """All fields, with `own` values and the locations `used`."""
+        """Returns all fields, with `own` values and the locations `used`."""
         places = {name: name in used for name in self.locations if name in self.fields}
         return {**self.fields, **places, **own}
 

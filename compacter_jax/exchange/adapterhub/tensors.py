@@ -1,4 +1,4 @@
-"""Names and shapes of AdapterHub's tensors, and what they are among parameters of ours."""
+"""Names and shapes of AdapterHub's tensors, and their parameters in this library."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _PHM_NAMES = {
     "phm_rule_right": "phm_rule_right",
 }
 
-# PyTorch's linear layers keep `[out, in]`, the factors of LoRA `[r, in]` and `[out, r]`, those of
-# IA3 `[out, 1]`.
+# PyTorch's linear layers have weights `[out, in]`; the factors of LoRA are `[r, in]` and `[out,
+# r]`, those of IA3 `[out, 1]`.
 _TRANSPOSED = re.compile(rf".*/{ADAPTER}/((down|up)/kernel|left|right)|prefix_\w+_kernel")
 _COLUMN = re.compile(rf".*/{ADAPTER}/scale")
 
 
 class Naming(NamedTuple):
-    """How AdapterHub names the tensors of one adapter, those of a model without head.
+    """AdapterHub's names for the tensors of one adapter, in a model without head.
 
     Attributes:
-      layout: of the family.
-      layers: by AdapterHub's numbers.
-      name: of the adapter.
+      layout: layout of the family.
+      layers: layers in the order of AdapterHub's numbers.
+      name: name of the adapter.
     """
 
     layout: Layout
@@ -62,15 +62,15 @@ class Naming(NamedTuple):
     name: str
 
     def of_host(self, host: str, kind: str) -> str:
-        """What the names of a host's tensors start with; `kind` is `adapters` or `loras`."""
+        """Returns the prefix of the names of a host's tensors; `kind` is `adapters` or `loras`."""
         return f"{host.replace('/', '.')}.{kind}.{self.name}"
 
     def of_prefixes(self, location: str) -> str:
-        """What the names of the prefixes of a location start with."""
+        """Returns the prefix of the names of a location's prefixes."""
         return f"prefix_tuning.prefix_tunings.{self.name}.{location}"
 
     def of_shared(self, path: str) -> str:
-        """The name of a parameter at the top; ValueError if AdapterHub has none."""
+        """Returns the name of a top-level parameter; raises ValueError if AdapterHub has none."""
         if path in _SHARED_NAMES:
             return f"shared_parameters.{self.name}.{_SHARED_NAMES[path]}"
         match = re.fullmatch(r"prefix_(\w+)_(embedding|kernel|bias)", path)
@@ -80,7 +80,7 @@ class Naming(NamedTuple):
         raise ValueError(f"AdapterHub has no place for the parameter {path}")
 
     def names(self, paths: Collection[str]) -> dict[str, str]:
-        """Path of ours -> name, but for the parameters of single layers in prefix tuning."""
+        """Returns path -> name, except for the parameters of single layers in prefix tuning."""
         named = {}
         for host, leaves in leaves_by_host(paths).items():
             for leaf in leaves:
@@ -95,7 +95,7 @@ class Naming(NamedTuple):
         return named
 
     def prefixed(self, paths: Collection[str]) -> dict[str, list[str]]:
-        """Location -> hosts with prefixes, in the order of layers."""
+        """Returns location -> hosts with prefixes, in the order of layers."""
         hosts = {
             host
             for host, leaves in leaves_by_host(paths).items()
@@ -111,7 +111,7 @@ class Naming(NamedTuple):
 
 
 def leaves_by_host(paths: Iterable[str]) -> dict[str, set[str]]:
-    """Host -> names of its adapter's parameters; "" has those at the top."""
+    """Returns host -> names of its adapter's parameters; "" has those at the top."""
     leaves: dict[str, set[str]] = {}
     for path in paths:
         host, _, leaf = path.rpartition(f"/{ADAPTER}/")
@@ -120,9 +120,9 @@ def leaves_by_host(paths: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _bottleneck_name(leaf: str, leaves: Collection[str]) -> str:
-    """The name of a tensor within a bottleneck adapter that has the parameters `leaves`."""
+    """Returns the name of a tensor within a bottleneck adapter with the parameters `leaves`."""
     owner, kind = leaf.split("/")
-    # In `adapter_down`, an own norm comes first.
+    # In `adapter_down`, the adapter's own norm comes first.
     first = 1 if "layer_norm_before/scale" in leaves else 0
     owners = {
         "down": f"adapter_down.{first}",
@@ -135,7 +135,7 @@ def _bottleneck_name(leaf: str, leaves: Collection[str]) -> str:
 
 
 def to_tensors(flat: Mapping[str, np.ndarray], naming: Naming) -> Tensors:
-    """Parameters of adapters by `/`-joined path, under AdapterHub's names and in its shapes."""
+    """Converts adapters' parameters, by `/`-joined path, to AdapterHub's names and shapes."""
     tensors = {}
     for path, name in naming.names(flat).items():
         if _COLUMN.fullmatch(path):
@@ -150,7 +150,7 @@ def to_tensors(flat: Mapping[str, np.ndarray], naming: Naming) -> Tensors:
 def from_tensors(
     tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Any], naming: Naming
 ) -> Tensors:
-    """Inverse of `to_tensors`, for the parameters whose paths and shapes are `wanted`."""
+    """Converts tensors back to parameters with the paths and shapes of `wanted`."""
     flat: Tensors = {}
     for path, name in naming.names(wanted).items():
         if _COLUMN.fullmatch(path):
@@ -163,7 +163,7 @@ def from_tensors(
 
 
 def _stacked(flat: Mapping[str, np.ndarray], hosts: list[str], prefix: str) -> Tensors:
-    """The prefixes of a location: all its layers in one tensor, keys before values."""
+    """Returns the prefixes of a location: all its layers in one tensor, keys before values."""
 
     def of(leaf: str) -> list[np.ndarray]:
         return [flat[f"{host}/{ADAPTER}/{leaf}"] for host in hosts]
@@ -181,7 +181,7 @@ def _stacked(flat: Mapping[str, np.ndarray], hosts: list[str], prefix: str) -> T
 def _unstacked(
     tensors: Mapping[str, np.ndarray], hosts: list[str], prefix: str, wanted: Mapping[str, Any]
 ) -> Tensors:
-    """Inverse of `_stacked`."""
+    """Splits the tensors of `_stacked` into the prefixes of each host."""
     flat: Tensors = {}
     key = wanted.get(f"{hosts[0]}/{ADAPTER}/key")
     if key is not None:
@@ -197,14 +197,14 @@ def _unstacked(
 
 
 class PartsAt(Generic[Own]):
-    """Which of `parts`, one for each of the model's method, is at a host."""
+    """A function that returns the item of `parts`, one per part of the method, at a host."""
 
     def __init__(self, model: Adapted, parts: Sequence[Own]):
         table = model.sites if model.sites is not None else model.backbone.sites
         self._places = []
         for part, own in zip(model.method.inserted(), parts, strict=True):
             for name in part.all_sites():
-                if name in table:  # others the method passes over
+                if name in table:  # the method skips other sites
                     site = table[name]
                     host = site if isinstance(site, str) else site.host
                     self._places.append((compiled(host), part.leave_out, own))

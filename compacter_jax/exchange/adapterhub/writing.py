@@ -1,4 +1,4 @@
-"""Configurations as AdapterHub writes them."""
+"""The configurations of AdapterHub that equal methods of this library."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 def write_config(
     hosts: Sequence[tuple[InsertedConfig, set[str]]], layout: Layout, layers: list[Layer]
 ) -> dict[str, Any]:
-    """The `config` of adapter_config.json.
+    """Returns the `config` of adapter_config.json.
 
     Args:
-      hosts: each part of a method with the paths where its adapters are, as AdapterHub has them.
-      layout: of the backbone's family.
-      layers: of the backbone.
+      hosts: parts of the method, each with the paths of its adapters in AdapterHub's layout.
+      layout: layout of the backbone's family.
+      layers: layers of the backbone.
 
     Raises:
-      ValueError: for what AdapterHub has no counterpart of.
+      ValueError: if AdapterHub has no counterpart.
     """
     configs = [_written(part, there, layout, layers) for part, there in hosts]
     _check_union(configs)
@@ -68,11 +68,11 @@ def _written(part: Any, hosts: set[str], layout: Layout, layers: list[Layer]) ->
 def _bottleneck_fields(part: BottleneckConfig, layout: Layout) -> dict[str, Any]:
     own = {theirs: getattr(part, ours) for theirs, ours in BOTTLENECK.same.items()}
     if own["residual_before_ln"] == "post_add" and normalises_before(layout):
-        own["residual_before_ln"] = False  # the same there
+        own["residual_before_ln"] = False  # equal in such a backbone
     own |= {
         "reduction_factor": part.reduction_factor,
         "non_linearity": part.non_linearity,
-        # Behind an own norm, it is in the norm's parameters.
+        # After the adapter's own norm, the scaling is in the norm's parameters.
         "scaling": 1.0 if part.layer_norm_after else part.scaling,
     }
     if isinstance(part, PHMBottleneckConfig):
@@ -96,7 +96,11 @@ def _located(
     locations: Collection[str],
     layers: list[Layer],
 ) -> tuple[set[str], list[int]]:
-    """The locations that are exactly `hosts`, and the layers left out; ValueError if none are."""
+    """Returns the locations of exactly `hosts`, and the layers left out.
+
+    Raises:
+      ValueError: if no locations have exactly these hosts.
+    """
     used = always | {
         location
         for layer in layers
@@ -135,7 +139,7 @@ def _check_prefixes(
 
 
 def _check_union(configs: list[dict[str, Any]]) -> None:
-    """ValueError for a union that `adapters` refuses to load."""
+    """Raises ValueError for a union that `adapters` refuses to load."""
     for i, one in enumerate(configs):
         for other in configs[:i]:
             kinds = {config.get("architecture", "bottleneck") for config in (one, other)}

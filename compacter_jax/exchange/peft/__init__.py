@@ -1,4 +1,4 @@
-"""Adapters of PEFT: its folders, in and out."""
+"""Folders of PEFT: import and export."""
 
 from compacter_jax.exchange.peft.folder import CONFIG_NAME, export_peft, import_peft
 

@@ -1,6 +1,7 @@
-"""Adapters of PEFT in and out: LoRA, IA3 and prompt tuning.
+"""Import and export of PEFT's folders with LoRA, IA3 and prompt tuning.
 
-PEFT: https://github.com/huggingface/peft, as of 0.21.
+References:
+  PEFT 0.21, https://github.com/huggingface/peft.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
 
 
-# Our name of a parameter -> what its tensor's name ends in.
+# Name of a parameter in this library -> the end of its tensor's name.
 _SUFFIXES = {
     "left": "lora_A.weight",
     "right": "lora_B.weight",
@@ -57,27 +58,29 @@ _PROMPT = "prompt_embeddings"
 
 
 def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapted, dict[str, Any]]:
-    """Reads a folder that PEFT's `save_pretrained` wrote.
+    """Loads a folder that PEFT's `save_pretrained` wrote.
 
-    What the folder has of the head, pooler or layer norms takes the place of the backbone's: the
-    modules that `modules_to_save` names, and the head of the task, which PEFT before 0.11 did not
-    name there. Where `target_modules` are not all the modules of sites of the backbone, the
-    model has a table of sites of its own.
+    A head, pooler or layer norms in the folder replace those of the backbone: the modules that
+    `modules_to_save` names, and the head of the task, which PEFT before 0.11 did not name there. If
+    `target_modules` are not exactly the modules of some sites of the backbone, the model gets its
+    own table of sites.
 
-    With prompt tuning, a BERT here leaves out the outputs at the prompts' positions, which PEFT
-    returns too.
+    With prompt tuning, a BERT of this library omits the outputs at the positions of the prompts,
+    which PEFT returns.
 
     Args:
-      directory: has adapter_config.json, and adapter_model.safetensors or adapter_model.bin.
-      backbone: has `module` and `params`, of the model and with the head the adapter is for.
+      directory: folder with adapter_config.json, and adapter_model.safetensors or
+        adapter_model.bin.
+      backbone: object with the `module` and `params` of the model, with the head that the adapter
+        is for.
 
     Returns:
       The adapted module and its parameters.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: for a setting that would change what is computed and cannot be expressed, an
-        adapter for another head, missing tensors or ones left over; it lists which.
+      ValueError: for a setting that changes the result and cannot be expressed, an adapter for
+        another head, and missing or further tensors; the message lists them.
     """
     directory = Path(directory)
     path, module = directory / CONFIG_NAME, backbone.module
@@ -134,18 +137,18 @@ def export_peft(
 ) -> None:
     """Writes a folder that PEFT's `PeftModel.from_pretrained` reads.
 
-    The head is written whether it was trained or not, as PEFT wants it; pooler and layer norms
-    where the method trains them. Each file is written to a temporary name, synced and renamed.
+    The head is always written, as PEFT needs it; pooler and layer norms are written if the method
+    trains them. Each file is written to a temporary name, synced and renamed.
 
     Args:
-      directory: made if it does not exist.
-      model: the adapted module, a BERT or T5 with LoRA, IA3 or prompt tuning.
-      params: its parameters.
-      base_model_name: what PEFT calls `base_model_name_or_path`.
+      directory: folder to write, made if it does not exist.
+      model: adapted module, a BERT or T5 with LoRA, IA3 or prompt tuning.
+      params: parameters of the model.
+      base_model_name: value of PEFT's `base_model_name_or_path`.
 
     Raises:
-      ValueError: if PEFT does not have the method, or cannot put it where it is, or `params` are
-        not those of the model or hold NaN or infinite numbers.
+      ValueError: if PEFT does not have the method or its placement, or if `params` are not those of
+        the model or hold NaN or infinite numbers.
       OSError: if the directory cannot be written.
     """
     method = model.method
@@ -195,17 +198,17 @@ def _tensor_name(path: str, names: Mapping[str, str], method: MethodConfig) -> s
 
 
 def _to_torch(path: str, leaf: Any) -> Any:
-    """A parameter in the orientation of PyTorch's tensor."""
+    """Returns a parameter in the orientation of PyTorch's tensor."""
     kind = path.rpartition("/")[2]
     if kind in ("left", "right", "kernel"):
         return leaf.T
-    if kind == "scale" and _is_adapter(path):  # a norm has a parameter of this name too
+    if kind == "scale" and _is_adapter(path):  # a norm also has a parameter of this name
         return leaf[:, None]
     return leaf[None] if kind == "input_scale" else leaf
 
 
 def _from_torch(path: str, tensor: np.ndarray) -> np.ndarray:
-    """Inverse of `_to_torch`."""
+    """Returns a tensor of PyTorch in the orientation of its parameter."""
     kind = path.rpartition("/")[2]
     if kind in ("left", "right", "kernel"):
         return tensor.T
@@ -215,12 +218,12 @@ def _from_torch(path: str, tensor: np.ndarray) -> np.ndarray:
 def _first_prompts(
     path: Path, settings: Mapping[str, Any], stored: dict[str, np.ndarray], count: int
 ) -> dict[str, np.ndarray]:
-    """`stored` without the prompts of a decoder, which PEFT keeps for a T5 but does not read."""
+    """Returns `stored` without a decoder's prompts, which PEFT saves for a T5 but does not read."""
     is_pair = settings["task_type"] == "SEQ_2_SEQ_LM"
     submodules = settings.get("num_transformer_submodules") or (2 if is_pair else 1)
     if submodules != 1 and not (is_pair and submodules == 2):
         raise ValueError(f"num_transformer_submodules={quote(submodules, 40)} in {path} must be 1")
     prompts = stored.get(_PROMPT)
     if prompts is None or prompts.shape[:1] != (submodules * count,):
-        return stored  # not what is wanted, as is said where all tensors are checked
+        return stored  # the check of all tensors raises the error
     return {**stored, _PROMPT: prompts[:count]}

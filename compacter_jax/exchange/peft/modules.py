@@ -1,4 +1,4 @@
-"""The modules of a backbone by PEFT's names, and which of them settings mean."""
+"""The modules of a backbone by PEFT's names, and the ones that settings select."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled
 
 # Type of a task -> ends of the names of its head, which PEFT saves and reads beside the adapter.
-# Since 0.11 it writes them into `modules_to_save`, too; before, that was null.
+# Since 0.11 PEFT also writes them into `modules_to_save`, which was null before.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -21,11 +21,11 @@ _HEADS = {
 }
 
 
-# Of sites that are linear layers, one name each, so that a layer has one.
+# The sites of linear layers, with one name for each layer.
 _LINEAR_SITES = ("query", "key", "value", "output_projection", "intermediate", "feed_forward")
 
 
-# Groups of the backbone's parameters that may be trained beside a method -> the field that says so.
+# Group of the backbone's parameters that may be trained beside a method -> field of the method.
 TRAINED_BESIDE = {
     "head": "train_head",
     "pooler": "train_pooler",
@@ -33,16 +33,16 @@ TRAINED_BESIDE = {
 }
 
 
-# More than any adapter has.
+# Limits above those of any adapter.
 _MOST_NAMES, LARGEST_SIZE = 10_000, 2**20
 
 
-# Field of adapter_config.json that is read -> its type. Numbers that may be absent are null.
+# Type of a field of adapter_config.json that holds names, a regular expression, or null.
 NAMES = str | list[str] | None
 
 
 def _list_of_names(settings: Mapping[str, Any], key: str) -> list[str]:
-    """A list of strings, empty for None; ValueError if it is longer than any model is deep."""
+    """Returns a list of strings, empty for None; raises ValueError for one that is too long."""
     names: list[str] = settings.get(key) or []
     if len(names) > _MOST_NAMES:
         raise ValueError(f"{key} has {len(names):,} names; at most {_MOST_NAMES:,} are supported")
@@ -50,7 +50,7 @@ def _list_of_names(settings: Mapping[str, Any], key: str) -> list[str]:
 
 
 def names_or_pattern(settings: Mapping[str, Any], key: str) -> list[str] | str:
-    """A regular expression, or a list of names; ValueError if it is neither."""
+    """Returns a list of names or a regular expression; raises ValueError if it is neither."""
     value = settings.get(key)
     if not isinstance(value, str):
         return _list_of_names(settings, key)
@@ -60,7 +60,7 @@ def names_or_pattern(settings: Mapping[str, Any], key: str) -> list[str] | str:
 
 
 def module_names(names: Mapping[str, str]) -> set[str]:
-    """What PyTorch calls the modules that have parameters, or that hold ones which do."""
+    """Returns PyTorch's names of all modules with parameters, or with submodules that have some."""
     modules: set[str] = set()
     for name in names.values():
         parts = name.split(".")[:-1]
@@ -69,7 +69,7 @@ def module_names(names: Mapping[str, str]) -> set[str]:
 
 
 def _linear_layers(names: Mapping[str, str]) -> dict[str, str]:
-    """Name of a linear layer's module -> its path."""
+    """Returns name of a linear layer's module -> its path."""
     end = "/kernel"
     return {
         name.removesuffix(".weight"): path.removesuffix(end)
@@ -79,21 +79,21 @@ def _linear_layers(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def module_of(host: str, names: Mapping[str, str]) -> str:
-    """Returns PEFT's name of a host that is a linear layer; ValueError for another."""
+    """Returns PEFT's name of a linear layer; raises ValueError for another host."""
     if f"{host}/kernel" not in names:
         raise ValueError(f"{host} is no linear layer, and PEFT has this method at these alone")
     return names[f"{host}/kernel"].removesuffix(".weight")
 
 
 def adapted_modules(params: Mapping[str, Any], leaf: str, names: Mapping[str, str]) -> set[str]:
-    """Returns PEFT's names of the modules where an adapter has a leaf."""
+    """Returns PEFT's names of the modules whose adapters have a leaf."""
     end = f"/{ADAPTER}/{leaf}"
     hosts = [path.removesuffix(end) for path in params if path.endswith(end)]
     return {module_of(host, names) for host in hosts}
 
 
 def found_modules(wanted: list[str] | str, modules: Iterable[str]) -> set[str]:
-    """The modules that PEFT finds by a regular expression, or by what their names end in."""
+    """Returns the modules that PEFT finds by a regular expression or by ends of their names."""
     if isinstance(wanted, str):
         pattern = compiled(wanted)
         return {name for name in modules if pattern.fullmatch(name)}
@@ -101,14 +101,14 @@ def found_modules(wanted: list[str] | str, modules: Iterable[str]) -> set[str]:
 
 
 def is_feed_forward(wanted: list[str] | str, module: str) -> bool:
-    """Whether IA3 scales the input of a module; an end of its name may start within a part."""
+    """Returns True if IA3 scales the input of a module; an end may start within a name's part."""
     if isinstance(wanted, str):
         return compiled(wanted).fullmatch(module) is not None
     return module.endswith(tuple(wanted))
 
 
 def target_modules(path: Path, settings: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
-    """Paths of the linear layers that a configuration means by `target_modules`."""
+    """Returns the paths of the linear layers that `target_modules` selects."""
     wanted = names_or_pattern(settings, "target_modules")
     if not wanted or str(wanted).lower() == "all-linear":
         raise ValueError(
@@ -118,7 +118,7 @@ def target_modules(path: Path, settings: Mapping[str, Any], names: Mapping[str, 
     modules = module_names(names)
     found = found_modules(wanted, modules)
     found -= found_modules(names_or_pattern(settings, "exclude_modules"), modules)
-    # PEFT adds the head of this task alone before it looks for targets.
+    # Only for this task does PEFT add the head before it looks for targets.
     heads = _HEADS["SEQ_CLS"] if settings.get("task_type") == "SEQ_CLS" else ()
     for saved in (*_list_of_names(settings, "modules_to_save"), *heads):
         found -= {name for name in found if f".{saved}." in f".{name}."}
@@ -137,10 +137,11 @@ def target_modules(path: Path, settings: Mapping[str, Any], names: Mapping[str, 
 def _layer_filter(
     path: Path, settings: Mapping[str, Any], wanted: list[str] | str
 ) -> Callable[[str], bool]:
-    """Whether `layers_to_transform`, if there is one, has the layer of a module.
+    """Returns a predicate on names: True for modules in a layer of `layers_to_transform`.
 
-    The layer is the first number in a name; before 0.20, PEFT took a T5's last. Such a folder has
-    tensors for other modules, which is an error where they are checked.
+    Without that setting, the predicate is always True. The layer is the first number in a name;
+    PEFT before 0.20 took the last one for a T5. Such a folder has tensors for other modules, and
+    the check of the tensors raises an error.
     """
     indices = settings.get("layers_to_transform")
     if indices is None or indices == []:
@@ -170,16 +171,16 @@ def saved_modules(
     names: Mapping[str, str],
     is_stored: Callable[[str], bool],
 ) -> set[str]:
-    """Paths of the backbone's parameters that a folder has beside its adapter.
+    """Returns the paths of the backbone's parameters that a folder has beside its adapter.
 
-    They are named by `modules_to_save`, or else they are the head of the task, where it is stored.
+    These are the modules that `modules_to_save` names, and the head of the task if it is stored.
     """
     ends = tuple(_list_of_names(settings, "modules_to_save"))
     saved = _under(ends, names)
-    strangers = sorted(place for place in saved if group_of(place) not in TRAINED_BESIDE)
-    if strangers:
+    not_allowed = sorted(place for place in saved if group_of(place) not in TRAINED_BESIDE)
+    if not_allowed:
         raise ValueError(
-            f"modules_to_save={quote(list(ends))} in {path} has {listing(strangers, 3)}; only a "
+            f"modules_to_save={quote(list(ends))} in {path} has {listing(not_allowed, 3)}; only a "
             "head, a "
             "pooler and layer norms can be kept beside an adapter"
         )
@@ -188,7 +189,7 @@ def saved_modules(
 
 
 def _under(ends: tuple[str, ...], names: Mapping[str, str]) -> set[str]:
-    """Paths of the parameters of the modules whose names end in one of `ends`."""
+    """Returns the paths of the parameters in modules whose names end in one of `ends`."""
     whole = {module for module in module_names(names) if module.endswith(ends)}
     return {place for place, name in names.items() if _within(name, whole)}
 
@@ -199,7 +200,7 @@ def _within(name: str, modules: set[str]) -> bool:
 
 
 def modules_to_save(saved: Iterable[str], names: Mapping[str, str]) -> list[str]:
-    """The shortest names by which PEFT finds the modules of `saved` and no other."""
+    """Returns the shortest names by which PEFT finds exactly the modules of `saved`."""
     wanted = {names[place].rpartition(".")[0] for place in saved}
     modules = module_names(names)
 
@@ -210,7 +211,7 @@ def modules_to_save(saved: Iterable[str], names: Mapping[str, str]) -> list[str]
 
 
 def shortest(groups: Sequence[set[str]], fits: Callable[..., bool]) -> list[list[str]]:
-    """The ends of each group's names, all of as few parts as it takes to fit."""
+    """Returns the ends of each group's names, of the fewest parts that satisfy `fits`."""
     longest = max((name.count(".") + 1 for group in groups for name in group), default=1)
     for parts in range(1, longest):
         ends = [sorted({".".join(n.split(".")[-parts:]) for n in group}) for group in groups]
@@ -222,11 +223,11 @@ def shortest(groups: Sequence[set[str]], fits: Callable[..., bool]) -> list[list
 def place_sites(
     module: Any, names: Mapping[str, str], groups: Sequence[set[str]]
 ) -> tuple[list[tuple[str, ...]], tuple[int, ...], dict[str, str] | None]:
-    """Sites that are `groups` of hosts, none of which has another's.
+    """Returns sites that match `groups` of hosts, none of which has another's.
 
     Returns:
-      Names of sites for each group, the layers to leave out, and None; or names, no layers, and
-      the table that they are from, where the groups are not whole sites of the backbone.
+      Names of sites for each group, the layers to leave out, and None. If the groups are not whole
+      sites of the backbone: names, no layers, and the table of these sites.
     """
     hosts: dict[str, dict[str, int]] = {}
     for site in _LINEAR_SITES:
@@ -251,7 +252,7 @@ def place_sites(
 
 
 def site_table(hosts: Iterable[str], suffix: str) -> dict[str, str]:
-    """Site name -> pattern: hosts that differ in the index of their layer alone are one site."""
+    """Returns site name -> pattern; a site is the hosts that differ only in their layer's index."""
     layers: dict[tuple[str, ...], list[str]] = {}
     for path in hosts:
         before, *rest = re.split(r"/(\d+)/", path, maxsplit=1)
@@ -262,6 +263,6 @@ def site_table(hosts: Iterable[str], suffix: str) -> dict[str, str]:
         if indices:
             listed = "|".join(sorted(indices, key=int))
             table[name + suffix] = f"/(?P<layer>{listed})/".join(map(re.escape, ends))
-        else:  # a pattern must have the group, which need not take part
+        else:  # a pattern must have the group, even if it matches nothing
             table[name + suffix] = re.escape(name) + r"(?P<layer>\d+)?"
     return table

@@ -55,8 +55,8 @@ FIELDS: Mapping[str, Any] = {
 }
 
 
-# Keys that do not change what is computed, whatever they say: `fan_in_fan_out` is about layers that
-# BERT and T5 do not have, and some are read only beside another key that is refused.
+# Keys that never change the result: `fan_in_fan_out` is about layers that BERT and T5 do not have,
+# and some keys are read only beside another key that is refused.
 _HARMLESS = frozenset(
     [
         "auto_mapping",
@@ -85,19 +85,21 @@ _HARMLESS = frozenset(
 _READ = frozenset(["exclude_modules", "modules_to_save", "target_modules", "task_type"])
 
 
-# Initial values of LoRA that leave the backbone's weights as they are.
+# Initial values of LoRA that leave the backbone's weights unchanged.
 _LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any], *read: str) -> None:
-    """ValueError for keys beyond those `read` and the harmless ones, unless they are off."""
-    strangers = {
+    """Raises ValueError for keys that are neither in `read`, nor harmless, nor off."""
+    unsupported = {
         key: value
         for key, value in settings.items()
         if key not in _HARMLESS | _READ | set(read) and value and (key, value) != ("bias", "none")
     }
-    if strangers:
-        listed = listing((f"{key}={quote(value, 60)}" for key, value in strangers.items()), most=4)
+    if unsupported:
+        listed = listing(
+            (f"{key}={quote(value, 60)}" for key, value in unsupported.items()), most=4
+        )
         raise ValueError(f"{path} has settings that are not supported: {listed}")
 
 
@@ -117,7 +119,7 @@ def check_task(path: Path, settings: Mapping[str, Any], head: str | None) -> Non
         )
 
 
-# A method, and the table of sites that it needs if that is not the backbone's.
+# A method, and the table of sites that it needs if it is not the backbone's.
 _Placed: TypeAlias = tuple[InsertedConfig, dict[str, str] | None]
 
 

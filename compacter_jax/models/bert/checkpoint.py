@@ -1,4 +1,4 @@
-"""Parameters of BERT under Hugging Face's names and under ours."""
+"""Parameters of BERT: conversion between the names of Hugging Face and of this library."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _DECODER_BIAS, _PREDICTIONS_BIAS = "cls/predictions/decoder/bias", "cls/predicti
 
 
 def bert_from_hugging_face(tensors: Mapping[str, np.ndarray]) -> Params:
-    """Parameters of `Bert` from the tensors of a Hugging Face checkpoint.
+    """Converts the tensors of a Hugging Face checkpoint to the parameters of `Bert`.
 
-    Names may carry the prefix `bert.` or not. Layer norms may be called gamma and beta as in the
-    oldest checkpoints. The buffer `embeddings.position_ids` is left out, and so is the copy of
-    `cls.predictions.bias` that is called `cls.predictions.decoder.bias`.
+    Names may have the prefix `bert.`. Layer norms may be called gamma and beta, as in the oldest
+    checkpoints. The function leaves out the buffer `embeddings.position_ids`, and
+    `cls.predictions.decoder.bias`, the copy of `cls.predictions.bias`.
 
     Args:
-      tensors: name -> array; PyTorch's `[out, in]` weights of dense layers.
+      tensors: name -> array; weights of dense layers are `[out, in]`, as in PyTorch.
 
     Returns:
-      Nested dict of arrays with `[in, out]` kernels, dtypes unchanged; kernels are views.
+      Nested dict of arrays with `[in, out]` kernels and unchanged dtypes; kernels are views.
 
     Raises:
       ValueError: if a name is neither a weight nor a bias, two names mean the same parameter, or
@@ -55,20 +55,20 @@ def bert_from_hugging_face(tensors: Mapping[str, np.ndarray]) -> Params:
 
 
 def bert_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inverse of `bert_from_hugging_face`: tensors under the names that transformers saves.
+    """Converts the parameters of `Bert` to tensors under the names that transformers saves.
 
-    With a head, the encoder's names start with `bert.`; without one they do not. A tied decoder
+    With a head, the encoder's names start with `bert.`; without one they do not. The tied decoder
     of a masked language model is not repeated.
 
     Args:
       params: nested parameters of `Bert`, without adapters.
 
     Returns:
-      Name -> C-contiguous array on the host, fit for `safetensors.numpy.save_file` (which writes
-      a view's memory in the wrong order), dtypes unchanged.
+      Name -> C-contiguous array on the host with unchanged dtype, ready for
+      `safetensors.numpy.save_file`, which would write the memory of a view in the wrong order.
 
     Raises:
-      ValueError: if a parameter is not one that `Bert` makes.
+      ValueError: if `Bert` does not have one of the parameters.
     """
     has_head = any(top in params for top in ("classifier", "qa_outputs", "cls"))
     encoder = ("embeddings", "encoder", "pooler")
@@ -121,7 +121,8 @@ def _bert_module(
     """Builds the module that a configuration of transformers describes, see `Family.module`.
 
     Raises:
-      ValueError: for a field whose value the module does not support, or labels of no head.
+      ValueError: for a field whose value the module does not support, or `num_labels` for a head
+        without labels.
     """
     for name, supported in (
         ("position_embedding_type", "absolute"),
@@ -175,8 +176,8 @@ BERT = Family(
     published=PUBLISHED,
     of_size=_of_size,
     depths={"num_hidden_layers": "encoder/layer"},
-    parts=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
+    optional=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
     ties={"cls/predictions/decoder/kernel": "embeddings/word_embeddings/embedding"},
-    ambiguous_parts=("classifier",),
+    shared_head_names=("classifier",),
 )
 """The family of `model_type` "bert"."""

@@ -1,4 +1,4 @@
-"""Sizes of BERT, and those that were published."""
+"""The configuration of BERT, and the published sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """What `Bert` needs to know of a checkpoint; names and defaults are those of transformers.
+    """The configuration of `Bert`; names and defaults are those of transformers.
 
     Raises:
       ValueError: if a value is out of range, `hidden_act` is unknown or `num_attention_heads` does
@@ -90,3 +90,4 @@ PUBLISHED: Mapping[str, BertConfig] = {
         intermediate_size=4096,
     ),
 }
+"""Hub id -> configuration of the published sizes, arXiv:1810.04805."""

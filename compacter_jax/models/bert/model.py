@@ -1,4 +1,4 @@
-"""BERT in Flax linen; parameters carry their Hugging Face names, without the `bert.` prefix."""
+"""BERT in Flax linen; parameters have their Hugging Face names, without the prefix `bert.`."""
 
 from __future__ import annotations
 
@@ -27,16 +27,13 @@ from compacter_jax.sites import Site
 _LAYER = r"encoder/layer/(?P<layer>\d+)/"
 
 
-"""Hub id -> configuration of the published sizes, arXiv:1810.04805."""
-
-
 @flax.struct.dataclass
 class BertOutput:
-    """What `Bert` without a head returns.
+    """The result of `Bert` without a head.
 
     Attributes:
       last_hidden_state: `[batch, length, hidden]`.
-      pooler_output: `[batch, hidden]`, the first token's state through a dense layer and tanh.
+      pooler_output: `[batch, hidden]`, the first token's state after a dense layer and tanh.
     """
 
     last_hidden_state: Array
@@ -44,7 +41,7 @@ class BertOutput:
 
 
 class _BertModule(nn.Module):
-    """What every part below is told, and the three hosts built from it."""
+    """Configuration and dtypes of every submodule, and the constructors of its children."""
 
     config: BertConfig
     dtype: Dtype | None = None
@@ -77,12 +74,12 @@ class _BertModule(nn.Module):
             name="LayerNorm",
         )
 
-    def part(self, module: type[_BertModule], name: str, **attributes: Any) -> _BertModule:
+    def child(self, module: type[_BertModule], name: str, **attributes: Any) -> _BertModule:
         return module(self.config, self.dtype, self.param_dtype, name=name, **attributes)
 
 
 class BertEmbeddings(_BertModule):
-    """Sum of word, token type and position embeddings, normalised."""
+    """The normalised sum of word, token type and position embeddings."""
 
     @nn.compact
     def __call__(
@@ -91,7 +88,7 @@ class BertEmbeddings(_BertModule):
         config = self.config
         x = self.embed(config.vocab_size, "word_embeddings")(input_ids)
         if config.pad_token_id is not None:
-            # PyTorch's padding_idx: looking up the padding token sends its embedding no gradient.
+            # As with PyTorch's padding_idx, the embedding of the padding token gets no gradient.
             x = jnp.where(
                 (input_ids == config.pad_token_id)[..., None], jax.lax.stop_gradient(x), x
             )
@@ -101,16 +98,16 @@ class BertEmbeddings(_BertModule):
         return Dropout(config.hidden_dropout_prob, name="dropout")(x, deterministic)
 
     def word_table(self) -> Array | QuantizedArray:
-        """`[vocab, hidden]` word embeddings, as they are stored."""
+        """Returns the word embeddings `[vocab, hidden]`, as they are stored."""
         return self.variables["params"]["word_embeddings"]["embedding"]
 
 
 class BertSelfAttention(_BertModule):
-    """Multi-head attention of a sequence to itself, before the output projection."""
+    """Multi-head self-attention of a sequence, before the output projection."""
 
     @nn.compact
     def __call__(self, x: Array, states: Array, bias: Array | None, deterministic: bool) -> Array:
-        """What tokens `x` `[batch, queries, hidden]` find in `states` `[batch, keys, hidden]`."""
+        """Attends from `x` `[batch, queries, hidden]` to `states` `[batch, keys, hidden]`."""
         config = self.config
 
         def project(name: str, source: Array) -> Array:
@@ -132,7 +129,7 @@ class BertSelfAttention(_BertModule):
         biases: tuple[Array | None, ...],
         deterministic: bool,
     ) -> Array:
-        """Attention itself, as `models.layers.attention` but for the dropout."""
+        """Computes attention as `compacter_jax.nn.attention.attention`, with dropout."""
         rate = self.config.attention_probs_dropout_prob
         dropout = Dropout(rate, name="dropout", deterministic=deterministic)
         scale = 1 / math.sqrt(query.shape[-1])
@@ -140,7 +137,7 @@ class BertSelfAttention(_BertModule):
 
 
 class BertResidual(_BertModule):
-    """Projection to the hidden size, dropout, residual, layer normalisation."""
+    """The end of a sub-layer: projection to the hidden size, dropout, residual, layer norm."""
 
     @nn.compact
     def __call__(self, x: Array, residual: Array, deterministic: bool) -> Array:
@@ -149,7 +146,7 @@ class BertResidual(_BertModule):
         return self.add(residual, x, self.layer_norm())
 
     def add(self, residual: Array, output: Array, layer_norm: LayerNorm) -> Array:
-        """The end of a sub-layer."""
+        """Adds the residual and normalises the sum."""
         return layer_norm(output + residual)
 
 
@@ -158,12 +155,12 @@ class BertAttention(_BertModule):
 
     @nn.compact
     def __call__(self, x: Array, states: Array, bias: Array | None, deterministic: bool) -> Array:
-        y = self.part(BertSelfAttention, "self")(x, states, bias, deterministic)
-        return self.part(BertResidual, "output")(y, x, deterministic)
+        y = self.child(BertSelfAttention, "self")(x, states, bias, deterministic)
+        return self.child(BertResidual, "output")(y, x, deterministic)
 
 
 class BertIntermediate(_BertModule):
-    """First layer of the feed-forward network, with its activation."""
+    """The first layer of the feed-forward network, with its activation."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -172,11 +169,11 @@ class BertIntermediate(_BertModule):
 
 
 class BertLayer(_BertModule):
-    """Attention and feed-forward network.
+    """One layer: attention and feed-forward network.
 
     Attributes:
-      first_only: return the first token's state alone, `[batch, 1, hidden]`; nothing is computed
-        of the others but their keys and values.
+      first_only: True to return only the first token's state, `[batch, 1, hidden]`; of the other
+        tokens, the layer computes only keys and values.
     """
 
     first_only: bool = False
@@ -184,13 +181,13 @@ class BertLayer(_BertModule):
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
         queries = x[:, :1] if self.first_only else x
-        x = self.part(BertAttention, "attention")(queries, x, bias, deterministic)
-        y = self.part(BertIntermediate, "intermediate")(x)
-        return self.part(BertResidual, "output")(y, x, deterministic)
+        x = self.child(BertAttention, "attention")(queries, x, bias, deterministic)
+        y = self.child(BertIntermediate, "intermediate")(x)
+        return self.child(BertResidual, "output")(y, x, deterministic)
 
 
 class BertLayers(_BertModule):
-    """The layers one after the other, named "0", "1", ..."""
+    """The layers in sequence, named "0", "1", ..."""
 
     remat: Remat = "off"
     first_only: bool = False
@@ -202,24 +199,24 @@ class BertLayers(_BertModule):
         last = self.config.num_hidden_layers - 1
         for i in range(last + 1):
             first_only = self.first_only and i == last
-            x = self.part(layer, str(i), first_only=first_only)(x, bias, deterministic)
+            x = self.child(layer, str(i), first_only=first_only)(x, bias, deterministic)
         return x
 
 
 class BertEncoder(_BertModule):
-    """The level `encoder` of the parameter names."""
+    """The level `encoder` in the names of parameters."""
 
     remat: Remat = "off"
     first_only: bool = False
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
-        layers = self.part(BertLayers, "layer", remat=self.remat, first_only=self.first_only)
+        layers = self.child(BertLayers, "layer", remat=self.remat, first_only=self.first_only)
         return layers(x, bias, deterministic)
 
 
 class BertPooler(_BertModule):
-    """The first token's state through a dense layer and tanh."""
+    """The pooler: a dense layer and tanh on the first token's state."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [batch, length, hidden] -> [batch, hidden]
@@ -227,7 +224,7 @@ class BertPooler(_BertModule):
 
 
 class BertTransform(_BertModule):
-    """Dense layer, activation and layer normalisation before the vocabulary projection."""
+    """A dense layer, activation and layer norm before the projection to the vocabulary."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -236,13 +233,13 @@ class BertTransform(_BertModule):
 
 
 class BertPredictions(_BertModule):
-    """Logits over the vocabulary."""
+    """The masked language model's logits over the vocabulary."""
 
     @nn.compact
     def __call__(self, x: Array, word_table: Array | QuantizedArray) -> Array:
         vocab_size = self.config.vocab_size
-        x = self.part(BertTransform, "transform")(x)
-        # The bias belongs to `predictions`, not to `decoder`: that is its Hugging Face name.
+        x = self.child(BertTransform, "transform")(x)
+        # The bias belongs to `predictions`, not to `decoder`, as in its Hugging Face name.
         bias = self.param("bias", initializers.zeros, (vocab_size,), self.param_dtype)
         if self.config.tie_word_embeddings:
             x, bias = nn.dtypes.promote_dtype(x, bias, dtype=self.dtype)
@@ -260,28 +257,28 @@ class BertPredictions(_BertModule):
 
 
 class BertMaskedLM(_BertModule):
-    """The level `cls` of the parameter names."""
+    """The level `cls` in the names of parameters."""
 
     @nn.compact
     def __call__(self, x: Array, word_table: Array | QuantizedArray) -> Array:
-        return self.part(BertPredictions, "predictions")(x, word_table)
+        return self.child(BertPredictions, "predictions")(x, word_table)
 
 
 class Bert(nn.Module):
-    """BERT with one of five endings.
+    """BERT with one of five heads, None included.
 
-    The pooler exists where transformers has it: without a head and for sequence classification.
+    The pooler is present without a head and for sequence classification, as in transformers.
 
     Attributes:
       config: sizes, activation and dropout rates.
       head: None (hidden states), "sequence_classification" (regression is `num_labels=1`),
         "token_classification", "masked_lm" or "question_answering".
-      num_labels: width of the two classifiers; the other heads do not read it.
-      dtype: of the computation; None promotes inputs and parameters as flax does. The softmax of
-        the attention and the statistics of layer norms are computed in float32 at least.
-      param_dtype: of the parameters.
-      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
-        its input alone; or "dots", all but the products with weights.
+      num_labels: width of the two classifiers; other heads ignore it.
+      dtype: dtype of the computation; None promotes inputs and parameters as flax does. The softmax
+        of the attention and the statistics of layer norms are computed in float32 at least.
+      param_dtype: dtype of the parameters.
+      remat: activations that the backward pass computes again, to save memory: "off" for none;
+        "full" for each layer from its input alone; "dots" for all but the products with weights.
 
     Raises:
       ValueError: if `head` is unknown or `num_labels` is not positive.
@@ -315,7 +312,7 @@ class Bert(nn.Module):
         ),
         "embedding": Site(host="embeddings/word_embeddings", role="embedding"),
     }
-    """Site name -> where it is; a string is the `host` of a `Site`."""
+    """Site name -> `Site`, or its `host` as a string."""
 
     word_embeddings: ClassVar[str] = "embeddings/word_embeddings/embedding"
     """Path of the vocabulary's embeddings, `[vocab, hidden]`."""
@@ -333,12 +330,12 @@ class Bert(nn.Module):
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, Array]:
-        """Arguments for `init`: `input_ids` and `attention_mask`, `[1, 1]` int32 each."""
+        """Returns arguments for `init`: `input_ids` and `attention_mask`, `[1, 1]` int32 each."""
         return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
 
     @nn.nowrap
     def without_first(self, output: Array | BertOutput, count: int) -> Array | BertOutput:
-        """What a call returned, without the positions of the first `count` tokens."""
+        """Returns the result of a call without the positions of the first `count` tokens."""
         if isinstance(output, BertOutput):
             return BertOutput(output.last_hidden_state[:, count:], output.pooler_output)
         return output if self.head == "sequence_classification" else output[:, count:]
@@ -353,15 +350,15 @@ class Bert(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array | BertOutput:
-        """Logits of the head, or hidden states without one.
+        """Returns the logits of the head, or hidden states without a head.
 
         Args:
           input_ids: `[batch, length]` integers.
           attention_mask: `[batch, length]` integers or booleans, zero at padding; None attends to
-            everything. A row of nothing but padding attends to all its positions alike.
+            all positions. A row of padding alone attends to all its positions equally.
           token_type_ids: `[batch, length]` integers; None means 0 everywhere.
           position_ids: `[batch, length]` or `[1, length]` integers; None counts from 0.
-          deterministic: a Python bool; False drops out and needs `rngs={"dropout": key}`.
+          deterministic: Python bool; False turns on dropout and needs `rngs={"dropout": key}`.
 
         Returns:
           For "sequence_classification" `[batch, num_labels]`, for "token_classification"
@@ -370,9 +367,9 @@ class Bert(nn.Module):
           computation; without a head a `BertOutput`.
 
         Raises:
-          ValueError: if the sequence is longer than `max_position_embeddings`, a shape does not
-            fit `input_ids`, a mask is of a floating-point type, or there is no embedding of an id,
-            negative ones included. Where ids are traced, the row that has such an id is NaN.
+          ValueError: if the sequence is longer than `max_position_embeddings`, a shape does not fit
+            `input_ids`, a mask is of a floating-point type, or an id has no embedding, as negative
+            ids have none. If ids are traced, a row with an invalid id is NaN.
         """
         config = self.config
         batch_and_length = self._check_inputs(
@@ -386,7 +383,7 @@ class Bert(nn.Module):
         args = (config, self.dtype, self.param_dtype)
         embeddings = BertEmbeddings(*args, name="embeddings")
         x = embeddings(input_ids, token_type_ids, position_ids, deterministic)
-        # A classifier reads the first token alone.
+        # A classifier reads only the first token.
         first_only = self.head == "sequence_classification"
         encoder = BertEncoder(*args, remat=self.remat, first_only=first_only, name="encoder")
         x = encoder(x, padding_bias(attention_mask, x.dtype), deterministic)
@@ -438,7 +435,8 @@ class Bert(nn.Module):
                 f"{(1, length)}"
             )
         if attention_mask is not None and jnp.issubdtype(attention_mask.dtype, jnp.floating):
-            # It might be an additive mask, 0 to attend and -inf to leave out: the very opposite.
+            # A floating-point mask might be an additive one, with 0 to attend and -inf to ignore:
+            # the opposite.
             raise ValueError(
                 f"attention_mask is {attention_mask.dtype}; it must be integers or booleans, "
                 "1 at tokens and 0 at padding"

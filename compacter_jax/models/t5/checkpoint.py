@@ -1,4 +1,4 @@
-"""Parameters of T5 under Hugging Face's names and under ours."""
+"""Parameters of T5: conversion between the names of Hugging Face and of this library."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _T5_COPIES = ("encoder/embed_tokens/embedding", "decoder/embed_tokens/embedding"
 
 
 def t5_from_hugging_face(tensors: Mapping[str, np.ndarray]) -> Params:
-    """Parameters of `T5` from the tensors of a Hugging Face checkpoint.
+    """Converts the tensors of a Hugging Face checkpoint to the parameters of `T5`.
 
-    The relative attention bias of the cross-attention that old checkpoints have, and no model
-    reads, is left out; so are the copies `…embed_tokens.weight` of `shared.weight`, for which one
-    of them may stand.
+    The function leaves out the relative attention bias of the cross-attention, which old
+    checkpoints have and no model reads. It also leaves out the copies `…embed_tokens.weight` of
+    `shared.weight`; one of these may replace a missing `shared.weight`.
 
     Args:
-      tensors: name -> array; PyTorch's `[out, in]` weights of dense layers.
+      tensors: name -> array; weights of dense layers are `[out, in]`, as in PyTorch.
 
     Returns:
-      Nested dict of arrays with `[in, out]` kernels, dtypes unchanged; kernels are views.
+      Nested dict of arrays with `[in, out]` kernels and unchanged dtypes; kernels are views.
 
     Raises:
       ValueError: if a name is not that of a weight, two names mean the same parameter, or two
@@ -68,16 +68,16 @@ def t5_from_hugging_face(tensors: Mapping[str, np.ndarray]) -> Params:
 
 
 def t5_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inverse of `t5_from_hugging_face`: tensors under the names that transformers saves.
+    """Converts the parameters of `T5` to tensors under the names that transformers saves.
 
     Args:
       params: nested parameters of `T5`, without adapters.
 
     Returns:
-      Name -> C-contiguous array on the host, dtypes unchanged. `shared.weight` is not repeated.
+      Name -> C-contiguous array on the host with unchanged dtype. `shared.weight` is not repeated.
 
     Raises:
-      ValueError: if a parameter is not one that `T5` makes.
+      ValueError: if `T5` does not have one of the parameters.
     """
     return to_tensors(params, _T5_PATH, "T5")
 
@@ -114,10 +114,11 @@ def _t5_module(
 
 
 def _is_tied(config: Any) -> bool:
-    """Whether the head is the embedding and its input is scaled.
+    """Returns True if the head is the word embedding and its input is scaled.
 
-    transformers 5 says `tie_word_embeddings=True` of every T5 and mT5, whatever config.json says.
-    It scales a T5 where `scale_decoder_outputs`, which keeps what config.json says, and never mT5.
+    transformers 5 sets `tie_word_embeddings=True` for every T5 and mT5, whatever config.json says.
+    It scales a T5 according to `scale_decoder_outputs`, which keeps the value of config.json, and
+    never scales an mT5.
     """
     if config.model_type == "mt5":
         written_by = getattr(config, "transformers_version", None) or ""
@@ -133,7 +134,7 @@ def _of_size(config: T5Config, head: str | None, num_labels: int | None) -> T5:
 
 
 def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
-    """Builds the entry of T5 or mT5, whose architectures have names with a prefix."""
+    """Builds the family of T5 or mT5, whose architectures have names with a prefix."""
     return Family(
         architectures={
             f"{prefix}ForConditionalGeneration": "conditional_generation",
@@ -150,8 +151,8 @@ def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
         to_hugging_face=t5_to_hugging_face,
         config_class=T5Config,
         depths={"num_layers": "encoder/block", "num_decoder_layers": "decoder/block"},
-        parts=(),
-        surplus=("decoder", "lm_head"),
+        optional=(),
+        droppable=("decoder", "lm_head"),
         ties={"lm_head/kernel": "shared/embedding"},
-        untie=True,
+        copies_tied_head=True,
     )

@@ -1,4 +1,4 @@
-"""Sizes of T5, and those that were published."""
+"""The configuration of T5, and the published sizes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ HEADS = ("conditional_generation", None, "encoder")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """What `T5` needs to know of a checkpoint; names and defaults are those of transformers.
+    """The configuration of `T5`; names and defaults are those of transformers.
 
     Attributes:
-      feed_forward_proj: an activation ("relu": T5 v1.0), or "gated-" and an activation
-        ("gated-gelu": v1.1, Flan-T5 and mT5, by tanh as in transformers; "gated-silu").
-      tie_word_embeddings: the language-modelling head is the word embedding, and its input is
-        scaled by `d_model ** -0.5`: T5 v1.0. The others have a head of their own, not scaled.
+      feed_forward_proj: an activation ("relu" for T5 v1.0), or "gated-" and an activation
+        ("gated-gelu" for v1.1, Flan-T5 and mT5, with tanh as in transformers; "gated-silu").
+      tie_word_embeddings: True if the language-modelling head is the word embedding and its input
+        is scaled by `d_model ** -0.5`, as in T5 v1.0. The other versions have their own head,
+        without scaling.
 
     Raises:
       ValueError: if a value is out of range or `feed_forward_proj` is unknown.
@@ -95,11 +96,11 @@ class T5Config:
 
     @property
     def is_gated(self) -> bool:
-        """Whether the feed-forward network multiplies two projections, as from v1.1 on."""
+        """True if the feed-forward network multiplies two projections, as in v1.1 and later."""
         return self.feed_forward_proj.startswith("gated-")
 
     def feed_forward_activation(self) -> ActivationFn:
-        """The activation that `feed_forward_proj` names; ValueError if it names none."""
+        """Returns the activation of `feed_forward_proj`; raises ValueError for an unknown one."""
         name = self.feed_forward_proj.removeprefix("gated-")
         # The released v1.1 checkpoints say "gated-gelu" and were trained with the tanh form.
         if self.feed_forward_proj == "gated-gelu":
@@ -151,3 +152,10 @@ def _published() -> dict[str, T5Config]:
 
 
 PUBLISHED: Mapping[str, T5Config] = _published()
+"""Hub id -> configuration of the published sizes of T5, T5 v1.1, Flan-T5 and mT5.
+
+References:
+  Raffel et al., Exploring the Limits of Transfer Learning, JMLR 2020, arXiv:1910.10683; Xue et al.,
+  mT5, NAACL 2021, arXiv:2010.11934; Chung et al., Flan, 2022, arXiv:2210.11416; Lester et al., the
+  "lm-adapt" checkpoints, EMNLP 2021, arXiv:2104.08691.
+"""

@@ -1,4 +1,4 @@
-"""The layers of T5, encoder and decoder alike."""
+"""The layers of T5, for encoder and decoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.models.t5.config import T5Config
-from compacter_jax.nn.attention import DecoderCache, KeyValue, attention, split_heads
+from compacter_jax.nn.attention import DecoderCache, KeyValue, StackInputs, attention, split_heads
 from compacter_jax.nn.dense import Dtype, Embed, dense
 from compacter_jax.nn.dropout import Dropout
 from compacter_jax.nn.norms import RMSNorm
@@ -21,7 +21,7 @@ from compacter_jax.nn.remat import Remat, rematted
 
 
 class _T5Module(nn.Module):
-    """What every part below is told, and the hosts built from it."""
+    """Configuration and dtypes of every submodule, and the constructors of its children."""
 
     config: T5Config
     dtype: Dtype | None = None
@@ -62,18 +62,18 @@ class _T5Module(nn.Module):
         return Dropout(self.config.dropout_rate, name=name)(x, deterministic)
 
     def add(self, residual: Array, output: Array) -> Array:
-        """The end of a sub-layer."""
+        """Adds the residual at the end of a sub-layer."""
         return _wide(residual) + _wide(output)
 
-    def part(self, module: type[_T5Module], name: str, **attributes: Any) -> Any:
+    def child(self, module: type[_T5Module], name: str, **attributes: Any) -> Any:
         return module(self.config, self.dtype, self.param_dtype, name=name, **attributes)
 
 
 def _wide(x: Array) -> Array:
-    """`x` in float32 if it is of float16, whose range the sub-layers of T5 exceed.
+    """Returns `x` in float32 if it is of float16, whose range the sub-layers of T5 exceed.
 
-    That is the residual stream and, with transformers, what `wo` reads and returns. bfloat16 has
-    the range of float32.
+    The function is applied to the residual stream and, as in transformers, to the input of `wo`,
+    which then also computes in float32. bfloat16 has the range of float32.
     """
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
@@ -82,8 +82,9 @@ class T5Attention(_T5Module):
     """Multi-head attention without scaling, with or without relative position biases.
 
     Attributes:
-      bidirectional: whether keys after the query have buckets of their own.
-      has_position_bias: owns the embedding of relative positions (the first layer of a stack).
+      bidirectional: True if keys after the query have their own buckets.
+      has_position_bias: True if the module owns the embedding of relative positions (in the first
+        layer of a stack).
     """
 
     bidirectional: bool = True
@@ -100,17 +101,17 @@ class T5Attention(_T5Module):
         index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, Array | None, KeyValue]:
-        """Attends to `states`, or to `x` itself where they are None.
+        """Attends to `states`, or to `x` itself if `states` is None.
 
         Args:
           x: `[batch, queries, d_model]`.
-          states: `[batch, keys, d_model]` of the encoder, for cross-attention.
-          mask: added to the scores, broadcast to `[batch, heads, queries, keys]`.
-          position_bias: `[1, heads, queries, keys]` of the first layer, or None.
-          cached: keys and values. With `index` they are those of self-attention, to which the ones
-            of `x` are added at that position; without, those of the encoder's states.
+          states: states of the encoder, `[batch, keys, d_model]`, for cross-attention.
+          mask: bias added to the scores, broadcast to `[batch, heads, queries, keys]`.
+          position_bias: bias of the first layer, `[1, heads, queries, keys]`, or None.
+          cached: keys and values. With `index` they are those of self-attention, and the ones of
+            `x` are added at that position; without it, they are those of the encoder's states.
           index: position of the only query.
-          deterministic: no dropout.
+          deterministic: True for no dropout.
 
         Returns:
           `[batch, queries, d_model]`, the position bias, keys and values.
@@ -147,7 +148,7 @@ class T5Attention(_T5Module):
         biases: tuple[Array | None, ...],
         deterministic: bool,
     ) -> Array:
-        """Attention itself, as `models.layers.attention` but for the dropout."""
+        """Computes attention as `compacter_jax.nn.attention.attention`, with dropout."""
 
         def dropout(x: Array) -> Array:
             return self.dropout(x, deterministic)
@@ -155,7 +156,13 @@ class T5Attention(_T5Module):
         return attention(query, key, value, biases, dropout=dropout)
 
     def relative_bias(self, queries: int, keys: int, index: Array | None) -> Array:
-        """`[1, heads, queries, keys]` in the dtype of the parameters; `index` of the one query."""
+        """Returns the bias `[1, heads, queries, keys]`, in the dtype of the parameters.
+
+        Args:
+          queries: number of queries.
+          keys: number of keys.
+          index: position of the first query; None for 0.
+        """
         config = self.config
         first = 0 if index is None else index
         relative = jnp.arange(keys)[None, :] - (jnp.arange(queries) + first)[:, None]
@@ -165,7 +172,7 @@ class T5Attention(_T5Module):
             num_buckets=config.relative_attention_num_buckets,
             max_distance=config.relative_attention_max_distance,
         )
-        # Not in `dtype`: it is added to scores in float32.
+        # The bias is not in `dtype`, because it is added to scores in float32.
         table = nn.Embed(
             config.relative_attention_num_buckets,
             config.num_heads,
@@ -177,7 +184,7 @@ class T5Attention(_T5Module):
 
 
 class T5LayerSelfAttention(_T5Module):
-    """Norm, self-attention, dropout, residual."""
+    """A sub-layer: norm, self-attention, dropout, residual."""
 
     bidirectional: bool = True
     has_position_bias: bool = False
@@ -186,43 +193,49 @@ class T5LayerSelfAttention(_T5Module):
     def __call__(
         self,
         x: Array,
-        mask: Array | None,
-        position_bias: Array | None,
-        cached: KeyValue | None,
-        index: Array | None,
+        inputs: StackInputs,
         deterministic: bool,
     ) -> tuple[Array, Array | None, KeyValue]:
-        attention = self.part(
+        attention = self.child(
             T5Attention,
             "SelfAttention",
             bidirectional=self.bidirectional,
             has_position_bias=self.has_position_bias,
         )
         y, position_bias, key_value = attention(
-            self.norm()(x), None, mask, position_bias, cached, index, deterministic
+            self.norm()(x),
+            None,
+            inputs.masks[0],
+            inputs.position_bias,
+            inputs.cached[0],
+            inputs.query_index,
+            deterministic,
         )
         return self.add(x, self.dropout(y, deterministic)), position_bias, key_value
 
 
 class T5LayerCrossAttention(_T5Module):
-    """Norm, attention to the encoder's states, dropout, residual."""
+    """A sub-layer: norm, attention to the encoder's states, dropout, residual."""
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        states: Array | None,
-        mask: Array | None,
-        cached: KeyValue | None,
-        deterministic: bool,
+        self, x: Array, inputs: StackInputs, deterministic: bool
     ) -> tuple[Array, KeyValue]:
-        attention = self.part(T5Attention, "EncDecAttention")
-        y, _, key_value = attention(self.norm()(x), states, mask, None, cached, None, deterministic)
+        attention = self.child(T5Attention, "EncDecAttention")
+        y, _, key_value = attention(
+            self.norm()(x),
+            inputs.states,
+            inputs.masks[1],
+            None,
+            inputs.cached[1],
+            None,
+            deterministic,
+        )
         return self.add(x, self.dropout(y, deterministic)), key_value
 
 
 class T5FeedForward(_T5Module):
-    """`wo(dropout(act(wi(x))))`, or gated `wo(dropout(act(wi_0(x)) * wi_1(x)))`."""
+    """The network `wo(dropout(act(wi(x))))`, or gated `wo(dropout(act(wi_0(x)) * wi_1(x)))`."""
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
@@ -240,11 +253,11 @@ class T5FeedForward(_T5Module):
 
 
 class T5LayerFeedForward(_T5Module):
-    """Norm, feed-forward network, dropout, residual."""
+    """A sub-layer: norm, feed-forward network, dropout, residual."""
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        y = self.part(T5FeedForward, "DenseReluDense")(self.norm()(x), deterministic)
+        y = self.child(T5FeedForward, "DenseReluDense")(self.norm()(x), deterministic)
         return self.add(x, self.dropout(y, deterministic))
 
 
@@ -256,34 +269,26 @@ class _StackModule(_T5Module):
 
 
 class T5Sublayers(_StackModule):
-    """The level `layer` of the parameter names: the sub-layers "0", "1" and, decoding, "2"."""
+    """The level `layer` in the names of parameters: sub-layers "0", "1" and, in a decoder, "2"."""
 
     @nn.compact
     def __call__(
         self,
         x: Array,
-        states: Array | None,
-        masks: tuple[Array | None, Array | None],
-        position_bias: Array | None,
-        cached: tuple[KeyValue | None, KeyValue | None],
-        index: Array | None,
+        inputs: StackInputs,
         deterministic: bool,
     ) -> tuple[Array, Array | None, tuple[KeyValue, KeyValue | None]]:
-        attention = self.part(
+        attention = self.child(
             T5LayerSelfAttention,
             "0",
             bidirectional=not self.is_decoder,
             has_position_bias=self.has_position_bias,
         )
-        x, position_bias, own = attention(
-            x, masks[0], position_bias, cached[0], index, deterministic
-        )
+        x, position_bias, own = attention(x, inputs, deterministic)
         crossed = None
         if self.is_decoder:
-            x, crossed = self.part(T5LayerCrossAttention, "1")(
-                x, states, masks[1], cached[1], deterministic
-            )
-        x = self.part(T5LayerFeedForward, "2" if self.is_decoder else "1")(x, deterministic)
+            x, crossed = self.child(T5LayerCrossAttention, "1")(x, inputs, deterministic)
+        x = self.child(T5LayerFeedForward, "2" if self.is_decoder else "1")(x, deterministic)
         return x, position_bias, (own, crossed)
 
 
@@ -291,28 +296,28 @@ class T5Block(_StackModule):
     """One layer of a stack.
 
     Attributes:
-      keep: return keys and values too. Otherwise they would be kept for the backward pass of a
-        layer that is recomputed in it.
+      keep: True to return keys and values too. If a layer is recomputed in the backward pass,
+        returned keys and values would be kept for it.
     """
 
     keep: bool = False
 
     @nn.compact
-    def __call__(self, x, states, masks, position_bias, cached, index, deterministic):
-        sublayers = self.part(
+    def __call__(
+        self, x: Array, inputs: StackInputs, deterministic: bool
+    ) -> tuple[Array, Array | None, Any]:
+        sublayers = self.child(
             T5Sublayers,
             "layer",
             is_decoder=self.is_decoder,
             has_position_bias=self.has_position_bias,
         )
-        x, position_bias, key_value = sublayers(
-            x, states, masks, position_bias, cached, index, deterministic
-        )
+        x, position_bias, key_value = sublayers(x, inputs, deterministic)
         return x, position_bias, key_value if self.keep else None
 
 
 class T5Blocks(_StackModule):
-    """The level `block` of the parameter names: the layers "0", "1", ..."""
+    """The level `block` in the names of parameters: the layers "0", "1", ..."""
 
     remat: Remat = "off"
     keep: bool = False
@@ -321,19 +326,17 @@ class T5Blocks(_StackModule):
     def __call__(
         self,
         x: Array,
-        states: Array | None,
-        masks: tuple[Array | None, Array | None],
+        inputs: StackInputs,
         cache: DecoderCache | None,
-        index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, list[Any]]:
         config = self.config
         num_layers = config.num_decoder_layers if self.is_decoder else config.num_layers
-        # `deterministic` is argument 7 of T5Block.__call__, self counted.
-        block = rematted(T5Block, self.remat, static_argnums=(7,))
-        position_bias, key_values = None, []
+        # `deterministic` is argument 3 of T5Block.__call__, self counted.
+        block = rematted(T5Block, self.remat, static_argnums=(3,))
+        position_bias, key_values = inputs.position_bias, []
         for i in range(num_layers):
-            layer = self.part(
+            layer = self.child(
                 block,
                 str(i),
                 is_decoder=self.is_decoder,
@@ -343,9 +346,8 @@ class T5Blocks(_StackModule):
             cached: Any = (None, None)
             if cache is not None:
                 cached = (cache.self_attention[i], cache.cross_attention[i])
-            x, position_bias, key_value = layer(
-                x, states, masks, position_bias, cached, index, deterministic
-            )
+            of_layer = inputs._replace(position_bias=position_bias, cached=cached)
+            x, position_bias, key_value = layer(x, of_layer, deterministic)
             key_values.append(key_value)
         return x, key_values
 
@@ -360,17 +362,15 @@ class T5Stack(_StackModule):
     def __call__(
         self,
         x: Array,
-        states: Array | None,
-        masks: tuple[Array | None, Array | None],
+        inputs: StackInputs,
         cache: DecoderCache | None,
-        index: Array | None,
         deterministic: bool,
     ) -> tuple[Array, list[Any]]:
-        blocks = self.part(
+        blocks = self.child(
             T5Blocks, "block", is_decoder=self.is_decoder, remat=self.remat, keep=self.keep
         )
         x = self.dropout(x, deterministic, "dropout_in")
-        x, key_values = blocks(x, states, masks, cache, index, deterministic)
+        x, key_values = blocks(x, inputs, cache, deterministic)
         x = self.norm("final_layer_norm")(x)
         return self.dropout(x, deterministic, "dropout_out"), key_values
 
@@ -378,13 +378,14 @@ class T5Stack(_StackModule):
 def relative_position_bucket(
     relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Array:
-    """The bucket of each relative position: exact when near, logarithmic up to `max_distance`.
+    """Returns the bucket of each relative position: exact if near, logarithmic to `max_distance`.
 
     Args:
       relative_position: integers, position of the key minus that of the query.
-      bidirectional: half of the buckets are for keys after the query; otherwise those count as 0.
-      num_buckets: how many there are.
-      max_distance: from here on everything is in the last bucket.
+      bidirectional: True for half of the buckets to hold keys after the query; otherwise these keys
+        have distance 0.
+      num_buckets: number of buckets.
+      max_distance: distance from which all positions are in the last bucket.
 
     Returns:
       int32 of the same shape, from 0 to `num_buckets - 1`.
@@ -404,7 +405,10 @@ def relative_position_bucket(
 
 
 def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
-    """`[max_distance + 1]` int32. On the host: another logarithm may round to another bucket."""
+    """Returns the bucket of each distance, `[max_distance + 1]` int32.
+
+    NumPy computes them, because another logarithm may round to another bucket.
+    """
     exact = num_buckets // 2
     distance = np.arange(max_distance + 1)
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)

@@ -1,4 +1,4 @@
-"""T5 in Flax linen; parameters carry their Hugging Face names."""
+"""T5 in Flax linen; parameters have their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax import Array
 
 from compacter_jax.models.t5.config import HEADS, T5Config
 from compacter_jax.models.t5.layers import T5Stack
-from compacter_jax.nn.attention import DecoderCache, causal_bias, padding_bias
+from compacter_jax.nn.attention import DecoderCache, StackInputs, causal_bias, padding_bias
 from compacter_jax.nn.dense import Dtype, Embed, dense
 from compacter_jax.nn.inputs import check_ids, check_inputs, check_source
 from compacter_jax.nn.remat import Remat
@@ -40,22 +40,13 @@ def _add(host: str) -> Site:
     return Site(host=host, method="add", role="join")
 
 
-"""Hub id -> configuration of the published sizes of T5, T5 v1.1, Flan-T5 and mT5.
-
-References:
-  Raffel et al., Exploring the Limits of Transfer Learning, JMLR 2020, arXiv:1910.10683; Xue et al.,
-  mT5, NAACL 2021, arXiv:2010.11934; Chung et al., Flan, 2022, arXiv:2210.11416; Lester et al., the
-  "lm-adapt" checkpoints, EMNLP 2021, arXiv:2104.08691.
-"""
-
-
 @flax.struct.dataclass
 class T5Output:
-    """What `T5` without a head returns.
+    """The result of `T5` without a head.
 
     Attributes:
-      last_hidden_state: `[batch, target length, d_model]` of the decoder.
-      encoder_last_hidden_state: `[batch, length, d_model]`.
+      last_hidden_state: states of the decoder, `[batch, target length, d_model]`.
+      encoder_last_hidden_state: states of the encoder, `[batch, length, d_model]`.
     """
 
     last_hidden_state: Array
@@ -69,13 +60,13 @@ class T5(nn.Module):
       config: sizes, activation and dropout rate.
       head: "conditional_generation" (logits over the vocabulary), None (hidden states of the
         decoder and the encoder) or "encoder" (no decoder).
-      dtype: of the computation; None promotes inputs and parameters as flax does. Attention scores,
-        their softmax and the statistics of norms are computed in float32 at least. With bfloat16
-        nothing overflows that does not in float32; for float16, whose range the published
-        checkpoints exceed, `wo` and the residual stream are in float32, as in transformers.
-      param_dtype: of the parameters.
-      remat: what the backward pass computes again, to save memory: "off"; "full", each layer from
-        its input alone; or "dots", all but the products with weights.
+      dtype: dtype of the computation; None promotes inputs and parameters as flax does. Attention
+        scores, their softmax and the statistics of norms are computed in float32 at least. bfloat16
+        has the range of float32. The published checkpoints exceed the range of float16, so with
+        float16 `wo` and the residual stream are in float32, as in transformers.
+      param_dtype: dtype of the parameters.
+      remat: activations that the backward pass computes again, to save memory: "off" for none;
+        "full" for each layer from its input alone; "dots" for all but the products with weights.
 
     Raises:
       ValueError: if `head` is unknown.
@@ -117,14 +108,14 @@ class T5(nn.Module):
         "norm": Site(host=_LAYER + r"\d/layer_norm", role="bias"),
         "logits": Site(host="", method="logits", role="bias"),
     }
-    """Site name -> where it is; a string is the `host` of a `Site`."""
+    """Site name -> `Site`, or its `host` as a string."""
 
     word_embeddings: ClassVar[str] = "shared/embedding"
     """Path of the vocabulary's embeddings, `[vocab, d_model]`."""
 
     @property
     def absent_sites(self) -> tuple[str, ...]:
-        """Names in `sites` of what this model does not have."""
+        """Names in `sites` that this model does not have."""
         if self.head == "conditional_generation":
             return ()
         if self.head is None:
@@ -138,7 +129,7 @@ class T5(nn.Module):
 
     @nn.nowrap
     def without_first(self, output: Any, count: int) -> Any:
-        """What a call returned, without the positions of the encoder's first `count` tokens."""
+        """Returns the result of a call without the encoder's first `count` positions."""
         if isinstance(output, T5Output):
             states = output.encoder_last_hidden_state[:, count:]
             return T5Output(output.last_hidden_state, states)
@@ -146,7 +137,7 @@ class T5(nn.Module):
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, ...]:
-        """Arguments for `init`: ids and mask of the encoder, ids of the decoder, `[1, 1]` each."""
+        """Returns arguments for `init`, `[1, 1]` each: ids and mask, and ids of the decoder."""
         ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
         return (ids, mask) if self.head == "encoder" else (ids, mask, ids)
 
@@ -159,17 +150,17 @@ class T5(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array | T5Output:
-        """Logits of the targets, or hidden states without a head.
+        """Returns the logits of the targets, or hidden states without a head.
 
         Args:
           input_ids: `[batch, length]` integers.
           attention_mask: `[batch, length]` integers or booleans, zero at padding; None attends to
-            everything.
+            all positions.
           decoder_input_ids: `[batch, target length]` integers, the targets shifted right behind
             `decoder_start_token_id`; not for "encoder".
-          decoder_attention_mask: as `attention_mask`, of the targets. Seldom needed: a token never
-            attends to those after it.
-          deterministic: a Python bool; False drops out and needs `rngs={"dropout": key}`.
+          decoder_attention_mask: mask of the targets, as `attention_mask`. It is seldom needed,
+            because a token never attends to those after it.
+          deterministic: Python bool; False turns on dropout and needs `rngs={"dropout": key}`.
 
         Returns:
           For "conditional_generation" `[batch, target length, vocab]` in the dtype of the
@@ -177,8 +168,8 @@ class T5(nn.Module):
 
         Raises:
           ValueError: if a shape does not fit, a mask is of a floating-point type,
-            `decoder_input_ids` are missing, or given to an encoder without decoder, or an id is not
-            in the vocabulary. Where ids are traced, the row that has such an id is NaN.
+            `decoder_input_ids` are missing, or given to a T5 without decoder, or an id is not in
+            the vocabulary. If ids are traced, a row with an invalid id is NaN.
         """
         if self.head == "encoder":
             if decoder_input_ids is not None:
@@ -204,7 +195,7 @@ class T5(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array:
-        """The encoder's states, `[batch, length, d_model]`; arguments as for a call."""
+        """Returns the encoder's states, `[batch, length, d_model]`; the arguments are a call's."""
         return self._run(input_ids, attention_mask, deterministic=deterministic)
 
     def decode(
@@ -218,24 +209,24 @@ class T5(nn.Module):
         index: Array | None = None,
         deterministic: bool = True,
     ) -> Any:
-        """The decoder alone: all targets at once, or one token after the other with a cache.
+        """Runs the decoder alone: on all targets at once, or with a cache on one token at a time.
 
         Args:
           decoder_input_ids: `[batch, target length]`; with a cache `[batch, 1]`.
-          encoder_hidden_states: of `encode`; with a cache they are not needed.
-          attention_mask: of the encoder's inputs.
-          decoder_attention_mask: of the targets; not with a cache.
-          cache: of `start_cache` or of the call for the token before.
-          index: with a cache, position of the token, an int32 scalar; where it is traced and the
-            cache has no room there, the result is NaN.
-          deterministic: as for a call.
+          encoder_hidden_states: result of `encode`; not needed with a cache.
+          attention_mask: mask of the encoder's inputs.
+          decoder_attention_mask: mask of the targets; not allowed with a cache.
+          cache: result of `start_cache`, or of the call for the token before.
+          index: position of the token with a cache, an int32 scalar. If it is traced and the cache
+            has no room there, the result is NaN.
+          deterministic: Python bool, as in a call.
 
         Returns:
           Logits (without a head, hidden states) `[batch, target length, …]`; with a cache, a pair
-          of them and the cache with this token in it.
+          of them and the cache with this token added.
 
         Raises:
-          ValueError: as for a call, or if both or neither of cache and states are given, or the
+          ValueError: as in a call; or if both or neither of cache and states are given, or the
             cache has no room for the token.
         """
         if (cache is None) == (encoder_hidden_states is None) or (cache is None) != (index is None):
@@ -264,11 +255,11 @@ class T5(nn.Module):
         )
 
     def start_cache(self, encoder_hidden_states: Array, max_length: int) -> DecoderCache:
-        """Keys and values of the encoder's states, and room for those of `max_length` tokens.
+        """Returns keys and values of the encoder's states, with room for those of decoded tokens.
 
         Args:
-          encoder_hidden_states: `[batch, length, d_model]` of `encode`.
-          max_length: most tokens to decode, the start token counted.
+          encoder_hidden_states: `[batch, length, d_model]`, result of `encode`.
+          max_length: largest number of tokens to decode, including the start token.
 
         Raises:
           ValueError: if there is no decoder, a shape does not fit, or `max_length` is not positive.
@@ -276,7 +267,7 @@ class T5(nn.Module):
         if max_length < 1:
             raise ValueError(f"max_length={max_length} is not positive; use 1 or more")
         ids = jnp.zeros((encoder_hidden_states.shape[0], 1), jnp.int32)
-        # A whole pass for one token, of which a compiler keeps the projections of the states.
+        # This is a whole pass for one token; the compiler keeps only the projections of the states.
         key_values = self._run(
             None, None, states=encoder_hidden_states, decoder_input_ids=ids, keys_and_values=True
         )
@@ -303,7 +294,7 @@ class T5(nn.Module):
         keys_and_values: bool = False,
         deterministic: bool = True,
     ) -> Any:
-        """Encoder and decoder, each where it has an input; everything is made here."""
+        """Runs the encoder and the decoder, each if it has an input; creates all submodules."""
         config = self.config
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shared = Embed(
@@ -321,7 +312,7 @@ class T5(nn.Module):
             encoder = T5Stack(config, remat=self.remat, name="encoder", **settings)
             padding = padding_bias(attention_mask, dtype)
             x = self.embed_inputs(input_ids, shared)
-            states, _ = encoder(x, None, (padding, None), None, None, deterministic)
+            states, _ = encoder(x, StackInputs((padding, None)), None, deterministic)
         if decoder_input_ids is None:
             return states
         if self.head == "encoder":
@@ -342,9 +333,8 @@ class T5(nn.Module):
             causal_bias(decoder_input_ids.shape[1], decoder_attention_mask, cache, index, dtype),
             padding_bias(attention_mask, dtype),
         )
-        x, key_values = decoder(
-            shared(decoder_input_ids), states, masks, cache, index, deterministic
-        )
+        inputs = StackInputs(masks, states, index)
+        x, key_values = decoder(shared(decoder_input_ids), inputs, cache, deterministic)
         if keys_and_values:
             return key_values
         if self.head is None:
@@ -356,11 +346,11 @@ class T5(nn.Module):
         return y, cache._replace(self_attention=tuple(own for own, _ in key_values))
 
     def embed_inputs(self, input_ids: Array, shared: Embed) -> Array:
-        """`[batch, length] -> [batch, length, d_model]` of the encoder's inputs."""
+        """Embeds the encoder's inputs, `[batch, length] -> [batch, length, d_model]`."""
         return shared(input_ids)
 
     def logits(self, x: Array, shared: Embed) -> Array:
-        """`[batch, length, d_model] -> [batch, length, vocab]`."""
+        """Computes logits, `[batch, length, d_model] -> [batch, length, vocab]`."""
         config = self.config
         if config.tie_word_embeddings:
             return shared.attend(x * config.d_model**-0.5)

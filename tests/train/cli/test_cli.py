@@ -351,10 +351,14 @@ def test_methods_share_flags(capsys):
     assert main(["params", "--help"]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert ", ".join(presets()[-3:]) in words
-    assert "--dropout FLOAT rate on the method's output before it is added" in words
-    assert "Of prefix_tuning: rate on the keys and values." in words
-    assert "--sites STR [...] where the method acts, names from the backbone's table" in words
-    assert "--residual-before-ln {True,False,post_add} with original_ln_before" in words
+    assert "--dropout FLOAT dropout rate of the adapter's output, before it is added" in words
+    assert "Of prefix_tuning: dropout rate of the keys and values." in words
+    assert (
+        "--sites STR [...] names of sites where the method acts, from the backbone's table" in words
+    )
+    assert (
+        "--residual-before-ln {True,False,post_add} start of the adapter's skip connection" in words
+    )
     assert "--parts" not in words
     # A bare mistake of one preset stays one.
     assert "no field 'rank'" in refusal(

@@ -91,7 +91,7 @@ def test_what_is_to_choose_from_is_listed(flag, values):
 def test_no_two_flags_are_explained_alike():
     of_flag = method_flags.documented(bottleneck.BottleneckConfig)
     assert len(set(of_flag.values())) == len(of_flag)
-    assert entry("--rank") == "INT of each projection. Of lora: of each update."
+    assert entry("--rank") == "INT rank of each projection. Of lora: rank of each update."
     assert "inputs are multiplied" in entry("--input-sites")
 
 
