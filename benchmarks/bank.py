@@ -1,15 +1,15 @@
-"""Many adapters on one backbone: rows of a thousand in one forward pass, and several runs at once.
+"""Many adapters on one backbone: a forward pass for rows of many, and several runs at once.
 
     python -m benchmarks.bank --backbone DIR --json bank.json
 
-First a forward pass whose rows are of members drawn from a bank, against one with a single adapter:
-the ratio is of neighbours in time, below 1 where the bank is faster; and the bank's bytes, counted
-and as they are.
+The first part compares a forward pass whose rows belong to random members of a bank with a pass
+with a single adapter. The ratio is between runs next to each other in time, and below 1 where the
+bank is faster. It also reports the bytes of the bank, predicted and actual.
 
-Then runs of `fit` trained at once, against one after another. Batches are those that `fit` trains
-on, in its order, so that what padding costs is counted: runs trained at once pad to the longest of
-them. A round is a step of every run, done both ways; who begins changes. The ratio is of neighbours
-in time, above 1 where at once is faster.
+The second part compares runs of `fit` that are trained at once with runs one after another. Batches
+are those of `fit`, in its order, so that the cost of padding is included: runs trained at once pad
+to the longest of them. A round is a step of every run in both ways, which take turns to begin. The
+ratio is between rounds next to each other in time, and above 1 where training at once is faster.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from train.fit.options import FitOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints, and writes JSON where asked to."""
+    """Runs the measurements, prints them, and writes JSON if requested."""
     options = _parser().parse_args(arguments)
     report: dict[str, Any] = {
         "settings": {name: str(value) for name, value in vars(options).items()},
@@ -55,17 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def bank(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a forward pass with one adapter and routed over the members of a bank, and bytes.
+    """Measures a forward pass with one adapter, and one routed over the members of a bank.
 
     Args:
-      options: of the command line.
+      options: the options of the command line.
+
+    Returns:
+      Seconds and bytes of both, JSON-ready.
     """
     backbone = cj.load_backbone(options.backbone, head="sequence_classification", num_labels=2)
     method = cj.preset(options.method)
     one = cj.Adapted(backbone.module, method)
     params = cj.init_adapters(one, backbone, jax.random.key(0))
     many, banked = cj.stack_adapters([(one, params)], backbone, capacity=options.members)
-    # Every place holds a member, each with numbers of its own.
+    # Every position holds a member with its own values.
     flat = flatten_dict(banked, sep="/")
     stored = {path for path in flat if path not in flatten_dict(backbone.params, sep="/")}
     generator = np.random.default_rng(0)
@@ -98,7 +101,7 @@ def bank(options: argparse.Namespace) -> dict[str, Any]:
         "members": options.members,
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratio": spread(np.divide(seconds["bank"], seconds["one_adapter"])),
-        # A byte a place says whether it is taken.
+        # One byte per position says whether it is taken.
         "bytes_predicted": options.members * (of_one + 1),
         "bytes": sum(flat[path].nbytes for path in stored),
     }
@@ -116,15 +119,15 @@ def _bank_text(result: dict[str, Any]) -> str:
 
 
 def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
-    """Examples per second of the runs, both ways, and the ratio.
+    """Measures the examples per second of the runs in both ways, and their ratio.
 
     Args:
-      options: of the command line.
-      batch_size: of every run.
+      options: the options of the command line.
+      batch_size: the batch size of every run.
     """
     jobs = _jobs(options, batch_size)
     batches = list(itertools.islice(zip(*map(_batches, jobs), strict=True), options.rounds))
-    alone, joint = _trainers(jobs), grid.Joint(_trainers(jobs))
+    alone, stacked = _trainers(jobs), grid.StackedRuns(_trainers(jobs))
 
     def one_after_another(given: Sequence[batching.Batch]) -> None:
         metrics = None
@@ -137,7 +140,7 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
         jax.block_until_ready(metrics)
 
     def together(given: Sequence[batching.Batch]) -> None:
-        jax.block_until_ready(joint.step(given))
+        jax.block_until_ready(stacked.step(given))
 
     ways: dict[str, Callable[[Sequence[batching.Batch]], None]] = {
         "one_after_another": one_after_another,
@@ -188,9 +191,9 @@ def _trainers(jobs: Sequence[Job]) -> list[fit_trainer.Trainer]:
 
 
 def _batches(job: Job) -> Iterator[batching.Batch]:
-    """Of the first epoch, as `fit` draws them."""
+    """Yields the batches of the first epoch, as `fit` draws them."""
     options = job.options
-    examples = job.lanes[0].encoded["train"].of_epoch(0)
+    examples = job.task_runs[0].encoded["train"].of_epoch(0)
     return batching.batches(examples, options.batch_size, shuffle=True, seed=options.seed)
 
 

@@ -1,6 +1,6 @@
-"""What is measured of this package and of its peers: sizes, methods, inputs, and one task of them.
+"""Cases of this package and its peers: sizes, methods, inputs, and the description of one task.
 
-Both sides read it, so it imports neither JAX nor PyTorch.
+Both sides import this module, so it imports neither JAX nor PyTorch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 METHODS = ("full", "houlsby", "compacter", "compacter++", "lora")
 WORKS = ("step", "forward", "generate")
-GENERATED = 32  # tokens
+GENERATED = 32  # in tokens
 WEIGHT_DECAY = 0.01
-# Nothing a method's own rate would tell here: losses must move, and not leave all bounds.
+# The method's own rate does not matter here: losses only have to change and stay finite.
 LEARNING_RATES = {"full": 1e-4}
 LEARNING_RATE = 1e-3
 ADAPTER = "adapter"
@@ -27,15 +27,15 @@ ADAPTER = "adapter"
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A backbone, and the batch it is measured with.
+    """A backbone, and the batch that it is measured with.
 
     Attributes:
-      name: of the size.
+      name: the name of the size.
       family: "bert", with a classifier of two labels, or "t5", with its vocabulary as labels.
-      config: what differs from the defaults of `BertConfig` or `T5Config`.
-      rows: of the batch.
-      length: of the inputs, in tokens.
-      target_length: of the targets, for a T5.
+      config: the differences from the defaults of `BertConfig` or `T5Config`.
+      rows: the number of rows of the batch.
+      length: the length of the inputs in tokens.
+      target_length: the length of the targets in tokens, for a T5.
     """
 
     name: str
@@ -62,17 +62,17 @@ GENERATING = ("t5-small",)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One thing to do, on either side.
+    """One task for either side.
 
     Attributes:
-      size: of the backbone and the batch.
+      size: the size of the backbone and the batch.
       method: one of `METHODS`.
       work: one of `WORKS`.
-      folder: with the backbone, as transformers saves it.
-      adapter: folder with the adapter; None for "full".
-      dtype: of the computation, "float32" or "bfloat16".
-      shortest: length of the shortest row as a part of the longest; 1.0 leaves no padding.
-      compiled: by `torch.compile`, on the side of PyTorch.
+      folder: the folder with the backbone, as transformers saves it.
+      adapter: the folder with the adapter; None for "full".
+      dtype: the dtype of the computation, "float32" or "bfloat16".
+      shortest: the length of the shortest row as a fraction of the longest; 1.0 leaves no padding.
+      compiled: whether PyTorch uses `torch.compile`.
     """
 
     size: Size
@@ -86,24 +86,24 @@ class Task:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Task:
-        """Inverse of `dataclasses.asdict`."""
+        """Returns the task; inverse of `dataclasses.asdict`."""
         return cls(**{**values, "size": Size(**values["size"])})
 
     @property
     def learning_rate(self) -> float:
-        """Of AdamW."""
+        """Learning rate of AdamW."""
         return LEARNING_RATES.get(self.method, LEARNING_RATE)
 
 
 def choose(
     patterns: Sequence[str], methods: Sequence[str] = METHODS, works: Sequence[str] = WORKS
 ) -> list[tuple[Size, str, str]]:
-    """Size, method and work of the cases that a pattern matches; of all if there is none.
+    """Returns size, method and work of the cases that a pattern matches; without patterns, of all.
 
     Args:
-      patterns: names of cases, `SIZE/METHOD/WORK`; `*` stands for anything.
-      methods: that there are.
-      works: that there are.
+      patterns: names of cases, `SIZE/METHOD/WORK`; `*` matches any text.
+      methods: the available methods.
+      works: the available works.
 
     Raises:
       ValueError: for a pattern that matches nothing.
@@ -130,7 +130,7 @@ def choose(
 
 
 def command(program: str, documentation: str | None) -> argparse.ArgumentParser:
-    """A parser of the options that both benchmarks have."""
+    """Returns a parser of the options that both benchmarks share."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}",
         description=documentation,
@@ -146,18 +146,19 @@ def command(program: str, documentation: str | None) -> argparse.ArgumentParser:
 
 
 def write(file: str | None, report: Mapping[str, Any]) -> None:
-    """Writes a report as JSON, where a file is given."""
+    """Writes a report as JSON, if a file is given."""
     if file is not None:
         Path(file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def batch_of(size: Size, vocabulary: int, shortest: float = 1.0) -> dict[str, np.ndarray]:
-    """Random inputs and labels, the same for the same arguments.
+    """Returns random inputs and labels, a function of the arguments alone.
 
     Args:
-      size: of the batch.
-      vocabulary: number of tokens; the first two, padding and end, are not drawn.
-      shortest: see `Task`; the other rows have lengths evenly between it and the longest.
+      size: the size of the batch.
+      vocabulary: the number of tokens; the first two, padding and end, are not drawn.
+      shortest: the fraction of `Task.shortest`; the lengths are evenly spaced between it and the
+        longest.
 
     Returns:
       int32 `[rows, length]` ids, mask and token types; labels `[rows]`, or `[rows, target_length]`
@@ -181,7 +182,7 @@ def batch_of(size: Size, vocabulary: int, shortest: float = 1.0) -> dict[str, np
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean cross-entropy in float64 of `[…, classes]` logits and `[…]` labels."""
+    """Returns the mean cross-entropy in float64 of `[…, classes]` logits and `[…]` labels."""
     logits = logits.astype(np.float64)
     largest = logits.max(-1, keepdims=True)
     total = largest[..., 0] + np.log(np.exp(logits - largest).sum(-1))

@@ -1,12 +1,12 @@
-"""Losses of one training run on one device, on several, and on several hosts: they must be equal.
+"""Losses of a training run on one device, on several, and on several hosts: they must be equal.
 
     python -m benchmarks.devices --json devices.json
 
-Every arrangement runs in processes of its own, whose devices are emulated on the CPU; those of
-several hosts talk over Gloo. The model is a small random BERT with adapters, and its batches differ
-in length, the last of them with rows that are padding. Dropout draws one mask for the whole batch
-on one device and over a mesh, and one on every device where each has a whole backbone: two kinds of
-run, each with losses of its own.
+Every arrangement runs in its own processes, whose devices are emulated on the CPU; several hosts
+communicate by Gloo. The model is a small random BERT with adapters. Its batches differ in length,
+and the last has rows of padding. Dropout draws one mask for the whole batch on one device and over
+a mesh, and one mask per device if each has a whole backbone. These are two kinds of run with
+different losses.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# The largest difference of a loss from the one on a single device that is put down to sums in
-# another order.
+# Tolerance for the difference of a loss from that on a single device, due to another order of
+# sums.
 LIMIT = 1e-6
 DROPOUT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """Where a run takes place.
+    """Processes and devices of a run.
 
     Attributes:
-      processes: how many, each standing for a host.
-      devices: of each process.
-      mesh: as `--mesh`, to divide the backbone over the devices of each process.
+      processes: the number of processes, each in the place of a host.
+      devices: the number of devices of each process.
+      mesh: the `--mesh` that divides the backbone over the devices of each process.
     """
 
     processes: int = 1
@@ -55,7 +55,7 @@ ARRANGEMENTS = (
     Arrangement(processes=2, devices=4, mesh="data=2,model=2"),
 )
 
-# What is compared: runs with this rate of dropout in these arrangements.
+# Dropout rate -> arrangements whose runs are compared.
 KINDS = {
     "without dropout": (0.0, ARRANGEMENTS),
     "with dropout, one mask for a batch": (DROPOUT, (ARRANGEMENTS[0], *ARRANGEMENTS[3:])),
@@ -64,7 +64,7 @@ KINDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs every arrangement, prints a table, and writes JSON where asked to.
+    """Runs every arrangement, prints a table, and writes JSON if requested.
 
     Raises:
       SystemExit: if losses differ by more than `LIMIT`.
@@ -89,15 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def launch(where: Arrangement) -> list[dict[str, Any]]:
-    """What each process of an arrangement returns of `work`, in their order.
+    """Returns the results of `work` in each process of an arrangement, in their order.
 
     Raises:
-      RuntimeError: if a process fails, with what it wrote.
+      RuntimeError: if a process fails; the message has its output.
     """
     with contextlib.closing(socket.create_server(("localhost", 0))) as server:
         port = server.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={where.devices}"
-    # Of the variable's flags, the last of a name counts.
+    # If the variable has a flag twice, the last one counts.
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     command = [sys.executable, "-m", "benchmarks.devices"]
     command += ["--coordinator-address", f"localhost:{port}"]
@@ -121,7 +121,7 @@ def launch(where: Arrangement) -> list[dict[str, Any]]:
 
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
-    """Joins the other processes; what `train` returns in this one, for each rate of dropout."""
+    """Joins the other processes; returns the results of `train` for each dropout rate."""
     from train.cli.options import HostOptions  # noqa: PLC0415
     from train.compute import distributed  # noqa: PLC0415
 
@@ -139,12 +139,12 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 def train(
     dropout: float, devices: Sequence[Any] | None = None, mesh: str | None = None
 ) -> dict[str, Any]:
-    """Trains a few steps on all devices, or on those given.
+    """Trains a few steps on all devices, or on the given ones.
 
     Returns:
-      `losses` and `gradient_norms` of the steps; `examples`, the positions of those that this
-      process has built; `logits` of its own evaluation, the sum of their squares; `fraction`, the
-      part of the frozen weights' bytes that its first device has.
+      `losses` and `gradient_norms` of the steps; `examples`, the positions of the examples that
+      this process has built; `logits`, the sum of the squares of those of its own evaluation;
+      `fraction`, the part of the frozen weights' bytes on its first device.
     """
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
@@ -191,7 +191,7 @@ def train(
 
 
 def _batches(index: int, number: int) -> Iterator[Any]:
-    """A host's part of the batches, of 20 examples in batches of 8."""
+    """Yields a host's part of the batches: 20 examples in batches of 8."""
     import numpy as np  # noqa: PLC0415
 
     from train.data import batching, tokens  # noqa: PLC0415
@@ -211,7 +211,7 @@ def _batches(index: int, number: int) -> Iterator[Any]:
 
 
 def _difference(runs: dict[str, list[dict[str, Any]]]) -> float:
-    """The largest of a loss from that of the first arrangement."""
+    """Returns the largest difference of a loss from that of the first arrangement."""
     first, *others = [results[0]["losses"] for results in runs.values()]
     return max(abs(a - b) for losses in others for a, b in zip(first, losses, strict=True))
 
@@ -219,7 +219,7 @@ def _difference(runs: dict[str, list[dict[str, Any]]]) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--json", help="file to write the report to")
-    # Of the processes that it starts itself.
+    # Options of the processes that this program starts itself.
     parser.add_argument("--coordinator-address", help=argparse.SUPPRESS)
     parser.add_argument("--num-processes", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)

@@ -1,14 +1,14 @@
-"""Fuzzes everything that is read: adapters, backbones, data, TOML; counts what came of it.
+"""Fuzzer of everything that is read: adapters, backbones, data, TOML; counts the outcomes.
 
     python -m benchmarks.fuzz --inputs 15000 --seconds 3600 --seed 0
 
-Each input is a sound file with seeded damage (`benchmarks.mutations`). It may be accepted, if what
-is read is sound, or refused with a ValueError or an OSError of at most 500 characters. Anything
-else is a finding: another exception, NaN or a wrong dtype accepted, more than 15 seconds of
-computing, a longer message, rows that are not those of the file. The input of each new finding is
-kept under `--keep`. The exit code is 1 if there is one.
+Each input is a valid file with seeded damage (`benchmarks.mutations`). It may be accepted, if the
+result is valid, or refused with a ValueError or an OSError of at most 500 characters. Anything else
+is a finding: another exception, an accepted NaN or wrong dtype, more than 15 seconds of
+computation, a longer message, or rows that are not those of the file. The input of each new finding
+is kept under `--keep`. The exit code is 1 if there is a finding.
 
-A kind of input is a row of `KINDS`.
+Each kind of input is a row of `KINDS`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from train.inference import prediction_files
 from train.inference.saved import settings_of
 
 MOST_SECONDS = 15.0
-# Of the clock, for what waits and computes nothing; the machine may be busy.
+# Wall-clock limit for code that waits without computing; the machine may be busy.
 _MOST_WAITING = 300.0
 
 Random = random.Random
@@ -67,9 +67,9 @@ class Case(NamedTuple):
     """One input.
 
     Attributes:
-      what: was done to it.
-      read: reads it.
-      complaint: of what was read, None where it is sound.
+      what: the damage to the input.
+      read: the function that reads the input.
+      complaint: a function of the result that returns its defect, None if it is valid.
     """
 
     what: str
@@ -81,8 +81,8 @@ class Kind(NamedTuple):
     """A kind of input.
 
     Attributes:
-      make: writes an input into an empty folder.
-      weight: how many of them there are for each of another kind.
+      make: a function that writes an input into an empty folder.
+      weight: the relative frequency of the kind.
     """
 
     make: Callable[[Assets, Random, Path], Case]
@@ -93,11 +93,12 @@ class Kind(NamedTuple):
 
 
 class Assets:
-    """Sound folders of everything, of a tiny BERT and a tiny T5, and the backbone itself.
+    """Valid folders of everything, for a tiny BERT and a tiny T5, and the backbone itself.
 
     Attributes:
-      folder: holds `bert`, `t5`, and `ours`, `hub` and `peft` with a folder for each method.
-      backbone: what the adapters are for.
+      folder: the folder with `bert`, `t5`, and `ours`, `hub` and `peft`, which have a folder for
+        each method.
+      backbone: the backbone of the adapters.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +131,7 @@ class Assets:
             self._save(name, cj.preset(name, **overrides))
 
     def _save(self, name: str, method: cj.MethodConfig) -> None:
-        """Saves an adapter as ours and as that of each library that has the method."""
+        """Saves an adapter in this package's format, and in those of libraries with the method."""
         model = cj.Adapted(self.backbone.module, method)
         shapes = jax.eval_shape(
             lambda: adapted.init_adapters(model, self.backbone, jax.random.key(0))
@@ -146,7 +147,7 @@ class Assets:
             cj.export_adapterhub(self.folder / "hub" / name, model, params)
 
     def copy(self, r: Random, source: str, folder: Path) -> tuple[str, Path]:
-        """Copies one of the folders of a kind; its name, and where it is now."""
+        """Copies one of the folders of a kind; returns its name and its new path."""
         found = sorted(path for path in (self.folder / source).iterdir() if any(path.iterdir()))
         chosen = r.choice(found)
         shutil.copytree(chosen, folder / "input")
@@ -173,7 +174,7 @@ _METADATA = {
 
 
 def _numbers(shapes: Any) -> Any:
-    """Random parameters of the shapes; nothing is compiled for them."""
+    """Returns random parameters of the given shapes; nothing is compiled for them."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), shapes
@@ -182,7 +183,7 @@ def _numbers(shapes: Any) -> Any:
 
 @contextlib.contextmanager
 def remembered_shapes() -> Iterator[None]:
-    """Traces each method once: reading an adapter takes most of its time for that."""
+    """Caches the shapes of each method inside the block: reading an adapter is mostly tracing."""
     original, known = adapted.init_adapters, {}
 
     def init_adapters(model: Any, backbone: Any, key: Any, *inputs: Any) -> Any:
@@ -205,7 +206,7 @@ def remembered_shapes() -> Iterator[None]:
 
 
 def _unsound(params: Params) -> str | None:
-    """Why nobody should compute with these parameters, of a model in float32."""
+    """Returns the defect of the parameters of a float32 model; None if they are valid."""
     for path, leaf in flatten_dict(params, sep="/").items():
         if path.endswith("/occupied"):
             continue
@@ -241,7 +242,7 @@ def _ours(what: str) -> Callable[[Assets, Random, Path], Case]:
 
 
 def _damage(what: str, r: Random, adapter: Path) -> str:
-    """Damages one file of an adapter of ours; mostly with the hash of the damaged weights."""
+    """Damages one file of an adapter, mostly with a matching hash of the damaged weights."""
     config = adapter / CONFIG_NAME
     (weights,) = adapter.glob("*.safetensors")
     if what == "config":
@@ -317,7 +318,7 @@ _VALUES = (None, True, 0, -1, 1.5, 10**30, [], ["a"], {}, {"a": 1}, "\ud800", 2*
 
 
 def _table(r: Random, values: tuple[Any, ...] = ()) -> tuple[list[str], list[list[Any]]]:
-    """Names of columns, and rows, of which some have something odd in them."""
+    """Returns column names and rows, some of which have unusual content."""
     names = ["sentence", "label"]
     for _ in range(r.choice([0, 0, 1, 2])):
         names.insert(r.randrange(len(names) + 1), r.choice(_COLUMNS))
@@ -544,7 +545,7 @@ def _too_long(*_: Any) -> None:
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Ends what computes or waits too long."""
+    """Ends code inside the block that computes or waits too long."""
     timers = {
         signal.ITIMER_PROF: (signal.SIGPROF, MOST_SECONDS),
         signal.ITIMER_REAL: (signal.SIGALRM, _MOST_WAITING),
@@ -565,7 +566,7 @@ def outcome(case: Case) -> tuple[str, str]:
     """Reads an input.
 
     Returns:
-      "accepted", "ValueError", "OSError", or else the name of a finding; and the message.
+      "accepted", "ValueError", "OSError", or the name of a finding; and the message.
     """
     try:
         with _limited():
@@ -592,14 +593,14 @@ Counts = dict[str, collections.Counter[str]]
 def fuzz(
     assets: Assets, inputs: int, seconds: float, seed: int, keep: Path | None = None
 ) -> tuple[Counts, dict[str, str]]:
-    """Reads inputs of all kinds in turn until there are enough of them or time is over.
+    """Reads inputs of all kinds in turn until their number or the time is exhausted.
 
     Args:
-      assets: sound files.
-      inputs: at most so many.
-      seconds: at most so long, by the clock.
-      seed: of the first input; each has its own.
-      keep: a folder for the first input of each finding.
+      assets: the valid files.
+      inputs: the maximum number of inputs.
+      seconds: the maximum wall-clock time.
+      seed: the seed of the first input; each input has its own.
+      keep: the folder for the first input of each finding.
 
     Returns:
       Kind -> outcome -> count; and finding -> kind, seed, damage and message of its first input.
@@ -648,7 +649,7 @@ def _line(title: str, own: Mapping[str, int], names: tuple[str, ...]) -> str:
 
 
 def _limit_memory(more: int) -> None:
-    """Lets the process have so many more bytes than it has, so that too many are a MemoryError."""
+    """Limits the process to `more` additional bytes, so that excessive use raises a MemoryError."""
     statistics = Path("/proc/self/status")
     if statistics.is_file():
         lines = statistics.read_text().splitlines()
@@ -657,7 +658,7 @@ def _limit_memory(more: int) -> None:
 
 
 def main() -> int:
-    """Runs the fuzzer, prints the table and the findings."""
+    """Runs the fuzzer, and prints the table and the findings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=600.0)

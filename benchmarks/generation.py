@@ -1,9 +1,9 @@
-"""What an adapter costs when text is generated: greedy search with and without it.
+"""Cost of an adapter in text generation: greedy search with and without it.
 
     python -m benchmarks.generation --config t5-small --batch 8 --json generation.json
 
 Weights are random, of a published size. No sequence ends early, so both models take the same number
-of steps; runs of the two alternate, and each ratio is of two runs next to each other.
+of steps. Runs of the two alternate, and each ratio is between two runs next to each other.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from compacter_jax.models.loading import Backbone
 from compacter_jax.models.t5.config import PUBLISHED, T5Config
 from compacter_jax.models.t5.model import T5
 
-LIMIT = 1.05  # of the time with an adapter to the time without
+LIMIT = 1.05  # ratio of the time with an adapter to the time without one
 
 
 class Work(NamedTuple):
-    """Counted, not measured: of one call of `generate`."""
+    """Work of one call of `generate`, counted and not measured."""
 
     flops: int
-    bytes: int  # of weights and caches, read from memory; activations are left out
+    bytes: int  # bytes of weights and caches read from memory; activations are left out
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints, and writes JSON where asked to."""
+    """Runs the measurements, prints them, and writes JSON if requested."""
     options = _parser().parse_args(arguments)
     report = measure(options)
     _print(report)
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs both models and returns the report that is printed and written."""
+    """Runs both models and returns the report."""
     config = PUBLISHED[options.config]
     backbone = _random_backbone(config, jnp.dtype(options.dtype))
     model = Adapted(backbone.module, preset(options.method))
@@ -107,14 +107,14 @@ def _random_backbone(config: T5Config, dtype: Any) -> Backbone:
 
 
 def count_work(params: Any, config: T5Config, batch: int, length: int, tokens: int) -> Work:
-    """Multiplications and additions, and bytes of weights and caches, of greedy generation.
+    """Counts multiplications and additions, and bytes of weights and caches, of greedy generation.
 
     Args:
-      params: nested parameters or their shapes, PHM weights built.
-      config: of the model.
-      batch: rows.
-      length: tokens of each prompt.
-      tokens: generated in each row; the cache is read in its full length at every step.
+      params: nested parameters or their shapes, with PHM weights precomputed.
+      config: the configuration of the model.
+      batch: the number of rows.
+      length: the number of tokens of each prompt.
+      tokens: the number of tokens generated in each row; every step reads the whole cache.
     """
     flops = size_in_bytes = 0
     head = "shared" if config.tie_word_embeddings else "lm_head"
@@ -123,14 +123,14 @@ def count_work(params: Any, config: T5Config, batch: int, length: int, tokens: i
             ("EncDecAttention/k/kernel", "EncDecAttention/v/kernel")
         )
         if path.startswith("shared/") and head != "shared":
-            continue  # looked up, not multiplied
+            continue  # an embedding is looked up, not multiplied
         passes, rows = (1, batch * length) if once else (tokens, batch)
         size_in_bytes += passes * leaf.size * leaf.dtype.itemsize
         flops += passes * rows * leaf.size * (2 if leaf.ndim == 2 else 1)
     inner = config.num_heads * config.d_kv
     itemsize = flatten_dict(params, sep="/")["shared/embedding"].dtype.itemsize
     decoder_layers = config.num_decoder_layers or config.num_layers
-    # Two products of each query with every key and value.
+    # Each query has a product with every key and every value.
     flops += 4 * batch * inner * length * length * config.num_layers
     flops += 4 * batch * inner * (tokens + length) * tokens * decoder_layers
     size_in_bytes += 2 * batch * inner * (tokens + length) * tokens * decoder_layers * itemsize

@@ -1,4 +1,4 @@
-"""The side of this package in `benchmarks.peers`: a process that does what it is asked to."""
+"""Worker of this package in `benchmarks.peers`: a process that answers requests."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
 from compacter_jax.params import group_of
 from train.compute import compute, step
 
-# Spread of what is added to an adapter's initial values, so that every number of it has a say.
+# Scale of the noise added to an adapter's initial values, so that every parameter has an effect.
 _NOISE = 0.05
 _FAMILIES = {
     "bert": (cj.Bert, cj.BertConfig, "BertForSequenceClassification", "sequence_classification"),
     "t5": (cj.T5, cj.T5Config, "T5ForConditionalGeneration", "conditional_generation"),
 }
-# What a model is called with, of a batch.
+# Inputs of a model in a batch.
 INPUTS = {
     "bert": ("input_ids", "attention_mask", "token_type_ids"),
     "t5": ("input_ids", "attention_mask", "decoder_input_ids"),
@@ -43,12 +43,12 @@ _NO_DROPOUT = {
 
 
 def method_of(name: str, **changes: Any) -> cj.MethodConfig:
-    """The preset with layer norms frozen, as the peers leave them."""
+    """Returns the preset with layer norms frozen, as in the peers."""
     return cj.preset(name, **({} if name == "full" else {"train_layer_norms": False}), **changes)
 
 
 def random_backbone(size: Size) -> Backbone:
-    """Random weights, and a module without dropout."""
+    """Returns random weights, and a module without dropout."""
     module_class, config_class, _, head = _FAMILIES[size.family]
     config = config_class(**{**size.config, **_NO_DROPOUT[size.family]})
     module: Any = module_class(config, head=head)
@@ -57,7 +57,7 @@ def random_backbone(size: Size) -> Backbone:
 
 
 def write_backbone(size: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Writes random weights of a size as transformers saves them; says where JAX runs."""
+    """Writes random weights of a size as transformers saves them; returns the platform of JAX."""
     made = Size(**size)
     backbone = random_backbone(made)
     to_hugging_face = bert_to_hugging_face if made.family == "bert" else t5_to_hugging_face
@@ -75,7 +75,7 @@ def write_backbone(size: dict[str, Any], folder: str) -> dict[str, Any]:
 def write_adapter(
     folder: str, method: str, changes: dict[str, Any], ours: str, peers: str
 ) -> dict[str, Any]:
-    """A random adapter for the backbone in `folder`, in our files and in those of the peer."""
+    """Writes a random adapter for the backbone in `folder`, in our format and the peer's."""
     backbone = cj.load_backbone(folder)
     model = cj.Adapted(backbone.module, method_of(method, **changes))
     params = cj.init_adapters(model, backbone, jax.random.key(1))
@@ -96,9 +96,9 @@ def write_adapter(
 
 
 def prepare(task: dict[str, Any]) -> Work:
-    """Loads what a `Task` names, and gives what to run."""
+    """Loads the backbone and adapter of a `Task`, and returns the work to run."""
     made = Task.from_json(task)
-    # On the host: a device would count what is there only while it is loaded into its peak.
+    # On the host: otherwise temporary arrays of the loading would count towards the device's peak.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model, params, labels = _loaded(made)
     batch = batch_of(made.size, model.backbone.config.vocab_size, made.shortest)
@@ -129,7 +129,7 @@ def prepare(task: dict[str, Any]) -> Work:
 
 
 def _loaded(task: Task) -> tuple[cj.Adapted, Any, Any]:
-    """The model, its parameters with frozen ones in the task's dtype, and their labels."""
+    """Returns the model, its parameters with frozen ones in the task's dtype, and their labels."""
     plain = task.dtype == "float32"
     backbone = cj.load_backbone(task.folder, dtype=None if plain else jnp.dtype(task.dtype))
     if task.adapter is None:
@@ -146,7 +146,7 @@ def _loaded(task: Task) -> tuple[cj.Adapted, Any, Any]:
 def training_step(
     model: Any, params: Any, labels: Any, batch: Any, size: Size, learning_rate: float
 ) -> Callable[[], Array]:
-    """The step that `python -m train fit` runs, from one state to the next; returns the loss."""
+    """Returns the step of `python -m train fit`; a call updates the state and returns the loss."""
     trained, frozen = cj.partition(params, labels)
     made = compute.make_compute(
         step.apply_function(model, INPUTS[size.family]),
@@ -166,21 +166,21 @@ def training_step(
 
 
 def loss_function(size: Size) -> step.LossFunction:
-    """That of the family."""
+    """Returns the loss function of the family."""
     return step.loss_function("tokens" if size.family == "t5" else "classification")
 
 
 def forward(model: Any, params: Any, batch: Any, size: Size) -> Callable[[], Array]:
-    """Logits without dropout."""
+    """Returns a function that computes the logits without dropout."""
     apply = step.apply_function(model, INPUTS[size.family])
-    # The weights are arguments: constants would be folded into what is compiled.
+    # The weights are arguments: constants would be folded into the program.
     compiled = jax.jit(lambda params, batch: apply(params, batch, None))
     arguments = jax.device_put((params, batch), jax.local_devices()[0])
     return lambda: compiled(*arguments)
 
 
 def greedy(model: Any, params: Any, batch: Any) -> Callable[[], Array]:
-    """Greedy search that never ends early."""
+    """Returns a function that runs greedy search without early ends."""
     params = jax.device_put(params, jax.local_devices()[0])
     prompt = (batch["input_ids"], batch["attention_mask"])
 

@@ -1,25 +1,25 @@
-"""How near this package comes to what the machine can do, and what part of a step adapters take.
+"""Distance of this package from the limits of the machine, and the share of adapters in a step.
 
     python -m benchmarks.limits --case "minilm/*" --json limits.json
     python -m benchmarks.limits --case "t5-base/*/step" --rows 64 --dtype bfloat16  # on a GPU
 
-A case is SIZE/METHOD/WORK, as in `benchmarks.peers`, but with layer norms trained, as in the paper.
-For each are counted
+A case is SIZE/METHOD/WORK, as in `benchmarks.peers`, but with trained layer norms, as in the paper.
+Two limits are computed for each case:
 
-- the matrix products that must be computed: those of the forward pass, of the gradients to
-  activations down to the lowest that is trained, and of the gradients of what is trained. Each
-  shape among them is timed by itself, on operands that lie in one piece; the sum of these times is
-  the limit.
-- the bytes that must move: weights, once for each product that reads them; what is kept for the
-  backward pass, written and read; gradients and the state of the optimizer. They are told as time
-  at the memory's measured bandwidth. Where that is more than the products', it is the limit.
+- Matrix products: those of the forward pass, of the gradients of activations down to the lowest
+  trained layer, and of the gradients of trained parameters. Each of their shapes is timed by
+  itself, on contiguous operands; the limit is the sum of these times.
+- Memory traffic: weights, once for each product that reads them; activations stored for the
+  backward pass, written and read; gradients and the state of the optimizer. The bytes are converted
+  to time by the measured bandwidth of the memory. If this time is longer than that of the products,
+  it is the limit.
 
-"of limit" is the part of the measured time that the limit would take.
+"of limit" is the limit as a fraction of the measured time.
 
-"no adapters" is a step of the same backbone without adapters in which the gradient goes as deep:
-layer norms and head are trained, as they are beside adapters. The adapters' share of a step is what
-it takes beyond that. Beside it stands the time relative to full fine-tuning. Steps of one size are
-run in turns, and each ratio is of neighbours.
+"no adapters" is a step of the same backbone without adapters and with a gradient of the same depth:
+layer norms and head are trained, as they are with adapters. The share of the adapters is the
+additional time of a step. The time relative to full fine-tuning is also reported. Steps of one size
+take turns, and each ratio is between steps next to each other.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ FULL, WITHOUT = "full", "no adapters"
 _BESIDE = (*METHODS, WITHOUT)
 _TRAINED_BESIDE = ("layer norms", "head")
 WORKS = ("step", "forward")
-# A measurement of a rate takes the best of so many, each at least so long.
+# A rate is the best of several measurements, each with a minimum duration in seconds.
 _TRIES, _TRY_SECONDS = 3, 0.05
-# Shapes that together are a smaller part of the operations are not timed, but taken at the mean.
+# Shapes with a smaller share of the operations in total are not timed; they get the mean rate.
 _NEGLIGIBLE = 1e-3
 _STREAM_BYTES = 2**28
-_SIDES = {"cpu": 2048}  # elsewhere more
-# Reading these gives the same values, or those of another type.
+_SIDES = {"cpu": 2048}  # side of the square matrices; 8192 on other devices
+# Operations that only change the shape or the type of values.
 _VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "copy", "convert_element_type")
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What must be done, counted.
+    """Required work of a case, counted.
 
     Attributes:
-      products: sizes `(batch, m, k, n)` of matrix products -> how many.
-      weight_bytes: of weights, once for each operation that reads them.
-      kept_bytes: of activations, written in the forward pass and read in the backward pass.
-      update_bytes: of gradients, trained parameters and optimizer state.
+      products: sizes `(batch, m, k, n)` of a matrix product -> number of products.
+      weight_bytes: the bytes of weights, once for each operation that reads them.
+      kept_bytes: the bytes of activations that the forward pass writes and the backward pass reads.
+      update_bytes: the bytes of gradients, trained parameters and optimizer state.
     """
 
     products: Mapping[tuple[int, int, int, int], int]
@@ -79,20 +79,20 @@ class Need:
 
     @property
     def flops(self) -> int:
-        """Of the products."""
+        """Floating-point operations of the products."""
         return sum(count * 2 * math.prod(size) for size, count in self.products.items())
 
     @property
     def bytes(self) -> int:
-        """All of them."""
+        """Sum of all bytes."""
         return self.weight_bytes + self.kept_bytes + self.update_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints a row for each case, and writes JSON where asked to.
+    """Runs the measurements, prints a row for each case, and writes JSON if requested.
 
     Raises:
-      SystemExit: with what is wrong, if no case has such a name.
+      SystemExit: if no case matches; the message says which.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def need_of_step(
     model: Any, params: Any, labels: Any, batch: Mapping[str, Any], size: Size
 ) -> Need:
-    """Of a training step with AdamW; `params` may be shapes."""
+    """Returns the need of a training step with AdamW; `params` may be shapes."""
     trained, frozen = cj.partition(params, labels)
     apply = step.apply_function(model, jax_worker.INPUTS[size.family])
     program = gradient_program(apply, jax_worker.loss_function(size), trained, frozen, batch)
@@ -141,13 +141,13 @@ def need_of_step(
         products=_products(program),
         weight_bytes=_weight_bytes(program, (trained, frozen)),
         kept_bytes=2 * kept,
-        # A gradient, a parameter and its moments: each is written and read.
+        # Gradients, parameters and moments are written and read.
         update_bytes=2 * (2 * memory.size(trained) + moments),
     )
 
 
 def need_of_forward(model: Any, params: Any, batch: Mapping[str, Any], size: Size) -> Need:
-    """Of the logits without dropout; `params` may be shapes."""
+    """Returns the need of the logits without dropout; `params` may be shapes."""
     apply = step.apply_function(model, jax_worker.INPUTS[size.family])
     program = traced(lambda params, batch: apply(params, batch, None), params, batch)
     return Need(products=_products(program), weight_bytes=_weight_bytes(program, params))
@@ -158,10 +158,12 @@ def _products(program: Program) -> Counter[tuple[int, int, int, int]]:
 
 
 def _weight_bytes(program: Program, params: Any) -> int:
-    """Of parameters, once for each operation that reads them; of a look-up, the rows looked up.
+    """Returns the bytes of parameters, once for each operation that reads them.
+
+    An embedding counts with the rows that are looked up.
 
     Args:
-      program: whose first arguments are the parameters.
+      program: the program, whose first arguments are the parameters.
       params: trees of arrays or shapes.
     """
     sizes = [memory.size(leaf) for leaf in jax.tree.leaves(params)]
@@ -189,15 +191,15 @@ def _weight_bytes(program: Program, params: Any) -> int:
 
 
 class Rates:
-    """Rates of this machine, measured when asked for.
+    """Rates of this machine, measured on first use.
 
     Attributes:
-      bandwidth: bytes per second of the memory.
-      side: of the square matrices of `square`.
-      square: operations per second of a product of large square matrices.
+      bandwidth: the memory bandwidth in bytes per second.
+      side: the side of the square matrices of `square`.
+      square: the operations per second of a product of large square matrices.
 
     Args:
-      dtype: of the products.
+      dtype: the dtype of the products.
     """
 
     def __init__(self, dtype: Any):
@@ -208,7 +210,7 @@ class Rates:
         self.square = 2 * self.side**3 / self.product_seconds((1, self.side, self.side, self.side))
 
     def product_seconds(self, size: tuple[int, int, int, int]) -> float:
-        """Seconds of one product `[batch, m, k] @ [batch, k, n]`."""
+        """Returns the seconds of one product `[batch, m, k] @ [batch, k, n]`."""
         if size not in self._seconds:
             batch, m, k, n = size
             batched = (batch,) if batch > 1 else ()
@@ -217,7 +219,7 @@ class Rates:
         return self._seconds[size]
 
     def seconds_of(self, need: Need) -> float:
-        """Seconds of all products, each at the rate of its shape."""
+        """Returns the seconds of all products, each at the rate of its shape."""
         of_size = {size: n * 2 * math.prod(size) for size, n in need.products.items()}
         largest = sorted(of_size, key=lambda size: of_size[size], reverse=True)
         seconds, timed = 0.0, 0
@@ -230,7 +232,7 @@ class Rates:
 
 
 def _best_seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds of one call, of many queued: the best of some tries."""
+    """Returns the seconds of one call among many queued ones, the best of several tries."""
     jax.block_until_ready(function(*arguments))
     once = seconds_of(lambda: jax.block_until_ready(function(*arguments)))
     times = max(1, math.ceil(_TRY_SECONDS / once))
@@ -244,7 +246,7 @@ def _best_seconds(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def _bandwidth() -> float:
-    """Bytes per second: the best of a sum, which reads, and a multiple, which reads and writes."""
+    """Returns bytes per second, the best of a sum (reads) and a scaling (reads and writes)."""
     x = jnp.ones(_STREAM_BYTES // 4, jnp.float32)
     read = _best_seconds(jax.jit(jnp.sum), x)
     both = _best_seconds(jax.jit(lambda x: 2 * x), x)
@@ -257,19 +259,20 @@ def _bandwidth() -> float:
 def measure(
     size: Size, work: str, methods: Iterable[str], rates: Rates, repeats: int
 ) -> Iterable[dict[str, Any]]:
-    """Cases of one size in turns; with those that others are compared with, if they are steps.
+    """Measures cases of one size in turns, together with the steps that they are compared with.
 
     Args:
-      size: of the backbone and the batch.
+      size: the size of the backbone and the batch.
       work: one of `WORKS`.
-      methods: of `benchmarks.contest.METHODS`, or "no adapters".
-      rates: of this machine, in the dtype of the computation.
-      repeats: rounds.
+      methods: methods of `benchmarks.contest.METHODS`, or "no adapters".
+      rates: the rates of this machine, in the dtype of the computation.
+      repeats: the number of rounds.
 
     Returns:
-      For each method, JSON-ready: "need", "limit_seconds" of products and of bytes, the measured
-      "seconds", "of_limit"; of a step also "of_full", the spread of its ratios to full fine-tuning,
-      and "adapters_share", of what it takes beyond a step without adapters.
+      For each method, JSON-ready: "need"; "limit_seconds" of products and of bytes; the measured
+      "seconds"; "of_limit". For a step also "of_full", the spread of its ratios to full
+      fine-tuning, and "adapters_share", the spread of its additional time relative to a step
+      without adapters.
     """
     names = list(methods)
     beside = [name for name in (FULL, WITHOUT) if work == "step" and name not in names]
@@ -301,7 +304,7 @@ def _prepared(
     batch: Mapping[str, np.ndarray],
     rates: Rates,
 ) -> tuple[Need, Callable[[], Any]]:
-    """What must be done, and what does it."""
+    """Returns the need of a case, and a function that runs it."""
     plain = name in (FULL, WITHOUT)
     method = cj.preset(FULL) if plain else cj.preset(name, train_layer_norms=True)
     model = cj.Adapted(backbone.module, method)
@@ -318,7 +321,7 @@ def _prepared(
 
 
 def labels_without(params: Any) -> Any:
-    """Labels of a backbone without adapters, trained where one with adapters is trained beside."""
+    """Returns labels of a backbone without adapters, trained where one with adapters is."""
     return path_aware_map(
         lambda path, _: TRAIN if group_of("/".join(map(str, path))) in _TRAINED_BESIDE else FREEZE,
         params,

@@ -3,20 +3,21 @@
     python -m benchmarks.memory --backbone DIR --label MiniLM --batch 32 --output minilm
     python -m benchmarks.memory --backbone t5-base --batch 16 --length 128 --target-length 8
 
-Every setting runs in a process of its own, on one device, with random weights. On a GPU or TPU the
-peak is that of the device's allocator. On a CPU it is what the process had resident at most during
-the steps after the first, beyond what it had before them, and the weights and the optimizer's state
-that were there already.
+Every setting runs in its own process, on one device, with random weights. On a GPU or TPU the peak
+is that of the device's allocator. On a CPU it is the peak resident memory of the process during the
+steps after the first, minus the resident memory before them, plus the weights and the optimizer
+state that existed before.
 
-With `--topology v5e:2x2x1` nothing is run: the step is compiled for such a TPU, which wants libtpu
-and no TPU, and the peak is what the compiler has laid out. That libtpu does not look for one:
+With `--topology v5e:2x2x1` nothing is run: the step is compiled for this TPU, which requires libtpu
+but no TPU, and the peak is the memory that the compiler allocates. These variables keep libtpu from
+looking for a TPU:
 
     export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4
     export TPU_TOPOLOGY=2x2 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0
 
-Dropout is off unless `--dropout` says otherwise: on a CPU, random bits of all layers, made first,
-would take more than all else. There XLA is also told to order operations for memory; its default,
-for speed, starts what is to be computed again so early that nothing is saved.
+Dropout is off unless `--dropout` sets it: on a CPU, the random bits of all layers are computed
+first and would take more memory than everything else. On a CPU, XLA is also told to order
+operations for memory. Its default, for speed, starts recomputation so early that nothing is saved.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any, NamedTuple
 METHODS = ("full", "houlsby", "compacter++")
 REMAT, DTYPES = ("off", "full"), ("float32", "bfloat16")
 _ENVIRONMENT = {
-    # Freed memory goes back to the system, so that what is resident is what is used.
+    # Freed memory is returned to the system, so that resident memory is used memory.
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
@@ -44,7 +45,7 @@ _SCHEDULER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures every setting, prints a table, and writes it and JSON where asked to."""
+    """Measures every setting, prints a table, and writes it and JSON if requested."""
     options = _parser().parse_args(arguments)
     if options.single:
         print(json.dumps(measure(options)))
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one setting in this process; returns what the table says of it."""
+    """Runs one setting in this process; returns its row of the table."""
     import jax  # noqa: PLC0415 - the parent process leaves the device to this one
     import optax  # noqa: PLC0415
 
@@ -74,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from train.compute import step  # noqa: PLC0415
     from train.estimate import plan  # noqa: PLC0415
 
-    shape = plan.Shape(
+    shape = plan.Workload(
         backbone=options.backbone,
         method=cj.preset(options.methods, **_overrides(options)),
         num_labels=2,
@@ -111,15 +112,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Work(NamedTuple):
-    """What a step does, and the shapes of what it does it to.
+    """A step, and the shapes of its arguments.
 
     Attributes:
       apply: the model.
-      loss: see `train.compute.step.loss_and_update`.
+      loss: the loss, as in `train.compute.step.loss_and_update`.
       tx: the optimizer.
-      trained: half of `compacter_jax.partition`.
-      frozen: the other half.
-      batch: rows.
+      trained: the trained half of `compacter_jax.partition`.
+      frozen: the frozen half.
+      batch: the rows.
     """
 
     apply: Any
@@ -131,7 +132,7 @@ class Work(NamedTuple):
 
 
 def _run(work: Work, steps: int) -> dict[str, Any]:
-    """What steps with random weights take on the first device."""
+    """Measures steps with random weights on the first device."""
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
@@ -148,7 +149,7 @@ def _run(work: Work, steps: int) -> dict[str, Any]:
     state = made.init_state(jax.tree.map(random, work.trained))
     frozen = made.place(jax.tree.map(random, work.frozen))
     batch = {name: np.ones(array.shape, array.dtype) for name, array in work.batch.items()}
-    state, _ = jax.block_until_ready(made.step(state, frozen, batch))  # compiles
+    state, _ = jax.block_until_ready(made.step(state, frozen, batch))  # compiles the step
     resident = _start_of_peak()
     seconds = []
     for _ in range(steps):
@@ -163,7 +164,7 @@ def _run(work: Work, steps: int) -> dict[str, Any]:
 
 
 def _compiled(work: Work, topology: str) -> dict[str, Any]:
-    """What the compiler lays out for a TPU that is not here."""
+    """Returns the memory that the compiler allocates for a TPU that need not exist."""
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
     from jax.experimental import topologies  # noqa: PLC0415
@@ -197,7 +198,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start_of_peak() -> int:
-    """Bytes resident now, from which on Linux counts the peak anew."""
+    """Resets Linux's peak of resident memory; returns the bytes that are resident now."""
     import jax  # noqa: PLC0415
 
     from train.fit import timing  # noqa: PLC0415
@@ -210,7 +211,7 @@ def _start_of_peak() -> int:
 
 
 def _peak(held: int, resident: int) -> int:
-    """Bytes at most, of which `held` were there before the steps."""
+    """Returns the peak in bytes, of which `held` existed before the steps."""
     import jax  # noqa: PLC0415
 
     from train.fit import timing  # noqa: PLC0415
@@ -242,7 +243,7 @@ def _in_new_process(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The runs in Markdown."""
+    """Returns the runs as a table in Markdown."""
     settings, runs = report["settings"], report["runs"]
     lines = [
         f"{settings['backbone']}, {settings['batch']} rows of {settings['length']} tokens, on "

@@ -1,4 +1,4 @@
-"""Seeded damage to files: JSON, safetensors, text, and what lies in a folder."""
+"""Seeded damage to files: JSON, safetensors, text, and the contents of folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Random = random.Random
-# Bytes, and a few words on what was done.
+# Bytes, and a short description of the damage.
 Mutated = tuple[bytes, str]
 
 _SLOW = r"((\w|\.|/)+)+!"
@@ -29,7 +29,7 @@ _NAMES = ("zzz", "__proto__", "", "kind", "sites", "members", "parts", "r", "wei
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yields the path of every value within one of JSON, but not of itself."""
+    """Yields the path of every value inside a JSON value, except its own."""
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()
@@ -47,7 +47,7 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _changed(r: Random, value: Any) -> str:
-    """Changes one place of a value of JSON, and returns what it did."""
+    """Changes one place of a JSON value, and returns a description of the change."""
     places = list(_places(value))
     if not places:
         return "nothing"
@@ -75,7 +75,7 @@ def _changed(r: Random, value: Any) -> str:
 
 
 def _with(r: Random, value: dict[str, Any], text: str) -> bytes:
-    """JSON with a text in the place of one value."""
+    """Returns JSON with a text in place of one value."""
     changed = {**value, r.choice(list(value)): "@@"}
     return json.dumps(changed).encode().replace(b'"@@"', text.encode())
 
@@ -132,7 +132,7 @@ _SIZES = {
 
 
 def split_tensors(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Returns the header of a safetensors file, and what follows it."""
+    """Returns the header of a safetensors file, and the bytes after it."""
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
     header.pop("__metadata__", None)
@@ -140,13 +140,16 @@ def split_tensors(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def join_tensors(header: Any, body: bytes) -> bytes:
-    """Inverse of `split_tensors`; a header may be bytes already."""
+    """Returns the bytes of a safetensors file; inverse of `split_tensors`.
+
+    The header may be bytes already.
+    """
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
 def of_type(r: Random, data: bytes, name: str, dtype: str) -> bytes:
-    """Returns a sound safetensors file in which one tensor is of another type, its bits random."""
+    """Returns a valid safetensors file in which one tensor has another type and random bits."""
     header, body = split_tensors(data)
     out, end = b"", 0
     for each, entry in header.items():
@@ -213,7 +216,7 @@ _HEADER: dict[str, Callable[[Random, Any, str], Any]] = {
 
 
 def _number(r: Random, data: bytes, name: str) -> bytes:
-    """A float32 of one tensor replaced by a number that no weight has."""
+    """Returns the bytes with a float32 of one tensor replaced by a number that no weight has."""
     header, body = split_tensors(data)
     begin = header[name]["data_offsets"][0]
     number = r.choice([math.nan, math.inf, -math.inf, 3e38])
@@ -248,7 +251,7 @@ _FILE: dict[str, Callable[[Random, bytes, str], bytes]] = {
 
 
 def mutated_tensors(r: Random, data: bytes) -> Mutated:
-    """Returns the bytes of a safetensors file with one thing wrong, or only unusual."""
+    """Returns the bytes of a safetensors file with one defect, or one unusual property."""
     header, body = split_tensors(data)
     name = r.choice(list(header))
     how = r.choice([*_HEADER, *_FILE, "type", "number"])
@@ -262,7 +265,7 @@ def mutated_tensors(r: Random, data: bytes) -> Mutated:
 
 
 def mutated_text(r: Random, data: bytes) -> Mutated:
-    """Returns the bytes of a text file as another program, or a broken disk, would have them."""
+    """Returns the bytes of a text file as another program, or a broken disk, would leave them."""
     at = r.randrange(len(data) + 1)
     ways: dict[str, Callable[[], bytes]] = {
         "as it is": lambda: data,
@@ -284,7 +287,7 @@ def mutated_text(r: Random, data: bytes) -> Mutated:
 
 
 def odd_file(r: Random, path: Path) -> str:
-    """Puts something else in the place of a file, and returns what."""
+    """Replaces a file by something else, and returns a description."""
     path.unlink()
     how = r.choice(["missing", "folder", "dangling", "loop", "device", "empty", "no text"])
     if how == "folder":

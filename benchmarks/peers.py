@@ -1,24 +1,24 @@
-"""The same work in this package and in the libraries for PyTorch, in turns.
+"""Comparison of this package with the libraries for PyTorch on the same work, in turns.
 
     python -m benchmarks.peers                                # every case, about an hour
     python -m benchmarks.peers --case minilm/compacter++/step --case "t5-*/lora/*" --json peers.json
     python -m benchmarks.peers --case "t5-base/*/step" --rows 64 --threads 0       # on a GPU
 
-A case is SIZE/METHOD/WORK: a training step (AdamW), a forward pass, or greedy generation. The
-peers are transformers for full fine-tuning, PEFT for LoRA and AdapterHub's `adapters` for the rest;
-where there is a GPU, each compiled by torch.compile, too. Every side runs in a process of its own,
-new for each case, with as many threads and processors as the other; they take turns, and sleep in
+A case is SIZE/METHOD/WORK: a training step (AdamW), a forward pass, or greedy generation. The peers
+are transformers for full fine-tuning, PEFT for LoRA and AdapterHub's `adapters` for the other
+methods; on a GPU, each is also compiled by torch.compile. Every side runs in its own process, new
+for each case, with the same number of threads and processors. The sides take turns, and sleep in
 between.
 
-Both sides get one set of random weights, one adapter and one batch, and no dropout. That they do
-the same is checked first: equal numbers are trained, and losses (of a step those of several
-updates; tokens, when text is generated) agree to TOLERANCES. It is an error if they do not.
+All sides get the same random weights, adapter and batch, and no dropout. First a check makes sure
+that they do the same: they train equally many parameters, and their losses agree to TOLERANCES (for
+a step the losses of several updates; for generation the tokens). A disagreement is an error.
 
-A ratio is of our seconds to the peer's in the same round, below 1 where this package is faster;
-printed are its median and quartiles. "memory" is what a process had resident at most during the
-timed runs (on a GPU: what was allocated there since its start), libraries and weights included.
-"first" is the first call, which compiles. "noise" is the distance of the quartiles of the seconds,
-as a part of their median, of the side where it is larger.
+A ratio is this package's seconds divided by the peer's in the same round, below 1 where this
+package is faster; its median and quartiles are printed. "memory" is the peak resident memory of a
+process during the timed runs (on a GPU: the peak allocation since its start), libraries and weights
+included. "first" is the first call, which compiles. "noise" is the interquartile range of the
+seconds relative to their median, for the side where it is larger.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from benchmarks.contest import Size, Task, choose, command, write
 from benchmarks.turns import Worker, WorkerError, noise, processor, spread, take_turns
 
 OURS = "compacter_jax"
-_PEERS = {"full": "transformers", "lora": "peft"}  # and `adapters` for the other methods
+_PEERS = {"full": "transformers", "lora": "peft"}  # `adapters` for the other methods
 COMPILED = "torch.compile"
-# Largest difference of the first loss, and of the losses after updates, relative to the peer's;
-# least part of generated tokens that agree. Random weights in bfloat16 choose other tokens.
+# Largest relative difference from the peer of the first loss, and of the losses after updates;
+# smallest fraction of equal generated tokens. Random weights in bfloat16 give other tokens.
 TOLERANCES = {
     "float32": {"loss": 1e-4, "later losses": 1e-3, "tokens": 0.9},
     "bfloat16": {"loss": 2e-2, "later losses": 5e-2, "tokens": 0.0},
 }
 _WARM_UPS = 3
-# On a GPU a step takes milliseconds; a turn is of so many that it lasts at least so long.
+# Minimum seconds of a turn: on a GPU a step takes milliseconds, so that a turn has several.
 _TURN_SECONDS = 0.1
 _VERSIONS = ("jax", "flax", "optax", "torch", "transformers", "adapters", "peft")
 _ENVIRONMENT = {
-    # What is compiled must be compiled, and what is measured told by nobody else.
+    # No cached compilation, no preallocated memory, no requests to the hub, no warnings.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "HF_HUB_OFFLINE": "1",
@@ -65,15 +65,15 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How cases are measured.
+    """Settings of a measurement.
 
     Attributes:
-      repeats: rounds, after those that warm up.
-      threads: of each side; None leaves all to the libraries.
-      dtypes: of the computation.
-      compiled: measure the peers compiled, too; None where there is a GPU.
-      shortest: see `benchmarks.contest.Task`.
-      method_changes: method -> fields of its preset.
+      repeats: the number of rounds after the warm-up.
+      threads: the number of threads of each side; None leaves the defaults of the libraries.
+      dtypes: the dtypes of the computation.
+      compiled: whether to measure compiled peers, too; None does on a GPU.
+      shortest: the fraction of `benchmarks.contest.Task.shortest`.
+      method_changes: method -> changed fields of its preset.
     """
 
     repeats: int = 15
@@ -85,10 +85,10 @@ class Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints a row for each case, and writes JSON and a figure where asked to.
+    """Runs the measurements, prints a row for each case, and writes JSON and a figure if requested.
 
     Raises:
-      SystemExit: with what is wrong, if no case has such a name or two sides do not do the same.
+      SystemExit: if no case matches, or two sides do not do the same; the message says why.
     """
     options = _parser().parse_args(arguments)
     settings = Settings(
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in measure(cases, settings, rows=options.rows):
             report["cases"].append(case)
             print(_row(case), flush=True)
-            write(options.json, report)  # what is measured is kept, whatever comes
+            write(options.json, report)  # results are written after every case
     except (ValueError, WorkerError) as error:
         sys.exit(f"error: {error}")
     if options.plot:
@@ -123,16 +123,16 @@ def measure(
     """Measures cases one after the other.
 
     Args:
-      cases: size, method and work of each.
-      settings: of all.
-      rows: of the batches, in place of each size's own.
+      cases: size, method and work of each case.
+      settings: the settings of all cases.
+      rows: the number of rows of the batches, in place of each size's own.
 
     Yields:
-      For each case and dtype, what `_compare` returns.
+      The result of `_compare` for each case and dtype.
 
     Raises:
       ValueError: if two sides do not do the same.
-      WorkerError: if this package cannot do it, or a peer that is not compiled cannot.
+      WorkerError: if this package, or a peer that is not compiled, fails.
     """
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         platforms: dict[str, str] = {}
@@ -156,9 +156,9 @@ def measure(
 def _adapters_of(
     method: str, backbone: Path, settings: Settings
 ) -> tuple[str, str] | tuple[None, None]:
-    """Folders with one adapter, in our files and in those of the peer; written where they are not.
+    """Returns folders with one adapter, in our format and the peer's; writes missing ones.
 
-    None for full fine-tuning.
+    The result is None for full fine-tuning.
     """
     if method == "full":
         return None, None
@@ -171,14 +171,14 @@ def _adapters_of(
 
 
 def _ask_ours(action: str, settings: Settings, **arguments: Any) -> dict[str, Any]:
-    """What a process of this package answers, which then ends: it leaves no memory in use."""
+    """Returns the answer of a process of this package, which then ends and frees its memory."""
     with _worker(OURS, settings) as worker:
         return worker.ask(action, **arguments)
 
 
 def _worker(name: str, settings: Settings) -> Worker:
     module = "benchmarks.jax_worker" if name == OURS else "benchmarks.torch_worker"
-    # This package needs no PyTorch: transformers would load it where it is installed.
+    # This package needs no PyTorch, which transformers would otherwise load.
     own = {"USE_TORCH": "0"} if name == OURS else {}
     return Worker(name, module, threads=settings.threads, environment=_ENVIRONMENT | own)
 
@@ -186,7 +186,7 @@ def _worker(name: str, settings: Settings) -> Worker:
 def _compare(
     task: Task, peers_adapter: str | None, settings: Settings, compiled: bool
 ) -> dict[str, Any]:
-    """One case, JSON-ready: what each side needed, and the ratios of ours to each peer's."""
+    """Returns the result of one case, JSON-ready: times and memory of each side, and the ratios."""
     peer = _PEERS.get(task.method, "adapters")
     of_peer = dataclasses.replace(task, adapter=peers_adapter)
     tasks = {OURS: task, peer: of_peer}
@@ -203,7 +203,7 @@ def _compare(
             except WorkerError as error:
                 if not of_side.compiled:
                     raise
-                failures[name] = str(error)  # what torch.compile cannot do is a result, too
+                failures[name] = str(error)  # a failure of torch.compile is a result, too
                 continue
             if name != OURS:
                 check_same(task, sides[OURS], sides[name], name)
@@ -249,7 +249,7 @@ def _timed(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _ratios(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ours to the peer's: spreads of neighbouring runs, and of the largest memory."""
+    """Returns the ratios to the peer: spreads over neighbouring runs, and of peak memory."""
     ratios: dict[str, Any] = {
         name: spread(np.divide(ours[name], peer[name])) for name in ("seconds", "cpu_seconds")
     }
@@ -263,13 +263,13 @@ def check_same(task: Task, ours: Mapping[str, Any], peer: Mapping[str, Any], nam
     """Checks that two sides do the same.
 
     Args:
-      task: what they do.
-      ours: "platform", "trained" and "values" of the first runs; and so is `peer`.
-      peer: see there.
-      name: of the peer.
+      task: the task of both.
+      ours: "platform", "trained" and "values" of this package's first runs.
+      peer: "platform", "trained" and "values" of the peer's first runs.
+      name: the name of the peer.
 
     Raises:
-      ValueError: if they do not, with what differs.
+      ValueError: if they do not; the message has the difference.
     """
     case = f"{task.size.name}/{task.method}/{task.work} in {task.dtype}"
     tolerances = TOLERANCES[task.dtype]
@@ -333,7 +333,7 @@ def _heading(machine: Mapping[str, Any], settings: Settings) -> str:
 
 
 def _row(case: Mapping[str, Any]) -> str:
-    """A line for each peer."""
+    """Returns a line for each peer."""
     lines = [f"{case['case']} {case['dtype']}, {name}: {text}" for name, text in _failed(case)]
     ours = case["sides"][OURS]
     memory = "device_peak" if ours["device_peak"] else "peak"
@@ -365,7 +365,7 @@ def _failed(case: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plot(report: Mapping[str, Any], path: str) -> None:
-    """Ratios of time and memory, a bar for each case and peer."""
+    """Plots ratios of time and memory, a bar for each case and peer."""
     import matplotlib as mpl  # noqa: PLC0415 - only for this
 
     mpl.use("Agg")

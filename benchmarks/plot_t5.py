@@ -1,6 +1,6 @@
-"""The figure of docs/t5.md: `python -m benchmarks.plot_t5 RESULTS.json`.
+"""Figure of docs/t5.md: `python -m benchmarks.plot_t5 RESULTS.json`.
 
-The picture goes beside the file, with the suffix .png.
+The figure is written beside the file, with the suffix .png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compacter_jax.files import replace_file
 
 
 def plot(path: Path) -> Path:
-    """Loss of pre-training by step, validation accuracy of fine-tuning by epoch, as PNG."""
+    """Plots the loss of pre-training by step, and the accuracy of fine-tuning by epoch."""
     results = json.loads(path.read_text(encoding="utf-8"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     pretraining = results["pretraining"]

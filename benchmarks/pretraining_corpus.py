@@ -4,7 +4,7 @@
     for package in *.deb; do dpkg -x $package unpacked; done
     python -m benchmarks.pretraining_corpus --output corpus.txt unpacked
 
-Of the sentiment sets only the training sentences are taken. Paragraphs are documents, parted by
+Only the training sentences of the sentiment sets are used. Paragraphs are documents, separated by
 blank lines, each once, in an order that depends on the text alone.
 """
 
@@ -25,18 +25,18 @@ from compacter_jax.files import replace_file
 
 SENTIMENT = Path(__file__).parent.parent / "train" / "sentiment"
 BLOCKS = {"p", "li", "td", "dd", "dt", "pre", "h1", "h2", "h3", "h4", "div", "title"}
-# Languages of the handbook other than English, and what is no prose.
+# Languages of the handbook other than English, and files that are no prose.
 SKIPPED = re.compile(
     r"/html/(?!en-US)[a-z]{2}-[A-Z]{2}/|/(copyright|changelog|NEWS|README)|offensive"
 )
-# Pronunciation, sources and cross-references of a dictionary's entries.
+# Pronunciation, sources and cross-references in the entries of a dictionary.
 DICTIONARY_MARKUP = re.compile(r"\\[^\\]*\\,?|\[[^\]]*\]|[{}]")
 SENTENCES_PER_DOCUMENT = 8
 SHORTEST = 40
 
 
 class _Paragraphs(html.parser.HTMLParser):
-    """Collects the text between the tags of `BLOCKS`."""
+    """Parser that collects the text between the tags of `BLOCKS`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Paragraphs(html.parser.HTMLParser):
 
 
 def sentiment_documents() -> Iterator[str]:
-    """Training sentences of one set, some of them to a document."""
+    """Yields documents of several training sentences of one sentiment set."""
     for path in sorted(SENTIMENT.glob("*/train.parquet")):
         sentences = pq.read_table(path, columns=["sentence"])["sentence"].to_pylist()
         for start in range(0, len(sentences), SENTENCES_PER_DOCUMENT):
@@ -64,7 +64,7 @@ def sentiment_documents() -> Iterator[str]:
 
 
 def file_paragraphs(path: Path) -> Iterator[str]:
-    """Paragraphs of an HTML page, a dictionary of dictd, or a file of fortunes."""
+    """Yields the paragraphs of an HTML page, a dictionary of dictd, or a file of fortunes."""
     if path.suffix == ".html":
         parser = _Paragraphs()
         parser.feed(path.read_text(encoding="utf-8", errors="replace"))
@@ -78,13 +78,13 @@ def file_paragraphs(path: Path) -> Iterator[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether it is long enough and mostly made of English letters and spaces."""
+    """Returns True if a paragraph is long enough and mostly English letters and spaces."""
     letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in paragraph)
     return len(paragraph) >= SHORTEST and letters >= 0.85 * len(paragraph)
 
 
 def documents(folders: list[Path]) -> Iterator[str]:
-    """All of them, white space made one blank, none twice."""
+    """Yields all documents once, with single spaces for white space."""
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     paragraphs = (
         p for path in files if not SKIPPED.search(str(path)) for p in file_paragraphs(path)

@@ -1,12 +1,12 @@
 """Kills a run again and again, resumes it, and compares its adapter with that of one never killed.
 
-What stands after `--` are flags of `python -m train fit`:
+The arguments after `--` are flags of `python -m train fit`:
 
     python -m benchmarks.survive --output-dir runs/survive --kills 10 -- --backbone DIR --task movie
         --train-size 1000 --epochs 2 --checkpoint-steps 5
 
-Every second kill comes while a checkpoint or an adapter is being written, the others at random. The
-tests kill three times, at moments of their choice; ten kills at random belong to a release.
+Every second kill happens while a checkpoint or an adapter is being written, the others at random.
+The tests kill at three chosen moments; a release requires ten kills at random.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from typing import Any
 
 from train.report import table
 
-# What takes longest in a new process is done once, before it is forked.
+# Slow imports happen once, before the process is forked.
 _PRELOADED = ["train.fit.run", "train.fit.job", "transformers", "datasets", "matplotlib.pyplot"]
 _POLL_SECONDS = 0.002
 _TIMEOUT_SECONDS = 600
-# Aim -> method of the trainer, and the call of it at which a process kills itself: while the step
-# before is computing, or between two batches of a validation.
+# Aim -> method of the trainer, and the number of its call at which a process kills itself: while
+# the previous step is computing, or between two batches of a validation.
 _FATAL_CALLS = {"step": ("_dispatch", 9), "evaluation": ("_check_stop", 2)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """One kill, and what came of it.
+    """One kill and its consequences.
 
     Attributes:
       aimed: "writing", "random", "step" or "evaluation".
-      step: last one in log.csv.
-      writing: what was being written at that moment, of names ending in a temporary suffix.
-      resumed: step that the next run went on from; None if from the beginning.
+      step: the last step in log.csv.
+      writing: the names with a temporary suffix that were being written at that moment.
+      resumed: the step from which the next run continued; None if from the beginning.
     """
 
     aimed: str
@@ -56,7 +56,7 @@ class Kill:
 
 
 def fit(flags: Sequence[str], log: Path, devices: int, cache: Path, aimed: str) -> None:
-    """`python -m train fit` in this process, which may kill itself; its words go to `log`."""
+    """Runs `python -m train fit` in this process, which may kill itself; logs to `log`."""
     others = os.environ.get("XLA_FLAGS", "").split()
     count = "--xla_force_host_platform_device_count"
     own = [flag for flag in others if not flag.startswith(count)]
@@ -80,7 +80,7 @@ def fit(flags: Sequence[str], log: Path, devices: int, cache: Path, aimed: str) 
 
 
 def _kill_at(name: str, number: int) -> None:
-    """Has this process kill itself at the n-th call of a method of the trainer."""
+    """Makes this process kill itself at the n-th call of a method of the trainer."""
     from train.fit import trainer  # noqa: PLC0415
 
     method, calls = getattr(trainer.Trainer, name), itertools.count(1)
@@ -94,12 +94,13 @@ def _kill_at(name: str, number: int) -> None:
 
 
 class Runs:
-    """Starts runs of one or more processes.
+    """Launcher of runs with one or more processes.
 
     Args:
-      folder: where their logs go, and what they compile, unless JAX_COMPILATION_CACHE_DIR is set.
-      processes: of each run.
-      devices: of each process.
+      folder: the folder of their logs, and of their compilation cache, unless
+        JAX_COMPILATION_CACHE_DIR is set.
+      processes: the number of processes of each run.
+      devices: the number of devices of each process.
     """
 
     def __init__(self, folder: Path, processes: int, devices: int):
@@ -109,7 +110,7 @@ class Runs:
         self._started = 0
 
     def start(self, flags: Sequence[str], aimed: str = "") -> list[Any]:
-        """A run that has just begun; `aimed` at what will kill it, if it does so itself."""
+        """Starts a run; `aimed` is the kind of kill, if the run is to kill itself."""
         self._started += 1
         hosts: list[list[str]] = [[]]
         if self.processes > 1:
@@ -128,11 +129,11 @@ class Runs:
         return processes
 
     def log(self, process: int = 0) -> Path:
-        """What a process of the run started last has said."""
+        """Returns the path of the log of a process of the last run."""
         return self.folder / f"run-{self._started}-{process}.log"
 
     def finish(self, processes: Sequence[Any]) -> None:
-        """Waits for a run; RuntimeError with its last words if it failed."""
+        """Waits for a run; raises RuntimeError with its last output if it failed."""
         for i, process in enumerate(processes):
             process.join(_TIMEOUT_SECONDS)
             if process.exitcode != 0:
@@ -142,7 +143,7 @@ class Runs:
 
 
 def kill(processes: Sequence[Any]) -> None:
-    """SIGKILL to all of them."""
+    """Sends SIGKILL to all processes."""
     for process in processes:
         process.kill()
     for process in processes:
@@ -162,13 +163,13 @@ def survive(
     """Kills a run, resumes it until it ends, and compares it with one never killed.
 
     Args:
-      flags: of `fit`, without `--output-dir`.
-      folder: where both runs go; must not exist.
-      kills: how often.
-      processes: that train together.
-      devices: emulated ones of each process.
-      seed: of the moments.
-      aims: of the kills, over and over again.
+      flags: the flags of `fit`, without `--output-dir`.
+      folder: the folder of both runs; it must not exist.
+      kills: the number of kills.
+      processes: the number of processes that train together.
+      devices: the number of emulated devices of each process.
+      seed: the seed of the moments.
+      aims: the aims of the kills, repeated cyclically.
 
     Returns:
       The kills.
@@ -186,7 +187,7 @@ def survive(
     for i in range(kills):
         aimed = aims[i % len(aims)]
         running = runs.start(own, aimed)
-        # In order, and before the end, so that something is left to be killed.
+        # In order, and before the end, so that the run is still active at every kill.
         step = round(0.9 * steps * generator.uniform(i, i + 1) / kills)
         _wait(running, runs, killed, step, aimed, generator.uniform(0, 0.2))
         kill(running)
@@ -204,14 +205,14 @@ def survive(
 def _wait(
     processes: Sequence[Any], runs: Runs, folder: Path, step: int, aimed: str, seconds: float
 ) -> None:
-    """Until a run has done `step` and then until it is to be killed, or until it killed itself."""
+    """Waits until a run has done `step` and is due to be killed, or until it killed itself."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     own = aimed in _FATAL_CALLS
     while (
         own or last_step(folder) < step or (aimed == "writing" and not _caught(processes, folder))
     ):
         if any(process.exitcode == 0 for process in processes):
-            return  # the last of its steps: nothing is left to be killed
+            return  # the last step: the run is over
         if own and all(process.exitcode == -signal.SIGKILL for process in processes):
             return
         if any(process.exitcode for process in processes) or time.monotonic() > deadline:
@@ -223,7 +224,7 @@ def _wait(
 
 
 def _caught(processes: Sequence[Any], folder: Path) -> bool:
-    """Stops processes that are writing; returns whether that was before they were done with it."""
+    """Stops processes while they write; returns True if they had not finished writing."""
     if not _unfinished(folder):
         return False
     _send(processes, signal.SIGSTOP)
@@ -234,26 +235,26 @@ def _caught(processes: Sequence[Any], folder: Path) -> bool:
 
 
 def _send(processes: Sequence[Any], signal_number: int) -> None:
-    """A signal to all of them that still run."""
+    """Sends a signal to all processes that still run."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal_number)
 
 
 def last_step(folder: Path) -> int:
-    """The last step of a run that has a checkpoint; 0 if none."""
+    """Returns the last step of a run that has a checkpoint; 0 if there is none."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _unfinished(folder: Path) -> list[str]:
-    """Names of what is being written."""
+    """Returns the names that are being written."""
     found = [*folder.glob("checkpoints/*tmp*"), *folder.glob("adapter/*tmp*")]
     return sorted(str(path.relative_to(folder)).partition(".")[0] for path in found)
 
 
 def _resumed(log: Path) -> int | None:
-    """The step that a run says it went on from."""
+    """Returns the step from which a run says that it resumed; None without one."""
     for line in log.read_text().splitlines():
         if line.startswith("resumed at step "):
             return int(line.split()[3].rstrip(","))
@@ -261,7 +262,7 @@ def _resumed(log: Path) -> int | None:
 
 
 def _compare(whole: Path, killed: Path) -> None:
-    """RuntimeError unless adapters, metrics and steps are the same."""
+    """Raises RuntimeError unless adapters, metrics and steps are the same."""
     names = sorted(path.name for path in (whole / "adapter").iterdir())
     for name in names:
         if (whole / "adapter" / name).read_bytes() != (killed / "adapter" / name).read_bytes():
@@ -272,7 +273,7 @@ def _compare(whole: Path, killed: Path) -> None:
 
 
 def _numbers(folder: Path) -> dict[str, Any]:
-    """Of a run, all that does not depend on the clock."""
+    """Returns all results of a run that do not depend on the clock."""
     result = json.loads((folder / "metrics.json").read_text())
     del result["measured"]
     for record in result["history"]:
@@ -288,7 +289,7 @@ def _free_port() -> int:
 
 
 def as_table(kills: Sequence[Kill]) -> str:
-    """The kills in Markdown."""
+    """Returns the kills as a table in Markdown."""
     rows = [
         [
             str(i),
@@ -303,7 +304,7 @@ def as_table(kills: Sequence[Kill]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

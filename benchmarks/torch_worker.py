@@ -1,7 +1,7 @@
-"""The side of the peers in `benchmarks.peers`: PyTorch with transformers, `adapters` or PEFT.
+"""Worker of the peers in `benchmarks.peers`: PyTorch with transformers, `adapters` or PEFT.
 
-Each is driven as its documentation does, with what makes it fast: scaled dot-product attention
-where transformers has it, the fused AdamW that its trainer takes, and on a GPU TF32, as JAX.
+Each library is used as in its documentation, with its fast settings: scaled dot-product attention
+where transformers has it, the fused AdamW of its trainer, and on a GPU TF32, as in JAX.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
 def prepare(task: dict[str, Any]) -> Work:
-    """Loads what a `Task` names, and gives what to run."""
+    """Loads the backbone and adapter of a `Task`, and returns the work to run."""
     made = Task.from_json(task)
     torch.manual_seed(0)
     if torch.cuda.is_available():
@@ -51,7 +51,7 @@ def prepare(task: dict[str, Any]) -> Work:
 
 
 def _model(task: Task) -> Any:
-    """The model with its adapter, and what is trained marked."""
+    """Returns the model with its adapter, with trained parameters marked."""
     of_t5 = task.size.family == "t5"
     architecture = "T5ForConditionalGeneration" if of_t5 else "BertForSequenceClassification"
     model = getattr(transformers, architecture).from_pretrained(
@@ -79,7 +79,7 @@ def _compiled(task: Task, model: Any) -> Callable[..., Any]:
 
 
 def _step(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
-    """Loss, gradients and update."""
+    """Returns a function that computes loss, gradients and update."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -98,7 +98,7 @@ def _step(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
 
 
 def _forward(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
-    """Logits in evaluation mode; a T5 makes its decoder's inputs of the labels."""
+    """Returns a function that computes logits in evaluation mode, a T5's from the labels."""
     model.eval()
     call = _compiled(task, model)
     labels = batch["labels"].cpu().numpy()
@@ -114,7 +114,7 @@ def _forward(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
 
 
 def _generate(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
-    """Greedy search that never ends early."""
+    """Returns a function that runs greedy search without early ends."""
     model.eval()
     model.generation_config.eos_token_id = None
     if task.compiled:

@@ -1,7 +1,7 @@
-"""Measuring several things in turns, so that a busy machine slows all of them alike.
+"""Measurements in turns, so that a busy machine slows all contenders alike.
 
-What runs in processes of its own, one for each contender, talks over pipes in lines of JSON: the
-process that measures asks (`Worker`), the others answer (`serve`) and sleep between their turns.
+Contenders that run in their own processes communicate over pipes in lines of JSON: the measuring
+process asks (`Worker`), the others answer (`serve`) and sleep between their turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-# Idle threads of a pool spin for some milliseconds before they sleep.
+# Idle threads of a pool spin for a few milliseconds before they sleep.
 _PAUSE = 0.03
 _STATUS = Path("/proc/self/status")
 
@@ -36,12 +36,14 @@ T = TypeVar("T")
 def alternate(
     runs: Mapping[str, Callable[[], T]], repeats: int, pause: float = 0.0
 ) -> dict[str, list[T]]:
-    """What each run returns, every time; who begins changes, so that a drift favours nobody.
+    """Runs several functions in turns and returns all their results.
+
+    The order changes, so that a drift favours none of them.
 
     Args:
-      runs: name -> what to run.
-      repeats: times that each is run.
-      pause: seconds before each.
+      runs: name -> function.
+      repeats: the number of calls of each.
+      pause: the seconds before each call.
     """
     results: dict[str, list[T]] = {name: [] for name in runs}
     names = list(runs)
@@ -54,26 +56,26 @@ def alternate(
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call."""
+    """Returns the wall-clock seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Lowest, quartiles, median and highest."""
+    """Returns minimum, quartiles, median and maximum."""
     names = ("lowest", "first_quartile", "median", "third_quartile", "highest")
     return dict(zip(names, np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))
 
 
 def noise(values: Sequence[float] | np.ndarray) -> float:
-    """Distance of the quartiles, as a part of the median."""
+    """Returns the interquartile range relative to the median."""
     found = spread(values)
     return (found["third_quartile"] - found["first_quartile"]) / found["median"]
 
 
 def processor() -> str:
-    """What the operating system calls the processor."""
+    """Returns the operating system's name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -85,17 +87,18 @@ def processor() -> str:
 
 
 class WorkerError(RuntimeError):
-    """A worker failed; the message has what it wrote."""
+    """Failure of a worker; the message has its output."""
 
 
 class Worker:
-    """A process that does one thing when asked, and sleeps otherwise; a context manager.
+    """Process that answers requests and sleeps in between; a context manager.
 
     Args:
-      name: for messages.
-      module: run with `python -m`, calls `serve`.
-      threads: of its pools, which get as many processors; None leaves both as they are.
-      environment: variables beside those of this process.
+      name: the name in messages.
+      module: the module to run with `python -m`, which calls `serve`.
+      threads: the number of threads of its pools, and of its processors; None leaves both as they
+        are.
+      environment: variables in addition to those of this process.
     """
 
     def __init__(
@@ -118,18 +121,18 @@ class Worker:
             cwd=ROOT,
         )
         if threads is not None and hasattr(os, "sched_setaffinity"):
-            # Before it has threads: those to come inherit it.
+            # Set before the process has threads, which inherit it.
             os.sched_setaffinity(self._process.pid, processors(threads))
 
     def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to a request.
+        """Returns the answer to a request.
 
         Raises:
-          WorkerError: if the worker could not do it, or has ended.
+          WorkerError: if the worker could not answer, or has ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer
+        with contextlib.suppress(BrokenPipeError):  # the worker has ended
             self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -147,18 +150,18 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.kill()  # it has nothing to put away
+        self._process.kill()  # it has no state to clean up
         self._process.communicate()
         self._errors.close()
 
 
 def processors(threads: int) -> list[int]:
-    """So many of the processors that this process may use, or all where they are fewer."""
+    """Returns `threads` of the processors that this process may use, or all if there are fewer."""
     return sorted(os.sched_getaffinity(0))[:threads]
 
 
 def _thread_variables(threads: int | None) -> dict[str, str]:
-    """OpenMP's, those of BLAS libraries, and NPROC, which XLA takes for the processors it has."""
+    """Returns variables of OpenMP and BLAS libraries, and NPROC, XLA's number of processors."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
     return {} if threads is None else dict.fromkeys(names, str(threads))
 
@@ -166,7 +169,7 @@ def _thread_variables(threads: int | None) -> dict[str, str]:
 def take_turns(
     workers: Sequence[Worker], repeats: int, times: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers of each to "run", in turns; each turn runs the work `times` times."""
+    """Asks each worker to "run", in turns; a turn runs the work `times` times."""
     asked = {
         worker.name: lambda worker=worker: worker.ask("run", times=times) for worker in workers
     }
@@ -177,15 +180,16 @@ def take_turns(
 
 
 class Work(NamedTuple):
-    """What a worker has been asked to prepare.
+    """Work that a worker has prepared.
 
     Attributes:
-      run: starts it once; what it returns may not be computed yet.
-      wait: until such a value is computed.
-      value: of it, for JSON.
-      trained: numbers that are trained.
-      platform: where it runs, "cpu" or "gpu".
-      device_peak: bytes that were allocated at most on a device of its own; None without one.
+      run: a function that starts the work once; its result may still be computing.
+      wait: a function that waits until a result is computed.
+      value: a function that converts a result for JSON.
+      trained: the number of trained parameters.
+      platform: the platform, "cpu" or "gpu".
+      device_peak: a function that returns the peak allocation in bytes of a device with its own
+        memory; None without one.
     """
 
     run: Callable[[], Any]
@@ -200,11 +204,11 @@ def serve(actions: Mapping[str, Callable[..., Any]]) -> None:
     """Answers requests on standard input until it is closed.
 
     Args:
-      actions: name -> function of a request's arguments. It returns a `Work`, which the requests
-        "run", "start_peak" and "memory" are about from then on, or a dict for JSON.
+      actions: name -> function of a request's arguments. It returns a dict for JSON, or a `Work`,
+        which the following requests "run", "start_peak" and "memory" refer to.
     """
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries is not an answer
     work: Work | None = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -236,7 +240,7 @@ def _run(work: Work, times: int) -> dict[str, Any]:
 
 def _start_peak(work: Work) -> dict[str, Any]:
     peak = peak_memory()
-    # What libraries freed while loading is not part of what the work needs.
+    # Memory that libraries freed after loading does not count towards the work.
     with contextlib.suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):
@@ -256,7 +260,7 @@ _OF_WORK: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def peak_memory() -> int | None:
-    """Bytes that this process had resident at most since "start_peak"; None if not on Linux."""
+    """Returns the peak resident bytes of this process since "start_peak"; None if not on Linux."""
     if not _STATUS.exists():
         return None
     fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)

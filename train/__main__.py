@@ -1,4 +1,4 @@
-"""The command line: `python -m train COMMAND`, the commands as listed in `USAGE`."""
+"""Command line: `python -m train COMMAND`, with the commands that `USAGE` lists."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ to train:
   fit              fine-tune on a task and save the adapter of the best epoch
   compare          train several methods with several seeds; tables and figures
 
-to use what was trained:
+to use a trained adapter:
   evaluate         metrics of a saved adapter on a split
   predict          predictions of a saved adapter for every row of a file
 
-to know before:
-  plan             what a fit would cost: steps, memory, time
-  params           what a method, or each of all, would train on a backbone
+to plan ahead:
+  plan             cost of a run of fit: steps, memory, time
+  params           number of parameters that a method, or every method, trains on a backbone
 
 to exchange:
-  convert          adapters of AdapterHub and PEFT into ours, and ours into theirs
+  convert          convert adapters from and to the formats of AdapterHub and PEFT
   merge            write a backbone with LoRA, IA3 and the like merged into its weights
   create-backbone  make a small random T5 with a tokenizer, to be pre-trained with fit
 
-`python -m train COMMAND --help` has examples of a command, and its options. To begin with:
+`python -m train COMMAND --help` shows examples of a command and its options. To get started:
 
   python -m train params --backbone-config t5-base --method all
   python -m train fit --backbone DIR --task movie --output-dir runs/movie
@@ -54,8 +54,8 @@ to exchange:
   python -m train predict --adapter runs/movie/adapter --input new.csv --output labelled.csv
 
 DIR is a folder with config.json, model.safetensors and tokenizer.json, or an id on the Hugging Face
-hub, such as bert-base-uncased. Without a network give folders, and --data-dir for benchmarks; the
-tasks movie, product, tweet and editorial come with this repository.
+hub, such as bert-base-uncased. Without a network, give folders, and --data-dir for benchmarks. The
+tasks movie, product, tweet and editorial are part of this repository.
 """
 
 
@@ -138,9 +138,9 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "merge": (merge, "train.exchange.options:MergeOptions"),
     "create-backbone": (create_backbone, "train.exchange.options:CreateOptions"),
 }
-# These read `--config FILE.toml`, and the last two are told the options of each task.
+# Commands that read `--config FILE.toml`, and commands that receive the options of each task.
 _CONFIGURED, _OF_EACH_TASK = ("fit", "plan", "compare"), ("plan", "compare")
-# These compute for so long that the process is prepared for it.
+# Commands that compute long enough for huge pages to pay off.
 _LONG = {"fit", "compare", "evaluate", "predict"}
 _HELP = {"-h", "--help"}
 
@@ -152,9 +152,10 @@ def options_class_of(name: str) -> type:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 130 if interrupted, else 1.
+    """Runs a command and returns the exit code.
 
-    0 also for a run that was terminated, and has done what it then should.
+    The code is 0 for success, 2 for invalid input, 130 after an interrupt and 1 for other errors.
+    It is also 0 for a run that was terminated and stopped as intended.
     """
     if not arguments or _HELP & set(arguments):
         print(_help(arguments))
@@ -185,9 +186,9 @@ def main(arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _without_warnings_of_new_parameters() -> Iterator[None]:
-    """Within, the library does not warn that a backbone lacks a head.
+    """Suppresses the library's warning about a backbone without a head, inside the block.
 
-    A saved adapter has it, `fit` trains it and says so, and `convert` says where it is from.
+    A saved adapter has the head, `fit` trains it and says so, and `convert` reports its source.
     """
 
     def is_kept(record: logging.LogRecord) -> bool:
@@ -202,10 +203,10 @@ def _without_warnings_of_new_parameters() -> Iterator[None]:
 
 
 def _told(error: Exception) -> str | None:
-    """The line for the user; None for an error that is no fault of the input.
+    """Returns the line for the user; None for an error that the input did not cause.
 
-    Of an error of the system, the file comes first and no number. JAX has a class of its own for
-    memory that it does not get, which is a RuntimeError, as RecursionError is one.
+    For an error of the system, the file comes first, and the error number is left out. JAX has its
+    own class for memory that it cannot allocate, which is a RuntimeError, and so is RecursionError.
     """
     told = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -220,7 +221,7 @@ def _told(error: Exception) -> str | None:
 
 
 def _help(arguments: Sequence[str]) -> str:
-    """The manual page of the command that is named first, or of all."""
+    """Returns the manual page of the command that is named first, or the list of commands."""
     if not arguments or arguments[0] not in COMMANDS:
         return USAGE.rstrip()
     from train.cli import manual  # noqa: PLC0415
@@ -231,7 +232,7 @@ def _help(arguments: Sequence[str]) -> str:
 
 
 def _parsed(name: str, arguments: Sequence[str]) -> Any:
-    """The options of a command."""
+    """Parses the options of a command."""
     import tyro  # noqa: PLC0415
 
     from train.cli.numbers import NUMBERS  # noqa: PLC0415
@@ -243,7 +244,7 @@ def _parsed(name: str, arguments: Sequence[str]) -> Any:
         arguments = config_files.expand_config(arguments, options_class)
     told = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     try:
-        # Where both are UTF-8, tyro draws a box around what is wrong.
+        # tyro draws a box around an error if both streams are UTF-8.
         with (
             NUMBERS,
             contextlib.redirect_stdout(told),
@@ -259,14 +260,14 @@ def _parsed(name: str, arguments: Sequence[str]) -> Any:
 
 
 def _without_box(drawn: str) -> str:
-    """The text in boxes that tyro draws, as one line: `;` for rules, and headings left out."""
+    """Returns the text of tyro's boxes as one line: `;` for rules, without headings."""
     lines = re.sub(r"\x1b\[[\d;]*m|^[╭╰].*$", "", drawn, flags=re.MULTILINE).splitlines()
     text = " ".join(line.strip("│ ") for line in lines)
     return re.sub(r"\s*─+\s*", "; ", text).strip()
 
 
 def _of_each_task(name: str, arguments: Sequence[str]) -> list[Any]:
-    """The options of a command for each task of `--task`, which a configuration may tell apart."""
+    """Returns the options of a command for each task, since a configuration may vary them."""
     parsed = _parsed(name, arguments)
     tasks = [task.strip() for task in parsed.task.split(",")]
     if len(tasks) == 1:
@@ -280,22 +281,22 @@ def _fail(message: str, code: int) -> int:
 
 
 def _prepare() -> None:
-    """Sets what libraries read when they are imported, which a command does when it runs."""
+    """Sets variables that libraries read when they are imported, which happens in the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal that cannot show a character gets its number.
+            # A character that the terminal cannot show is written as its number.
             stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Without a network it tells of every attempt, twice; our error says what to do.
+    # Without a network the hub logs every attempt twice; our error says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # Of transformers only configurations and tokenizers are used: it would load PyTorch where
-    # that is installed, and take 2 seconds and 250 MB for it.
+    # Only configurations and tokenizers of transformers are used. It would otherwise load an
+    # installed PyTorch, which takes 2 seconds and 250 MB.
     os.environ.setdefault("USE_TORCH", "0")
     from train.compute import compilation_cache  # noqa: PLC0415
 
-    compilation_cache.keep(os.environ)
-    # Importing and tracing make many objects that stay: an eighth of a short run went into
-    # looking through them again and again.
+    compilation_cache.enable(os.environ)
+    # Importing and tracing create many permanent objects: an eighth of a short run was spent on
+    # scanning them again and again.
     gc.set_threshold(100_000, 50, 100)
 
 
@@ -306,7 +307,7 @@ if __name__ == "__main__":
         _prepare()
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who read it, such as `head`, has gone: nobody is left to tell
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except KeyboardInterrupt:

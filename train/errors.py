@@ -1,35 +1,39 @@
-"""What ends a run other than bad input, which is a ValueError or an OSError."""
+"""Errors that end a run, other than invalid input, which is a ValueError or an OSError."""
 
 
 class EndedRunError(RuntimeError):
-    """A run that cannot go on; the command line prints the message and exits with `exit_code`."""
+    """A run that cannot continue.
+
+    The command line prints the message and exits with `exit_code`.
+    """
 
     exit_code = 1
 
 
 class NonFiniteLossError(EndedRunError):
-    """The loss or the gradient of a step is not finite."""
+    """A step whose loss or gradient is not finite."""
 
 
 class FailedRunsError(EndedRunError):
-    """Some runs of a comparison failed; the others were done."""
+    """A comparison or grid in which some runs failed and the others finished."""
 
 
 class StoppedRunError(KeyboardInterrupt):
-    """A run that a signal stopped; the command line prints the message and exits with `exit_code`.
+    """A run that a signal stopped.
 
-    A signal can arrive anywhere, in code of others, too. Hence no Exception: code that tries
-    something, and goes on where it fails, must not take the signal for the failure.
+    The command line prints the message and exits with `exit_code`. The class is no Exception, since
+    a signal can arrive in the middle of any code: code that continues after a failure must not
+    mistake the signal for the failure.
     """
 
     exit_code = 130
 
 
 class PreemptedRunError(StoppedRunError):
-    """The system asked the run to stop, and it did as it should."""
+    """A run that the system asked to stop, and that stopped as intended."""
 
     exit_code = 0
 
 
 class InterruptedRunError(StoppedRunError):
-    """The user asked the run to stop."""
+    """A run that the user asked to stop."""

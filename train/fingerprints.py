@@ -1,4 +1,4 @@
-"""The files that a run reads, and hashes by which a resumed run knows them again."""
+"""Fingerprints of input files: hashes by which a resumed run recognises them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Inputs: TypeAlias = dict[str, dict[str, Path]]
 Fingerprints: TypeAlias = dict[str, dict[str, dict[str, Any]]]
 
 _SPLIT_FLAGS = {split: f"--{split}-file" for split in tasks.SPLITS}
-# Of a backbone's folder, beside its weights; others are never read.
+# Files in a backbone's folder that are read beside its weights.
 _OF_BACKBONE = re.compile(
     r"config\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json"
     r"|.*\.model"
@@ -32,13 +32,13 @@ _OF_BACKBONE = re.compile(
 
 
 def files_read(options: TrainingOptions) -> Inputs:
-    """Returns the files that a run reads: data, backbone, and adapters that it composes.
+    """Returns the files that a run reads: data, backbone, and the adapters that it composes.
 
-    A data set that comes from the hub is not among them, a backbone from the hub only once it is
-    in the hub's cache.
+    A data set from the hub is not included; a backbone from the hub is included once it is in the
+    hub's cache.
 
     Args:
-      options: of `fit`, or of `compare`.
+      options: the options of `fit` or of `compare`.
     """
     found: Inputs = {}
     for name in options.task.split(","):
@@ -53,7 +53,7 @@ def files_read(options: TrainingOptions) -> Inputs:
 
 
 def fingerprints(inputs: Inputs) -> Fingerprints:
-    """Returns sizes and hashes of files; no file is read twice while it stays as it is."""
+    """Returns sizes and hashes of files; a file is read again only after it has changed."""
     return {
         flag: {name: _fingerprint(path) for name, path in files.items() if path.is_file()}
         for flag, files in inputs.items()
@@ -61,12 +61,12 @@ def fingerprints(inputs: Inputs) -> Fingerprints:
 
 
 def changes(before: Mapping[str, Any], now: Fingerprints, *, whole: bool = True) -> list[str]:
-    """Returns what differs between two fingerprints, one phrase for each flag.
+    """Returns the differences between two fingerprints, one phrase for each flag.
 
     Args:
-      before: as they were; a flag that is not among them is not compared.
-      now: as they are.
-      whole: whether all files are there by now; if not, only those in both are compared.
+      before: the earlier fingerprints; flags that it lacks are not compared.
+      now: the current fingerprints.
+      whole: whether all current files exist; if not, only files in both fingerprints are compared.
     """
     found = []
     for flag in before.keys() & now.keys():
@@ -100,7 +100,7 @@ def _data_files(task: str, options: TrainingOptions) -> Inputs:
 
 
 def _backbone_folder(name: str) -> Path | None:
-    """The folder of a backbone, for an id on the hub that in the cache; None if there is none."""
+    """Returns the folder of a backbone, or that in the hub's cache; None without either."""
     folder = expanded(name)
     if is_there(folder) and folder.is_dir():
         return folder
@@ -108,7 +108,7 @@ def _backbone_folder(name: str) -> Path | None:
 
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no id of the hub's, either
+    except ValueError:  # no id of the hub either
         return None
     return Path(config).parent if isinstance(config, str) else None
 
@@ -134,7 +134,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _sha256(path: Path, size: int, changed: int) -> str:
-    """Of a file's content, as long as it has this size and time of its last change."""
+    """Returns the hash of a file's content; cached by its size and time of change."""
     del size, changed
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Folders that appear in one rename, and folders in which one process works at a time."""
+"""Folders that are created by one rename, and folders in which one process works at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK_NAME = ".lock"
-# What a file system answers that has no locks.
+# Errors of file systems without locks.
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
@@ -24,15 +24,15 @@ _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, e
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder, which becomes `path` on success and is removed otherwise.
 
-    It lies in a folder beside `path` that nobody could have made before, and its files are on the
-    disk before it gets its name.
+    The folder lies in a new folder beside `path`, and its files are on disk before it gets its
+    name.
 
     Args:
-      path: of the folder; may exist if it is empty.
-      replace: whether it may exist with files in it, all of which are removed then.
+      path: the path of the folder; it may exist if it is empty.
+      replace: whether the folder may exist with files in it, all of which are then removed.
 
     Raises:
-      OSError: if a folder cannot be made, renamed or removed.
+      OSError: if a folder cannot be created, renamed or removed.
     """
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _sync_files(folder: Path) -> None:
-    """Returns when the files in a folder are on the disk."""
+    """Waits until the files in a folder are on disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -64,18 +64,18 @@ def _sync_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path, name: str = LOCK_NAME, *, waiting: str | None = None) -> Iterator[int]:
-    """Holds the lock of a folder, which the system takes back when the process ends, however.
+    """Holds the lock of a folder; the system releases it when the process ends for any reason.
 
     Args:
-      folder: exists.
-      name: of the file in it that is locked; it is made, and stays.
-      waiting: printed before waiting for whoever has the lock; None does not wait.
+      folder: the folder, which exists.
+      name: the name of the lock file in the folder; it is created, and stays.
+      waiting: a message to print before waiting for the holder of the lock; None does not wait.
 
     Yields:
-      A descriptor; a process that inherits it holds the lock, too.
+      A file descriptor; a process that inherits it holds the lock, too.
 
     Raises:
-      ValueError: if somebody else has the lock, and this is not to wait.
+      ValueError: if another process holds the lock and `waiting` is None.
       OSError: if the file cannot be opened.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)

@@ -1,4 +1,4 @@
-"""What a run shows: the table of parameters, the curves, the report."""
+"""Text, JSON and tables that commands show and write."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def as_json(value: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """A metric in words: a count as it is, anything else with four decimals; "-" for None."""
+    """Formats a metric: a count as it is, any other number with four decimals, None as "-"."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def parameter_rows(count: Count) -> list[tuple[str, str, str, str]]:
-    """Rows `(group, trained, all, trained in percent of all parameters)`, the sum last."""
+    """Returns rows `(group, trained, all, trained in percent of all parameters)`, the sum last."""
 
     def row(name: str, trained: int, total: int) -> tuple[str, str, str, str]:
         return name, f"{trained:,}", f"{total:,}", f"{100 * trained / count.total:.4f} %"
@@ -40,12 +40,12 @@ def parameter_rows(count: Count) -> list[tuple[str, str, str, str]]:
 
 
 def backbone_total(count: Count) -> int:
-    """Parameters of the backbone alone: all but what the method and the task add."""
+    """Returns the number of parameters of the backbone, without method and head."""
     return count.total - sum(count.groups.get(g, (0, 0))[1] for g in ("rule", "adapters", "head"))
 
 
 def parameter_table(count: Count, method: MethodConfig) -> str:
-    """The table of what is trained, for the console."""
+    """Returns the table of trained parameters for the console."""
     rows = [("group", "trained", "parameters", "of all"), *parameter_rows(count)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
@@ -57,6 +57,6 @@ def parameter_table(count: Count, method: MethodConfig) -> str:
 
 
 def table(header: list[str], rows: Any) -> str:
-    """A table in Markdown."""
+    """Returns a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,7 +1,7 @@
 """Compositions on the command line: `stack(runs/english/adapter, compacter++)`.
 
-An expression is what `compacter_jax.Stack` and its like take, written down. Its leaves are presets,
-which are new, and folders of saved adapters.
+An expression denotes a composition of `compacter_jax`, such as `Stack`. Its leaves are presets,
+which are new members, and folders of saved adapters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KINDS = [kind for kind in COMPOSITIONS if kind != Bank.kind]
 _WEIGHTED = ("average", "average_maps")
 
 
-# Flag that takes an expression -> one.
+# Flag that accepts an expression -> an example.
 _EXAMPLES = {
     "--method": "stack(language=runs/english/adapter, task=compacter++)",
     "--adapter": "average(0.7*runs/a/adapter, 0.3*runs/b/adapter)",
@@ -39,11 +39,11 @@ _TOKEN = re.compile(r"\s*([(),=*]|[^(),=*]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A preset or a folder.
+    """A preset or a folder in an expression.
 
     Attributes:
-      text: as it was written.
-      folder: of the saved adapter; None of a preset.
+      text: the text of the leaf.
+      folder: the folder of the saved adapter; None for a preset.
     """
 
     text: str
@@ -52,13 +52,13 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A composition.
+    """A composition in an expression.
 
     Attributes:
-      kind: of `COMPOSITIONS`.
-      names: of its members.
-      weights: of an average; empty where none are given.
-      members: leaves, and other compositions.
+      kind: a key of `COMPOSITIONS`.
+      names: the names of its members.
+      weights: the weights of an average; empty if none are given.
+      members: its members: leaves and other compositions.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Node:
     members: tuple[Leaf | Node, ...]
 
     def leaves(self) -> dict[str, Leaf]:
-        """Names that lead to it, `/`-joined -> leaf."""
+        """Returns path of names, `/`-joined -> leaf."""
         found: dict[str, Leaf] = {}
         for name, member in zip(self.names, self.members, strict=True):
             if isinstance(member, Leaf):
@@ -77,12 +77,12 @@ class Node:
         return found
 
     def presets(self) -> list[str]:
-        """Those among its leaves, in order."""
+        """Returns the presets among the leaves, in order."""
         return [leaf.text for leaf in self.leaves().values() if leaf.folder is None]
 
 
 def folder_of(folder: Path) -> Path:
-    """Where an adapter is: `folder` itself, or `folder/adapter` where `fit` wrote into `folder`."""
+    """Returns the folder of an adapter: `folder`, or `folder/adapter` in the output of `fit`."""
     candidates = (folder, folder / "adapter")
     return next(
         (path for path in candidates if (path / cj.checkpoint.CONFIG_NAME).exists()), folder
@@ -90,26 +90,26 @@ def folder_of(folder: Path) -> Path:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether there is an adapter in `folder_of` it."""
+    """Returns True if there is an adapter in `folder_of(folder)`."""
     return (folder_of(folder) / cj.checkpoint.CONFIG_NAME).exists()
 
 
 def parse(text: str, flag: str = "--method") -> Node:
-    """Reads an expression.
+    """Parses an expression.
 
         expression = KIND "(" member { "," member } ")"
         member     = [ NAME "=" ] [ WEIGHT "*" ] ( expression | PRESET | FOLDER )
 
-    KIND is stack, parallel, average or average_maps. Names are by default 0, 1, …; weights are for
-    averages, of all members or of none.
+    KIND is stack, parallel, average or average_maps. Names are 0, 1, … by default. Weights are for
+    averages, and are given for all members or for none.
 
     Args:
       text: the expression.
-      flag: it was given for; only `--method` takes presets.
+      flag: the flag that has the expression; only `--method` accepts presets.
 
     Raises:
-      ValueError: for what cannot be read, an unknown kind, or a leaf that is neither a preset nor
-        the folder of an adapter.
+      ValueError: for an expression that cannot be parsed, an unknown kind, or a leaf that is
+        neither a preset nor the folder of an adapter.
     """
     parser = _Parser(text, flag)
     made = parser.expression()
@@ -120,7 +120,7 @@ def parse(text: str, flag: str = "--method") -> Node:
 
 
 class _Parser:
-    """One expression, from left to right."""
+    """Recursive descent parser of one expression."""
 
     def __init__(self, text: str, flag: str):
         self._text, self._flag = text, flag
@@ -202,17 +202,17 @@ class _Parser:
 
 
 def composed(expression: Node, options: Any, trained: str | None) -> Composition:
-    """The method that an expression says.
+    """Returns the method that an expression describes.
 
     Args:
-      expression: see `parse`.
-      options: changes to its presets, each to those that have the field.
-      trained: names of the members to train, `/`-joined, with commas between them; by default the
+      expression: the result of `parse`.
+      options: changes to the presets, each for the presets that have the field.
+      trained: the names of the members to train, `/`-joined, separated by commas; by default the
         presets.
 
     Raises:
-      ValueError: for a name that no member has, options that no preset has, members that do not
-        compose; or if nothing would be trained.
+      ValueError: for a name that no member has, options that no preset has, or members that cannot
+        be composed; or if nothing would be trained.
     """
     leaves = expression.leaves()
     chosen = set(_trained_names(expression, trained))
@@ -227,7 +227,11 @@ def composed(expression: Node, options: Any, trained: str | None) -> Composition
 
 
 def saved_method(folder: Path) -> MethodConfig:
-    """The method of a saved adapter; ValueError that names its file if there is none."""
+    """Returns the method of a saved adapter.
+
+    Raises:
+      ValueError: if there is none; the message names its file.
+    """
     try:
         return from_dict(cj.read_adapter_config(folder)["method"])
     except ValueError as error:
@@ -258,7 +262,7 @@ def _trained_names(expression: Node, trained: str | None) -> list[str]:
 
 
 def _check_options(names: Sequence[str], options: Any) -> None:
-    """ValueError for an option that none of the presets has."""
+    """Raises ValueError for an option that none of the presets has."""
     used = {key for name in names for key in given_options(options_of(name, options))}
     if unused := sorted(given_options(options).keys() - used):
         flag = "--" + unused[0].replace("_", "-")
@@ -290,23 +294,23 @@ def _composition(
 
 
 class ChoosesMethod:
-    """Of the commands that take a preset or a composition."""
+    """Base of the options of commands that accept a preset or a composition."""
 
     method: str
     train_members: str | None
     method_options: Any
 
     def check_method(self) -> None:
-        """Checks the name and the options of a preset; a composition is read only when it is used.
+        """Checks the name and options of a preset; a composition is only parsed when it is used.
 
         Raises:
-          ValueError: for an unknown preset, or options that it does not have.
+          ValueError: for an unknown preset, or for options that it lacks.
         """
         if not is_composition(self.method):
             method_of(self.method, self.method_options)
 
     def check_members(self) -> None:
-        """ValueError if members of a composition are named where there is none."""
+        """Raises ValueError if members of a composition are named although the method is none."""
         if self.train_members is not None and not is_composition(self.method):
             raise ValueError(
                 f"--train-members are those of a composition, and --method {self.method} is none"
@@ -314,11 +318,15 @@ class ChoosesMethod:
 
     @functools.cached_property
     def composition(self) -> Node | None:
-        """What `method` says, where it is no preset; raises as `train.cli.compositions.parse`."""
+        """Composition that `method` describes; None for a preset.
+
+        Raises:
+          ValueError: as `parse`.
+        """
         return parse(self.method) if is_composition(self.method) else None
 
     def method_config(self) -> MethodConfig:
-        """The preset with the changes that are given, or the composition."""
+        """Returns the preset with the given changes, or the composition."""
         if self.composition is None:
             return method_of(self.method, self.method_options)
         return composed(self.composition, self.method_options, self.train_members)

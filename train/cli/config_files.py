@@ -1,4 +1,4 @@
-"""Flags from a file of settings, and numbers as people write them."""
+"""Flags from a TOML file of settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from train.cli.method_flags import MethodOptions
 
 
 def expand_config(arguments: Sequence[str], options_class: type) -> list[str]:
-    """Puts the flags of `--config FILE.toml` before those of the command line, so that these win.
+    """Inserts the flags of `--config FILE.toml` before those of the command line, which win.
 
-    `base = "OTHER.toml"`, of the same folder, is a file whose keys this one has too unless it says
-    otherwise. A table `[tasks.NAME]` holds what is different where the run has this task alone.
-    The key `method` is `--methods` for commands that have that flag.
+    `base = "OTHER.toml"` names a file in the same folder, whose keys are the defaults of this
+    file's. A table `[tasks.NAME]` has the values for runs of this single task. For commands with
+    the flag `--methods`, the key `method` sets it.
 
     Args:
-      arguments: of the command line.
-      options_class: of the command, whose flags the keys must be.
+      arguments: the arguments of the command line.
+      options_class: the options of the command, whose flags the keys must be.
 
     Raises:
       FileNotFoundError: if a file does not exist.
@@ -48,13 +48,13 @@ def expand_config(arguments: Sequence[str], options_class: type) -> list[str]:
 
 
 def _hints_of_keys(options_class: type) -> dict[str, Any]:
-    """Key that a configuration may have -> type."""
+    """Returns key -> type, for the keys that a configuration may have."""
     hints = typing.get_type_hints(options_class) | typing.get_type_hints(MethodOptions)
     return {key: hint for key, hint in hints.items() if key not in ("method_options", "config")}
 
 
 def _check_keys(path: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """ValueError for a key that is no flag, or a value of another type."""
+    """Raises ValueError for a key that is no flag, or a value of another type."""
     for key in values:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
@@ -66,7 +66,7 @@ def _check_keys(path: str, values: Mapping[str, Any], hints: Mapping[str, Any]) 
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """What follows a flag where it comes last, as `--flag value` or `--flag=value`."""
+    """Returns the last value of a flag, `--flag value` or `--flag=value`; None without one."""
     value = None
     for i, argument in enumerate(arguments):
         if argument == name and i + 1 < len(arguments):
@@ -77,7 +77,7 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The keys of a file and its base, and those of each of its tables by task."""
+    """Returns the keys of a file and its base, and task -> the keys of its table."""
     values, of_tasks = _read_tables(path)
     if "base" not in values:
         return values, of_tasks
@@ -95,7 +95,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 
 
 def _read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The keys of a file, and those of its tables `[tasks.NAME]`."""
+    """Returns the keys of a file, and those of its tables `[tasks.NAME]`."""
     values = toml.read_toml(path)
     tables = values.pop("tasks", {})
     if not isinstance(tables, dict) or not all(isinstance(x, dict) for x in tables.values()):
@@ -107,12 +107,15 @@ def _read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 
 
 def flag(key: str, value: Any, toggle: bool) -> list[str]:
-    """A field as arguments of the command line; a bool is `--key` or, without `toggle`, a value."""
+    """Returns a field as command line arguments.
+
+    A bool is a switch `--key` with `toggle`, otherwise a value.
+    """
     name = key.replace("_", "-")
     if isinstance(value, bool) and toggle:
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)]
-    if str(value).startswith("-"):  # which would be a flag by itself
+    if str(value).startswith("-"):  # otherwise it would be read as a flag
         return [f"--{name}={value}"]
     return [f"--{name}", str(value)]

@@ -1,9 +1,9 @@
-"""Large pages for the arrays of a step on a CPU.
+"""Huge pages for the arrays of a step on a CPU.
 
-XLA gives the memory of a step's intermediate arrays back when the step ends, and the next step
-takes it again from the kernel, page by page. With huge pages that is 200 pages instead of 85,000
-for a step of MiniLM, and the step 14 % shorter (`benchmarks/NOTES.md`). glibc asks for them if
-a variable says so when a process begins.
+XLA frees the memory of a step's intermediate arrays when the step ends, and the next step allocates
+it again from the kernel, page by page. Huge pages reduce this to 200 pages instead of 85,000 for a
+step of MiniLM, and make the step 14 % shorter (`benchmarks/NOTES.md`). glibc requests them if a
+variable is set when a process starts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def use_huge_pages() -> None:
-    """Begins this process again, with the same arguments, if huge pages are to be asked for.
+    """Restarts this process with the same arguments, if huge pages are to be requested.
 
-    It must be the first thing that a program does. What the user has set stays.
+    It must be the first action of a program. A setting of the user is preserved.
     """
     wanted = tunables(os.environ)
     if wanted is not None:
@@ -31,7 +31,7 @@ def use_huge_pages() -> None:
 
 
 def tunables(environment: Mapping[str, str], kernel: Path = _KERNEL) -> str | None:
-    """GLIBC_TUNABLES with huge pages; None where they are set, not to be had, or always used."""
+    """Returns GLIBC_TUNABLES with huge pages; None if they are set, unavailable, or always used."""
     given = environment.get(_VARIABLE, "")
     name, version = platform.libc_ver()
     if _SETTING in given or name != "glibc":

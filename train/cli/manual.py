@@ -1,4 +1,4 @@
-"""The help of a command, laid out as a manual page: usage, examples, options in groups."""
+"""Help of a command as a manual page: usage, examples, and options in groups."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from compacter_jax import catalogue
 from train.cli import method_flags, options
 
 INDENT, COLUMN = 2, 28
-_KEPT = "\u00a0"  # a space at which no line is broken
+_KEPT = "\u00a0"  # a non-breaking space
 
-# Command -> (what it does, arguments after `python -m train COMMAND`); the tests parse them all.
+# Command -> (description, arguments after `python -m train COMMAND`); the tests parse them all.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "fit": (
         (
@@ -40,12 +40,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--output-dir runs/grid",
         ),
         (
-            "A new adapter on top of a saved one, which stays as it is:",
+            "A new adapter on top of a saved one, which stays frozen:",
             "--backbone DIR --task movie --method 'stack(runs/english,compacter++)' "
             "--output-dir runs/stack",
         ),
         (
-            "Go on with a run that was interrupted:",
+            "Continue an interrupted run:",
             "--backbone DIR --task movie --method compacter++ --output-dir runs/movie --resume",
         ),
     ),
@@ -73,21 +73,21 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--adapter runs/movie/adapter --input new.csv --output labelled.parquet --logits",
         ),
         (
-            "Every row by the adapter that its column adapter names, of those in a folder:",
+            "Predict every row with the adapter in a folder that its column adapter names:",
             "--adapter runs --input mixed.csv --output labelled.csv",
         ),
         (
-            "By two adapters at once, their outputs averaged in every layer:",
+            "Use two adapters at once, with their outputs averaged in every layer:",
             "--adapter 'average(0.7*runs/a,0.3*runs/b)' --input new.csv --output labelled.csv",
         ),
     ),
     "plan": (
         (
-            "A run of the paper on a device that is not here:",
+            "A run of the paper, on a device that this machine lacks:",
             '--config train/configs/glue_compacter_pp.toml --device-kind "TPU v4"',
         ),
         (
-            "How much memory a large backbone takes, divided over eight devices:",
+            "Memory of a large backbone, sharded over eight devices:",
             "--backbone t5-11b --task mnli --method compacter --mesh data=2,model=4 "
             "--backbone-dtype bfloat16 --max-steps 10000",
         ),
@@ -96,7 +96,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("Compacter on your backbone, by group:", "--backbone DIR --method compacter"),
         ("Every method on T5-base, without its weights:", "--backbone-config t5-base --method all"),
         (
-            "What each device holds if the backbone is divided:",
+            "Memory of each device if the backbone is sharded:",
             "--backbone-config t5-11b --mesh data=1,model=4 --backbone-dtype bfloat16",
         ),
     ),
@@ -111,14 +111,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--backbone DIR --task movie --train-size 2000 --processes 2 --output-dir runs/compare",
         ),
         (
-            "How the methods do as the data grows:",
+            "Scores of methods by training set size:",
             "--backbone DIR --task movie --methods full,compacter++ "
             "--train-size 100,500,1000,4000 --seeds 5 --steps 300 --output-dir runs/sizes",
         ),
     ),
     "convert": (
         (
-            "From AdapterHub, with the names of the labels, which its folder does not have:",
+            "From AdapterHub, with the names of the labels, which its folder lacks:",
             "--from adapterhub FOLDER --backbone DIR --label-names negative positive "
             "--to my-adapter",
         ),
@@ -129,13 +129,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "merge": (
         (
-            "LoRA becomes weights; PyTorch's transformers loads the folder:",
+            "Merge LoRA into the weights, for PyTorch's transformers:",
             "--adapter runs/lora/adapter --to merged-backbone",
         ),
     ),
     "create-backbone": (
         (
-            "A small T5 with a tokenizer of your text, to be pre-trained by fit --task "
+            "A small T5 with a tokenizer trained on your text, to pre-train with fit --task "
             "span_corruption:",
             "--text-files corpus.txt --vocab-size 8000 --num-layers 4 --output-dir runs/t5-random",
         ),
@@ -143,7 +143,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 _REQUIRED, _OF_COMMAND = "required", "of this command"
-# The class that declares options -> their heading; what other classes declare is `_OF_COMMAND`.
+# Class that declares options -> their heading; options of other classes are `_OF_COMMAND`.
 _HEADINGS: dict[type, str] = {
     options.BackboneOptions: "backbone",
     options.TaskOptions: "task and data",
@@ -155,7 +155,7 @@ _HEADINGS: dict[type, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """One entry: `--flag VALUE`, what it is, and under which heading."""
+    """Entry of one option: `--flag VALUE`, its explanation, and its heading."""
 
     flag: str
     text: str
@@ -163,12 +163,12 @@ class _Option:
 
 
 def page(command: str, options_class: type, *, width: int = 100) -> str:
-    """The manual page of a command.
+    """Returns the manual page of a command.
 
     Args:
       command: a key of `EXAMPLES`.
       options_class: the dataclass of its options, whose docstring explains them.
-      width: of a line, in characters.
+      width: the width of a line in characters.
 
     Returns:
       Text without a newline at its end.
@@ -200,13 +200,13 @@ def _method_headings() -> list[str]:
 
 
 def _description(cls: type) -> list[str]:
-    """The paragraphs of a class's docstring before its attributes."""
+    """Returns the paragraphs of a class's docstring before its attributes."""
     text = inspect.cleandoc(cls.__doc__ or "").split("\nAttributes:")[0]
     return [" ".join(part.replace("`", "").split()) for part in text.strip().split("\n\n")]
 
 
 def _entries(cls: type) -> Iterator[_Option]:
-    """The options of a command, in the order of its dataclass."""
+    """Yields the options of a command, in the order of its dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     texts = method_flags.documented(cls)
     for field in dataclasses.fields(cls):
@@ -225,7 +225,7 @@ def _entries(cls: type) -> Iterator[_Option]:
 
 
 def _method_entries() -> Iterator[_Option]:
-    """The options that change a preset, each under the class of methods that has it first."""
+    """Yields the options of presets, each under the first class of methods that has it."""
     for entry in _entries(method_flags.MethodOptions):
         name = entry.flag.split()[0].removeprefix("--").replace("-", "_")
         heading = _heading(tuple(catalogue.METHODS.values()), name)
@@ -233,7 +233,7 @@ def _method_entries() -> Iterator[_Option]:
 
 
 def _heading(classes: Sequence[type], name: str) -> str:
-    """That of the class that declares the field, of the first class that has it."""
+    """Returns the heading of the class that declares a field, among the first class that has it."""
     for cls in classes:
         for declaring in reversed(cls.__mro__):
             if name in vars(declaring).get("__annotations__", {}):
@@ -242,7 +242,7 @@ def _heading(classes: Sequence[type], name: str) -> str:
 
 
 def _plain(hint: Any) -> tuple[Any, Any]:
-    """A type without `Annotated` and `| None`, and what tyro was told of it."""
+    """Returns a type without `Annotated` and `| None`, and its settings for tyro."""
     told = None
     if typing.get_origin(hint) is typing.Annotated:
         hint, *rest = typing.get_args(hint)
@@ -253,7 +253,7 @@ def _plain(hint: Any) -> tuple[Any, Any]:
 
 
 def _metavar(hint: Any) -> str:
-    """How a value is written; nothing for a switch."""
+    """Returns the placeholder of a value; empty for a switch."""
     if hint is bool:
         return ""
     if typing.get_origin(hint) is typing.Literal:
@@ -264,7 +264,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    """What a page says of a default; nothing where the text says it, or there is none."""
+    """Returns the text of a default value; empty if there is none or the explanation has it."""
     if value is dataclasses.MISSING or value is None or isinstance(value, bool | tuple):
         return ""
     return f" (default: {value})"
@@ -273,7 +273,7 @@ def _default(value: Any) -> str:
 def _examples(command: str, width: int) -> str:
     lines = ["examples:"]
     for what, arguments in EXAMPLES[command]:
-        # A flag stays with its values.
+        # A flag and its values stay on one line.
         units = re.sub(r"(?<= )(?=--)", "\n", f"python -m train {command} {arguments}")
         kept = units.replace(" ", _KEPT).replace(f"{_KEPT}\n", " ")
         folded = textwrap.wrap(kept, width - 8, break_long_words=False, break_on_hyphens=False)
@@ -283,7 +283,7 @@ def _examples(command: str, width: int) -> str:
 
 
 def _continued(lines: Sequence[str]) -> list[str]:
-    """Lines of one shell command."""
+    """Returns the lines of one shell command."""
     spaced = [line.replace(_KEPT, " ") for line in lines]
     return [*(f"{line} \\" for line in spaced[:-1]), spaced[-1]]
 

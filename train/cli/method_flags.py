@@ -15,24 +15,25 @@ from compacter_jax.catalogue import METHODS, preset, presets
 from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.methods.base import MethodConfig
 
-# In place of a preset, where a command takes them all.
+# Name in place of a preset, for commands that accept all of them.
 ALL = "all"
 
 
 MethodName: TypeAlias = Annotated[
     str,
     tyro.conf.arg(
-        help=f"preset of the method: {', '.join(presets())}; or a composition of presets, which "
-        "are trained, and of folders of adapters, which are not: "
-        "'stack(runs/english,compacter++)', with parallel, average and average_maps likewise."
+        help=f"preset of the method: {', '.join(presets())}; or a composition by stack, parallel, "
+        "average or average_maps, such as 'stack(runs/english,compacter++)', of presets, which "
+        "are trained, and folders of saved adapters, which stay frozen."
     ),
 ]
 
 
 def _method_options() -> type:
-    """A dataclass of every method's fields, None where the preset's value stands.
+    """Builds a dataclass of the fields of all methods, None where the preset's value applies.
 
-    Methods share a flag where they share a name. `parts` has none: methods are no flags.
+    Methods share a flag if they share the name of a field. `parts` has no flag: its values are
+    methods.
     """
     hints: dict[str, Any] = {}
     texts: dict[str, dict[str, list[str]]] = {}  # field -> explanation -> kinds of method
@@ -56,18 +57,18 @@ def _method_options() -> type:
 
 
 def _flag_fields(cls: type[MethodConfig]) -> dict[str, Any]:
-    """Field -> type, of the fields that have a flag."""
+    """Returns field -> type, for the fields that have a flag."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "parts"}
 
 
 def _joined(texts: Mapping[str, list[str]]) -> str:
-    """The first explanation, and those of the kinds for which the name means something else."""
+    """Returns the first explanation, then those of the kinds whose field has another meaning."""
     (first, _), *others = texts.items()
     return " ".join([first, *(f"Of {', '.join(kinds)}: {text}" for text, kinds in others)])
 
 
-# Constants that docstrings of methods name, for what there is to choose from.
+# Constants with lists of choices that the docstrings of methods name.
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "WEIGHT_INITS": bottleneck.WEIGHT_INITS,
     "PROMPT_INITS": prompt_tuning.PROMPT_INITS,
@@ -76,7 +77,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 
 
 def documented(cls: type) -> dict[str, str]:
-    """Field -> its explanation in the docstring of the class that declares it."""
+    """Returns field -> its explanation in the docstring of the class that declares it."""
     texts = {}
     for base in reversed(cls.__mro__):
         for attribute in docstring_parser.parse(base.__doc__ or "").params:
@@ -87,7 +88,7 @@ def documented(cls: type) -> dict[str, str]:
 
 
 def _values_of(name: re.Match[str]) -> str:
-    """What is to choose from, in place of the name of the constant that lists it."""
+    """Returns the choices in place of the name of the constant that lists them."""
     values = _CHOICES.get(name[1])
     return ", ".join(values) if isinstance(values, tuple) else name[0]
 
@@ -109,25 +110,25 @@ MethodFlags: TypeAlias = tyro.conf.OmitArgPrefixes[MethodOptions]  # type: ignor
 
 
 def method_of(name: str, options: Any) -> MethodConfig:
-    """The preset with the options that were given."""
+    """Returns the preset with the given options."""
     return preset(name, **given_options(options))
 
 
 def is_composition(text: str) -> bool:
-    """Whether `train.cli.compositions.parse` is to read it, and not a name."""
+    """Returns True for an expression of `train.cli.compositions.parse`, False for a name."""
     return "(" in text
 
 
 def given_options(options: Any) -> dict[str, Any]:
-    """Field -> value, of the `MethodOptions` that were given."""
+    """Returns field -> value, for the `MethodOptions` that were given."""
     return {key: value for key, value in vars(options).items() if value is not None}
 
 
 def options_of(name: str, options: Any) -> Any:
-    """Those of the `MethodOptions` that are for the preset, where several presets share them."""
+    """Returns the `MethodOptions` that apply to a preset, if several presets share them."""
     method = preset(name)
     known = {field.name for field in dataclasses.fields(method)}
-    # A combined method passes on what one part alone has.
+    # A combined method forwards the fields that only one of its parts has.
     fields = [field.name for part in method.inserted() for field in dataclasses.fields(part)]
     known |= {field for field in fields if fields.count(field) == 1}
     given = {key: value for key, value in given_options(options).items() if key in known}

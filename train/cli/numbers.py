@@ -1,4 +1,4 @@
-"""Numbers on the command line, as people write them."""
+"""Numbers on the command line, with errors in plain words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 
 
 def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Returns how a number, or none, is read; tyro itself answers with Python's types."""
+    """Returns a parser of numbers and None for tyro, whose own errors name Python's types."""
     is_union = typing.get_origin(info.type) in (typing.Union, types.UnionType)
     kinds = set(typing.get_args(info.type)) if is_union else {info.type}
     if kinds - {type(None)} not in ({int}, {float}):
@@ -33,6 +33,6 @@ def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     )
 
 
-# Within it, tyro reads numbers by `_number`.
+# Registry with which tyro parses numbers by `_number`.
 NUMBERS = tyro.constructors.ConstructorRegistry()
 NUMBERS.primitive_rule(_number)

@@ -1,4 +1,4 @@
-"""The flags of every subcommand, as dataclasses that tyro draws the command line from."""
+"""Flags that several subcommands share, as dataclasses that tyro turns into a command line."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BackboneDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """Which backbone, and how it computes.
+    """The backbone, and its dtypes.
 
     Attributes:
       backbone: folder of a Hugging Face checkpoint, or its id on the hub.
-      dtype: what matrix products compute in; what is trained stays float32.
-      backbone_dtype: what weights that are not trained are stored in; int8 is for kernels and the
-        vocabulary, with a scale for each of their channels.
+      dtype: dtype of matrix products; trained parameters stay float32.
+      backbone_dtype: dtype in which frozen weights are stored; int8 applies to kernels and the
+        vocabulary, with one scale per channel.
     """
 
     backbone: str
@@ -37,28 +37,29 @@ class BackboneOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What to learn.
+    """The task to learn, and its data.
 
     Attributes:
       task: movie, product, tweet or editorial; a benchmark: cola, sst2, mrpc, qqp, stsb, mnli,
         qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, or a translation such as
-        wmt16-ro-en; any other name for your own files; or span_corruption, the pre-training of T5,
-        whose files are plain text.
-      train_file: your own examples: .parquet, .jsonl, .csv or .tsv with the columns sentence, maybe
-        sentence2, and label, score or target; a target is text, which T5 learns to write.
-      validation_file: the same; the best epoch is chosen on it. span_corruption holds out a part of
-        the text where there is none.
-      test_file: the same; scored once, at the end.
-      data_dir: folder of a benchmark's data set, laid out as its repository on the hub (for mnli
-        mnli/train-*.parquet ...); by default it is read from the hub.
-      split_protocol: of benchmarks: official takes the hub's splits, and a test split where its
-        labels are published; paper halves the validation split of small data sets into validation
-        and test, and holds out 1,000 training examples of large ones, with seed 42.
+        wmt16-ro-en; any other name for your own files; or span_corruption, the pre-training task of
+        T5, whose files are plain text.
+      train_file: your own examples: .parquet, .jsonl, .csv or .tsv with a column sentence,
+        optionally sentence2, and one of label, score or target; a target is text, which T5 learns
+        to write.
+      validation_file: validation examples in the same format; the best epoch is chosen on them.
+        Without this file, span_corruption holds out a part of the training text.
+      test_file: test examples in the same format; scored once, at the end.
+      data_dir: folder of a benchmark's data set, laid out like its repository on the hub (for mnli
+        mnli/train-*.parquet ...); by default the hub is read.
+      split_protocol: splits of benchmarks: official uses the splits of the hub, with a test split
+        where its labels are published; paper halves the validation split of small data sets into
+        validation and test, and holds out 1,000 training examples of large ones, with seed 42.
       regression: predict the column score instead of label.
-      label_names: the labels of your own files, in the order of the adapter's outputs; integers 0,
-        1, 2 in them stand for the first, second, third. By default the labels of train_file,
-        sorted.
-      max_length: longest input in tokens; what is longer is cut, and counted.
+      label_names: labels of your own files, in the order of the adapter's outputs; integers 0, 1, 2
+        in the files stand for the first, second and third. By default the sorted labels of
+        train_file.
+      max_length: maximum input length in tokens; longer inputs are truncated and counted.
     """
 
     task: str = "custom"
@@ -74,18 +75,18 @@ class TaskOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextToTextOptions:
-    """How a task is cast as text; for T5 alone.
+    """Format of a task as text; for T5 only.
 
     Attributes:
-      prefix: what inputs begin with, in place of the task's name: "PREFIX sentence: ...", for pairs
-        "PREFIX sentence1: ... sentence2: ...", for your own targets "PREFIX: ...".
-      max_target_length: longest target in tokens; what is longer is cut, and counted.
-      score_step: regression rounds scores to multiples of it, and learns these as text.
-      evaluate_by: how labels are predicted: by the likelihood of each label's text, or by
-        generating text, which may be no label; scores and texts are always generated.
-      num_beams: of generation; 1 is greedy.
-      noise_density: of span_corruption, the part of the tokens that is taken out.
-      mean_span_length: of span_corruption, tokens taken out at one place, on average.
+      prefix: beginning of every input, instead of the task's name: "PREFIX sentence: ...", for
+        pairs "PREFIX sentence1: ... sentence2: ...", for your own targets "PREFIX: ...".
+      max_target_length: maximum target length in tokens; longer targets are truncated and counted.
+      score_step: step to which regression rounds the scores before it writes them as text.
+      evaluate_by: prediction of labels: scoring compares the likelihoods of the labels' texts,
+        generation generates text, which may be no label. Scores and texts are always generated.
+      num_beams: number of beams for generation; 1 is greedy.
+      noise_density: fraction of the tokens that span_corruption masks.
+      mean_span_length: mean number of tokens per masked span of span_corruption.
     """
 
     prefix: str | None = None
@@ -99,23 +100,24 @@ class TextToTextOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
-    """How to train, whatever the method.
+    """Settings of training that do not depend on the method.
 
     Attributes:
-      epochs: passes over the training data.
-      max_evaluations: evaluate after so many of the epochs at most, evenly spread, instead of after
-        each; the adapter is that of the best of them.
+      epochs: number of passes over the training data.
+      max_evaluations: maximum number of evaluations, evenly spaced over the epochs; by default one
+        after every epoch. The adapter of the best evaluation is kept.
       batch_size: examples per update, over all devices.
-      accumulation_steps: parts to divide a device's share of a batch into, to save memory.
-      eval_batch_size: examples per batch of evaluation.
-      learning_rate: peak of the schedule; by default the method's own, which
-        `train/objectives/learning_rates.py` lists.
-      warmup_fraction: part of all steps in which the learning rate rises from 0.
-      weight_decay: of AdamW, on every trained parameter.
-      clip_norm: largest norm of the gradient of the trained parameters; 0 does not clip.
-      backbone_dropout: rate in the backbone, in place of its configuration's.
-      remat: what the backward pass computes again, to save memory: full, each layer from its input;
-        dots, all but the products with weights.
+      accumulation_steps: number of parts into which each device divides its share of a batch, to
+        save memory.
+      eval_batch_size: number of examples per evaluation batch.
+      learning_rate: peak of the schedule; by default that of the method, listed in
+        `train/objectives/learning_rates.py`.
+      warmup_fraction: fraction of the steps over which the learning rate rises from 0.
+      weight_decay: weight decay of AdamW on every trained parameter.
+      clip_norm: maximum norm of the gradient of the trained parameters; 0 disables clipping.
+      backbone_dropout: dropout rate of the backbone, instead of its configuration's.
+      remat: activations to recompute in the backward pass, to save memory: full recomputes each
+        layer from its input; dots recomputes all but the products with weights.
     """
 
     epochs: int = 10
@@ -132,11 +134,11 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
 
     @property
     def composition(self) -> Node | None:
-        """The composition that a command is told; None for commands that take none."""
+        """Composition that the command is given; None for commands that accept none."""
         return None
 
     def check(self) -> None:
-        """ValueError for a number that cannot work."""
+        """Raises ValueError for a number out of range."""
         wanted = {
             "epochs": (self.epochs >= 1, "at least 1"),
             "max_evaluations": (
@@ -165,7 +167,12 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
 
 
 def check(options: Any, wanted: Mapping[str, tuple[bool, str]]) -> None:
-    """ValueError for the first field whose condition does not hold."""
+    """Raises ValueError for the first field whose condition does not hold.
+
+    Args:
+      options: the dataclass with the fields.
+      wanted: field -> whether its value is valid, and the valid values in words.
+    """
     for name, (holds, want) in wanted.items():
         if not holds:
             raise ValueError(f"{name}={getattr(options, name)} must be {want}")
@@ -173,14 +180,14 @@ def check(options: Any, wanted: Mapping[str, tuple[bool, str]]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostOptions:
-    """Several processes, on one host or on many, that train one model together.
+    """Several processes, on one host or on several, that train one model together.
 
     Attributes:
-      distributed: let JAX find the other processes: on a slice of TPUs, under SLURM or Open MPI.
-      coordinator_address: host:port of the first process, where JAX cannot find it; then every
-        process is started with its own process_id.
-      num_processes: how many there are.
-      process_id: of this one, from 0 on.
+      distributed: let JAX find the other processes: on a TPU slice, under SLURM or Open MPI.
+      coordinator_address: host:port of the first process, where JAX cannot find it; every process
+        is then started with its own process_id.
+      num_processes: number of processes.
+      process_id: index of this process, starting at 0.
     """
 
     distributed: bool = False
@@ -189,7 +196,7 @@ class HostOptions:
     process_id: int | None = None
 
     def check_hosts(self) -> None:
-        """ValueError for flags that do not go together."""
+        """Raises ValueError for flags that do not go together."""
         given = {
             "--coordinator-address": self.coordinator_address,
             "--num-processes": self.num_processes,

@@ -1,4 +1,4 @@
-"""TOML of the user's, read by one function that trusts nothing."""
+"""TOML files of the user, read without trust in their content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from compacter_jax.files import check_fields, read_text
 from compacter_jax.messages import quote, shorten
 
-# A file of flags has two kilobytes; a key of many dots takes time with the square of its length.
+# A file of flags has about two kilobytes. Parsing a key with many dots takes quadratic time.
 LARGEST_TOML = 64 * 2**10
 
 
@@ -20,8 +20,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Reads the keys of a file.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is too large, is not UTF-8 or no TOML, or its brackets are too deep; the
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is too large, is not UTF-8 or no TOML, or has too many nested brackets; the
         message names the file.
     """
     text = read_text(path, LARGEST_TOML)
@@ -34,16 +34,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_values(where: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Checks that values of TOML can be those of options.
+    """Checks that values of TOML are valid for options.
 
     Args:
-      where: the values are from, for messages.
+      where: the source of the values, for messages.
       values: option -> value.
-      hints: option -> type that the dataclass of the options gives it.
+      hints: option -> its type in the dataclass of the options.
 
     Raises:
-      ValueError: for a value of another type, or an item of a list that would be read as a flag;
-        the message names the place and the option.
+      ValueError: for a value of another type, or a list item that would be read as a flag; the
+        message names the source and the option.
     """
     check_fields(where, values, {name: _of_toml(hint) for name, hint in hints.items()})
     for name, value in values.items():
@@ -53,7 +53,7 @@ def check_values(where: str, values: Mapping[str, Any], hints: Mapping[str, Any]
 
 
 def _of_toml(hint: Any) -> Any:
-    """How an option of this type is written in TOML."""
+    """Returns the type of an option in TOML."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _of_toml(arguments[0])
@@ -63,5 +63,5 @@ def _of_toml(hint: Any) -> Any:
         return list[_of_toml(arguments[0])]  # type: ignore[misc]
     if hint is Path:
         return str
-    # Lists with commas, such as those of seeds, may be a single number.
+    # Comma-separated lists, such as seeds, may be a single number.
     return str | int | float if hint is str else hint

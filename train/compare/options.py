@@ -11,30 +11,32 @@ from train.cli.options import TrainingOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions(TrainingOptions):
-    """Train methods with several seeds, and compare what they give.
+    """Train methods with several seeds and compare their results.
 
-    Each run is a `fit` in a process of its own, at its method's learning rate. What was interrupted
-    goes on with the same command; methods, sizes and seeds that are added are trained beside those
-    there are.
+    Each run is a `fit` in its own process, at the learning rate of its method. The same command
+    continues an interrupted comparison. New methods, sizes or seeds are trained in addition to the
+    existing runs.
 
     Attributes:
-      output_dir: where results.json, report.md, the figures and runs/ go.
-      config: a TOML file of flags, as fit takes it; its method is --methods here.
-      task: movie, product, tweet, editorial, several of them with commas, or a name for your files.
-      methods: all, or presets with commas between them.
-      train_size: train on random samples of this size, or of each of several (100,500,1000); by
-        default on all there is. Sizes above a task's number of examples are left out.
-      seeds: how many runs of each method, or for each size how many (5,5,3).
-      at_once: how many seeds of a method to train at once, in one process: pays on an accelerator
-        that small batches leave idle; the times of these runs are then shares of their process.
-      processes: how many runs to train side by side, each on its share of the processors: on a CPU
-        more is done in the same time, though each run takes longer; not for an accelerator.
-      steps: updates of each run, or for each size how many, instead of epochs.
-      epochs: passes over the training data, where steps are not given.
-      max_length: longest input in tokens; what is longer is cut.
-      max_evaluations: evaluate so many times in a run at most, evenly spread.
-      keep_adapters: keep the adapters, which are otherwise removed once their scores are known.
-      overwrite: train finished runs again whose settings were others.
+      output_dir: folder for results.json, report.md, the figures and runs/.
+      config: TOML file of flags, as for fit; the key method sets --methods.
+      task: movie, product, tweet, editorial, several of them joined by commas, or a name for your
+        files.
+      methods: all, or presets joined by commas.
+      train_size: train on random samples of this size, or of each of several sizes (100,500,1000);
+        by default on all examples. Sizes above the number of examples of a task are skipped.
+      seeds: number of runs per method, or one number per size (5,5,3).
+      at_once: number of seeds of a method to train at once in one process. This helps on an
+        accelerator that small batches leave idle; reported times are divided by the number of runs
+        in the process.
+      processes: number of processes to run in parallel, each on its share of the processors. On a
+        CPU this increases throughput, although each run takes longer; not for an accelerator.
+      steps: number of updates of each run, or one number per size; replaces epochs.
+      epochs: number of passes over the training data, if steps are not given.
+      max_length: maximum input length in tokens; longer inputs are truncated.
+      max_evaluations: maximum number of evaluations per run, evenly spaced.
+      keep_adapters: keep the adapters, which are otherwise removed after they are scored.
+      overwrite: retrain finished runs that had different settings.
       method_options: changes to the presets that have the field, where not None.
     """
 

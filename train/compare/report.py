@@ -1,4 +1,4 @@
-"""What a comparison shows: tables, scores against trained parameters and against training size."""
+"""Report of a comparison: tables, and scores by trained parameters and by training set size."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 from compacter_jax.files import replace_file
 from train.report import number, table
 
-# Where a label may stand: direction from its point, and how far in points; near ones first.
+# Candidate positions of a label: direction from its data point and distance in points, near first.
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 _DISTANCES = (7, 14, 24, 36, 50, 66)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A method's runs on one task with one training size.
+    """Runs of a method on one task with one training set size.
 
     Attributes:
-      task: what was learned.
-      size: training examples.
-      method: preset.
-      metric: of the scores.
-      scores: on the test split, by seed.
-      learning_rate: of all of them.
-      trained: parameters that were.
-      total: all parameters.
-      step_seconds: median over the runs; None if no step was timed.
-      peak_memory: bytes, the largest of the runs.
-      peak_device_memory: the same of a device with memory of its own.
-      adapter_bytes: on disk.
+      task: the task.
+      size: the number of training examples.
+      method: the preset.
+      metric: the metric of the scores.
+      scores: the scores on the test split, by seed.
+      learning_rate: the learning rate of all runs.
+      trained: the number of trained parameters.
+      total: the number of all parameters.
+      step_seconds: the median over the runs; None if no step was timed.
+      peak_memory: the maximum over the runs in bytes.
+      peak_device_memory: the maximum of a device with its own memory in bytes, or None.
+      adapter_bytes: the size on disk.
     """
 
     task: str
@@ -51,22 +51,22 @@ class Summary:
 
     @property
     def mean(self) -> float:
-        """Of the scores."""
+        """Mean of the scores."""
         return statistics.mean(self.scores)
 
     @property
     def deviation(self) -> float:
-        """Sample standard deviation of the scores; 0 of a single one."""
+        """Sample standard deviation of the scores; 0 for a single score."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
     @property
     def percent(self) -> float:
-        """Trained parameters in percent of all."""
+        """Trained parameters in percent of all parameters."""
         return 100 * self.trained / self.total
 
 
 def summaries(records: Iterable[Mapping[str, Any]]) -> list[Summary]:
-    """One for each task, training size and method, in the order they come in."""
+    """Returns a summary for each task, training set size and method, in order of appearance."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for record in records:
         key = record["task"], record["train_examples"], record["method"]
@@ -140,7 +140,7 @@ def _explanation(settings: Mapping[str, Any]) -> str:
 
 
 def method_table(found: Sequence[Summary]) -> str:
-    """Methods of one task and size, in Markdown."""
+    """Returns a Markdown table of the methods of one task and size."""
     header = ["method", "trained", "of all", "learning rate", found[0].metric, "step", "memory"]
     on_device = all(s.peak_device_memory is not None for s in found)
     header += ["device memory"] if on_device else []
@@ -162,7 +162,7 @@ def method_table(found: Sequence[Summary]) -> str:
 
 
 def size_table(found: Sequence[Summary]) -> str:
-    """Scores of one task by method and training size, in Markdown."""
+    """Returns a Markdown table of the scores of one task, by method and training set size."""
     cells = {(s.method, s.size): score(s) for s in found}
     sizes = sorted({s.size for s in found})
     rows = [
@@ -173,13 +173,13 @@ def size_table(found: Sequence[Summary]) -> str:
 
 
 def score(summary: Summary) -> str:
-    """Mean, standard deviation and number of seeds, in words."""
+    """Formats mean, standard deviation and number of seeds."""
     spread = f" ± {number(summary.deviation)}" if len(summary.scores) > 1 else ""
     return f"{number(summary.mean)}{spread} ({len(summary.scores)})"
 
 
 def comparison_figure(found: Sequence[Summary]) -> Any:
-    """Score against trained parameters, a labelled point with error bars for each method."""
+    """Plots score against trained parameters: a labelled point with error bars for each method."""
     figure, axes = _figure((9, 6))
     for s in found:
         colour = "C3" if s.method.startswith("compacter") else "C0"
@@ -208,12 +208,12 @@ def comparison_figure(found: Sequence[Summary]) -> Any:
 
 
 def size_figure(found: Sequence[Summary]) -> Any:
-    """Score against training size: a line of means with error bars for each method."""
+    """Plots score against training set size: a line of means with error bars for each method."""
     figure, axes = _figure((8, 5))
     methods = _grouped(found, lambda s: s.method)
     for i, (method, of_method) in enumerate(methods.items()):
         in_order = sorted(of_method, key=lambda s: s.size)
-        # Side by side, so that no error bar hides another.
+        # Shifted sideways, so that no error bar hides another.
         shift = 1.03 ** (i - (len(methods) - 1) / 2)
         axes.errorbar(
             [shift * s.size for s in in_order],
@@ -235,12 +235,12 @@ def size_figure(found: Sequence[Summary]) -> Any:
 
 
 def place_labels(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each name beside its point, where it covers other points and names least."""
+    """Writes each name beside its point, where it overlaps other points and names least."""
     from matplotlib.text import Text  # noqa: PLC0415
     from matplotlib.transforms import Bbox  # noqa: PLC0415
 
     figure = axes.figure
-    figure.draw_without_rendering()  # settles the layout, and with it where the points are
+    figure.draw_without_rendering()  # fixes the layout, and thus the positions of the points
     renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72
     places = dict(zip(points, axes.transData.transform(list(points.values())), strict=True))
     markers = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
@@ -252,7 +252,7 @@ def place_labels(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     labels: dict[str, Any] = {}
 
     def box_at(size: Any, place: Any, offset: tuple[float, float]) -> Any:
-        """Where a text of `size` would be: its nearest edge or corner at the offset."""
+        """Returns the box of a text of `size` whose nearest edge or corner is at the offset."""
         left, bottom = (
             z + pixels * d - (0 if d > 0 else extent if d < 0 else extent / 2)
             for z, d, extent in zip(place, offset, (size.width, size.height), strict=True)
@@ -263,7 +263,7 @@ def place_labels(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
         outside = _area(box) - _area(Bbox.intersection(box, axes.bbox))
         return outside + sum(_area(Bbox.intersection(box, other)) for other in others)
 
-    # Twice: the first had the choice, and the last did not know where the others would be.
+    # Two passes, since the first labels are placed before the positions of the others are known.
     for name in 2 * sorted(points, key=lambda name: points[name]):
         if name not in labels:
             labels[name] = axes.annotate(

@@ -1,4 +1,4 @@
-"""The command `compare`: every method with every seed, in processes of their own."""
+"""Command `compare`: every method with every seed, each run in its own process."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from train.folders import alone
 from train.report import write_json
 
 _ROOT = Path(__file__).parents[1]
-# What a flag's numbers mean, where fit's flag of this name means something else.
+# The meaning of a flag's numbers, if fit's flag of the same name has another meaning.
 _MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
-# In the folder of a comparison, beside what it reports.
+# Files in the folder of a comparison, beside its reports.
 _RECORD_NAME, _RUNS_LOCK_NAME = "compare.json", ".runs.lock"
 
 
@@ -51,12 +51,12 @@ class Run:
     """One run of `fit`.
 
     Attributes:
-      task: what to learn.
-      size: training examples; None is all there are.
-      method: preset.
-      seed: of the run.
+      task: the task to learn.
+      size: the number of training examples; None is all.
+      method: the preset.
+      seed: the seed of the run.
       folder: its `--output-dir`.
-      flags: the others.
+      flags: its other flags.
     """
 
     task: str
@@ -68,28 +68,28 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the run in messages."""
         size = "" if self.size is None else f", {self.size:,} examples"
         return f"{self.task}{size}, {self.method}, seed {self.seed}"
 
     def finished(self) -> bool:
-        """Whether its result is there, with whatever flags."""
+        """Returns True if the result exists, with any flags."""
         return (self.folder / "metrics.json").exists()
 
     def same_flags(self) -> bool:
-        """Whether it was last started with these flags."""
+        """Returns True if the run was last started with these flags."""
         path = self.folder / FLAGS_NAME
         return path.exists() and parse_json(path.read_bytes(), str(path)) == list(self.flags)
 
     def clear(self) -> None:
-        """Removes what the run wrote, if it was begun before, and nothing else."""
+        """Removes the outputs of an earlier start of the run, and nothing else."""
         settings = {"task": self.task, "method": self.method}
         clear(self.folder, possibly_written(settings))
         for name in (RUN_NAME, FLAGS_NAME, OUTPUT_NAME):
             (self.folder / name).unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
-        """What is compared of its `metrics.json`."""
+        """Returns the fields of `metrics.json` that are compared."""
         result = json.loads((self.folder / "metrics.json").read_text("utf-8"))
         kept = ["metric", "learning_rate", "train_examples", "steps", "best_epoch"]
         kept += ["trained_parameters", "total_parameters", "adapter_bytes"]
@@ -106,22 +106,22 @@ class Run:
 
 
 def _shares(measured: dict[str, Any]) -> dict[str, Any]:
-    """Of what a process took, the part of each of the runs in it; memory is that of all."""
+    """Returns the measurements of a process with its times divided by its number of runs."""
     runs = measured.get("runs_at_once", 1)
     times = {name: measured[name] for name in ("step_seconds", "seconds")}
     return measured | {name: value and value / runs for name, value in times.items()}
 
 
 def compare(each: Sequence[CompareOptions]) -> None:
-    """Runs what is not finished yet, then reports.
+    """Runs what is not finished yet, then writes the report.
 
     Args:
-      each: the options for each task, which a configuration may tell apart.
+      each: the options for each task, which a configuration may vary.
 
     Raises:
-      ValueError: for options that do not fit, before anything is run.
+      ValueError: for invalid options, before anything is run.
       FailedRunsError: at the end, if a run failed; the others are reported.
-      InterruptedRunError: on Ctrl-C; the same command goes on.
+      InterruptedRunError: on Ctrl-C; the same command continues.
     """
     options = _joined(each)
     runs = plan(each)
@@ -133,7 +133,7 @@ def compare(each: Sequence[CompareOptions]) -> None:
         raise ValueError(f"{folder} is a file; choose another --output-dir")
     _check_folder(options)
     folder.mkdir(parents=True, exist_ok=True)
-    # The runs inherit the second lock: those that outlive a killed comparison are waited for.
+    # The runs inherit the second lock, so that a comparison waits for runs of a killed one.
     left = f"waiting for another comparison, or a run left of it, in {folder}"
     with alone(folder), alone(folder, _RUNS_LOCK_NAME, waiting=left) as lock:
         _check_folder(options)
@@ -152,11 +152,11 @@ def compare(each: Sequence[CompareOptions]) -> None:
 
 
 def plan(each: Sequence[CompareOptions]) -> list[Run]:
-    """The runs on all tasks, all methods with the first seed before any with the second.
+    """Returns the runs on all tasks; the first seed of all methods comes before the second.
 
     Raises:
-      ValueError: for an unknown method, a task named twice, a list that is not one of numbers, or
-        lists that do not fit each other; and as `train.tasks.load_task`.
+      ValueError: for an unknown method, a task named twice, a list that is not of numbers, or lists
+        of different lengths; and as `train.tasks.load_task`.
     """
     _names(_joined(each).task)
     runs = [run for options in each for run in _runs(options)]
@@ -164,7 +164,7 @@ def plan(each: Sequence[CompareOptions]) -> list[Run]:
 
 
 def _runs(options: CompareOptions) -> list[Run]:
-    """Those on one task, by size, then by seed."""
+    """Returns the runs on one task, by size, then by seed."""
     options.check()
     for name in ("at_once", "processes"):
         if (value := getattr(options, name)) < 1:
@@ -190,20 +190,20 @@ def _runs(options: CompareOptions) -> list[Run]:
 
 
 def _joined(each: Sequence[CompareOptions]) -> CompareOptions:
-    """The options of all, but for what a configuration says of one task alone."""
+    """Returns the options of all tasks, without values that a configuration gives for one task."""
     return dataclasses.replace(each[0], task=",".join(options.task for options in each))
 
 
 def _run(
     options: CompareOptions, size: int | None, method: str, seed: int, steps: int | None
 ) -> Run:
-    """One of the runs, its flags being those that differ from what `fit` takes by default."""
+    """Returns one run; its flags are those that differ from the defaults of `fit`."""
     shared = [field.name for field in dataclasses.fields(TrainingOptions)]
     values = {name: getattr(options, name) for name in shared}
     values |= {"train_size": size, "method": method, "seed": seed}
     values |= {"checkpoint_steps": 0}
     if steps is not None:
-        # As many epochs as the steps need, which are at most so many.
+        # The steps need at most this number of epochs.
         values |= {"max_steps": steps, "epochs": steps}
     defaults = {field.name: field.default for field in dataclasses.fields(FitOptions)}
     flags = []
@@ -234,7 +234,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def _each(name: str, text: str, sizes: Sequence[int | None]) -> list[int]:
-    """A number for each size."""
+    """Returns a number for each size."""
     numbers = _numbers(name, text)
     if len(numbers) not in (1, len(sizes)):
         raise ValueError(
@@ -245,7 +245,7 @@ def _each(name: str, text: str, sizes: Sequence[int | None]) -> list[int]:
 
 
 def _num_examples(options: CompareOptions) -> int:
-    """Training examples of a task, which must have a test split."""
+    """Returns the number of training examples of a task, which must have a test split."""
     task = tasks.load_task(
         options.task,
         regression=options.regression,
@@ -261,7 +261,7 @@ def _num_examples(options: CompareOptions) -> int:
 
 
 def _check_finished(runs: Sequence[Run], options: CompareOptions) -> None:
-    """ValueError if a finished run had other settings, unless these are to be replaced."""
+    """Raises ValueError if a finished run had other settings, unless it is to be replaced."""
     others = [run for run in runs if run.finished() and not run.same_flags()]
     if others and not options.overwrite:
         raise ValueError(
@@ -271,17 +271,17 @@ def _check_finished(runs: Sequence[Run], options: CompareOptions) -> None:
 
 
 def _check_folder(options: CompareOptions) -> None:
-    """Looks at the output folder, and writes nothing.
+    """Checks the output folder without writing anything.
 
     Raises:
-      ValueError: if it is not empty and holds no comparison, or something to be read lies where
-        runs are written.
+      ValueError: if it is not empty and holds no comparison, or if an input file lies where runs
+        are written.
     """
     folder = options.output_dir
     check_apart([folder / "runs"], files_read(options))
     if (folder / _RECORD_NAME).is_file() or not entries(folder):
         return
-    # Of a version before there was a record.
+    # Comparisons of earlier versions have no record.
     if not any(folder.glob(f"runs/*/*/*/seed-*/{FLAGS_NAME}")):
         raise ValueError(
             f"{folder} is not empty and holds no comparison ({listing(entries(folder), 3)}); "
@@ -290,9 +290,9 @@ def _check_folder(options: CompareOptions) -> None:
 
 
 def _run_all(runs: Sequence[Run], options: CompareOptions, lock: int) -> dict[Run, str]:
-    """Trains what is not finished; returns why runs failed."""
+    """Trains the unfinished runs; returns the reasons of failed runs."""
     failures: dict[Run, str] = {}
-    # A run that another comparison left may have finished while this one waited for it.
+    # A run of another comparison may have finished while this one waited for it.
     done = [run for run in runs if run.finished() and run.same_flags()]
     left = [run for run in runs if run not in done]
     number = len(done)
@@ -325,7 +325,7 @@ def _run_all(runs: Sequence[Run], options: CompareOptions, lock: int) -> dict[Ru
 
 
 def _together(runs: Sequence[Run], most: int) -> list[list[Run]]:
-    """The runs, so many at once at most that differ in nothing but the seed."""
+    """Returns groups of at most `most` runs that differ only in the seed."""
     groups: dict[Any, list[list[Run]]] = {}
     ordered: list[list[Run]] = []
     for run in runs:
@@ -338,7 +338,7 @@ def _together(runs: Sequence[Run], most: int) -> list[list[Run]]:
 
 
 def _start(runs: Sequence[Run], options: CompareOptions, lock: int) -> subprocess.Popen[bytes]:
-    """A process that trains `runs`."""
+    """Starts a process that trains `runs`."""
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.clear()
@@ -354,7 +354,7 @@ def _start(runs: Sequence[Run], options: CompareOptions, lock: int) -> subproces
 
 
 def _ended(runs: Sequence[Run], code: int, options: CompareOptions) -> str | None:
-    """Clears up after the process of `runs`; returns why it failed, None if it did not."""
+    """Cleans up after the process of `runs`; returns the reason of its failure, or None."""
     for run in runs:
         unwanted = ["checkpoints"]
         if run.finished() and not options.keep_adapters:
@@ -364,7 +364,7 @@ def _ended(runs: Sequence[Run], code: int, options: CompareOptions) -> str | Non
         return None
     log = _log(runs)
     if code == 0:
-        return f"terminated before its end, see {log}"  # as a run should be that gets SIGTERM
+        return f"terminated before its end, see {log}"  # the exit code of a run after SIGTERM
     if code < 0:
         return f"ended by signal {-code}, see {log}"
     lines = log.read_text("utf-8", errors="replace").strip().splitlines()
@@ -372,12 +372,12 @@ def _ended(runs: Sequence[Run], code: int, options: CompareOptions) -> str | Non
 
 
 def _log(runs: Sequence[Run]) -> Path:
-    """Where the process of `runs` says what it does."""
+    """Returns the path of the log of the process of `runs`."""
     return runs[0].folder / OUTPUT_NAME
 
 
 def _flags(runs: Sequence[Run]) -> list[str]:
-    """Of one `fit` for all."""
+    """Returns the flags of one `fit` for all of the runs."""
     if len(runs) == 1:
         return [*runs[0].flags, "--output-dir", str(runs[0].folder)]
     flags = list(runs[0].flags)
@@ -385,12 +385,12 @@ def _flags(runs: Sequence[Run]) -> list[str]:
         at = flags.index("--seed")
         del flags[at : at + 2]
     seeds = ",".join(str(run.seed) for run in runs)
-    # The runs' folders are those that `fit` makes for each seed.
+    # The folders of the runs are those that `fit` creates for each seed.
     return [*flags, "--seeds", seeds, "--output-dir", str(runs[0].folder.parent)]
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """That of this process; what one run compiles is there for the next."""
+    """Returns the environment of this process, with a compilation cache that all runs share."""
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
@@ -400,7 +400,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _seconds_left(done: Sequence[Run], left: Sequence[Run], processes: int) -> float | None:
-    """A guess: as long as the same with other seeds, or as all together on average."""
+    """Estimates the time left from runs that differ only in the seed, or else from all runs."""
     seconds: dict[Any, list[float]] = {}
     for run in done:
         seconds.setdefault((run.task, run.size, run.method), []).append(run.record()["seconds"])

@@ -1,4 +1,4 @@
-"""Processes side by side, each on processors of its own."""
+"""Processes in parallel, each on its own processors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ _POLL_SECONDS = 0.05
 def side_by_side(
     works: Sequence[T], start: Callable[[T], subprocess.Popen[bytes]], most: int
 ) -> Iterator[tuple[T, int]]:
-    """Starts a process for each work, in order, `most` at once; yields works as they end.
+    """Starts a process for each work, in order, at most `most` at once.
 
-    Where there are several, each is kept on its share of the processors: as many threads as a
-    library starts by itself would otherwise be in each other's way. When the caller stops, or is
-    interrupted, those that run are terminated and waited for.
+    If there are several processes, each is pinned to its share of the processors: otherwise the
+    threads that a library starts by default would compete. When the caller stops or is interrupted,
+    running processes are terminated and waited for.
+
+    Args:
+      works: the works.
+      start: starts the process of a work.
+      most: the maximum number of processes at once.
 
     Yields:
-      A work and its process's exit code, as `subprocess.Popen.returncode` tells it.
+      A work that ended, and the exit code of its process as `subprocess.Popen.returncode`.
     """
     waiting = list(works)
     free = shares(most)
@@ -49,8 +54,8 @@ def side_by_side(
 
 
 def shares(count: int) -> list[frozenset[int]]:
-    """The processors there are, dealt to `count`; to each all of them, if there are too few."""
-    if not hasattr(os, "sched_getaffinity"):  # not on macOS, where nothing can be pinned
+    """Divides the processors into `count` shares; each is all of them if they are too few."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS cannot pin processes
         return [frozenset()] * count
     processors = sorted(os.sched_getaffinity(0))
     if count > len(processors):
@@ -60,7 +65,7 @@ def shares(count: int) -> list[frozenset[int]]:
 
 @contextlib.contextmanager
 def _on(processors: frozenset[int]) -> Iterator[None]:
-    """Keeps this thread, and so what it starts, on `processors`."""
+    """Pins this thread, and thus the processes that it starts, to `processors`."""
     if not processors:
         yield
         return

@@ -1,7 +1,8 @@
-"""What the command line compiles is kept, in the user's cache folder, for the next run.
+"""Compilation cache of the command line, in the user's cache folder, shared by later runs.
 
-JAX does it, and its own variables come first: JAX_COMPILATION_CACHE_DIR names another folder,
-JAX_ENABLE_COMPILATION_CACHE=false keeps nothing, JAX_COMPILATION_CACHE_MAX_SIZE is in bytes.
+JAX implements the cache, and its own variables take precedence: JAX_COMPILATION_CACHE_DIR names
+another folder, JAX_ENABLE_COMPILATION_CACHE=false disables the cache,
+JAX_COMPILATION_CACHE_MAX_SIZE is the limit in bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 _FOLDER, _ENABLED = "jax_compilation_cache_dir", "JAX_ENABLE_COMPILATION_CACHE"
 _DEFAULTS = {
-    "jax_compilation_cache_max_size": 2**30,  # what was used longest ago goes first
-    # By default JAX keeps what took it a second; a run has many programs that take less.
+    "jax_compilation_cache_max_size": 2**30,  # the least recently used goes first
+    # JAX's default is a second, and many programs of a run compile in less.
     "jax_persistent_cache_min_compile_time_secs": 0.2,
 }
 
@@ -29,28 +30,29 @@ logger = logging.getLogger("train")
 
 
 @functools.cache
-def announce() -> None:
-    """Says that what comes first has to be compiled, and how long that may take; once a process."""
+def announce_compilation() -> None:
+    """Prints, once per process, that compilation comes first and how long it may take."""
     tqdm.write(
         "compiling for each new length of input: up to about 20 s each on two cores, less where an "
         "earlier run did it"
     )
 
 
-def keep(environment: MutableMapping[str, str]) -> Path | None:
-    """Has JAX, which is imported later, keep what it compiles; in processes started from here, too.
+def enable(environment: MutableMapping[str, str]) -> Path | None:
+    """Enables JAX's compilation cache in this process and in processes that it starts.
 
-    A folder that cannot be made or written, or that others can write to (who could have this
-    process run what they put there), is not used: that is logged, and fails nothing.
+    JAX must be imported afterwards. A folder is not used if it cannot be created or written, or if
+    others can write to it, who could place code there for this process to run. This is logged and
+    is no error.
 
     Args:
-      environment: `os.environ`, read and added to: JAX reads it when it is imported.
+      environment: `os.environ`, which JAX reads when it is imported; variables are added.
 
     Returns:
-      The folder; None where the user has chosen another or none, or it cannot be used.
+      The folder; None if the user has chosen another or none, or if it cannot be used.
     """
     off = environment.get(_ENABLED, "true").lower() in ("0", "false", "off", "no", "n", "f")
-    # Without filelock, which comes with transformers, JAX could not bound the size.
+    # Without filelock, which transformers requires, JAX cannot limit the size.
     if off or _FOLDER.upper() in environment or importlib.util.find_spec("filelock") is None:
         return None
     root = environment.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
@@ -69,7 +71,7 @@ def keep(environment: MutableMapping[str, str]) -> Path | None:
 
 
 def _machine() -> str:
-    """Equal where the same machine code runs: a home folder may be shared by unequal machines."""
+    """Returns an id of the machine's instruction set; machines with one home folder may differ."""
     described = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -78,7 +80,7 @@ def _machine() -> str:
 
 
 def _check(folder: Path) -> None:
-    """OSError unless the folder is this user's, and theirs alone to write to."""
+    """Raises OSError unless the folder belongs to this user and nobody else can write to it."""
     status = folder.stat()
     own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
     if not own or status.st_mode & 0o022:
@@ -88,11 +90,11 @@ def _check(folder: Path) -> None:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process left half written, which JAX would not write again.
+    """Removes entries that a killed process left half written, which JAX would not write again.
 
-    Of an entry JAX writes the program, then when it was used; both under a lock.
+    JAX writes the program of an entry, then its time of access, both under a lock.
     """
-    import filelock  # noqa: PLC0415 - see `keep`
+    import filelock  # noqa: PLC0415 - see `enable`
 
     with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=1):
         for program in folder.glob("*-cache"):

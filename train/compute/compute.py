@@ -1,4 +1,4 @@
-"""The step and the evaluation of a run, compiled for one device, several, or a mesh of them."""
+"""Compiled step and evaluation of a run, for one device, several devices, or a mesh."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class _Step(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """The compiled functions of a run: jit on one device or over a mesh, pmap over several.
+    """Compiled functions of a run: jit on one device or over a mesh, pmap over several devices.
 
-    Where several hosts train together, each calls `step` with its own part of a batch, of
-    `train.data.batching.batches`, and all get the same state and metrics; `outputs` communicates
-    with nobody, so hosts may evaluate different numbers of batches.
+    If several hosts train together, each calls `step` with its own part of a batch, of
+    `train.data.batching.batches`, and all get the same state and metrics. `outputs` does not
+    communicate, so hosts may evaluate different numbers of batches.
 
     Attributes:
-      devices: what they run on, those of other hosts included.
+      devices: the devices, including those of other hosts.
       init_state: trained half -> placed `TrainState`.
       place: frozen half -> the same on every device, or divided over the mesh.
-      step: (state, frozen, host batch, numbers) -> (state, metrics); the state given is donated,
-        the numbers are `None` where the optimizer has its own.
-      outputs: (trained half of a state, frozen, host batch) -> what `OutputsFunction` gives, on
+      step: (state, frozen, host batch, numbers) -> (state, metrics). The state is donated; the
+        numbers are None if the optimizer has its own.
+      outputs: (trained half of a state, frozen, host batch) -> the result of `OutputsFunction`, on
         the host.
-      host_state: placed state -> one copy of it.
+      host_state: placed state -> one copy on the host.
       place_state: inverse of `host_state`.
     """
 
@@ -83,18 +83,18 @@ def make_compute(
     devices: Sequence[jax.Device] | None = None,
     mesh: str | None = None,
 ) -> Compute:
-    """Compiles `loss_and_update` and what evaluates a split for the given devices.
+    """Compiles `loss_and_update` and the outputs of a split for the given devices.
 
     Args:
-      apply: as for `loss_and_update`, and so are `loss`, `tx` and `accumulation_steps`.
-      loss: see there.
-      tx: see there.
-      outputs: what a split is evaluated by; by default the logits in float32.
-      seed: of the dropout masks.
-      accumulation_steps: see there.
-      devices: by default all, of every host. With several, a batch's rows are divided among them.
-      mesh: how each host's devices are laid out, as `train.compute.mesh.parse` takes it, to divide
-        the frozen half over them; by default it is whole on each.
+      apply: the model, as in `train.compute.step.loss_and_update`.
+      loss: the loss, as in `train.compute.step.loss_and_update`.
+      tx: the optimizer, as in `train.compute.step.loss_and_update`.
+      outputs: the outputs from which a split is evaluated; by default the logits in float32.
+      seed: the seed of the dropout masks.
+      accumulation_steps: the number of parts, as in `train.compute.step.loss_and_update`.
+      devices: the devices, which share the rows of a batch; by default all of every host.
+      mesh: the layout of each host's devices, as `train.compute.mesh.parse` accepts it, to divide
+        the frozen half over them; by default every device has a whole copy.
 
     Raises:
       ValueError: as `train.compute.mesh.make_mesh`.
@@ -103,8 +103,8 @@ def make_compute(
     laid_out = None if mesh is None else make_mesh(mesh, devices)
     axis_name = AXIS if len(devices) > 1 and mesh is None else None
 
-    # Seed and numbers are arguments, not constants: runs that differ in them alone share what is
-    # compiled.
+    # Seed and numbers are arguments, not constants: runs that differ only in them share the
+    # compiled program.
     def update(
         state: TrainState, frozen: Params, batch: Batch, constants: _Constants
     ) -> tuple[TrainState, StepMetrics]:
@@ -158,11 +158,11 @@ def make_compute(
 
 
 class _Constants(NamedTuple):
-    """Of a step, scalars that are the same on every device.
+    """Scalars of a step that are the same on every device.
 
     Attributes:
-      seed: of the dropout masks.
-      numbers: of the optimizer.
+      seed: the seed of the dropout masks.
+      numbers: the hyperparameters of the optimizer.
     """
 
     seed: Any
@@ -170,7 +170,7 @@ class _Constants(NamedTuple):
 
 
 class _Compiled(NamedTuple):
-    """Two functions compiled, and how to place what they take; the names are those of `Compute`."""
+    """Two compiled functions, and functions that place their arguments, named as in `Compute`."""
 
     step: Callable[[TrainState, Params, Batch, _Constants], tuple[TrainState, StepMetrics]]
     outputs: Callable[[Params, Params, Batch], Any]
@@ -181,10 +181,11 @@ class _Compiled(NamedTuple):
 
 @functools.cache
 def compiler_options(device: jax.Device) -> dict[str, bool] | None:
-    """What a step is best compiled with on a device: on a CPU, to run in the order of the program.
+    """Returns compiler options for a step on a device: on a CPU, to keep the order of the program.
 
-    XLA would begin there whatever is ready, and keep its arrays for longer: of BERT-base, 8 x 128,
-    a fifth more memory for the same time (`benchmarks/NOTES.md`).
+    By default XLA starts any operation that is ready, and keeps its arrays for longer. For
+    BERT-base with 8 x 128 tokens that is a fifth more memory in the same time
+    (`benchmarks/NOTES.md`).
     """
     if device.platform != "cpu":
         return None
@@ -198,7 +199,7 @@ def compiler_options(device: jax.Device) -> dict[str, bool] | None:
 
 
 def _on_one(update: Any, forward: Any, device: jax.Device) -> _Compiled:
-    """By jit."""
+    """Compiles by jit for one device."""
     step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(device))
     evaluate = jax.jit(forward)
 
@@ -215,7 +216,7 @@ def _on_one(update: Any, forward: Any, device: jax.Device) -> _Compiled:
 
 
 def _on_several(update: Any, forward: Any, devices: Sequence[jax.Device]) -> _Compiled:
-    """By pmap, everything on every device; each host passes and gets its own devices' part."""
+    """Compiles by pmap with replicated arrays; each host passes and gets its own devices' rows."""
     own = [device for device in devices if device.process_index == jax.process_index()]
     step = jax.pmap(update, AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0)
     evaluate = jax.pmap(forward, AXIS, devices=own)
@@ -225,7 +226,7 @@ def _on_several(update: Any, forward: Any, devices: Sequence[jax.Device]) -> _Co
         state: TrainState, frozen: Params, batch: Batch, constants: _Constants
     ) -> tuple[TrainState, StepMetrics]:
         state, metrics = step(state, frozen, shard(batch, len(own)), constants)
-        # On the device: nobody waits here for the step that computes them.
+        # They stay on the device, so that nothing waits here for the step.
         return state, jax.tree.map(lambda x: x.addressable_shards[0].data[0], metrics)
 
     def outputs(trained: Params, frozen: Params, batch: Batch) -> Any:
@@ -262,7 +263,7 @@ def _on_mesh(update: Any, forward: Any, mesh: Mesh) -> _Compiled:
 
 
 def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
-    """Puts a copy of every leaf on each device, as pmap wants it: a leading axis of devices."""
+    """Returns a function that copies every leaf to each device, along pmap's leading axis."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def copy(leaf: Any) -> Array:
@@ -275,5 +276,5 @@ def _replicate(devices: Sequence[jax.Device]) -> Callable[[Any], Any]:
 
 
 def _first_copy(tree: Any) -> Any:
-    """The first device's copy of every leaf, without the leading axis, on the host."""
+    """Returns the first device's copy of every leaf on the host, without the leading axis."""
     return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0, ...], tree)

@@ -1,6 +1,6 @@
-"""Several processes that train one model, each on its own devices: who is who, and what they share.
+"""Distributed training: several processes that train one model, each on its own devices.
 
-All of it is there with one process, too, and then does nothing.
+All functions also work with a single process, and then do nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from train.cli.options import HostOptions
 
 
 def start(options: HostOptions) -> None:
-    """Joins the processes that train together, if the flags say that there are several.
+    """Joins the processes that train together, if the flags ask for several.
 
-    To be called before JAX is asked for anything: it looks for devices once.
+    It must be called before JAX looks for devices, which happens once.
 
     Raises:
       ValueError: if the flags do not go together, or JAX finds no cluster to join.
-      OSError: if the process that coordinates does not answer.
+      OSError: if the coordinating process does not answer.
     """
     options.check_hosts()
     if not options.distributed and options.num_processes is None:
         return
-    # Without it, processes on CPUs cannot add up what each has computed.
+    # Without gloo, processes on CPUs cannot sum their results.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address = options.coordinator_address
     try:
@@ -39,29 +39,29 @@ def start(options: HostOptions) -> None:
         ) from error
     except RuntimeError as error:
         raise OSError(f"cannot join the other processes at {address}: {error}") from error
-    # JAX has taken SIGTERM for a service of its own, and nothing would stop this process.
+    # JAX has taken over SIGTERM for its own service, so that nothing would stop this process.
     for number in (signal.SIGINT, signal.SIGTERM):
-        if (handler := signal.getsignal(number)) is not None:  # of Python
+        if (handler := signal.getsignal(number)) is not None:  # None if it was not set by Python
             signal.signal(number, handler)
 
 
 def index() -> int:
-    """Of this process, from 0 on."""
+    """Returns the index of this process, starting at 0."""
     return jax.process_index()
 
 
 def number() -> int:
-    """Of processes."""
+    """Returns the number of processes."""
     return jax.process_count()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and reports."""
+    """Returns True in the process that writes and reports."""
     return index() == 0
 
 
 def wait(name: str) -> None:
-    """Returns when every process has come here; `name` stands in the error if one does not."""
+    """Waits until every process has called this; `name` appears in the error if one does not."""
     if number() > 1:
         from jax.experimental import multihost_utils  # noqa: PLC0415
 
@@ -72,8 +72,8 @@ def of_first(action: Callable[[], None]) -> None:
     """Runs `action` in the first process, while the others wait.
 
     Raises:
-      ValueError, OSError: in the first process, what `action` raises; then a ValueError in all
-        others, which would otherwise wait for the first for ever.
+      ValueError, OSError: in the first process, the error of `action`; then a ValueError in all
+        others, which would otherwise wait forever.
     """
     error: Exception | None = None
     if is_first():
@@ -89,12 +89,12 @@ def of_first(action: Callable[[], None]) -> None:
 
 
 def any_of(value: bool) -> bool:
-    """Whether `value` holds in any process."""
+    """Returns True if `value` is true in any process."""
     return bool(gather(np.array([value])).any())
 
 
 def gather(tree: Any) -> Any:
-    """Arrays of every process, `[rows, …]` each, one below the other in the order of processes.
+    """Concatenates the `[rows, …]` arrays of every process, in the order of the processes.
 
     Shapes must be equal in all processes.
     """

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and what part of a device's peak a run reaches."""
+"""Floating-point operations of a training step, and model FLOP/s utilisation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from train.compute import step
 from train.compute.program import Program, gradient_program
 
 # `device_kind` of JAX -> dtype -> peak of dense matrix products in FLOP/s, of one JAX device.
-# float32 is what JAX computes it in by default: TF32 on GPUs that have it, and on TPUs one pass of
-# bfloat16. TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; a device is a core,
-# half a chip, of v2 and v3. GPUs: NVIDIA's data sheets, without sparsity, which they include from
-# Ampere on; the T4 has neither TF32 nor bfloat16.
+# "float32" is JAX's default precision for it: TF32 on GPUs that have it, and one pass of bfloat16
+# on TPUs. TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; a device of v2 and v3
+# is a core, half a chip. GPUs: NVIDIA's data sheets, whose numbers from Ampere on include sparsity,
+# taken out here. The T4 has neither TF32 nor bfloat16.
 _PEAKS: Mapping[str, Mapping[str, float]] = {
     "TPU v2": {"bfloat16": 22.5e12, "float32": 22.5e12},
     "TPU v3": {"bfloat16": 61.5e12, "float32": 61.5e12},
@@ -40,38 +40,37 @@ _PEAKS: Mapping[str, Mapping[str, float]] = {
 
 
 def known_devices() -> tuple[str, ...]:
-    """Kinds of devices whose peak is known."""
+    """Returns the device kinds with a known peak."""
     return tuple(_PEAKS)
 
 
 def peak(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s that a device can do at most, by its `device_kind`; None where that is not known."""
+    """Returns the peak FLOP/s of a device, by its `device_kind`; None if it is not known."""
     return _PEAKS.get(device_kind, {}).get(dtype)
 
 
 def of_step(program: Program) -> int:
-    """FLOPs of a step: of its matrix products, attention's included.
+    """Returns the FLOPs of the matrix products of a step, attention included.
 
-    They are those of the forward pass, of the gradients to activations as far down as something is
-    trained, and of the gradients of what is trained. Elementwise operations are left out: they
-    are a few percent.
+    They comprise the forward pass, the gradients of activations down to the lowest trained layer,
+    and the gradients of trained parameters. Elementwise operations, a few percent, are left out.
     """
     return sum(operation.flops for operation in program.operations)
 
 
 class Meter:
-    """Model FLOP/s utilisation: the part of a device's peak that a step must use.
+    """Meter of model FLOP/s utilisation: the fraction of the devices' peak that a step must use.
 
-    What is computed again to save memory does not count (arXiv:2204.02311, appendix B).
+    Recomputation to save memory does not count (arXiv:2204.02311, appendix B).
 
     Args:
       model: the adapted module.
-      inputs: keys of a batch that are its arguments.
-      loss: as for `train.compute.step.loss_and_update`.
-      params: of the model, or their shapes.
-      labels: of `compacter_jax.label_params`.
-      peak: of one device in FLOP/s; None if not known.
-      devices: of this process.
+      inputs: the keys of a batch that are the arguments of the module.
+      loss: the loss, as for `train.compute.step.loss_and_update`.
+      params: the parameters of the model, or their shapes.
+      labels: the labels of `compacter_jax.label_params`.
+      peak: the peak of one device in FLOP/s; None if it is not known.
+      devices: the number of devices of this process.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Meter:
         self._flops: dict[Any, int] = {}
 
     def utilisation(self, batch: Mapping[str, Any], seconds: float) -> float | None:
-        """Of a step on this process's rows of a batch; None if the peak is not known."""
+        """Returns the utilisation of a step on this process's rows; None without a peak."""
         if self._peak is None:
             return None
         shapes = {name: _shape(array) for name, array in batch.items()}
@@ -104,7 +103,7 @@ class Meter:
 
 
 def without_remat(model: Any) -> Any:
-    """An adapted module that computes nothing twice."""
+    """Returns an adapted module that recomputes nothing."""
     backbone = model.backbone
     return model.clone(backbone=backbone.clone(remat=type(backbone).remat))
 

@@ -1,9 +1,10 @@
-"""Bytes that a training step takes on one device, predicted from its operations.
+"""Memory of a training step on one device in bytes, predicted from its operations.
 
-What is predicted is what a compiler keeps that fuses elementwise operations into those that read
-them, and keeps both operands of every product. For a TPU v5e XLA lays out 0.73 to 0.76 of it, as it
-fuses into products, too; on a CPU it takes 1.3 to 2.1 times as much. Seen with MiniLM and batches
-of 32 x 64 tokens, for the TPU with Compacter++ alone; `benchmarks/memory.py` measures it.
+The model is a compiler that fuses elementwise operations into the operations that read their
+results, and that stores both operands of every product. For a TPU v5e, XLA allocates 0.73 to 0.76
+of the prediction, since it also fuses into products; on a CPU it allocates 1.3 to 2.1 times as
+much. This was measured with MiniLM and batches of 32 x 64 tokens, for the TPU with Compacter++
+only; `benchmarks/memory.py` measures it.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ import optax
 
 from train.compute.program import Program
 
-# Their results go to memory. Everything else is computed again wherever it is read, unless that
-# would keep more in memory.
+# Operations whose results are stored. All other results are recomputed wherever they are read,
+# unless that would store more.
 _SEPARATE = re.compile(
     "dot_general|conv_.*|reduce_.*|arg(max|min)|cum.*|sort|gather|scatter.*|dynamic_.*|random_.*|"
     "while|scan|cond"
 )
-# The same values in another order or shape: matrix products read through them.
+# Operations that only reorder or reshape values: matrix products read through them.
 _VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "copy")
-# A value that is read twice is kept if it takes less than so much of what it is computed from.
+# A value that is read twice is stored if it takes less than this fraction of its sources.
 _WORTH_KEEPING = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device during a step, at its peak.
+    """Bytes on one device at the peak of a step.
 
     Attributes:
       frozen: weights that are not trained.
-      trained: parameters that are.
-      optimizer: its state.
+      trained: trained parameters.
+      optimizer: the state of the optimizer.
       batch: ids, masks and labels.
-      gradients: those there are at the peak, sums over parts of a batch included.
-      activations: everything else that the step computes.
+      gradients: the gradients that exist at the peak, sums over parts of a batch included.
+      activations: all other arrays that the step computes.
     """
 
     frozen: int
@@ -54,7 +55,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all fields."""
         return sum(dataclasses.astuple(self))
 
 
@@ -70,12 +71,12 @@ def of_step(
     """Predicts the memory of an update.
 
     Args:
-      program: `train.compute.program.gradient_program` of one of the parts of a device's rows.
-      trained: half of `compacter_jax.partition`, of arrays or of their shapes.
-      frozen: the other half.
-      batch: all of a device's rows, or their shapes.
+      program: `train.compute.program.gradient_program` of one part of a device's rows.
+      trained: the trained half of `compacter_jax.partition`, of arrays or of their shapes.
+      frozen: the frozen half.
+      batch: all rows of a device, or their shapes.
       tx: the optimizer.
-      accumulation_steps: into how many parts the rows are divided.
+      accumulation_steps: the number of parts into which the rows are divided.
     """
     gradients, activations = at_peak(program)
     if accumulation_steps > 1:
@@ -91,21 +92,21 @@ def of_step(
 
 
 def size(tree: Any) -> int:
-    """Bytes of all arrays, or of arrays of these shapes."""
+    """Returns the bytes of all arrays of a tree, or of arrays with these shapes and dtypes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def at_peak(program: Program) -> tuple[int, int]:
-    """Bytes of what the operations have made and still need, where these are most.
+    """Returns the bytes of live arrays at the peak of a program.
 
     Returns:
-      Those of the program's outputs, and all others.
+      The bytes of the program's outputs, and those of all other arrays.
     """
     sources = _sources(program)
     born: dict[int, int] = {}
     read: dict[int, int] = {}
     for i, operation in enumerate(program.operations):
-        # A fused operation may write its result over an operand that is not needed any more.
+        # A fused operation may overwrite an operand that is not needed afterwards.
         birth = 2 * i if _SEPARATE.fullmatch(operation.name) else 2 * i + 1
         for array in (*operation.inputs, *operation.outputs):
             for source in sources.get(array, ()):
@@ -117,7 +118,7 @@ def at_peak(program: Program) -> tuple[int, int]:
     for array, birth in born.items():
         row, last = (0, end) if array in outputs else (1, read[array])
         changes[row, birth] += program.bytes[array]
-        # What is born at an odd place may have been read last at the even one before.
+        # An array born at an odd position may have been read last at the even position before.
         changes[row, max(last, birth) + 1] -= program.bytes[array]
     live = changes.cumsum(axis=1)
     made, others = live[:, live.sum(axis=0).argmax()]
@@ -125,7 +126,7 @@ def at_peak(program: Program) -> tuple[int, int]:
 
 
 def _sources(program: Program) -> dict[int, frozenset[int]]:
-    """For each array that is made, those in memory that it is computed from: itself, if it is."""
+    """Returns the stored arrays from which each array is computed: itself, if it is stored."""
     uses = Counter(array for operation in program.operations for array in operation.inputs)
     wanted = _wanted(program)
     sources: dict[int, frozenset[int]] = {}
@@ -141,7 +142,7 @@ def _sources(program: Program) -> dict[int, frozenset[int]]:
 
 
 def _wanted(program: Program) -> set[int]:
-    """Arrays that must be in memory: outputs, and the operands of matrix products."""
+    """Returns the arrays that must be stored: outputs, and operands of matrix products."""
     wanted = set(program.outputs)
     for operation in reversed(program.operations):
         seen_through = operation.name in _VIEWS and operation.outputs[0] in wanted

@@ -1,10 +1,10 @@
-"""A backbone divided over the devices of a mesh: which dimension of which weight goes where.
+"""Sharding of a backbone over a mesh: the dimension of each weight that each mesh axis divides.
 
-`--mesh data=2,model=4` lays the eight devices of a host out in two rows of four. Every row computes
-a part of each batch. Every frozen kernel is divided over both axes: over `model` as in Megatron, so
-that a sub-layer communicates once, and over `data` as in FSDP, so that a row fetches from the other
-what it lacks when it needs it. What is trained is whole on every device. With several hosts each
-has a whole copy of the backbone, and the batch is divided over them, too.
+`--mesh data=2,model=4` arranges the eight devices of a host in two rows of four. Each row computes
+its part of every batch. Every frozen kernel is divided over both axes: over `model` as in Megatron,
+so that a sub-layer communicates once, and over `data` as in FSDP, so that a row fetches missing
+parts from the other row when it needs them. Trained parameters are replicated on every device. With
+several hosts, each has a whole copy of the backbone, and the batch is divided over the hosts, too.
 
 References:
   Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
@@ -26,16 +26,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from compacter_jax.params import GROUPS
 
 HOSTS, DATA, MODEL = "hosts", "data", "model"
-# What `refetched` computes again: fetching, and what makes a copy of what was fetched.
+# Primitives that `refetched` recomputes: the fetch, and operations that copy fetched weights.
 _NOT_KEPT = frozenset({"sharding_constraint", "convert_element_type", "transpose"})
 
 # Regular expression over whole `/`-joined paths -> the axis that each dimension is divided over;
-# the first match wins. What is small is whole on every device.
+# the first match wins. Small arrays are replicated on every device.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (GROUPS["rule"], ()),
     (GROUPS["adapters"], ()),
     (r"(.*/)?(bias|scale)", ()),
-    # The first kernels of a sub-layer by columns, the last one by rows.
+    # The first kernels of a sub-layer are divided by columns, the last one by rows.
     (r"(.*/)?(q|k|v|wi|wi_0|wi_1|query|key|value|intermediate/dense)/kernel", (DATA, MODEL)),
     (r"(.*/)?(o|wo|output/dense)/kernel", (MODEL, DATA)),
     # The vocabulary.
@@ -47,10 +47,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def parse(text: str) -> dict[str, int]:
-    """`"data=2,model=4"` -> axis -> devices along it; an axis that is not named has one.
+    """Parses `"data=2,model=4"` to axis -> number of devices; an axis that is not named has one.
 
     Raises:
-      ValueError: if it is something else.
+      ValueError: for any other text.
     """
     sizes = {DATA: 1, MODEL: 1}
     named = set()
@@ -66,14 +66,14 @@ def parse(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of the axes `hosts`, `data` and `model`.
+    """Creates the mesh with the axes `hosts`, `data` and `model`.
 
     Args:
-      text: as `parse` takes it; of the devices of one host.
-      devices: by default all, of every host.
+      text: the mesh of one host, as `parse` accepts it.
+      devices: the devices; by default all devices of every host.
 
     Raises:
-      ValueError: if it is no mesh, or has not as many devices as every host.
+      ValueError: if `text` is no mesh, or does not match the number of devices of every host.
     """
     sizes = parse(text)
     hosts: dict[int, list[jax.Device]] = {}
@@ -91,15 +91,17 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def spec_of(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-    """How a frozen weight is divided; a dimension that its axis does not divide evenly stays whole.
+    """Returns the partition of a frozen weight.
+
+    A dimension is not divided if its axis does not divide it evenly.
 
     Args:
-      path: `/`-joined, of the parameter.
-      shape: of the array.
-      sizes: of `parse`.
+      path: the `/`-joined path of the parameter.
+      shape: the shape of the array.
+      sizes: axis -> number of devices, of `parse`.
 
     Raises:
-      ValueError: if no rule is for the path.
+      ValueError: if no rule matches the path.
     """
     for pattern, axes in RULES:
         if re.fullmatch(pattern, path):
@@ -112,7 +114,12 @@ def spec_of(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Partit
 
 
 def bytes_of_part(frozen: Any, sizes: Mapping[str, int]) -> int:
-    """Of frozen weights, or of their shapes, what one device of a mesh of `parse` has."""
+    """Returns the bytes of frozen weights on one device of a mesh.
+
+    Args:
+      frozen: a tree of the weights, or of their shapes and dtypes.
+      sizes: axis -> number of devices, of `parse`.
+    """
 
     def size(path: Any, leaf: Any) -> int:
         axes = spec_of(joined(path), leaf.shape, sizes)
@@ -123,7 +130,7 @@ def bytes_of_part(frozen: Any, sizes: Mapping[str, int]) -> int:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Every array where `spec_of` says."""
+    """Places every array on the mesh according to `spec_of`."""
 
     def put(path: Any, leaf: Any) -> Array:
         spec = spec_of(joined(path), leaf.shape, mesh.shape)
@@ -133,15 +140,15 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Every array whole on every device."""
+    """Places a whole copy of every array on every device."""
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def fetch(frozen: Any, mesh: Mesh) -> Any:
-    """Within a jitted step: weights of `place`, whole along `data`.
+    """Gathers the weights that `place` divided over the axis `data`; to be called in a jitted step.
 
-    Left to itself, the compiler divides products along `data`, too, and adds up their parts, which
-    are larger than the weights where a batch has many tokens. To be called in a function that
+    Without this, the compiler divides products along `data`, too, and adds up their partial
+    results, which are larger than the weights if a batch has many tokens. Use it in a function that
     `refetched` wraps.
     """
 
@@ -156,7 +163,7 @@ def fetch(frozen: Any, mesh: Mesh) -> Any:
 
 
 def refetched(function: Any) -> Any:
-    """`function`, whose backward pass fetches weights again instead of keeping what was fetched."""
+    """Returns `function` with a backward pass that fetches weights again, not storing them."""
 
     def keeps(primitive: Any, *_: Any, **__: Any) -> bool:
         return primitive.name not in _NOT_KEPT
@@ -165,18 +172,18 @@ def refetched(function: Any) -> Any:
 
 
 def joined(path: Sequence[Any]) -> str:
-    """The `/`-joined path of a parameter, which may be a node of several arrays itself."""
+    """Returns the `/`-joined path of a parameter, or of the node of its arrays."""
     return "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Array:
-    # Each host reads its devices' parts from its own copy, without asking the others for theirs.
+    # Each host reads the parts of its devices from its own copy, without communication.
     array = np.asarray(leaf)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
-    """A host's rows, divided over its rows of the mesh.
+    """Divides the rows of a host over the rows of its mesh.
 
     Raises:
       ValueError: if they do not divide evenly.
@@ -193,13 +200,13 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
 
 
 def own_part(mesh: Mesh) -> Mesh:
-    """The mesh of this host's devices alone."""
+    """Returns the mesh of this host's devices."""
     own = mesh.local_mesh
     return Mesh(own.devices, own.axis_names)
 
 
 def on_own_part(tree: Any, own: Mesh) -> Any:
-    """Arrays of `place` or `replicate` as this host's devices have them; nothing is copied."""
+    """Returns this host's view of arrays from `place` or `replicate`; nothing is copied."""
 
     def view(array: Array) -> Array:
         assert isinstance(array.sharding, NamedSharding)

@@ -1,4 +1,4 @@
-"""The outputs of a model on a whole split."""
+"""Outputs of a model on a whole split."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ def split_outputs(
     description: str | None,
     before_batch: Callable[[], object] | None = None,
 ) -> Any:
-    """Outputs of every example, in the order of the data.
+    """Computes the outputs of every example, in the order of the data.
 
     Args:
-      outputs: batch -> tree of `[rows, …]` arrays; of several hosts each has its part of the rows.
+      outputs: batch -> tree of `[rows, …]` arrays; each host passes its part of the rows.
       encoded: the examples.
-      batch_size: rows of a batch, over all hosts.
-      description: of the progress bar; None shows none.
-      before_batch: called before every batch.
+      batch_size: the number of rows of a batch, over all hosts.
+      description: the label of the progress bar; None shows no bar.
+      before_batch: a function to call before every batch.
 
     Returns:
       A tree of `[examples, …]` arrays.
+
+    Raises:
+      ValueError: if there are no examples.
     """
     rows: Any = None
     with tqdm(
         total=len(encoded),
         desc=description,
-        # Short beside training: of use to who watches, noise in a log file.
+        # Short compared with training: useful on a terminal, noise in a log file.
         disable=True if description is None or not distributed.is_first() else None,
         leave=False,
         unit="ex",
@@ -50,7 +53,7 @@ def split_outputs(
             if before_batch is not None:
                 before_batch()
             if distributed.is_first():
-                compilation_cache.announce()
+                compilation_cache.announce_compilation()
             indices, y = distributed.gather((batch["indices"], outputs(batch)))
             if rows is None:
                 rows = jax.tree.map(lambda x: np.zeros((len(encoded), *x.shape[1:]), x.dtype), y)

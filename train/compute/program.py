@@ -1,6 +1,6 @@
-"""A training step as a list of operations on arrays, traced without weights, data or compilation.
+"""Program of a training step: a list of operations, traced without weights, data or compilation.
 
-`train.compute.flops` counts what the operations compute, `train.compute.memory` what they keep.
+`train.compute.flops` counts the work of the operations, `train.compute.memory` their memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 import compacter_jax as cj
 from train.compute import step
 
-# What runs the program it holds once, as it is.
+# Primitives that run an inner program exactly once.
 _CALLS = (
     "pjit",
     "jit",
@@ -31,14 +31,14 @@ _CALLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation.
+    """One operation on arrays.
 
     Attributes:
-      name: of the JAX primitive.
-      inputs: numbers of the arrays it reads.
-      outputs: numbers of those it makes.
-      flops: floating-point operations, those of matrix products alone.
-      product: of a matrix product, its sizes: `[batch, m, k] @ [batch, k, n]`; else None.
+      name: the name of the JAX primitive.
+      inputs: the numbers of the arrays that it reads.
+      outputs: the numbers of the arrays that it writes.
+      flops: the floating-point operations, counted for matrix products only.
+      product: the sizes of a matrix product, `[batch, m, k] @ [batch, k, n]`; None for others.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Operations in the order of execution; arrays are numbers.
+    """Operations in the order of execution; arrays are represented by numbers.
 
     Attributes:
-      operations: those whose results are needed.
-      bytes: of each array.
-      inputs: arrays that are there before.
-      outputs: arrays that must be there afterwards.
+      operations: the operations whose results are needed.
+      bytes: the bytes of each array.
+      inputs: the arrays that exist beforehand.
+      outputs: the arrays that must exist afterwards.
     """
 
     operations: tuple[Operation, ...]
@@ -68,14 +68,14 @@ class Program:
 def gradient_program(
     apply: step.ApplyFunction, loss: step.LossFunction, trained: Any, frozen: Any, batch: Any
 ) -> Program:
-    """The loss and the gradients of one device's rows, dropout included.
+    """Traces the loss and the gradients of one device's rows, dropout included.
 
     Args:
-      apply: as for `train.compute.step.loss_and_update`, and so is `loss`.
-      loss: see there.
-      trained: half of `compacter_jax.partition`, of arrays or of their shapes.
-      frozen: the other half.
-      batch: one device's rows, or their shapes.
+      apply: the model, as in `train.compute.step.loss_and_update`.
+      loss: the loss, as in `train.compute.step.loss_and_update`.
+      trained: the trained half of `compacter_jax.partition`, of arrays or of their shapes.
+      frozen: the frozen half.
+      batch: the rows of one device, or their shapes.
 
     Returns:
       A program whose outputs are the loss, then the gradients of `trained`.
@@ -93,7 +93,7 @@ def gradient_program(
 
 
 def traced(function: Callable[..., Any], *arguments: Any) -> Program:
-    """What a function does to trees of arrays, or of their shapes."""
+    """Traces a function of trees of arrays, or of their shapes."""
     closed = jax.make_jaxpr(function)(*arguments)
     tracer = _Flattened()
     inputs = [tracer.new(var) for var in (*closed.jaxpr.constvars, *closed.jaxpr.invars)]
@@ -103,7 +103,7 @@ def traced(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 class _Flattened:
-    """Collects the operations of nested programs; arrays get numbers."""
+    """Collector of the operations of nested programs, which gives every array a number."""
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
@@ -111,12 +111,12 @@ class _Flattened:
 
     def new(self, var: Any) -> int:
         shape, dtype = getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None)
-        # Random keys are of a type of their own, and next to nothing.
+        # Random keys have their own type without an item size, and are negligibly small.
         self.bytes.append(math.prod(shape) * getattr(dtype, "itemsize", 0))
         return len(self.bytes) - 1
 
     def add(self, jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
-        """Appends what `jaxpr` does to `inputs`, its constants first; returns its outputs."""
+        """Appends the operations of `jaxpr` on `inputs`, constants first; returns its outputs."""
         numbers = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
 
         def read(variables: Sequence[Any]) -> list[int]:
@@ -144,7 +144,7 @@ class _Flattened:
 
 
 def _inner(parameters: Any) -> Iterator[Jaxpr]:
-    """The programs among an equation's parameters."""
+    """Yields the programs among an equation's parameters."""
     for value in parameters.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):
@@ -154,7 +154,7 @@ def _inner(parameters: Any) -> Iterator[Jaxpr]:
 
 
 def _flops(equation: Any) -> int:
-    """Of a matrix product, `2 m k n`; of a loop, those of all its rounds."""
+    """Returns `2 m k n` for a matrix product; for a loop, the FLOPs of all its iterations."""
     if (sizes := _product(equation)) is not None:
         return 2 * math.prod(sizes)
     rounds = equation.params.get("length", 1)
@@ -162,7 +162,7 @@ def _flops(equation: Any) -> int:
 
 
 def _product(equation: Any) -> tuple[int, int, int, int] | None:
-    """`(batch, m, k, n)` of a matrix product."""
+    """Returns `(batch, m, k, n)` of a matrix product; None for any other equation."""
     if equation.primitive.name != "dot_general":
         return None
     (contracted, _), (batched, _) = equation.params["dimension_numbers"]
@@ -173,7 +173,7 @@ def _product(equation: Any) -> tuple[int, int, int, int] | None:
 
 
 def _needed(operations: Sequence[Operation], outputs: Sequence[int]) -> list[Operation]:
-    """Those that the outputs depend on, as a compiler keeps them."""
+    """Returns the operations that the outputs depend on; a compiler removes the others."""
     wanted, kept = set(outputs), []
     for operation in reversed(operations):
         if not wanted.isdisjoint(operation.outputs):

@@ -1,4 +1,4 @@
-"""One pure loss-and-update function, which `train.compute.compute` compiles."""
+"""Loss and update as one pure function, which `train.compute.compute` compiles."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Params = Any
 ApplyFunction = Callable[[Params, Batch, Array | None], Array]
 # (logits, labels) -> [batch] losses
 LossFunction = Callable[[Array, Array], Array]
-# (parameters, batch) -> tree of [batch, …] arrays, what a split is evaluated by
+# (parameters, batch) -> tree of [batch, …] arrays, from which a split is evaluated
 OutputsFunction = Callable[[Params, Batch], Any]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: arrays only, so that it can be donated and saved.
+    """State that a step changes; it holds arrays only, so that it can be donated and saved.
 
     Attributes:
-      step: int32 scalar, updates done.
-      trained: trained half of `compacter_jax.partition`.
-      opt_state: of the optimizer, for the trained leaves alone.
+      step: int32 scalar, the number of updates done.
+      trained: the trained half of `compacter_jax.partition`.
+      opt_state: the optimizer state of the trained leaves.
     """
 
     step: Array
@@ -41,13 +41,14 @@ class TrainState(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """Numbers of the optimizer, which a step takes as arguments: runs that differ in them alone
-    share a program.
+    """Numbers of the optimizer that are arguments of a step.
+
+    Runs that differ only in these numbers share a compiled program.
 
     Attributes:
-      learning_rate: of this step.
-      weight_decay: of AdamW, relative to the learning rate.
-      clip_norm: the largest norm that the gradient keeps.
+      learning_rate: the learning rate of this step.
+      weight_decay: the weight decay of AdamW, relative to the learning rate.
+      clip_norm: the maximum norm of the gradient.
     """
 
     learning_rate: Any
@@ -56,19 +57,24 @@ class Hyperparameters(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """float32 scalars: mean loss over the global batch, norm of the trained leaves' gradient."""
+    """Metrics of a step, float32 scalars.
+
+    Attributes:
+      loss: the mean loss over the global batch.
+      gradient_norm: the norm of the gradient of the trained leaves.
+    """
 
     loss: Array
     gradient_norm: Array
 
 
 def loss_function(kind: Literal["classification", "regression", "tokens"]) -> LossFunction:
-    """Per-example loss: cross-entropy of `[batch, labels]`, squared error of `[batch, 1]` logits.
+    """Returns the per-example loss of a kind of task, computed in float32 for logits of any dtype.
 
-    For "tokens", the mean cross-entropy over an example's target tokens, of
-    `[batch, length, vocabulary]` logits and `[batch, length]` labels that are
-    `train.data.tokens.IGNORED` where there is none. Computed in float32 whatever the dtype of the
-    logits.
+    "classification" is the cross-entropy of `[batch, labels]` logits. "regression" is the squared
+    error of `[batch, 1]` logits. "tokens" is the mean cross-entropy over the target tokens of an
+    example, of `[batch, length, vocabulary]` logits and `[batch, length]` labels, which are
+    `train.data.tokens.IGNORED` where there is no token.
     """
     if kind == "tokens":
         return lambda logits, labels: (
@@ -81,19 +87,28 @@ def loss_function(kind: Literal["classification", "regression", "tokens"]) -> Lo
 
 
 def token_log_likelihoods(logits: Array, labels: Array) -> Array:
-    """Log-likelihood of each label: `[…, vocabulary]`, `[…]` -> `[…]` float32, 0 where ignored."""
+    """Returns the log-likelihood of each label, `[…]` float32, 0 where the label is ignored.
+
+    Args:
+      logits: `[…, vocabulary]`.
+      labels: `[…]` integers.
+    """
     known = labels != IGNORED
     losses = cross_entropy(logits, jnp.where(known, labels, 0))
     return jnp.where(known, -losses, 0.0)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Cross-entropy of each label: `[…, n]` logits, `[…]` labels -> `[…]` float32.
+    """Returns the cross-entropy of each label, `[…]` float32.
 
-    It is NaN for a label that is not from 0 to n - 1.
+    It is NaN for a label outside of 0 to n - 1.
+
+    Args:
+      logits: `[…, n]`.
+      labels: `[…]` integers.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    # Of labels that are too large it is NaN already; negative ones would count from the end.
+    # Labels that are too large give NaN already; negative ones would index from the end.
     return jnp.where(labels < 0, jnp.nan, losses)
 
 
@@ -111,28 +126,29 @@ def loss_and_update(
     mesh: Mesh | None = None,
     numbers: Hyperparameters | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update of the trained half from one global batch.
+    """Updates the trained half with one global batch.
 
-    The loss is the weighted mean over the rows of the whole batch, however it is divided: devices
-    and accumulated parts give the gradient of one large batch. Gradients are taken with respect to
-    the trained half, so that no gradient of a frozen weight exists, and only trained leaves are
-    averaged over devices.
+    The loss is the weighted mean over the rows of the whole batch. It does not depend on how the
+    batch is divided: several devices and accumulated parts give the gradient of one large batch.
+    Gradients are taken with respect to the trained half, so that no gradient of a frozen weight is
+    computed. Only gradients of trained leaves are averaged over devices.
 
     Args:
-      state: see `TrainState`.
-      frozen: frozen half of `compacter_jax.partition`.
-      batch: this device's rows, of `train.data.batching.batches`.
-      dropout_key: of the run; step, device and part are folded in.
+      state: the state before the update.
+      frozen: the frozen half of `compacter_jax.partition`.
+      batch: the rows of this device, of `train.data.batching.batches`.
+      dropout_key: the key of the run; step, device and part are folded in.
       apply: the model.
-      loss: of `loss_function`.
-      tx: optimizer, `compacter_jax.optimizer`.
-      accumulation_steps: parts to divide this device's rows into, one after the other.
-      axis_name: of the pmap axis; None on one device.
-      mesh: that the frozen half is divided over, by `train.compute.mesh.place`.
-      numbers: given to `tx` with the gradient; None for a `tx` that has its own.
+      loss: a loss of `loss_function`.
+      tx: the optimizer, of `compacter_jax.optimizer`.
+      accumulation_steps: the number of parts into which this device's rows are divided, processed
+        one after the other.
+      axis_name: the name of the pmap axis; None on one device.
+      mesh: the mesh over which `train.compute.mesh.place` divides the frozen half.
+      numbers: hyperparameters passed to `tx` with the gradient; None for a `tx` with its own.
 
     Returns:
-      The next state, and metrics equal on all devices.
+      The next state, and metrics that are equal on all devices.
     """
     key = jax.random.fold_in(dropout_key, state.step)
     weight = jnp.sum(batch["weights"])
@@ -155,8 +171,8 @@ def loss_and_update(
     if accumulation_steps == 1:
         value, gradient = jax.value_and_grad(part_loss)(state.trained, batch, key)
     else:
-        # Every so many rows, not some one after the other: rows that are divided over a mesh then
-        # stay where they are.
+        # A part takes every `accumulation_steps`-th row instead of consecutive rows: rows that are
+        # divided over a mesh then stay on their devices.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), dict(batch)
         )
@@ -175,9 +191,10 @@ def loss_and_update(
 def apply_function(
     module: Any, inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids")
 ) -> ApplyFunction:
-    """How the steps call a module: with these parts of a batch, dropout where there is a key.
+    """Returns a function that calls a module with the given inputs of a batch.
 
-    Where a batch has `adapter_ids`, they are the members of a bank that its rows are for.
+    Dropout is active if there is a key. If a batch has `adapter_ids`, they select the members of a
+    bank for its rows.
     """
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
@@ -193,20 +210,25 @@ def apply_function(
 
 
 def routing(batch: Batch, copies: int = 1) -> dict[str, Array]:
-    """The argument that tells a bank whose rows are whose, each row `copies` times; {} if none."""
+    """Returns the keyword argument that routes rows to the members of a bank, if there is one.
+
+    Args:
+      batch: the batch, which may have `adapter_ids`.
+      copies: the number of consecutive copies of each row.
+    """
     ids = batch.get("adapter_ids")
     return {} if ids is None else {"adapter_ids": jnp.repeat(ids, copies)}
 
 
 def logits_of(apply: ApplyFunction) -> OutputsFunction:
-    """The logits without dropout, `[batch, …]` float32."""
+    """Returns a function that computes the logits without dropout, `[batch, …]` float32."""
     return lambda params, batch: apply(params, batch, None).astype(jnp.float32)
 
 
 def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Returns a schedule from 0 to `learning_rate` in `warmup_steps`, then to 0 at `total_steps`.
 
-    It computes on the host: a step takes the learning rate as an argument.
+    The schedule computes on the host: a step takes the learning rate as an argument.
     """
     steps = [warmup_steps, max(total_steps, warmup_steps + 1)]
     rates = [learning_rate, 0.0]

@@ -1,4 +1,4 @@
-"""Batches: examples of like length, shuffled, padded and divided over devices."""
+"""Batches: examples of similar length, shuffled, padded and divided over devices."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from train.data.tokens import IGNORED, Encoded
 Batch: TypeAlias = dict[str, np.ndarray]
 
 
-# Shuffled examples are sorted by length within windows of this many batches: long enough for
-# batches of one bucket, short enough that most of the shuffle remains.
+# Number of batches in a window within which shuffled examples are sorted by length: large enough
+# for batches of one bucket, small enough to preserve most of the shuffle.
 _WINDOW_BATCHES = 32
 
 
 class Examples(Protocol):
-    """The examples of a split, which may be made anew for every epoch."""
+    """Examples of a split, which may be generated anew for every epoch."""
 
     def __len__(self) -> int: ...
 
     def of_epoch(self, epoch: int) -> Encoded:
-        """As many examples in every epoch, a function of `epoch` alone."""
+        """Returns the examples of an epoch, a function of `epoch` alone with a constant number."""
 
-    def notices(self, split: str) -> list[str]:
-        """What the user should know of them, a line each."""
+    def user_messages(self, split: str) -> list[str]:
+        """Returns lines about the examples for the user."""
 
 
 def bucket_lengths(max_length: int, multiple: int = 16) -> tuple[int, ...]:
-    """The lengths that inputs are padded to, few so that XLA compiles few shapes.
+    """Returns the lengths that inputs are padded to; they are few, so that XLA compiles few shapes.
 
-    `multiple` times 1, 2, 3, 4, 6, 8, 12, …: less than half of a long input is padding.
-    The last is `max_length` itself.
+    They are `multiple` times 1, 2, 3, 4, 6, 8, 12, …, so that less than half of a long input is
+    padding. The last is `max_length` itself.
+
+    Raises:
+      ValueError: if `max_length` or `multiple` is below 1.
     """
     if max_length < 1 or multiple < 1:
         raise ValueError(f"max_length={max_length} and multiple={multiple}; want 1 or more")
@@ -45,7 +48,7 @@ def bucket_lengths(max_length: int, multiple: int = 16) -> tuple[int, ...]:
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
-    """Batches of a shuffled epoch, the same for every one: `ceil(num_examples / batch_size)`."""
+    """Returns the number of batches of a shuffled epoch, `ceil(num_examples / batch_size)`."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; want 1 or more")
     return -(-num_examples // batch_size)
@@ -61,33 +64,32 @@ def batches(
     start: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Every example once, in batches of inputs of like length.
+    """Yields every example once, in batches of inputs of similar length.
 
-    Shuffled order depends on `seed` and `epoch` alone. Without shuffling, inputs come by bucket,
-    within one in the order of the data, and every input is padded to its own bucket. The same goes
-    for targets that are texts, whose buckets are finer.
+    The shuffled order depends on `seed` and `epoch` alone. Without shuffling, inputs are ordered by
+    bucket, and within a bucket as in the data; every input is padded to its own bucket. The same
+    holds for targets that are texts, which have finer buckets.
 
     Args:
       encoded: the examples.
-      batch_size: rows of every batch; the last is filled up with rows of weight 0.
+      batch_size: the number of rows of every batch; the last is filled with rows of weight 0.
       shuffle: whether to shuffle, for training.
-      seed: of the shuffle.
-      epoch: of the shuffle.
-      start: how many batches to leave out at the beginning, to resume.
-      part: `(i, n)`: the i-th of n equal parts of every batch, of `batch_size / n` rows, padded as
-        the whole batch is. Hosts that train together take a part each.
+      seed: the seed of the shuffle.
+      epoch: the epoch, which enters the shuffle.
+      start: the number of batches to skip at the beginning, to resume.
+      part: `(i, n)` for the i-th of n equal parts of every batch, `batch_size / n` rows padded as
+        the whole batch is. Each of several hosts that train together takes one part.
 
     Yields:
-      `input_ids`, `attention_mask` and, where there are any, `token_type_ids`:
-      `[batch_size, length]` int32, where `length` is a bucket. `labels`: `[batch_size]` int32 or
-      float32, or `[batch_size, 2]` int32, 0 where unknown. `weights`: `[batch_size]` float32, 1 or,
-      in a filling row, 0. `indices`: `[batch_size]` int32, position in `encoded`, or -1. A filling
-      row attends to one token, so that its softmax is finite.
-
-      With target texts, `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED`
-      where there is none; `decoder_input_ids`, of the same shape, are the labels shifted to the
-      right behind the start token; and a row's weight is the number of its target tokens, so that
-      the mean over rows of a row's mean loss is the mean over the batch's tokens.
+      `input_ids`, `attention_mask` and, where there are any, `token_type_ids`: `[batch_size,
+      length]` int32, where `length` is a bucket. `labels`: `[batch_size]` int32 or float32, or
+      `[batch_size, 2]` int32, 0 where unknown. `weights`: `[batch_size]` float32, 1, or 0 in a
+      filling row. `indices`: `[batch_size]` int32, the position in `encoded`, or -1 in a filling
+      row. A filling row attends to one token, so that its softmax is finite. With target texts,
+      `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED` where there is none;
+      `decoder_input_ids`, of the same shape, are the labels shifted to the right behind the start
+      token; and the weight of a row is the number of its target tokens, so that the weighted mean
+      of the rows' mean losses is the mean over the batch's tokens.
 
     Raises:
       ValueError: if `shuffle` has no `seed`, or `start`, `batch_size` or `part` is out of range.
@@ -98,14 +100,14 @@ def batches(
     if not 0 <= index < parts or batch_size % parts:
         raise ValueError(f"part={part} is none of a batch of {batch_size} divided by {parts}")
     padded = _padded_lengths(encoded)
-    # One number for the pair of lengths, in the order of the pairs.
+    # One number for each pair of lengths, which preserves the order of the pairs.
     buckets = padded[:, 0] * (1 + padded[:, 1].max(initial=0)) + padded[:, 1]
     if shuffle:
         if seed is None or seed < 0 or epoch < 0:
             raise ValueError(f"shuffling wants seed and epoch of 0 or more, got {seed} and {epoch}")
         rows = _shuffled(buckets, batch_size, np.random.default_rng([seed, epoch]))
     else:
-        # Buckets are not mixed: what is computed for a row must not depend on its neighbours.
+        # Buckets are not mixed: the outputs of a row must not depend on its neighbours.
         positions = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
         rows = [row for of_bucket in positions for row in _sliced(of_bucket, batch_size)]
     if not 0 <= start <= len(rows):
@@ -118,12 +120,12 @@ def batches(
 
 
 def shift_right(labels: np.ndarray, pad_token_id: int, start_token_id: int) -> np.ndarray:
-    """What a decoder is given to say `labels`: they, one to the right, behind the start token.
+    """Returns decoder inputs for teacher forcing: the labels shifted right behind the start token.
 
     Args:
       labels: `[rows, length]` int32, `IGNORED` where there is no token.
-      pad_token_id: what stands there in the result.
-      start_token_id: what begins every row.
+      pad_token_id: the token in place of `IGNORED`.
+      start_token_id: the first token of every row.
     """
     inputs = np.roll(np.where(labels == IGNORED, pad_token_id, labels), 1, axis=1)
     inputs[:, 0] = start_token_id
@@ -154,7 +156,10 @@ def _sliced(order: np.ndarray, size: int) -> list[np.ndarray]:
 def _shuffled(
     buckets: np.ndarray, batch_size: int, generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Positions, batch by batch. Windows are whole batches, so only the last can be short."""
+    """Returns the positions of each batch.
+
+    Windows are whole batches, so that only the last batch can be short.
+    """
     windows = _sliced(generator.permutation(len(buckets)), batch_size * _WINDOW_BATCHES)
     order = [window[np.argsort(buckets[window], kind="stable")] for window in windows]
     rows = _sliced(np.concatenate(order), batch_size) if order else []
@@ -162,7 +167,7 @@ def _shuffled(
 
 
 def _padded_lengths(encoded: Encoded) -> np.ndarray:
-    """`[examples, 2]`: the buckets of each example's input and target, 0 where it has none."""
+    """Returns `[examples, 2]`: the buckets of each input and target, 0 without a target."""
     padded = np.zeros((len(encoded), 2), np.int64)
     texts = encoded.target_texts
     columns = [(encoded.offsets, encoded.max_length, 16)]
@@ -216,7 +221,7 @@ def _pad(
     shape: tuple[int, int],
     fill: int,
 ) -> np.ndarray:
-    """The rows `positions` of what `offsets` divide `flat` into, filled up at the right, below."""
+    """Returns the given rows of `flat`, which `offsets` divide, filled at the right and below."""
     rows = np.full(shape, fill, np.int32)
     for row, position in enumerate(positions):
         tokens = flat[offsets[position] : offsets[position + 1]]

@@ -27,7 +27,7 @@ _BIG_FILE = 2**20  # bytes; reading less needs no progress bar
 
 @dataclass(frozen=True)
 class Segments:
-    """Sequences of tokens of several lengths, one after the other.
+    """Sequences of tokens of different lengths, one after the other.
 
     Attributes:
       tokens: `[tokens]` int32, without padding.
@@ -51,21 +51,21 @@ def read_documents(
     max_characters_per_document: int = 100_000,
     description: str | None = None,
 ) -> Iterator[str]:
-    """Streams the documents of a text file; blank lines stand between them.
+    """Streams the documents of a text file, which are separated by blank lines.
 
     Args:
-      path: a UTF-8 file, with a byte order mark or without.
-      max_characters_per_document: a longer document comes in parts, cut at an end of a line once
-        it has so many characters, and within a line that alone has more.
-      description: what the progress bar of a big file says; None is no bar.
+      path: a UTF-8 file, with or without a byte order mark.
+      max_characters_per_document: the length from which on a document is split into several; the
+        split is at the end of a line, or within a line that alone is longer.
+      description: the label of the progress bar for a big file; None shows no bar.
 
     Yields:
       A document with its line breaks, never blank.
 
     Raises:
       FileNotFoundError: if the file does not exist.
-      ValueError: if it is a folder, empty, blank or not UTF-8, or if
-        `max_characters_per_document` is below 1.
+      ValueError: if it is a folder, empty, blank or not UTF-8, or if `max_characters_per_document`
+        is below 1.
     """
     path = Path(path)
     check_text_file(path)
@@ -91,7 +91,12 @@ def read_documents(
 
 
 def check_text_file(path: Path) -> None:
-    """FileNotFoundError if there is no such file, ValueError if it is a folder or empty."""
+    """Checks that a file exists and has content.
+
+    Raises:
+      FileNotFoundError: if there is no file.
+      ValueError: if it is a folder or empty.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
@@ -107,20 +112,20 @@ def read_segments(
     *,
     max_characters_per_document: int = 100_000,
 ) -> Segments:
-    """Tokenises a text file and cuts it into segments.
+    """Tokenises a text file and divides it into segments.
 
-    As in the released code of T5, documents follow each other with nothing between them, and a
-    segment goes on from one to the next. Words that spell a sentinel or another special token
-    (not the unknown token) are left out, since they would be taken for one.
+    Documents follow each other without a separator, and a segment may span several documents, as in
+    the released code of T5. Text that spells a sentinel or another special token (except the
+    unknown token) is left out, since the model would read it as that token.
 
     Args:
-      path: a UTF-8 file, as `read_documents` takes it.
+      path: a UTF-8 file, as for `read_documents`.
       tokenizer: a fast tokenizer with sentinels.
-      segment_length: tokens of a segment; see `SpanCorruption.segment_length`.
-      max_characters_per_document: as of `read_documents`; bounds what is held of the text.
+      segment_length: the number of tokens of a segment; see `SpanCorruption.segment_length`.
+      max_characters_per_document: as for `read_documents`; bounds the text in memory.
 
     Returns:
-      Segments of `segment_length` tokens, the last maybe shorter, but of 2 at least.
+      Segments of `segment_length` tokens; the last may be shorter, with at least 2 tokens.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -157,7 +162,7 @@ def read_segments(
 
 
 def joined(arrays: tuple[np.ndarray, ...]) -> Segments:
-    """Returns segments one behind the other."""
+    """Returns segments one after the other."""
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
     return Segments(np.concatenate([np.zeros(0, np.int32), *arrays]), offsets)
 
@@ -169,7 +174,7 @@ def _bar(size: int, description: str | None) -> tqdm:
         unit="B",
         unit_scale=True,
         disable=description is None or size < _BIG_FILE,
-        # A log file wants a line now and then, a person a bar that moves.
+        # A terminal shows a moving bar; a log file needs a line only now and then.
         mininterval=0.2 if sys.stderr.isatty() else 20,
     )
 

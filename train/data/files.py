@@ -1,4 +1,4 @@
-"""The rows of .parquet, .jsonl, .csv and .tsv files, streamed."""
+"""Rows of .parquet, .jsonl, .csv and .tsv files, streamed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Parquet stays an Arrow table, so that its types survive being written back; text formats are
-# records, so that a key that is missing and one that is null stay different.
+# Parquet stays an Arrow table, so that its types are preserved when it is written back; text
+# formats are records, so that a missing key and a null value stay different.
 Rows: TypeAlias = pa.Table | list[dict[str, Any]]
 
-# Bounds what a quotation mark that is never closed can swallow.
+# Bounds the text after a quotation mark that is never closed.
 _LONGEST_FIELD = 16 * 2**20
 _LINE_BREAK = re.compile("[\r\n]")
 
@@ -26,10 +26,10 @@ def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
     """Streams a .parquet, .jsonl, .csv or .tsv file, at most `chunk_rows` rows at a time.
 
     Yields:
-      A `pyarrow.Table` of parquet, a list of dicts of the other formats.
+      A `pyarrow.Table` for parquet, a list of dicts for the other formats.
 
     Raises:
-      ValueError: if the file is not what its suffix says, or not UTF-8.
+      ValueError: if the content does not match the suffix, or is not UTF-8.
     """
     suffix = path.suffix.lower()
     try:
@@ -92,10 +92,10 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
-    """Yields the rows that are not blank, and puts back the process's limit on a field.
+    """Yields the rows that are not blank, and restores the process's limit on a field.
 
     A row of a .tsv is one line: most of these files are not quoted, and two sentences that begin
-    and end with a quotation mark would swallow the rows between them.
+    and end with a quotation mark would absorb the rows between them.
     """
     while True:
         line = reader.line_num + 1

@@ -16,11 +16,11 @@ SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 
 
 def check_files(input_path: Path, output_path: Path) -> None:
-    """Looks at the names of input and output before anything slow happens.
+    """Checks the names of input and output before anything slow happens.
 
     Raises:
       FileNotFoundError: if the input does not exist.
-      ValueError: if a file is a folder or of an unsupported type, the input is empty, both are the
+      ValueError: if a file is a folder or has an unsupported type, the input is empty, both are the
         same file, or there is no folder for the output.
     """
     _check_file(input_path)
@@ -39,20 +39,21 @@ def read_rows(
     max_characters: int = 100_000,
     columns: Mapping[str, type] | None = None,
 ) -> Iterator[Rows]:
-    """Streams a .parquet, .jsonl, .csv or .tsv file whose sentences have been checked.
+    """Streams a .parquet, .jsonl, .csv or .tsv file and checks its sentences.
 
-    Every value of a .csv or .tsv file is text, exactly as it stands in the file. Fields are quoted
-    with `"`, doubled inside a field, in both; a field of a .csv may hold line breaks, one of a .tsv
-    may not. Blank lines are skipped and not counted as rows.
+    Every value of a .csv or .tsv file is text, exactly as in the file. In both formats fields are
+    quoted with `"`, doubled inside a field; a field of a .csv may contain line breaks, a field of a
+    .tsv may not. Blank lines are skipped and do not count as rows.
 
     Args:
       path: the file; it needs a column `sentence`, and may have `sentence2`.
-      chunk_rows: most rows to hold at a time.
-      max_characters: limit on the length of one sentence.
-      columns: name -> type of values, of columns that a file may have instead: all of them.
+      chunk_rows: the maximum number of rows in memory.
+      max_characters: the maximum length of a sentence.
+      columns: name -> type of the values, for columns that a file may have instead, all of them.
 
     Yields:
-      At most `chunk_rows` rows: a `pyarrow.Table` of parquet, a list of dicts of the other formats.
+      At most `chunk_rows` rows: a `pyarrow.Table` for parquet, a list of dicts for the other
+      formats.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -72,12 +73,12 @@ def read_rows(
 
 
 class ColumnReader:
-    """Reads the columns that a model is called with, chunk by chunk, and checks them.
+    """Reader of a model's input columns, which checks them chunk by chunk.
 
     Args:
-      path: of the file, for errors.
-      columns: as `read_rows` takes them.
-      max_characters: limit on the length of one sentence.
+      path: the file, for errors.
+      columns: the alternative columns, as for `read_rows`.
+      max_characters: the maximum length of a sentence.
     """
 
     def __init__(
@@ -92,15 +93,18 @@ class ColumnReader:
     def read(
         self, rows: Rows, names: Sequence[str], numbers: Sequence[int]
     ) -> dict[str, list[Any]]:
-        """Name -> values of the columns to read, which the first rows decide on.
+        """Reads the columns of a chunk; the first chunk decides which columns are read.
 
-        These are all that the reader was made with, if the rows have them, else `sentence` and,
-        where it is, `sentence2`.
+        If the rows have all columns that the reader was made with, these are read; otherwise
+        `sentence` and, if present, `sentence2`.
 
         Args:
-          rows: at least one.
-          names: of their columns.
-          numbers: of the rows in the file, counted from 1.
+          rows: the chunk, at least one row.
+          names: the names of its columns.
+          numbers: the numbers of its rows in the file, counted from 1.
+
+        Returns:
+          Name -> values.
 
         Raises:
           ValueError: as `read_rows`.
@@ -124,21 +128,21 @@ class ColumnReader:
 
 
 def columns_read(names: Sequence[str], columns: Mapping[str, type] | None) -> tuple[str, ...]:
-    """Those of `columns` if a file has them all, else `sentence` and, where it is, `sentence2`."""
+    """Returns `columns` if a file has them all, otherwise `sentence` and any `sentence2`."""
     if columns and set(columns) <= set(names):
         return tuple(columns)
     return ("sentence", "sentence2") if "sentence2" in names else ("sentence",)
 
 
 def column_names(rows: Rows) -> list[str]:
-    """Names of the columns; for records, of all keys in the order of their first appearance."""
+    """Returns the column names; for records, all keys in the order of first appearance."""
     if isinstance(rows, pa.Table):
         return rows.column_names
     return list(dict.fromkeys(itertools.chain.from_iterable(rows)))
 
 
 def column_values(rows: Rows, name: str) -> list[Any]:
-    """One column as Python values; None where a record does not have it."""
+    """Returns one column as Python values; None where a record lacks it."""
     if isinstance(rows, pa.Table):
         return rows.column(name).to_pylist()
     return [row.get(name) for row in rows]
@@ -177,7 +181,7 @@ def check_texts(
 def _check_values(
     path: Path, name: str, values: list[Any], numbers: Sequence[int], kind: type
 ) -> None:
-    """Raises ValueError, naming the row, if a value is not of a type, or text of an integer."""
+    """Raises ValueError, naming the row, if a value has another type; integers may be text."""
     for row, value in zip(numbers, values, strict=True):
         of_number = kind is int and isinstance(value, str) and value.strip().isdecimal()
         if not isinstance(value, kind) and not of_number:
@@ -188,7 +192,11 @@ def _check_values(
 
 
 def check_suffix(path: Path) -> str:
-    """The suffix in lower case; ValueError if it names none of the formats."""
+    """Returns the suffix in lower case.
+
+    Raises:
+      ValueError: if the suffix is of no supported format.
+    """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         hint = "; write one JSON object per line, as .jsonl" if suffix == ".json" else ""

@@ -1,4 +1,4 @@
-"""From rows to batches: token ids, buckets of length, order of examples."""
+"""Tokenised examples: token ids and their offsets, and the checks of a tokenizer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 _TOKENIZED_AT_ONCE = 1024
 
 
-# What stands in a batch's labels where there is no target token.
+# Label at positions of a batch without a target token.
 IGNORED = -100
 
 
-# From this part of all tokens on the user is told of unknown ones.
+# The fraction of unknown tokens from which on the user is told.
 _TOLD_OF_UNKNOWN = 0.01
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """How many tokens stand for what the tokenizer has no token for.
+    """Counts of tokens that stand for text that the tokenizer has no token for.
 
     Attributes:
-      tokens: how many do.
-      all_tokens: how many tokens there are, special ones left out.
-      texts: in how many texts some do.
+      tokens: the number of unknown tokens.
+      all_tokens: the number of all tokens, special tokens left out.
+      texts: the number of texts with unknown tokens.
     """
 
     tokens: int = 0
@@ -50,8 +50,8 @@ class Unknown:
             self.texts + other.texts,
         )
 
-    def notices(self, what: str) -> list[str]:
-        """Returns a line on what the texts are called, if it is 1 % of the tokens or more."""
+    def user_messages(self, what: str) -> list[str]:
+        """Returns a line about the unknown tokens of the texts `what`, if they are at least 1 %."""
         if not self.tokens or self.tokens < _TOLD_OF_UNKNOWN * self.all_tokens:
             return []
         part = 100 * self.tokens / self.all_tokens
@@ -64,12 +64,13 @@ class Unknown:
 def count_unknown(
     ids: np.ndarray, offsets: np.ndarray, tokenizer: PreTrainedTokenizerBase
 ) -> Unknown:
-    """Counts the tokens for what the tokenizer has no token for.
+    """Counts the tokens that stand for text that the tokenizer has no token for.
 
     Args:
-      ids: `[tokens]` of texts, one after the other.
+      ids: `[tokens]` of the texts, one after the other.
       offsets: `[texts + 1]`; text `i` is `offsets[i]:offsets[i + 1]`.
-      tokenizer: whose `unk_token_id` is counted; none where another special token is the same.
+      tokenizer: the tokenizer whose `unk_token_id` is counted; nothing is counted if this id is
+        also that of another special token.
     """
     unknown = tokenizer.unk_token_id
     ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id}
@@ -91,9 +92,9 @@ class Texts:
     Attributes:
       ids: `[tokens]` int32, without padding.
       offsets: `[texts + 1]` int64; text `i` is `offsets[i]:offsets[i + 1]`.
-      max_length: limit that the texts were cut to.
-      num_truncated: how many were cut.
-      unknown: what of them the tokenizer does not know.
+      max_length: the length to which the texts were truncated.
+      num_truncated: the number of truncated texts.
+      unknown: the counts of unknown tokens.
     """
 
     ids: np.ndarray
@@ -109,22 +110,22 @@ class Encoded:
 
     Attributes:
       input_ids: `[tokens]` int32, without padding.
-      token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones that
-        have none.
+      token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones
+        without token types.
       offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
       targets: `[examples]` int32 labels, float32 scores or texts, or `[examples, 2]` int32 first
         and last tokens; None where unknown.
-      max_length: limit that the examples were cut to.
-      pad_token_id: what padding is filled with.
-      num_truncated: how many examples were cut.
-      target_texts: what a decoder is to say; None for a backbone without one, or where unknown.
-      decoder_start_token_id: what it is given first.
-      rows: what was encoded, where scores and predictions need more of it than `targets`.
-      groups: `[examples]` int64, the row that each example is of, in ascending order; None where
-        every row is one example.
-      spans: `[tokens, 2]` int32, where each token of the second sentence begins and ends in it, in
-        characters; -1 elsewhere.
-      unknown: what of the inputs the tokenizer does not know.
+      max_length: the length to which the examples were truncated.
+      pad_token_id: the padding token.
+      num_truncated: the number of truncated examples.
+      target_texts: the targets of a decoder; None for a backbone without one, or where unknown.
+      decoder_start_token_id: the first input token of a decoder.
+      rows: the rows that were encoded, if scores and predictions need more than `targets`.
+      groups: `[examples]` int64, the row of each example, in ascending order; None if every row is
+        one example.
+      spans: `[tokens, 2]` int32, the first character of each token of the second sentence and the
+        character after its last; -1 elsewhere.
+      unknown: the counts of unknown tokens in the inputs.
     """
 
     input_ids: np.ndarray
@@ -145,14 +146,14 @@ class Encoded:
         return len(self.offsets) - 1
 
     def of_epoch(self, epoch: int) -> Encoded:
-        """The examples of an epoch: the same in every one."""
+        """Returns the examples of an epoch, which are the same in every epoch."""
         return self
 
-    def notices(self, split: str) -> list[str]:
-        """What was cut or is unknown to the tokenizer, in words; empty if nothing was."""
-        lines = self.unknown.notices(f"{split} inputs")
+    def user_messages(self, split: str) -> list[str]:
+        """Returns lines about truncated examples and unknown tokens; empty if there are none."""
+        lines = self.unknown.user_messages(f"{split} inputs")
         if self.target_texts is not None:
-            lines += self.target_texts.unknown.notices(f"{split} targets")
+            lines += self.target_texts.unknown.user_messages(f"{split} targets")
         if self.num_truncated:
             lines.append(
                 f"{self.num_truncated} of {len(self)} {split} examples are cut to "
@@ -168,7 +169,7 @@ class Encoded:
 
 
 def check_max_length(max_length: int, positions: int | None) -> None:
-    """ValueError if inputs are too short for a word, or longer than the backbone's positions."""
+    """Raises ValueError if inputs are too short for a word, or exceed the backbone's positions."""
     if max_length < 3:
         raise ValueError(f"max_length={max_length} leaves no room for a word; use 3 or more")
     if positions is not None and max_length > positions:
@@ -188,14 +189,16 @@ def load_tokenizer(
     """Loads a tokenizer and checks that it fits the backbone.
 
     Args:
-      path_or_hub_id: folder of a tokenizer, or its name on the Hugging Face hub.
-      vocab_size: rows of the backbone's token embedding; may exceed the tokenizer's.
-      max_position_embeddings: the backbone's longest input; None if positions are relative.
-      max_length: the longest input wanted.
+      path_or_hub_id: the folder of a tokenizer, or its name on the Hugging Face hub.
+      vocab_size: the number of rows of the backbone's token embedding; it may exceed the
+        tokenizer's.
+      max_position_embeddings: the longest input of the backbone; None if positions are relative.
+      max_length: the maximum input length that is wanted.
 
     Raises:
-      ValueError: if there is no such tokenizer, it is not a fast one, has no padding token or more
-        tokens than `vocab_size`, or `max_length` is below 3 or above `max_position_embeddings`.
+      ValueError: if there is no such tokenizer; if it is not a fast one, has no padding token or
+        has more tokens than `vocab_size`; or if `max_length` is below 3 or above
+        `max_position_embeddings`.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
 
@@ -212,19 +215,19 @@ def load_tokenizer(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the kinds differ between versions and file formats
+    except Exception as error:  # the types differ between versions and file formats
         _check_no_own_code(source, refused="trust_remote_code" in str(error))
         reason = reason_of(error)
         raise ValueError(
             f"cannot load a tokenizer from {quote(source, 120)}: {reason} ({wanted}, which must be "
             "reachable or cached)"
         ) from error
-    # In the place of a class that it may not run, transformers 5 takes another.
+    # transformers 5 substitutes another class for one that it may not run.
     _check_no_own_code(source, refused=False)
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(
         tokenizer.all_special_tokens
-    ):  # what transformers 5 makes of no files
+    ):  # transformers 5 returns this if there are no files
         raise ValueError(
             f"the tokenizer of {source!r} knows no words; it wants tokenizer.json or vocab.txt"
         )
@@ -242,14 +245,15 @@ def load_tokenizer(
 
 
 def _check_no_own_code(source: str, *, refused: bool) -> None:
-    """Checks that a tokenizer needs no code that lies beside it.
+    """Checks that a tokenizer needs no code from its own repository.
 
     Args:
-      source: folder, or id on the hub, of which the copy in the cache is looked at.
-      refused: whether transformers says that it does; if not, it does where its class is unknown.
+      source: the folder, or the id on the hub, whose cached copy is checked.
+      refused: whether transformers refused to run the code; if not, code is needed where the class
+        of the tokenizer is unknown.
 
     Raises:
-      ValueError: that names the code.
+      ValueError: if it needs code; the message names the code.
     """
     import transformers  # noqa: PLC0415 - slow to import
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
@@ -284,12 +288,12 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Encoded:
-    """Tokenises every example once, pairs as the tokenizer joins them.
+    """Tokenises every example once; pairs are joined by the tokenizer.
 
     Args:
-      dataset: columns `sentence`, maybe `sentence2`, and `label`, `score` or neither of them.
+      dataset: columns `sentence`, optionally `sentence2`, and `label`, `score` or neither of them.
       tokenizer: a fast tokenizer.
-      max_length: longer inputs are cut, of a pair the longer sentence first.
+      max_length: the length to which inputs are truncated; of a pair, the longer sentence first.
 
     Raises:
       ValueError: if `max_length` leaves less than one token for each sentence.
@@ -328,17 +332,17 @@ def tokenize(
 
 
 def _flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """`[tokens]` int32 of arrays of token ids, one after the other; there may be none."""
+    """Returns token ids one after the other, `[tokens]` int32; there may be no arrays."""
     return np.concatenate([np.zeros(0, np.int32), *arrays])
 
 
 def columns_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> Sequence[str]:
-    """Names of the columns."""
+    """Returns the names of the columns."""
     return list(dataset) if isinstance(dataset, Mapping) else dataset.column_names
 
 
 def targets_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
-    """What to compare predictions with: int32 labels, float32 scores or texts; None if unknown."""
+    """Returns the targets: int32 labels, float32 scores or texts; None if they are unknown."""
     for column, dtype in (("label", np.int32), ("score", np.float32), ("target", object)):
         if column in columns_of(dataset):
             return np.array(dataset[column][:], dtype)
@@ -346,7 +350,7 @@ def targets_of(dataset: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | N
 
 
 def groups_of(columns: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | None:
-    """`[examples]` int64: the column `row`, the row of the data that each is of; None without."""
+    """Returns the data row of each example, `[examples]` int64; None without a column `row`."""
     return np.array(columns["row"][:], np.int64) if "row" in columns_of(columns) else None
 
 
@@ -358,17 +362,17 @@ def tokenize_texts(
     what: str,
     may_be_empty: bool = False,
 ) -> Texts:
-    """Tokenises texts as T5 reads and writes them: the end-of-sequence token last.
+    """Tokenises texts as T5 reads and writes them, with the end-of-sequence token last.
 
     Args:
-      texts: any; longer ones are cut before the end-of-sequence token.
-      tokenizer: a fast tokenizer with such a token.
-      max_length: longest in tokens, the end-of-sequence token included.
+      texts: the texts; longer ones are truncated before the end-of-sequence token.
+      tokenizer: a fast tokenizer with an end-of-sequence token.
+      max_length: the maximum length in tokens, the end-of-sequence token included.
       what: "input", "target" or "label", for errors.
-      may_be_empty: whether "" is a text, of which the end-of-sequence token alone is left.
+      may_be_empty: whether "" is allowed; its only token is then the end-of-sequence token.
 
     Raises:
-      ValueError: if a text has no tokens otherwise, or `max_length` leaves room for none.
+      ValueError: if another text has no tokens, or `max_length` leaves no room for a token.
     """
     if max_length < 2:
         raise ValueError(f"a longest {what} of {max_length} tokens holds no word; use 2 or more")
@@ -400,9 +404,9 @@ def tokenize_texts(
 
 
 def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids of `<extra_id_0>`, `<extra_id_1>`, …, in this order, as far as the vocabulary has them.
+    """Returns the ids of `<extra_id_0>`, `<extra_id_1>`, … as far as the vocabulary has them.
 
-    mT5 spells them with a leading `▁`, which is accepted too.
+    mT5 spells them with a leading `▁`, which is accepted, too.
 
     Raises:
       ValueError: if there is no `<extra_id_0>`.

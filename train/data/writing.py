@@ -1,4 +1,4 @@
-"""Rows written to files, a chunk at a time."""
+"""Writers of rows to files, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write_rows(path: str | Path) -> Iterator[Callable[[Rows], None]]:
     """Opens a .parquet, .jsonl, .csv or .tsv file for writing chunk by chunk.
 
     The rows go to a temporary file in the same folder, which takes the name `path` when the block
-    ends; if the block raises, it is removed and whatever was at `path` stays as it was. The first
-    chunk sets the columns (and, for parquet, their types) of all formats but .jsonl. In .csv and
-    .tsv, null is an empty field, and numbers, lists and objects are JSON. A line break in a field
-    is refused in a .tsv, as it is when one is read.
+    ends. If the block raises, the temporary file is removed and a file at `path` stays as it was.
+    The first chunk sets the columns, and for parquet their types, of all formats but .jsonl. In
+    .csv and .tsv, null is an empty field, and numbers, lists and objects are JSON. A line break in
+    a field of a .tsv is refused, as it is when a .tsv is read.
 
     Yields:
       A function that writes one chunk.
@@ -49,7 +49,7 @@ def write_rows(path: str | Path) -> Iterator[Callable[[Rows], None]]:
 
 
 def add_columns(rows: Rows, added: dict[str, pa.Array]) -> Rows:
-    """The rows with columns behind their own."""
+    """Returns the rows with columns appended."""
     if isinstance(rows, pa.Table):
         for name, values in added.items():
             rows = rows.append_column(name, values)
@@ -59,17 +59,17 @@ def add_columns(rows: Rows, added: dict[str, pa.Array]) -> Rows:
 
 
 class _Writer(abc.ABC):
-    """Writes chunks to an open binary file; `path` is what errors call it."""
+    """Writer of chunks to an open binary file; errors call the file `path`."""
 
     def __init__(self, file: IO[bytes], path: Path):
         self.file, self.path = file, path
-        self.names: list[str] = []  # of the first chunk's columns
+        self.names: list[str] = []  # names of the first chunk's columns
 
     @abc.abstractmethod
     def write(self, rows: Rows) -> None: ...
 
     def close(self) -> None:  # noqa: B027 - most formats have nothing to write there
-        """Writes what the format has at its end."""
+        """Writes the end of the format."""
 
     def check_names(self, names: list[str]) -> None:
         self.names = self.names or names
@@ -97,7 +97,10 @@ class _ParquetWriter(_Writer):
             ) from error
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
-        """Types as Arrow infers them; made to fit those of the first rows, values would be lost."""
+        """Returns the rows as a table with inferred types.
+
+        A cast to the types of the first chunk would lose values.
+        """
         columns = {name: pa.array(column_values(rows, name)) for name in self.names}
         for field in self.writer.schema if self.writer is not None else ():
             if pa.types.is_null(columns[field.name].type):
@@ -115,12 +118,12 @@ class _JsonWriter(_Writer):
             line = json.dumps(record, ensure_ascii=False, default=str)
             try:
                 self.file.write(line.encode() + b"\n")
-            except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+            except UnicodeEncodeError:  # half a surrogate pair, which JSON can only escape
                 self.file.write(json.dumps(record, default=str).encode() + b"\n")
 
 
 class _CsvWriter(_Writer):
-    rows = 0  # written before
+    rows = 0  # number of rows written so far
 
     def write(self, rows: Rows) -> None:
         header = not self.names
@@ -147,7 +150,7 @@ class _CsvWriter(_Writer):
         self.rows += len(rows)
 
     def check_lines(self, row: int, fields: list[str]) -> None:
-        """ValueError for a line break in a field of a .tsv, each row of which is one line."""
+        """Raises ValueError for a line break in a field of a .tsv, where each row is one line."""
         if not self.is_tsv:
             return
         for name, field in zip(self.names, fields, strict=True):
@@ -163,7 +166,7 @@ class _CsvWriter(_Writer):
         return self.path.suffix.lower() == ".tsv"
 
     def write_line(self, fields: list[str]) -> None:
-        # The csv module leaves a lone carriage return unquoted, and then reads it as a new row.
+        # The csv module writes a lone carriage return unquoted, and then reads it as a new row.
         delimiter = "\t" if self.is_tsv else ","
         special = (delimiter, '"', "\r", "\n")
         quoted = (
@@ -184,7 +187,7 @@ _WRITERS: dict[str, type[_Writer]] = {
 
 
 def _is_cut(text: str) -> bool:
-    """Returns True for text that UTF-8 cannot write: it holds half a surrogate pair."""
+    """Returns True for text with half a surrogate pair, which UTF-8 cannot encode."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -193,7 +196,7 @@ def _records(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _cell(value: Any) -> str:
-    """A value as the text of a .csv or .tsv field."""
+    """Returns a value as the text of a .csv or .tsv field."""
     if isinstance(value, bool | int | float | list | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return "" if value is None else str(value)

@@ -17,16 +17,18 @@ from train.fit.options import FitOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions(FitOptions):
-    """Print what a run of fit would cost: steps, programs, memory, time; no data, no weights.
+    """Print what a run of fit would cost: steps, programs, memory, time; reads no data or weights.
 
-    Takes the flags of fit. Of several tasks with commas, each is planned as a run of its own.
+    Accepts the flags of fit. Several tasks joined by commas are planned as separate runs.
 
     Attributes:
-      backbone: name of a published size, such as t5-base or google/flan-t5-xl, or a config.json.
-      output_dir: not used.
-      devices: how many share a batch; a mesh says it, too.
-      device_kind: of JAX, such as "TPU v4" or "NVIDIA H100 80GB HBM3", whose peak is known.
-      utilisation: what part of the peak to count on.
+      backbone: name of a published size, such as t5-base or google/flan-t5-xl, or path of a
+        config.json.
+      output_dir: ignored.
+      devices: number of devices that share a batch; a mesh takes precedence.
+      device_kind: device kind as JAX names it, such as "TPU v4" or "NVIDIA H100 80GB HBM3", to look
+        up its peak.
+      utilisation: fraction of the peak that the estimate of the time assumes.
       json: print JSON instead of text.
     """
 
@@ -37,7 +39,7 @@ class PlanOptions(FitOptions):
     json: bool = False
 
     def check(self) -> None:
-        """ValueError for a number that cannot work."""
+        """Raises ValueError for a number out of range."""
         super().check()
         if self.is_grid:
             flags = "--seeds, --learning-rates, --train-sizes"
@@ -51,19 +53,19 @@ class PlanOptions(FitOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParamsOptions(ChoosesMethod):
-    """Print what a method trains on a backbone, by group, or what each of all methods does.
+    """Print how many parameters a method trains on a backbone, by group; or compare all methods.
 
     Attributes:
       backbone: folder of a Hugging Face checkpoint, or its id on the hub.
-      backbone_config: in place of a backbone, the name of a published size, such as t5-base or
-        google/flan-t5-xl, or a config.json; needs no weights.
-      train_members: which members of a composition are trained, as for fit.
-      mesh: with one method, print what each device has to hold if the backbone is divided so, as by
-        fit; no device is needed.
-      backbone_dtype: with a mesh, what weights that are not trained are stored in.
-      num_labels: width of the classification head, where the backbone has one.
-      vocab_size: count as if the vocabulary had so many entries. A T5 of 32,128 is by default
-        counted with 32,100, too, its tokens without padding, which the paper's percentages are of.
+      backbone_config: instead of a backbone, name of a published size, such as t5-base or
+        google/flan-t5-xl, or path of a config.json; no weights are read.
+      train_members: members of a composition to train, as for fit.
+      mesh: device mesh, as for fit; with a single method, also print the bytes that each device
+        holds. No device is needed.
+      backbone_dtype: with a mesh, dtype in which frozen weights are stored.
+      num_labels: number of outputs of the classification head, where the backbone has one.
+      vocab_size: count with this many vocabulary entries. By default, a T5 with 32,128 entries is
+        also counted with its 32,100 tokens without padding, the base of the paper's percentages.
       json: print JSON instead of a table.
       method_options: changes to the preset, where not None; with all, to the presets that have the
         field.
@@ -74,8 +76,8 @@ class ParamsOptions(ChoosesMethod):
     method: Annotated[
         str,
         tyro.conf.arg(
-            help=f"preset of the method, or all: {', '.join(presets())}; or a composition, as fit "
-            "takes it."
+            help=f"preset of the method, or all: {', '.join(presets())}; or a composition, as for "
+            "fit."
         ),
     ] = "compacter++"
     train_members: str | None = None
@@ -87,6 +89,6 @@ class ParamsOptions(ChoosesMethod):
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
     def check_method(self) -> None:
-        """ValueError for an unknown preset, or options that it does not have; `all` has each."""
+        """Raises ValueError for an unknown preset or for options that it lacks; accepts `all`."""
         if self.method != ALL:
             super().check_method()

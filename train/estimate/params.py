@@ -1,4 +1,4 @@
-"""The command `params`: what a method trains on a backbone, or what each of all methods does."""
+"""Command `params`: the parameters that a method, or each of all methods, trains on a backbone."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from train.estimate.options import ParamsOptions
 from train.objectives import head_arguments
 from train.objectives.shapes import shapes_of
 
-# Entries of T5's embedding -> tokens there really are. arXiv:2106.04647 cuts the embedding to these
-# before it counts.
+# Entries of T5's embedding -> number of tokens. arXiv:2106.04647 truncates the embedding to these
+# tokens before it counts parameters.
 _TOKENS = {32_128: 32_100}
-# What a device of those that are commonly had can hold, in bytes; they have a little more.
+# Nominal memory of common devices in bytes; the actual memory is slightly larger.
 _DEVICES = {"a chip of a TPU v4 (v4-8: 4 of them)": 32 * 10**9, "a GPU with 80 GB": 80 * 10**9}
 
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """A backbone with a vocabulary of one size.
+    """A backbone with one vocabulary size.
 
     Attributes:
       module: the backbone.
-      shapes: `/`-joined path -> shape of its parameters.
+      shapes: `/`-joined path -> shape of the parameters.
     """
 
     module: Any
@@ -44,24 +44,24 @@ class Counted:
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the embedding."""
+        """Number of entries of the embedding."""
         return self.module.config.vocab_size
 
     @property
     def total(self) -> int:
-        """Parameters of the backbone, a new head aside."""
+        """Number of parameters of the backbone without a new head."""
         return sum(leaf.size for path, leaf in self.shapes.items() if group_of(path) != "head")
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """What one device of a mesh has in its memory, activations aside.
+    """Memory of one device of a mesh in bytes, without activations.
 
     Attributes:
-      frozen: its part of the weights that are not trained.
-      trained: those that are, which every device has whole.
-      gradients: of the trained ones.
-      optimizer: AdamW's moments of them.
+      frozen: the device's part of the frozen weights.
+      trained: the trained parameters, replicated on every device.
+      gradients: the gradients of the trained parameters.
+      optimizer: the moments of AdamW.
     """
 
     frozen: int
@@ -71,17 +71,17 @@ class DeviceBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all fields."""
         return self.frozen + self.trained + self.gradients + self.optimizer
 
 
 def params(options: ParamsOptions) -> None:
-    """Runs the command.
+    """Runs the command `params`.
 
     Raises:
-      ValueError: if not exactly one of backbone and configuration is given, or it is none; if a
-        mesh is given with all methods, or is none; or, of one method, as `compacter_jax.Adapted`,
-        and of a composition as `train.cli.compositions.composed`.
+      ValueError: unless exactly one of backbone and configuration is given, and is valid; if a mesh
+        is given with all methods, or is invalid; or, for a single method, as
+        `compacter_jax.Adapted`, and for a composition as `train.cli.compositions.composed`.
     """
     options.check_members()
     if options.mesh is not None and options.method == ALL:
@@ -94,7 +94,7 @@ def params(options: ParamsOptions) -> None:
 
 
 def counted_backbones(options: ParamsOptions) -> list[Counted]:
-    """The backbone with each of the vocabularies to count with, its own or the one given first."""
+    """Returns the backbone with each vocabulary to count with, its own or the given one first."""
     given = [x for x in (options.backbone, options.backbone_config) if x is not None]
     if len(given) != 1:
         raise ValueError("params wants either --backbone or --backbone-config; give one of them")
@@ -112,13 +112,13 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
 
 
 def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
-    """What `method` trains on each of the backbones, which differ in their vocabulary alone."""
+    """Returns the parameter counts of `method` on backbones that differ only in vocabulary."""
     first = backbones[0]
     shapes = shapes_of(cj.Adapted(first.module, method))
     found = [shapes]
     added = {path: leaf for path, leaf in shapes.items() if path not in first.shapes}
     for other in backbones[1:]:
-        # Tracing takes a second, and hardly any method has parameters for each token.
+        # Tracing takes a second, and few methods have parameters per token.
         if any(first.vocab_size in leaf.shape for leaf in added.values()):
             found.append(shapes_of(cj.Adapted(other.module, method)))
         else:
@@ -130,13 +130,13 @@ def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
 def device_bytes(
     module: Any, method: MethodConfig, sizes: dict[str, int], backbone_dtype: str
 ) -> DeviceBytes:
-    """What training `method` takes on each device, worked out of shapes.
+    """Computes the memory of training `method` on each device, from shapes.
 
     Args:
       module: the backbone.
       method: the method.
-      sizes: of the mesh, as `train.compute.mesh.parse` gives them.
-      backbone_dtype: what is not trained is stored in.
+      sizes: the mesh, as `train.compute.mesh.parse` returns it.
+      backbone_dtype: the dtype in which frozen weights are stored.
     """
     shapes = unflatten_dict(shapes_of(cj.Adapted(module, method)), sep="/")
     labels = cj.label_params(shapes, method)
@@ -196,7 +196,7 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
 
 
 def _device_table(held: DeviceBytes, options: ParamsOptions) -> list[str]:
-    """What each device holds, line by line, and what part that is of what it can."""
+    """Returns lines with the memory per device by kind, and the share of its capacity."""
     rows = {
         f"not trained, in {options.backbone_dtype}": held.frozen,
         "trained, in float32": held.trained,
@@ -211,7 +211,7 @@ def _device_table(held: DeviceBytes, options: ParamsOptions) -> list[str]:
 
 
 def _print_all(options: ParamsOptions, backbones: list[Counted]) -> None:
-    """Prints each row as soon as it is known, for all take a while; JSON at the end."""
+    """Prints each row as soon as it is computed, since all take a while; JSON at the end."""
     if options.json:
         names = tqdm(cj.presets(), unit="method", leave=False, disable=None)
         records = [_record(name, _line(name, options, backbones), backbones) for name in names]
@@ -231,7 +231,7 @@ def _print_all(options: ParamsOptions, backbones: list[Counted]) -> None:
 
 
 def _line(name: str, options: ParamsOptions, backbones: list[Counted]) -> list[Count] | str:
-    """Counts of a preset, or why it cannot act."""
+    """Returns the counts of a preset, or the reason why it cannot be applied."""
     try:
         method = method_of(name, options_of(name, options.method_options))
         return counts(method, backbones)
@@ -240,7 +240,7 @@ def _line(name: str, options: ParamsOptions, backbones: list[Counted]) -> list[C
 
 
 def _cells(line: list[Count] | str, backbones: list[Counted], headings: list[str]) -> list[str]:
-    """What stands in a row: for each backbone what is trained, and its part of it."""
+    """Returns the cells of a row: for each backbone, trained parameters and percentage."""
     if isinstance(line, str):
         return [line]
     cells = []

@@ -1,4 +1,4 @@
-"""The command `plan`: what a run would cost, said without its data or weights."""
+"""Command `plan`: the cost of a run, without its data or weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from train.objectives.classification import Classifier
 from train.objectives.text_to_text import Seq2Seq
 
 # Task -> training examples on the hub, as GLUE (arXiv:1804.07461), SuperGLUE (arXiv:1905.00537),
-# SQuAD (arXiv:1606.05250) and WMT publish them; of ReCoRD, one for each answer, as T5 learns them.
+# SQuAD (arXiv:1606.05250) and WMT publish them; ReCoRD has one for each answer, as for T5.
 _EXAMPLES = {
     "cola": 8_551,
     "sst2": 67_349,
@@ -50,11 +50,12 @@ _EXAMPLES = {
     "squad": 87_599,
     "wmt16-ro-en": 610_320,
 }
-# Of large data sets with one validation split, --split-protocol paper holds out so many examples.
+# Size from which on a data set is large, and the number of examples that --split-protocol paper
+# holds out of a large one with a single validation split.
 _LARGE, _HELD_OUT = 10_000, 1_000
-_HALVED = ("mnli", "multirc")  # two validation splits; 5,100 questions, which is small
+_HALVED = ("mnli", "multirc")  # two validation splits; a small set of 5,100 questions
 _LABELS = {"mnli": 3, "cb": 3, "stsb": 1}
-# The longest label of a benchmark, not_entailment, is of six tokens.
+# The longest label of a benchmark, not_entailment, has six tokens.
 _LABEL_LENGTH = 8
 PARTS = {
     "frozen": "frozen weights",
@@ -67,22 +68,22 @@ PARTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """What determines the program of a step: everything but the values.
+class Workload:
+    """Everything that determines the program of a step, except the values of its arrays.
 
     Attributes:
-      backbone: published name or path of a configuration.
-      method: what is trained.
-      num_labels: outputs of an encoder's head.
-      rows: of one device.
-      length: of the longest inputs, in tokens.
-      target_length: of the longest targets, for a decoder.
-      dtype: of the computation.
-      backbone_dtype: of the frozen weights.
-      remat: as for `fit`.
-      mesh: axis -> devices along it, over which frozen weights are divided.
-      accumulation_steps: parts that the rows are divided into.
-      dropout_rate: in place of the configuration's.
+      backbone: the published name or the path of a configuration.
+      method: the method to train.
+      num_labels: the number of outputs of an encoder's head.
+      rows: the number of rows on one device.
+      length: the length of the longest inputs in tokens.
+      target_length: the length of the longest targets of a decoder.
+      dtype: the dtype of the computation.
+      backbone_dtype: the dtype of the frozen weights.
+      remat: the recomputation, as for `fit`.
+      mesh: axis -> number of devices, over which frozen weights are divided.
+      accumulation_steps: the number of parts into which the rows are divided.
+      dropout_rate: the dropout rate, in place of the configuration's.
     """
 
     backbone: str
@@ -101,14 +102,14 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a step on one device, at the longest lengths.
+    """Cost of a step on one device, at the longest lengths.
 
     Attributes:
-      trained: numbers that are trained.
-      total: all parameters.
-      adapter_bytes: of what is saved, its names aside.
-      flops: floating-point operations.
-      memory: at its peak.
+      trained: the number of trained parameters.
+      total: the number of all parameters.
+      adapter_bytes: the bytes of a saved adapter, without its names.
+      flops: the floating-point operations.
+      memory: the memory at its peak.
     """
 
     trained: int
@@ -120,18 +121,19 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run on one task would cost.
+    """Cost of a run on one task.
 
     Attributes:
-      task: its name.
-      train_examples: to learn from.
-      epochs: passes over them.
-      steps: updates in all.
-      input_lengths: what inputs are padded to.
-      target_lengths: what targets are padded to; empty without a decoder.
-      shape: of a step.
-      cost: of a step.
-      seconds: of all steps, if each batch were of the longest; None if the peak is not known.
+      task: the name of the task.
+      train_examples: the number of training examples.
+      epochs: the number of passes over them.
+      steps: the number of updates.
+      input_lengths: the lengths that inputs are padded to.
+      target_lengths: the lengths that targets are padded to; empty without a decoder.
+      workload: the workload of a step.
+      cost: the cost of a step.
+      seconds: the time of all steps, if every batch had the longest length; None if the peak is not
+        known.
     """
 
     task: str
@@ -140,26 +142,26 @@ class Plan:
     steps: int
     input_lengths: tuple[int, ...]
     target_lengths: tuple[int, ...]
-    shape: Shape
+    workload: Workload
     cost: Cost
     seconds: float | None
 
     @property
     def programs(self) -> int:
-        """Steps of different shapes, at most; each is compiled once."""
+        """Maximum number of steps with different shapes, each of which is compiled once."""
         return len(self.input_lengths) * max(1, len(self.target_lengths))
 
     @property
     def total_flops(self) -> int:
-        """Of all steps on one device, if each batch were of the longest."""
+        """FLOPs of all steps on one device, if every batch had the longest length."""
         return self.steps * self.cost.flops
 
 
 def plan(each: Sequence[PlanOptions]) -> None:
-    """Runs the command, for the options of each task.
+    """Runs the command `plan` for the options of each task.
 
     Raises:
-      ValueError: for options that do not fit, or a task whose size is not known.
+      ValueError: for invalid options, or a task whose size is not known.
     """
     plans = [plan_of(options) for options in each]
     if each[0].json:
@@ -169,17 +171,19 @@ def plan(each: Sequence[PlanOptions]) -> None:
 
 
 def plan_of(options: PlanOptions) -> Plan:
-    """What a run on one task would cost; errors as of `plan`."""
+    """Returns the plan of a run on one task; raises the errors of `plan`."""
     options.check()
     module = module_from_name(options.backbone)
-    shape = _shape(options, isinstance(module, cj.T5))
-    cost = cost_of(shape)
+    workload = _workload(options, isinstance(module, cj.T5))
+    cost = cost_of(workload)
     examples = train_examples(options, isinstance(module, cj.T5))
     steps = options.epochs * batching.num_batches(examples, options.batch_size)
     steps = min(steps, options.max_steps or steps)
     peak = peak_of(options)
     seconds = None if peak is None else steps * cost.flops / (peak * options.utilisation)
-    targets = batching.bucket_lengths(shape.target_length, 4) if isinstance(module, cj.T5) else ()
+    targets = (
+        batching.bucket_lengths(workload.target_length, 4) if isinstance(module, cj.T5) else ()
+    )
     return Plan(
         task=options.task,
         train_examples=examples,
@@ -187,14 +191,18 @@ def plan_of(options: PlanOptions) -> Plan:
         steps=steps,
         input_lengths=batching.bucket_lengths(options.max_length),
         target_lengths=targets,
-        shape=shape,
+        workload=workload,
         cost=cost,
         seconds=seconds,
     )
 
 
 def train_examples(options: PlanOptions, text_to_text: bool) -> int:
-    """How many there are: known of public data sets, counted of built-in tasks, or given."""
+    """Returns the number of training examples: known, counted, or given by the options.
+
+    Raises:
+      ValueError: for other tasks if `train_size` is not given.
+    """
     name, protocol = options.task, options.split_protocol
     if name in tasks.BUILT_IN:
         known = pq.read_metadata(tasks.SENTIMENT / name / "train.parquet").num_rows
@@ -215,10 +223,10 @@ def train_examples(options: PlanOptions, text_to_text: bool) -> int:
 
 
 def peak_of(options: PlanOptions) -> float | None:
-    """FLOP/s of one device, as given or by its kind; None if neither is.
+    """Returns the FLOP/s of one device, as given or by its kind; None if neither is given.
 
     Raises:
-      ValueError: for a kind that is not known.
+      ValueError: for an unknown kind.
     """
     if options.peak_flops is not None or options.device_kind is None:
         return options.peak_flops
@@ -231,7 +239,7 @@ def peak_of(options: PlanOptions) -> float | None:
     return peak
 
 
-def _shape(options: PlanOptions, text_to_text: bool) -> Shape:
+def _workload(options: PlanOptions, text_to_text: bool) -> Workload:
     sizes = compute_mesh.parse(options.mesh) if options.mesh else {}
     rows_of_devices = sizes.get(compute_mesh.DATA, options.devices)
     parts = rows_of_devices * options.accumulation_steps
@@ -245,7 +253,7 @@ def _shape(options: PlanOptions, text_to_text: bool) -> Shape:
     if benchmark is not None:
         labelled = benchmark.wanted == "label"
     longest = options.max_target_length
-    return Shape(
+    return Workload(
         backbone=options.backbone,
         method=options.method_config(),
         num_labels=0 if text_to_text else 1 if options.regression else _LABELS.get(options.task, 2),
@@ -261,20 +269,20 @@ def _shape(options: PlanOptions, text_to_text: bool) -> Shape:
     )
 
 
-@functools.cache  # the tasks of a benchmark share one
-def cost_of(shape: Shape) -> Cost:
-    """Traces the step; errors as of `compacter_jax.Adapted`."""
-    model, objective = model_of(shape)
+@functools.cache  # the tasks of a benchmark share a workload
+def cost_of(workload: Workload) -> Cost:
+    """Traces the step and returns its cost; raises the errors of `compacter_jax.Adapted`."""
+    model, objective = model_of(workload)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     labels = cj.label_params(shapes, model.method)
     trained, frozen = cj.partition(shapes, labels)
-    frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, shape.backbone_dtype), frozen)
+    frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, workload.backbone_dtype), frozen)
     loss = step.loss_function("tokens" if objective is Seq2Seq else "classification")
     tx = cj.optimizer(optax.adamw(1e-3), labels)
 
     def traced(model: Any) -> Any:
         apply = step.apply_function(model, objective.inputs)
-        part = batch_of(shape, shape.rows // shape.accumulation_steps)
+        part = batch_of(workload, workload.rows // workload.accumulation_steps)
         return gradient_program(apply, loss, trained, frozen, part)
 
     program, unrepeated = traced(model), compute_flops.without_remat(model)
@@ -284,64 +292,70 @@ def cost_of(shape: Shape) -> Cost:
         program,
         trained,
         frozen,
-        batch_of(shape, shape.rows),
+        batch_of(workload, workload.rows),
         tx,
-        accumulation_steps=shape.accumulation_steps,
+        accumulation_steps=workload.accumulation_steps,
     )
-    if shape.mesh:
+    if workload.mesh:
         parts = dataclasses.replace(
-            parts, frozen=compute_mesh.bytes_of_part(frozen, dict(shape.mesh))
+            parts, frozen=compute_mesh.bytes_of_part(frozen, dict(workload.mesh))
         )
     return Cost(
         trained=count.trained,
         total=count.total,
         adapter_bytes=compute_memory.size(trained),
-        # The devices along `model` divide each product.
-        flops=shape.accumulation_steps
+        # Each product is divided over the devices along `model`.
+        flops=workload.accumulation_steps
         * compute_flops.of_step(traced(unrepeated) if repeats else program)
-        // dict(shape.mesh).get(compute_mesh.MODEL, 1),
+        // dict(workload.mesh).get(compute_mesh.MODEL, 1),
         memory=parts,
     )
 
 
-def model_of(shape: Shape) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
-    """The adapted module, and the objective whose batches it reads."""
-    module = module_from_name(shape.backbone)
-    attributes: dict[str, Any] = {"dtype": jnp.dtype(shape.dtype), "remat": shape.remat}
+def model_of(workload: Workload) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
+    """Returns the adapted module, and the objective whose batches it reads."""
+    module = module_from_name(workload.backbone)
+    attributes: dict[str, Any] = {"dtype": jnp.dtype(workload.dtype), "remat": workload.remat}
     rates = ["dropout_rate"]
     if isinstance(module, cj.Bert):
-        attributes |= {"head": "sequence_classification", "num_labels": shape.num_labels}
+        attributes |= {"head": "sequence_classification", "num_labels": workload.num_labels}
         rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
-    if shape.dropout_rate is not None:
-        changed = dict.fromkeys(rates, shape.dropout_rate)
+    if workload.dropout_rate is not None:
+        changed = dict.fromkeys(rates, workload.dropout_rate)
         attributes["config"] = dataclasses.replace(module.config, **changed)
     objective = Seq2Seq if isinstance(module, cj.T5) else Classifier
-    return cj.Adapted(module.clone(**attributes), shape.method), objective
+    return cj.Adapted(module.clone(**attributes), workload.method), objective
 
 
-def batch_of(shape: Shape, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `train.data.batching.batches` yields, of the longest."""
+def batch_of(workload: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch of `train.data.batching.batches` with the longest lengths."""
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     batch = {"weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
-    batch |= {name: integers((rows, shape.length)) for name in ("input_ids", "attention_mask")}
-    if shape.target_length:
+    batch |= {name: integers((rows, workload.length)) for name in ("input_ids", "attention_mask")}
+    if workload.target_length:
         targets = ("decoder_input_ids", "labels")
-        return batch | {name: integers((rows, shape.target_length)) for name in targets}
-    return batch | {"token_type_ids": integers((rows, shape.length)), "labels": integers((rows,))}
+        return batch | {name: integers((rows, workload.target_length)) for name in targets}
+    return batch | {
+        "token_type_ids": integers((rows, workload.length)),
+        "labels": integers((rows,)),
+    }
 
 
 def _to_json(one: Plan) -> dict[str, Any]:
     values = dataclasses.asdict(one)
-    values["shape"].pop("method")
+    values["workload"].pop("method")
     values["cost"]["memory"]["total"] = one.cost.memory.total
     return values | {"programs": one.programs, "total_flops": one.total_flops}
 
 
 def _text(plans: Sequence[Plan], options: PlanOptions) -> list[str]:
-    """The plans for the console: a table of tasks, then each shape of a step."""
+    """Returns the lines for the console: a table of tasks, then each workload of a step."""
     lines = [f"{options.method} on {options.backbone}", "", *_task_table(plans)]
-    for shape in dict.fromkeys(one.shape for one in plans):
-        lines += ["", *_shape_lines(shape, [one for one in plans if one.shape == shape])]
+    for workload in dict.fromkeys(one.workload for one in plans):
+        lines += [
+            "",
+            *_workload_lines(workload, [one for one in plans if one.workload == workload]),
+        ]
     lines.append("")
     if (peak := peak_of(options)) is None:
         lines.append("time: not known; give --device-kind or --peak-flops")
@@ -375,19 +389,20 @@ def _task_table(plans: Sequence[Plan]) -> list[str]:
     ]
 
 
-def _shape_lines(shape: Shape, plans: Sequence[Plan]) -> list[str]:
+def _workload_lines(workload: Workload, plans: Sequence[Plan]) -> list[str]:
     cost, one = plans[0].cost, plans[0]
     targets = f", targets to {_listed(one.target_lengths)}" if one.target_lengths else ""
     lines = [
-        f"{', '.join(plan.task for plan in plans)}: {shape.rows} rows on each device, computed in "
-        f"{shape.dtype}, remat {shape.remat}, {cost.flops:.3g} FLOPs for a step of the longest",
+        f"{', '.join(plan.task for plan in plans)}: {workload.rows} rows on each device, "
+        f"computed in {workload.dtype}, remat {workload.remat}, {cost.flops:.3g} FLOPs for a step "
+        "of the longest",
         f"  compiled for inputs padded to {_listed(one.input_lengths)}{targets} tokens: "
         f"{one.programs} programs at most, and others to evaluate",
         f"  trained {cost.trained:,} of {cost.total:,} parameters "
         f"({100 * cost.trained / cost.total:.3f} %); the adapter takes about "
         f"{cost.adapter_bytes:,} bytes",
         "  memory of a device, in MB"
-        + (", activations as if `model` did not divide them:" if shape.mesh else ":"),
+        + (", activations as if `model` did not divide them:" if workload.mesh else ":"),
     ]
     values = {**dataclasses.asdict(cost.memory), "total": cost.memory.total}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""The commands `convert` and `merge`: adapters of other libraries, and backbones with adapters."""
+"""Command `convert`: adapters of other libraries to this package's format, and the reverse."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EXPORTS: dict[str, Callable[..., Any]] = {
 }
 
 
-# PEFT's task -> the head it is for, where that is not the one the backbone names.
+# PEFT's task type -> the head that it needs, if it is not the default of the backbone.
 _PEFT_HEADS = {
     "SEQ_CLS": "sequence_classification",
     "TOKEN_CLS": "token_classification",
@@ -46,11 +46,11 @@ _PEFT_HEADS = {
 
 
 def convert(options: ConvertOptions) -> None:
-    """The command `convert`.
+    """Runs the command `convert`.
 
     Raises:
       FileNotFoundError, ValueError: as the library's readers and writers, or if a flag is missing
-        for what the folder does not say; nothing is written then.
+        for a fact that the folder lacks; nothing is written then.
     """
     source, folder = options.source
     if source not in (OURS, *_IMPORTS):
@@ -87,7 +87,7 @@ def convert(options: ConvertOptions) -> None:
 
 
 def load_ours(folder: Path, name: str | None) -> tuple[cj.Backbone, cj.Adapted, Any]:
-    """An adapter of ours with its backbone, `name` or the one it was trained with."""
+    """Loads an adapter of this package with the backbone `name`, by default the recorded one."""
     settings = cj.read_adapter_config(folder)
     name = name or settings.get("backbone")
     if name is None:
@@ -98,13 +98,13 @@ def load_ours(folder: Path, name: str | None) -> tuple[cj.Backbone, cj.Adapted, 
 
 def check_new(path: Path) -> None:
     """Raises ValueError if there is something at a path that is to be written."""
-    # A link to nothing is there, too.
+    # A dangling link counts as existing.
     if (path.exists() or path.is_symlink()) and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists already; choose another --to")
 
 
 def _check_not_ours(source: str, folder: Path) -> None:
-    """ValueError for an adapter of ours, whose file of settings is called as the others' are."""
+    """Raises ValueError for an adapter of this package, whose settings file has the same name."""
     try:
         cj.read_adapter_config(compositions.folder_of(folder))
     except (ValueError, OSError):
@@ -115,7 +115,7 @@ def _check_not_ours(source: str, folder: Path) -> None:
 
 
 def _load_backbone(options: ConvertOptions) -> cj.Backbone:
-    """The backbone with the head that the other library's folder is for."""
+    """Loads the backbone with the head that the other library's folder needs."""
     source, folder = options.source
     if options.backbone is None:
         raise ValueError(f"--from {source} wants the --backbone the adapter was trained with")
@@ -124,7 +124,7 @@ def _load_backbone(options: ConvertOptions) -> cj.Backbone:
         head = adapterhub.read_adapterhub_head(folder)
     else:
         task = read_json(folder / peft.CONFIG_NAME).get("task_type")
-        task = task if isinstance(task, str) else None  # anything else is refused where it is read
+        task = task if isinstance(task, str) else None  # any other type is refused by the reader
         if task in _PEFT_HEADS:
             head = {"head": _PEFT_HEADS[task]}
         if task in ("SEQ_CLS", "TOKEN_CLS"):
@@ -133,7 +133,7 @@ def _load_backbone(options: ConvertOptions) -> cj.Backbone:
 
 
 def _note_new_head(backbone: cj.Backbone, params: Any, folder: Path) -> None:
-    """Says so if the head is made of random numbers."""
+    """Prints a line if the head consists of random numbers."""
     before, after = (flatten_dict(tree, sep="/") for tree in (backbone.params, params))
     if any(np.array_equal(before[path], after[path]) for path in backbone.new_parameters):
         print(
@@ -143,7 +143,7 @@ def _note_new_head(backbone: cj.Backbone, params: Any, folder: Path) -> None:
 
 
 def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted) -> dict[str, Any]:
-    """What `evaluate` and `predict` want to know, where there is something to predict."""
+    """Returns the metadata that `evaluate` and `predict` need, if there is something to predict."""
     metadata: dict[str, Any] = {"backbone": backbone.name, "dtype": options.dtype}
     head = getattr(model.backbone, "head", None)
     if head not in ("sequence_classification", "conditional_generation"):
@@ -169,18 +169,20 @@ def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted)
     metadata |= {"task": options.task or "custom", "kind": kind, "label_names": list(names)}
     metadata["max_length"] = options.max_length
     if writes:
-        metadata["text_to_text"] = text_format.to_json(_casting(options, kind, names))
+        metadata["text_to_text"] = text_format.to_json(_text_format(options, kind, names))
     return metadata
 
 
-def _casting(options: ConvertOptions, kind: Any, names: Sequence[str]) -> text_format.Casting:
+def _text_format(
+    options: ConvertOptions, kind: Any, names: Sequence[str]
+) -> text_format.TextFormat:
     prefix = options.prefix if options.prefix is not None else options.task
     if prefix is None:
         raise ValueError(
             "what the adapter's inputs begin with is unknown; give --task, or --prefix (which may "
             "be '')"
         )
-    return text_format.Casting(
+    return text_format.TextFormat(
         kind=kind,
         prefix=prefix,
         label_names=tuple(names),
@@ -193,16 +195,16 @@ def _casting(options: ConvertOptions, kind: Any, names: Sequence[str]) -> text_f
 
 
 def _label_names(options: ConvertOptions) -> tuple[str, ...]:
-    """Those of the flags."""
+    """Returns the label names that the flags determine."""
     if options.label_names or options.regression:
         return options.label_names
     return tasks.SENTIMENT_LABELS if options.task in tasks.BUILT_IN else ()
 
 
 def _names_of_folder(options: ConvertOptions) -> tuple[str, ...]:
-    """Those that AdapterHub stores with a head."""
+    """Returns the label names that AdapterHub stores with a head."""
     settings = _head_of_folder(options)
-    # Of models with flexible heads, one level down.
+    # For models with flexible heads the names are one level deeper.
     found = settings.get("label2id") or _flexible(settings).get("label2id") or {}
     ids = list(found.values()) if isinstance(found, dict) else [found]
     if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
@@ -214,38 +216,38 @@ def _names_of_folder(options: ConvertOptions) -> tuple[str, ...]:
 
 
 def _head_of_folder(options: ConvertOptions) -> dict[str, Any]:
-    """What AdapterHub says of a head, nothing where there is none."""
+    """Returns AdapterHub's settings of a head; empty if there is none."""
     library, folder = options.source
     path = folder / adapterhub.HEAD_CONFIG_NAME
     return read_json(path) if library == "adapterhub" and path.is_file() else {}
 
 
 def _flexible(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What it says of one of its own models' heads."""
+    """Returns AdapterHub's settings of a flexible head; empty for other heads."""
     config = settings.get("config")
     return config if isinstance(config, dict) else {}
 
 
 def _is_multilabel(options: ConvertOptions, backbone: cj.Backbone) -> bool:
-    """Whether the head is one of several labels at once."""
+    """Returns True if the head predicts several labels at once."""
     if head := _flexible(_head_of_folder(options)):
         return head.get("head_type") == "multilabel_classification"
     return getattr(backbone.config, "problem_type", None) == "multi_label_classification"
 
 
 def _names_of(config: Any) -> tuple[str, ...]:
-    """Those of a backbone that was fine-tuned before."""
+    """Returns the label names of a backbone that was fine-tuned before."""
     found = config.id2label or {}
     return _meaningful([found[i] for i in sorted(found)])
 
 
 def _meaningful(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, unless they are what transformers calls labels without one."""
+    """Returns the names, unless they are the placeholders of transformers."""
     return () if all(name.startswith("LABEL_") for name in names) else tuple(names)
 
 
 def _name_labels(folder: Path, names: Sequence[str]) -> None:
-    """Writes the names where AdapterHub has them, if the folder has a head."""
+    """Writes the names into AdapterHub's settings of the head, if the folder has a head."""
     path = folder / adapterhub.HEAD_CONFIG_NAME
     if not path.is_file() or not names:
         return

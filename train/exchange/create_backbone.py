@@ -1,4 +1,4 @@
-"""The command `create-backbone`: a tokenizer trained on text, and a random T5 to go with it."""
+"""Command `create-backbone`: a tokenizer trained on text, and a random T5 to go with it."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ _FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_confi
 
 _RESERVED = len(SPECIAL_TOKENS) + len(BYTES) + len(SENTINELS)
 _SMALLEST_VOCABULARY = 512
-_SPACE = "▁"  # in place of a space before a word, as SentencePiece has it
+_SPACE = "▁"  # in place of the space before a word, as in SentencePiece
 _ALPHABET = frozenset(string.digits + string.ascii_letters + string.punctuation + _SPACE)
 _CHARACTER_COVERAGE = 0.9995  # SentencePiece's default
-# A special token or a byte that text merely spells loses to its letters.
+# Text that spells a special token or a byte is tokenised as letters instead.
 _NEVER_CHOSEN = -1000.0
 
 
 def create_backbone(options: CreateOptions) -> None:
-    """Writes a folder that `cj.load_backbone` and transformers load, and prints what it holds.
+    """Writes a folder that `cj.load_backbone` and transformers can load, and prints a summary.
 
-    The folder appears, or is replaced, only when complete.
+    The folder appears, or is replaced, only when it is complete.
 
     Raises:
       FileNotFoundError: if a text file does not exist.
       ValueError: if an option is out of range, a text file cannot be read or has too few words, or
-        `output_dir` holds what may not be replaced.
+        `output_dir` holds files that may not be replaced.
 
     References:
       Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
@@ -67,33 +67,33 @@ def create_backbone(options: CreateOptions) -> None:
         num_parameters = _write_model(options, temporary)
         record = dataclasses.asdict(options) | {"parameters": num_parameters}
         _write_json(temporary / RECORD_NAME, record)
-        # Again, since much can be put into a folder while a tokenizer is trained.
+        # Checked again, since the folder may have changed while the tokenizer was trained.
         check_output_folder(folder, overwrite=options.overwrite)
     print(f"{folder}: a T5 of {num_parameters:,} parameters and {options.vocab_size:,} tokens")
 
 
 def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokenizer:
-    """A Unigram tokenizer as T5's, of `vocab_size` tokens, that ends what it encodes with `</s>`.
+    """Trains a Unigram tokenizer like T5's, of `vocab_size` tokens, which appends `</s>`.
 
     Text is normalised by NFKC; line breaks and runs of white space become one space, and those at
-    the ends are left out. What is left comes back exactly from decoding, whatever its characters
-    (but `▁`, which means a space, and what spells a special token): those outside of the vocabulary
-    become the bytes of their UTF-8, of which T5's own tokenizer has none (it makes them `<unk>`). A
-    character is in the vocabulary if it is in ASCII, or among the most frequent ones that make up
-    99.95 % of the text and at most half of the pieces.
+    the ends are removed. Decoding restores the normalised text exactly for all characters, except
+    for `▁`, which means a space, and for text that spells a special token. Characters outside of
+    the vocabulary are encoded as the bytes of their UTF-8; T5's own tokenizer has no bytes and
+    encodes them as `<unk>`. The vocabulary has the characters of ASCII, and the most frequent other
+    characters that make up 99.95 % of the text and at most half of the pieces.
 
-    Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`, then come 256 bytes, the pieces of words by
+    Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`, followed by 256 bytes, the pieces of words by
     probability, and `<extra_id_99>` to `<extra_id_0>`. Training again gives the same tokenizer,
-    except where rounding decides between pieces that are equally good.
+    except where rounding decides between equally good pieces.
 
     Args:
-      text_files: UTF-8 files.
-      vocab_size: tokens in all.
+      text_files: the UTF-8 files.
+      vocab_size: the number of tokens.
 
     Raises:
       FileNotFoundError: if a file does not exist.
-      ValueError: if a file cannot be read, `vocab_size` is below 512, or more than the words of the
-        text give.
+      ValueError: if a file cannot be read, or `vocab_size` is below 512 or exceeds the pieces that
+        the text gives.
 
     References:
       Kudo, Subword Regularization, ACL 2018, arXiv:1804.10959; Kudo and Richardson, SentencePiece,
@@ -113,7 +113,7 @@ def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokeni
 
 
 def new_module(options: CreateOptions) -> tuple[nn.Module, Any]:
-    """The linen module that the options describe, and its configuration of transformers."""
+    """Returns the linen module that the options describe, and its configuration of transformers."""
     from transformers import T5Config  # noqa: PLC0415 - slow to import
 
     config = T5Config(
@@ -132,10 +132,10 @@ def new_module(options: CreateOptions) -> tuple[nn.Module, Any]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json and the settings by which transformers 4 and 5 load it."""
+    """Writes tokenizer.json and the settings with which transformers 4 and 5 load it."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
-        # T5's own class is of another make in transformers 5, and has no bytes.
+        # T5's own class is different in transformers 5, and has no bytes.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **SPECIAL_TOKENS,
         "additional_special_tokens": SENTINELS[::-1],
@@ -146,11 +146,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Looks at the folder to write to, and writes nothing.
+    """Checks the output folder without writing anything.
 
     Raises:
-      ValueError: if it is a file, or is not empty and either `overwrite` is not set or it holds
-        files that `create_backbone` did not write.
+      ValueError: if it is a file; or if it is not empty and either `overwrite` is not set or it
+        holds files that `create_backbone` did not write.
     """
     if not folder.exists():
         return
@@ -187,10 +187,10 @@ def _check_vocab_size(vocab_size: int) -> None:
 
 
 def _train_pieces(text_files: Sequence[str | Path], num_pieces: int) -> list[tuple[str, float]]:
-    """At most `num_pieces` pieces of words and their log-probabilities, most probable first."""
+    """Returns at most `num_pieces` pieces of words and their log-probabilities, descending."""
     from tokenizers.trainers import UnigramTrainer  # noqa: PLC0415 - help should not wait for it
 
-    # The trainer keeps every character it sees, more than `num_pieces` if it must.
+    # The trainer keeps every character that it sees, even if they exceed `num_pieces`.
     outside = _characters_outside(text_files, num_pieces)
     spaces = str.maketrans(dict.fromkeys(outside, " "))
     tokenizer = _tokenizer_of([(_SPACE, 0.0)])
@@ -207,16 +207,16 @@ def _train_pieces(text_files: Sequence[str | Path], num_pieces: int) -> list[tup
         ),
     )
     pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
-    # A text of a few words makes scores that are no numbers, and too few pieces in any case.
+    # A text of a few words gives scores that are no numbers, and in any case too few pieces.
     return _in_order([(piece, round(score or 0.0, 6)) for piece, score in pieces])
 
 
 def _in_order(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The pieces, the most probable first, in the same order in every run.
+    """Returns the pieces, most probable first, in the same order in every run.
 
-    The trainer adds up in no fixed order, so that rounded scores alone agree, and hands out the
-    scores of characters that it has no use for as it comes across them, in steps of 0.0001 from the
-    lowest: these get one and the same.
+    The trainer sums in no fixed order, so that only rounded scores agree between runs. It also
+    assigns scores to unused characters in the order in which it finds them, in steps of 0.0001 from
+    the lowest; these characters all get the lowest score here.
     """
     floor = min((score for _, score in pieces), default=0.0)
     steps = 1e-4 * sum(len(piece) == 1 for piece, _ in pieces)
@@ -228,7 +228,7 @@ def _in_order(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def _characters_outside(text_files: Sequence[str | Path], num_pieces: int) -> set[str]:
-    """The characters of the text that get no piece of their own."""
+    """Returns the characters of the text that get no piece of their own."""
     counts: collections.Counter[str] = collections.Counter()
     for document in _documents(text_files, "counting characters"):
         counts.update(_normalized(document))
@@ -276,7 +276,7 @@ def _assemble(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
 
 
 def _tokenizer_of(vocabulary: list[tuple[str, float]], **settings: Any) -> Tokenizer:
-    """A tokenizer of these pieces that splits at spaces."""
+    """Returns a tokenizer of these pieces that splits at spaces."""
     from tokenizers import (  # noqa: PLC0415
         Regex,
         Tokenizer,

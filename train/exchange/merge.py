@@ -1,4 +1,4 @@
-"""The command merge: a backbone with an adapter's update in its weights."""
+"""Command `merge`: a backbone with an adapter's update in its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.inference import adapter
 
 
 def merge(options: MergeOptions) -> None:
-    """The command `merge`.
+    """Runs the command `merge`.
 
     Raises:
       FileNotFoundError, ValueError: as `load_adapter` and `merge_adapter`; nothing is written then.

@@ -15,28 +15,28 @@ AdapterFormat: TypeAlias = Literal["compacter_jax", "adapterhub", "peft"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions(TextToTextOptions):
-    """Turn an adapter of another library into one of ours, or the other way round.
+    """Convert an adapter of another library to this package's format, or the other way round.
 
-    What the other library's folder does not say of a task, and `evaluate` and `predict` have to
-    know, is taken from flags.
+    Flags supply the facts about the task that the other library's folder does not record but
+    evaluate and predict need.
 
     Attributes:
-      to: folder to make.
-      to_format: what to write.
-      backbone: the backbone the adapter was trained with; of an adapter of ours, by default where
-        it was then.
-      label_names: of classification, in the order of the head's outputs.
-      task: a built-in task, whose label names are taken, and its name as T5's prefix.
+      to: folder to create.
+      to_format: format to write.
+      backbone: backbone that the adapter was trained with; for an adapter of this package, by
+        default the recorded one.
+      label_names: names of the classes, in the order of the head's outputs.
+      task: built-in task that provides the label names, and the prefix for T5.
       regression: the adapter predicts scores.
-      max_length: longest input in tokens.
-      dtype: what matrix products compute in.
+      max_length: maximum input length in tokens.
+      dtype: dtype of matrix products.
     """
 
     source: Annotated[
         tuple[str, Path],
         tyro.conf.arg(
             name="from",
-            help="what to read, and its folder.",
+            help="format to read, and the folder of the adapter.",
             metavar="{compacter_jax,adapterhub,peft} DIR",
         ),
     ]
@@ -52,12 +52,12 @@ class ConvertOptions(TextToTextOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Write a backbone with a method merged into its weights, as a Hugging Face checkpoint.
+    """Write a Hugging Face checkpoint of a backbone with an adapter merged into its weights.
 
     Attributes:
-      adapter: folder that `fit` or `convert` wrote, or adapter/ in it.
-      backbone: the backbone it was trained with; by default where it was then.
-      to: folder to make.
+      adapter: folder that `fit` or `convert` wrote, or its subfolder adapter/.
+      backbone: backbone that the adapter was trained with; by default the recorded one.
+      to: folder to create.
     """
 
     adapter: Path
@@ -67,21 +67,23 @@ class MergeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CreateOptions:
-    """Make a T5 from scratch: a tokenizer trained on text files, and random weights.
+    """Create a T5 from scratch: a tokenizer trained on text files, and random weights.
 
     Attributes:
-      text_files: UTF-8 text to train the tokenizer on.
-      output_dir: where config.json, model.safetensors, tokenizer.json and what belongs to them go.
-      vocab_size: tokens in all, 359 of them special tokens, sentinels and bytes; 512 or more.
+      text_files: UTF-8 text files to train the tokenizer on.
+      output_dir: folder for config.json, model.safetensors and tokenizer.json, with their companion
+        files.
+      vocab_size: number of tokens, 359 of them special tokens, sentinels and bytes; at least 512.
       d_model: width of the hidden states.
-      d_kv: width of an attention head.
-      d_ff: width inside the feed-forward networks.
-      num_layers: layers of the encoder, and as many of the decoder.
-      num_heads: attention heads.
-      feed_forward: relu is that of T5 v1.0, gated-gelu that of v1.1.
-      tie_word_embeddings: use the embedding for the output too, as T5 v1.0 does and v1.1 does not.
-      seed: of the weights.
-      overwrite: replace the backbone that this command made in output_dir.
+      d_kv: width of each attention head.
+      d_ff: width of the feed-forward networks.
+      num_layers: number of layers of the encoder, and of the decoder.
+      num_heads: number of attention heads.
+      feed_forward: relu as in T5 v1.0, gated-gelu as in T5 v1.1, or gated-silu.
+      tie_word_embeddings: share the embedding with the output layer, as T5 v1.0 does and T5 v1.1
+        does not.
+      seed: seed of the random weights.
+      overwrite: replace a backbone that this command created in output_dir.
     """
 
     text_files: tuple[Path, ...]
@@ -98,7 +100,7 @@ class CreateOptions:
     overwrite: bool = False
 
     def check(self) -> None:
-        """ValueError for a value that cannot work."""
+        """Raises ValueError for a value out of range."""
         for name in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

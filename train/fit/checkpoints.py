@@ -1,4 +1,4 @@
-"""The training state on disk: written while training goes on, the best and the last few kept."""
+"""Checkpoints of the training state, written in the background; the best and the last are kept."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from compacter_jax.messages import reason_of, shorten
 from train.compute import distributed
 from train.fit import stopping
 
-# In the progress of a checkpoint, beside what the caller gives.
+# Keys in the progress of a checkpoint, beside those of the caller.
 _BEST, _RUN_ID = "best_step", "run_id"
-# In the folder of a checkpoint: what its files were when it had been written.
+# File in the folder of a checkpoint with the checksums of its files.
 _CHECKSUMS = "checksums.json"
 
 
 class Restored(NamedTuple):
-    """What was saved at `step`."""
+    """State and progress that were saved at `step`."""
 
     step: int
     state: Any
@@ -39,45 +39,49 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass
 class _Kept(checkpoint_managers.PreservationPolicy):
-    """The last checkpoints, and the best. That of orbax forgets what was best when it restarts."""
+    """Preservation policy for the last checkpoints and the best one.
+
+    The policy of orbax forgets the best checkpoint when it is restarted.
+    """
 
     last: int
     best: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """As orbax calls it, in the order of steps."""
+        """Returns True for each checkpoint to keep; orbax passes them in the order of steps."""
         first = len(checkpoints) - self.last
         return [i >= first or found.step == self.best for i, found in enumerate(checkpoints)]
 
 
 class Checkpoints:
-    """Checkpoints of one run in one folder; a context manager, which waits for the last of them.
+    """Checkpoints of one run in one folder; a context manager that waits for the last write.
 
-    Several hosts write one folder, which all of them must see.
+    Several hosts write to the same folder, which must be visible to all of them.
 
     Attributes:
-      folder: where they are, each in a folder named by its step.
+      folder: the folder, with a subfolder for every checkpoint named by its step.
     """
 
     def __init__(self, folder: Path, keep: int, *, run_id: str | None = None):
-        """Makes the folder, if need be.
+        """Creates the folder if it does not exist.
 
         Args:
-          folder: where checkpoints go.
-          keep: how many of the last to keep, beside the best.
-          run_id: of the run, that each of them repeats; None of a run from before there were ids.
+          folder: the folder for the checkpoints.
+          keep: the number of latest checkpoints to keep, in addition to the best.
+          run_id: the id of the run, which every checkpoint repeats; None for a run of a version
+            without ids.
         """
         self.folder = folder.absolute()
         self._run_id = run_id
-        # Orbax would tell of failures, at length, that are told here.
+        # Orbax would log at length the failures that are reported here.
         logging.set_verbosity(logging.FATAL)
         self._kept = _Kept(keep)
-        self._written: int | None = None  # the step under way
+        self._written: int | None = None  # the step that is being written
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
-                # What a killed run had not finished to write.
+                # Checkpoints that a killed run had not finished.
                 cleanup_tmp_directories=True,
             ),
         )
@@ -94,27 +98,27 @@ class Checkpoints:
             if kind is None:
                 raise
         finally:
-            with contextlib.suppress(Exception):  # what failed has been said
+            with contextlib.suppress(Exception):  # failures have been reported
                 self._manager.close()
             sys.unraisablehook = self._hook
 
     def _without_echoes(self, unraisable: Any) -> None:
-        """Where one array cannot be written, orbax hears of the others when it listens no more."""
+        """Ignores errors that reach orbax's closed event loop after one array has failed."""
         if "Event loop is closed" not in str(unraisable.exc_value):
             self._hook(unraisable)
 
     def latest(self) -> int | None:
-        """The last step that has been written."""
+        """Returns the step of the last complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, progress: dict[str, Any], *, best: bool = False) -> None:
-        """Begins to write; returns once the state may change again.
+        """Starts to write a checkpoint; returns as soon as the state may change again.
 
         Args:
-          step: updates done; a checkpoint of as many is replaced.
-          state: tree of arrays on the host.
-          progress: JSON-ready.
-          best: keep it until a better one comes, however many do.
+          step: the number of updates done; a checkpoint of the same step is replaced.
+          state: a tree of arrays on the host.
+          progress: the progress, JSON-ready.
+          best: keep this checkpoint until a better one is saved.
 
         Raises:
           OSError: if this checkpoint, or the one before, could not be written.
@@ -126,7 +130,7 @@ class Checkpoints:
         if self._run_id is not None:
             progress[_RUN_ID] = self._run_id
         try:
-            # The one before must be whole before it can be dropped for this one.
+            # The previous checkpoint must be complete before this one can replace it.
             self.finish()
             if step in self._manager.all_steps():
                 self._remove(step)
@@ -139,15 +143,15 @@ class Checkpoints:
             )
         except OSError:
             raise
-        except Exception as error:  # the kinds differ between file systems and versions
+        except Exception as error:  # the types differ between file systems and versions
             raise self._unwritten(error) from error
         self._written = step
 
     def finish(self) -> None:
-        """Returns when the last checkpoint has been written.
+        """Waits until the last checkpoint has been written.
 
         Raises:
-          OSError: if it could not be.
+          OSError: if it could not be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -155,7 +159,7 @@ class Checkpoints:
             raise self._unwritten(error) from error
         if self._written is not None and distributed.is_first():
             checkpoint = self.folder / str(self._written)
-            # Before there is a temporary file among those that are listed.
+            # Computed before the temporary file below exists, so that the list leaves it out.
             text = json.dumps(_checksums(checkpoint))
             with replace_file(checkpoint / _CHECKSUMS) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -167,15 +171,16 @@ class Checkpoints:
         note: Callable[[str], None],
         progress_of: Callable[[dict[str, Any]], Any] = dict,
     ) -> Restored | None:
-        """The latest checkpoint that can be read; those after it are set aside, not removed.
+        """Restores the latest readable checkpoint; sets newer ones aside, without removing them.
 
         Args:
-          template: tree of arrays of the shapes and dtypes wanted.
-          note: told of every checkpoint that cannot be read.
-          progress_of: makes of the JSON that was saved what it means; ValueError if it cannot.
+          template: a tree of arrays with the wanted shapes and dtypes.
+          note: called with a message for every checkpoint that cannot be read.
+          progress_of: converts the saved JSON to a progress; raises ValueError if it cannot.
 
         Raises:
-          ValueError: if there are checkpoints, and none can be read, or one is of another run.
+          ValueError: if there are checkpoints, and none of them can be read or one is of another
+            run.
         """
         template = jax.tree.map(np.asarray, template)
         reasons: dict[int, str] = {}
@@ -212,10 +217,10 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
-        """State and progress as they were saved."""
+        """Returns state and progress as they were saved."""
         checkpoint = self.folder / str(step)
         listed = checkpoint / _CHECKSUMS
-        # A run that was killed may not have come to it; what orbax has renamed is whole.
+        # A killed run may lack the list; a checkpoint that orbax has renamed is complete.
         if listed.exists() and read_json(listed) != _checksums(checkpoint):
             raise ValueError("its files are not what was written")
         found = self._manager.restore(
@@ -227,7 +232,7 @@ class Checkpoints:
         return found.state, dict(found.progress)
 
     def _set_aside(self, step: int) -> Path:
-        """Gives a checkpoint a name that no checkpoint has; returns its path."""
+        """Renames a checkpoint to a name that no checkpoint has; returns the new path."""
         checkpoint = self.folder / str(step)
         number = len(list(self.folder.glob(f"{step}.unreadable*")))
         place = self.folder / f"{step}.unreadable-{number}"
@@ -239,7 +244,7 @@ class Checkpoints:
         return place
 
     def _remove(self, step: int) -> None:
-        """Not by orbax, which reads a checkpoint before it deletes it."""
+        """Removes a checkpoint without orbax, which would read it before deleting it."""
         distributed.wait("remove a checkpoint")
         if distributed.is_first():
             shutil.rmtree(self.folder / str(step))
@@ -254,7 +259,7 @@ class Checkpoints:
 
 
 def _checksums(checkpoint: Path) -> dict[str, int]:
-    """CRC-32 of every file in a folder, the list of them aside."""
+    """Returns path -> CRC-32 of every file in a folder, except the list of checksums."""
     found = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != _CHECKSUMS:
@@ -267,6 +272,6 @@ def _checksums(checkpoint: Path) -> dict[str, int]:
 
 
 def _in_short(error: Exception) -> str:
-    """What went wrong: the beginning and, where the reason of the system stands, the end."""
+    """Returns the beginning of an error message and its end, where the system's reason stands."""
     text = reason_of(error, 100_000)
     return text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"

@@ -1,4 +1,4 @@
-"""`fit` with several seeds, learning rates or training sizes: runs at once, one step for all."""
+"""Grids of `fit`: runs with several seeds, learning rates or training sizes share one step."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from train.fit.run_folder import RunFolder, check_grid_folder, open_grid
 from train.folders import alone
 
 _AXIS = "runs"
-# What padding is filled with where a batch is narrower than another's, if not with 0.
+# Padding value where a batch is narrower than those of other runs; 0 where none is given.
 _FILL = {"labels": tokens.IGNORED}
 
 
 def runs_of(options: FitOptions) -> dict[str, FitOptions]:
-    """The runs of a grid by name, each as `fit` would be told to do it alone.
+    """Returns the runs of a grid by name, each with the options of a single `fit`.
 
     Raises:
-      ValueError: for a list that is none of numbers, or flags that do not go with several runs.
+      ValueError: for a list that is not of numbers, or flags that do not allow several runs.
     """
     lists = {
         "seed": _values("seeds", options.seeds, int),
@@ -87,17 +87,17 @@ def _check_together(options: FitOptions, axes: Mapping[str, Any]) -> None:
 
 
 def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
-    """Trains all runs of a grid; each gives what it gives alone, in a folder of its own.
+    """Trains all runs of a grid; each gives the results of a single `fit`, in its own folder.
 
-    A run whose loss is no longer finite ends, the others go on.
+    A run whose loss is no longer finite ends; the other runs continue.
 
     Returns:
-      Run -> what its `metrics.json` has.
+      Run -> the content of its `metrics.json`.
 
     Raises:
       ValueError, OSError: as `train.fit.run.fit`.
-      FailedRunsError: at the end, names the runs that failed, and why.
-      InterruptedRunError, PreemptedRunError: after a signal; `resume` goes on with all.
+      FailedRunsError: at the end; the message names the failed runs and the reasons.
+      InterruptedRunError, PreemptedRunError: after a signal; `resume` continues all runs.
     """
     started = time.perf_counter()
     with stopping.handled() as stop, ExitStack() as held:
@@ -138,7 +138,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
 
 
 def _prepared(runs: Mapping[str, FitOptions]) -> dict[str, Job]:
-    """The jobs; all share the arrays of the backbone."""
+    """Prepares the jobs, which share the arrays of the backbone."""
     jobs: dict[str, Job] = {}
     for name, options in runs.items():
         jobs[name] = prepare(options, like=next(iter(jobs.values()), None), num_devices=1)
@@ -153,20 +153,20 @@ def _finished(
     result = run.result_of(trainer, 0)
     cost = timing.cost(trainer.progress.step_seconds, started)
     run.write_results(
-        trainer.job, {trainer.job.lanes[0].name: result}, {**cost, "runs_at_once": runs_at_once}
+        trainer.job, {trainer.job.task_runs[0].name: result}, {**cost, "runs_at_once": runs_at_once}
     )
     return result
 
 
 def _train(trainers: Mapping[str, fit_trainer.Trainer], stop: stopping.Stopping) -> dict[str, str]:
-    """Trains all to their ends; returns why runs failed.
+    """Trains all runs to their ends; returns the reasons of failed runs.
 
     Raises:
-      StoppedRunError: after a signal, when all have saved where they stand.
+      StoppedRunError: after a signal, once all runs have saved their state.
     """
     failures: dict[str, str] = {}
     stopped: list[StoppedRunError] = []
-    joint = Joint(list(trainers.values()))
+    stacked = StackedRuns(list(trainers.values()))
     total = max(trainer.job.total_steps for trainer in trainers.values())
     done = min(trainer.learners[0].steps for trainer in trainers.values())
     with stop.delayed(), tqdm(total=total, initial=done, unit="step") as bar:
@@ -187,7 +187,7 @@ def _train(trainers: Mapping[str, fit_trainer.Trainer], stop: stopping.Stopping)
                         stopped.append(end)
             if members:
                 given = [waiting.get(name) for name in trainers]
-                metrics = dict(zip(trainers, joint.step(given), strict=True))
+                metrics = dict(zip(trainers, stacked.step(given), strict=True))
                 bar.update()
     if stopped:
         raise stopped[0]
@@ -195,14 +195,14 @@ def _train(trainers: Mapping[str, fit_trainer.Trainer], stop: stopping.Stopping)
 
 
 class _Arguments(NamedTuple):
-    """Of one run in a joint step.
+    """Arguments of one run in a stacked step.
 
     Attributes:
-      own: leaves of the frozen half that not all runs share, by position.
-      batch: rows.
-      seed: of the dropout masks.
-      numbers: of the optimizer.
-      active: whether the run is still on; the state of one that is not stays.
+      own: the leaves of the frozen half that not all runs share, by position.
+      batch: the rows of the run.
+      seed: the seed of the dropout masks.
+      numbers: the hyperparameters of the optimizer.
+      active: whether the run is still training; the state of a finished run does not change.
     """
 
     own: dict[int, Array]
@@ -212,10 +212,11 @@ class _Arguments(NamedTuple):
     active: Any
 
 
-class Joint:
-    """The states of several runs, stacked on a leading axis, and a step of all.
+class StackedRuns:
+    """States of several runs, stacked along a leading axis, with one compiled step for all runs.
 
-    With several devices, as many as divide the number of runs have equal parts of the runs.
+    With several devices, the largest number of them that divides the number of runs is used, and
+    each has an equal share of the runs.
 
     Attributes:
       states: `train.compute.step.TrainState` with `[runs, …]` leaves.
@@ -253,10 +254,10 @@ class Joint:
             trainer.learners[0].state = cast(compute_step.TrainState, _Row(self, index))
 
     def _compiled(self, first: fit_trainer.Trainer) -> Callable[..., Any]:
-        """The step as a function of arrays; the metrics of every run come apart."""
+        """Returns the step as a function of arrays, with separate metrics for every run."""
         job, learner, runs = first.job, first.job.learners[0], len(self._trainers)
-        lane = job.lanes[0]
-        apply = learners.apply_of(lane, learner.views[0])
+        task_run = job.task_runs[0]
+        apply = learners.apply_of(task_run, learner.views[0])
 
         def one(
             state: compute_step.TrainState, arguments: _Arguments, shared: dict[int, Array]
@@ -269,7 +270,7 @@ class Joint:
                 arguments.batch,
                 jax.random.key(arguments.seed),
                 apply=apply,
-                loss=lane.objective.loss,
+                loss=task_run.objective.loss,
                 tx=cj.optimizer(learners.transformation(job.options), learner.labels),
                 accumulation_steps=job.options.accumulation_steps,
                 numbers=arguments.numbers,
@@ -284,7 +285,7 @@ class Joint:
         return all_of_them
 
     def step(self, batches: Sequence[batching.Batch | None]) -> list[compute_step.StepMetrics]:
-        """One update of every run that has a batch; the metrics of the others mean nothing."""
+        """Updates every run that has a batch; the metrics of the other runs are meaningless."""
         active = np.array([batch is not None for batch in batches])
         filler = next(batch for batch in batches if batch is not None)
         numbers = [trainer.numbers(trainer.learners[0]) for trainer in self._trainers]
@@ -300,22 +301,22 @@ class Joint:
         return metrics
 
     def row(self, index: int, tree: Any) -> Any:
-        """Of a tree with `[runs, …]` leaves those of one run, on the first device."""
+        """Returns one run's part of a tree with `[runs, …]` leaves, on the first device."""
         return jax.device_put(jax.tree.map(lambda x: x[index], tree), self._devices[0])
 
 
 class _Row:
-    """The `train.compute.step.TrainState` of one run, read where it is asked for."""
+    """The `train.compute.step.TrainState` of one run, sliced from the stack on access."""
 
-    def __init__(self, joint: Joint, index: int):
-        self._joint, self._index = joint, index
+    def __init__(self, stacked: StackedRuns, index: int):
+        self._stacked, self._index = stacked, index
 
     @property
     def trained(self) -> Any:
-        return self._joint.row(self._index, self._joint.states.trained)
+        return self._stacked.row(self._index, self._stacked.states.trained)
 
     def _asdict(self) -> dict[str, Any]:
-        return self._joint.row(self._index, self._joint.states)._asdict()
+        return self._stacked.row(self._index, self._stacked.states)._asdict()
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
@@ -327,7 +328,7 @@ def _same(leaves: Sequence[Any]) -> bool:
 
 
 def padded(batches: Sequence[batching.Batch]) -> dict[str, np.ndarray]:
-    """Batches stacked, each array padded to the longest; what is padded is masked."""
+    """Stacks batches, each array padded to the longest; the padding is masked."""
 
     def stacked(name: str) -> np.ndarray:
         arrays = [batch[name] for batch in batches]
@@ -346,7 +347,7 @@ def _write_summary(
     results: Mapping[str, dict[str, Any]],
     failures: Mapping[str, str],
 ) -> None:
-    """`metrics.json` and `report.md` of the grid: every run, and mean and spread over seeds."""
+    """Writes `metrics.json` and `report.md` of the grid: all runs, mean and spread over seeds."""
     groups: dict[tuple[float, int], list[str]] = {}
     for name, result in results.items():
         point = (result["learning_rate"], result["train_examples"])
@@ -371,7 +372,7 @@ def _write_summary(
 
 
 def _spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Metric -> mean and sample standard deviation; None for the deviation of one run."""
+    """Returns metric -> mean and sample standard deviation; with one run, the deviation is None."""
 
     def of(values: list[float]) -> dict[str, float | None]:
         deviation = statistics.stdev(values) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""What `fit` reads and checks before it writes anything: tasks, models, and what is trained."""
+"""Preparation of a run: reads and checks tasks and models before anything is written."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class TaskRun:
     """One task of a run, and the model as this task sees it.
 
     Attributes:
-      task: what is learned.
-      objective: how it is put to the model.
+      task: the task to learn.
+      objective: the objective that puts the task to the model.
       encoded: split -> examples.
-      backbone: with the head of the task.
-      model: the backbone with the method's layers.
-      params: of the model.
-      labels: what of them is trained.
+      backbone: the backbone with the head of the task.
+      model: the backbone with the layers of the method.
+      params: the parameters of `model`.
+      labels: tree like `params` of `compacter_jax.label_params`, which says what is trained.
     """
 
     task: tasks.Task
@@ -50,24 +50,26 @@ class TaskRun:
 
     @property
     def name(self) -> str:
-        """Of the task."""
+        """Name of the task."""
         return self.task.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What is trained as one: an adapter with its optimizer, and the tasks that it learns.
+    """Parameters that one optimizer trains, and the tasks that they are trained on.
 
     Attributes:
-      name: of its only task, or of several with `+` between them.
-      lanes: indices of its tasks in the job.
-      params: of all its lanes; of several, `classifier/NAME/kernel` is the head of one.
-      labels: what of them is trained.
-      views: for each lane, a tree like `params`, or one half of it -> the lane's part of it.
+      name: the name of the only task, or the names of several joined by `+`.
+      task_indices: the positions of the tasks in `Job.task_runs`.
+      params: the parameters of all the tasks; with several, `classifier/NAME/kernel` is the head of
+        the task NAME.
+      labels: tree like `params` that says what is trained.
+      views: for each task, a function from a tree like `params`, or like one of its halves, to the
+        part that belongs to the task.
     """
 
     name: str
-    lanes: tuple[int, ...]
+    task_indices: tuple[int, ...]
     params: Any
     labels: Any
     views: tuple[Callable[[Any], Any], ...]
@@ -75,57 +77,57 @@ class Learner:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything of a run but its state.
+    """Everything that defines a run, except its state.
 
     Attributes:
-      options: of the command line.
-      lanes: the tasks.
-      learners: one for all tasks, or one for each.
+      options: the options of the command line.
+      task_runs: the tasks.
+      learners: one learner for all tasks, or one for each.
     """
 
     options: FitOptions
-    lanes: tuple[TaskRun, ...]
+    task_runs: tuple[TaskRun, ...]
     learners: tuple[Learner, ...]
 
     @property
     def method(self) -> MethodConfig:
-        """What is inserted; of several tasks, for the first."""
-        return self.lanes[0].model.method
+        """Method that the run inserts; with several tasks, the method of the first task."""
+        return self.task_runs[0].model.method
 
     @property
     def is_mixture(self) -> bool:
-        """Whether there are several tasks."""
-        return len(self.lanes) > 1
+        """True if the run has several tasks."""
+        return len(self.task_runs) > 1
 
     @property
     def learning_rate(self) -> float:
-        """Peak of the schedule."""
-        return self.options.peak_learning_rate(self.lanes[0].objective.learning_rates)
+        """Peak of the learning rate schedule."""
+        return self.options.peak_learning_rate(self.task_runs[0].objective.learning_rates)
 
     @property
     def sizes(self) -> list[int]:
-        """Training examples of every task."""
-        return [len(lane.encoded["train"]) for lane in self.lanes]
+        """Numbers of training examples, one for each task."""
+        return [len(task_run.encoded["train"]) for task_run in self.task_runs]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates in one pass over the training data; of a mixture, in as many batches."""
+        """Number of updates in an epoch: the sum over the tasks of the batches in one pass."""
         return sum(batching.num_batches(size, self.options.batch_size) for size in self.sizes)
 
     @property
     def total_steps(self) -> int:
-        """Updates in all."""
+        """Number of updates in the whole run."""
         steps = self.options.epochs * self.steps_per_epoch
         return min(steps, self.options.max_steps or steps)
 
     @property
     def epochs(self) -> int:
-        """Passes over the training data, of which `max_steps` may end the last early."""
+        """Number of passes over the training data; `max_steps` may end the last pass early."""
         return -(-self.total_steps // self.steps_per_epoch)
 
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """`[total_steps]`: the lane of each step."""
+        """`[total_steps]` integers: the task of each step, as an index into `task_runs`."""
         mix = mixture.parse(self.options.mixture)
         seed, steps = self.options.seed, self.steps_per_epoch
         epochs = [
@@ -134,67 +136,81 @@ class Job:
         return np.concatenate(epochs)[: self.total_steps]
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether the model is evaluated after an epoch: evenly often, and after the last."""
+        """Returns True if the model is evaluated after an epoch.
+
+        Evaluations are evenly spaced, and there is always one after the last epoch.
+        """
         every = -(-self.epochs // (self.options.max_evaluations or self.epochs))
         return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
     def steps_of(self, epoch: int) -> int:
-        """Updates in an epoch."""
+        """Returns the number of updates in an epoch."""
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def examples_before(self, batch: int) -> int:
-        """Examples in the first batches of an epoch, but for what the last of a task may lack."""
+        """Returns the number of examples in the first `batch` batches of an epoch.
+
+        The number ignores that the last batch of a task may be smaller than the others.
+        """
         return min(batch * self.options.batch_size, sum(self.sizes))
 
     def steps_of_learner(self, learner: Learner) -> int:
-        """Updates of one learner in all."""
-        return int(np.isin(self.order, learner.lanes).sum())
+        """Returns the number of updates of one learner in the whole run."""
+        return int(np.isin(self.order, learner.task_indices).sum())
 
-    def folder(self, lane: TaskRun) -> Path:
-        """Where the results of a task go."""
-        return self.options.output_dir / lane.name if self.is_mixture else self.options.output_dir
+    def folder(self, task_run: TaskRun) -> Path:
+        """Returns the folder for the results of a task."""
+        return (
+            self.options.output_dir / task_run.name if self.is_mixture else self.options.output_dir
+        )
 
 
 def prepare(options: FitOptions, *, like: Job | None = None, num_devices: int | None = None) -> Job:
-    """Reads and checks task, tokenizer, backbone and method.
+    """Reads and checks the tasks, the tokenizer, the backbone and the method.
 
     Args:
-      options: of the command line.
-      like: a run of the same task on the same backbone, whose arrays of the backbone it shares.
-      num_devices: over which a batch is divided; by default all of them.
+      options: the options of the command line.
+      like: a run of the same task on the same backbone; the new run shares its backbone arrays.
+      num_devices: the number of devices that share a batch; by default all of this process.
 
     Raises:
-      ValueError, OSError: for input that does not fit; nothing has been written.
+      ValueError, OSError: if the input is invalid; nothing has been written.
     """
     _check_batch_size(options, num_devices or jax.local_device_count())
     mixture.parse(options.mixture)
     names = task_names(options)
     if like is None:
         _check_fit(options)
-    lanes: list[TaskRun] = []
+    task_runs: list[TaskRun] = []
     for name in names:
-        known = like.lanes[0].backbone if like else lanes[0].backbone if lanes else None
-        lanes.append(_lane(name, options, lanes[0] if lanes else None, known, say=like is None))
-    if options.adapters == "per_task" or len(lanes) == 1:
+        known = like.task_runs[0].backbone if like else task_runs[0].backbone if task_runs else None
+        task_runs.append(
+            _task_run(name, options, task_runs[0] if task_runs else None, known, say=like is None)
+        )
+    if options.adapters == "per_task" or len(task_runs) == 1:
         learners = [
-            Learner(lane.name, (i,), lane.params, lane.labels, (lambda tree: tree,))
-            for i, lane in enumerate(lanes)
+            Learner(task_run.name, (i,), task_run.params, task_run.labels, (lambda tree: tree,))
+            for i, task_run in enumerate(task_runs)
         ]
     else:
-        learners = [_joined(lanes)]
-    return Job(options, tuple(lanes), tuple(learners))
+        learners = [_joined(task_runs)]
+    return Job(options, tuple(task_runs), tuple(learners))
 
 
 def _check_fit(options: FitOptions) -> None:
-    """ValueError if the method does not fit the backbone; neither data nor weights are read."""
+    """Raises ValueError if the method does not fit the backbone; reads neither data nor weights."""
     config = read_config(options.backbone)
-    # Nothing of it depends on the number of labels, which the data tells.
+    # The result does not depend on the number of labels, which only the data says.
     module = module_from_config(config, **head_arguments(options.backbone, 2))
     shapes.check_fit(module, options.method_config(), config, options.max_length)
 
 
 def task_names(options: FitOptions) -> list[str]:
-    """The tasks of a run; ValueError if their names, or the files given, do not go together."""
+    """Returns the names of the tasks of a run.
+
+    Raises:
+      ValueError: if a name is empty or given twice, or if files are given for several tasks.
+    """
     names = [name.strip() for name in options.task.split(",")]
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(
@@ -206,7 +222,7 @@ def task_names(options: FitOptions) -> list[str]:
     return names
 
 
-def _lane(
+def _task_run(
     name: str,
     options: FitOptions,
     first: TaskRun | None,
@@ -214,7 +230,10 @@ def _lane(
     *,
     say: bool,
 ) -> TaskRun:
-    """One task; its arrays are those of the first, its backbone's those known, where they are."""
+    """Loads one task.
+
+    The arrays of `first`, and of the backbone `known`, are shared where they are given.
+    """
     task = tasks.load_task(
         name,
         regression=options.regression,
@@ -225,16 +244,16 @@ def _lane(
         sample = tasks.subsample(task.splits["train"], options.train_size, options.seed)
         task = dataclasses.replace(task, splits={**task.splits, "train": sample})
     if say:
-        say_all(task.notices())
-    # On the host: what goes to the devices may be divided among them, and of another dtype.
+        say_all(task.user_messages())
+    # On the host: arrays on the devices may be divided among them, and may have another dtype.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        lane = _loaded_lane(task, options, first, known)
+        task_run = _loaded_task_run(task, options, first, known)
     if say:
-        say_all(lane.objective.notices())
-    return lane
+        say_all(task_run.objective.user_messages())
+    return task_run
 
 
-def _loaded_lane(
+def _loaded_task_run(
     task: tasks.Task, options: FitOptions, first: TaskRun | None, known: cj.Backbone | None
 ) -> TaskRun:
     load = functools.partial(
@@ -257,16 +276,16 @@ def _loaded_lane(
         params = compositions.with_saved(
             options.composition, model, params, backbone, options.backbone
         )
-    options.peak_learning_rate(objective.learning_rates)  # which must be there
+    options.peak_learning_rate(objective.learning_rates)  # raises if there is none
     if first is not None:
         params = _shared(params, first.params)
     encoded = objective.encode_all(task.splits)
     for split, examples in encoded.items():
-        say_all(examples.notices(split))
+        say_all(examples.user_messages(split))
     labels = cj.label_params(params, method)
     if frozen := _new_paths(backbone, labels, FREEZE):
-        # As whoever loads the adapter draws them: they are not saved, but in the hash by which it
-        # knows its backbone.
+        # Drawn again as a loader of the adapter draws them: these parameters are not saved, but
+        # the hash by which an adapter recognises its backbone includes them.
         drawn = load().params
         params = _with_leaves(params, drawn, frozen)
         own = _with_leaves(backbone.params, drawn, frozen)
@@ -277,25 +296,25 @@ def _loaded_lane(
 
 
 def say_all(lines: Sequence[str]) -> None:
-    """Prints lines, on the first host alone."""
+    """Prints lines, on the first host only."""
     if lines and distributed.is_first():
         print("\n".join(lines), flush=True)
 
 
 def _new_paths(backbone: cj.Backbone, labels: Any, label: str) -> list[str]:
-    """What the backbone's checkpoint lacks and has this label."""
+    """Returns the paths that the backbone's checkpoint lacks and that have the given label."""
     label_of = flatten_dict(labels, sep="/")
     return [path for path in backbone.new_parameters if label_of.get(path) == label]
 
 
 def _with_leaves(params: Any, others: Any, paths: Sequence[str]) -> Any:
-    """`params` with the leaves of others at these paths."""
+    """Returns `params` with the leaves of `others` at the given paths."""
     flat, other = flatten_dict(params, sep="/"), flatten_dict(others, sep="/")
     return unflatten_dict(flat | {path: other[path] for path in paths}, sep="/")
 
 
 def _say_new(backbone: cj.Backbone, labels: Any) -> None:
-    """Prints what the backbone's checkpoint lacks and is made here: as a rule a head to train."""
+    """Prints the parameters that the backbone's checkpoint lacks, as a rule a head to train."""
     labels_in_words = {TRAIN: "new, and trained here", FREEZE: "drawn at random, and not trained"}
     for label, words in labels_in_words.items():
         paths = _new_paths(backbone, labels, label)
@@ -320,7 +339,7 @@ def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConf
 
 
 def _shared(params: Any, first: Any) -> Any:
-    """`params` with the arrays of `first` where both have them, but for the head."""
+    """Returns `params` with the arrays of `first` where both trees have them, except the head."""
     known = flatten_dict(first, sep="/")
 
     def choose(path: str, leaf: Any) -> Any:
@@ -331,29 +350,29 @@ def _shared(params: Any, first: Any) -> Any:
     return unflatten_dict({path: choose(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
-def _joined(lanes: Sequence[TaskRun]) -> Learner:
-    """One adapter for several tasks, each with a head of its own."""
+def _joined(task_runs: Sequence[TaskRun]) -> Learner:
+    """Builds one learner for several tasks, each with its own head."""
     params: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     views = []
-    for lane in lanes:
-        own_labels = flatten_dict(lane.labels, sep="/")
+    for task_run in task_runs:
+        own_labels = flatten_dict(task_run.labels, sep="/")
         places = {}
-        for path, leaf in flatten_dict(lane.params, sep="/").items():
-            place = _own(path, lane.name) if group_of(path) == "head" else path
+        for path, leaf in flatten_dict(task_run.params, sep="/").items():
+            place = _own(path, task_run.name) if group_of(path) == "head" else path
             if place in params and params[place].shape != leaf.shape:
                 raise ValueError(
-                    f"the tasks {lanes[0].name} and {lane.name} cannot share an adapter: {path} is "
-                    f"{params[place].shape} of one and {leaf.shape} of the other; use --adapters "
-                    "per_task"
+                    f"the tasks {task_runs[0].name} and {task_run.name} cannot share an adapter: "
+                    f"{path} is {params[place].shape} of one and {leaf.shape} of the other; use "
+                    "--adapters per_task"
                 )
             params.setdefault(place, leaf)
             labels.setdefault(place, own_labels[path])
             places[path] = place
         views.append(functools.partial(_view, places))
     return Learner(
-        "+".join(lane.name for lane in lanes),
-        tuple(range(len(lanes))),
+        "+".join(task_run.name for task_run in task_runs),
+        tuple(range(len(task_runs))),
         unflatten_dict(params, sep="/"),
         unflatten_dict(labels, sep="/"),
         tuple(views),
@@ -361,19 +380,23 @@ def _joined(lanes: Sequence[TaskRun]) -> Learner:
 
 
 def _own(path: str, task: str) -> str:
-    """Where a mixture keeps a parameter that the task has of its own; it stays in its group."""
+    """Returns the path in a mixture of a parameter that one task owns; its group is unchanged."""
     top, _, rest = path.partition("/")
     return f"{top}/{task}/{rest}"
 
 
 def _view(places: Mapping[str, str], tree: Any) -> Any:
-    """Of a tree the leaves at `places`, path -> where it is."""
+    """Returns the leaves of a tree at `places`, a mapping from new paths to paths in the tree."""
     flat = flatten_dict(tree, sep="/")
     return unflatten_dict({path: flat[place] for path, place in places.items()}, sep="/")
 
 
 def _check_batch_size(options: FitOptions, per_host: int) -> None:
-    """Batches are divided among hosts, their devices, or the rows of the mesh, and parts."""
+    """Raises ValueError if a batch does not divide evenly.
+
+    A batch is divided among the hosts, their devices or the rows of the mesh, and the accumulation
+    steps.
+    """
     if options.mesh is not None:
         per_host = mesh.parse(options.mesh)["data"]
     devices = distributed.number() * per_host

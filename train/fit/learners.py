@@ -1,4 +1,4 @@
-"""What is trained, and how: parameters, optimizers and compiled steps of each run."""
+"""Learners on the devices: parameters, optimizers and compiled steps of each run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from train.fit.options import FitOptions
 
 @dataclasses.dataclass
 class Training:
-    """A learner on the devices.
+    """A learner whose arrays are on the devices.
 
     Attributes:
-      learner: what is trained.
-      computes: for each of its lanes, the compiled functions.
-      schedule: learning rate by its own steps.
-      state: arrays that a step changes.
-      frozen: those that none does.
-      steps: updates done.
+      learner: the parameters and their tasks.
+      computes: the compiled functions, one entry for each task of the learner.
+      schedule: the learning rate as a function of the learner's own steps.
+      state: the arrays that a step changes.
+      frozen: the arrays that no step changes.
+      steps: the number of updates done.
     """
 
     learner: Learner
@@ -39,11 +39,11 @@ class Training:
 
     @property
     def compute(self) -> Compute:
-        """For what concerns all lanes."""
+        """Compiled functions for work that does not depend on the task."""
         return self.computes[0]
 
     def host_state(self) -> dict[str, Any]:
-        """A copy of the state on the host."""
+        """Returns a copy of the state on the host."""
         return jax.tree.map(np.asarray, self.compute.host_state(self.state)._asdict())
 
 
@@ -53,21 +53,22 @@ def trainings_of(
     computes: tuple[Compute, ...] | None,
     devices: Sequence[jax.Device] | None,
 ) -> list[Training]:
-    """The learners on the devices; what is frozen of several is there once.
+    """Puts the learners on the devices; frozen arrays that several learners share are placed once.
 
     Args:
       job: the run.
-      placed: array on the host, by identity -> the same on the devices; new ones are added.
-      computes: compiled functions to share, of a run like this one, of one learner.
-      devices: to compile for, otherwise; None for all.
+      placed: identity of an array on the host -> the same array on the devices; new arrays are
+        added.
+      computes: compiled functions to share, of a similar run with one learner.
+      devices: the devices to compile for if `computes` is None; None takes all of them.
     """
     made: list[Training] = []
     for learner in job.learners:
         schedule = schedule_of(job, job.steps_of_learner(learner))
         tx = cj.optimizer(transformation(job.options), learner.labels)
         programs = computes or tuple(
-            compute_of(job, job.lanes[lane], view, tx, devices)
-            for lane, view in zip(learner.lanes, learner.views, strict=True)
+            compute_of(job, job.task_runs[index], view, tx, devices)
+            for index, view in zip(learner.task_indices, learner.views, strict=True)
         )
         trained, frozen = cj.partition(learner.params, learner.labels)
         frozen = _placed_once(frozen, job.options.backbone_dtype, programs[0], placed)
@@ -77,13 +78,14 @@ def trainings_of(
 
 
 def _placed_once(tree: Any, dtype: str, compute: Compute, placed: dict[int, Any]) -> Any:
-    """What is frozen, on the devices in `dtype`; arrays there are in `placed` are not copied again.
+    """Casts frozen arrays to `dtype` and places them, except for those that are in `placed`.
 
     Args:
-      tree: of arrays on the host, None where one is trained.
+      tree: a tree of arrays on the host, None in place of each trained array.
       dtype: float32, bfloat16 or int8.
-      compute: of the devices.
-      placed: by the identity of the array on the host; those that are new are added.
+      compute: the compiled functions, which know the devices.
+      placed: identity of an array on the host -> the same array on the devices; new arrays are
+        added.
     """
     small = tree if dtype == "float32" else cj.cast_frozen(tree, dtype)
     new = jax.tree.map(lambda leaf, cast: None if id(leaf) in placed else cast, tree, small)
@@ -92,36 +94,36 @@ def _placed_once(tree: Any, dtype: str, compute: Compute, placed: dict[int, Any]
 
 
 def schedule_of(job: Job, steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up, then linear decay to zero."""
+    """Returns the learning rate schedule: linear warm-up, then linear decay to zero."""
     return step.linear_schedule(
         job.learning_rate, round(job.options.warmup_fraction * steps), steps
     )
 
 
 def transformation(options: FitOptions) -> optax.GradientTransformationExtraArgs:
-    """Returns what makes updates of a run's gradients; the numbers come from `Trainer.numbers`."""
+    """Returns the optimizer of a run; each update takes its numbers from `Trainer.numbers`."""
     return step.adamw(decays=options.weight_decay > 0, clips=options.clip_norm > 0)
 
 
-def apply_of(lane: TaskRun, view: Any) -> step.ApplyFunction:
-    """The model as a task sees it, of the parameters of its learner."""
-    apply = lane.objective.apply
+def apply_of(task_run: TaskRun, view: Any) -> step.ApplyFunction:
+    """Returns the model of a task as a function of the parameters of its learner."""
+    apply = task_run.objective.apply
     return lambda params, batch, key: apply(view(params), batch, key)
 
 
 def compute_of(
     job: Job,
-    lane: TaskRun,
+    task_run: TaskRun,
     view: Any,
     tx: optax.GradientTransformationExtraArgs,
     devices: Sequence[jax.Device] | None,
 ) -> Compute:
-    """A step of the learner's parameters on a task's batch; outputs of the task's own."""
+    """Compiles a step of the learner's parameters on batches of a task, and the task's outputs."""
     return make_compute(
-        apply_of(lane, view),
-        lane.objective.loss,
+        apply_of(task_run, view),
+        task_run.objective.loss,
         tx,
-        outputs=lane.objective.outputs,
+        outputs=task_run.objective.outputs,
         seed=job.options.seed,
         accumulation_steps=job.options.accumulation_steps,
         devices=devices,

@@ -1,4 +1,4 @@
-"""What a run records while it goes: every step and every evaluation, as CSV and for TensorBoard."""
+"""Logs of a run: every step and every evaluation, as CSV and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _EVALUATION_COLUMNS = ("step", "split", "metric", "value")
 
 
 class Log:
-    """The record of a run, written by its first process alone; a context manager.
+    """Log of a run, written by its first process only; a context manager.
 
-    `log.csv` has a row for each step, `evaluations.csv` one for each metric of each evaluation, and
-    the folder `tensorboard`, if wanted, has both. A run that resumes at a checkpoint takes back
-    what was recorded after it, so that every step is there once: `flush` before a checkpoint is
-    written.
+    `log.csv` has a row for each step and `evaluations.csv` a row for each metric of each
+    evaluation. The folder `tensorboard`, if requested, has both. A run that resumes at a checkpoint
+    discards later records, so that every step is recorded once. For this, call `flush` before a
+    checkpoint is written.
 
     Args:
-      folder: of the run; exists.
+      folder: the existing folder of the run.
       tensorboard: whether to write for TensorBoard, too.
-      resume_step: step of the checkpoint that the run goes on from, 0 for a new run.
-      evaluated: whether evaluations at that step were over when it was written.
-      evaluations: how many there had been by then.
+      resume_step: the step of the checkpoint to resume from; 0 for a new run.
+      evaluated: whether the evaluations at this step were complete when the checkpoint was written.
+      evaluations: the number of evaluations before the checkpoint.
 
     Raises:
-      ValueError: if what was recorded before the checkpoint is not there, or damaged.
+      ValueError: if records from before the checkpoint are missing or damaged.
       OSError: if a file cannot be written, here and in every method.
     """
 
@@ -74,7 +74,7 @@ class Log:
             self._writer = SummaryWriter(
                 str(folder / TENSORBOARD_NAME),
                 purge_step=resume_step + 1,
-                # Files are named by the second, and one of the same name would be replaced.
+                # File names have the second as their time, and a file of the same name is replaced.
                 filename_suffix=f".{resume_step}",
             )
 
@@ -94,7 +94,7 @@ class Log:
         examples_per_second: float | None = None,
         model_flops_utilisation: float | None = None,
     ) -> None:
-        """Records a step, the first is 1; None is what is not known of it."""
+        """Records a step, numbered from 1; values that are not known are None."""
         values = (
             loss,
             learning_rate,
@@ -114,7 +114,7 @@ class Log:
             self._show(f"{split}/{name}", value, number)
 
     def flush(self) -> None:
-        """Whatever was recorded is on disk, should the process, or the machine, stop now."""
+        """Writes all records to disk, so that they survive a stop of the process or the machine."""
         for table in self._tables.values():
             table.file.flush()
             os.fsync(table.file.fileno())
@@ -122,7 +122,7 @@ class Log:
             self._writer.flush()
 
     def close(self) -> None:
-        """Ends the record; what is written afterwards is an error."""
+        """Closes the log; later writes are an error."""
         for table in self._tables.values():
             table.file.close()
         if self._writer is not None:
@@ -138,7 +138,7 @@ class Log:
 
 
 class _Table:
-    """A CSV file that goes on behind `rows`, the first of which names the columns."""
+    """A CSV file that is continued after `rows`, whose first row names the columns."""
 
     def __init__(self, path: Path, rows: Sequence[Sequence[str]]):
         with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -148,7 +148,7 @@ class _Table:
 
 
 def _steps_until(path: Path, last: int) -> list[list[str]]:
-    """The rows of the steps up to `last`, each of which must be there."""
+    """Returns the rows of the steps up to `last`, each of which must exist."""
     rows = _rows_until(path, _STEP_COLUMNS, last)
     steps = [int(row[0]) for row in rows]
     if steps != list(range(1, last + 1)):
@@ -162,7 +162,7 @@ def _steps_until(path: Path, last: int) -> list[list[str]]:
 
 
 def _evaluations_until(path: Path, last: int, number: int) -> list[list[str]]:
-    """The rows of the evaluations up to step `last`, of which there must be `number`."""
+    """Returns the rows of the evaluations up to step `last`; there must be `number` evaluations."""
     rows = _rows_until(path, _EVALUATION_COLUMNS, last)
     if (found := len({int(row[0]) for row in rows})) < number:
         raise ValueError(
@@ -173,7 +173,7 @@ def _evaluations_until(path: Path, last: int, number: int) -> list[list[str]]:
 
 
 def _rows_until(path: Path, columns: Sequence[str], last: int) -> list[list[str]]:
-    """Rows of a file, if there is one, up to a step; what a kill left after that is no matter."""
+    """Returns the rows of a file, if it exists, up to a step; damage after that is ignored."""
     if last < 1 or not path.exists():
         return []
     kept = []
@@ -201,7 +201,7 @@ def read_steps(folder: Path) -> dict[str, np.ndarray]:
     """Returns the columns of `log.csv`: `step` and `QUANTITIES`, `[steps]` float64, NaN if unknown.
 
     Raises:
-      ValueError: if a row is not one of numbers; names the file.
+      ValueError: if a row does not consist of numbers; the message names the file.
     """
     path = folder / STEPS_NAME
     try:

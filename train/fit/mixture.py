@@ -1,4 +1,4 @@
-"""Several tasks in one run: how often each of them gives a batch, and when."""
+"""Mixtures of several tasks in one run: how often, and when, each task provides a batch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Beside the seed and the epoch, so that no other draw shares its stream.
+# A third seed beside the seed and the epoch, so that no other draw uses the same random stream.
 _STREAM = 0x6D6978
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Rates `min(examples, limit) ** (1 / temperature)`, divided by their sum.
+    """Sampling rates `min(examples, limit) ** (1 / temperature)`, normalised to sum to 1.
 
     Attributes:
-      temperature: 1 draws in proportion to the examples, more draws small tasks more often.
-      limit: examples beyond so many do not count.
+      temperature: 1 samples in proportion to the examples; larger values favour small tasks.
+      limit: the largest number of examples that counts for a task.
 
     References:
-      Raffel et al., Exploring the Limits of Transfer Learning, JMLR 2020, arXiv:1910.10683,
-      section 3.5.2.
+      Raffel et al., Exploring the Limits of Transfer Learning, JMLR 2020, arXiv:1910.10683, section
+      3.5.2.
     """
 
     temperature: float = 1.0
@@ -35,14 +35,17 @@ class Mixture:
                 raise ValueError(f"{name}={value:g} of --mixture must be at least 1")
 
     def rates(self, sizes: Sequence[int]) -> np.ndarray:
-        """`[tasks]` float64, sum 1, of tasks with so many examples."""
-        # The largest is taken out of the power, which would overflow for none.
+        """Returns `[tasks]` float64 rates with sum 1, given the number of examples of each task."""
+        # Dividing by the largest count keeps the power from overflowing.
         counted = np.minimum(np.array(sizes, np.float64), self.limit)
         rates = (counted / counted.max()) ** (1 / self.temperature)
         return rates / rates.sum()
 
     def order(self, sizes: Sequence[int], steps: int, *, seed: int, epoch: int) -> np.ndarray:
-        """`[steps]` int64: whose batch each step of an epoch takes; a function of its arguments."""
+        """Returns the task of each step of an epoch, `[steps]` int64.
+
+        The order is a function of the arguments alone.
+        """
         if len(sizes) == 1:
             return np.zeros(steps, np.int64)
         generator = np.random.default_rng([seed, epoch, _STREAM])
@@ -50,10 +53,10 @@ class Mixture:
 
 
 def parse(text: str) -> Mixture:
-    """A mixture from `temperature=10`, `limit=65536`, or both with a comma between them.
+    """Parses a mixture from `temperature=10`, `limit=65536`, or both joined by a comma.
 
     Raises:
-      ValueError: for anything else.
+      ValueError: for any other text.
     """
     values: dict[str, float] = {}
     for part in text.split(","):

@@ -16,40 +16,41 @@ from train.cli.options import HostOptions, TrainingOptions, check
 class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
     """Fine-tune a backbone on a task and save the adapter of the best epoch.
 
-    Several tasks with commas are trained together, a batch of one after a batch of another; each
-    then has a folder of its own in output_dir.
+    Several tasks joined by commas are trained together: every batch is of one task. Each task then
+    has its own folder in output_dir.
 
     Attributes:
-      output_dir: where adapter/, metrics.json, curves.png, report.md and checkpoints/ go.
-      config: a TOML file of flags (`learning_rate = 3e-3`); flags on the command line win. It may
-        name a base, and hold tables [tasks.NAME] for single tasks.
-      train_size: train on a random sample of this size.
-      seed: of initial values, order of the data and dropout.
-      seeds: several seeds with commas: as many runs at once, each in a folder of its own in
-        output_dir, which says what each gives and mean and spread of all.
-      learning_rates: several learning rates with commas; with seeds, all pairs.
-      train_sizes: several training sizes with commas, likewise.
-      mixture: how often each of several tasks comes: temperature=1 in proportion to its examples,
-        temperature=10 almost equally, limit=65536 as if none had more.
-      adapters: of several tasks, one that they share, or one for each; heads are never shared.
-      max_steps: stop after so many updates, within an epoch or not.
-      checkpoint_steps: save the training state every so many steps as well as at every evaluation;
-        0 does not.
-      keep_checkpoints: how many of the last to keep, beside the best.
-      mesh: data=2,model=4 to divide a backbone too large for one device over those of a host: two
-        rows, each with a part of every batch, of four devices that divide its products.
-      resume: go on where an interrupted run in output_dir stopped.
+      output_dir: folder for adapter/, metrics.json, curves.png, report.md and checkpoints/.
+      config: TOML file of flags (`learning_rate = 3e-3`); flags on the command line take
+        precedence. It may name a base file, and have tables [tasks.NAME] for single tasks.
+      train_size: train on a random sample of this many examples.
+      seed: seed of the initial values, the data order and dropout.
+      seeds: several seeds joined by commas, trained at once. Each run has its own folder in
+        output_dir; report.md there has every result, the means and the standard deviations.
+      learning_rates: several learning rates joined by commas; combined with every seed.
+      train_sizes: several training set sizes joined by commas; combined with every seed and rate.
+      mixture: sampling rate of each of several tasks: temperature=1 is proportional to the number
+        of examples, temperature=10 is almost uniform, limit=65536 caps the number that counts.
+      adapters: with several tasks, one shared adapter or one adapter per task; heads are never
+        shared.
+      max_steps: stop after this many updates, even within an epoch.
+      checkpoint_steps: save the training state every N steps, in addition to every evaluation; 0
+        saves at evaluations only.
+      keep_checkpoints: number of latest checkpoints to keep, in addition to the best.
+      mesh: device mesh of a host, such as data=2,model=4, to shard a backbone that is too large for
+        one device. Each of the 2 rows of 4 devices computes its part of a batch.
+      resume: continue an interrupted run in output_dir.
       overwrite: replace the run in output_dir.
-      log: csv, or tensorboard as well: losses, learning rate, norm of the gradient and speed of
+      log: csv, or tensorboard in addition; records loss, learning rate, gradient norm and speed of
         every step, and every evaluation.
-      profile: write a trace of some steps, for Perfetto or TensorBoard.
-      peak_flops: floating-point operations per second that one device can do, to say what part of
-        them is used; by default those of its kind, where known.
-      prompt_words: for prompts that start as embeddings of the vocabulary, the words whose tokens
-        they are; by default the commonest tokens of the training texts.
-      train_members: which members of a composition to train, by name, with commas between them; by
-        default the presets in it.
-      method_options: changes to the preset, where not None; of a composition, to the presets that
+      profile: write a trace of a few steps, for Perfetto or TensorBoard.
+      peak_flops: peak floating-point operations per second of one device, used to report
+        utilisation; by default the known peak of the device kind.
+      prompt_words: for prompts initialised from the vocabulary, the words whose tokens they start
+        as; by default the most common tokens of the training texts.
+      train_members: names of the members of a composition to train, joined by commas; by default
+        its presets.
+      method_options: changes to the preset, where not None; for a composition, to the presets that
         have the field.
     """
 
@@ -77,7 +78,7 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)
 
     def check(self) -> None:
-        """ValueError for a number that cannot work, or flags that do not go together."""
+        """Raises ValueError for a number out of range, or for flags that exclude each other."""
         super().check()
         self.check_hosts()
         wanted = {
@@ -100,15 +101,18 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
 
     @property
     def is_grid(self) -> bool:
-        """Whether there are several runs to be trained at once."""
+        """True if the options describe several runs to train at once."""
         lists = (self.seeds, self.learning_rates, self.train_sizes)
         return any(values is not None for values in lists)
 
     def peak_learning_rate(self, defaults: Mapping[str, float]) -> float:
-        """The learning rate given, or of `defaults` the method's.
+        """Returns the learning rate that is given, or the default of the method.
+
+        Args:
+          defaults: preset -> learning rate.
 
         Raises:
-          ValueError: for a composition whose presets do not have one between them.
+          ValueError: for a composition whose presets do not all have the same default.
         """
         if self.learning_rate is not None or self.composition is None:
             return self.learning_rate or defaults[self.method]

@@ -1,4 +1,4 @@
-"""A trace of some steps of a run, for Perfetto, or for TensorBoard with xprof."""
+"""Profiler: a trace of a few steps of a run, for Perfetto, or for TensorBoard with xprof."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax
 from train.compute import distributed
 
 PROFILE_NAME = "profile"
-# The first steps compile, and fill caches.
+# The first steps compile, and fill the caches.
 _LEFT_OUT, _TRACED = 10, 5
 
 
 class Profiler:
-    """Traces the 11th to the 15th step of the first process into a folder; a context manager.
+    """Trace of steps 11 to 15 of the first process, written into a folder; a context manager.
 
     Args:
-      folder: of the run, in which `profile` is made; None traces nothing.
+      folder: the folder of the run, in which `profile` is created; None disables the trace.
     """
 
     def __init__(self, folder: Path | None):
@@ -38,7 +38,7 @@ class Profiler:
             print(f"no profile: it begins after {_LEFT_OUT} steps, and there were {self._begun}")
 
     def step(self, number: int) -> AbstractContextManager[object]:
-        """Around the call that gives step `number` to the device."""
+        """Returns a context manager for the call that hands step `number` to the device."""
         if self._folder is None:
             return contextlib.nullcontext()
         if self._begun == _LEFT_OUT:

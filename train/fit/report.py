@@ -19,7 +19,7 @@ from train.report import number, parameter_rows, table
 
 
 def result_text(result: dict[str, Any], folder: Path) -> str:
-    """The last lines that `fit` prints."""
+    """Returns the last lines that `fit` prints."""
     shown = [result["metric"], *(["invalid"] if "invalid" in result["validation"] else [])]
     lines = [
         f"{split} {name}: {number(result[split][name])}"
@@ -42,12 +42,12 @@ def result_text(result: dict[str, Any], folder: Path) -> str:
 
 
 def _splits(result: dict[str, Any]) -> list[str]:
-    """The splits that were evaluated."""
+    """Returns the splits that were evaluated."""
     return [key for key, value in result.items() if isinstance(value, dict) and "loss" in value]
 
 
 def plot_curves(result: dict[str, Any], path: Path) -> None:
-    """Loss and validation metric by epoch, the best epoch marked, as PNG."""
+    """Plots loss and validation metric by epoch, with the best epoch marked, as a PNG file."""
     import matplotlib  # noqa: PLC0415 - slow to import, and needed only here
 
     matplotlib.use("Agg")
@@ -95,11 +95,12 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_log(columns: Mapping[str, np.ndarray], path: Path) -> None:
-    """What was recorded of every step, one panel for each quantity that is known, as PNG.
+    """Plots the quantities recorded at every step, one panel each, as a PNG file.
 
     Args:
-      columns: of `train.fit.logs.read_steps`.
-      path: of the file.
+      columns: the columns of `train.fit.logs.read_steps`; quantities that are never known are
+        omitted.
+      path: the file to write.
     """
     import matplotlib  # noqa: PLC0415 - slow to import, and needed only here
 
@@ -123,14 +124,17 @@ def plot_log(columns: Mapping[str, np.ndarray], path: Path) -> None:
 def write_report(
     result: dict[str, Any], options: Any, method: MethodConfig, count: Count, folder: Path
 ) -> None:
-    """The run in Markdown: settings, what is trained, results, curves, how to use the adapter.
+    """Writes the report of a run in Markdown.
+
+    The report has the settings, the trained parameters, the results, the curves, and a command that
+    uses the adapter.
 
     Args:
-      result: of `metrics.json`.
-      options: of the command line.
-      method: what was trained.
-      count: of the parameters.
-      folder: of the results, where report.md goes.
+      result: the content of `metrics.json`.
+      options: the options of the command line.
+      method: the trained method.
+      count: the parameter counts.
+      folder: the folder of the results, in which report.md is written.
     """
     log = options.output_dir / "log.png"
     plot_log(logs.read_steps(options.output_dir), log)

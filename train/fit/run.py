@@ -25,24 +25,25 @@ from train.folders import new_folder
 
 
 def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
-    """Fine-tunes, keeps the best epoch's adapter, evaluates it, reports.
+    """Fine-tunes, keeps the adapter of the best epoch, evaluates it and writes the reports.
 
     Returns:
-      Task -> what its `metrics.json` has.
+      Task -> the content of its `metrics.json`.
 
     Raises:
-      ValueError, OSError: for input that does not fit, before anything is written; or if something
-        cannot be written.
-      NonFiniteLossError: names the step; the last checkpoint stays.
-      InterruptedRunError, PreemptedRunError: after a signal; `resume` goes on from there, to the
-        same bits.
+      ValueError, OSError: if the input is invalid, before anything is written; or if a file cannot
+        be written.
+      NonFiniteLossError: if the loss is not finite; the message names the step, and the last
+        checkpoint is kept.
+      InterruptedRunError, PreemptedRunError: after a signal; `resume` continues from there and
+        gives bit-identical results.
     """
     started = time.perf_counter()
     with stopping.handled() as stop, contextlib.ExitStack() as held:
         options.check()
         distributed.start(options)
         if options.mesh is not None:
-            mesh.make_mesh(options.mesh)  # which must fit the devices, before anything is written
+            mesh.make_mesh(options.mesh)  # raises before anything is written if it does not fit
         folder = RunFolder(options)
         distributed.of_first(lambda: _hold(held, folder))
         job = prepare(options)
@@ -55,7 +56,9 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
         distributed.of_first(folder.open)
         with Trainer(job, stop) as trainer:
             trainer.run()
-            results = {lane.name: result_of(trainer, i) for i, lane in enumerate(job.lanes)}
+            results = {
+                task_run.name: result_of(trainer, i) for i, task_run in enumerate(job.task_runs)
+            }
         if distributed.is_first():
             cost = timing.cost(trainer.progress.step_seconds, started)
             write_results(job, results, cost)
@@ -70,9 +73,9 @@ def check_room(jobs: Sequence[Job]) -> None:
     """Checks that the file system has room for an adapter and a checkpoint of every run.
 
     Raises:
-      OSError: if it has not.
+      OSError: if there is not enough room.
     """
-    # The adapter is a copy of what is trained; a checkpoint has it, and two moments of Adam.
+    # An adapter is a copy of the trained parameters; a checkpoint also holds Adam's two moments.
     trained = sum(
         leaf.nbytes
         for job in jobs
@@ -84,7 +87,7 @@ def check_room(jobs: Sequence[Job]) -> None:
         folder = folder.parent
     usage = shutil.disk_usage(folder)
     free = usage.free + sum(bytes_removed(job.options) for job in jobs)
-    if usage.total and free < 4 * trained:  # of some file systems nothing is known
+    if usage.total and free < 4 * trained:  # some file systems report a total of 0
         raise OSError(
             f"{folder} has {free / 1e6:,.1f} MB free, and an adapter with its first "
             f"checkpoint takes {4 * trained / 1e6:,.1f} MB; make room, or choose another "
@@ -93,25 +96,25 @@ def check_room(jobs: Sequence[Job]) -> None:
 
 
 def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
-    """Evaluates the best adapter of a task as it was written to disk."""
-    job, lane = trainer.job, trainer.job.lanes[index]
-    training, compute = trainer.of_lane(index)
-    folder = job.folder(lane) / "adapter"
-    _, params = cj.load_adapter(folder, lane.backbone)
-    trained = compute.place(cj.partition(params, lane.labels)[0])
-    splits = [split for split in lane.encoded if split != "train"]
-    count = cj.count(lane.params, lane.labels)
+    """Evaluates the best adapter of a task, as it was written to disk."""
+    job, task_run = trainer.job, trainer.job.task_runs[index]
+    training, compute = trainer.of_task(index)
+    folder = job.folder(task_run) / "adapter"
+    _, params = cj.load_adapter(folder, task_run.backbone)
+    trained = compute.place(cj.partition(params, task_run.labels)[0])
+    splits = [split for split in task_run.encoded if split != "train"]
+    count = cj.count(task_run.params, task_run.labels)
     progress = trainer.progress
     return {
-        "task": lane.name,
-        "kind": lane.task.kind,
-        "label_names": list(lane.task.label_names),
-        "metric": lane.task.metric,
+        "task": task_run.name,
+        "kind": task_run.task.kind,
+        "label_names": list(task_run.task.label_names),
+        "metric": task_run.task.metric,
         "method": job.options.method,
-        "objective": lane.objective.settings,
+        "objective": task_run.objective.settings,
         "learning_rate": job.learning_rate,
         "seed": job.options.seed,
-        "train_examples": len(lane.encoded["train"]),
+        "train_examples": len(task_run.encoded["train"]),
         "steps": int(np.sum(job.order == index)),
         "best_epoch": progress.best_epoch[training.learner.name],
         **{split: trainer.scores(index, split, trained) for split in splits},
@@ -119,25 +122,25 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
         "total_parameters": count.total,
         "trained_groups": {group: trained for group, (trained, _) in count.groups.items()},
         "adapter_bytes": sum(f.stat().st_size for f in folder.iterdir()),
-        "history": progress.history[lane.name],
+        "history": progress.history[task_run.name],
     }
 
 
 def write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, Any]) -> None:
-    """Numbers, curves and report of every task, and of a mixture all numbers in one file."""
-    for lane in job.lanes:
-        result, folder = results[lane.name], job.folder(lane)
+    """Writes numbers, curves and report of every task, and for a mixture all numbers."""
+    for task_run in job.task_runs:
+        result, folder = results[task_run.name], job.folder(task_run)
         if not job.is_mixture:
             result["measured"] = cost
-        if _makes_backbone(job, lane):
-            write_backbone(lane, folder)
-        count = cj.count(lane.params, lane.labels)
+        if _makes_backbone(job, task_run):
+            write_backbone(task_run, folder)
+        count = cj.count(task_run.params, task_run.labels)
         fit_report.plot_curves(result, folder / "curves.png")
-        fit_report.write_report(result, job.options, lane.model.method, count, folder)
-        # Last: whoever started the run knows by it that it is done.
+        fit_report.write_report(result, job.options, task_run.model.method, count, folder)
+        # Written last: the file tells whoever started the run that the run is done.
         train_report.write_json(folder / "metrics.json", result)
         if job.is_mixture:
-            print(f"{lane.name}:")
+            print(f"{task_run.name}:")
         print(fit_report.result_text(result, folder))
     if job.is_mixture:
         options = job.options
@@ -145,16 +148,16 @@ def write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, 
         train_report.write_json(options.output_dir / "metrics.json", {**mixed, "measured": cost})
 
 
-def write_backbone(lane: TaskRun, folder: Path) -> None:
-    """Writes the best epoch of full fine-tuning as a checkpoint that `--backbone` takes."""
-    _, params = cj.load_adapter(folder / "adapter", lane.backbone)
+def write_backbone(task_run: TaskRun, folder: Path) -> None:
+    """Writes the best epoch of full fine-tuning as a checkpoint that `--backbone` accepts."""
+    _, params = cj.load_adapter(folder / "adapter", task_run.backbone)
     target = folder / "backbone"
     check_only_ours(target)
     with new_folder(target, replace=True) as temporary:
-        cj.save_backbone(temporary, lane.backbone.module, params, lane.backbone.config)
-        lane.objective.tokenizer.save_pretrained(temporary)
+        cj.save_backbone(temporary, task_run.backbone.module, params, task_run.backbone.config)
+        task_run.objective.tokenizer.save_pretrained(temporary)
 
 
-def _makes_backbone(job: Job, lane: TaskRun) -> bool:
-    """Whether what was trained is a backbone for other tasks: pre-training of all of it."""
-    return job.method.trains_backbone and lane.task.kind == "span_corruption"
+def _makes_backbone(job: Job, task_run: TaskRun) -> bool:
+    """Returns True if the run pre-trains the whole backbone for use in other tasks."""
+    return job.method.trains_backbone and task_run.task.kind == "span_corruption"

@@ -1,8 +1,8 @@
-"""The output folder of a run: its record, what is in it, and who may write there.
+"""Output folder of a run: its record, its contents, and who may write to it.
 
-`run.json` says which run the folder holds: the settings, a random id that every checkpoint repeats,
-hashes of the files that are read, and what the run writes. Nothing else is ever removed or
-replaced.
+`run.json` identifies the run in the folder: it has the settings, a random id that every checkpoint
+repeats, hashes of the input files, and the names of the outputs. Nothing but these outputs is ever
+removed or replaced.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from train.tasks import SPAN_CORRUPTION
 
 RUN_NAME, GRID_NAME = "run.json", "grid.json"
 FORMAT_VERSION = 1
-# What `compare` writes into the folder of a run before the run begins.
+# Files that `compare` writes into the folder of a run before the run begins.
 FLAGS_NAME, OUTPUT_NAME = "flags.json", "fit.log"
-# The names of what a run writes into each folder of its own, and into the folder itself. Other
-# files there are somebody else's.
+# Names of the files that a run writes into each of its subfolders, and into the folder itself.
+# Other files there belong to somebody else.
 _IN_FOLDERS = {
-    # First, since a run that is half removed must not be resumed.
+    # Removed first, since a half-removed run must not be resumed.
     "checkpoints": re.compile(r"\d+(\.(orbax-checkpoint-tmp|unreadable).*)?"),
     "adapter": re.compile(
         r"adapter_config\.json|adapter(-[0-9a-f]{16})?\.safetensors|\.adapter.*\.tmp"
@@ -51,39 +51,40 @@ _IN_FOLDERS = {
     "profile": re.compile(r"plugins"),
 }
 _FILES = ("metrics.json", "report.md", "curves.png", "log.png", "log.csv", "evaluations.csv")
-# What may lie in a folder that counts as empty: locks, remnants of a killed process that was about
-# to write the record, what `compare` puts there, and what systems do.
+# Files that a folder may hold and still counts as empty: locks, remnants of a process that was
+# killed before it wrote the record, files of `compare`, and files of the operating system.
 _NOTHING = re.compile(
     rf"{re.escape(LOCK_NAME)}|\.runs\.lock|\.(run|grid|compare)\.json\..*\.tmp"
     rf"|{FLAGS_NAME}|{OUTPUT_NAME}|\.DS_Store|lost\+found"
 )
-# What may differ between an interrupted run and the one that resumes it.
+# Settings that may differ between an interrupted run and the run that resumes it.
 _NOT_RUN = (
     *("output_dir", "config", "resume", "overwrite", "checkpoint_steps", "keep_checkpoints"),
     *("log", "profile", "peak_flops"),
-    # How many devices there are counts, and is checked; who holds them does not.
+    # The number of devices matters, and is checked; their division among processes does not.
     *("distributed", "coordinator_address", "num_processes", "process_id"),
 )
-# In run.json beside the settings. Runs of before there was a version have none of them.
+# Fields of run.json beside the settings. Runs from before versions were recorded have none.
 _OF_RECORD = {
     "format_version": int,
     "run_id": str,
     "inputs": dict[str, dict[str, dict[str, Any]]],
     "writes": list[str],
 }
-# By these such a record is known for one of ours.
+# Settings by which a record without a version is recognised as that of a run.
 _ALWAYS_THERE = ("backbone", "task", "method", "seed", "epochs", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The content of a `run.json`.
+    """Content of a `run.json`.
 
     Attributes:
-      settings: what a resumed run must share with the run, by name.
-      run_id: that every checkpoint of the run repeats; None of a run from before there were ids.
-      inputs: hashes of the files that were read, as `train.fingerprints` makes them.
-      writes: names of what the run writes, relative to its folder.
+      settings: setting -> value, for the settings that a resumed run must share.
+      run_id: the id that every checkpoint of the run repeats; None for a run of a version without
+        ids.
+      inputs: the hashes of the input files, as `train.fingerprints` computes them.
+      writes: the names of the run's outputs, relative to its folder.
     """
 
     settings: dict[str, Any]
@@ -93,12 +94,13 @@ class Record:
 
 
 class RunFolder:
-    """The output folder of a run, in which nobody else works meanwhile; a context manager.
+    """Output folder of a run, locked against other processes; a context manager.
 
-    On entry the folder is locked if it holds a run, and checked. `open` makes it this run's own.
+    On entry the folder is checked, and locked if it holds a run. `open` then makes it the folder of
+    this run.
 
     Args:
-      options: of the run.
+      options: the options of the run.
 
     Raises:
       ValueError: on entry, as `check_run_folder`, or if another process works in the folder.
@@ -121,7 +123,7 @@ class RunFolder:
         self._held.close()
 
     def open(self) -> None:
-        """Makes the folder this run's own, as `open_run`, after another look at it.
+        """Makes the folder this run's own, as `open_run`, after a second check.
 
         Raises:
           ValueError, OSError: as on entry, or if the folder cannot be written.
@@ -138,17 +140,17 @@ class RunFolder:
 
 
 def check_run_folder(options: FitOptions, *, inputs_are_whole: bool = False) -> None:
-    """Looks at the output folder, and writes nothing.
+    """Checks the output folder without writing anything.
 
     Args:
-      options: of the run.
-      inputs_are_whole: whether what comes from the hub has been read by now.
+      options: the options of the run.
+      inputs_are_whole: whether the inputs from the hub have been downloaded.
 
     Raises:
-      ValueError: if the folder holds a run already and neither `resume` nor `overwrite` is set; if
-        it is not empty and holds no run; if the run to resume has other settings, or read other
-        files; or if something stands where the run writes that no run has written.
-      OSError: if it cannot be read.
+      ValueError: if the folder holds a run and neither `resume` nor `overwrite` is set; if it is
+        not empty and holds no run; if the run to resume has other settings or other input files; or
+        if an output of the run already exists that no run has written.
+      OSError: if the folder cannot be read.
     """
     folder = options.output_dir
     record = read_record(folder)
@@ -167,7 +169,7 @@ def check_run_folder(options: FitOptions, *, inputs_are_whole: bool = False) -> 
         _check_inputs(folder, record, inputs, whole=inputs_are_whole or _is_local(options))
     for name in writes:
         path = folder / name
-        if name == "profile" and record.run_id is None:  # which such a record does not say
+        if name == "profile" and record.run_id is None:  # an old record does not list it
             continue
         if name not in record.writes and (path.exists() or path.is_symlink()):
             raise ValueError(
@@ -180,10 +182,10 @@ def check_run_folder(options: FitOptions, *, inputs_are_whole: bool = False) -> 
 
 
 def open_run(options: FitOptions) -> None:
-    """Makes the output folder this run's own: removes the run before, and writes `run.json`.
+    """Makes the output folder this run's own: removes the previous run and writes `run.json`.
 
     Raises:
-      OSError: if something cannot be removed or written; names it.
+      OSError: if something cannot be removed or written; the message names it.
     """
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,10 +205,10 @@ def open_run(options: FitOptions) -> None:
 
 
 def read_record(folder: Path) -> Record | None:
-    """Reads the `run.json` of a folder; returns None if it has none.
+    """Reads the `run.json` of a folder; returns None if there is none.
 
     Raises:
-      ValueError: if the file is damaged, not the record of a run, or of a newer version.
+      ValueError: if the file is damaged, is not the record of a run, or has a newer version.
       OSError: if it cannot be read.
     """
     path = folder / RUN_NAME
@@ -236,8 +238,8 @@ def _record_of(path: Path, found: dict[str, Any]) -> Record:
         )
     if missing := [name for name in _OF_RECORD if name not in found]:
         raise ValueError(f"{path} is not the record of a run: it has no {listing(missing)}")
-    # What stands there is removed by --overwrite: nothing is that no run writes.
-    extra = {"profile", *(f"{lane}backbone" for lane in _lanes(settings))}
+    # --overwrite removes these names, so that names which no run writes are ignored.
+    extra = {"profile", *(f"{prefix}backbone" for prefix in _task_prefixes(settings))}
     writes = tuple(name for name in found["writes"] if name in {*possible, *extra})
     return Record(settings, found["run_id"], found["inputs"], writes)
 
@@ -252,35 +254,36 @@ def _write_record(folder: Path, record: Record) -> None:
     report.write_json(folder / RUN_NAME, {**record.settings, **own})
 
 
-def _lanes(settings: Mapping[str, Any]) -> list[str]:
-    """Of each task of a run, what the names of its files begin with."""
+def _task_prefixes(settings: Mapping[str, Any]) -> list[str]:
+    """Returns, for each task of a run, the prefix of the names of its outputs."""
     names = [name.strip() for name in str(settings["task"]).split(",")]
     plain = [name for name in names if re.fullmatch(r"\w[\w.-]*", name)]
     return [f"{name}/" for name in plain] if len(names) > 1 else [""]
 
 
 def _written(settings: Mapping[str, Any], options: FitOptions | None) -> tuple[str, ...]:
-    """Returns the names of what a run writes.
+    """Returns the names of the outputs of a run.
 
     Args:
-      settings: of its record.
-      options: of the command line; None if not known: what the run may have written, then.
+      settings: the settings in its record.
+      options: the options of the command line; None if they are unknown, for all names that the run
+        may have written.
     """
-    lanes = _lanes(settings)
+    prefixes = _task_prefixes(settings)
     names = ["checkpoints", *_FILES]
     if options is None or options.log == "tensorboard":
         names.append("tensorboard")
     if options is not None and options.profile:
         names.append("profile")
-    of_lane = ["adapter", "metrics.json", "report.md", "curves.png"]
+    of_task = ["adapter", "metrics.json", "report.md", "curves.png"]
     if settings["method"] == "full" and settings["task"] == SPAN_CORRUPTION:
-        of_lane.append("backbone")
-    names += [f"{lane}{name}" for lane in lanes for name in of_lane]
+        of_task.append("backbone")
+    names += [f"{prefix}{name}" for prefix in prefixes for name in of_task]
     return tuple(dict.fromkeys(names))
 
 
 def _run_settings(options: FitOptions) -> dict[str, Any]:
-    """What a resumed run must share with the run it resumes, as JSON-ready values."""
+    """Returns the settings that a resumed run must share with the run it resumes, JSON-ready."""
     values = dataclasses.asdict(options)
     method_options = values.pop("method_options")
     values = {key: value for key, value in values.items() if key not in _NOT_RUN}
@@ -291,7 +294,7 @@ def _run_settings(options: FitOptions) -> dict[str, Any]:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """Field -> default, of the options that have one."""
+    """Returns field -> default, for the options that have a default."""
     fields = dataclasses.fields(FitOptions)
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
@@ -300,7 +303,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _check_empty(options: FitOptions) -> None:
-    """ValueError if a folder without a run has files, but for a grid's that is to be replaced."""
+    """Raises ValueError if a folder without a run has files, except for a grid to be replaced."""
     folder = options.output_dir
     _check_place(folder)
     others = entries(folder)
@@ -323,7 +326,12 @@ def _check_empty(options: FitOptions) -> None:
 
 
 def _check_place(folder: Path) -> None:
-    """ValueError or OSError if a folder is not there and cannot be made, as far as can be told."""
+    """Checks that a folder exists or can presumably be created.
+
+    Raises:
+      ValueError: if a file is in its place.
+      OSError: if the folder, or its nearest existing parent, cannot be written.
+    """
     place = next((path for path in (folder, *folder.parents) if path.exists()), Path())
     if not place.is_dir():
         raise ValueError(f"{place} is not a folder; choose another --output-dir")
@@ -332,10 +340,10 @@ def _check_place(folder: Path) -> None:
 
 
 def entries(folder: Path) -> list[str]:
-    """Returns the names of what is in a folder, but for what means nothing, in order.
+    """Returns the sorted names in a folder, except for files that do not count.
 
     Raises:
-      ValueError: if it is not a folder. One that does not exist is empty.
+      ValueError: if it is not a folder. A folder that does not exist is empty.
     """
     if not folder.exists() and not folder.is_symlink():
         return []
@@ -345,7 +353,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def _check_settings(folder: Path, record: Record, settings: Mapping[str, Any]) -> None:
-    # A run from before there was an option did what the option does by default.
+    # A run from before an option existed behaved as the default of the option.
     before = {**_defaults(), **record.settings}
     before.setdefault("num_devices", settings["num_devices"])
     ours = settings.keys() | record.settings.keys()
@@ -362,7 +370,7 @@ def _check_settings(folder: Path, record: Record, settings: Mapping[str, Any]) -
 
 
 def _equal(before: Any, now: Any) -> bool:
-    """Whether two values of a setting are the same; True is not 1."""
+    """Returns True if two values of a setting are the same; True and 1 are different."""
     return before == now and isinstance(before, bool) == isinstance(now, bool)
 
 
@@ -381,16 +389,16 @@ def _check_inputs(folder: Path, record: Record, inputs: Inputs, *, whole: bool) 
 
 
 def _check_kinds(folder: Path, writes: Iterable[str], *, links: bool) -> None:
-    """ValueError if a file stands where a run has a folder, or a folder where it has a file.
+    """Raises ValueError if a file is in the place of a folder of the run, or the reverse.
 
     Args:
-      folder: of the run.
-      writes: names of what it writes.
-      links: whether a folder may be a link to one; what is behind a link is never removed.
+      folder: the folder of the run.
+      writes: the names of its outputs.
+      links: whether a folder may be a link to one; the target of a link is never removed.
     """
     for name in writes:
         path = folder / name
-        # A backbone is replaced as a whole.
+        # The backbone folder is replaced as a whole.
         followed = links and path.is_dir() and path.name in _IN_FOLDERS and path.name != "backbone"
         if path.is_symlink() and not followed:
             raise _is_link(path)
@@ -403,10 +411,10 @@ def _check_kinds(folder: Path, writes: Iterable[str], *, links: bool) -> None:
 
 
 def check_apart(written: Sequence[Path], inputs: Inputs) -> None:
-    """Checks that nothing that is read lies where something is written or removed.
+    """Checks that no input file lies where something is written or removed.
 
     Raises:
-      ValueError: that names both.
+      ValueError: if one does; the message names both paths.
     """
     places = {path.resolve() for path in written}
     for flag, files in inputs.items():
@@ -423,14 +431,14 @@ def check_apart(written: Sequence[Path], inputs: Inputs) -> None:
 
 
 def clear(folder: Path, writes: Iterable[str]) -> None:
-    """Removes what a run wrote, checkpoints first, and nothing else; not its record.
+    """Removes the outputs of a run, checkpoints first, and nothing else; keeps the record.
 
     Args:
-      folder: of the run.
-      writes: names, as `Record` has them.
+      folder: the folder of the run.
+      writes: the names of the outputs, as in `Record`.
 
     Raises:
-      ValueError: if something is a link, whose target is never removed; nothing is removed then.
+      ValueError: if an output is a link, whose target is never removed; then nothing is removed.
       OSError: if something cannot be removed.
     """
     writes = list(writes)
@@ -447,7 +455,7 @@ def clear(folder: Path, writes: Iterable[str]) -> None:
 
 
 def bytes_removed(options: FitOptions) -> int:
-    """Returns how many bytes of the run before `open_run` is to remove."""
+    """Returns the number of bytes of the previous run that `open_run` is going to remove."""
     record = read_record(options.output_dir) if options.overwrite else None
     owned = _owned(options.output_dir, record.writes) if record is not None else ()
     files = (file for path in owned for file in (path, *path.rglob("*")))
@@ -455,15 +463,15 @@ def bytes_removed(options: FitOptions) -> int:
 
 
 def possibly_written(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the names of what a run of these settings, `task` and `method`, may have written."""
+    """Returns the names of the outputs that a run with these `task` and `method` may have."""
     return _written(settings, None)
 
 
 def _owned(folder: Path, writes: Iterable[str]) -> Iterator[Path]:
-    """The files of a run, and the folders of its checkpoints, that are there.
+    """Yields the existing files of a run, and the folders of its checkpoints.
 
     Raises:
-      ValueError: if one is a link.
+      ValueError: if one of them is a link.
     """
     order = [*_IN_FOLDERS, *_FILES]
     for name in sorted(writes, key=lambda name: order.index(Path(name).name)):
@@ -473,7 +481,7 @@ def _owned(folder: Path, writes: Iterable[str]) -> Iterator[Path]:
             found = [child for child in children if _IN_FOLDERS[path.name].fullmatch(child.name)]
         else:
             found = [path] if path.exists() else []
-        # What a killed process had not renamed, too.
+        # Temporary files that a killed process had not renamed.
         found += sorted(path.parent.glob(f".{path.name}.*.tmp"))
         for each in found:
             if each.is_symlink():
@@ -489,10 +497,10 @@ def _is_link(path: Path) -> ValueError:
 
 
 def check_only_ours(folder: Path) -> None:
-    """Checks that a folder that a run replaces as a whole holds nothing but what runs write there.
+    """Checks that a folder that a run replaces as a whole has only files that runs write there.
 
     Raises:
-      ValueError: that names a file.
+      ValueError: if it has another file; the message names it.
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     foreign = [name for name in names if not _IN_FOLDERS[folder.name].fullmatch(name)]
@@ -509,14 +517,14 @@ _OF_GRID = ("metrics.json", "report.md", GRID_NAME)
 
 
 def check_grid_folder(folder: Path, runs: Iterable[str]) -> None:
-    """Looks at the folder of several runs, and writes nothing; each run looks at its own.
+    """Checks the folder of several runs without writing anything; each run checks its own folder.
 
     Args:
-      folder: of all of them.
-      runs: their names.
+      folder: the folder of the grid.
+      runs: the names of the runs.
 
     Raises:
-      ValueError: if it holds a single run, or is not empty and holds no runs.
+      ValueError: if the folder holds a single run, or is not empty and holds no runs.
     """
     if (folder / RUN_NAME).exists():
         raise ValueError(
@@ -528,7 +536,7 @@ def check_grid_folder(folder: Path, runs: Iterable[str]) -> None:
         return
     runs = set(runs)
     known = [name for name in there if (folder / name / RUN_NAME).is_file() or name in runs]
-    # A grid of a version before there was a record of it may have no results yet.
+    # A grid of a version that recorded no grids may have no results yet.
     if known and not set(_OF_GRID) & set(there):
         return
     raise ValueError(
@@ -543,10 +551,10 @@ def open_grid(folder: Path) -> None:
 
 
 def holds_grid(folder: Path) -> bool:
-    """Whether the metrics.json and report.md of a folder, if there are any, are of several runs.
+    """Returns True if the metrics.json and report.md of a folder belong to several runs.
 
     Raises:
-      ValueError, OSError: if the file that says so is damaged or cannot be read.
+      ValueError, OSError: if the file that records this is damaged or cannot be read.
     """
     if (folder / GRID_NAME).is_file():
         read_json(folder / GRID_NAME, {"format_version": int}, required=["format_version"])
@@ -562,7 +570,7 @@ def holds_grid(folder: Path) -> bool:
 
 
 def _remove_grid(folder: Path) -> None:
-    """Removes the results of several runs, not the runs themselves."""
+    """Removes the results of several runs, but not the runs themselves."""
     if holds_grid(folder):
         for name in _OF_GRID:
             (folder / name).unlink(missing_ok=True)

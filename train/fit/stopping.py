@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a run: at once where nothing is lost, else between two steps."""
+"""Signals during a run: SIGINT and SIGTERM stop it at once, or between two steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tqdm import tqdm
 from train.compute import distributed
 from train.errors import InterruptedRunError, PreemptedRunError, StoppedRunError
 
-# Several hosts must stop at the same step, and asking each other takes time.
+# Several hosts must stop at the same step, and communication between them takes time.
 _STEPS_BETWEEN_QUESTIONS = 10
 _NOTHING_LOST = "between two checkpoints; nothing is lost, go on with --resume"
 
 
 class Stopping:
-    """What has been asked for, of this process or of another that trains with it.
+    """Requests to stop, received by this process or by another that trains with it.
 
     Attributes:
-      caught: the signal that came first; None until one does.
+      caught: the first signal received; None before it.
     """
 
     def __init__(self) -> None:
@@ -29,10 +29,13 @@ class Stopping:
         self._calls = 0
 
     def asked(self, *, now: bool = False) -> bool:
-        """Whether to stop; the same in every process, where all call it equally often.
+        """Returns True if the run should stop.
+
+        The answer is the same in every process, provided that all processes call this equally
+        often.
 
         Args:
-          now: ask the other processes, too, not only every so many calls.
+          now: ask the other processes at this call; otherwise they are asked every few calls.
         """
         self._calls += 1
         if distributed.number() > 1:
@@ -42,23 +45,23 @@ class Stopping:
         return self.caught is not None
 
     def error(self, message: str) -> StoppedRunError:
-        """Returns the error that the run ends with after its signal; `message` says where."""
+        """Returns the error that ends the run after its signal; `message` says where it ends."""
         if self.caught == signal.SIGINT:
             return InterruptedRunError(f"interrupted {message}")
         return PreemptedRunError(f"terminated {message}")
 
     def check(self) -> None:
-        """Raises the error of a signal again that did not wait.
+        """Raises the error of a signal again if it was raised outside of `delayed`.
 
-        The handler raised it in the middle of something, whose code may have caught everything and
-        gone on, or made another exception of it.
+        The handler raises the error in the middle of any code. That code may have caught every
+        exception and continued, or may have raised another exception instead.
         """
         if self._raised:
             raise self.error(_NOTHING_LOST)
 
     @contextmanager
     def delayed(self) -> Iterator[None]:
-        """Within it a signal waits for `asked`, but for a second SIGINT."""
+        """Delays signals inside the block until `asked` is called, except for a second SIGINT."""
         self._delayed = True
         try:
             yield
@@ -66,7 +69,7 @@ class Stopping:
             self._delayed = False
 
     def note(self, number: int, _: object) -> None:
-        """As a signal handler."""
+        """Handles a signal."""
         again = self.caught is not None
         self.caught = self.caught or number
         if not self._delayed:
@@ -77,14 +80,14 @@ class Stopping:
         tqdm.write("stopping after this step")
 
 
-# Those that handle signals now, the innermost last.
+# The active handlers, the innermost last.
 _handling: list[Stopping] = []
 
 
 def check() -> None:
-    """Raises the error of a signal that came; for whoever goes on after an exception of others.
+    """Raises the error of a received signal, for callers that continue after a foreign exception.
 
-    The exception may be what they made of the signal's.
+    The exception may have replaced the error of the signal.
     """
     if _handling:
         _handling[-1].check()
@@ -92,7 +95,10 @@ def check() -> None:
 
 @contextmanager
 def handled() -> Iterator[Stopping]:
-    """Handles both signals within it; after one, no exception of others takes its error's place."""
+    """Handles both signals inside the block.
+
+    After a signal, its error is raised in place of any other exception.
+    """
     stopping = Stopping()
     previous = {s: signal.signal(s, stopping.note) for s in (signal.SIGINT, signal.SIGTERM)}
     _handling.append(stopping)

@@ -1,4 +1,4 @@
-"""What a run costs: seconds of a step, memory of the process and of its device."""
+"""Cost of a run: seconds per step, and memory of the process and of its device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import jax
 
-# Enough for a median, and little beside a checkpoint.
+# Enough for a median, and small compared with a checkpoint.
 _KEPT = 1000
 
 
 class StepClock:
-    """Seconds from the end of one step to the end of the next, where nothing was compiled between.
+    """Clock of the seconds between the ends of two steps, if nothing was compiled between them.
 
     Attributes:
-      seconds: of the last steps.
+      seconds: the durations of the most recent steps.
     """
 
     def __init__(self, seconds: list[float]):
@@ -30,21 +30,25 @@ class StepClock:
         self._compiled = self._dispatched = False
 
     def start(self) -> None:
-        """What came before is not part of the next step."""
+        """Starts the clock: earlier time does not count towards the next step."""
         self._mark = time.perf_counter()
 
     def dispatched(self, batch: Mapping[str, Any], program: int = 0) -> None:
-        """A step has been given to the device; a program's first of its shapes was compiled."""
+        """Notes that a step was handed to the device.
+
+        The first step of a program with new shapes is compiled, and not timed.
+        """
         self._dispatched = True
         shapes = (program, *(array.shape for array in batch.values()))
         self._compiled |= shapes not in self._shapes
         self._shapes.add(shapes)
 
     def finished(self) -> float | None:
-        """The result of the oldest step under way has been read; returns its seconds.
+        """Notes that the result of the oldest pending step was read; returns its seconds or None.
 
-        None where something was compiled; or where no step was given to the device since the last
-        one was finished: a device that computes at once has finished both together.
+        The result is None if something was compiled. It is also None if no step was dispatched
+        since the last call: a device that computes synchronously has then finished both steps
+        together.
         """
         now = time.perf_counter()
         seconds = now - self._mark if self._dispatched and not self._compiled else None
@@ -57,11 +61,15 @@ class StepClock:
 
 
 def cost(step_seconds: list[float], started: float) -> dict[str, Any]:
-    """JSON-ready, of a process that began its work at `started` of `time.perf_counter`.
+    """Returns the cost of a run, JSON-ready.
+
+    Args:
+      step_seconds: the seconds of single steps.
+      started: the start of the process's work, as `time.perf_counter` gives it.
 
     Returns:
       `step_seconds`, the median or None; `seconds`; `peak_memory_bytes` of the process; and
-      `peak_device_memory_bytes` where the first device has a memory of its own that it reports on.
+      `peak_device_memory_bytes` if the first device has its own memory and reports it.
     """
     values: dict[str, Any] = {
         "step_seconds": statistics.median(step_seconds) if step_seconds else None,
@@ -75,9 +83,9 @@ def cost(step_seconds: list[float], started: float) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Bytes that this process had resident at most."""
-    # Not `ru_maxrss` where it can be helped: on Linux exec does not reset it, so a process starts
-    # with what the one had that started it.
+    """Returns the peak resident memory of this process in bytes."""
+    # VmHWM instead of `ru_maxrss` where there is one: on Linux exec does not reset the latter, so
+    # that a process inherits the peak of its parent.
     status = Path("/proc/self/status")
     if status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))

@@ -33,23 +33,23 @@ from train.fit.options import FitOptions
 from train.fit.profiler import Profiler
 from train.fit.run_folder import read_record
 
-# Lane and batch of every update -> its metrics.
+# (Task index and batch of an update) -> the metrics of the update.
 Steps: TypeAlias = Generator[tuple[int, batching.Batch], step.StepMetrics | None, None]
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands; together with the learners' states all that resuming needs.
+    """Position of a run; with the states of the learners it is all that resuming needs.
 
     Attributes:
-      epoch: the epoch under way.
-      batch: its next batch.
-      losses: task -> of the steps since the last evaluation.
-      examples: in them.
-      seconds: spent on them.
-      step_seconds: of single steps, the last ones.
-      best: learner -> its best score of an evaluation; none before the first.
-      best_epoch: learner -> epoch of that evaluation.
+      epoch: the index of the current epoch.
+      batch: the index of its next batch.
+      losses: task -> losses of the steps since the last evaluation.
+      examples: the number of examples in these steps.
+      seconds: the time spent on these steps.
+      step_seconds: the seconds of the most recent single steps.
+      best: learner -> its best evaluation score; empty before the first evaluation.
+      best_epoch: learner -> the epoch of that evaluation.
       history: task -> a record of every evaluation.
     """
 
@@ -65,10 +65,10 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        """Reads what a checkpoint has; a field that is missing has its default.
+        """Reads the progress from a checkpoint; missing fields take their defaults.
 
         Raises:
-          ValueError: if a field is unknown or of another type.
+          ValueError: if a field is unknown or has another type.
         """
         hints = typing.get_type_hints(cls)
         if unknown := sorted(values.keys() - hints.keys()):
@@ -85,39 +85,39 @@ class _Pending:
     """A step that may still be computing.
 
     Attributes:
-      metrics: what it gives.
-      lane: its task.
-      batch: this host's part.
-      number: of the step, from 1 on.
-      learning_rate: its.
+      metrics: the metrics of the step.
+      task_index: the index of its task.
+      batch: the part of the batch on this host.
+      number: the number of the step, starting at 1.
+      learning_rate: the learning rate of the step.
     """
 
     metrics: step.StepMetrics
-    lane: int
+    task_index: int
     batch: batching.Batch
     number: int
     learning_rate: float
 
 
 class Trainer:
-    """Runs the epochs of a job; `run` may start anywhere, from a checkpoint. A context manager.
+    """Training loop over the epochs of a job; `run` may start from a checkpoint. A context manager.
 
     Attributes:
-      job: what to do.
-      learners: what is trained, on the devices.
-      progress: where the run stands.
+      job: the job to run.
+      learners: the trained parameters, on the devices.
+      progress: the position of the run.
     """
 
     def __init__(
         self, job: Job, stop: stopping.Stopping, *, name: str = "", like: Trainer | None = None
     ):
-        """Puts what is trained on the devices.
+        """Places the parameters on the devices.
 
         Args:
-          job: what to do.
-          stop: what ends it early.
-          name: of the run among those that are trained at once; these use the first device.
-          like: another of them, whose compiled functions and frozen arrays it shares.
+          job: the job to run.
+          stop: the source of requests to stop early.
+          name: the name of the run among several that train at once, all on the first device.
+          like: another of these runs, whose compiled functions and frozen arrays this run shares.
         """
         self.job, self.options, self._stop, self._name = job, job.options, stop, name
         self._placed: dict[int, Any] = {} if like is None else like._placed
@@ -126,7 +126,7 @@ class Trainer:
         self.learners: list[Training] = trainings_of(job, self._placed, computes, devices)
         self.progress = Progress()
         self._clock = timing.StepClock(self.progress.step_seconds)
-        self._meters = [_meter(job.options, lane) for lane in job.lanes]
+        self._meters = [_meter(job.options, task_run) for task_run in job.task_runs]
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Trainer:
@@ -144,7 +144,7 @@ class Trainer:
                     folder,
                     tensorboard=self.options.log == "tensorboard",
                     resume_step=resumed_step,
-                    # Within an epoch, the evaluation at its end is still to come.
+                    # Within an epoch, the evaluation at the end of the epoch is still to come.
                     evaluated=self.progress.batch == 0,
                     evaluations=max(map(len, self.progress.history.values()), default=0),
                 )
@@ -161,29 +161,30 @@ class Trainer:
         self._resources.__exit__(*details)
 
     def run(self) -> Progress:
-        """Trains until the last epoch is done; returns the history."""
+        """Trains until the last epoch is done; returns the progress with its history."""
         with self._stop.delayed():
             steps = self.steps()
             metrics: step.StepMetrics | None = None  # a generator is first sent None
             while True:
                 try:
-                    lane, batch = steps.send(metrics)
+                    index, batch = steps.send(metrics)
                 except StopIteration:
                     return self.progress
-                training, compute = self.of_lane(lane)
+                training, compute = self.of_task(index)
                 with self._profiler.step(self._step_number() + 1):
                     training.state, metrics = compute.step(
                         training.state, training.frozen, batch, self.numbers(training)
                     )
 
     def steps(self) -> Steps:
-        """The run but for its updates: yields a lane and its batch, is sent the update's metrics.
+        """Runs the loop without the updates, as a generator.
 
-        Whoever iterates updates the state of the lane's learner in between.
+        The generator yields a task index and a batch, and is sent the metrics of the update. The
+        caller updates the state of the task's learner in between.
         """
         while self.progress.epoch < self.job.epochs:
             if distributed.is_first():
-                compilation_cache.announce()
+                compilation_cache.announce_compilation()
             yield from self._train_epoch()
             self._finish_epoch()
         self._checkpoints.finish()
@@ -191,22 +192,22 @@ class Trainer:
             raise self._stopped()
 
     def _train_epoch(self) -> Steps:
-        """The batches of this epoch from the next one on."""
+        """Runs the batches of the current epoch, starting at the next one."""
         progress = self.progress
         started, seconds = time.perf_counter(), progress.seconds
         steps = self.job.steps_of(progress.epoch)
         first = progress.epoch * self.job.steps_per_epoch
         streams = [
-            self._stream(lane, first + progress.batch) for lane in range(len(self.job.lanes))
+            self._stream(index, first + progress.batch) for index in range(len(self.job.task_runs))
         ]
         pending: _Pending | None = None
         self._clock.start()
         with self._bar() as bar:
             while progress.batch < steps:
-                lane = int(self.job.order[first + progress.batch])
-                batch, examples = next(streams[lane])
-                current = yield from self._dispatch(lane, batch)
-                # Reading a loss waits for it: read the last one, while this step computes.
+                index = int(self.job.order[first + progress.batch])
+                batch, examples = next(streams[index])
+                current = yield from self._dispatch(index, batch)
+                # Reading a loss waits for its step: the previous one is read during this step.
                 self._note(pending, bar)
                 pending = current
                 progress.batch += 1
@@ -224,12 +225,15 @@ class Trainer:
             self._note(pending, bar)
         progress.seconds = seconds + time.perf_counter() - started
 
-    def _stream(self, lane: int, start: int) -> Iterator[tuple[batching.Batch, int]]:
-        """A task's batches from a step of the run on: the part of this host, and all examples."""
+    def _stream(self, index: int, start: int) -> Iterator[tuple[batching.Batch, int]]:
+        """Yields the batches of a task from a step of the run on.
+
+        Each item is the part of the batch on this host, and the number of examples over all hosts.
+        """
         options = self.options
-        examples = self.job.lanes[lane].encoded["train"]
+        examples = self.job.task_runs[index].encoded["train"]
         per_epoch = batching.num_batches(len(examples), options.batch_size)
-        epoch, batch = divmod(int(np.sum(self.job.order[:start] == lane)), per_epoch)
+        epoch, batch = divmod(int(np.sum(self.job.order[:start] == index)), per_epoch)
         while True:
             rest = batching.batches(
                 examples.of_epoch(epoch),
@@ -246,38 +250,38 @@ class Trainer:
             epoch, batch = epoch + 1, 0
 
     def _dispatch(
-        self, lane: int, batch: batching.Batch
+        self, index: int, batch: batching.Batch
     ) -> Generator[tuple[int, batching.Batch], step.StepMetrics | None, _Pending]:
-        """Has a step given to the devices."""
-        training, _ = self.of_lane(lane)
+        """Hands a step to the devices through the generator's caller; returns the pending step."""
+        training, _ = self.of_task(index)
         number = self._step_number() + 1
-        metrics = yield lane, batch
+        metrics = yield index, batch
         assert metrics is not None
-        self._clock.dispatched(batch, lane)
+        self._clock.dispatched(batch, index)
         learning_rate = float(training.schedule(training.steps))
         training.steps += 1
-        return _Pending(metrics, lane, batch, number, learning_rate)
+        return _Pending(metrics, index, batch, number, learning_rate)
 
-    def of_lane(self, lane: int) -> tuple[Training, Compute]:
-        """The learner of a task, and what is compiled for the task."""
-        training = next(t for t in self.learners if lane in t.learner.lanes)
-        return training, training.computes[training.learner.lanes.index(lane)]
+    def of_task(self, index: int) -> tuple[Training, Compute]:
+        """Returns the learner of a task, and the functions compiled for the task."""
+        training = next(t for t in self.learners if index in t.learner.task_indices)
+        return training, training.computes[training.learner.task_indices.index(index)]
 
     def numbers(self, training: Training) -> step.Hyperparameters:
-        """Returns the optimizer's numbers for the next step of a learner."""
+        """Returns the optimizer's hyperparameters for the next step of a learner."""
         return step.Hyperparameters(
             training.schedule(training.steps), self.options.weight_decay, self.options.clip_norm
         )
 
     def _bar(self) -> Any:
-        """The progress bar of this epoch."""
+        """Builds the progress bar of the current epoch."""
         progress, job = self.progress, self.job
         bar = tqdm(
             total=job.examples_before(job.steps_of(progress.epoch)),
             initial=job.examples_before(progress.batch),
             desc=f"epoch {progress.epoch + 1}/{job.epochs}",
             unit="ex",
-            # A log file wants a line now and then, a person a bar that moves.
+            # A terminal shows a moving bar; a log file needs a line only now and then.
             mininterval=0.2 if sys.stderr.isatty() else 20,
             disable=bool(self._name) or not distributed.is_first(),
         )
@@ -294,7 +298,11 @@ class Trainer:
         return min(number, self.job.total_steps)
 
     def _note(self, pending: _Pending | None, bar: Any) -> None:
-        """Records the metrics of the step before; NonFiniteLossError if they are not numbers."""
+        """Records the metrics of the previous step.
+
+        Raises:
+          NonFiniteLossError: if the loss or the gradient norm is not finite.
+        """
         if pending is None:
             return
         loss, norm = float(pending.metrics.loss), float(pending.metrics.gradient_norm)
@@ -310,7 +318,7 @@ class Trainer:
                 f"step {pending.number}: loss {loss}, gradient norm {norm}; {kept}. Try a "
                 "smaller --learning-rate, more --warmup-fraction, or --dtype float32"
             )
-        losses = self.progress.losses.setdefault(self.job.lanes[pending.lane].name, [])
+        losses = self.progress.losses.setdefault(self.job.task_runs[pending.task_index].name, [])
         losses.append(loss)
         self._log.step(
             pending.number,
@@ -319,7 +327,9 @@ class Trainer:
             gradient_norm=norm,
             examples_per_second=self.options.batch_size / seconds if seconds else None,
             model_flops_utilisation=(
-                self._meters[pending.lane].utilisation(pending.batch, seconds) if seconds else None
+                self._meters[pending.task_index].utilisation(pending.batch, seconds)
+                if seconds
+                else None
             ),
         )
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", refresh=False)
@@ -334,16 +344,16 @@ class Trainer:
             self._save(best=best)
 
     def _evaluate(self) -> bool:
-        """Validates, and keeps the adapters that are the best; returns whether one is."""
+        """Validates, and saves the adapters with a new best score; returns True if there is one."""
         progress = self.progress
-        lanes = range(len(self.job.lanes))
-        # All of them before any is recorded: what stops in between starts with the first again.
-        found = [self.scores(lane, "validation", stops=True) for lane in lanes]
-        scores = [self._record(lane, values) for lane, values in enumerate(found)]
+        indices = range(len(self.job.task_runs))
+        # All tasks are scored before any is recorded: an interrupted evaluation starts again.
+        found = [self.scores(index, "validation", stops=True) for index in indices]
+        scores = [self._record(index, values) for index, values in enumerate(found)]
         better = False
         for training in self.learners:
             learner = training.learner
-            score = float(np.mean([scores[lane] for lane in learner.lanes]))
+            score = float(np.mean([scores[index] for index in learner.task_indices]))
             if score > progress.best.get(learner.name, -math.inf):
                 progress.best[learner.name] = score
                 progress.best_epoch[learner.name] = progress.epoch + 1
@@ -353,13 +363,13 @@ class Trainer:
         return better
 
     def _record(self, index: int, values: dict[str, float]) -> float:
-        """Records the metrics of a task's validation; returns the one that counts."""
-        progress, lane = self.progress, self.job.lanes[index]
+        """Records the validation metrics of a task; returns the one that selects the best epoch."""
+        progress, task_run = self.progress, self.job.task_runs[index]
         validation_loss = values.pop("loss")
-        losses = progress.losses.get(lane.name, [])
-        # A task of a mixture may not have come up.
+        losses = progress.losses.get(task_run.name, [])
+        # A mixture may not have drawn a task since the last evaluation.
         train_loss = float(np.mean(losses)) if losses else None
-        progress.history.setdefault(lane.name, []).append(
+        progress.history.setdefault(task_run.name, []).append(
             {
                 "epoch": progress.epoch + 1,
                 "train_loss": train_loss,
@@ -369,11 +379,11 @@ class Trainer:
                 "step_losses": _thinned(losses),
             }
         )
-        split = f"{lane.name}_validation" if self.job.is_mixture else "validation"
+        split = f"{task_run.name}_validation" if self.job.is_mixture else "validation"
         self._log.evaluation(self._step_number(), split, {"loss": validation_loss, **values})
-        name = lane.task.metric
+        name = task_run.task.metric
         if distributed.is_first():
-            name_of = lane.name if self.job.is_mixture else self._name
+            name_of = task_run.name if self.job.is_mixture else self._name
             task = f"{name_of}: " if name_of else ""
             invalid = f", {values['invalid']} invalid" if values.get("invalid") else ""
             tqdm.write(
@@ -383,22 +393,22 @@ class Trainer:
         return values[name]
 
     def outputs(self, index: int, split: str, trained: Any = None, *, stops: bool = False) -> Any:
-        """Outputs of a split, `[examples, …]` arrays.
+        """Computes the outputs of a split, `[examples, …]` arrays.
 
         Args:
-          index: of the task.
-          split: of it.
-          trained: the trained half of the task's parameters, on the devices; by default as it
-            stands.
-          stops: whether what asks to stop ends the run here; a checkpoint is written.
+          index: the index of the task.
+          split: the split of the task.
+          trained: the trained half of the task's parameters, on the devices; by default the current
+            one.
+          stops: whether a request to stop ends the run here, after a checkpoint is written.
         """
-        training, compute = self.of_lane(index)
-        view = training.learner.views[training.learner.lanes.index(index)]
+        training, compute = self.of_task(index)
+        view = training.learner.views[training.learner.task_indices.index(index)]
         trained = view(training.state.trained) if trained is None else trained
         frozen = view(training.frozen)
         return compute_outputs.split_outputs(
             lambda batch: compute.outputs(trained, frozen, batch),
-            self.job.lanes[index].encoded[split].of_epoch(0),
+            self.job.task_runs[index].encoded[split].of_epoch(0),
             self.options.eval_batch_size,
             description=split,
             before_batch=self._check_stop if stops else None,
@@ -407,13 +417,13 @@ class Trainer:
     def scores(
         self, index: int, split: str, trained: Any = None, *, stops: bool = False
     ) -> dict[str, float]:
-        """Metrics and loss of a split; arguments as of `outputs`."""
+        """Computes metrics and loss of a split; the arguments are those of `outputs`."""
         outputs = self.outputs(index, split, trained, stops=stops)
-        lane = self.job.lanes[index]
-        return lane.objective.scores(outputs, lane.encoded[split].of_epoch(0))
+        task_run = self.job.task_runs[index]
+        return task_run.objective.scores(outputs, task_run.encoded[split].of_epoch(0))
 
     def _check_stop(self) -> None:
-        """In an evaluation: what asked to stop does not wait for its end, the next run does it."""
+        """Stops within an evaluation if a stop was requested; the next run evaluates again."""
         if self._stop.asked():
             self._save()
             raise self._stopped()
@@ -432,21 +442,21 @@ class Trainer:
             return
         _, frozen = cj.partition(learner.params, learner.labels)
         whole = jax.tree.map(jnp.asarray, cj.merge(trained, frozen))
-        for i, view in zip(learner.lanes, learner.views, strict=True):
-            lane = self.job.lanes[i]
+        for i, view in zip(learner.task_indices, learner.views, strict=True):
+            task_run = self.job.task_runs[i]
             cj.save_adapter(
-                self.job.folder(lane) / "adapter",
-                lane.model,
+                self.job.folder(task_run) / "adapter",
+                task_run.model,
                 view(whole),
                 metadata={
-                    "backbone": lane.backbone.name,
+                    "backbone": task_run.backbone.name,
                     "dtype": self.options.dtype,
                     "backbone_dtype": self.options.backbone_dtype,
-                    "task": lane.name,
-                    "kind": lane.task.kind,
-                    "label_names": list(lane.task.label_names),
+                    "task": task_run.name,
+                    "kind": task_run.task.kind,
+                    "label_names": list(task_run.task.label_names),
                     "max_length": self.options.max_length,
-                    **lane.objective.settings,
+                    **task_run.objective.settings,
                 },
             )
 
@@ -460,7 +470,7 @@ class Trainer:
         )
 
     def _restore(self) -> int:
-        """Takes up the latest checkpoint, if there is one; returns its step."""
+        """Restores the latest checkpoint, if there is one; returns its step, else 0."""
         template = {training.learner.name: training.host_state() for training in self.learners}
         restored = self._checkpoints.restore(template, tqdm.write, Progress.from_json)
         self._stop.check()
@@ -479,22 +489,22 @@ class Trainer:
         return restored.step
 
 
-def _meter(options: FitOptions, lane: TaskRun) -> flops.Meter:
-    """What part of the devices' peak the steps of a task use."""
-    objective = lane.objective
+def _meter(options: FitOptions, task_run: TaskRun) -> flops.Meter:
+    """Builds the meter of model FLOP/s utilisation for the steps of a task."""
+    objective = task_run.objective
     peak = options.peak_flops or flops.peak(jax.local_devices()[0].device_kind, options.dtype)
     return flops.Meter(
-        lane.model,
+        task_run.model,
         objective.inputs,
         objective.loss,
-        lane.params,
-        lane.labels,
+        task_run.params,
+        task_run.labels,
         peak=peak,
         devices=jax.local_device_count(),
     )
 
 
 def _thinned(losses: list[float], most: int = 50) -> list[float]:
-    """Means of consecutive losses, at most `most` of them: what a curve can show."""
+    """Returns means of consecutive losses, at most `most` of them, for a plot."""
     parts = np.array_split(np.array(losses), min(most, len(losses))) if losses else []
     return [float(part.mean()) for part in parts]

@@ -28,9 +28,9 @@ class LoadedAdapter:
     """An adapter on its backbone, ready to compute.
 
     Attributes:
-      settings: of `adapter_config.json`.
-      objective: with the limits of training.
-      outputs: batch -> what the objective scores or predicts by, on the host.
+      settings: the content of `adapter_config.json`.
+      objective: the objective, with the limits of training.
+      outputs: batch -> the outputs for scores or predictions, on the host.
     """
 
     settings: dict[str, Any]
@@ -39,11 +39,11 @@ class LoadedAdapter:
 
 
 def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
-    """Loads an adapter, and the backbone it names unless another folder is given.
+    """Loads an adapter, and the backbone that it names unless another folder is given.
 
     Args:
-      options: which.
-      **changes: as `train.objectives.from_settings` takes them.
+      options: the options that name the adapter.
+      **changes: changes, as for `train.objectives.from_settings`.
 
     Raises:
       FileNotFoundError, ValueError: as `compacter_jax.load_adapter`, or if `fit` did not write it.
@@ -64,7 +64,7 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         model, params = inference_compositions.load(expression, backbone, name)
     params = stored(params, model.method, options, settings)
     if model.method.moves_backbone:
-        # It would be moved again for every batch.
+        # Otherwise the backbone would be moved again for every batch.
         model, params = model.precomputed(params)
     tokenizer = load_tokenizer(name, backbone, settings["max_length"])
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
@@ -75,12 +75,12 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
 def load_backbone(
     options: AdapterOptions, settings: Mapping[str, Any], method: cj.MethodConfig | None = None
 ) -> cj.Backbone:
-    """Loads the backbone of a saved adapter, having checked that the method fits it.
+    """Loads the backbone of a saved adapter, after a check that the method fits it.
 
     Args:
-      options: may name another folder, or dtype.
-      settings: of `settings_of`.
-      method: to be used; by default that of the settings.
+      options: the options, which may name another folder or dtype.
+      settings: the settings of `settings_of`.
+      method: the method to use; by default that of the settings.
 
     Raises:
       ValueError, OSError: as `train.objectives.shapes.check_fit` and `compacter_jax.load_backbone`.
@@ -93,12 +93,12 @@ def load_backbone(
     return cj.load_backbone(name, **head, dtype=jnp.dtype(options.dtype or settings["dtype"]))
 
 
-# What saved adapters must share to be computed together.
+# Settings that saved adapters must share to be computed together.
 SHARED = ("backbone", "head", "kind", "max_length", "dtype", "backbone_dtype")
 
 
 def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = SHARED) -> None:
-    """ValueError if adapters, name -> settings, cannot be computed together."""
+    """Raises ValueError if adapters, name -> settings, cannot be computed together."""
     first_name, first = next(iter(settings.items()))
     for name, each in settings.items():
         for key in keys:
@@ -110,11 +110,11 @@ def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] 
 
 
 def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:
-    """What to predict with a composition of saved adapters by, as `settings_of` one.
+    """Returns the settings to predict with a composition of saved adapters, like `settings_of`.
 
     Raises:
-      ValueError: if those whose heads are used differ in more than labels, or in these where they
-        are not beside each other.
+      ValueError: if the adapters whose heads are used differ in more than labels, or differ in
+        labels and are not parallel.
     """
     folders = inference_compositions.with_heads(expression)
     settings = {name: settings_of(folder) for name, folder in folders.items()}
@@ -137,7 +137,7 @@ def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:
 
 
 def labels_of(adapter: LoadedAdapter) -> list[str] | dict[str, list[str]]:
-    """Names of the labels; of adapters beside each other, name -> those of one."""
+    """Returns the label names; with parallel adapters, name -> the label names of one."""
     names = parallel_names(adapter.objective.model.method)
     own: list[str] = adapter.settings["label_names"]
     if not names:
@@ -149,7 +149,7 @@ def labels_of(adapter: LoadedAdapter) -> list[str] | dict[str, list[str]]:
 def stored(
     params: Any, method: cj.MethodConfig, options: AdapterOptions, settings: Mapping[str, Any]
 ) -> Any:
-    """The parameters, what was not trained in the dtype that is asked for, or that of training."""
+    """Returns the parameters, frozen ones cast to the requested dtype or that of training."""
     dtype = options.backbone_dtype or settings.get("backbone_dtype", "float32")
     if dtype == "float32":
         return params
@@ -158,18 +158,22 @@ def stored(
 
 
 def head_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What to load the backbone of a saved adapter with, by its `adapter_config.json`."""
+    """Returns the arguments to load the backbone of a saved adapter with, from its settings."""
     head, num_labels = settings["head"], settings["num_labels"]
-    # Written for every head of an encoder; one of answers in a text takes no such number.
+    # Saved for every head of an encoder, although question answering takes no number of labels.
     return {"head": head, "num_labels": None if head == "question_answering" else num_labels}
 
 
 def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
-    """The tokenizer beside a backbone; ValueError as `train.data.tokens.load_tokenizer`."""
+    """Loads the tokenizer of a backbone.
+
+    Raises:
+      ValueError: as `train.data.tokens.load_tokenizer`.
+    """
     return tokens.load_tokenizer(
         name,
         vocab_size=backbone.config.vocab_size,
-        # Positions of T5 are relative.
+        # T5 has relative positions.
         max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
         max_length=max_length,
     )

@@ -1,4 +1,4 @@
-"""`predict` with many adapters: every row by the one that its column `adapter` names."""
+"""Command `predict` with many adapters: the column `adapter` names the adapter of each row."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ COLUMN = "adapter"
 
 
 def members_of(folder: Path) -> dict[str, Path]:
-    """The adapters in a folder by name: `NAME/` itself, or `NAME/adapter/` as `fit` writes it."""
-    # An adapter, or the folder of a single run, is no bank.
+    """Returns name -> folder of the adapters in a folder.
+
+    They are in `NAME/`, or in `NAME/adapter/` as `fit` writes them.
+    """
+    # An adapter, and the folder of a single run, are no banks.
     if not folder.is_dir() or compositions.holds_adapter(folder):
         return {}
     inside = [path for path in sorted(folder.iterdir()) if compositions.holds_adapter(path)]
@@ -39,13 +42,13 @@ def members_of(folder: Path) -> dict[str, Path]:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Adapters whose rows become examples, and outputs predictions, in the same way.
+    """Adapters that share how rows become examples and outputs become predictions.
 
     Attributes:
-      members: their places in the bank.
-      objective: of all of them.
-      outputs: batch with `adapter_ids` -> what the objective predicts by, on the host.
-      reader: of the columns that it reads.
+      members: their positions in the bank.
+      objective: the objective of all of them.
+      outputs: batch with `adapter_ids` -> the outputs of the objective, on the host.
+      reader: the reader of the objective's columns.
     """
 
     members: list[int]
@@ -59,10 +62,10 @@ class _Bank:
     """Adapters ready to compute.
 
     Attributes:
-      index: name -> place.
-      label_names: of each member.
-      groups: which share a way of computing; every member is in one.
-      max_length: of their inputs, in tokens.
+      index: name -> position.
+      label_names: the label names of each member.
+      groups: the groups of members with the same objective; every member is in one.
+      max_length: the maximum input length in tokens.
     """
 
     index: dict[str, int]
@@ -75,13 +78,13 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
     """Copies a file with predictions added, each by the adapter its row names; returns its rows.
 
     Args:
-      options: of the command.
+      options: the options of the command.
       members: name -> folder of an adapter.
 
     Raises:
-      FileNotFoundError, ValueError: before anything is computed or written if the file has no
-        column `adapter`, or names adapters that there are not; if adapters cannot be computed
-        together; and as `train.inference.commands.predict`.
+      FileNotFoundError, ValueError: before anything is computed or written, if the file has no
+        column `adapter` or names unknown adapters; if the adapters cannot be computed together; and
+        as `train.inference.commands.predict`.
     """
     data_rows.check_files(options.input, options.output)
     counted = _counted(options.input, members)
@@ -113,14 +116,14 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
             bar.update(len(rows))
     for name, count in counted.items():
         print(f"{name}: {count:,} rows")
-    for line in [*labels.lines(), *unknown.notices("inputs")]:
+    for line in [*labels.lines(), *unknown.user_messages("inputs")]:
         print(line)
     commands.say_predicted(options.output, rows_done, cut, bank.max_length, invalid)
     return rows_done
 
 
 def _counted(path: Path, members: Mapping[str, Path]) -> Counter[str]:
-    """How many rows name each adapter; ValueError if a row names none, or one there is not."""
+    """Counts the rows of each adapter; raises ValueError for a missing or unknown name."""
     counted: Counter[str] = Counter()
     first_row = 1
     for rows in read_chunks(path, 1024):
@@ -169,7 +172,10 @@ def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
 
 
 def _way_of_computing(settings: Mapping[str, Any]) -> str:
-    """What adapters of one group have in common: on a T5 labels, too, which are text there."""
+    """Returns a key of the settings that the adapters of a group share.
+
+    On a T5 they include the labels, which are text there.
+    """
     names = ["benchmark", "text_to_text"]
     names += ["label_names"] if "text_to_text" in settings else []
     return json.dumps([settings.get(name) for name in names], sort_keys=True)
@@ -199,10 +205,10 @@ def _group(
 
 
 def _encoded(group: _Group, rows: Rows, positions: np.ndarray, before: int) -> tokens.Encoded:
-    """Examples of the rows at these positions of a chunk that has `before` others before it."""
+    """Encodes the rows at some positions of a chunk that follows `before` other rows."""
     own = rows.take(positions) if isinstance(rows, pa.Table) else [rows[i] for i in positions]
     names = data_rows.column_names(own)
-    # Rows of another adapter may be pairs, these none.
+    # The column may be there for the pairs of another adapter.
     if "sentence2" in names and not any(data_rows.column_values(own, "sentence2")):
         names.remove("sentence2")
     return group.objective.encode(group.reader.read(own, names, (before + 1 + positions).tolist()))
@@ -211,11 +217,11 @@ def _encoded(group: _Group, rows: Rows, positions: np.ndarray, before: int) -> t
 def _predicted(
     group: _Group, encoded: tokens.Encoded, ids: np.ndarray, batch_size: int
 ) -> base.Predicted:
-    """Predictions of rows, each by its member; several examples may be of one row."""
+    """Returns the predictions of rows, each by its member; a row may have several examples."""
     of_example = (ids if encoded.groups is None else ids[encoded.groups]).astype(np.int32)
 
     def outputs(batch: Any) -> Any:
-        # A filling row's index is -1: any member will do.
+        # The index of a filling row is -1, which selects an arbitrary member.
         return group.outputs({**batch, "adapter_ids": of_example[batch["indices"]]})
 
     found = compute_outputs.split_outputs(outputs, encoded, batch_size, description=None)
@@ -230,7 +236,7 @@ def _columns(
     ids: np.ndarray,
     added: Sequence[str],
 ) -> list[tuple[np.ndarray, dict[str, pa.Array]]]:
-    """For each member the positions of its rows, and the columns to add to them."""
+    """Returns, for each member, the positions of its rows and the columns to add to them."""
     parts = []
     for member in np.unique(ids):
         rows, names = np.flatnonzero(ids == member), bank.label_names[member]
@@ -238,7 +244,7 @@ def _columns(
         if isinstance(predicted, list):
             own = [predicted[i] for i in rows]
         else:
-            # As many labels as the member has; the bank's heads are as wide as the widest.
+            # Cut to the labels of the member; the bank's heads have the width of the widest.
             own = np.asarray(predicted, np.float64)[rows, : len(names) or 1]
             prediction_files.check_logits(own, len(rows), len(names) or 1)
         parts.append((positions[rows], prediction_files.added_columns(own, names, added)))
@@ -246,7 +252,7 @@ def _columns(
 
 
 def _in_order(parts: Sequence[tuple[np.ndarray, dict[str, pa.Array]]]) -> dict[str, pa.Array]:
-    """The columns of all rows, as these stand in the file."""
+    """Returns the columns of all rows, in the order of the file."""
     back = pa.array(np.argsort(np.concatenate([positions for positions, _ in parts])))
     return {
         name: pa.concat_arrays([columns[name] for _, columns in parts]).take(back)

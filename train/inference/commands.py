@@ -1,4 +1,4 @@
-"""A saved adapter at work: the commands `evaluate` and `predict`."""
+"""Commands `evaluate` and `predict` with a saved adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.tasks.labels import told
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """The command `evaluate`: metrics of a split, printed and written as JSON."""
+    """Runs `evaluate`: prints the metrics of a split and writes them as JSON."""
     name = f"evaluation_{options.task}_{options.split}.json".replace("/", "_")
     output = options.output or _beside(options) / name
     # Opened first: a file that cannot be written is found before anything is computed.
@@ -39,7 +39,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
-    """What `evaluate` writes."""
+    """Returns the result that `evaluate` writes."""
     adapter = load(options, evaluate_by=options.evaluate_by)
     _check_task_named(options, adapter.settings.get("task"))
     kind = adapter.settings["kind"]
@@ -60,7 +60,11 @@ def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
     )
     _check_same_kind(options.adapter, adapter, task)
     encoded = adapter.objective.encode(task.splits[options.split])
-    for line in [*task.notices(), *adapter.objective.notices(), *encoded.notices(options.split)]:
+    for line in [
+        *task.user_messages(),
+        *adapter.objective.user_messages(),
+        *encoded.user_messages(options.split),
+    ]:
         print(line)
     outputs = split_outputs(
         adapter.outputs, encoded, options.eval_batch_size, description=options.split
@@ -79,19 +83,19 @@ def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _beside(options: EvaluateOptions) -> Path:
-    """Where results go by default: to the adapter; of a composition, to the folder we are in."""
+    """Returns the default folder of results: the adapter's; for a composition, the current one."""
     if inference_compositions.of_saved(options.adapter):
         return Path()
     return cli_compositions.folder_of(options.adapter)
 
 
 def _has_fixed_labels(task: str | None) -> bool:
-    """Whether a task is a built-in one or a benchmark, whose labels are numbered once for all."""
+    """Returns True for a built-in task or a benchmark, whose labels have fixed numbers."""
     return task in tasks.BUILT_IN or find_benchmark(task or "") is not None
 
 
 def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
-    """ValueError if no task and no files are given where the adapter's own task could be."""
+    """Raises ValueError without task and files if the adapter's own task could be given."""
     files = (options.train_file, options.validation_file, options.test_file)
     if options.task == tasks.CUSTOM and _has_fixed_labels(trained_on) and not any(files):
         raise ValueError(
@@ -101,7 +105,7 @@ def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
 
 
 def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> None:
-    """ValueError if an adapter cannot read the rows of a task, or predicts something else."""
+    """Raises ValueError if an adapter cannot read the rows of a task, or predicts another kind."""
     kind, own = adapter.settings["kind"], adapter.objective.benchmark
     if kind != task.kind:
         raise ValueError(f"the adapter in {folder} is of kind {kind}, not {task.kind}")
@@ -113,7 +117,7 @@ def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> 
 
 
 def predict(options: PredictOptions) -> int:
-    """The command `predict`: a file with predictions added, streamed; returns its rows."""
+    """Runs `predict`: streams a file and adds predictions to it; returns the number of rows."""
     data_rows.check_files(options.input, options.output)
     adapter = load(options, evaluate_by="scoring")
     objective = adapter.objective
@@ -128,7 +132,7 @@ def predict(options: PredictOptions) -> int:
         predicted = objective.predictions(outputs, encoded)
         truncated.append(encoded.num_truncated)
         if isinstance(predicted, Mapping):
-            # Logits are as wide as the widest set of labels.
+            # Logits have the width of the largest set of labels.
             predicted = {
                 name: np.asarray(each)[:, : len(labels[name]) or 1]
                 for name, each in predicted.items()
@@ -153,8 +157,8 @@ def predict(options: PredictOptions) -> int:
             write_logits=options.logits,
             progress=bar.update,
         )
-    told_of_inputs = sum(unknown, tokens.Unknown()).notices("inputs")
-    for line in [*counts.lines(), *objective.notices(), *told_of_inputs]:
+    told_of_inputs = sum(unknown, tokens.Unknown()).user_messages("inputs")
+    for line in [*counts.lines(), *objective.user_messages(), *told_of_inputs]:
         print(line)
     limit = adapter.settings["max_length"]
     say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))
@@ -162,10 +166,10 @@ def predict(options: PredictOptions) -> int:
 
 
 class LabelCounts:
-    """How many rows of a file are predicted to have each label.
+    """Counts of the rows of a file that are predicted to have each label.
 
     Args:
-      names: of the labels; of several models, name -> those of one.
+      names: the names of the labels; with several models, name of a model -> names of its labels.
     """
 
     def __init__(self, names: Sequence[str] | Mapping[str, Sequence[str]]):
@@ -173,17 +177,17 @@ class LabelCounts:
         self._counts = {name: np.zeros(len(each), int) for name, each in self._names.items()}
 
     def count(self, name: str, label_ids: Any) -> None:
-        """Counts the rows of a chunk by the label that a model gives them."""
+        """Counts the rows of a chunk by the label that a model predicts."""
         self._counts[name] += np.bincount(label_ids, minlength=len(self._counts[name]))
 
     def count_logits(self, predicted: Mapping[str, Any]) -> None:
-        """Counts a chunk: name -> `[rows, labels]` logits, or what is no label and not counted."""
+        """Counts a chunk by name -> `[rows, labels]` logits; other predictions are not counted."""
         for name, logits in predicted.items():
             if len(self._counts[name]):
                 self.count(name, np.argmax(logits, -1))
 
     def lines(self) -> list[str]:
-        """Returns a line for each model that predicts labels: these, and on how many rows."""
+        """Returns a line for each model that predicts labels, with the labels and their counts."""
         return [
             told(self._names[name], [counts.tolist()], f"{name}, rows predicted".removeprefix(", "))
             for name, counts in self._counts.items()
@@ -192,7 +196,7 @@ class LabelCounts:
 
 
 def say_predicted(output: Path, rows: int, truncated: int, limit: int, invalid: int) -> None:
-    """Prints what became of the rows of a file: how many were cut, or have no prediction."""
+    """Prints how many rows of a file were written, were truncated, or have no prediction."""
     if truncated:
         print(f"{truncated} of {rows} rows were cut to {limit} tokens")
     if invalid:

@@ -1,4 +1,4 @@
-"""Saved adapters that an expression composes, loaded."""
+"""Compositions of saved adapters, loaded from an expression."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from train.inference import saved as inference_saved
 def with_saved(
     expression: Node, model: cj.Adapted, params: Any, backbone: cj.Backbone, source: str
 ) -> Any:
-    """The parameters of a composition with those of its saved members in their places.
+    """Returns the parameters of a composition with those of its saved members in place.
 
     Args:
-      expression: that the model's method was made of.
+      expression: the expression that the model's method was made from.
       model: the composition on its backbone.
-      params: of it.
-      backbone: without adapters.
-      source: folder or id that it was loaded from: a member may have been trained with another
-        head of it.
+      params: the parameters of the model.
+      backbone: the backbone without adapters.
+      source: the folder or id of the backbone, to load it with the head of a member that was
+        trained with another head.
 
     Raises:
       ValueError, FileNotFoundError: as `compacter_jax.load_adapter` and `set_member`.
@@ -46,7 +46,7 @@ def with_saved(
 
 
 def _with_head_of(folder: Path, backbone: cj.Backbone, source: str) -> cj.Backbone:
-    """The backbone with the head that an adapter was saved with."""
+    """Returns the backbone with the head that an adapter was saved with."""
     settings = cj.read_adapter_config(folder)
     inference_saved.check_head(folder, settings)
     head = {name: settings[name] for name in ("head", "num_labels")}
@@ -58,7 +58,7 @@ def _with_head_of(folder: Path, backbone: cj.Backbone, source: str) -> cj.Backbo
 
 
 def of_saved(adapter: Path) -> Node | None:
-    """The expression in place of a saved adapter's folder, or None for a folder.
+    """Parses an expression that is given in place of a saved adapter's folder; None for a folder.
 
     Raises:
       ValueError: as `parse`, or if it has presets, which are not trained.
@@ -76,12 +76,12 @@ def of_saved(adapter: Path) -> Node | None:
 
 
 def of_all(expression: Node) -> Composition:
-    """The method of a composition of saved adapters, for use as it is."""
+    """Returns the method of a composition of saved adapters, ready for use."""
     return composed(expression, MethodOptions(), ",".join(expression.leaves()))
 
 
 def with_heads(expression: Node) -> dict[str, Path]:
-    """Name -> folder of the saved adapters whose heads a composition of them uses."""
+    """Returns name -> folder of the saved adapters whose heads a composition uses."""
     members = members_of(of_all(expression))
     used = ["/".join(member.path) for member in members if "head" in member.replaces]
     return {
@@ -92,8 +92,8 @@ def with_heads(expression: Node) -> dict[str, Path]:
 
 
 def load(expression: Node, backbone: cj.Backbone, source: str) -> tuple[cj.Adapted, Any]:
-    """A composition of saved adapters and its parameters; arguments as of `with_saved`."""
+    """Loads a composition of saved adapters and its parameters, as in `with_saved`."""
     model = cj.Adapted(backbone.module, of_all(expression))
-    # What is drawn here is replaced: there is nothing new in it.
+    # Every parameter drawn here is replaced: the composition has no new members.
     params = cj.init_adapters(model, backbone, jax.random.key(0))
     return model, with_saved(expression, model, params, backbone, source)

@@ -14,14 +14,14 @@ class AdapterOptions:
     """A saved adapter and its backbone.
 
     Attributes:
-      adapter: folder that `fit` wrote, or adapter/ in it; or a composition of such folders, such
-        as 'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', with stack, parallel and average_maps
-        likewise.
-      backbone: the backbone it was trained with; by default where it was then.
-      dtype: what matrix products compute in; by default as in training.
-      backbone_dtype: how what was not trained is stored; by default as in training.
-      eval_batch_size: examples per batch.
-      num_beams: of T5's generation; by default as in training.
+      adapter: folder that `fit` wrote, or its subfolder adapter/; or a composition of such folders,
+        such as 'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', or one with stack, parallel or
+        average_maps.
+      backbone: backbone that the adapter was trained with; by default the recorded one.
+      dtype: dtype of matrix products; by default as in training.
+      backbone_dtype: dtype in which frozen weights are stored; by default as in training.
+      eval_batch_size: number of examples per batch.
+      num_beams: number of beams for T5's generation; by default as in training.
     """
 
     adapter: Path
@@ -32,7 +32,7 @@ class AdapterOptions:
     num_beams: int | None = None
 
     def check(self) -> None:
-        """ValueError for a number that cannot work."""
+        """Raises ValueError for a number out of range."""
         for name in ("eval_batch_size", "num_beams"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -45,21 +45,21 @@ class EvaluateOptions(AdapterOptions):
     Attributes:
       task: movie, product, tweet or editorial; a benchmark, such as mnli; or any other name for
         your own files.
-      split: which split; validation_mismatched is of mnli alone.
-      train_file: your own examples, with the columns that fit wants; for --split train.
-      validation_file: the same, for --split validation.
-      test_file: the same, for --split test.
-      data_dir: folder of a benchmark's data set, laid out as its repository on the hub; by default
-        it is read from the hub.
-      split_protocol: of benchmarks: official are the hub's splits, paper those of the Compacter
-        paper.
-      label_names: which of the adapter's labels integers 0, 1, 2 in your own files stand for, in
-        this order. Without it they are read where the adapter's labels are integers, or those of a
-        built-in task or a benchmark, and refused where they are other names.
-      evaluate_by: how T5's labels are predicted: by the likelihood of each label's text, or by
-        generating text; by default as in training.
+      split: split to evaluate on; validation_mismatched exists for mnli only.
+      train_file: your own examples, with the same columns as for fit; for --split train.
+      validation_file: your own examples for --split validation.
+      test_file: your own examples for --split test.
+      data_dir: folder of a benchmark's data set, laid out like its repository on the hub; by
+        default the hub is read.
+      split_protocol: splits of benchmarks: official are the splits of the hub, paper those of the
+        Compacter paper.
+      label_names: names of the labels that the integers 0, 1, 2 stand for in your own files, in
+        this order. By default integers are accepted if the adapter's labels are integers or those
+        of a built-in task or benchmark, and refused otherwise.
+      evaluate_by: prediction of T5's labels: scoring compares the likelihoods of the labels' texts,
+        generation generates text; by default as in training.
       output: JSON file for the metrics; by default evaluation_TASK_SPLIT.json in the adapter's
-        folder; of a composition of several, in the current one.
+        folder, or in the current folder for a composition.
     """
 
     task: str = "custom"
@@ -76,18 +76,18 @@ class EvaluateOptions(AdapterOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions(AdapterOptions):
-    """Predict every row of a file with a saved adapter, or each row with the one that it names.
+    """Predict every row of a file with a saved adapter, or with the adapter that each row names.
 
     Attributes:
-      adapter: folder that `fit` wrote, or adapter/ in it; or a folder of such folders, and then the
-        input has a column adapter with the name of one in every row: adapters of one shape on one
-        backbone, for tasks of one kind, whatever their labels; or a composition of folders, as
-        `evaluate` takes it.
-      input: .parquet, .jsonl, .csv or .tsv with a column sentence, for pairs also sentence2; or
-        with the columns that the adapter's benchmark has on the hub.
-      output: file of one of these formats: the input's columns, prediction, and for labels
-        label_id and probability.
-      logits: add the column logits too.
+      adapter: folder that `fit` wrote, or its subfolder adapter/; a composition of folders, as for
+        `evaluate`; or a folder of such folders. In the last case the column adapter of the input
+        names the adapter of each row; the adapters have the same shapes, backbone and kind of task,
+        but may differ in labels.
+      input: .parquet, .jsonl, .csv or .tsv file with a column sentence, and sentence2 for pairs; or
+        with the columns of the adapter's benchmark on the hub.
+      output: file in one of these formats; it has the columns of the input, prediction and, for
+        labels, label_id and probability.
+      logits: add a column logits.
     """
 
     input: Path

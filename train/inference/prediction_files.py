@@ -1,4 +1,4 @@
-"""Rows of the user's files, streamed in, checked, and streamed out with predictions beside them."""
+"""Prediction files: the rows of an input file, streamed, checked, and written with predictions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.data.rows import check_files, column_names, column_values, columns_re
 from train.data.writing import add_columns, write_rows
 from train.objectives.base import Predicted, Predictions
 
-# Columns that a model reads -> what it makes of their rows.
+# Columns that a model reads -> its predictions for their rows.
 PredictChunk: TypeAlias = Callable[[dict[str, list[Any]]], Predictions]
 
 
@@ -31,31 +31,33 @@ def predict_file(
 ) -> int:
     """Copies a file with predictions added, a chunk at a time.
 
-    After the input's columns come `prediction` (the label's name; for regression the number; else
-    the text), `label_id` and `probability` (for labels alone) and, if asked for, `logits`; of
-    several models `prediction_NAME` and so on for each. The formats of input and output may differ.
+    The input's columns are followed by `prediction` (the name of the label; for regression the
+    number; otherwise the text), `label_id` and `probability` (for labels only) and, if requested,
+    `logits`. With several models the columns are `prediction_NAME` and so on for each. The formats
+    of input and output may differ.
 
     Args:
-      input_path: .parquet, .jsonl, .csv or .tsv, as `read_rows` takes it.
-      output_path: one of the same formats; it appears, or is replaced, only when complete.
-      predict_chunk: columns, `sentence` and, for pairs, `sentence2`, or those below -> logits
-        `[rows, num_labels]`, or a list of texts or numbers, None where there is no prediction; of
-        several models name -> these.
-      label_names: one name per class; empty for regression, which has one logit, and for texts; of
-        several models name -> these.
-      columns: as `read_rows` takes them.
-      write_logits: whether to add the column `logits`; not where there are none.
-      progress: called after each chunk with the number of its rows.
-      chunk_rows: most rows to hold at a time.
-      max_characters: limit on the length of one sentence.
+      input_path: a .parquet, .jsonl, .csv or .tsv file, as for `read_rows`.
+      output_path: a file of one of these formats; it appears, or is replaced, only when it is
+        complete.
+      predict_chunk: columns -> logits `[rows, num_labels]`, or a list of texts or numbers, None
+        where there is no prediction; with several models, name -> these. The columns are `sentence`
+        and, for pairs, `sentence2`, or `columns`.
+      label_names: one name per class; empty for regression, which has one logit, and for texts;
+        with several models, name -> these.
+      columns: the alternative columns, as for `read_rows`.
+      write_logits: whether to add the column `logits`; not for models without logits.
+      progress: a function that is called after each chunk with the number of its rows.
+      chunk_rows: the maximum number of rows in memory.
+      max_characters: the maximum length of a sentence.
 
     Returns:
       The number of rows.
 
     Raises:
       FileNotFoundError: if the input does not exist.
-      ValueError: if `read_rows` or `write_rows` raises it, input and output are one file, the input
-        has one of the added columns, or the logits do not have their shape or are not finite.
+      ValueError: if `read_rows` or `write_rows` raises it, input and output are the same file, the
+        input has one of the added columns, or the logits have another shape or are not finite.
     """
     input_path, output_path = Path(input_path), Path(output_path)
     check_files(input_path, output_path)
@@ -95,12 +97,12 @@ def predict_file(
 
 
 def _named(column: str, name: str) -> str:
-    """A column of predictions, of several models with the name of one."""
+    """Returns the name of a column of predictions, with the model's name if there are several."""
     return f"{column}_{name}" if name else column
 
 
 def _checked(predicted: Predicted, num_rows: int, num_labels: int) -> Predicted:
-    """Predictions as they are, logits in float64; ValueError as of `check_logits`."""
+    """Returns predictions unchanged, and logits in float64; raises ValueError as `check_logits`."""
     if isinstance(predicted, list):
         return predicted
     logits = np.asarray(predicted, np.float64)
@@ -109,7 +111,7 @@ def _checked(predicted: Predicted, num_rows: int, num_labels: int) -> Predicted:
 
 
 def check_not_taken(path: Path, names: Sequence[str], added: Sequence[str]) -> None:
-    """ValueError if a file with columns `names` has one that is to be added."""
+    """Raises ValueError if a file with columns `names` already has a column to be added."""
     if taken := [name for name in added if name in names]:
         raise ValueError(
             f"{path}: already has a column {taken[0]!r}, which predictions need; rename or remove "
@@ -118,13 +120,13 @@ def check_not_taken(path: Path, names: Sequence[str], added: Sequence[str]) -> N
 
 
 def added_names(label_names: Sequence[str], write_logits: bool) -> list[str]:
-    """The columns that predictions are: of labels, by name, or of numbers or texts."""
+    """Returns the names of the prediction columns, for labels, numbers or texts."""
     names = ["prediction", "label_id", "probability"] if label_names else ["prediction"]
     return names + ["logits"] * write_logits
 
 
 def check_logits(logits: np.ndarray, num_rows: int, num_labels: int) -> None:
-    """ValueError if they are not `[num_rows, num_labels]` numbers."""
+    """Raises ValueError unless the logits are `[num_rows, num_labels]` finite numbers."""
     if logits.shape != (num_rows, num_labels):
         raise ValueError(f"logits have shape {logits.shape}, not {(num_rows, num_labels)}")
     if not np.isfinite(logits).all():
@@ -134,7 +136,7 @@ def check_logits(logits: np.ndarray, num_rows: int, num_labels: int) -> None:
 def added_columns(
     predicted: Predicted, label_names: Sequence[str], added: Sequence[str]
 ) -> dict[str, pa.Array]:
-    """The columns named in `added`, from `[rows, num_labels]` float64 logits or predictions."""
+    """Returns the columns `added`, from `[rows, num_labels]` float64 logits or predictions."""
     if isinstance(predicted, list):
         of_text = any(isinstance(value, str) for value in predicted)
         return {"prediction": pa.array(predicted, pa.string() if of_text else pa.float64())}

@@ -1,4 +1,4 @@
-"""The settings of saved adapters, checked before anything is made of them."""
+"""Settings of saved adapters, checked before they are used."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ _FIELDS: Mapping[str, Any] = {
     "text_to_text": dict[str, Any],
 }
 _REQUIRED = ("backbone", "max_length", "kind", "label_names", "dtype")
-_CASTING = {
+_TEXT_FORMAT = {
     name: hint
     for name, hint in typing.get_type_hints(
-        text_format.Casting, localns={"Kind": Kind, "EvaluateBy": EvaluateBy}
+        text_format.TextFormat, localns={"Kind": Kind, "EvaluateBy": EvaluateBy}
     ).items()
     if name not in ("kind", "label_names")
 }
 _NOISE = {"noise_density": float, "mean_span_length": float}
-# Head of the backbone -> kinds of tasks that it is for.
+# Head of the backbone -> kinds of tasks that it supports.
 _KINDS: Mapping[str | None, tuple[Kind, ...]] = {
     "sequence_classification": ("classification", "regression", "choice"),
     "question_answering": ("span",),
     "conditional_generation": typing.get_args(Kind),
 }
-# `fit` writes less; more would take memory before anything is generated.
+# `fit` writes smaller numbers; larger ones would take memory before anything is generated.
 _MOST_TOKENS, _MOST_BEAMS = 2**16, 2**10
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Reads what an adapter predicts, and with what, from its `adapter_config.json`.
+    """Reads from `adapter_config.json` what an adapter predicts, and from which inputs.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it has too little to predict with, a field of another type, or fields that
-        contradict each other; the message names the file and the field.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it has too little to predict with, a field of another type, or contradictory
+        fields; the message names the file and the field.
     """
     settings = cj.read_adapter_config(folder)
     if missing := [name for name in _REQUIRED if name not in settings]:
@@ -75,16 +75,16 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Checks the head, which is made before the weights are read: these bound its width.
+    """Checks the width of the head, which is created before the weights are read.
 
     Raises:
-      ValueError: for a width that no file of weights as large as this one can have.
+      ValueError: for a width that exceeds what a file of weights of this size can hold.
     """
     fields = {name: _FIELDS[name] for name in ("head", "num_labels")}
     check_fields(str(folder / CONFIG_NAME), settings, fields)
     num_labels = settings["num_labels"]
     weights = folder / weights_name(folder / CONFIG_NAME, settings)
-    # An adapter holds its head; no weight takes fewer than two bytes.
+    # An adapter includes its head; no weight takes fewer than two bytes.
     most = weights.stat().st_size // 2 if weights.is_file() else 2**16
     if num_labels is not None and not 1 <= num_labels <= most:
         raise ValueError(
@@ -94,7 +94,7 @@ def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
-    """ValueError if the head is not for this kind of task, or what belongs to the kind is wrong."""
+    """Raises ValueError if the head does not support the kind, or the kind's fields are wrong."""
     kind, head = settings["kind"], settings["head"]
     if kind not in _KINDS.get(head, ()):
         raise ValueError(f"{where}: kind={kind!r} does not go with head={quote(head)}")
@@ -104,8 +104,8 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
         _check_inner(where, settings, wanted, _NOISE, required=tuple(_NOISE))
     elif head == "conditional_generation":
         wanted = "text_to_text"
-        _check_inner(where, settings, wanted, _CASTING, required=("prefix",))
-        _check_casting(f"{where}: {wanted}", settings[wanted])
+        _check_inner(where, settings, wanted, _TEXT_FORMAT, required=("prefix",))
+        _check_text_format(f"{where}: {wanted}", settings[wanted])
     for name in {"span_corruption", "text_to_text"} - {wanted}:
         if name in settings:
             raise ValueError(f"{where}: {name} does not go with kind={kind!r} and head={head!r}")
@@ -119,7 +119,7 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
 def _check_inner(
     where: str, settings: Mapping[str, Any], name: str, fields: Mapping[str, Any], required: Any
 ) -> None:
-    """ValueError if an object in the settings lacks a field, has an unknown one or a wrong type."""
+    """Raises ValueError if an object has a missing, unknown or mistyped field."""
     inner, where = settings.get(name, {}), f"{where}: {name}"
     if missing := [field for field in required if field not in inner]:
         raise ValueError(f"{where} has no {listing(missing)}")
@@ -128,8 +128,8 @@ def _check_inner(
     check_fields(where, inner, fields)
 
 
-def _check_casting(where: str, values: Mapping[str, Any]) -> None:
-    """ValueError for a number that cannot work."""
+def _check_text_format(where: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number out of range."""
     limits = {
         "max_target_length": (2, _MOST_TOKENS),
         "max_new_tokens": (1, _MOST_TOKENS),
@@ -145,7 +145,7 @@ def _check_casting(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_labels(where: str, settings: Mapping[str, Any]) -> None:
-    """ValueError if the names of the labels are not as many as the kind of task has outputs."""
+    """Raises ValueError if the number of label names does not match the kind of task."""
     kind, names, num_labels = (settings[name] for name in ("kind", "label_names", "num_labels"))
     if bool(names) != (kind == "classification"):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""How a task is put to a backbone: what is tokenised, what a step computes, how a split is scored.
+"""Objectives: how a task is put to a backbone, trained and scored.
 
-`Classifier`, `Chooser` and `SpanExtractor` are heads on an encoder, `TextToText` is a task cast as
-text for an encoder-decoder, `SpanCorruption` its pre-training. Whoever trains, evaluates or
-predicts knows `Objective` alone.
+`Classifier`, `MultipleChoice` and `ExtractiveQA` use a head on an encoder. `TextToText` formats a
+task as text for an encoder-decoder, and `SpanCorruption` is the pre-training of one. Training,
+evaluation and prediction only use the base class `Objective`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from train.cli.options import TextToTextOptions
 from train.data import tokens
 from train.objectives import noise as objectives_noise
 from train.objectives.base import Objective
-from train.objectives.classification import Chooser, Classifier, ParallelClassifier
+from train.objectives.classification import Classifier, MultipleChoice, ParallelClassifier
 from train.objectives.span_corruption import SpanCorruption
-from train.objectives.span_extraction import SpanExtractor
+from train.objectives.span_extraction import ExtractiveQA
 from train.objectives.text_to_text import TextToText
 from train.tasks import text_format
 from train.tasks.benchmark import Benchmark, Choice, Kind
@@ -48,7 +48,7 @@ MODEL_TYPES = ("t5", "mt5")
 def head_arguments(
     backbone: str | Path, num_labels: int, kind: Kind = "classification"
 ) -> dict[str, Any]:
-    """What to load a checkpoint with: T5's own head, or a new one for the kind of task."""
+    """Returns the arguments to load a checkpoint with: T5's own head, or a new one for the task."""
     if is_text_to_text(backbone):
         return {"head": "auto"}
     if kind == "span":
@@ -57,15 +57,15 @@ def head_arguments(
 
 
 def is_text_to_text(backbone: str | Path) -> bool:
-    """Whether a checkpoint is of the T5 family; errors as of `load_backbone`."""
+    """Returns True if a checkpoint is of the T5 family; raises the errors of `load_backbone`."""
     return read_config(backbone).model_type in MODEL_TYPES
 
 
 def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Objective:
-    """The objective of a run, by its task and whether the backbone has a decoder.
+    """Returns the objective of a run, chosen by its task and by whether the backbone has a decoder.
 
     Raises:
-      ValueError: if a T5 cannot write text, or the labels or the special tokens do not suit.
+      ValueError: if a T5 cannot write text, or if the labels or the special tokens are unsuitable.
     """
     module = model.backbone
     if isinstance(module, cj.T5) and parallel_names(model.method):
@@ -86,8 +86,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
         noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}
         made = _span_corruption(model, tokenizer, module.config, options.max_length, noise)
         return dataclasses.replace(made, seed=options.seed)
-    casting = text_format.Casting(
-        kind=_casting_kind(task.kind),
+    fmt = text_format.TextFormat(
+        kind=_text_kind(task.kind),
         label_names=task.label_names,
         prefix=task.prefix if options.prefix is None else options.prefix,
         score_step=options.score_step,
@@ -98,10 +98,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
     )
     if task.kind == "regression":
         scores = task.splits["train"]["score"][:]
-        casting = dataclasses.replace(casting, score_mean=float(np.mean(scores)))
-    cast = _text_to_text(
-        model, tokenizer, module.config, casting, options.max_length, task.benchmark
-    )
+        fmt = dataclasses.replace(fmt, score_mean=float(np.mean(scores)))
+    cast = _text_to_text(model, tokenizer, module.config, fmt, options.max_length, task.benchmark)
     text_format.check_written(task.label_names, tokenizer)
     return cast
 
@@ -109,13 +107,13 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
 def from_settings(
     settings: Mapping[str, Any], model: Any, tokenizer: Any, **changes: Any
 ) -> Objective:
-    """The objective that `fit` saved an adapter with.
+    """Returns the objective that `fit` saved with an adapter.
 
     Args:
-      settings: of `adapter_config.json`.
+      settings: the content of `adapter_config.json`.
       model: the adapted module.
-      tokenizer: the backbone's.
-      **changes: fields of `text.Casting` to change, where not None and the objective has one.
+      tokenizer: the tokenizer of the backbone.
+      **changes: fields of `TextFormat` to change, where not None and the objective has a format.
     """
     config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
     if kind == "span_corruption":
@@ -125,20 +123,20 @@ def from_settings(
         made = _of_encoder(model, tokenizer, kind, max_length, benchmark)
         return _with_none(made) if settings.get("benchmark", {}).get("may_be_none") else made
     names = settings["label_names"]
-    casting = text_format.from_json(settings["text_to_text"], _casting_kind(kind), names)
+    fmt = text_format.from_json(settings["text_to_text"], _text_kind(kind), names)
     given = {name: value for name, value in changes.items() if value is not None}
-    casting = dataclasses.replace(casting, **given)
-    if casting.kind == "classification" and casting.generates:
-        text_format.check_written(casting.label_names, tokenizer)
-    return _text_to_text(model, tokenizer, config, casting, max_length, benchmark)
+    fmt = dataclasses.replace(fmt, **given)
+    if fmt.kind == "classification" and fmt.generates:
+        text_format.check_written(fmt.label_names, tokenizer)
+    return _text_to_text(model, tokenizer, config, fmt, max_length, benchmark)
 
 
 def check_options(task: tasks.Task, options: FitOptions) -> None:
-    """Refuses what does not go together, before anything slow.
+    """Refuses combinations of task and options before anything slow happens.
 
     Raises:
-      ValueError: if a split is missing; the task needs a decoder, or an option for one is given,
-        and there is none; or the task has no examples to sample.
+      ValueError: if a split is missing; if the task needs a decoder, or an option for one is given,
+        and the backbone has none; or if the task has no examples to sample from.
     """
     needed = ("train",) if task.kind == "span_corruption" else ("train", "validation")
     for split in needed:
@@ -171,7 +169,7 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
 
 
 def check_length(config: Any, method: Any, max_length: int) -> None:
-    """ValueError if inputs with a method's prompt do not fit an encoder's absolute positions."""
+    """Raises ValueError if inputs with a method's prompt exceed an encoder's absolute positions."""
     prompt_length = sum(part.extra_tokens for part in method.inserted())
     positions = config.max_position_embeddings
     if prompt_length and max_length + prompt_length > positions:
@@ -188,7 +186,11 @@ def check_length(config: Any, method: Any, max_length: int) -> None:
 
 
 def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
-    """The benchmark that an adapter was trained on, if it was one."""
+    """Returns the benchmark that an adapter was trained on; None for other tasks.
+
+    Raises:
+      ValueError: if this version does not know the benchmark.
+    """
     if "benchmark" not in settings:
         return None
     name = settings["benchmark"]["name"]
@@ -202,7 +204,11 @@ def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
 def _of_encoder(
     model: Any, tokenizer: Any, kind: Kind, max_length: int, benchmark: Benchmark | None
 ) -> Objective:
-    """What a head on an encoder does for a task; ValueError if `Parallel` cannot do it."""
+    """Returns the objective of an encoder for a task.
+
+    Raises:
+      ValueError: if the method is a `Parallel` and the task has no labels or scores for it.
+    """
     if names := parallel_names(model.method):
         if kind not in ("classification", "regression") or isinstance(benchmark, Choice):
             raise ValueError(
@@ -211,21 +217,21 @@ def _of_encoder(
             )
         return ParallelClassifier(model, tokenizer, kind, max_length, benchmark, names)
     if benchmark is not None and kind == "span":
-        return SpanExtractor(model, tokenizer, max_length, benchmark)
+        return ExtractiveQA(model, tokenizer, max_length, benchmark)
     if isinstance(benchmark, Choice):
-        return Chooser(model, tokenizer, "classification", max_length, benchmark)
+        return MultipleChoice(model, tokenizer, "classification", max_length, benchmark)
     return Classifier(model, tokenizer, kind, max_length, benchmark)
 
 
 def _with_none(objective: Objective) -> Objective:
-    """One that may find no answer, where it looks for one in a text."""
-    if isinstance(objective, SpanExtractor):
+    """Returns the objective with answers that may be empty, if it looks for answers in a text."""
+    if isinstance(objective, ExtractiveQA):
         return dataclasses.replace(objective, may_be_none=True)
     return objective
 
 
-def _casting_kind(kind: Kind) -> Kind:
-    """What a decoder makes of a task: candidates and spans are text that it writes."""
+def _text_kind(kind: Kind) -> Kind:
+    """Returns the kind of a task for a decoder, which writes candidates and spans as text."""
     return "text" if kind in ("choice", "span") else kind
 
 
@@ -233,16 +239,16 @@ def _text_to_text(
     model: Any,
     tokenizer: Any,
     config: Any,
-    casting: text_format.Casting,
+    fmt: text_format.TextFormat,
     max_length: int,
     benchmark: Benchmark | None,
 ) -> TextToText:
-    """With the longest label as the limit of what is generated, where labels are."""
+    """Builds the objective; for labels, the longest label limits the generated text."""
     _check_special_tokens(tokenizer, config)
-    made = TextToText(model, tokenizer, config, casting, max_length, benchmark)
-    if casting.kind == "classification":
-        casting = dataclasses.replace(casting, max_new_tokens=made.label_ids.shape[1])
-    return dataclasses.replace(made, casting=casting)
+    made = TextToText(model, tokenizer, config, fmt, max_length, benchmark)
+    if fmt.kind == "classification":
+        fmt = dataclasses.replace(fmt, max_new_tokens=made.label_ids.shape[1])
+    return dataclasses.replace(made, format=fmt)
 
 
 def _span_corruption(

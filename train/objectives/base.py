@@ -1,4 +1,4 @@
-"""What whoever trains, evaluates or predicts knows of a task and its backbone."""
+"""Base class of the objectives."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from train.compute import step
 from train.data import batching, tokens
 from train.tasks.benchmark import Benchmark
 
-# Logits `[rows, num_labels]`, or the predictions themselves, None where there is none.
+# Logits `[rows, num_labels]`, or the predictions themselves, None where there is no prediction.
 Predicted: TypeAlias = np.ndarray | list[str] | list[float | None]
-# Of one model, or of several by name.
+# Predictions of one model, or name -> predictions of several.
 Predictions: TypeAlias = Predicted | Mapping[str, Predicted]
 
 
 class Objective(abc.ABC):
-    """See the module's docstring.
+    """Interface of a task on a backbone, for training, evaluation and prediction.
 
     Attributes:
-      inputs: keys of a batch that are the model's positional arguments.
+      inputs: the keys of a batch that are the model's positional arguments.
       learning_rates: preset -> default peak of the schedule.
       model: the adapted module.
-      tokenizer: the backbone's.
-      benchmark: how the task's rows are put to a backbone; None for other tasks.
+      tokenizer: the tokenizer of the backbone.
+      benchmark: how the rows of the task are put to a backbone; None for other tasks.
     """
 
     inputs: ClassVar[tuple[str, ...]]
@@ -39,16 +39,16 @@ class Objective(abc.ABC):
     @property
     @abc.abstractmethod
     def loss(self) -> step.LossFunction:
-        """What a step minimises."""
+        """Loss that a step minimises."""
 
     @property
     def apply(self) -> step.ApplyFunction:
-        """What a step differentiates."""
+        """Function of the parameters that a step differentiates."""
         return step.apply_function(self.model, self.inputs)
 
     @abc.abstractmethod
     def outputs(self, params: step.Params, batch: step.Batch) -> Any:
-        """What a split is scored by: a tree of `[batch, …]` arrays; see `step.OutputsFunction`."""
+        """Computes a tree of `[batch, …]` arrays to score a split by (`step.OutputsFunction`)."""
 
     @abc.abstractmethod
     def encode(self, rows: Any) -> tokens.Encoded:
@@ -56,7 +56,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def scores(self, outputs: Any, encoded: tokens.Encoded) -> dict[str, float]:
-        """Metrics of a split from its outputs, and its loss as `loss`.
+        """Returns the metrics of a split from its outputs, and its loss as `loss`.
 
         Raises:
           ValueError: if the examples have no targets.
@@ -64,24 +64,24 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def predictions(self, outputs: Any, encoded: tokens.Encoded) -> Predictions:
-        """What `predict_file` writes, for each row."""
+        """Returns the predictions that `predict_file` writes, one for each row."""
 
-    def notices(self) -> list[str]:
-        """Returns what the user should know of the labels, a line each."""
+    def user_messages(self) -> list[str]:
+        """Returns lines about the labels for the user."""
         return []
 
     def check_predicts(self, *, logits: bool) -> None:  # noqa: B027 - most can do everything
-        """ValueError if there are no predictions, or no `logits` of them if these are wanted."""
+        """Raises ValueError if there are no predictions, or no `logits` if they are requested."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """JSON-ready, for the metadata of a saved adapter, beside what all objectives have."""
+        """Metadata of a saved adapter, JSON-ready, beyond the fields of all objectives."""
         return {} if self.benchmark is None else {"benchmark": {"name": self.benchmark.name}}
 
     def with_benchmark(
         self, values: Mapping[str, float], predictions: Any, encoded: tokens.Encoded
     ) -> dict[str, float]:
-        """`values` and the benchmark's own metrics of `[rows]` labels, scores or texts."""
+        """Returns `values` with the benchmark's own metrics of `[rows]` labels, scores or texts."""
         if self.benchmark is None:
             return dict(values)
         own = self.benchmark.scores(predictions, encoded.rows)
@@ -91,7 +91,7 @@ class Objective(abc.ABC):
         """Tokenises the splits of a run, training and validation at least.
 
         Raises:
-          ValueError: names the split.
+          ValueError: if a split cannot be tokenised; the message names it.
         """
         encoded: dict[str, batching.Examples] = {}
         for split, rows in splits.items():
@@ -103,14 +103,14 @@ class Objective(abc.ABC):
 
 
 def targets_of(encoded: tokens.Encoded) -> np.ndarray:
-    """What predictions are compared with; ValueError if that is unknown."""
+    """Returns the targets of examples; raises ValueError if they are unknown."""
     if encoded.targets is None:
         raise ValueError("these examples have no label, score or target to compare with")
     return encoded.targets
 
 
 def mean_loss(loss: step.LossFunction, outputs: np.ndarray, encoded: tokens.Encoded) -> float:
-    """Returns the mean loss of outputs against the targets of all rows."""
+    """Returns the mean loss of the outputs over all rows."""
     return float(jnp.mean(loss(jnp.asarray(outputs), jnp.asarray(targets_of(encoded)))))
 
 

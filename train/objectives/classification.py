@@ -1,4 +1,4 @@
-"""Objectives of an encoder: a label or a score, one of several candidates, a part of a text."""
+"""Objectives with a classification head: labels, scores, and multiple choice."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Classifier(Objective):
     """Labels or scores from the head of an encoder.
 
     Attributes:
-      model: takes ids, mask and token types; returns `[batch, num_labels]` logits.
-      tokenizer: joins pairs as the encoder wants them.
+      model: a module of ids, mask and token types that returns `[batch, num_labels]` logits.
+      tokenizer: the tokenizer of the encoder, which joins pairs.
       kind: "classification" or "regression".
-      max_length: longest input in tokens.
-      benchmark: whose rows are read, if any.
+      max_length: the maximum input length in tokens.
+      benchmark: the benchmark whose rows are read, if any.
     """
 
     inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
@@ -43,7 +43,7 @@ class Classifier(Objective):
         return step.loss_function(self.kind)
 
     def outputs(self, params: step.Params, batch: step.Batch) -> Array:
-        """`[batch, num_labels]` float32 logits."""
+        """Computes `[batch, num_labels]` float32 logits."""
         return step.logits_of(self.apply)(params, batch)
 
     def encode(self, rows: Any) -> tokens.Encoded:
@@ -56,7 +56,7 @@ class Classifier(Objective):
         return dataclasses.replace(encoded, rows=rows, groups=tokens.groups_of(columns))
 
     def scores(self, outputs: np.ndarray, encoded: tokens.Encoded) -> dict[str, float]:
-        """The metrics of `compute_metrics` and of the benchmark, and the mean loss."""
+        """Returns the metrics of `compute_metrics` and of the benchmark, and the mean loss."""
         values = metrics.compute_metrics(self.kind, outputs, targets_of(encoded))
         return {
             **self.with_benchmark(values, outputs.argmax(-1), encoded),
@@ -64,26 +64,26 @@ class Classifier(Objective):
         }
 
     def predictions(self, outputs: np.ndarray, encoded: tokens.Encoded) -> Predictions:
-        """The logits."""
+        """Returns the logits."""
         return outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelClassifier(Classifier):
-    """Classifiers beside each other, of a model that returns a tuple of their logits.
+    """Several classifiers in one model that returns a tuple of their logits.
 
-    What is trained is the mean of their losses; the metrics are those of each, as
+    The loss is the mean of their losses. The metrics are those of each classifier, as
     `NAME/accuracy`, and their means.
 
     Attributes:
-      names: of the classifiers.
+      names: the names of the classifiers.
     """
 
     names: tuple[str, ...] = ()
 
     @property
     def loss(self) -> step.LossFunction:
-        """The mean over the classifiers."""
+        """Mean of the losses of the classifiers."""
         of_one = super().loss
 
         def mean(logits: Any, labels: Array) -> Array:
@@ -92,11 +92,11 @@ class ParallelClassifier(Classifier):
         return mean
 
     def outputs(self, params: step.Params, batch: step.Batch) -> Any:
-        """A tuple of `[batch, num_labels]` float32 logits."""
+        """Computes a tuple of `[batch, num_labels]` float32 logits."""
         return tuple(each.astype(jnp.float32) for each in self.apply(params, batch, None))
 
     def scores(self, outputs: Any, encoded: tokens.Encoded) -> dict[str, float]:
-        """Those of each classifier, and under the metrics' own names their means."""
+        """Returns the metrics of each classifier, and their means under the plain names."""
         alone = Classifier(self.model, self.tokenizer, self.kind, self.max_length, self.benchmark)
         each = [alone.scores(logits, encoded) for logits in outputs]
         means = {name: float(np.mean([scores[name] for scores in each])) for name in each[0]}
@@ -105,18 +105,18 @@ class ParallelClassifier(Classifier):
         return means | own
 
     def predictions(self, outputs: Any, encoded: tokens.Encoded) -> dict[str, Any]:
-        """Name -> logits."""
+        """Returns name -> logits."""
         return dict(zip(self.names, outputs, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class Chooser(Classifier):
-    """One of the candidates of a row, each of which the classifier judges by itself."""
+class MultipleChoice(Classifier):
+    """Choice of one of the candidates of a row; the classifier scores each candidate separately."""
 
     benchmark: Choice
 
     def scores(self, outputs: np.ndarray, encoded: tokens.Encoded) -> dict[str, float]:
-        """The benchmark's metrics of what is chosen, and the mean loss of a candidate."""
+        """Returns the benchmark's metrics of the choices, and the mean loss of a candidate."""
         targets_of(encoded)
         metrics.check_finite(outputs)
         chosen, values = self.predictions(outputs, encoded), {}
@@ -128,9 +128,9 @@ class Chooser(Classifier):
         }
 
     def predictions(self, outputs: np.ndarray, encoded: tokens.Encoded) -> Predictions:
-        """What is chosen; where candidates are labels, `[rows, labels]` logits of them.
+        """Returns the choices; if candidates are labels, their `[rows, labels]` logits instead.
 
-        A candidate's logit is by how much it is rather right than wrong.
+        The logit of a candidate is the difference between its logits for right and for wrong.
         """
         assert encoded.groups is not None
         ends = np.flatnonzero(np.diff(encoded.groups)) + 1
@@ -141,6 +141,6 @@ class Chooser(Classifier):
         return [names[chance.argmax()] for names, chance in pairs]
 
     def check_predicts(self, *, logits: bool) -> None:
-        """Rows with candidates of their own have no logits of labels."""
+        """Raises ValueError for `logits` if the candidates of a row are no labels."""
         if logits and self.benchmark.kind != "classification":
             refuse_logits(self.benchmark)

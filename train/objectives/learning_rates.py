@@ -1,18 +1,19 @@
-"""The learning rate that each preset is trained with unless `--learning-rate` says otherwise."""
+"""Default learning rate of each preset, which `--learning-rate` overrides."""
 
 from compacter_jax.catalogue import PRESETS
 
 # For T5: the published rates.
 TEXT_TO_TEXT = {name: row.learning_rate for name, row in PRESETS.items()}
 
-# For a head on an encoder, as in the demo. Those of `full` and the PHM methods were chosen on the
-# demo backbone, see docs/numbers.md. On 2,000 examples of `movie`, 3 epochs, one seed, validation
-# accuracies at these rates: `lora` 0.82 (0.79 at 1e-3), `bitfit` 0.80, `parallel` 0.80, `ia3` 0.79,
-# `prefix-tuning` 0.77. After 1 epoch: `pfeiffer-feed-forward` 0.78 (0.71 at 1e-3), `houlsby` 0.76
-# (0.72 at 1e-3), `scaled-parallel` 0.74 and `mam` 0.73 (both 0.50 at 1e-3), `low-rank` 0.72 (0.67
-# at 1e-2), and with 20 prompts `prompt-tuning-vocabulary` 0.65 (0.63 at 3e-2) and `-random` 0.64.
-# `intrinsic-said` learned nothing at 3e-2 and 3e-3, and begins to at 2e-4 (train loss 0.678 after
-# one epoch). The others are guesses. A preset that is not here has its published rate.
+# For a head on an encoder, as in the demo. The rates of `full` and the PHM methods were chosen on
+# the demo backbone; docs/numbers.md has the measurements. Validation accuracies at these rates on
+# 2,000 examples of `movie`, 3 epochs, one seed: `lora` 0.82 (0.79 at 1e-3), `bitfit` 0.80,
+# `parallel` 0.80, `ia3` 0.79, `prefix-tuning` 0.77. After 1 epoch: `pfeiffer-feed-forward` 0.78
+# (0.71 at 1e-3), `houlsby` 0.76 (0.72 at 1e-3), `scaled-parallel` 0.74 and `mam` 0.73 (both 0.50 at
+# 1e-3), `low-rank` 0.72 (0.67 at 1e-2), and with 20 prompts `prompt-tuning-vocabulary` 0.65 (0.63
+# at 3e-2) and `-random` 0.64. `intrinsic-said` learned nothing at 3e-2 and 3e-3, and begins to at
+# 2e-4 (train loss 0.678 after one epoch). The other rates are guesses. A preset
+# that is not in this table has its published rate.
 CLASSIFIER = TEXT_TO_TEXT | {
     "full": 5e-5,
     "houlsby": 3e-3,

@@ -1,4 +1,4 @@
-"""T5's pre-training task: text with spans cut out, and the spans to put back."""
+"""Noise of T5's pre-training task: spans cut out of text, and the targets that restore them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from train.data.corpus import Segments, joined
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """Takes spans out of a segment of text and makes them the target.
+    """Span corruption: removes spans from a segment of text and makes them the target.
 
-    Of `n` tokens `round(noise_density * n)` are noise, in `round(noise / mean_span_length)` spans
-    (of both at least one). Spans of text and of noise alternate, the first is text, the last is
-    noise; all such divisions are equally likely. In the inputs the first span of noise is replaced
-    by the first sentinel, the second by the second, and so on; the targets hold the same sentinels,
-    each followed by its span. Both end with the end-of-sequence token. Figure 2 of the paper closes
-    the targets with one more sentinel; the released code, with which the checkpoints were trained,
-    does not, since a segment never ends in text, and so it is done here.
+    Of `n` tokens `round(noise_density * n)` are noise, in `round(noise / mean_span_length)` spans;
+    both numbers are at least one. Spans of text and of noise alternate, the first is text and the
+    last is noise; all divisions of this form are equally likely. In the inputs the first span of
+    noise is replaced by the first sentinel, the second by the second, and so on. The targets
+    consist of the same sentinels, each followed by its span. Both end with the end-of-sequence
+    token. Figure 2 of the paper ends the targets with one more sentinel. The released code, which
+    trained the checkpoints, does not, since a segment never ends in text; this class follows the
+    code.
 
     Attributes:
-      input_length: most tokens of the inputs, sentinels and the end of the sequence included.
-      noise_density: part of the tokens to take out.
-      mean_span_length: tokens per span of noise, on average.
-      eos_token_id: the end of a sequence.
-      sentinel_ids: what replaces the first span, the second, …; see `sentinel_ids`.
+      input_length: the maximum number of input tokens, sentinels and the end of the sequence
+        included.
+      noise_density: the fraction of the tokens to remove.
+      mean_span_length: the mean number of tokens per span of noise.
+      eos_token_id: the end-of-sequence token.
+      sentinel_ids: the tokens that replace the first span, the second, …; see `sentinel_ids`.
 
     Raises:
       ValueError: if a value is out of its range, or there are fewer sentinels than spans.
@@ -49,7 +51,7 @@ class SpanCorruption:
     def __post_init__(self) -> None:
         wanted = {
             "input_length": (self.input_length >= 3, "at least 3: a token, a sentinel and the end"),
-            # Above, hardly anything is left to go by, and segments grow without bound.
+            # Above this, hardly any text is left in the inputs, and segments grow without bound.
             "noise_density": (0 < self.noise_density <= 0.9, "above 0 and at most 0.9"),
             "mean_span_length": (1 <= self.mean_span_length < math.inf, "at least 1"),
             "eos_token_id": (self.eos_token_id >= 0, "at least 0"),
@@ -65,26 +67,26 @@ class SpanCorruption:
             )
         self._check_sentinels()
 
-    @functools.cached_property  # `corrupt` looks at it for every segment
+    @functools.cached_property  # `corrupt` reads it for every segment
     def segment_length(self) -> int:
-        """Tokens of text that make inputs of `input_length`, or as near below as can be."""
-        # Above this even the text that is left would not fit.
+        """Number of text tokens that give `input_length` inputs, or the largest with fewer."""
+        # Above this limit even the remaining text would not fit.
         limit = math.ceil(self.input_length / (1 - self.noise_density)) + 1
         return bisect.bisect_right(range(limit), self.input_length, key=self._num_inputs) - 1
 
     @property
     def target_length(self) -> int:
-        """Tokens of the targets of a segment of `segment_length`; shorter ones have no more."""
+        """Number of target tokens of a segment of `segment_length`, the maximum of all segments."""
         return sum(self._num_noise(self.segment_length)) + 1
 
     def corrupt(
         self, tokens: np.ndarray, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of one segment.
+        """Returns inputs and targets of one segment.
 
         Args:
-          tokens: `[n]` integers, `2 <= n <= segment_length`, no sentinels among them.
-          generator: which noise to draw; segments of one length take as much from it.
+          tokens: `[n]` integers, `2 <= n <= segment_length`, without sentinels.
+          generator: the source of the noise; segments of the same length consume the same amount.
 
         Returns:
           Inputs `[n - noise + spans + 1]` and targets `[noise + spans + 1]`, int32.
@@ -110,7 +112,7 @@ class SpanCorruption:
     def _replace_spans(
         self, tokens: np.ndarray, dropped: np.ndarray, starts: np.ndarray
     ) -> np.ndarray:
-        """`tokens` with a sentinel for every span of `dropped`, and the end of the sequence."""
+        """Returns `tokens` with a sentinel for every span of `dropped`, and the end token."""
         tokens = np.append(tokens, self.eos_token_id).astype(np.int32)
         kept = np.append(~dropped, True)
         tokens[starts] = self.sentinel_ids[: len(starts)]
@@ -118,7 +120,7 @@ class SpanCorruption:
         return tokens[kept]
 
     def _num_noise(self, length: int) -> tuple[int, int]:
-        """Noise tokens and their spans in a segment of `length`; neither falls as it grows."""
+        """Returns the numbers of noise tokens and of spans, both monotonic in `length`."""
         noise = min(max(round(length * self.noise_density), 1), length - 1)
         spans = max(round(noise / self.mean_span_length), 1)
         return noise, min(spans, length - noise)
@@ -149,18 +151,18 @@ class SpanCorruption:
 def corrupted(
     segments: Segments, corruption: SpanCorruption, *, seed: int, epoch: int
 ) -> tuple[Segments, Segments]:
-    """Inputs and targets of every segment, with the noise of one epoch.
+    """Returns inputs and targets of every segment, with the noise of one epoch.
 
     The noise of a segment depends on `seed`, `epoch` and the segment's index alone.
 
     Args:
-      segments: text, as `read_segments` returns it.
-      corruption: how to corrupt; its `segment_length` is that of the segments or more.
-      seed: of the noise.
-      epoch: each draws its own noise.
+      segments: the text, as `read_segments` returns it.
+      corruption: the span corruption; its `segment_length` is at least that of the segments.
+      seed: the seed of the noise.
+      epoch: the epoch; each has its own noise.
 
     Returns:
-      `(inputs, targets)`, of as many segments, in the same order.
+      `(inputs, targets)`, one segment each for every segment, in the same order.
 
     Raises:
       ValueError: if `seed` or `epoch` is negative, or a segment does not suit `corruption`.
@@ -176,7 +178,7 @@ def corrupted(
 
 
 def _random_lengths(total: int, parts: int, generator: np.random.Generator) -> np.ndarray:
-    """`[parts]` positive integers that add up to `total`, every way to do so equally likely."""
+    """Draws `[parts]` positive integers with sum `total`, uniformly over all possibilities."""
     bounds = np.zeros(parts + 1, np.int64)
     bounds[1:-1] = np.sort(generator.permutation(total - 1)[: parts - 1]) + 1
     bounds[-1] = total

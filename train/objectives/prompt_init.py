@@ -1,4 +1,4 @@
-"""The tokens whose embeddings prompts start from."""
+"""Initialisation of prompts: the tokens whose embeddings they start from."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def with_tokens(method: Any, words: str | None, task: Task, tokenizer: Any) -> Any:
-    """`method` with the tokens of `words`, or else the commonest of the task's training texts.
+    """Returns `method` with the tokens of `words`, or with the training texts' most common tokens.
 
     Raises:
-      ValueError: if `words` are more tokens than the prompt, or none.
+      ValueError: if `words` have more tokens than the prompt, or none.
     """
     if not method.needs_token_ids():
         return method
@@ -37,17 +37,17 @@ def with_tokens(method: Any, words: str | None, task: Task, tokenizer: Any) -> A
 def most_common_tokens(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, number: int
 ) -> tuple[int, ...]:
-    """Ids of the commonest tokens of `texts`, the commonest first, special tokens left out.
+    """Returns the ids of the most common tokens of `texts`, in descending order of frequency.
 
-    Of tokens that are as common the one with the lower id comes first.
+    Special tokens are left out. Of equally common tokens, the one with the lower id comes first.
 
     Args:
-      texts: any.
+      texts: the texts.
       tokenizer: a fast tokenizer.
-      number: how many; there may be fewer different ones.
+      number: the number of tokens; fewer are returned if the texts have fewer different ones.
 
     Raises:
-      ValueError: if there are none.
+      ValueError: if there are no tokens.
     """
     found: collections.Counter[int] = collections.Counter()
     for text in texts:
@@ -61,7 +61,7 @@ def most_common_tokens(
 
 
 def training_texts(task: Task) -> Iterator[str]:
-    """Every sentence of the training split; of a benchmark, every input; of a file, its texts."""
+    """Yields the texts of the training split: sentences, inputs of a benchmark, or documents."""
     rows = task.splits["train"]
     if task.kind == "span_corruption":
         yield from corpus.read_documents(rows)

@@ -1,4 +1,4 @@
-"""Shapes of an adapted backbone, which its configuration tells before any weight is read."""
+"""Parameter shapes of an adapted backbone, from its configuration, before any weight is read."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def shapes_of(module: Any) -> dict[str, Any]:
 
 
 def check_fit(module: Any, method: MethodConfig, config: Any, max_length: int) -> None:
-    """Checks that a method can act on a backbone, in a second or two.
+    """Checks, within a second or two, that a method can act on a backbone.
 
     Args:
-      module: the backbone's, without parameters.
-      method: to be trained, or saved.
-      config: of transformers, of the backbone.
-      max_length: longest input in tokens, a prompt aside.
+      module: the module of the backbone, without parameters.
+      method: the method, to be trained or saved.
+      config: the backbone's configuration of transformers.
+      max_length: the maximum input length in tokens, without a prompt.
 
     Raises:
-      ValueError: if inputs are longer than the backbone's positions, as `compacter_jax.Adapted` for
-        an unknown site or a width that does not fit, or if this machine has not enough memory for
-        what the method adds.
+      ValueError: if inputs are longer than the backbone's positions; as `compacter_jax.Adapted`,
+        for an unknown site or a width that does not fit; or if this machine lacks the memory for
+        the method's parameters.
     """
     positions = getattr(config, "max_position_embeddings", None)
     tokens.check_max_length(max_length, positions)
@@ -50,7 +50,7 @@ def check_fit(module: Any, method: MethodConfig, config: Any, max_length: int) -
         check_length(config, method, max_length)
     shapes = shapes_of(cj.Adapted(module, method))
     added = sum(leaf.size for path, leaf in shapes.items() if group_of(path) in _ADDED)
-    # Nobody asks XLA for memory that there is not: it ends the process.
+    # Checked here, since XLA ends the process if it cannot allocate memory.
     size, there = 4 * added, memory_of_machine()
     if there is not None and size > there:
         raise ValueError(

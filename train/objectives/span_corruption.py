@@ -1,4 +1,4 @@
-"""Pre-training by span corruption."""
+"""Objective of pre-training by span corruption."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from train.objectives import noise as objectives_noise
 from train.objectives.base import Predicted
 from train.objectives.text_to_text import Seq2Seq, mean_token_loss, num_tokens
 
-# Part of a corpus without a validation file that is held out.
+# Fraction of a corpus that is held out if there is no validation file.
 _HELD_OUT = 0.02
 
 
-# Noise and choice of held-out text are the same for every seed, so that runs compare.
+# Evaluation noise and held-out text are the same for every seed, so that runs are comparable.
 _FIXED_SEED = 0
 
 
@@ -34,12 +34,12 @@ _PREDICTS_NOTHING = (
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Segments of text that are corrupted anew in every epoch; `data.Examples`.
+    """Segments of text that are corrupted anew in every epoch; implements `batching.Examples`.
 
     Attributes:
-      objective: whose noise.
+      objective: the objective, which has the noise.
       segments: the text.
-      seed: of the noise.
+      seed: the seed of the noise.
     """
 
     objective: SpanCorruption
@@ -50,7 +50,7 @@ class Corpus:
         return len(self.segments)
 
     def of_epoch(self, epoch: int) -> tokens.Encoded:
-        """The segments with the noise of an epoch."""
+        """Returns the segments with the noise of an epoch."""
         corruption = self.objective.corruption
         inputs, targets = objectives_noise.corrupted(
             self.segments, corruption, seed=self.seed, epoch=epoch
@@ -60,27 +60,27 @@ class Corpus:
             tokens.Texts(targets.tokens, targets.offsets, corruption.target_length),
         )
 
-    def notices(self, split: str) -> list[str]:
-        """How much text there is."""
+    def user_messages(self, split: str) -> list[str]:
+        """Returns lines about the amount of text and its unknown tokens."""
         size = f"{split}: {len(self.segments.tokens):,} tokens in {len(self):,} segments"
-        return [size, *self.unknown().notices(f"{split} segments")]
+        return [size, *self.unknown().user_messages(f"{split} segments")]
 
     def unknown(self) -> tokens.Unknown:
-        """Counts what of the segments the tokenizer does not know."""
+        """Counts the tokens of the segments that are unknown to the tokenizer."""
         segments = self.segments
         return tokens.count_unknown(segments.tokens, segments.offsets, self.objective.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(Seq2Seq):
-    """T5's pre-training; the splits are paths of text files.
+    """Pre-training of T5; the splits are paths of text files.
 
     Attributes:
       model: an encoder-decoder with logits.
-      tokenizer: the backbone's, with sentinels.
-      config: of its module.
-      corruption: what noise.
-      seed: of the noise in training.
+      tokenizer: the tokenizer of the backbone, with sentinels.
+      config: the configuration of the module.
+      corruption: the noise.
+      seed: the seed of the noise in training.
     """
 
     model: Any
@@ -90,15 +90,18 @@ class SpanCorruption(Seq2Seq):
     seed: int = 0
 
     def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
-        """`loss` and `correct` of each row."""
+        """Computes `loss` and `correct` of each row."""
         return self.teacher_forced(params, batch)
 
     def encode(self, rows: Path) -> tokens.Encoded:
-        """The text with one fixed noise."""
+        """Tokenises a text file, with fixed noise."""
         return self._fixed(self._read(rows))
 
     def encode_all(self, splits: Mapping[str, Path]) -> dict[str, batching.Examples]:
-        """Training text with noise by epoch; without a validation file a part is held out."""
+        """Tokenises the text files of a run; training text gets new noise in every epoch.
+
+        Without a validation file, a part of the training text is held out.
+        """
         encoded: dict[str, batching.Examples] = {
             split: self.encode(path) for split, path in splits.items() if split != "train"
         }
@@ -109,21 +112,21 @@ class SpanCorruption(Seq2Seq):
         return {"train": Corpus(self, segments, self.seed), **encoded}
 
     def scores(self, outputs: dict[str, np.ndarray], encoded: tokens.Encoded) -> dict[str, float]:
-        """`token_accuracy` and `loss` under teacher forcing."""
+        """Returns `token_accuracy` and `loss` under teacher forcing."""
         accuracy = outputs["correct"].sum() / num_tokens(encoded).sum()
         return {"token_accuracy": float(accuracy), "loss": mean_token_loss(outputs, encoded)}
 
     def predictions(self, outputs: Any, encoded: tokens.Encoded) -> Predicted:
-        """ValueError: there is nothing to predict."""
+        """Raises ValueError: there is nothing to predict."""
         raise ValueError(_PREDICTS_NOTHING)
 
     def check_predicts(self, *, logits: bool) -> None:
-        """ValueError: there is nothing to predict."""
+        """Raises ValueError: there is nothing to predict."""
         raise ValueError(_PREDICTS_NOTHING)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The noise."""
+        """Settings of the noise."""
         noise = self.corruption
         names = ("noise_density", "mean_span_length")
         return {tasks.SPAN_CORRUPTION: {name: getattr(noise, name) for name in names}}
@@ -139,7 +142,7 @@ class SpanCorruption(Seq2Seq):
 def _held_out(
     segments: data_corpus.Segments, path: Path
 ) -> tuple[data_corpus.Segments, data_corpus.Segments]:
-    """Splits segments into a small part for validation, said to the user, and the rest."""
+    """Splits off a small part of the segments for validation, and prints its size."""
     if len(segments) < 2:
         raise ValueError(
             f"{path}: one segment alone leaves none for validation; give more text or "
@@ -152,7 +155,7 @@ def _held_out(
 
 
 def _taken(segments: data_corpus.Segments, indices: np.ndarray) -> data_corpus.Segments:
-    """Some of the segments, in the order of the text."""
+    """Returns some of the segments, in the order of the text."""
     chosen = [segments[int(i)] for i in np.sort(indices)]
     return data_corpus.Segments(
         np.concatenate(chosen), np.cumsum([0, *map(len, chosen)], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Answers as spans of a passage."""
+"""Objective of extractive question answering."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from train.objectives.base import Objective, mean_loss, refuse_logits, targets_o
 from train.tasks import metrics
 from train.tasks.benchmark import Benchmark
 
-# Logit of a token that cannot be: finite, so that no sum with it is NaN.
+# Logit of an excluded token; finite, so that no sum with it is NaN.
 _LEAST = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanExtractor(Objective):
-    """The part of a context that answers a question, from the logits of its first and last token.
+class ExtractiveQA(Objective):
+    """Part of a context that answers a question, by the logits of its first and last token.
 
     Attributes:
-      model: takes ids, mask and token types; returns `[batch, length, 2]` logits.
-      tokenizer: joins pairs as the encoder wants them, and knows where tokens stand in the text.
-      max_length: longest window on a context in tokens, question included.
-      benchmark: whose rows are read.
-      may_be_none: whether an answer may be "", as where some questions of training have none.
+      model: a module of ids, mask and token types that returns `[batch, length, 2]` logits.
+      tokenizer: the tokenizer of the encoder, which joins pairs and knows the position of tokens in
+        text.
+      max_length: the maximum length in tokens of a window on a context, question included.
+      benchmark: the benchmark whose rows are read.
+      may_be_none: whether an answer may be "", which holds if some training questions have none.
     """
 
     inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
@@ -48,7 +49,7 @@ class SpanExtractor(Objective):
 
     @property
     def apply(self) -> step.ApplyFunction:
-        """Logits, of padding the least there are, so that they do not depend on its length."""
+        """Model that masks the logits of padding, so that its length has no effect."""
         apply = super().apply
 
         def masked(params: step.Params, batch: step.Batch, dropout_key: Array | None) -> Array:
@@ -58,17 +59,17 @@ class SpanExtractor(Objective):
         return masked
 
     def outputs(self, params: step.Params, batch: step.Batch) -> Array:
-        """`[batch, max_length, 2]` float32 logits."""
+        """Computes `[batch, max_length, 2]` float32 logits."""
         logits = self.apply(params, batch, None)
         more = self.max_length - logits.shape[1]
         return jnp.pad(logits, ((0, 0), (0, more), (0, 0)), constant_values=_LEAST)
 
     def encode(self, rows: Any) -> tokens.Encoded:
-        """Windows on the contexts, behind their questions."""
+        """Tokenises questions with windows on their contexts."""
         return spans.encode(self.benchmark.named(rows), self.tokenizer, self.max_length)
 
     def scores(self, outputs: np.ndarray, encoded: tokens.Encoded) -> dict[str, float]:
-        """The benchmark's metrics of the answers, and the mean loss of a window."""
+        """Returns the benchmark's metrics of the answers, and the mean loss of a window."""
         targets_of(encoded)
         metrics.check_finite(outputs)
         return {
@@ -77,23 +78,23 @@ class SpanExtractor(Objective):
         }
 
     def predictions(self, outputs: np.ndarray, encoded: tokens.Encoded) -> list[str]:
-        """The answers, as they stand in their contexts."""
+        """Returns the answers, as they are spelled in their contexts."""
         return spans.answers(outputs, encoded, may_be_none=self.may_be_none)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The benchmark, and whether an answer may be none where it may."""
+        """Settings of the benchmark, with `may_be_none` if it is set."""
         settings = super().settings
         if self.may_be_none:
             settings["benchmark"]["may_be_none"] = True
         return settings
 
     def check_predicts(self, *, logits: bool) -> None:
-        """Parts of a text have no logits of labels."""
+        """Raises ValueError for `logits`, which parts of a text do not have."""
         if logits:
             refuse_logits(self.benchmark)
 
 
 def _span_loss(logits: Array, labels: Array) -> Array:
-    """`[batch, length, 2]`, `[batch, 2]` -> `[batch]`, NaN for a position that is not there."""
+    """Returns `[batch]` losses of `[batch, length, 2]` logits; NaN for a label out of range."""
     return step.cross_entropy(jnp.swapaxes(logits, 1, 2), labels).mean(-1)

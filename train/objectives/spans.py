@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Of an answer in tokens, as in BERT's own evaluation of SQuAD.
+# Maximum length of an answer in tokens, as in BERT's own evaluation of SQuAD.
 _LONGEST = 30
 _TOKENIZED_AT_ONCE = 1024
 
@@ -23,19 +23,20 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Encoded:
-    """Tokenises questions with their contexts, a long one in several windows.
+    """Tokenises questions with their contexts; a long context becomes several windows.
 
-    Neighbouring windows share a third of their tokens; a question is cut to another third. With
-    384 tokens that is BERT's overlap of 128.
+    Neighbouring windows share a third of their tokens, and a question is truncated to a third. With
+    384 tokens this is BERT's overlap of 128.
 
     Args:
       rows: columns `question`, `context` and, where they are known, `answers`.
       tokenizer: a fast tokenizer.
-      max_length: of a window with the question and the special tokens.
+      max_length: the length of a window, with the question and the special tokens.
 
     Returns:
-      An example for each window. Its targets are the first and the last token of the first answer,
-      or, where the window does not hold all of it or there is no answer, 0 and 0, the token [CLS].
+      An example for each window. Its targets are the first and the last token of the first answer.
+      If the window does not contain the whole answer, or there is no answer, they are 0 and 0, the
+      token [CLS].
 
     Raises:
       ValueError: if `max_length` leaves no room, or an answer is not where `answer_start` says.
@@ -86,14 +87,14 @@ def encode(
 
 
 def answers(logits: np.ndarray, encoded: Encoded, *, may_be_none: bool = False) -> list[str]:
-    """The likeliest part of each context, over all of its windows; "" where a context has no token.
+    """Returns the likeliest part of each context over its windows; "" if it has no token.
 
     Args:
       logits: `[windows, length, 2]` of first and last tokens.
-      encoded: of `encode`.
-      may_be_none: whether "" also stands where every window says with [CLS] that it holds no
-        answer: the least of the windows' sums there is above that of the likeliest part, as in
-        BERT's evaluation of SQuAD v2 with a threshold of 0.
+      encoded: the examples of `encode`.
+      may_be_none: whether "" is also returned if every window predicts no answer by [CLS]: if the
+        least of the windows' [CLS] sums exceeds the sum of the likeliest part, as in BERT's
+        evaluation of SQuAD v2 with a threshold of 0.
     """
     assert encoded.spans is not None
     assert encoded.groups is not None
@@ -115,15 +116,15 @@ def answers(logits: np.ndarray, encoded: Encoded, *, may_be_none: bool = False) 
 def best_span(
     logits: np.ndarray, allowed: np.ndarray, longest: int = _LONGEST
 ) -> tuple[int, int, float]:
-    """First and last token of the span with the greatest sum of logits, and that sum.
+    """Returns first and last token of the span with the greatest sum of logits, and that sum.
 
     Args:
       logits: `[length, 2]` of first and last tokens.
-      allowed: `[length]` whether a token may be part of a span.
-      longest: the most tokens of a span.
+      allowed: `[length]`, whether a token may be part of a span.
+      longest: the maximum number of tokens of a span.
 
     Returns:
-      The first of several spans as good; the sum is -inf where no token is allowed.
+      The first of equally good spans; the sum is -inf if no token is allowed.
     """
     start, end = np.where(allowed[:, None], logits, -np.inf).T
     ends = np.pad(end, (0, longest - 1), constant_values=-np.inf)
@@ -135,8 +136,8 @@ def best_span(
 def _cut(
     questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int
 ) -> tuple[list[str], int]:
-    """Questions of at most so many tokens, and how many had more."""
-    # Blanks at the beginning are taken for part of a context's first token by some tokenizers.
+    """Truncates questions to at most `most` tokens; returns them and the number truncated."""
+    # Some tokenizers treat leading blanks as part of a context's first token.
     kept = [question.strip() for question in questions]
     num_cut = 0
     for start in range(0, len(kept), _TOKENIZED_AT_ONCE):
@@ -149,7 +150,7 @@ def _cut(
 
 
 def _answer_spans(rows: Any) -> list[tuple[int, int] | None]:
-    """Where the first answer of each row begins and ends in its context, in characters; or None."""
+    """Returns the span in characters of each row's first answer, None without one."""
     spans: list[tuple[int, int] | None] = []
     for row, (context, answer) in enumerate(
         zip(rows["context"][:], rows["answers"][:], strict=True), 1
@@ -169,12 +170,12 @@ def _answer_spans(rows: Any) -> list[tuple[int, int] | None]:
 
 
 def _tokens_of(window: np.ndarray, start: int, end: int) -> tuple[int, int]:
-    """First and last token of the characters from `start` to `end`; 0 and 0 if not all are there.
+    """Returns first and last token of a span of characters; 0 and 0 if the window lacks some.
 
     Args:
-      window: `[tokens, 2]` where each token stands in the context, -1 where it is not of it.
-      start: first character.
-      end: behind the last character.
+      window: `[tokens, 2]`, the span of each token in the context, -1 for other tokens.
+      start: the first character.
+      end: the position after the last character.
     """
     inside = np.flatnonzero((window[:, 0] >= 0) & (window[:, 0] < end) & (window[:, 1] > start))
     if not len(inside) or window[inside[0], 0] > start or window[inside[-1], 1] < end:

@@ -1,4 +1,4 @@
-"""Objectives of an encoder-decoder: tasks cast as text, and its pre-training."""
+"""Objectives of an encoder-decoder: their base class, and tasks that are formatted as text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from train.objectives.base import Objective, Predicted, targets_of
 from train.tasks import metrics, text_format
 from train.tasks.benchmark import Benchmark
 
-# Of labels in a notice.
+# Maximum number of labels in a message.
 _MOST_SHOWN = 10
 
 
 class Seq2Seq(Objective):
-    """What all objectives of an encoder-decoder share: the loss is that of the target's tokens.
+    """Base of the objectives of an encoder-decoder, whose loss is over the tokens of the target.
 
     Attributes:
-      config: of the backbone's module; the special tokens are its.
+      config: the configuration of the backbone's module, which has the special tokens.
     """
 
     inputs: ClassVar = ("input_ids", "attention_mask", "decoder_input_ids")
@@ -37,7 +37,7 @@ class Seq2Seq(Objective):
 
     @property
     def loss(self) -> step.LossFunction:
-        """Cross-entropy of the target's tokens."""
+        """Cross-entropy of the target tokens."""
         return step.loss_function("tokens")
 
     def encoded(
@@ -46,7 +46,7 @@ class Seq2Seq(Objective):
         target_texts: data_tokens.Texts | None,
         targets: np.ndarray | None = None,
     ) -> data_tokens.Encoded:
-        """Inputs and targets that are token ids already."""
+        """Combines inputs and targets, both of token ids, into examples."""
         return data_tokens.Encoded(
             input_ids=inputs.ids,
             token_type_ids=None,
@@ -61,7 +61,9 @@ class Seq2Seq(Objective):
         )
 
     def teacher_forced(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
-        """Per row: `loss`, the mean over target tokens, and `correct`, how many come first."""
+        """Computes each row's mean `loss` of target tokens, and how many are `correct` by
+        argmax.
+        """
         logits, labels = self.apply(params, batch, None), batch["labels"]
         correct = jnp.sum((logits.argmax(-1) == labels) & (labels != data_tokens.IGNORED), -1)
         return {"loss": self.loss(logits, labels), "correct": correct}
@@ -69,47 +71,45 @@ class Seq2Seq(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class TextToText(Seq2Seq):
-    """A task cast as text; labels by the likelihood of their words unless by generation.
+    """A task formatted as text; labels are scored by the likelihood of their words, or generated.
 
     Attributes:
       model: an encoder-decoder with logits.
-      tokenizer: the backbone's.
-      config: of its module.
-      casting: how rows become text and text predictions.
-      max_length: longest input in tokens, the end-of-sequence token included.
-      benchmark: whose rows are read, if any.
+      tokenizer: the tokenizer of the backbone.
+      config: the configuration of the module.
+      format: the conversion of rows to text, and of text to predictions.
+      max_length: the maximum input length in tokens, the end-of-sequence token included.
+      benchmark: the benchmark whose rows are read, if any.
     """
 
     model: Any
     tokenizer: Any
     config: Any
-    casting: text_format.Casting
+    format: text_format.TextFormat
     max_length: int
     benchmark: Benchmark | None = None
 
     @functools.cached_property
     def label_ids(self) -> np.ndarray:
-        """`[labels, length]` int32 token ids of the label words, `IGNORED` behind their end."""
-        casting = self.casting
-        tokens = text_format.label_tokens(
-            casting.label_names, self.tokenizer, casting.max_target_length
-        )
+        """Token ids of the label words, `[labels, length]` int32, followed by `IGNORED`."""
+        fmt = self.format
+        tokens = text_format.label_tokens(fmt.label_names, self.tokenizer, fmt.max_target_length)
         ids = np.full((len(tokens), max(map(len, tokens))), data_tokens.IGNORED, np.int32)
         for row, label in zip(ids, tokens, strict=True):
             row[: len(label)] = label
         return ids
 
     def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
-        """`scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]` and `loss`."""
-        if not self.casting.generates:
+        """Computes `scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]`, `loss`."""
+        if not self.format.generates:
             return {"scores": self._label_scores(params, batch)}
         ids = cj.generate(
             self.model,
             params,
             batch["input_ids"],
             batch["attention_mask"],
-            max_new_tokens=self.casting.max_new_tokens,
-            num_beams=self.casting.num_beams,
+            max_new_tokens=self.format.max_new_tokens,
+            num_beams=self.format.num_beams,
             eos_token_id=self.config.eos_token_id,
             pad_token_id=self.config.pad_token_id,
             decoder_start_token_id=self.config.decoder_start_token_id,
@@ -119,24 +119,24 @@ class TextToText(Seq2Seq):
         return {"ids": ids, **forced}
 
     def encode(self, rows: Any) -> data_tokens.Encoded:
-        """Casts rows as text and tokenises it."""
-        casting, columns = self.casting, rows
+        """Formats rows as text and tokenises it."""
+        fmt, columns = self.format, rows
         if self.benchmark is not None:
             rows = self.benchmark.named(rows)
             columns = self.benchmark.for_decoder(rows)
-        targets = casting.targets(columns)
-        if targets is not None and casting.kind == "regression":
+        targets = fmt.targets(columns)
+        if targets is not None and fmt.kind == "regression":
             text_format.check_scores(targets, self.tokenizer)
         encoded = self.encoded(
             data_tokens.tokenize_texts(
-                casting.inputs(columns), self.tokenizer, self.max_length, what="input"
+                fmt.inputs(columns), self.tokenizer, self.max_length, what="input"
             ),
             None
             if targets is None
             else data_tokens.tokenize_texts(
                 targets,
                 self.tokenizer,
-                casting.max_target_length,
+                fmt.max_target_length,
                 what="target",
                 may_be_empty=self.benchmark is not None,
             ),
@@ -147,23 +147,23 @@ class TextToText(Seq2Seq):
     def scores(
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> dict[str, float]:
-        """Metrics of the kind of task and of the benchmark, and the mean loss of a target token."""
-        casting, targets = self.casting, targets_of(encoded)
-        if not casting.generates:
+        """Returns the metrics of the kind and of the benchmark, and the mean target token loss."""
+        fmt, targets = self.format, targets_of(encoded)
+        if not fmt.generates:
             scores = outputs["scores"]
             likelihoods = scores[np.arange(len(targets)), targets].astype(np.float64)
             values = metrics.compute_metrics("classification", scores, targets)
             values = self.with_benchmark(values, scores.argmax(-1), encoded)
             return {**values, "loss": float(-likelihoods.sum() / num_tokens(encoded).sum())}
-        predictions = casting.read(text_format.decode(outputs["ids"], self.tokenizer))
-        if casting.kind == "classification":
-            values = metrics.label_metrics(predictions, targets, len(casting.label_names))
-        elif casting.kind == "regression":
-            values = metrics.score_metrics(predictions, targets, casting.score_mean)
+        predictions = fmt.read(text_format.decode(outputs["ids"], self.tokenizer))
+        if fmt.kind == "classification":
+            values = metrics.label_metrics(predictions, targets, len(fmt.label_names))
+        elif fmt.kind == "regression":
+            values = metrics.score_metrics(predictions, targets, fmt.score_mean)
         else:
             values = metrics.text_metrics(predictions, targets)
         if encoded.groups is not None:
-            # A row with several right answers is several examples with one input.
+            # A row with several right answers has several examples with the same input.
             predictions = predictions[np.unique(encoded.groups, return_index=True)[1]]
         values = self.with_benchmark(values, predictions, encoded)
         return {**values, "loss": mean_token_loss(outputs, encoded)}
@@ -171,17 +171,17 @@ class TextToText(Seq2Seq):
     def predictions(
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> Predicted:
-        """Label scores as logits; or scores, None where the text is no number; or texts."""
-        if not self.casting.generates:
+        """Returns label scores as logits; or scores, None if the text is no number; or texts."""
+        if not self.format.generates:
             return outputs["scores"]
-        read = self.casting.read(text_format.decode(outputs["ids"], self.tokenizer))
-        if self.casting.kind == "regression":
+        read = self.format.read(text_format.decode(outputs["ids"], self.tokenizer))
+        if self.format.kind == "regression":
             return [None if np.isnan(score) else float(score) for score in read]
         return list(map(str, read))
 
-    def notices(self) -> list[str]:
-        """Returns which labels have characters that the tokenizer has no token for."""
-        names, unknown = self.casting.label_names, self.tokenizer.unk_token_id
+    def user_messages(self) -> list[str]:
+        """Returns a line about labels with characters that the tokenizer has no token for."""
+        names, unknown = self.format.label_names, self.tokenizer.unk_token_id
         if not names or unknown is None:
             return []
         said = zip(names, self.label_ids, text_format.written(names, self.tokenizer), strict=True)
@@ -199,20 +199,20 @@ class TextToText(Seq2Seq):
         ]
 
     def check_predicts(self, *, logits: bool) -> None:
-        """Text that is generated has no logits of labels."""
-        if logits and self.casting.generates:
+        """Raises ValueError for `logits` of generated text, which has no label logits."""
+        if logits and self.format.generates:
             raise ValueError(
-                f"--logits: predictions of kind {self.casting.kind} are generated text, which has "
+                f"--logits: predictions of kind {self.format.kind} are generated text, which has "
                 "none; leave it out"
             )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The casting, but for what every adapter has."""
-        return {**super().settings, "text_to_text": text_format.to_json(self.casting)}
+        """Settings of the text format, without the fields that every adapter has."""
+        return {**super().settings, "text_to_text": text_format.to_json(self.format)}
 
     def _label_scores(self, params: step.Params, batch: step.Batch) -> Array:
-        """Log-likelihood of each label's text, all labels in one call of the decoder."""
+        """Computes the log-likelihood of each label's text, all in one call of the decoder."""
         labels, rows = jnp.asarray(self.label_ids), batch["input_ids"].shape[0]
         mask = batch["attention_mask"]
         states = self.model.apply(
@@ -234,7 +234,7 @@ class TextToText(Seq2Seq):
 
 
 def num_tokens(encoded: data_tokens.Encoded) -> np.ndarray:
-    """`[examples]`: tokens of each target."""
+    """Returns the number of tokens of each target, `[examples]`."""
     assert encoded.target_texts is not None
     return np.diff(encoded.target_texts.offsets)
 

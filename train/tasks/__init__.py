@@ -1,4 +1,4 @@
-"""Sentences and what to predict: built-in tasks, benchmarks and the user's own files."""
+"""Tasks: sentences and their targets, built in, of benchmarks, or from the user's own files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.tasks.own_files import SENTIMENT, SENTIMENT_LABELS
 
 BUILT_IN = ("movie", "product", "tweet", "editorial")
 SPAN_CORRUPTION = "span_corruption"
-CUSTOM = "custom"  # what the user's own files are called where no --task was given
+CUSTOM = "custom"  # name of the user's own files if there is no --task
 SPLITS = ("train", "validation", "test")
 
 _METRICS: dict[Kind, str] = {
@@ -34,17 +34,17 @@ _METRICS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Task:
-    """Sentences, or pairs of them, with what to predict.
+    """Sentences, or pairs of them, with their targets.
 
     Attributes:
-      name: of the built-in task or benchmark, or what the caller called the files.
-      kind: what is predicted.
-      label_names: one name per class; empty unless it is classification.
-      splits: split name -> dataset with columns `sentence`, maybe `sentence2`, and `label` (index
-        into `label_names`), `score` (float64) or, for "text", `target`. For "span_corruption" the
-        path of a text file. Of a benchmark, its own columns.
-      benchmark: how its rows are put to a backbone; None for other tasks.
-      notes: what the user should know of how the files were read, a line each.
+      name: the name of the built-in task or benchmark, or the user's name for the files.
+      kind: the kind of prediction.
+      label_names: one name per class; empty unless the kind is classification.
+      splits: split name -> dataset with columns `sentence`, optionally `sentence2`, and `label`
+        (index into `label_names`), `score` (float64) or, for "text", `target`. For
+        "span_corruption", the path of a text file. For a benchmark, its own columns.
+      benchmark: how the rows are put to a backbone; None for other tasks.
+      notes: lines about the reading of the files, for the user.
     """
 
     name: str
@@ -56,24 +56,24 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Width of an encoder's head: one output for regression, two for a candidate or a span."""
+        """Width of an encoder's head: one for regression, two for a candidate or a span."""
         return 2 if self.kind in ("choice", "span") else len(self.label_names) or 1
 
     @property
     def metric(self) -> str:
-        """The metric, larger is better, that chooses the best epoch."""
+        """Metric that selects the best epoch; larger is better."""
         return _METRICS[self.kind] if self.benchmark is None else self.benchmark.metric
 
     @property
     def prefix(self) -> str:
-        """What the input of an encoder-decoder begins with unless the user says it."""
+        """Default beginning of the input of an encoder-decoder."""
         return self.name if self.benchmark is None else self.benchmark.prefix
 
-    def notices(self) -> list[str]:
-        """Returns what the user should know before anything is computed, a line each.
+    def user_messages(self) -> list[str]:
+        """Returns lines that the user should read before anything is computed.
 
-        That is how the files were read, which labels there are, in which order and on how many rows
-        of each split, and how many questions have no answer.
+        They say how the files were read, which labels there are, in which order and on how many
+        rows of each split, and how many questions have no answer.
         """
         lines = list(self.notes)
         splits = ", ".join(self.splits)
@@ -87,7 +87,7 @@ class Task:
             rows_without = [self.benchmark.unanswered(rows) for rows in self.splits.values()]
             if any(rows_without):
                 lines.append(f"questions without an answer ({splits}): {_listed(rows_without)}")
-            lines += self.benchmark.notices()
+            lines += self.benchmark.user_messages()
         return lines
 
 
@@ -114,35 +114,36 @@ def load_task(
     """Reads a built-in task, a benchmark, or the user's files, which may replace built-in splits.
 
     A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text),
-    `score` (numbers) or `target` (text). Which of them is predicted is, unless `regression`, `text`
-    or `label_names` says it, the first of these that the files have. Label names are
+    `score` (numbers) or `target` (text). The target column is the first of these that the files
+    have, unless `regression`, `text` or `label_names` determines it. The label names are
     `stated_names`, or those of the training file's `datasets.ClassLabel`, or its labels, sorted.
-    Labels that look like missing ones are refused unless they are stated. Where no name is an
-    integer, integer labels are positions in an order that is stated: that of `stated_names`, of the
-    file's own or the training file's `ClassLabel`, or of a built-in task or a benchmark; in no
-    other order are they read. The files of `SPAN_CORRUPTION` are plain text, not read here.
+    Labels that look like missing values are refused unless they are stated. If no label name is an
+    integer, integer labels are positions in a stated order: that of `stated_names`, of a
+    `ClassLabel` of the file or of the training file, or of a built-in task or a benchmark. Without
+    a stated order they are refused. The files of `SPAN_CORRUPTION` are plain text, and are not read
+    here.
 
     Args:
       name: one of `BUILT_IN`, of `BENCHMARKS`, a translation such as wmt16-ro-en,
         `SPAN_CORRUPTION`, or any other name for the user's files (`CUSTOM` if None).
       regression: predict `score` instead of `label`.
       text: predict `target` instead of `label`.
-      train_file: .parquet, .jsonl, .csv or .tsv.
-      validation_file: the same.
-      test_file: the same.
-      data_dir: folder of a benchmark's data set; by default it is read from the hub.
-      split_protocol: which splits a benchmark has, as `train.tasks.hub.load` explains.
-      splits: which splits to return; by default all there are.
+      train_file: a .parquet, .jsonl, .csv or .tsv file.
+      validation_file: a file of one of these formats.
+      test_file: a file of one of these formats.
+      data_dir: the folder of a benchmark's data set; by default it is read from the hub.
+      split_protocol: the splits of a benchmark, as `train.tasks.hub.load` explains.
+      splits: the splits to return; by default all.
       label_names: the classes of a saved adapter; they take precedence over the training file's.
-      stated_names: what the integers from 0 on stand for in files; without `label_names` also the
-        classes, in their order.
+      stated_names: the names that integers from 0 on stand for in files; without `label_names` also
+        the classes, in their order.
       are_numbered: whether `label_names` are those of a built-in task or a benchmark, whose order
         is that of their numbers.
-      max_characters: limit on the length of one sentence.
+      max_characters: the maximum length of a sentence.
 
     Raises:
       FileNotFoundError: if a file does not exist.
-      ValueError: for anything else that does not fit, naming the file and the row.
+      ValueError: for any other invalid input; the message names the file and the row.
     """
     given = (train_file, validation_file, test_file)
     benchmark = find(name or "")
@@ -183,7 +184,7 @@ def load_task(
 
 
 def sources(options: Any) -> dict[str, Any]:
-    """The arguments of `load_task` that say where rows come from, of a command's options."""
+    """Returns the arguments of `load_task` that locate the rows, from a command's options."""
     names = ("train_file", "validation_file", "test_file", "data_dir", "split_protocol")
     return {
         **{name: getattr(options, name) for name in names},
@@ -192,9 +193,10 @@ def sources(options: Any) -> dict[str, Any]:
 
 
 def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:
-    """`size` rows drawn without replacement, in their original order.
+    """Draws `size` rows without replacement, in their original order.
 
-    The draw depends on `seed` alone, and a smaller sample is part of a larger one of the same seed.
+    The draw depends on `seed` alone, and a smaller sample is a subset of a larger one with the same
+    seed.
 
     Raises:
       ValueError: if `size` is below 1 or above the number of rows.
@@ -222,7 +224,7 @@ def _of_benchmark(
 
 
 def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Path]:
-    """Split -> file, the user's before the built-in task's."""
+    """Returns split -> file; the user's files replace those of the built-in task."""
     files = {}
     if name in BUILT_IN:
         files = {split: SENTIMENT / str(name) / f"{split}.parquet" for split in SPLITS}

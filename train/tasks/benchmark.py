@@ -1,4 +1,4 @@
-"""A benchmark: its columns, metrics and how its rows become text."""
+"""Base classes of benchmarks: their columns, metrics, and how their rows become text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# "choice" is of one of a row's own candidates, "span" of a part of the context.
+# "choice" predicts one of a row's own candidates, "span" a part of the context.
 Kind: TypeAlias = Literal[
     "classification", "regression", "choice", "span", "text", "span_corruption"
 ]
@@ -28,17 +28,17 @@ Columns: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Sentences, or pairs of them, with a label or a score; what is otherwise is in subclasses.
+    """Benchmark of sentences or pairs, with a label or a score; subclasses override the rest.
 
     Attributes:
-      name: of the task.
-      repository: hub id of the data set.
-      configuration: the part of it; the name of its folder.
-      columns: column -> type of its values, of what inputs are made of. The first two are an
-        encoder's first and second sentence.
-      kind: what is predicted.
-      metrics: those whose mean chooses the best epoch.
-      validation: names of the hub's validation splits; the first chooses the best epoch.
+      name: the name of the task.
+      repository: the hub id of the data set.
+      configuration: the part of the data set; the name of its folder.
+      columns: input column -> type of its values. The first two are the first and second sentence
+        for an encoder.
+      kind: the kind of prediction.
+      metrics: the metrics whose mean selects the best epoch.
+      validation: the names of the hub's validation splits; the first selects the best epoch.
     """
 
     name: str
@@ -51,24 +51,24 @@ class Benchmark:
 
     @property
     def wanted(self) -> str:
-        """The column of what is to be predicted."""
+        """Column with the values to predict."""
         return "label"
 
     @property
     def metric(self) -> str:
-        """The metric, larger is better, that chooses the best epoch."""
+        """Metric that selects the best epoch; larger is better."""
         return "_and_".join(self.metrics)
 
     @property
     def prefix(self) -> str:
-        """What the input of an encoder-decoder begins with."""
+        """Beginning of the input of an encoder-decoder."""
         return self.name
 
     def named(self, rows: Rows) -> Rows:
-        """`rows`, or, where they have `sentence` and maybe `sentence2`, these under their names.
+        """Returns `rows`; columns `sentence` and `sentence2` are renamed to the benchmark's own.
 
         Raises:
-          ValueError: if there are neither all of these columns nor all of the hub's.
+          ValueError: if rows have neither all of these columns nor all of the hub's.
         """
         found = columns_of(rows)
         missing = [name for name in self.columns if name not in found]
@@ -84,73 +84,73 @@ class Benchmark:
         return {renamed.get(name, name): rows[name] for name in found}
 
     def for_encoder(self, rows: Rows) -> Columns:
-        """`sentence`, maybe `sentence2`, and, where there are any, `label` or `score`."""
+        """Returns `sentence`, optionally `sentence2`, and any `label` or `score`."""
         inputs = zip(("sentence", "sentence2"), self.columns, strict=False)
         return {column: rows[name][:] for column, name in inputs} | self.targets(rows)
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """`text` without the prefix, and, where there are any, `label`, `score` or `target`."""
+        """Returns `text` without the prefix, and any `label`, `score` or `target`."""
         names = sorted(self.columns)
         parts = zip(*(rows[name][:] for name in names), strict=True)
         texts = [keyed(dict(zip(names, values, strict=True))) for values in parts]
         return {"text": texts, **self.targets(rows)}
 
     def targets(self, rows: Rows) -> Columns:
-        """The column `label` or `score`, if there is one."""
+        """Returns the column `label` or `score`, if there is one."""
         column = "score" if self.kind == "regression" else "label"
         return {column: rows[column][:]} if column in columns_of(rows) else {}
 
     def questions(self, rows: Rows) -> list[Hashable] | None:
-        """To which question each row belongs; None where every row is one."""
+        """Returns the question to which each row belongs; None if every row is a question."""
         return None
 
     def usable(self, rows: Rows) -> list[bool] | None:
-        """Whether a row can be learned from; None where all can."""
+        """Returns, for each row, whether it can be used for training; None if all rows can."""
         return None
 
     def check(self, rows: Rows) -> None:
-        """Checks what the types of columns do not say of rows to learn from or to score by.
+        """Checks rows for training or scoring beyond the types of their columns.
 
         Raises:
-          ValueError: names the row, counted from 1.
+          ValueError: if a row is invalid; the message names it, counted from 1.
         """
         return
 
     def unanswered(self, rows: Rows) -> int:
-        """Returns how many rows have no answer, where that is one."""
+        """Returns the number of rows without an answer, for benchmarks with answers."""
         return 0
 
-    def notices(self) -> list[str]:
-        """Returns what the user should know of the metrics, a line each."""
+    def user_messages(self) -> list[str]:
+        """Returns lines about the metrics for the user."""
         return []
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
-        """Metrics beside those of the kind; predictions are labels or texts, one for each row."""
+        """Returns metrics beyond those of the kind, from labels or texts, one for each row."""
         return {}
 
     def with_mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """`values` and, where several metrics choose the best epoch, their mean."""
+        """Returns `values` and, if several metrics select the best epoch, their mean."""
         chosen = [values[name] for name in self.metrics]
         return {self.metric: sum(chosen) / len(chosen), **values}
 
 
 class Choice(Benchmark, abc.ABC):
-    """One of several candidates; an encoder judges each by itself, and the likeliest is taken."""
+    """Choice of the likeliest of several candidates, which an encoder scores separately."""
 
     @abc.abstractmethod
     def candidates(self, rows: Rows) -> list[list[str]]:
-        """What may be chosen, for each row."""
+        """Returns the candidates of each row."""
 
     @abc.abstractmethod
     def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
-        """Sentence and second sentence of each candidate, for each row."""
+        """Returns, for each row, the sentence and second sentence of each candidate."""
 
     @abc.abstractmethod
     def right(self, rows: Rows) -> list[list[bool]] | None:
-        """Whether each candidate is right, for each row; None where that is unknown."""
+        """Returns, for each row, whether each candidate is right; None if that is unknown."""
 
     def for_encoder(self, rows: Rows) -> Columns:
-        """A pair for each candidate with label 1 where it is right; `row` is whose it is."""
+        """Returns a pair for each candidate, with label 1 if it is right, and its `row`."""
         pairs, right = self.pairs(rows), self.right(rows)
         flat = list(itertools.chain.from_iterable(pairs))
         columns: Columns = {
@@ -164,5 +164,5 @@ class Choice(Benchmark, abc.ABC):
 
 
 def keyed(parts: Mapping[str, str]) -> str:
-    """`{"premise": "a", "hypothesis": "b"}` -> `premise: a hypothesis: b`."""
+    """Formats `{"premise": "a", "hypothesis": "b"}` as `premise: a hypothesis: b`."""
     return " ".join(f"{name}: {text}" for name, text in parts.items())

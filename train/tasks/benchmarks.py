@@ -1,6 +1,6 @@
-"""The data sets of GLUE, SuperGLUE, SQuAD and WMT: how their rows are put to a backbone.
+"""Data sets of GLUE, SuperGLUE, SQuAD and WMT, and how their rows are put to a backbone.
 
-An encoder reads sentences or pairs of them; an encoder-decoder reads text as in appendix D of the
+An encoder reads sentences or pairs of them. An encoder-decoder reads text as in appendix D of the
 T5 paper, arXiv:1910.10683, and writes text. Rows have the columns of the hub.
 """
 
@@ -25,10 +25,10 @@ from train.tasks.translation import LANGUAGES, Translation
 
 
 def find(name: str) -> Benchmark | None:
-    """The benchmark of this name, such as mnli or wmt16-en-de; None if there is none.
+    """Returns the benchmark with a name such as mnli or wmt16-en-de; None if there is none.
 
     Raises:
-      ValueError: for a translation of languages that WMT does not have.
+      ValueError: for a translation between languages that WMT does not have.
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
@@ -41,7 +41,7 @@ def find(name: str) -> Benchmark | None:
     return Translation(
         name=name,
         repository=f"wmt/{year}",
-        # English is second in the names of the hub, whatever is translated into what.
+        # English is second in the names of the hub, whatever the direction of the translation.
         configuration=f"{to}-{source}" if source == "en" else f"{source}-{to}",
         columns={"translation": dict},
         kind="text",
@@ -114,4 +114,4 @@ _ALL = (
 BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
 
 
-"""Those with a name of their own; translations have as many as there are languages."""
+"""Name -> benchmark; translations, one for each pair of languages, are made by `find`."""

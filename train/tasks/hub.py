@@ -1,4 +1,4 @@
-"""Benchmarks read from the hub or a folder laid out like it, and divided into splits."""
+"""Benchmarks read from the hub, or from a folder with the same layout, and divided into splits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from compacter_jax.messages import reason_of
 from train.cli.options import SplitProtocol
 from train.tasks.benchmark import Benchmark
 
-# The paper's protocol: training sets from this size on give so many examples for validation.
+# The paper's protocol: the size from which on a training set is large, and the number of examples
+# that a large one gives for validation.
 _LARGE, _HELD_OUT = 10_000, 1000
 _SEED = 42
 
@@ -31,28 +32,28 @@ def load(
     protocol: SplitProtocol,
     splits: Sequence[str] | None,
 ) -> tuple[dict[str, datasets.Dataset], tuple[str, ...]]:
-    """The splits of a benchmark, and the names of its labels, of which there may be none.
+    """Returns the splits of a benchmark, and the names of its labels, which may be none.
 
-    "official": the hub's `train` and `validation`, and `test` where its labels are published. Of
-    MNLI `validation` is the matched one, and there is `validation_mismatched`.
+    "official": the hub's `train` and `validation`, and `test` if its labels are published. For MNLI
+    `validation` is the matched one, and there is `validation_mismatched`.
 
-    "paper": the Compacter paper's, which had no published test labels (section 4 and the authors'
-    code). Of fewer than 10,000 training examples the hub's validation is halved into `validation`
-    and `test`; otherwise 1,000 training examples become `validation`, and the hub's validation is
-    `test`. Of MNLI `validation` is the mismatched one and `test` the matched one. MultiRC's
-    examples are counted and divided by question, so that no question is in two splits; with 5,100
-    training questions it is one of the small ones, as in the authors' code. The seed is theirs, 42,
-    but the generator is NumPy's, so the rows drawn are others. Of SQuAD and translation their code
-    says nothing; the rule is the same.
+    "paper": the protocol of the Compacter paper, which had no published test labels (section 4 and
+    the authors' code). With fewer than 10,000 training examples, the hub's validation is halved
+    into `validation` and `test`. Otherwise 1,000 training examples become `validation`, and the
+    hub's validation is `test`. For MNLI `validation` is the mismatched one and `test` the matched
+    one. MultiRC's examples are counted and divided by question, so that no question is in two
+    splits; with 5,100 training questions it is a small data set, as in the authors' code. The seed
+    is theirs, 42, but the generator is NumPy's, so that the drawn rows differ. Their code does not
+    cover SQuAD and translation, to which the same rule is applied.
 
     Args:
-      benchmark: which.
-      data_dir: a folder laid out as the hub's repository is; None reads the hub.
-      protocol: which splits.
-      splits: the names wanted; by default all there are.
+      benchmark: the benchmark.
+      data_dir: a folder with the layout of the hub's repository; None reads the hub.
+      protocol: the protocol of the splits.
+      splits: the names of the splits to return; by default all.
 
     Raises:
-      ValueError: if the data cannot be read, lacks a column or labels, or there is no such split.
+      ValueError: if the data cannot be read, lacks a column or labels, or a split does not exist.
     """
     read = _from_hub(benchmark) if data_dir is None else _from_folder(benchmark, data_dir)
     makers = _official(benchmark, read) if protocol == "official" else _paper(benchmark, read)
@@ -81,14 +82,14 @@ def load(
 
 
 def _official(benchmark: Benchmark, read: Read) -> dict[str, Callable[[], Any]]:
-    """Split -> what reads it."""
+    """Returns split -> function that reads it, by the hub's own splits."""
     first, *others = benchmark.validation
     hub = {"train": "train", "validation": first, **{name: name for name in others}, "test": "test"}
     return {split: functools.partial(read, name) for split, name in hub.items()}
 
 
 def _paper(benchmark: Benchmark, read: Read) -> dict[str, Callable[[], Any]]:
-    """Split -> what reads it, and divides it."""
+    """Returns split -> function that reads and divides it, by the paper's protocol."""
     if len(benchmark.validation) > 1:
         test, validation = benchmark.validation
         hub = {"train": "train", "validation": validation, "test": test}
@@ -112,7 +113,7 @@ def _paper(benchmark: Benchmark, read: Read) -> dict[str, Callable[[], Any]]:
 def _divided(
     benchmark: Benchmark, rows: datasets.Dataset, size: Callable[[int], int]
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The rows of `size(number)` questions drawn at random, and the others, in their order."""
+    """Returns the rows of `size(number)` random questions, and the other rows."""
     groups = _groups(benchmark, rows)
     number = int(groups.max()) + 1
     if not 0 < size(number) < number:
@@ -126,7 +127,7 @@ def _divided(
 
 
 def _groups(benchmark: Benchmark, rows: datasets.Dataset) -> np.ndarray:
-    """`[rows]`: the number of the question that each row belongs to."""
+    """Returns `[rows]`: the number of the question to which each row belongs."""
     questions = benchmark.questions(rows)
     if questions is None:
         return np.arange(len(rows))
@@ -135,12 +136,12 @@ def _groups(benchmark: Benchmark, rows: datasets.Dataset) -> np.ndarray:
 
 
 def _from_hub(benchmark: Benchmark) -> Read:
-    """Reads splits from the hub, or its cache."""
+    """Returns a function that reads a split from the hub, or from its cache."""
     try:
         found = datasets.load_dataset(
             benchmark.repository, benchmark.configuration, trust_remote_code=False
         )
-    except Exception as error:  # many kinds: of the network, the hub and the files
+    except Exception as error:  # many types: errors of the network, the hub and the files
         reason = reason_of(error)
         raise ValueError(
             f"cannot load {benchmark.repository} ({benchmark.configuration}) from the hub: "
@@ -155,14 +156,14 @@ def _from_hub(benchmark: Benchmark) -> Read:
 
 
 def _from_folder(benchmark: Benchmark, data_dir: Path) -> Read:
-    """Reads splits from parquet files in memory, so that an edited file is read again."""
+    """Returns a function that reads a split from parquet files, in memory and without a cache."""
     folder = data_dir / benchmark.configuration
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise ValueError(f"{folder} holds no parquet files; --data-dir wants {_layout(benchmark)}")
 
     def read(split: str) -> datasets.Dataset | None:
-        # Over the years the hub has had train-00000-of-00001, super_glue-train and train/0000.
+        # The hub has used train-00000-of-00001, super_glue-train and train/0000 over the years.
         pattern = re.compile(rf"(^|[/-]){re.escape(split)}([/.-]|$)")
         chosen = [path for path in files if pattern.search(str(path.relative_to(folder)))]
         if not chosen:
@@ -178,7 +179,7 @@ def _from_folder(benchmark: Benchmark, data_dir: Path) -> Read:
 
 
 def _layout(benchmark: Benchmark) -> str:
-    """What a folder must look like, in words."""
+    """Returns a description of the required folder."""
     names = ", ".join(f"{name}-*.parquet" for name in ("train", *benchmark.validation))
     return (
         f"a folder laid out as https://huggingface.co/datasets/{benchmark.repository}: "
@@ -187,7 +188,7 @@ def _layout(benchmark: Benchmark) -> str:
 
 
 def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets.Dataset:
-    """The columns that are used, their types checked; a number to predict is called `score`."""
+    """Returns the used columns with checked types; a numeric target is renamed to `score`."""
     wanted = dict.fromkeys([*benchmark.columns, benchmark.wanted])
     for name in wanted:
         if name not in rows.column_names:
@@ -227,7 +228,7 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
 
 
 def _check_present(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> None:
-    """ValueError if a value is null; a label or an answer that is belongs to a hidden split."""
+    """Raises ValueError for a null input; a null label or answer marks a hidden split."""
     for name in benchmark.columns:
         column = rows.data.column(name)
         if column.null_count:
@@ -236,7 +237,7 @@ def _check_present(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> 
 
 
 def _is_hidden(benchmark: Benchmark, rows: datasets.Dataset) -> bool:
-    """Whether what is to be predicted is kept by the benchmark's makers, as for most tests."""
+    """Returns True if the targets of a split are not published, as for most test splits."""
     if benchmark.kind in ("classification", "regression"):
         (values,) = benchmark.targets(rows).values()
         return all(value is None or value == -1 for value in values)
@@ -250,10 +251,10 @@ def _label_names(benchmark: Benchmark, rows: datasets.Dataset) -> tuple[str, ...
 def _check_labels(
     benchmark: Benchmark, split: str, rows: datasets.Dataset, names: Sequence[str]
 ) -> None:
-    """ValueError if a split has other labels than the first, or some of its labels are missing."""
+    """Raises ValueError if a split has other labels than the first, or if some are missing."""
     if benchmark.kind == "regression":
         for row, score in enumerate(rows["score"][:], 1):
-            if score is None or not math.isfinite(score) or score == -1:  # as the hidden ones are
+            if score is None or not math.isfinite(score) or score == -1:  # as in hidden splits
                 raise ValueError(f"{benchmark.name}, {split}, row {row}: the score is missing")
     if benchmark.kind != "classification":
         return

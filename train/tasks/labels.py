@@ -1,4 +1,4 @@
-"""Labels of files: which there are, which look like missing ones, and what integers stand for."""
+"""Labels of files: their names, missing values among them, and the meaning of integers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Of labels in a line, and of characters of a label.
+# Maximum numbers of labels in a line, and of characters of a label.
 _MOST_SHOWN, _LONGEST_SHOWN = 50, 60
-# No more digits than an int64 has: Python refuses to read thousands of them.
+# At most as many digits as an int64 has: Python refuses to read thousands of them.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
-# What may be a label, and is more often written for none.
+# Texts that may be labels, but more often stand for a missing one.
 _OFTEN_NONE = {
     *("na", "n/a", "#n/a", "<na>", "nan", "nat", "nil", "none", "null", "undefined", "unknown"),
     *("missing", "unlabeled", "unlabelled", "?", "."),
@@ -22,15 +22,15 @@ _DASHES = {"-", "--", "---", "\u2013", "\u2014", "_"}
 
 
 def is_integer(label: str) -> bool:
-    """Checks that `label` is how Python writes an integer of 18 digits at most, unlike "007"."""
+    """Returns True if Python writes an integer of at most 18 digits like `label`; not "007"."""
     return _INTEGER.fullmatch(label) is not None
 
 
 def key(label: str) -> str:
-    """Returns a label without case, invisible marks and what Unicode writes in several ways.
+    """Returns a label without case, invisible characters and variants of Unicode.
 
-    White space is one space, at the ends none. Whole numbers are the same however they are written:
-    "1", "1.0" and "01". Nothing is left of what is no label.
+    White space becomes one space, and is removed at the ends. Whole numbers are equal however they
+    are written: "1", "1.0" and "01". The key is empty if the text is no label.
     """
     plain = unicodedata.normalize("NFKC", label).casefold()
     plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
@@ -39,25 +39,25 @@ def key(label: str) -> str:
 
 
 def shown(label: str) -> str:
-    """Returns a label for a message: in quotation marks where its ends would not be seen."""
+    """Returns a label for a message, in quotation marks if its ends would not be visible."""
     plain = label.isprintable() and label == label.strip() and "," not in label
     text = label if plain else repr(label)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def listed(labels: Sequence[str]) -> str:
-    """Returns labels with commas between them, the first 50."""
+    """Returns the first 50 labels, joined by commas."""
     more = f" and {len(labels) - _MOST_SHOWN:,} more" if len(labels) > _MOST_SHOWN else ""
     return ", ".join(map(shown, labels[:_MOST_SHOWN])) + more
 
 
 def told(names: Sequence[str], counts: Sequence[Sequence[int]], of: str) -> str:
-    """Returns which labels there are: `labels (custom, rows of train): no (3), yes (5)`.
+    """Returns a line about the labels: `labels (custom, rows of train): no (3), yes (5)`.
 
     Args:
-      names: of the labels, in their order.
-      counts: of each split, how many rows have each label; there may be no split.
-      of: what the counts are of.
+      names: the names of the labels, in their order.
+      counts: for each split, the number of rows with each label; there may be no split.
+      of: what the counts are of, in words.
     """
     columns = zip(*counts, strict=True) if counts else [()] * len(names)
     each = [
@@ -69,10 +69,14 @@ def told(names: Sequence[str], counts: Sequence[Sequence[int]], of: str) -> str:
 
 
 def check_names(names: Sequence[str], what: str) -> None:
-    """Checks names of labels that the user states.
+    """Checks label names that the user states.
+
+    Args:
+      names: the names.
+      what: the flag or field that states them, for errors.
 
     Raises:
-      ValueError: if one is empty or stands there twice; `what` is what they are called.
+      ValueError: if a name is empty or appears twice.
     """
     for place, name in enumerate(names):
         if not key(name):
@@ -84,10 +88,10 @@ def check_names(names: Sequence[str], what: str) -> None:
 
 
 def check_stated(order: Sequence[str], names: Sequence[str]) -> None:
-    """Checks what the user states of integers, against the labels of an adapter, if there are any.
+    """Checks the stated order of integer labels against the labels of an adapter, if there are any.
 
     Raises:
-      ValueError: as `check_names`, or if one is none of the labels, where these have names.
+      ValueError: as `check_names`, or if a name is none of the labels, where these have names.
     """
     check_names(order, "--label-names")
     other = [name for name in order if name not in names]
@@ -99,18 +103,18 @@ def check_stated(order: Sequence[str], names: Sequence[str]) -> None:
 
 
 def check_found(path: Path, found: Mapping[str, int]) -> list[str]:
-    """Checks labels that nobody has stated, as a training file has them.
+    """Checks the labels of a training file that the user has not stated.
 
     Args:
-      path: of the file, for errors.
-      found: label -> on how many rows.
+      path: the file, for errors.
+      found: label -> number of rows.
 
     Returns:
-      Lines to tell the user: labels that are often written for none.
+      Lines for the user about labels that often stand for missing ones.
 
     Raises:
-      ValueError: if two labels differ in case, white space or form alone, or one looks like what
-        data sets write for a missing label: a negative number beside 0, 1, …, n - 1, or a dash.
+      ValueError: if two labels differ only in case, white space or form, or one looks like a
+        missing value: a negative number beside 0, 1, …, n - 1, or a dash.
     """
     rows = {label: f"{shown(label)} ({number:,})" for label, number in found.items()}
     alike = collections.defaultdict(list)
@@ -139,9 +143,13 @@ def check_found(path: Path, found: Mapping[str, int]) -> list[str]:
 
 
 def _like_missing(labels: Mapping[str, str]) -> str | None:
-    """The label, of those by their keys, that data sets write where there is none; or None.
+    """Returns the label that data sets write for a missing one; None if there is none.
 
-    A dash is a label where there is a plus, and a negative number beside other than 0, 1, 2, ….
+    A dash is a label if there is a plus, and a negative number is a label beside numbers other than
+    0, 1, 2, ….
+
+    Args:
+      labels: key of a label -> label.
     """
     if not any(plus in labels for plus in ("+", "++", "+++")):
         for dash in _DASHES & labels.keys():
@@ -150,7 +158,7 @@ def _like_missing(labels: Mapping[str, str]) -> str | None:
     negative, rest = [n for n in numbers if n < 0], [n for n in numbers if n >= 0]
     if len(negative) != 1 or rest != list(range(len(rest))):
         return None
-    # All others are the classes' numbers, or all are names.
+    # Either all other labels are the numbers of classes, or all are names.
     if len(rest) not in (len(labels) - 1, 0):
         return None
     return labels[str(negative[0])]
@@ -159,17 +167,17 @@ def _like_missing(labels: Mapping[str, str]) -> str | None:
 def indices(
     path: Path, labels: Sequence[str], names: tuple[str, ...], order: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Returns the place of each label among the names, and lines on how integers were read.
+    """Returns the position of each label among the names, and lines on how integers were read.
 
     Args:
-      path: of the file, for errors.
-      labels: of the rows.
-      names: of all labels, in their order.
-      order: what the integers from 0 on stand for; empty where nobody has stated it.
+      path: the file, for errors.
+      labels: the labels of the rows.
+      names: the names of all labels, in their order.
+      order: the names that the integers from 0 on stand for; empty if no order is stated.
 
     Raises:
-      ValueError: names the row of a label that is none of the names; or of an integer where these
-        have none and no order is stated.
+      ValueError: for a label that is none of the names, or an integer in place of a name if no
+        order is stated; the message names the row.
     """
     index = {name: i for i, name in enumerate(names)}
     numbers = dict(enumerate(order))

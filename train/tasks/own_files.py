@@ -23,13 +23,13 @@ SENTIMENT_LABELS = ("negative", "positive")
 
 @dataclass(frozen=True)
 class Read:
-    """What files hold.
+    """Content of files.
 
     Attributes:
-      kind: of the task.
-      label_names: one for each class; empty unless it is classification.
+      kind: the kind of the task.
+      label_names: one name for each class; empty unless the kind is classification.
       splits: split -> rows.
-      notes: what the user should know of how they were read, a line each.
+      notes: lines about the reading of the files, for the user.
     """
 
     kind: Kind
@@ -51,16 +51,16 @@ def load(
     Args:
       files: split -> file.
       wanted: the splits to return.
-      target: the column to predict; None takes the first of label, score and target there is.
-      names: of labels; where there are none, those of the training file.
-      order: what integer labels from 0 on stand for, where that is stated.
-      max_characters: limit on the length of one sentence.
+      target: the column to predict; None takes the first of label, score and target that exists.
+      names: the names of the labels; if empty, those of the training file.
+      order: the names that integer labels from 0 on stand for, if they are stated.
+      max_characters: the maximum length of a sentence.
 
     Raises:
       FileNotFoundError, ValueError: as `train.tasks.load_task`.
     """
     target = target or _target_column(next(iter(files.values())), max_characters)
-    # The training file is read even when only evaluating, if the label names have to come from it.
+    # The training file is read even for an evaluation if the label names must come from it.
     needed = [s for s in files if s in wanted or (s == "train" and target == "label" and not names)]
     columns = {split: _read_split(files[split], target, max_characters) for split in needed}
     _check_same_columns(files, columns)
@@ -124,7 +124,7 @@ def _check_two_classes(path: Path, found: Sequence[str]) -> None:
 
 
 def _class_names(path: Path) -> Sequence[str]:
-    """The names of integer labels, where the file is built in or was written by `datasets`."""
+    """Returns the names of integer labels if the file is built in or was written by `datasets`."""
     if SENTIMENT in path.parents:
         return SENTIMENT_LABELS
     if path.suffix.lower() != ".parquet":
@@ -134,7 +134,7 @@ def _class_names(path: Path) -> Sequence[str]:
 
 
 def _label(path: Path, row: int, value: Any, class_names: Sequence[str]) -> str:
-    """A label as text: integers in decimal, or by name where `class_names` has one."""
+    """Returns a label as text: an integer in decimal, or by name if `class_names` has one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas stores integers as floats where some are missing
     if (
@@ -157,7 +157,7 @@ def _label(path: Path, row: int, value: Any, class_names: Sequence[str]) -> str:
 def _names_of_training(
     files: Mapping[str, Path], columns: Mapping[str, dict[str, list[Any]]]
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
-    """The labels' names, their order where the file states one, and what to say of them."""
+    """Returns the label names, their order if the file states one, and lines for the user."""
     if "train" not in files:
         raise ValueError(
             "without a training file the label names are unknown; give train_file or label_names"
@@ -181,7 +181,7 @@ def _score(path: Path, row: int, value: Any) -> float:
 
 
 def _dataset(columns: dict[str, list[Any]], names: tuple[str, ...]) -> datasets.Dataset:
-    """In memory: nothing is cached on disk, so an edited file is never mistaken for an old one."""
+    """Returns a dataset in memory: without a cache on disk, an edited file is always read again."""
     features: dict[str, Any] = {name: datasets.Value("string") for name in columns}
     if "label" in columns:
         features["label"] = datasets.ClassLabel(names=list(names))

@@ -11,27 +11,27 @@ from train.tasks.benchmark import Benchmark, Columns, Rows, keyed
 
 
 class Squad(Benchmark):
-    """Questions whose answers are parts of a context; T5 writes them.
+    """Questions whose answers are parts of a context; T5 writes the answers.
 
     A question may have no answer, as in SQuAD v2: no text, an empty one or null. An encoder then
-    learns to say so, and T5 to write nothing.
+    learns to predict that there is none, and T5 to write nothing.
     """
 
     @property
     def wanted(self) -> str:
-        """`text` and `answer_start` of every answer that is right."""
+        """Column with `text` and `answer_start` of every right answer."""
         return "answers"
 
     @property
     def prefix(self) -> str:
-        """None: the paper's input begins with the question."""
+        """Empty: the paper's input begins with the question."""
         return ""
 
     def answers(self, rows: Rows) -> list[list[str]]:
-        """Returns the texts of the answers to each question, none where there is none.
+        """Returns the texts of the answers to each question; empty if there is none.
 
         Raises:
-          ValueError: names the row whose `answers` are no texts.
+          ValueError: if the `answers` of a row are no texts; the message names the row.
         """
         found = []
         for row, answer in enumerate(rows["answers"][:], 1):
@@ -46,7 +46,7 @@ class Squad(Benchmark):
         return found
 
     def check(self, rows: Rows) -> None:
-        """Checks that every answer has a place, and is there."""
+        """Checks that every answer has a position, and that `answers` are valid."""
         for row, (texts, answer) in enumerate(
             zip(self.answers(rows), rows["answers"][:], strict=True), 1
         ):
@@ -58,11 +58,11 @@ class Squad(Benchmark):
                 )
 
     def unanswered(self, rows: Rows) -> int:
-        """Returns how many questions have no answer."""
+        """Returns the number of questions without an answer."""
         return sum(not texts for texts in self.answers(rows))
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """The first answer is the target, an empty text where there is none."""
+        """Returns inputs with the first answer as the target, an empty text if there is none."""
         parts = zip(rows["question"][:], rows["context"][:], strict=True)
         texts = [keyed({"question": question, "context": context}) for question, context in parts]
         if "answers" not in columns_of(rows):
@@ -70,5 +70,5 @@ class Squad(Benchmark):
         return {"text": texts, "target": [next(iter(found), "") for found in self.answers(rows)]}
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
-        """`exact_match` and `f1`, as the official script has them."""
+        """Returns `exact_match` and `f1`, as the official script computes them."""
         return metrics.answer_metrics(predictions, self.answers(rows))

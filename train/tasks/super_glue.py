@@ -1,4 +1,4 @@
-"""The tasks of SuperGLUE."""
+"""Tasks of SuperGLUE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class MultiRC(Benchmark):
     """Answers to questions on a paragraph, each true or false by itself."""
 
     def for_encoder(self, rows: Rows) -> Columns:
-        """Pairs of the paragraph and the question with an answer."""
+        """Returns pairs of the paragraph and the question with an answer."""
         pairs = zip(rows["question"][:], rows["answer"][:], strict=True)
         return {
             "sentence": [_without_tags(text) for text in rows["paragraph"][:]],
@@ -24,7 +24,7 @@ class MultiRC(Benchmark):
         }
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """The paragraph comes last, so that it is what is cut."""
+        """Returns texts that end with the paragraph, which is therefore what is truncated."""
         parts = zip(rows["question"][:], rows["answer"][:], rows["paragraph"][:], strict=True)
         texts = [
             keyed({"question": question, "answer": answer, "paragraph": _without_tags(paragraph)})
@@ -33,11 +33,11 @@ class MultiRC(Benchmark):
         return {"text": texts, **self.targets(rows)}
 
     def questions(self, rows: Rows) -> list[Hashable]:
-        """The question and its paragraph."""
+        """Returns the question of each row with its paragraph."""
         return list(zip(rows["paragraph"][:], rows["question"][:], strict=True))
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
-        """`exact_match`: the part of the questions all of whose answers are judged right.
+        """Returns `exact_match`: the fraction of questions with all answers judged correctly.
 
         The official F1a, over all answers, is `f1`.
         """
@@ -46,10 +46,10 @@ class MultiRC(Benchmark):
 
 
 class WordInContext(Benchmark):
-    """WiC: whether a word means the same in two sentences."""
+    """WiC: pairs of sentences, and a word that has the same meaning in both or not."""
 
     def for_encoder(self, rows: Rows) -> Columns:
-        """Pairs of sentences, the word before the first."""
+        """Returns pairs of sentences, with the word before the first."""
         pairs = zip(rows["word"][:], rows["sentence1"][:], strict=True)
         return {
             "sentence": [f"{word}: {sentence}" for word, sentence in pairs],
@@ -58,24 +58,24 @@ class WordInContext(Benchmark):
         }
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """With the empty `pos:` of the paper's example."""
+        """Returns texts with the empty `pos:` of the paper's example."""
         columns = super().for_decoder(rows)
         return {**columns, "text": [f"pos: {text}" for text in columns["text"]]}
 
 
 class Winograd(Benchmark):
-    """WSC: whether a pronoun stands for a noun, both marked in the text.
+    """WSC: texts with a marked pronoun, and a marked noun that it refers to or not.
 
-    T5's own models were trained to write the noun instead; here as in the Compacter paper's code
-    both are marked for an encoder-decoder, too.
+    T5's own models were trained to write the noun. Here, as in the Compacter paper's code, both
+    words are also marked for an encoder-decoder.
     """
 
     def for_encoder(self, rows: Rows) -> Columns:
-        """The marked text alone."""
+        """Returns the marked text as a single sentence."""
         return {"sentence": self._marked(rows), **self.targets(rows)}
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """The marked text."""
+        """Returns the marked text."""
         return {"text": [keyed({"text": text}) for text in self._marked(rows)]} | self.targets(rows)
 
     def _marked(self, rows: Rows) -> list[str]:
@@ -91,14 +91,14 @@ class Winograd(Benchmark):
 
 
 class Copa(Choice):
-    """Which of two sentences is the cause or the effect of a premise; a label for T5."""
+    """Choice of the sentence that is the cause or the effect of a premise; a label for T5."""
 
     def candidates(self, rows: Rows) -> list[list[str]]:
-        """The two sentences."""
+        """Returns the two sentences of each row."""
         return [list(two) for two in zip(rows["choice1"][:], rows["choice2"][:], strict=True)]
 
     def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
-        """The premise with the question in words, and a sentence."""
+        """Returns the premise, with the question in words, and a sentence."""
         words = {"cause": "What was the cause?", "effect": "What was the effect?"}
         premises = zip(rows["premise"][:], rows["question"][:], strict=True)
         asked = [f"{premise} {words.get(question, question)}" for premise, question in premises]
@@ -106,18 +106,18 @@ class Copa(Choice):
         return [[(first, second) for second in choices] for first, choices in rows_of]
 
     def right(self, rows: Rows) -> list[list[bool]] | None:
-        """By the label."""
+        """Returns whether each candidate is right, by the label."""
         if "label" not in columns_of(rows):
             return None
         return [[label == 0, label == 1] for label in rows["label"][:]]
 
 
 class Record(Choice):
-    """ReCoRD: which of a passage's entities a query leaves out; T5 writes its name."""
+    """ReCoRD: choice of the entity of a passage that a query leaves out; T5 writes its name."""
 
     @property
     def wanted(self) -> str:
-        """The names that are right; an entity may have several."""
+        """Column with the right names; an entity may have several."""
         return "answers"
 
     def check(self, rows: Rows) -> None:
@@ -130,11 +130,11 @@ class Record(Choice):
                 )
 
     def unanswered(self, rows: Rows) -> int:
-        """Returns how many rows have no name that is right."""
+        """Returns the number of rows without a right name."""
         return sum(not names for names in rows["answers"][:])
 
     def candidates(self, rows: Rows) -> list[list[str]]:
-        """The names of entities, each once."""
+        """Returns the names of the entities of each row, each once."""
         found = [list(dict.fromkeys(names)) for names in rows["entities"][:]]
         for row, names in enumerate(found, 1):
             if not names or not all(isinstance(name, str) for name in names):
@@ -142,8 +142,8 @@ class Record(Choice):
         return found
 
     def pairs(self, rows: Rows) -> list[list[tuple[str, str]]]:
-        """The passage, and the query with a name filled in."""
-        # One string for all candidates of a passage: there are a million of them.
+        """Returns the passage, and the query with a name filled in."""
+        # All candidates of a passage share one string: there are a million candidates.
         passages = map(_without_highlights, rows["passage"][:])
         parts = zip(passages, rows["query"][:], self.candidates(rows), strict=True)
         return [
@@ -152,14 +152,14 @@ class Record(Choice):
         ]
 
     def right(self, rows: Rows) -> list[list[bool]] | None:
-        """By the answers."""
+        """Returns whether each candidate is right, by the answers."""
         if "answers" not in columns_of(rows):
             return None
         both = zip(self.candidates(rows), rows["answers"][:], strict=True)
         return [[name in answers for name in names] for names, answers in both]
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """An example for each answer; `row` is whose it is."""
+        """Returns an example for each answer; `row` is the row of the example."""
         passages = map(_without_highlights, rows["passage"][:])
         parts = zip(rows["query"][:], self.candidates(rows), passages, strict=True)
         texts = [
@@ -180,12 +180,12 @@ class Record(Choice):
         }
 
     def scores(self, predictions: Sequence[Any], rows: Rows) -> dict[str, float]:
-        """`exact_match` and `f1`, as the official script has them."""
+        """Returns `exact_match` and `f1`, as the official script computes them."""
         return metrics.answer_metrics(predictions, rows["answers"][:])
 
 
 def super_glue(made: type[Benchmark], name: str, *columns: str, **fields: Any) -> Benchmark:
-    """Makes a task of SuperGLUE, whose columns are text unless `fields` say otherwise."""
+    """Builds a task of SuperGLUE, whose columns are text unless `fields` says otherwise."""
     fields = {"configuration": name, "columns": dict.fromkeys(columns, str), **fields}
     return made(name=name, repository="aps/super_glue", **fields)
 
@@ -194,24 +194,24 @@ ANSWER_METRICS = ("exact_match", "f1")
 
 
 def _without_tags(paragraph: str) -> str:
-    """MultiRC's paragraphs without the HTML around the numbers of their sentences."""
+    """Returns a paragraph of MultiRC without the HTML around its sentence numbers."""
     return re.sub(r"</?b>", "", paragraph.replace("<br>", " "))
 
 
 def _without_highlights(passage: str) -> str:
-    """ReCoRD's passages with their summary's points as sentences."""
+    """Returns a passage of ReCoRD with the points of its summary as sentences."""
     return re.sub(r"(?<=[.?!\"'])\n@highlight\n", " ", passage).replace("\n@highlight\n", ". ")
 
 
 def _marked(text: str, marks: Mapping[str, tuple[int, str]]) -> str:
-    """`text` with a sign on both sides of each span.
+    """Returns `text` with a sign on both sides of each span.
 
     Args:
-      text: any.
-      marks: sign -> number of the span's first word, and the span.
+      text: the text.
+      marks: sign -> index of the span's first word, and the span.
 
     Raises:
-      ValueError: if `text` has not as many words.
+      ValueError: if `text` has fewer words.
     """
     words = list(re.finditer(r"\S+", text))
     starts, ends = [word.start() for word in words], [word.end() for word in words]
@@ -221,7 +221,9 @@ def _marked(text: str, marks: Mapping[str, tuple[int, str]]) -> str:
             raise ValueError(f"there is no word {index} in the {len(starts)} words of {text!r:.80}")
         start = starts[index]
         end = start + len(span)
-        if text[start:end].lower() != span.lower():  # some spans leave out a mark or an apostrophe
+        if (
+            text[start:end].lower() != span.lower()
+        ):  # some spans omit a punctuation mark or an apostrophe
             end = ends[min(index + len(span.split()), len(ends)) - 1]
         spans.append((start, end, sign))
     for start, end, sign in sorted(spans, reverse=True):

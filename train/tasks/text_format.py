@@ -1,4 +1,4 @@
-"""Tasks cast as text, after the T5 paper: what the encoder reads, what the decoder is to say."""
+"""Text format of tasks, after the T5 paper: encoder inputs and decoder targets."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
-# Texts -> these as a tokenizer writes them.
+# Texts -> the same texts as a tokenizer writes them.
 Write: TypeAlias = Callable[["Sequence[str] | np.ndarray"], list[str]]
 
 
 class Said(str):
-    """A text that a decoder wrote, which knows what its tokenizer makes of other texts.
+    """A text that a decoder wrote, which knows how its tokenizer writes other texts.
 
-    A tokenizer does not write every text back as it was: T5's has no `<`, and makes of `½` a `12`.
-    Whoever compares a `Said` with a text compares it with what `write` makes of that.
+    A tokenizer does not reproduce every text: T5's has no `<`, and writes `½` as `12`. To compare a
+    `Said` with a text, compare it with the result of `write` for that text.
 
     Attributes:
-      write: texts -> what the tokenizer writes for them, as `written` does.
+      write: texts -> the texts as the tokenizer writes them, as `written` does.
     """
 
     write: Write
@@ -51,34 +51,33 @@ class Said(str):
 def as_said(predictions: Iterable[str], texts: Sequence[str] | np.ndarray) -> list[str]:
     """Returns `texts` as the tokenizer of the predictions writes them.
 
-    Predictions that no decoder wrote, such as parts of a context, leave them as they are.
+    The texts are unchanged if no decoder wrote the predictions, such as parts of a context.
     """
     write: Write = next((text.write for text in predictions if isinstance(text, Said)), list)
     return write(texts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Casting:
-    """How the rows of a task become text, and how text becomes predictions again.
+class TextFormat:
+    """Text format of a task, in both directions; for labels, a verbalizer.
 
     `movie sentence: a fine film` -> `positive`, for pairs `mrpc sentence1: … sentence2: …`; of the
-    kind "text" `summarize: …` -> the column `target`. A column `text` stands behind the prefix as
-    it is.
+    kind "text" `summarize: …` -> the column `target`. A column `text` follows the prefix unchanged.
 
     Attributes:
-      kind: of the task.
-      prefix: what the input begins with, by default the task's name.
+      kind: the kind of the task.
+      prefix: the beginning of the input, by default the task's name.
       label_names: the label words; empty unless `kind` is "classification".
-      score_step: scores are rounded to the nearest multiple of it.
-      score_mean: of the training split; stands for text that is no number.
-      max_target_length: longest target in tokens, the end-of-sequence token included.
-      max_new_tokens: how many tokens may be generated.
-      evaluate_by: how labels are predicted, by the likelihood of each one's text or by generation.
-      num_beams: of generation.
+      score_step: the step to whose nearest multiple scores are rounded.
+      score_mean: the mean score of the training split, in place of text that is no number.
+      max_target_length: the maximum target length in tokens, the end-of-sequence token included.
+      max_new_tokens: the maximum number of generated tokens.
+      evaluate_by: how labels are predicted: by the likelihoods of their texts, or by generation.
+      num_beams: the number of beams of generation.
 
     References:
-      Raffel et al., Exploring the Limits of Transfer Learning, JMLR 2020, arXiv:1910.10683,
-      section 2.4 and appendix D.
+      Raffel et al., Exploring the Limits of Transfer Learning, JMLR 2020, arXiv:1910.10683, section
+      2.4 and appendix D.
     """
 
     kind: Kind
@@ -93,11 +92,11 @@ class Casting:
 
     @property
     def generates(self) -> bool:
-        """Whether a split is evaluated by generating text."""
+        """True if a split is evaluated by generating text."""
         return self.kind != "classification" or self.evaluate_by == "generation"
 
     def inputs(self, rows: Dataset | Mapping[str, Sequence[Any]]) -> list[str]:
-        """What the encoder reads: the prefix, and `text`, or `sentence` and maybe `sentence2`."""
+        """Returns the encoder's texts: the prefix, and `text` or `sentence` and `sentence2`."""
         head = f"{self.prefix} " if self.prefix else ""
         if "text" in columns_of(rows):
             return [f"{head}{text}" for text in rows["text"][:]]
@@ -110,7 +109,7 @@ class Casting:
         return [f"{head}sentence: {a}" for a in first]
 
     def targets(self, rows: Dataset | Mapping[str, Sequence[Any]]) -> list[str] | None:
-        """What the decoder is to say; None if `rows` does not have the task's column."""
+        """Returns the decoder's target texts; None if `rows` lacks the task's column."""
         column = {"classification": "label", "regression": "score"}.get(self.kind, "target")
         if column not in columns_of(rows):
             return None
@@ -122,12 +121,13 @@ class Casting:
         return list(values)
 
     def read(self, texts: Sequence[str]) -> np.ndarray:
-        """Predictions from generated text.
+        """Converts generated text to predictions.
 
         Returns:
-          `[texts]` int64 labels, -1 where the text is no label's name; or float64 scores, NaN where
-          it is no number; or the texts as objects. Labels' names are compared as the tokenizer of
-          the texts writes them. White space counts as one space, at the ends as none.
+          `[texts]` int64 labels, -1 where the text is the name of no label; or float64 scores, NaN
+          where it is no number; or the texts as objects. The names of labels are compared as the
+          tokenizer of the texts writes them. Any white space counts as one space, and is ignored at
+          the ends.
         """
         if self.kind == "classification":
             names = as_said(texts, self.label_names)
@@ -142,48 +142,52 @@ class Casting:
         return np.array(plain, object)
 
 
-def to_json(casting: Casting) -> dict[str, Any]:
-    """The fields of a casting but for `kind` and `label_names`, which every adapter has."""
-    return {k: v for k, v in asdict(casting).items() if k not in ("kind", "label_names")}
+def to_json(fmt: TextFormat) -> dict[str, Any]:
+    """Returns the fields of a text format except `kind` and `label_names`.
+
+    Every adapter has these two anyway.
+    """
+    return {k: v for k, v in asdict(fmt).items() if k not in ("kind", "label_names")}
 
 
-def from_json(values: Mapping[str, Any], kind: Kind, label_names: Sequence[str]) -> Casting:
-    """Inverse of `to_json`."""
-    return Casting(kind=kind, label_names=tuple(label_names), **values)
+def from_json(values: Mapping[str, Any], kind: Kind, label_names: Sequence[str]) -> TextFormat:
+    """Returns the text format; inverse of `to_json`."""
+    return TextFormat(kind=kind, label_names=tuple(label_names), **values)
 
 
 def format_score(score: float, step: float) -> str:
-    """The multiple of `step` nearest to `score`, in decimal: 2.57 and 0.2 give "2.6".
+    """Returns the multiple of `step` nearest to `score`, in decimal: 2.57 and 0.2 give "2.6".
 
-    Both are taken as the decimal numbers they are written as, so that 0.3 lies exactly between 0.2
-    and 0.4; of two multiples as near, the even one is taken. All multiples of a step have as many
-    decimals as it has.
+    Both are read as the decimal numbers they are written as, so that 0.3 lies exactly between 0.2
+    and 0.4. Of two equally near multiples, the even one is taken. All multiples of a step have as
+    many decimals as the step.
 
     Args:
-      score: a finite number; one that is exact in float32 stands for that float32's decimal.
-      step: above 0.
+      score: a finite number; a score that float32 represents exactly is read as the decimal of that
+        float32.
+      step: a number above 0.
     """
     with np.errstate(over="ignore"):
         short = np.float32(score)
     written = Decimal(str(short) if float(short) == score else repr(float(score)))
     unit = Decimal(repr(float(step))).normalize()
-    # Adding 0 makes of Decimal's negative zero a plain one.
+    # Adding 0 turns Decimal's negative zero into a plain zero.
     return f"{(written / unit).to_integral_value() * unit + 0:f}"
 
 
 def parse_score(text: str) -> float:
-    """The decimal number that `text` is; NaN if it is none."""
+    """Returns `text` as a number; NaN if it is no decimal number."""
     return float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
 
 
 def label_tokens(
     names: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_target_length: int
 ) -> list[np.ndarray]:
-    """Token ids of each label word, end-of-sequence token included, as the decoder must say them.
+    """Returns the token ids of each label word, end-of-sequence token included, as decoder targets.
 
     Raises:
-      ValueError: if a label is longer than `max_target_length`, or two of them cannot be told
-        apart: they differ in white space alone, their tokens are the same, or the tokens of one
+      ValueError: if a label is longer than `max_target_length`, or two labels cannot be
+        distinguished: they differ only in white space, have the same tokens, or the tokens of one
         begin those of the other.
     """
     encoded = tokenize_texts(names, tokenizer, max_target_length, what="label")
@@ -208,10 +212,10 @@ def label_tokens(
 
 
 def check_written(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that labels differ, and are not empty, once the tokenizer has written them.
+    """Checks that labels are distinct and not empty after the tokenizer has written them.
 
     Raises:
-      ValueError: names two labels that do not, or one of which nothing is left.
+      ValueError: if not; the message names two labels that become equal, or one that becomes empty.
     """
     found: dict[str, str] = {}
     for name, text in zip(names, map(_plain, written(names, tokenizer)), strict=True):
@@ -229,10 +233,10 @@ def check_written(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def check_scores(targets: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that scores cast as text are still these scores once the tokenizer has written them.
+    """Checks that scores written as text are unchanged after the tokenizer has written them.
 
     Raises:
-      ValueError: names one that is not.
+      ValueError: if one is changed; the message names it.
     """
     different = sorted(set(targets))
     for score, text in zip(different, written(different, tokenizer), strict=True):
@@ -244,10 +248,10 @@ def check_scores(targets: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def written(texts: Sequence[str] | np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns `decode(tokenize(text))` for each text: what a decoder says that says its tokens.
+    """Returns `decode(tokenize(text))` for each text, as a decoder would write it.
 
-    Characters without a token are left out, others may be written differently, and nothing is said
-    after an end-of-sequence token.
+    Characters without a token are left out, others may be written differently, and text after an
+    end-of-sequence token is dropped.
     """
     if not len(texts):
         return []
@@ -260,7 +264,8 @@ def written(texts: Sequence[str] | np.ndarray, tokenizer: PreTrainedTokenizerBas
 def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Said]:
     """Returns generated token ids `[rows, length]`, start token first, as text.
 
-    Special tokens are no text, nor are negative ids, which `generate` writes where logits are NaN.
+    Special tokens are skipped, and so are negative ids, which `generate` writes where logits are
+    NaN.
     """
     write = functools.partial(written, tokenizer=tokenizer)
     said = _decoded([row[row >= 0] for row in ids[:, 1:]], tokenizer)
@@ -272,5 +277,5 @@ def _decoded(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """`text` with single spaces for white space, none at the ends."""
+    """Returns `text` with single spaces for white space, and none at the ends."""
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""The translation tasks of WMT."""
+"""Translation tasks of WMT."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Translation(Benchmark):
     """Sentences to translate, in rows `translation: {"en": …, "ro": …}`; needs a decoder.
 
     Attributes:
-      source: code of the language to translate from.
-      to: code of the language to translate into.
+      source: the code of the source language.
+      to: the code of the target language.
     """
 
     source: str
@@ -44,16 +44,16 @@ class Translation(Benchmark):
 
     @property
     def wanted(self) -> str:
-        """One column holds both languages."""
+        """Column with both languages."""
         return "translation"
 
     @property
     def prefix(self) -> str:
-        """In words, as in the T5 paper."""
+        """Instruction in words, as in the T5 paper."""
         return f"translate {LANGUAGES[self.source]} to {LANGUAGES[self.to]}"
 
     def usable(self, rows: Rows) -> list[bool]:
-        """Some sentences of WMT's training sets are aligned with nothing."""
+        """Returns, for each row, whether both sides have text, which some rows of WMT lack."""
         usable = []
         for row, pair in enumerate(rows["translation"][:], 1):
             if missing := [code for code in (self.source, self.to) if code not in pair]:
@@ -63,17 +63,17 @@ class Translation(Benchmark):
             usable.append(all((pair[code] or "").strip() for code in (self.source, self.to)))
         return usable
 
-    def notices(self) -> list[str]:
-        """Returns by which words BLEU is, where they are not those of others' BLEU."""
+    def user_messages(self) -> list[str]:
+        """Returns a line if BLEU counts other words than common implementations."""
         _, told = metrics.bleu_tokenizer(self.to)
         return [told] if told else []
 
     def named(self, rows: Rows) -> Rows:
-        """Also of sentences without their translation."""
+        """Returns `rows`; a column `sentence` may lack translations."""
         return rows if "sentence" in columns_of(rows) else super().named(rows)
 
     def for_decoder(self, rows: Rows) -> Columns:
-        """A column `sentence`, which follows the prefix and a colon."""
+        """Returns a column `sentence`, which follows the prefix and a colon."""
         if "sentence" in columns_of(rows):
             columns = {"sentence": rows["sentence"][:]}
             if "target" in columns_of(rows):

@@ -103,7 +103,7 @@ FITTED = {"epochs": 4, "max-length": 20}
 def run(tiny_backbone, files, tmp_path_factory):
     """The folder of a finished run, on the four devices of the tests, and what it said."""
     output, said = tmp_path_factory.mktemp("runs") / "run", (io.StringIO(), io.StringIO())
-    compilation_cache.announce.cache_clear()  # as in a new process
+    compilation_cache.announce_compilation.cache_clear()  # as in a new process
     with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
         assert main(["fit", *fit_flags(tiny_backbone, files, output, **FITTED)]) == 0
     return output, *(stream.getvalue() for stream in said)
@@ -742,7 +742,7 @@ def test_compiling_is_announced_once_a_command(run, files, tmp_path, capsys):
         "predict": [f"--input={files['test']}", f"--output={tmp_path / 'out.csv'}"],
     }
     for name, flags in commands.items():
-        compilation_cache.announce.cache_clear()  # as in a new process
+        compilation_cache.announce_compilation.cache_clear()  # as in a new process
         assert main([name, f"--adapter={fitted}", *flags]) == 0
         check_announced(capsys.readouterr().out)
 

@@ -154,8 +154,8 @@ def test_label_scores_are_the_likelihoods_of_the_labels_alone(fitted):
     """One call of the decoder for labels of different lengths is one call for each."""
     loaded = inference_adapter.load(AdapterOptions(adapter=fitted / "adapter"))
     names = ("good", "not very good", "0")
-    casting = dataclasses.replace(loaded.objective.casting, label_names=names)
-    objective = dataclasses.replace(loaded.objective, casting=casting)
+    fmt = dataclasses.replace(loaded.objective.format, label_names=names)
+    objective = dataclasses.replace(loaded.objective, format=fmt)
     backbone = cj.load_backbone(loaded.settings["backbone"])
     _, params = cj.load_adapter(fitted / "adapter", backbone)
     rows = {"sentence": ["a fine film", "dull", "we loved it"]}
@@ -328,7 +328,7 @@ def test_a_corpus_is_corrupted_anew_in_every_epoch_and_validated_with_one_noise(
     assert (splits["train"].of_epoch(0).input_ids != first).mean() > 0.1
     np.testing.assert_array_equal(splits["validation"].input_ids, validation.input_ids)
     assert validation.target_texts.max_length == 7  # three tokens, their sentinels, the end
-    assert train.notices("train") == [
+    assert train.user_messages("train") == [
         "train: 600 tokens in 32 segments",
         "19 of 600 tokens of the train segments (3.2 %), in 19 of them, are unknown to the "
         "tokenizer",

@@ -117,10 +117,10 @@ def test_headings_defaults_and_switches():
     assert headings[-1] == "for prefix-tuning and mam"
     assert "--batch-size INT          examples per update, over all devices. (default: 32)" in text
     assert (
-        "--seed INT                of initial values, order of the data and dropout. (default: 0)"
-        in text
+        "--seed INT                seed of the initial values, the data order and dropout. "
+        "(default: 0)" in text
     )
-    assert "  --resume                  go on" in text
+    assert "  --resume                  continue an interrupted run" in text
     assert "--[no-]tie-word-embeddings" in page("create-backbone")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.compute.compilation_cache import keep
+from train.compute.compilation_cache import enable
 
 pytest.importorskip("filelock")
 ROOT = Path(__file__).parents[3]
@@ -20,7 +20,7 @@ def environment(tmp_path):
 
 @pytest.mark.contract
 def test_the_folder_is_the_users_own(environment, tmp_path):
-    folder = keep(environment)
+    folder = enable(environment)
     assert environment.pop("XDG_CACHE_HOME") == str(tmp_path / "cache")
     assert environment == {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
@@ -29,7 +29,7 @@ def test_the_folder_is_the_users_own(environment, tmp_path):
     }
     assert folder.parent == tmp_path / "cache" / "compacter_jax"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert keep({"HOME": "/", "XDG_CACHE_HOME": str(tmp_path / "cache")}) == folder
+    assert enable({"HOME": "/", "XDG_CACHE_HOME": str(tmp_path / "cache")}) == folder
 
 
 @pytest.mark.parametrize(
@@ -44,37 +44,37 @@ def test_the_folder_is_the_users_own(environment, tmp_path):
 def test_the_users_own_choice_comes_first(environment, tmp_path, name, value):
     environment[name] = value
     before = dict(environment)
-    assert keep(environment) is None
+    assert enable(environment) is None
     assert environment == before
     assert not (tmp_path / "cache").exists()
 
 
 def test_the_users_size_is_kept(environment):
     environment["JAX_COMPILATION_CACHE_MAX_SIZE"] = "5"
-    assert keep(environment)
+    assert enable(environment)
     assert environment["JAX_COMPILATION_CACHE_MAX_SIZE"] == "5"
 
 
 def test_a_folder_that_cannot_be_used_is_left_alone(environment, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file")
-    assert keep(environment) is None
+    assert enable(environment) is None
     assert "JAX_COMPILATION_CACHE_DIR" not in environment
     assert "what is compiled is not kept for the next run" in caplog.text
 
 
 def test_a_folder_that_others_can_write_to_is_left_alone(environment, caplog):
-    keep(environment).chmod(0o777)
+    enable(environment).chmod(0o777)
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    assert keep(environment) is None
+    assert enable(environment) is None
     assert "writable for nobody else" in caplog.text
 
 
 def test_what_was_left_half_written_is_removed(environment):
-    folder = keep(environment)
+    folder = enable(environment)
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (folder / name).write_text("")
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    keep(environment)
+    enable(environment)
     assert {path.name for path in folder.iterdir()} - {".lockfile"} == {
         "whole-cache",
         "whole-atime",
@@ -84,7 +84,7 @@ def test_what_was_left_half_written_is_removed(environment):
 PROGRAM = """
 import os
 from train.compute import compilation_cache
-compilation_cache.keep(os.environ)
+compilation_cache.enable(os.environ)
 import jax, numpy as np
 def run(x):
     for i in range(40):

@@ -394,10 +394,10 @@ def test_targets_are_padded_to_buckets_of_their_own():
 
 def test_notices_of_what_was_cut():
     encoded = make_pairs([3, 5], [2, 4])
-    assert encoded.notices("train") == []
+    assert encoded.user_messages("train") == []
     cut = dataclasses.replace(encoded.target_texts, num_truncated=2)
     encoded = dataclasses.replace(encoded, num_truncated=1, target_texts=cut)
-    assert encoded.notices("test") == [
+    assert encoded.user_messages("test") == [
         "1 of 2 test examples are cut to max_length=128 tokens",
         "2 of 2 test targets are cut to max_target_length=64 tokens",
     ]

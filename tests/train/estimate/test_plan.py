@@ -100,7 +100,7 @@ def test_frozen_weights_in_fewer_bits_and_over_a_mesh(tiny_t5):
     assert whole / 4 < frozen(mesh="data=2,model=2") < whole / 3  # norms and biases are on each
     divided = plan.plan_of(options(tiny_t5, mesh="data=2,model=2"))
     halved = plan.plan_of(options(tiny_t5, devices=2))
-    assert divided.shape.rows == halved.shape.rows == 50
+    assert divided.workload.rows == halved.workload.rows == 50
     assert divided.cost.flops == halved.cost.flops // 2
 
 

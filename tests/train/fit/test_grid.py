@@ -181,7 +181,7 @@ def test_a_t5_with_frozen_rules_of_its_own_and_two_learning_rates(tiny_t5, files
 def test_a_terminated_grid_goes_on_to_the_same_end(
     trained, tiny_backbone, files, tmp_path, monkeypatch
 ):
-    step, calls = grid.Joint.step, []
+    step, calls = grid.StackedRuns.step, []
 
     def terminated_at_the_tenth(joint, batches):
         calls.append(batches)
@@ -191,7 +191,7 @@ def test_a_terminated_grid_goes_on_to_the_same_end(
 
     flags = grid_flags(tiny_backbone, files, tmp_path / "run", **GRID)
     with monkeypatch.context() as patch:
-        patch.setattr(grid.Joint, "step", terminated_at_the_tenth)
+        patch.setattr(grid.StackedRuns, "step", terminated_at_the_tenth)
         assert main(["fit", *flags]) == 0  # terminated, as asked
     assert len(calls) == 10
     assert not (tmp_path / "run" / "metrics.json").exists()

@@ -130,7 +130,7 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
     assert set(order) == {0, 1}
     (learner,) = work.learners
     params, frozen = cj.partition(learner.params, learner.labels)
-    heads = {lane.name: lane.params["classifier"] for lane in work.lanes}
+    heads = {task_run.name: task_run.params["classifier"] for task_run in work.task_runs}
     assert [heads[name]["kernel"].shape[1] for name in ("rte", "cb")] == [2, 3]
     assert cj.count(learner.params, learner.labels).groups["head"] == (5 * 25, 5 * 25)
     warmup = optax.linear_schedule(0.0, 1e-2, round(0.1 * 16))
@@ -138,19 +138,23 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
     schedule = optax.join_schedules([warmup, decay], [round(0.1 * 16)])
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
     state = tx.init(params)
-    streams = [rows_of(lane, 8) for lane in work.lanes]
+    streams = [rows_of(task_run, 8) for task_run in work.task_runs]
 
-    def loss(params, batch, lane):
+    def loss(params, batch, task_run):
         whole = cj.merge(params, frozen)
-        own = {**whole, "classifier": whole["classifier"][lane.name]}
+        own = {**whole, "classifier": whole["classifier"][task_run.name]}
         names = ("input_ids", "attention_mask", "token_type_ids")
-        logits = lane.model.apply({"params": own}, *(batch[name] for name in names))
+        logits = task_run.model.apply({"params": own}, *(batch[name] for name in names))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return jnp.sum(losses * batch["weights"]) / batch["weights"].sum()
 
-    slopes = [jax.jit(jax.grad(functools.partial(loss, lane=lane))) for lane in work.lanes]
-    for lane in order:
-        updates, state = tx.update(slopes[lane](params, dict(next(streams[lane]))), state, params)
+    slopes = [
+        jax.jit(jax.grad(functools.partial(loss, task_run=task_run))) for task_run in work.task_runs
+    ]
+    for task_run in order:
+        updates, state = tx.update(
+            slopes[task_run](params, dict(next(streams[task_run]))), state, params
+        )
         params = optax.apply_updates(params, updates)
     # Adam divides by the root of squares that may be tiny.
     assert_close(shared, params, 2e-5)
@@ -158,10 +162,12 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
         assert_close(shared, cj.partition(learner.params, learner.labels)[0], 1e-3)
 
 
-def rows_of(lane, size):
+def rows_of(task_run, size):
     """A task's batches, epoch after epoch."""
     for epoch in itertools.count():
-        yield from batching.batches(lane.encoded["train"], size, shuffle=True, seed=0, epoch=epoch)
+        yield from batching.batches(
+            task_run.encoded["train"], size, shuffle=True, seed=0, epoch=epoch
+        )
 
 
 @pytest.mark.slow

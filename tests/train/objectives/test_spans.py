@@ -11,7 +11,7 @@ from scipy import special
 
 from train.data import tokens as data_tokens
 from train.objectives import spans
-from train.objectives.span_extraction import SpanExtractor
+from train.objectives.span_extraction import ExtractiveQA
 
 CONTEXT = "the film was Very good, we loved it.  the plot was not very dull, it was fine and great"
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_windows(tokenizer):
 
 def test_the_loss_of_positions_that_are_not_there_is_nan():
     logits = jnp.arange(12.0).reshape(2, 3, 2)
-    loss = SpanExtractor(None, None, 16, None).loss
+    loss = ExtractiveQA(None, None, 16, None).loss
     whole = loss(logits, jnp.array([[0, 2], [1, 1]]))
     start, end = np.moveaxis(np.asarray(logits), 2, 0)
     expected = [

@@ -19,33 +19,36 @@ def tokenizer(tiny_t5):
     )
 
 
-def casting(kind="classification", **fields):
+def text_format_of(kind="classification", **fields):
     fields = {"prefix": "movie", "label_names": ("negative", "positive"), **fields}
-    return text_format.Casting(kind=kind, **fields)
+    return text_format.TextFormat(kind=kind, **fields)
 
 
 def test_classification_as_in_the_papers_appendix():
     rows = datasets.Dataset.from_dict({"sentence": ["a film", "dull"], "label": [1, 0]})
-    assert casting().inputs(rows) == ["movie sentence: a film", "movie sentence: dull"]
-    assert casting().targets(rows) == ["positive", "negative"]
+    assert text_format_of().inputs(rows) == ["movie sentence: a film", "movie sentence: dull"]
+    assert text_format_of().targets(rows) == ["positive", "negative"]
     pairs = {"sentence": ["a"], "sentence2": ["b c"]}
-    assert casting(prefix="mrpc").inputs(pairs) == ["mrpc sentence1: a sentence2: b c"]
-    assert casting(prefix="mrpc").targets(pairs) is None
-    assert casting(prefix="").inputs(rows)[0] == "sentence: a film"
+    assert text_format_of(prefix="mrpc").inputs(pairs) == ["mrpc sentence1: a sentence2: b c"]
+    assert text_format_of(prefix="mrpc").targets(pairs) is None
+    assert text_format_of(prefix="").inputs(rows)[0] == "sentence: a film"
 
 
 def test_own_targets_are_taken_as_they_are():
     rows = {"sentence": ["a film"], "target": [" der Film"]}
-    cast = casting("text", prefix="translate English to German", label_names=())
+    cast = text_format_of("text", prefix="translate English to German", label_names=())
     assert cast.inputs(rows) == ["translate English to German: a film"]
     assert cast.targets(rows) == [" der Film"]
-    assert casting("text", prefix="").inputs(rows) == ["a film"]
+    assert text_format_of("text", prefix="").inputs(rows) == ["a film"]
 
 
 def test_scores_are_cast_as_multiples():
     rows = {"sentence": ["a", "b"], "score": [2.57, -0.04]}
-    assert casting("regression", label_names=()).targets(rows) == ["2.6", "0.0"]
-    assert casting("regression", label_names=(), score_step=0.5).targets(rows) == ["2.5", "0.0"]
+    assert text_format_of("regression", label_names=()).targets(rows) == ["2.6", "0.0"]
+    assert text_format_of("regression", label_names=(), score_step=0.5).targets(rows) == [
+        "2.5",
+        "0.0",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,22 +108,22 @@ def test_text_that_is_no_score(written):
 
 
 def test_reading_predictions():
-    assert casting().read(["positive", " negative\n", "Positive", "", "pos"]).tolist() == [
+    assert text_format_of().read(["positive", " negative\n", "Positive", "", "pos"]).tolist() == [
         1,
         0,
         -1,
         -1,
         -1,
     ]
-    assert casting(label_names=("not good", "good")).read(["not  good"]).tolist() == [0]
-    scores = casting("regression").read([" 2.6", "good"])
+    assert text_format_of(label_names=("not good", "good")).read(["not  good"]).tolist() == [0]
+    scores = text_format_of("regression").read([" 2.6", "good"])
     assert scores[0] == 2.6
     assert np.isnan(scores[1])
-    assert casting("text").read([" a  b "]).tolist() == ["a b"]
+    assert text_format_of("text").read([" a  b "]).tolist() == ["a b"]
 
 
-def test_json_has_the_casting_but_for_kind_and_labels():
-    cast = casting(score_step=0.25, num_beams=3, evaluate_by="generation")
+def test_json_has_the_format_but_for_kind_and_labels():
+    cast = text_format_of(score_step=0.25, num_beams=3, evaluate_by="generation")
     values = text_format.to_json(cast)
     assert "kind" not in values
     assert text_format.from_json(values, "classification", ["negative", "positive"]) == cast

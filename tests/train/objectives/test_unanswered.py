@@ -13,7 +13,7 @@ import pytest
 
 from train.data import tokens
 from train.objectives import spans
-from train.objectives.span_extraction import SpanExtractor
+from train.objectives.span_extraction import ExtractiveQA
 from train.tasks import load_task, metrics
 from train.tasks.benchmarks import BENCHMARKS, find
 
@@ -162,11 +162,11 @@ def test_no_answer_is_found_where_all_windows_say_so(tokenizer):
 
 
 def test_an_adapter_knows_whether_there_may_be_none(tokenizer):
-    made = SpanExtractor(None, tokenizer, 16, BENCHMARKS["squad"])
+    made = ExtractiveQA(None, tokenizer, 16, BENCHMARKS["squad"])
     assert made.settings == {"benchmark": {"name": "squad"}}
-    made = SpanExtractor(None, tokenizer, 16, BENCHMARKS["squad"], may_be_none=True)
+    made = ExtractiveQA(None, tokenizer, 16, BENCHMARKS["squad"], may_be_none=True)
     assert made.settings == {"benchmark": {"name": "squad", "may_be_none": True}}
-    assert BENCHMARKS["squad"].notices() == []
+    assert BENCHMARKS["squad"].user_messages() == []
 
 
 def test_an_empty_target_is_the_end_alone(tiny_t5):
@@ -206,7 +206,7 @@ def changed(folder, name, change, *, split="train", row=2):
 def test_squad_with_some_rows_without_an_answer_is_loaded_and_told(tmp_path):
     folder = changed(tmp_path, "squad", lambda row: {**row, "answers": NONE})
     task = load_task("squad", data_dir=folder)
-    assert task.notices() == ["questions without an answer (train, validation): 1, 0"]
+    assert task.user_messages() == ["questions without an answer (train, validation): 1, 0"]
     assert task.benchmark.unanswered(task.splits["train"]) == 1
 
 

@@ -15,7 +15,7 @@ from train.data import batching
 from train.fit.options import FitOptions
 from train.inference import adapter
 from train.objectives import prompt_init
-from train.objectives.span_extraction import SpanExtractor
+from train.objectives.span_extraction import ExtractiveQA
 from train.objectives.text_to_text import TextToText
 from train.tasks import benchmarks, text_format
 
@@ -68,14 +68,14 @@ def prepared(backbone, folder, name, **changes):
 def right_outputs(made, encoded):
     """Outputs of a model that knows everything: from the examples themselves."""
     targets = encoded.targets
-    if isinstance(made, SpanExtractor):
+    if isinstance(made, ExtractiveQA):
         logits = np.zeros((len(encoded), made.max_length, 2), np.float32)
         # A window without the answer is not sure of anything.
         sure = np.where(targets[:, 0] > 0, 9.0, 0.1)
         for end in (0, 1):
             logits[np.arange(len(encoded)), targets[:, end], end] = sure
         return logits
-    if isinstance(made, TextToText) and made.casting.generates:
+    if isinstance(made, TextToText) and made.format.generates:
         texts = np.split(encoded.target_texts.ids, encoded.target_texts.offsets[1:-1])
         ids = np.zeros((len(encoded), 1 + max(map(len, texts))), np.int32)
         for row, tokens in zip(ids, texts, strict=True):
@@ -268,8 +268,8 @@ def test_inputs_of_labelled_benchmarks(name, rows, pair, text):
 
 
 def inputs_of(benchmark, rows):
-    casting = text_format.Casting(kind="text", prefix=benchmark.prefix)
-    return casting.inputs(benchmark.for_decoder(rows))
+    fmt = text_format.TextFormat(kind="text", prefix=benchmark.prefix)
+    return fmt.inputs(benchmark.for_decoder(rows))
 
 
 def test_inputs_of_copa():

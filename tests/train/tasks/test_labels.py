@@ -107,16 +107,16 @@ def test_every_label_is_told_with_its_rows_in_the_order_of_the_outputs(tmp_path)
     train = file_of(tmp_path / "t.csv", ["b", "a", "b", "10"])
     validation = file_of(tmp_path / "v.csv", ["a", "a"])
     task = tasks.load_task("mine", train_file=train, validation_file=validation)
-    assert task.notices() == [
+    assert task.user_messages() == [
         "labels (mine, rows of train, validation): 10 (1, 0), a (1, 2), b (2, 0)"
     ]
     task = tasks.load_task(train_file=train, stated_names=["b", "10", "a"])
-    assert task.notices() == ["labels (custom, rows of train): b (2), 10 (1), a (1)"]
-    (line,) = tasks.load_task("movie", splits=["test"]).notices()
+    assert task.user_messages() == ["labels (custom, rows of train): b (2), 10 (1), a (1)"]
+    (line,) = tasks.load_task("movie", splits=["test"]).user_messages()
     assert line == "labels (movie, rows of test): negative (566), positive (511)"
     scores = tmp_path / "s.csv"
     scores.write_text("sentence,score\na,1\n")
-    assert tasks.load_task(train_file=scores).notices() == []
+    assert tasks.load_task(train_file=scores).user_messages() == []
 
 
 def test_a_line_of_many_long_labels_is_short():
@@ -140,7 +140,7 @@ def test_integers_are_read_in_a_stated_order_alone(tmp_path, suffix):
     task = tasks.load_task(test_file=path, label_names=NAMES, stated_names=HUB)
     assert task.label_names == NAMES
     assert task.splits["test"]["label"][:] == [1, 2, 0, 1]
-    note, line = task.notices()
+    note, line = task.user_messages()
     assert note == (f"labels 0, 1, 2 of {path} are read as entailment, neutral, contradiction")
     assert line == "labels (custom, rows of test): contradiction (1), entailment (2), neutral (1)"
 
@@ -221,7 +221,7 @@ def test_labels_of_thousands_of_digits_are_text(tmp_path):
     values = ["1" * 5000, "-" + "2" * 5000, "7"]
     path = file_of(tmp_path / "t.csv", values)
     assert tasks.load_task(train_file=path).label_names == tuple(sorted(values))
-    assert len(tasks.load_task(train_file=path).notices()[0]) < 400
+    assert len(tasks.load_task(train_file=path).user_messages()[0]) < 400
     assert "is not one of" in refused(test_file=path, label_names=["a", "b"])
 
 
@@ -306,7 +306,7 @@ def test_unknown_tokens_are_counted_and_told_of_from_one_percent_on(tokenizers):
             f"{len(unknown)} of {len(words)} tokens of the train inputs {part}, in {rows} of them, "
             "are unknown to the tokenizer"
         )
-        assert encoded.notices("train") == ([line] if told else [])
+        assert encoded.user_messages("train") == ([line] if told else [])
 
 
 def test_unknown_tokens_of_inputs_and_of_targets_are_told_apart(tokenizers):
@@ -318,7 +318,7 @@ def test_unknown_tokens_of_inputs_and_of_targets_are_told_apart(tokenizers):
     encoded = tokens.Encoded(
         inputs.ids, None, inputs.offsets, None, 8, 0, 0, targets, unknown=inputs.unknown
     )
-    assert [line.partition(" (")[0] for line in encoded.notices("test")] == [
+    assert [line.partition(" (")[0] for line in encoded.user_messages("test")] == [
         "1 of 3 tokens of the test inputs",
         "1 of 4 tokens of the test targets",
     ]

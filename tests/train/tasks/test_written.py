@@ -65,11 +65,11 @@ def test_the_right_tokens_are_right_by_every_metric(way, texts):
     tokenizer = tokenizer_of(way)
     spoken = said(tokenizer, texts)
     assert list(spoken) != texts  # the raw text would be wrong
-    casting = text_format.Casting(kind="classification", prefix="", label_names=tuple(texts))
-    assert casting.read(spoken).tolist() == [0, 1]
-    wrong = casting.read(spoken[::-1])
+    fmt = text_format.TextFormat(kind="classification", prefix="", label_names=tuple(texts))
+    assert fmt.read(spoken).tolist() == [0, 1]
+    wrong = fmt.read(spoken[::-1])
     assert metrics.label_metrics(wrong, np.arange(2), 2)["accuracy"] == 0
-    read = text_format.Casting(kind="text", prefix="").read(spoken)
+    read = text_format.TextFormat(kind="text", prefix="").read(spoken)
     targets = np.array(texts, object)
     assert metrics.text_metrics(read, targets) == {"exact_match": 1}
     assert metrics.text_metrics(read[::-1], targets) == {"exact_match": 0}
@@ -119,18 +119,18 @@ def test_labels_that_become_alike_are_refused(way, names, message):
 
 
 def test_labels_with_unknown_characters_are_told_of():
-    casting = text_format.Casting(
+    fmt = text_format.TextFormat(
         kind="classification", prefix="", label_names=("<50k", "more", "{}x")
     )
-    made = TextToText(None, tokenizer_of("T5"), None, casting, 16)
-    (notice,) = made.notices()
+    made = TextToText(None, tokenizer_of("T5"), None, fmt, 16)
+    (notice,) = made.user_messages()
     assert notice == (
         "2 of 3 labels have characters that the tokenizer has no token for: '<50k' (written "
         "'50k'), '{}x' (written 'x')"
     )
     for names in (("more", "less"), ()):
-        changed = dataclasses.replace(casting, label_names=names)
-        assert dataclasses.replace(made, casting=changed).notices() == []
+        changed = dataclasses.replace(fmt, label_names=names)
+        assert dataclasses.replace(made, format=changed).user_messages() == []
 
 
 def test_scores_that_the_tokenizer_cannot_write_are_refused():
@@ -145,7 +145,7 @@ def test_unknown_tokens_of_a_corpus_are_told_of():
     ids = np.array(tokenizer("good <film", add_special_tokens=False)["input_ids"], np.int32)
     segments = data_corpus.Segments(ids, np.array([0, 5, len(ids)]))
     corpus = Corpus(types.SimpleNamespace(tokenizer=tokenizer), segments, 0)
-    assert corpus.notices("train") == [
+    assert corpus.user_messages("train") == [
         "train: 11 tokens in 2 segments",
         "1 of 11 tokens of the train segments (9.1 %), in 1 of them, are unknown to the tokenizer",
     ]
