@@ -26,13 +26,12 @@ from train.compare.workers import side_by_side
 from train.errors import FailedRunsError, InterruptedRunError
 from train.fingerprints import files_read
 from train.fit.options import FitOptions
-from train.fit.run_folder import (
+from train.fit.run_folder import check_apart, clear
+from train.fit.run_record import (
     FLAGS_NAME,
     FORMAT_VERSION,
     OUTPUT_NAME,
     RUN_NAME,
-    check_apart,
-    clear,
     entries,
     possibly_written,
 )

@@ -26,9 +26,10 @@ from train.data import batching, tokens
 from train.errors import FailedRunsError, NonFiniteLossError, StoppedRunError
 from train.fit import learners, run, stopping, timing
 from train.fit import trainer as fit_trainer
+from train.fit.grid_folder import check_grid_folder, open_grid
 from train.fit.job import Job, prepare
 from train.fit.options import FitOptions
-from train.fit.run_folder import RunFolder, check_grid_folder, open_grid
+from train.fit.run_folder import RunFolder
 from train.folders import alone
 
 _AXIS = "runs"

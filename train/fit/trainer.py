@@ -7,7 +7,6 @@ import dataclasses
 import math
 import sys
 import time
-import typing
 from collections.abc import Generator, Iterator
 from typing import Any, TypeAlias
 
@@ -17,8 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 import compacter_jax as cj
-from compacter_jax.files import check_fields
-from compacter_jax.messages import listing
 from train import report
 from train.compute import compilation_cache, distributed, flops, step
 from train.compute import outputs as compute_outputs
@@ -31,72 +28,11 @@ from train.fit.job import Job, TaskRun
 from train.fit.learners import Training, trainings_of
 from train.fit.options import FitOptions
 from train.fit.profiler import Profiler
-from train.fit.run_folder import read_record
+from train.fit.progress import PendingStep, Progress, thinned
+from train.fit.run_record import read_record
 
 # (Task index and batch of an update) -> the metrics of the update.
 Steps: TypeAlias = Generator[tuple[int, batching.Batch], step.StepMetrics | None, None]
-
-
-@dataclasses.dataclass
-class Progress:
-    """Position of a run; with the states of the learners it is all that resuming needs.
-
-    Attributes:
-      epoch: the index of the current epoch.
-      batch: the index of its next batch.
-      losses: task -> losses of the steps since the last evaluation.
-      examples: the number of examples in these steps.
-      seconds: the time spent on these steps.
-      step_seconds: the seconds of the most recent single steps.
-      best: learner -> its best evaluation score; empty before the first evaluation.
-      best_epoch: learner -> the epoch of that evaluation.
-      history: task -> a record of every evaluation.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    examples: int = 0
-    seconds: float = 0.0
-    step_seconds: list[float] = dataclasses.field(default_factory=list)
-    best: dict[str, float] = dataclasses.field(default_factory=dict)
-    best_epoch: dict[str, int] = dataclasses.field(default_factory=dict)
-    history: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Progress:
-        """Reads the progress from a checkpoint; missing fields take their defaults.
-
-        Raises:
-          ValueError: if a field is unknown or has another type.
-        """
-        hints = typing.get_type_hints(cls)
-        if unknown := sorted(values.keys() - hints.keys()):
-            raise ValueError(
-                f"its progress has {listing(unknown)}, which this version of the package does not "
-                "know"
-            )
-        check_fields("its progress", values, hints)
-        return cls(**values)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A step that may still be computing.
-
-    Attributes:
-      metrics: the metrics of the step.
-      task_index: the index of its task.
-      batch: the part of the batch on this host.
-      number: the number of the step, starting at 1.
-      learning_rate: the learning rate of the step.
-    """
-
-    metrics: step.StepMetrics
-    task_index: int
-    batch: batching.Batch
-    number: int
-    learning_rate: float
 
 
 class Trainer:
@@ -200,7 +136,7 @@ class Trainer:
         streams = [
             self._stream(index, first + progress.batch) for index in range(len(self.job.task_runs))
         ]
-        pending: _Pending | None = None
+        pending: PendingStep | None = None
         self._clock.start()
         with self._bar() as bar:
             while progress.batch < steps:
@@ -251,7 +187,7 @@ class Trainer:
 
     def _dispatch(
         self, index: int, batch: batching.Batch
-    ) -> Generator[tuple[int, batching.Batch], step.StepMetrics | None, _Pending]:
+    ) -> Generator[tuple[int, batching.Batch], step.StepMetrics | None, PendingStep]:
         """Hands a step to the devices through the generator's caller; returns the pending step."""
         training, _ = self.of_task(index)
         number = self._step_number() + 1
@@ -260,7 +196,7 @@ class Trainer:
         self._clock.dispatched(batch, index)
         learning_rate = float(training.schedule(training.steps))
         training.steps += 1
-        return _Pending(metrics, index, batch, number, learning_rate)
+        return PendingStep(metrics, index, batch, number, learning_rate)
 
     def of_task(self, index: int) -> tuple[Training, Compute]:
         """Returns the learner of a task, and the functions compiled for the task."""
@@ -297,7 +233,7 @@ class Trainer:
         number = self.progress.epoch * self.job.steps_per_epoch + self.progress.batch
         return min(number, self.job.total_steps)
 
-    def _note(self, pending: _Pending | None, bar: Any) -> None:
+    def _note(self, pending: PendingStep | None, bar: Any) -> None:
         """Records the metrics of the previous step.
 
         Raises:
@@ -376,7 +312,7 @@ class Trainer:
                 "validation_loss": validation_loss,
                 **values,
                 "examples_per_second": progress.examples / progress.seconds,
-                "step_losses": _thinned(losses),
+                "step_losses": thinned(losses),
             }
         )
         split = f"{task_run.name}_validation" if self.job.is_mixture else "validation"
@@ -502,9 +438,3 @@ def _meter(options: FitOptions, task_run: TaskRun) -> flops.Meter:
         peak=peak,
         devices=jax.local_device_count(),
     )
-
-
-def _thinned(losses: list[float], most: int = 50) -> list[float]:
-    """Returns means of consecutive losses, at most `most` of them, for a plot."""
-    parts = np.array_split(np.array(losses), min(most, len(losses))) if losses else []
-    return [float(part.mean()) for part in parts]

@@ -15,11 +15,12 @@ from train.__main__ import main
 from train.cli.method_flags import MethodOptions
 from train.compare import runs
 from train.compare.options import CompareOptions
+from train.fit import grid_folder, run_record
 from train.fit import run as fit_run
-from train.fit import run_folder
+from train.fit.grid_folder import check_grid_folder
 from train.fit.job import Job
 from train.fit.options import FitOptions
-from train.fit.run_folder import RunFolder, check_grid_folder, check_run_folder, open_run
+from train.fit.run_folder import RunFolder, check_run_folder, open_run
 from train.folders import alone, new_folder
 
 
@@ -72,7 +73,7 @@ def of_before(options):
     """A run of before runs had ids, with everything that such a run wrote."""
     folder = options.output_dir
     folder.mkdir()
-    settings = run_folder._run_settings(options)
+    settings = run_record.run_settings(options)
     (folder / "run.json").write_text(json.dumps(settings))
     ours = ["adapter/adapter.safetensors", "adapter/adapter_config.json", "checkpoints/8/state/x"]
     ours += ["tensorboard/events.out.tfevents.1", "metrics.json", "report.md", "log.csv"]
@@ -331,7 +332,7 @@ def test_folders_of_several_runs(tmp_path):
     put(tmp_path, "report.md")
     with pytest.raises(ValueError, match="is not empty and holds no runs of fit"):
         check_grid_folder(tmp_path, names)
-    run_folder.open_grid(tmp_path)
+    grid_folder.open_grid(tmp_path)
     check_grid_folder(tmp_path, names)
     (tmp_path / "grid.json").unlink()
     results = {"runs": {}, "summary": [], "failed": {}}

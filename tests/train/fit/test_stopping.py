@@ -20,7 +20,7 @@ from train.errors import EndedRunError, InterruptedRunError, PreemptedRunError, 
 from train.fit import logs, stopping
 from train.fit.checkpoints import Checkpoints
 from train.fit.logs import Log
-from train.fit.trainer import Progress
+from train.fit.progress import Progress
 
 STATE = {"one": {"w": np.array([[1.5, -2.0]]), "step": np.array(3)}}
 SIGNALS = [(signal.SIGTERM, PreemptedRunError, 0), (signal.SIGINT, InterruptedRunError, 130)]
