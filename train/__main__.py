@@ -295,7 +295,7 @@ def _prepare() -> None:
     from train.compute import compilation_cache  # noqa: PLC0415
 
     compilation_cache.enable(os.environ)
-    # Importing and tracing create many permanent objects: an eighth of a short run was spent on
+    # Importing and tracing create many permanent objects, and a short run spent seconds on
     # scanning them again and again.
     gc.set_threshold(100_000, 50, 100)
 
