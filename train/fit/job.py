@@ -201,7 +201,8 @@ def _check_fit(options: FitOptions) -> None:
     """Raises ValueError if the method does not fit the backbone; reads neither data nor weights."""
     config = read_config(options.backbone)
     # The result does not depend on the number of labels, which only the data says.
-    module = module_from_config(config, **head_arguments(options.backbone, 2))
+    head = head_arguments(options.backbone, 2, pooling=options.pooling)
+    module = module_from_config(config, **head)
     shapes.check_fit(module, options.method_config(), config, options.max_length)
 
 
@@ -259,7 +260,7 @@ def _loaded_task_run(
     load = functools.partial(
         cj.load_backbone,
         options.backbone,
-        **head_arguments(options.backbone, task.num_labels, task.kind),
+        **head_arguments(options.backbone, task.num_labels, task.kind, options.pooling),
         dropout_rate=options.backbone_dropout,
         dtype=jnp.dtype(options.dtype),
         remat=options.remat,
