@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import compacter_jax as cj
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.loading import module_from_config, read_config
+from compacter_jax.models.pooling import pooling_of_module
 from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import tasks
 from train.compute import distributed, mesh
@@ -293,6 +294,7 @@ def _loaded_task_run(
         backbone = dataclasses.replace(backbone, params=own)
     if known is None:
         _say_new(backbone, labels)
+        _say_pooling(backbone)
     return TaskRun(task, objective, encoded, backbone, model, params, labels)
 
 
@@ -321,6 +323,17 @@ def _say_new(backbone: cj.Backbone, labels: Any) -> None:
         paths = _new_paths(backbone, labels, label)
         if paths and distributed.is_first():
             print(f"{backbone.name} does not have {', '.join(paths)}: {words}")
+
+
+def _say_pooling(backbone: cj.Backbone) -> None:
+    """Prints what a classifier reads where that is not what transformers' reads."""
+    pooling = pooling_of_module(backbone.module)
+    told = {
+        "mean": "the mean of the tokens, without a pooler",
+        "cls": "the first token, without a pooler",
+    }
+    if pooling in told:
+        say_all([f"the classifier reads {told[pooling]} (--pooling {pooling})"])
 
 
 def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:

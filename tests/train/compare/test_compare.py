@@ -507,7 +507,7 @@ def test_the_table_of_sizes():
 
 def spread_records():
     """All presets at sizes and scores as close together as they come."""
-    trained = dict(zip(cj.presets(), np.geomspace(14_594, 22_713_986, 20).astype(int), strict=True))
+    trained = dict(zip(cj.presets(), np.geomspace(14_594, 22_713_986, 21).astype(int), strict=True))
     trained |= dict.fromkeys(["intrinsic", "intrinsic-said", "low-rank", "compacter"], 25_000)
     trained |= dict.fromkeys(["parallel", "scaled-parallel"], 888_962)
     generator = np.random.default_rng(0)
