@@ -166,7 +166,8 @@ class PHMBottleneckConfig(BottleneckConfig):
         Args:
           param: `param` method of the model; the names are `phm_rule…`, `phm_down_…` and
             `phm_up_…`.
-          width: width of the hidden states, required for shared blocks and for a shared rule of Glorot's size.
+          width: width of the hidden states, required for shared blocks and for a shared rule of
+            Glorot's size.
           sites: names of the sites where the method acts.
           dtype: dtype of the parameters.
 
