@@ -174,6 +174,12 @@ HOULSBY = Row(
     start=1e-2,
     count=lambda s: 2 * s.sublayers * bottleneck(s) + s.norms,
 )
+AFTER_FEED_FORWARD = Row(
+    fields=SMALL,
+    places=SERIAL["feed_forward"],
+    start=1e-5,
+    count=lambda s: compacter(s, s.sublayers) + s.norms,
+)
 BESIDE = Row(places=PARALLEL, start=ROUNDING, count=lambda s: s.sublayers * bottleneck(s))
 ROWS = {
     "full": Row(places=NOWHERE, start=ROUNDING, count=lambda s: s.everything - s.head),
@@ -214,12 +220,8 @@ ROWS = {
         start=1e-5,
         count=lambda s: compacter(s, 2 * s.sublayers) + s.norms,
     ),
-    "compacter++": Row(
-        fields=SMALL,
-        places=SERIAL["feed_forward"],
-        start=1e-5,
-        count=lambda s: compacter(s, s.sublayers) + s.norms,
-    ),
+    "compacter++": AFTER_FEED_FORWARD,
+    "compacter++-short": dataclasses.replace(AFTER_FEED_FORWARD, start=ROUNDING),
     "bitfit": Row(places=WITHOUT_BIASES, start=ROUNDING, count=lambda s: s.biases),
     "prompt-tuning-random": PROMPT,
     "prompt-tuning-vocabulary": dataclasses.replace(

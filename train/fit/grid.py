@@ -110,6 +110,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
         jobs = _prepared(runs)
         stop.check()
         run.check_room(list(jobs.values()))
+        run.say_slow_start(list(jobs.values()))
         first = next(iter(jobs.values()))
         count = cj.count(first.learners[0].params, first.learners[0].labels)
         print(report.parameter_table(count, first.method), flush=True)
