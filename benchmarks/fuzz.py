@@ -44,10 +44,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import compacter_jax as cj
 from benchmarks import mutations
 from compacter_jax import banks, messages
-from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.adapter_files import CONFIG_NAME
 from compacter_jax.exchange.peft import folder as peft_folder
-from compacter_jax.inject import adapted
-from compacter_jax.models.loading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, module_from_config
+from compacter_jax.inject import initial
+from compacter_jax.models.fitting import CONFIG_FILE
+from compacter_jax.models.loading import INDEX_FILE, SINGLE_FILE, module_from_config
 from train import tasks
 from train.cli import config_files
 from train.data import rows as data_rows
@@ -134,7 +135,7 @@ class Assets:
         """Saves an adapter in this package's format, and in those of libraries with the method."""
         model = cj.Adapted(self.backbone.module, method)
         shapes = jax.eval_shape(
-            lambda: adapted.init_adapters(model, self.backbone, jax.random.key(0))
+            lambda: initial.init_adapters(model, self.backbone, jax.random.key(0))
         )
         own = flatten_dict(self.backbone.params, sep="/")
         flat = flatten_dict(_numbers(shapes), sep="/")
@@ -184,7 +185,7 @@ def _numbers(shapes: Any) -> Any:
 @contextlib.contextmanager
 def remembered_shapes() -> Iterator[None]:
     """Caches the shapes of each method inside the block: reading an adapter is mostly tracing."""
-    original, known = adapted.init_adapters, {}
+    original, known = initial.init_adapters, {}
 
     def init_adapters(model: Any, backbone: Any, key: Any, *inputs: Any) -> Any:
         own = (model.method, repr(model.sites), backbone.module)
@@ -192,7 +193,7 @@ def remembered_shapes() -> Iterator[None]:
             known[own] = jax.eval_shape(lambda key: original(model, backbone, key, *inputs), key)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), known[own])
 
-    places = (adapted, peft_folder, banks)
+    places = (initial, peft_folder, banks)
     for place in places:
         place.init_adapters = init_adapters
     try:

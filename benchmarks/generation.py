@@ -24,7 +24,8 @@ from flax.traverse_util import flatten_dict
 from benchmarks.turns import alternate, seconds_of, spread
 from compacter_jax.catalogue import preset
 from compacter_jax.decode.generate import generate
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.models.loading import Backbone
 from compacter_jax.models.t5.config import PUBLISHED, T5Config
 from compacter_jax.models.t5.model import T5

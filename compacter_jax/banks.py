@@ -14,11 +14,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax import catalogue
-from compacter_jax.checkpoint import AdapterReader, read_saved
+from compacter_jax.adapter_files import read_saved
+from compacter_jax.checkpoint import AdapterReader
 from compacter_jax.compositions.bank import Bank, bank_of
 from compacter_jax.compositions.base import Member, members_of, own_path, replaces
 from compacter_jax.compositions.replacements import NO_LABEL
-from compacter_jax.inject.adapted import Adapted, HasParams, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import HasParams, init_adapters
 from compacter_jax.messages import listing, quote, shorten
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.pooling import pooling_of_module

@@ -1,8 +1,9 @@
 """The public names of `import compacter_jax as cj`."""
 
+from compacter_jax.adapter_files import read_adapter_config
 from compacter_jax.banks import get_member, set_member, stack_adapters, unstack
 from compacter_jax.catalogue import preset, presets
-from compacter_jax.checkpoint import load_adapter, read_adapter_config, save_adapter, save_backbone
+from compacter_jax.checkpoint import load_adapter, save_adapter, save_backbone
 from compacter_jax.compositions.average import Average, AverageMaps
 from compacter_jax.compositions.bank import Bank
 from compacter_jax.compositions.entropy import minimize_entropy
@@ -16,7 +17,8 @@ from compacter_jax.exchange.adapterhub import (
     read_adapterhub_head,
 )
 from compacter_jax.exchange.peft import export_peft, import_peft
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.inject.merging import merge_adapter
 from compacter_jax.methods.base import FullFineTuningConfig, MethodConfig
 from compacter_jax.methods.bitfit import BitFitConfig

@@ -13,9 +13,9 @@ import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 
-from compacter_jax.files import check_finite
 from compacter_jax.messages import listing, shorten
 from compacter_jax.paths import ADAPTER
+from compacter_jax.weights import check_finite
 
 _Shape = tuple[int, ...]
 

@@ -19,7 +19,8 @@ from compacter_jax.compositions.bank import Bank
 from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.replacements import NO_LABEL
 from compacter_jax.compositions.stack import Stack
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.params import count, label_params
 from tests.compositions.test_compose import METHODS, ROWS, assert_near, trained_alone

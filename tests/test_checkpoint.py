@@ -16,17 +16,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from compacter_jax import checkpoint
+from compacter_jax.adapter_files import CONFIG_NAME, read_adapter_config
 from compacter_jax.catalogue import preset
-from compacter_jax.checkpoint import (
-    CONFIG_NAME,
-    hash_params,
-    load_adapter,
-    read_adapter_config,
-    save_adapter,
-)
+from compacter_jax.checkpoint import hash_params, load_adapter, save_adapter
 from compacter_jax.inject.adapted import Adapted
 from compacter_jax.models.bert.config import HEADS, BertConfig
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.params import label_params
 from tests.helpers import (
     ONE_LAYER,
     SMALL,
@@ -54,7 +50,7 @@ def fine_tuned(backbone, method, seed=1):
     model = Adapted(backbone.module, method)
     params = flatten_dict(random_tree(adapted_shapes(model), seed), sep="/")
     own = flatten_dict(backbone.params, sep="/")
-    labels = flatten_dict(checkpoint.label_params(adapted_shapes(model), method), sep="/")
+    labels = flatten_dict(label_params(adapted_shapes(model), method), sep="/")
     kept = {path: own[path] for path in own if labels[path] == "freeze" and path[:6] != "classi"}
     return model, unflatten_dict({**params, **kept}, sep="/")
 

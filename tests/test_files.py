@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from compacter_jax import files, messages
+from compacter_jax import files, messages, weights
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def raw(dtype, data, shape):
 
 def both_readers(path):
     return (
-        lambda: files.read_tensors(path),
-        lambda: files.parse_tensors(path.read_bytes(), str(path)),
+        lambda: weights.read_tensors(path),
+        lambda: weights.parse_tensors(path.read_bytes(), str(path)),
     )
 
 
@@ -105,10 +105,10 @@ def test_tensors_come_back_as_they_were_written(tmp_path, dtype, shape):
     path = tmp_path / "x.safetensors"
     array = np.asarray(np.random.default_rng(0).standard_normal(shape), jnp.dtype(dtype))
     safetensors.numpy.save_file({"x": array, "y": np.zeros(1, np.int64)}, path)
-    np_array = files.read_tensors(path, skip=lambda name: name == "y")["x"]
+    np_array = weights.read_tensors(path, skip=lambda name: name == "y")["x"]
     assert np_array.dtype == array.dtype
     np.testing.assert_array_equal(np_array, array)
-    parsed = files.parse_tensors(safetensors.numpy.save({"x": array}), "bytes")["x"]
+    parsed = weights.parse_tensors(safetensors.numpy.save({"x": array}), "bytes")["x"]
     assert parsed.dtype == array.dtype
     np.testing.assert_array_equal(parsed, array)
 
@@ -154,12 +154,12 @@ def test_a_number_too_large_for_a_type_is_no_diverged_run():
         match=r"^w in x has 2 of 3 numbers too large for float16, which "
         r"holds 65504 at most; use a dtype of a wider range, or other weights$",
     ):
-        files.converted("x", "w", array, np.float16)
+        weights.converted("x", "w", array, np.float16)
     with pytest.raises(ValueError, match="w in x has 1 of 1 numbers too large for bfloat16"):
-        files.converted("x", "w", np.array([3.4e38], np.float32), ml_dtypes.bfloat16)
+        weights.converted("x", "w", np.array([3.4e38], np.float32), ml_dtypes.bfloat16)
     with pytest.raises(ValueError, match=r"w in x has 1 of 2 numbers that are NaN .* diverged"):
-        files.converted("x", "w", np.array([np.nan, 1e9], np.float32), np.float16)
-    kept = files.converted("x", "w", array, ml_dtypes.bfloat16)
+        weights.converted("x", "w", np.array([np.nan, 1e9], np.float32), np.float16)
+    kept = weights.converted("x", "w", array, ml_dtypes.bfloat16)
     assert kept.tolist() == [1.0, -70144.0, 79872.0]
 
 
@@ -180,7 +180,7 @@ def test_a_truncated_file_and_a_tensor_that_is_missing(tmp_path):
             read()
     path.write_bytes(raw("F32", bytes(16), [4]))
     with pytest.raises(ValueError, match="has no tensor y"):
-        files.read_tensors(path, ["x", "y"])
+        weights.read_tensors(path, ["x", "y"])
 
 
 def test_a_new_file_has_the_mode_of_other_new_files(tmp_path):

@@ -14,7 +14,16 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax import checkpoint, files, leftovers, limits, messages, patterns
+from compacter_jax import (
+    adapter_files,
+    checkpoint,
+    files,
+    leftovers,
+    limits,
+    messages,
+    patterns,
+    weights,
+)
 from compacter_jax.models.loading import module_from_config, module_from_name, read_config
 from tests.helpers import ONE_LAYER, adapted_shapes, backbone_of, random_tree, weights_of
 from train.cli.config_files import expand_config
@@ -105,7 +114,7 @@ def test_a_reader_beside_a_writer_gets_one_adapter_or_the_other(tmp_path, adapte
     model, both = adapters
     for i, params in enumerate(both):
         cj.save_adapter(tmp_path / str(i), model, params)
-    wanted = [checkpoint.read_saved(tmp_path / str(i)).tensors for i in range(2)]
+    wanted = [adapter_files.read_saved(tmp_path / str(i)).tensors for i in range(2)]
     cj.save_adapter(tmp_path / "own", model, both[0])
     finished = threading.Event()
 
@@ -118,7 +127,7 @@ def test_a_reader_beside_a_writer_gets_one_adapter_or_the_other(tmp_path, adapte
     writer.start()
     reads = 0
     while not finished.is_set() or reads < 10:
-        tensors = checkpoint.read_saved(tmp_path / "own").tensors
+        tensors = adapter_files.read_saved(tmp_path / "own").tensors
         same = [
             all(np.array_equal(leaf, each[path]) for path, leaf in tensors.items())
             for each in wanted
@@ -412,7 +421,7 @@ def test_memory_is_checked_without_taking_any():
 def test_members_are_no_more_than_tensors():
     members = cj.Stack(*[LORA] * 50)
     with pytest.raises(ValueError, match="has 50 members, but 3 tensors are stored"):
-        checkpoint.check_count(members, dict.fromkeys("abc"))
+        adapter_files.check_count(members, dict.fromkeys("abc"))
 
 
 # --- patterns -----------------------------------------------------------------------------------
@@ -472,7 +481,7 @@ def tokenizer_of(place):
 
 @pytest.mark.parametrize("name", ["a" * 10**5, "a/" * 2000 + "a", "a" * 300 + "/b", "a\0b"])
 def test_names_that_no_file_has_are_not_repeated(tmp_path, name):
-    for read in (files.read_json, files.read_tensors):
+    for read in (files.read_json, weights.read_tensors):
         refused(read, tmp_path / name)
     for read in (cj.load_backbone, read_config, tokenizer_of, module_from_name):
         for place in (str(tmp_path / name), name, f"~nobody-of-this-name/{name}"):
@@ -518,5 +527,5 @@ def test_fields_of_a_site_are_checked(tmp_path, adapters, backbone):
 
 def test_a_tree_of_long_names_gives_a_short_message():
     shapes = {"x" * 10**4 + str(i): types.SimpleNamespace(shape=(i,)) for i in range(100)}
-    message = refused(checkpoint.check_leaves, Path("d"), shapes, {})
+    message = refused(adapter_files.check_leaves, Path("d"), shapes, {})
     assert "98 more" in message

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.adapter_files import CONFIG_NAME
 from compacter_jax.files import expanded, is_there
 from compacter_jax.messages import listing
 from train import tasks

@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from compacter_jax import files
-from compacter_jax.files import check_finite, check_weight_type
+from compacter_jax import weights
 from compacter_jax.messages import quote, shorten
+from compacter_jax.weights import check_finite, check_weight_type
 
 # Before this release, `torch.load(weights_only=True)` could be made to run code: CVE-2025-32434.
 _SAFE_TORCH = (2, 6)
@@ -38,7 +38,7 @@ def read_tensors(directory: Path, stems: Sequence[str]) -> dict[str, np.ndarray]
     path = find_tensors(directory, stems)
     if path is None:
         raise FileNotFoundError(f"{directory} has none of {', '.join(_file_names(stems))}")
-    return files.read_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return weights.read_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
 def find_tensors(directory: Path, stems: Sequence[str]) -> Path | None:

@@ -6,22 +6,20 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.errors import ScopeParamNotFoundError
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from compacter_jax.compositions.banked_layer import Shared, banked_shared
-from compacter_jax.compositions.base import Member, Path, copies_of, members_of, own_path
+from compacter_jax.compositions.base import Member, Path, copies_of, members_of
 from compacter_jax.compositions.routing import Routing, mixing_sites, route
 from compacter_jax.inject.arguments import (
     SWITCHES,
     apart,
-    example_inputs,
     is_deterministic,
     is_own,
     make_room,
@@ -30,22 +28,14 @@ from compacter_jax.inject.arguments import (
 from compacter_jax.inject.host_call import Placement
 from compacter_jax.inject.interceptor import Interceptor
 from compacter_jax.inject.merging import has_narrow_kernels, merge_adapter
-from compacter_jax.limits import check_memory
-from compacter_jax.messages import listing, mismatches, quote, shorten
+from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.nn.activations import get_activation
 from compacter_jax.nn.dense import Dtype, ParamFunction
 from compacter_jax.nn.quantize import is_quantized
-from compacter_jax.paths import ADAPTER, OCCUPIED, REPLACED, SHARED, check_groups
+from compacter_jax.paths import ADAPTER, OCCUPIED, SHARED, check_groups
 from compacter_jax.patterns import compiled
 from compacter_jax.sites import Site, as_site
-
-
-class HasParams(Protocol):
-    """An object with a tree of parameters: a `Backbone`, or a model of another library."""
-
-    @property
-    def params(self) -> Any: ...
 
 
 class Adapted(nn.Module):
@@ -397,59 +387,3 @@ class _NeverEqual:
 
     def __hash__(self) -> int:
         return hash((id(self), next(self._counter)))
-
-
-def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: Any) -> Any:
-    """Returns the backbone's parameters with freshly initialised adapters beside them.
-
-    Args:
-      model: the adapted module.
-      backbone: object with the backbone's `params`, which are used without a copy.
-      key: random key of the adapters' initial values.
-      *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
-
-    Returns:
-      A nested dict of arrays.
-
-    Raises:
-      ValueError: if `backbone.params` differ in names or shapes from those that `model.backbone`
-        initialises; or as `Adapted` does.
-    """
-    inputs = inputs or example_inputs(model.backbone)
-    given = flatten_dict(backbone.params, sep="/")
-    wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
-    _check_backbone(given, flatten_dict(wanted, sep="/"))
-
-    @jax.jit  # leaves that are not returned are not computed: the backbone is not initialised
-    def init(key: jax.Array) -> dict[str, jax.Array]:
-        flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
-        return {path: leaf for path, leaf in flat.items() if path not in given}
-
-    check_memory("the adapters", jax.eval_shape(init, key), "use fewer members or a smaller method")
-    new = init(key)
-    members = members_of(model.method)
-    for path, leaf in new.items():
-        # A member's own norms and heads start with the values of the backbone, not with initial
-        # ones.
-        if f"/{REPLACED}/" in path and (owned := own_path(members, path)) is not None:
-            new[path] = jnp.broadcast_to(given[owned[1]], leaf.shape)
-    for part in model.method.inserted():
-        new |= part.initial_values(model.backbone, given, new)
-    return unflatten_dict({**given, **new}, sep="/")
-
-
-def _check_backbone(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    left_over = [path for path in given if path not in wanted]
-    missing = [path for path in wanted if path not in given]
-    shapes = [
-        f"{path}: {given[path].shape} given, {wanted[path].shape} wanted"
-        for path in given
-        if path in wanted and given[path].shape != wanted[path].shape
-    ]
-    if left_over or missing or shapes:
-        raise ValueError(
-            shorten(
-                "the parameters are not those of the backbone; "
-                f"{mismatches(missing, left_over, shapes)}"
-            )
-        )

@@ -1,40 +1,34 @@
 """Hugging Face checkpoints <-> parameters of the linen backbones, read without PyTorch."""
 
-import logging
-import math
+from __future__ import annotations
+
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from compacter_jax.files import (
-    check_fields,
-    converted,
-    expanded,
-    is_there,
-    read_json,
-    read_tensors,
-)
+from compacter_jax.files import check_fields, expanded, is_there, read_json
 from compacter_jax.messages import about, listing, quote, reason_of, shorten
 from compacter_jax.models.families import FAMILIES, check_depths, check_settings, family_of
 from compacter_jax.models.family import Family, Params
+from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
 from compacter_jax.models.pooling import POOLING_FILE, Pooling, read_pooling
 from compacter_jax.nn.remat import Remat
+from compacter_jax.weights import read_tensors
 
 Dtype = Any
 
-logger = logging.getLogger("compacter_jax")
 
-CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
+
+
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -123,8 +117,8 @@ def load_backbone(
         found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     check_depths(str(folder / CONFIG_FILE), module.config, family, found)
     if _other_task(config, family, module):
-        found = _leave_out(found, family.shared_head_names, folder)
-    params, new = _fit(found, module, family, folder=folder, seed=seed)
+        found = leave_out(found, family.shared_head_names, folder)
+    params, new = fit_tensors(found, module, family, folder=folder, seed=seed)
     return Backbone(module, params, config, str(path_or_hub_id), new)
 
 
@@ -246,10 +240,9 @@ def module_from_name(
 PUBLISHED: Mapping[str, Any] = {
     name: config for family in FAMILIES.values() for name, config in family.published.items()
 }
+
+
 """Hub id -> configuration, for the sizes that are known without a download."""
-
-
-# --- configuration ------------------------------------------------------------------------------
 
 
 def _known_head(head: str | None, config: Any, family: Family) -> str | None:
@@ -325,9 +318,6 @@ def _check_attributes(where: str, config: Any, family: Family) -> None:
     check_settings(where, own, family)
 
 
-# --- files --------------------------------------------------------------------------------------
-
-
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?")
 
 
@@ -398,143 +388,3 @@ def _read_shards(folder: Path, index: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{index} names {shorten(shard, 100)}, which is missing")
         tensors |= read_tensors(folder / shard, wanted, skip=_is_buffer)
     return tensors
-
-
-# --- fitting tensors to a module ----------------------------------------------------------------
-
-
-def _fit(
-    found: dict[str, np.ndarray],
-    module: Any,
-    family: Family,
-    *,
-    folder: Path,
-    seed: int,
-) -> tuple[Params, tuple[str, ...]]:
-    """Returns parameters in the form of `module.init`, and the paths of those not in `found`."""
-
-    def initial(key):
-        return flatten_dict(module.init(key, *module.dummy_inputs())["params"], sep="/")
-
-    key = jax.random.key(seed)
-    wanted = jax.eval_shape(initial, key)
-    found = _leave_out(found, [p for p in family.optional if not _within(p, wanted)], folder)
-    _settle_ties(found, wanted, module, family, folder)
-    found = _leave_out(found, [p for p in family.droppable if not _within(p, wanted)], folder)
-    for part in family.droppable:
-        if _within(part, wanted) and not _within(part, found):
-            raise ValueError(
-                f"{folder} has no {part}, which head={module.head!r} needs; load a checkpoint that "
-                "has one, or with another head: head='encoder' for an encoder alone"
-            )
-
-    absent = [part for part in family.optional if not _within(part, found)]
-    new = tuple(path for part in absent for path in _within(part, wanted))
-    _check_new(folder, {path: wanted[path] for path in new}, found)
-    _check_shapes(found, {p: leaf for p, leaf in wanted.items() if p not in new}, folder)
-    fresh: dict[str, Any] = {}
-    if new:
-        logger.warning(
-            "%s does not have %s: newly initialised, to be trained before use",
-            folder,
-            ", ".join(new),
-            extra={"new_parameters": new},  # for callers that have these parameters from elsewhere
-        )
-        # The compiled function returns only these leaves, so that nothing else is computed.
-        fresh = jax.jit(lambda key: {path: initial(key)[path] for path in new})(key)
-    flat = {
-        path: fresh[path]
-        if path in fresh
-        else jnp.asarray(converted(folder, path, found[path], leaf.dtype))
-        for path, leaf in wanted.items()
-    }
-    return unflatten_dict(flat, sep="/"), new
-
-
-# The allowed size of a new head, which may be larger than a small backbone.
-_MANY = 2**24
-
-
-def _check_new(folder: Path, new: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises ValueError if a new parameter is larger than all that the checkpoint has."""
-    for path, leaf in new.items():
-        size = math.prod(leaf.shape)
-        if size > max(_MANY, sum(array.size for array in found.values())):
-            raise ValueError(
-                f"{path} would be new and of shape {leaf.shape}, larger than all that is in "
-                f"{folder}; is the number of labels meant?"
-            )
-
-
-def _within(part: str, paths: Iterable[str]) -> list[str]:
-    return [path for path in paths if path.startswith(f"{part}/")]
-
-
-def _leave_out(
-    found: dict[str, np.ndarray], parts: Iterable[str], folder: Path
-) -> dict[str, np.ndarray]:
-    dropped = [path for part in parts for path in _within(part, found)]
-    if dropped:
-        logger.info("left out of %s, as of another head: %s", folder, ", ".join(dropped))
-    return {path: array for path, array in found.items() if path not in dropped}
-
-
-def _settle_ties(
-    found: dict[str, np.ndarray],
-    wanted: Mapping[str, Any],
-    module: Any,
-    family: Family,
-    folder: Path,
-) -> None:
-    """Removes tied copies that the module lacks from `found`, and adds those that it has."""
-    for path, original in family.ties.items():
-        if original not in found:
-            continue
-        kinds = {path.rsplit("/", 1)[-1], original.rsplit("/", 1)[-1]}
-        values = found[original].T if kinds == {"kernel", "embedding"} else found[original]
-        if path in wanted:
-            if family.copies_tied_head and _says_tied(folder):
-                found.setdefault(path, values)
-        elif (
-            path in found
-            and module.config.tie_word_embeddings
-            and not np.array_equal(found.pop(path), values)
-        ):
-            raise ValueError(
-                f"{path} in {folder} differs from {original}, but the configuration ties the two; "
-                "set tie_word_embeddings to false in config.json if they are to differ"
-            )
-
-
-def _says_tied(folder: Path) -> bool:
-    """Returns `tie_word_embeddings` of config.json, for which transformers 5 always reads True."""
-    return read_json(folder / CONFIG_FILE).get("tie_word_embeddings", True)
-
-
-def _check_shapes(
-    found: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct], folder: Path
-) -> None:
-    missing = [f"{p} {leaf.shape}" for p, leaf in wanted.items() if p not in found]
-    excess = [f"{p} {array.shape}" for p, array in found.items() if p not in wanted]
-    differing = [
-        f"{p} (checkpoint {found[p].shape}, module {leaf.shape})"
-        for p, leaf in wanted.items()
-        if p in found and found[p].shape != leaf.shape
-    ]
-    if not (missing or excess or differing):
-        return
-    if not (missing or excess) and all(d.startswith("classifier/") for d in differing):
-        have, want = found["classifier/bias"].shape[0], wanted["classifier/bias"].shape[0]
-        raise ValueError(
-            f"the classifier in {folder} has num_labels={have}, not {want}; use num_labels={have}, "
-            "or start from a checkpoint without a classifier"
-        )
-    lines = [f"the weights in {folder} do not fit the module"]
-    for title, items in (
-        ("missing in the checkpoint", missing),
-        ("not in the module", excess),
-        ("of another shape", differing),
-    ):
-        if items:
-            lines.append(f"{title}: {listing(items, most=2, longest=130)}")
-    raise ValueError(shorten("; ".join(lines)))

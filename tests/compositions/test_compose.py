@@ -20,7 +20,8 @@ from compacter_jax.compositions.entropy import minimize_entropy
 from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.routing import mixing_sites
 from compacter_jax.compositions.stack import Stack
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.t5.model import T5
 from compacter_jax.params import cast_frozen, label_params, merge, partition

@@ -12,7 +12,8 @@ from compacter_jax.compositions.average import Average
 from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.stack import Stack
 from compacter_jax.exchange.adapterhub import import_adapterhub
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from tests.exchange.test_adapterhub import (
     BACKBONES,
     CLASSES,

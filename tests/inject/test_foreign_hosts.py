@@ -12,7 +12,8 @@ from flax import nnx
 from flax.errors import InvalidRngError, ScopeParamNotFoundError
 
 from compacter_jax.catalogue import preset
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.inject.merging import merge_adapter
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig

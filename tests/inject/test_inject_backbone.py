@@ -9,7 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.catalogue import preset
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.models.bert.model import Bert
 from tests.helpers import (
     IDS,

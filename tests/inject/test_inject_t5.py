@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.catalogue import preset
 from compacter_jax.checkpoint import load_adapter, save_adapter
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig, build_weights
 from compacter_jax.models.loading import module_from_name

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from compacter_jax.checkpoint import CONFIG_NAME, read_adapter_config
+from compacter_jax.adapter_files import CONFIG_NAME, read_adapter_config
 from compacter_jax.models.loading import known_pooling, module_from_config, pooling_of
 from compacter_jax.models.pooling import POOLINGS, mean_of_tokens
 from train.cli.options import Pooling

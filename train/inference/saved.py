@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import compacter_jax as cj
-from compacter_jax.checkpoint import CONFIG_NAME, weights_name
+from compacter_jax.adapter_files import CONFIG_NAME, weights_name
 from compacter_jax.files import check_fields
 from compacter_jax.messages import listing, quote
 from compacter_jax.models.pooling import DEFAULT, Pooling

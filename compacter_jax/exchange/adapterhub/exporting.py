@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.adapter_files import CONFIG_NAME
 from compacter_jax.compositions.base import Composition
 from compacter_jax.exchange.adapterhub.heads import (
     HEAD_CONFIG_NAME,

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.checkpoint import check_leaves
+from compacter_jax.adapter_files import check_leaves
 from compacter_jax.exchange.adapterhub.layout import layout_of
 from compacter_jax.exchange.adapterhub.tensors import Tensors
 from compacter_jax.exchange.tensors import find_tensors, read_tensors
-from compacter_jax.files import check_fields, converted, read_json
+from compacter_jax.files import check_fields, read_json
 from compacter_jax.messages import about, quote
 from compacter_jax.models.families import FAMILIES
 from compacter_jax.models.family import Family
+from compacter_jax.weights import converted
 
 HEAD_CONFIG_NAME = "head_config.json"
 # Names of the file of tensors, without suffix: as safetensors, and as a pickle.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.checkpoint import CONFIG_NAME, check_count, check_leaves
+from compacter_jax.adapter_files import CONFIG_NAME, check_count, check_leaves
 from compacter_jax.exchange.adapterhub.heads import read_head
 from compacter_jax.exchange.adapterhub.layout import layout_of
 from compacter_jax.exchange.adapterhub.reading import Part, Source, method_of, read_parts, sites_of
@@ -26,10 +26,11 @@ from compacter_jax.exchange.adapterhub.tensors import (
     to_tensors,
 )
 from compacter_jax.exchange.tensors import read_tensors
-from compacter_jax.files import converted, read_json
-from compacter_jax.inject import adapted
+from compacter_jax.files import read_json
+from compacter_jax.inject import adapted, initial
 from compacter_jax.messages import about, listing, quote, shorten
 from compacter_jax.paths import ADAPTER
+from compacter_jax.weights import converted
 
 # Names of the file of tensors, without suffix: as safetensors, and as a pickle.
 STEMS = ("adapter", "pytorch_adapter")
@@ -75,7 +76,7 @@ def import_adapterhub(
         method = method_of(parts, train_pooler=any(path.startswith("pooler/") for path in head))
         model = adapted.Adapted(module, method, sites=sites_of(parts, source))
         shapes = jax.eval_shape(
-            lambda key: adapted.init_adapters(model, backbone, key), jax.random.key(0)
+            lambda key: initial.init_adapters(model, backbone, key), jax.random.key(0)
         )
     new = {path: leaf for path, leaf in flatten_dict(shapes, sep="/").items() if path not in own}
     naming = Naming(source.layout, source.layout.layers(module), settings["name"])

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.checkpoint import check_leaves
+from compacter_jax.adapter_files import check_leaves
 from compacter_jax.exchange.peft.modules import (
     LARGEST_SIZE,
     TRAINED_BESIDE,
@@ -36,8 +36,9 @@ from compacter_jax.exchange.peft.settings import (
     check_task,
 )
 from compacter_jax.exchange.tensors import read_tensors
-from compacter_jax.files import converted, read_json, replace_file
-from compacter_jax.inject.adapted import Adapted, init_adapters
+from compacter_jax.files import read_json, replace_file
+from compacter_jax.inject.adapted import Adapted
+from compacter_jax.inject.initial import init_adapters
 from compacter_jax.messages import about, quote
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
@@ -45,6 +46,7 @@ from compacter_jax.models.families import hugging_face_names
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.paths import ADAPTER
 from compacter_jax.trees import check_numbers, check_params
+from compacter_jax.weights import converted
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from compacter_jax.checkpoint import CONFIG_NAME
+from compacter_jax.adapter_files import CONFIG_NAME
 from compacter_jax.messages import LONGEST
 from train import __main__ as command_line
 from train import tasks
