@@ -21,6 +21,7 @@ from compacter_jax.compositions.replacements import NO_LABEL
 from compacter_jax.inject.adapted import Adapted, HasParams, init_adapters
 from compacter_jax.messages import listing, quote, shorten
 from compacter_jax.methods.base import MethodConfig
+from compacter_jax.models.pooling import pooling_of_module
 from compacter_jax.paths import OCCUPIED, SHARED, Groups, group_of
 
 Params = Any
@@ -319,10 +320,13 @@ def _check_equal(sources: Sequence[Source], models: Sequence[Adapted]) -> None:
 
 def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> None:
     """Raises ValueError with the list of differences if an adapter is not as wanted."""
-    pairs = {"sites": (given.sites, like.sites), "groups": (given.groups, like.groups)}
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (getattr(given, name), getattr(like, name)) for name in ("sites", "groups")
+    }
     if "head" in wanted.replaces:
         own, other = (getattr(each.backbone, "head", None) for each in (given, like))
         pairs["head"] = (own, other)
+        pairs["pooling"] = (pooling_of_module(given.backbone), pooling_of_module(like.backbone))
     theirs, ours = catalogue.to_dict(given.method), catalogue.to_dict(wanted.method)
     for key in sorted(theirs.keys() | ours.keys()):
         pairs[key] = (theirs.get(key), ours.get(key))

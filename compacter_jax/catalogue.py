@@ -138,6 +138,15 @@ _ROWS = (
         _COMPACTER,
     ),
     Preset(
+        "compacter++-short",
+        PHMBottleneckConfig(
+            sites=("feed_forward",), phm_c_init="glorot", w_init_up="zeros", train_layer_norms=True
+        ),
+        3e-3,
+        "`compacter++` for short runs: the rule at Glorot's size, `up` zero at first",
+        f"initial values chosen here; {_COMPACTER}",
+    ),
+    Preset(
         "bitfit",
         BitFitConfig(),
         3e-4,

@@ -37,6 +37,8 @@ from compacter_jax.messages import about, listing, mismatches, quote, shorten
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.families import family_of
 from compacter_jax.models.loading import SINGLE_FILE
+from compacter_jax.models.pooling import DEFAULT as FIRST
+from compacter_jax.models.pooling import Pooling, check_written, pooling_of_module, write_pooling
 from compacter_jax.nn.quantize import check_float
 from compacter_jax.params import TRAIN, group_of, label_params
 from compacter_jax.sites import Site
@@ -63,13 +65,14 @@ _FIELDS = {
     "weights": str,
     "backbone_groups": dict[str, str] | None,
     "also_trained": list[str] | None,
+    "pooling": Pooling | None,
 }
 
 # Groups that are saved although frozen, because the backbone's checkpoint lacks them.
 _ALWAYS_SAVED = ("adapters", "rule", "head")
 # Fields that adapter_config.json has only if they are not None: the groups of a module other than
-# `Bert` and `T5`, and the paths that rules of `label_params` train.
-_RARE = ("backbone_groups", "also_trained")
+# `Bert` and `T5`, the paths that rules of `label_params` train, and the pooling of a classifier.
+_RARE = ("backbone_groups", "also_trained", "pooling")
 
 
 def save_adapter(
@@ -134,6 +137,7 @@ def save_adapter(
         "also_trained": also or None,
         "head": getattr(model.backbone, "head", None),
         "num_labels": getattr(model.backbone, "num_labels", None),
+        "pooling": pooling_of_module(model.backbone),
         "backbone_sha256": hash_params(left),
         "weights": f"adapter-{sha256[:16]}.safetensors",
         "weights_sha256": sha256,
@@ -262,6 +266,14 @@ class AdapterReader:
                     f"the adapter in {directory} was saved with {name}={quote(settings[name])}, "
                     f"the backbone has {name}={given!r}; load the backbone with the adapter's"
                 )
+        # Before there was a choice, all were read by the first token.
+        saved_with = settings.get("pooling") or FIRST
+        given = pooling_of_module(backbone.module) or FIRST
+        if given != saved_with:
+            raise ValueError(
+                f"the adapter in {directory} was saved with pooling={saved_with!r}, the backbone "
+                f"has pooling={given!r}; load the backbone with pooling={saved_with!r}"
+            )
         with about(directory / CONFIG_NAME):
             method = catalogue.from_dict(settings["method"])
             check_count(method, stored)
@@ -309,8 +321,10 @@ class AdapterReader:
 def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, config: Any) -> None:
     """Writes a backbone as a Hugging Face checkpoint: config.json and model.safetensors.
 
-    `load_backbone` and transformers' PyTorch models can read it. Each file is written to a
-    temporary name, synced and renamed.
+    `load_backbone` and transformers' PyTorch models can read it. Of a module with `pooling` "mean"
+    or "cls", transformers reads only the encoder, for it has no such classifier; `load_backbone`
+    finds the pooling in 1_Pooling/config.json. Each file is written to a temporary name, synced and
+    renamed.
 
     Args:
       directory: folder of the checkpoint, made if it does not exist.
@@ -321,7 +335,7 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
 
     Raises:
       ValueError: if the model is of no supported family, or if `params` are not those of the
-        module, or hold NaN or infinite numbers.
+        module, or hold NaN or infinite numbers, or the folder says another pooling.
       OSError: if the directory cannot be written.
     """
     family = family_of(config)
@@ -341,8 +355,12 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
                 names,
                 {name: int(i) for i, name in names.items()},
             )
-    directory = Path(directory)
+    directory, pooling = Path(directory), pooling_of_module(module)
+    if pooling is not None:
+        check_written(directory, pooling)
     directory.mkdir(parents=True, exist_ok=True)
+    if pooling is not None:
+        write_pooling(directory, pooling, module.config.hidden_size)
     with replace_file(directory / SINGLE_FILE) as temporary:
         # transformers expects the format "pt"; the values are NumPy's.
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})

@@ -120,6 +120,8 @@ def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -
     """Raises ValueError if `method` trains a group that the parameters lack."""
     present = {group_of(path, groups) for path in paths}
     optional = method.optional_groups - {name.replace("_", " ") for name in groups}
+    if any(path.startswith("classifier/") for path in paths) and is_own(paths):
+        optional |= {"pooler"}  # which a classifier of the mean of the tokens does not have
     for group in sorted(method.trained_groups() - present - optional):
         name = group.replace(" ", "_")
         pattern = groups.get(name, GROUPS[group])

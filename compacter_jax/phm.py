@@ -169,6 +169,35 @@ def blocks_init(w_init: str, init_range: float) -> Initializer:
     raise ValueError(f"unknown w_init={w_init!r}; use glorot-uniform, glorot-normal or normal")
 
 
+def glorot_deviation(
+    in_features: int, features: int, phm_dim: int, rank: int | None, w_init: str, init_range: float
+) -> float:
+    """Standard deviation of a rule that gives a sum of Kronecker products Glorot's size.
+
+    That is the deviation of a dense weight `[in_features, features]` with gain sqrt(2),
+    `sqrt(4 / (in_features + features))`, where each entry of the sum is one of `phm_dim` products
+    of an entry of the rule with one of a block.
+
+    Args:
+      in_features: rows of the sum.
+      features: its columns.
+      phm_dim: `n`.
+      rank: of the blocks, None where they are full.
+      w_init: of the blocks or of their factors, see `blocks_init`.
+      init_range: likewise.
+    """
+    rows, columns = in_features / phm_dim, features / phm_dim
+
+    def deviation(fan_in: float, fan_out: float) -> float:
+        return init_range if w_init == "normal" else math.sqrt(4 / (fan_in + fan_out))
+
+    if rank is None:
+        block = deviation(rows, columns)
+    else:
+        block = math.sqrt(rank) * deviation(rows, rank) * deviation(rank, columns)
+    return math.sqrt(4 / (in_features + features)) / (math.sqrt(phm_dim) * block)
+
+
 def rule_init(phm_c_init: str, init_range: float) -> Initializer:
     """Returns an initialiser of a rule or of its factors.
 

@@ -113,7 +113,9 @@ print(f"loss {loss:.3f};", *sorted(file.name for file in (folder / "hub").iterdi
 # on a sum with the residual, before the norm. That is a site and two switches of the method.
 
 # %%
-backbone = cj.load_backbone(bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0)
+backbone = cj.load_backbone(
+    bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0, pooling="first"
+)
 model, params = cj.import_adapterhub(folder / "hub", backbone)
 apply = jax.jit(lambda params: model.apply({"params": params}, **unseen))
 theirs, ours = torch_logits(hub), np.asarray(apply(params))

@@ -57,7 +57,9 @@ TEST = 32 if SMALL else 512
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(bert(), trust_remote_code=False)
-backbone = cj.load_backbone(bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0)
+backbone = cj.load_backbone(
+    bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0, pooling="first"
+)
 sentences, targets = movie("train")
 train = encode(tokenizer, sentences, LENGTH) | {"labels": targets}
 sentences, targets = movie("test", TEST)

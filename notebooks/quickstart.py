@@ -59,7 +59,9 @@ EXAMPLES, STEPS = (64, 4) if SMALL else (4000, 250)
 # the same names, and each adapter under its host as `…/adapter/…`.
 
 # %%
-backbone = cj.load_backbone(bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0)
+backbone = cj.load_backbone(
+    bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0, pooling="first"
+)
 tokenizer = AutoTokenizer.from_pretrained(bert(), trust_remote_code=False)
 method = cj.preset("compacter++")
 model = cj.Adapted(backbone.module, method)

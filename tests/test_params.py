@@ -40,6 +40,7 @@ SIZES = {
     "phm": SMALL,
     "compacter": SMALL,
     "compacter++": SMALL,
+    "compacter++-short": SMALL,
     "prompt-tuning-random": PROMPTS,
     "prompt-tuning-vocabulary": PROMPTS,
     "intrinsic-said": {"dimension": 50},
@@ -78,7 +79,7 @@ FREEZING_NORMS = ("adapters", "heads")
 TRAINED = {
     "full": ("everything",),
     **dict.fromkeys(("houlsby", "pfeiffer-attention", "adapterdrop", "low-rank"), HOUSEHOLD),
-    **dict.fromkeys(("phm", "compacter", "compacter++"), HOUSEHOLD),
+    **dict.fromkeys(("phm", "compacter", "compacter++", "compacter++-short"), HOUSEHOLD),
     "bitfit": ("biases", "heads"),
 }
 

@@ -356,6 +356,16 @@ class InsertedConfig(MethodConfig):
         del sites_of
         return None if self.moves_kernels else "it adds more than weights"
 
+    def slow_start(self, width: int | None, reach: float) -> str | None:
+        """Returns why a run is too short for the initial values, None if it is not.
+
+        Args:
+          width: of the backbone's hidden states, None if it does not say.
+          reach: sum of the learning rates, which is how far Adam moves a parameter.
+        """
+        del width, reach
+        return None
+
     def merged(
         self, host: Mapping[str, Array], own: Mapping[str, Array], linear: Linear, path: str
     ) -> dict[str, Array]:

@@ -22,7 +22,10 @@ from compacter_jax.sites import Role, Site
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
 FACTOR_INITS = WEIGHT_INITS[:3]
 # Fields that do not affect the function of a trained bottleneck.
-_INITIAL = ("w_init", "w_init_range", "train_layer_norms", "train_head", "train_pooler")
+_INITIAL = (
+    *("w_init", "w_init_up", "w_init_range"),
+    *("train_layer_norms", "train_head", "train_pooler"),
+)
 
 
 class LowRankLinear(nn.Module):
@@ -32,6 +35,7 @@ class LowRankLinear(nn.Module):
       features: width of the output.
       rank: rank of the weight `left @ right`.
       factor_init: initialiser of each factor.
+      last_init: initialiser of `right`, by default `factor_init`.
       dtype: dtype of the computation; None promotes as flax does.
       param_dtype: dtype of the parameters.
 
@@ -42,6 +46,7 @@ class LowRankLinear(nn.Module):
     features: int
     rank: int = 1
     factor_init: phm.Initializer = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
+    last_init: phm.Initializer | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
@@ -50,7 +55,7 @@ class LowRankLinear(nn.Module):
         shape = (x.shape[-1], self.rank)
         left = self.param("left", self.factor_init, shape, self.param_dtype)
         shape = (self.rank, self.features)
-        right = self.param("right", self.factor_init, shape, self.param_dtype)
+        right = self.param("right", self.last_init or self.factor_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, left, right, bias = promote_dtype(x, left, right, bias, dtype=self.dtype)
         return x @ left @ right + bias
@@ -135,6 +140,11 @@ class Bottleneck(nn.Module):
 
 def dense_init(config: BottleneckConfig, name: str) -> phm.Initializer:
     """Returns the initialiser of the dense projection `down` or `up`, drawn as one block."""
+    return config.last_init(name) or first_init(config, name)
+
+
+def first_init(config: BottleneckConfig, name: str) -> phm.Initializer:
+    """Returns the initialiser that `w_init` stands for, of a projection or of its factors."""
     if config.w_init == "lora":
         return linear_init if name == "down" else nn.initializers.zeros
     init = phm.blocks_init(config.w_init, config.w_init_range)
@@ -153,6 +163,8 @@ class BottleneckConfig(InsertedConfig):
       w_init: distribution of the projections' initial weights; one of `WEIGHT_INITS`. The Glorot
         distributions have gain sqrt(2), as the authors of Compacter use. With `lora`, the
         projection `up` is initially zero; it is for dense projections alone.
+      w_init_up: initial weights of the projection `up`: `same` for those of `w_init`; `zeros` for
+        an adapter that starts as the identity. Of a product of factors only the last is zero.
       w_init_range: standard deviation of `w_init="normal"`.
       scaling: factor of the adapter's output.
       dropout: dropout rate of the adapter's output, before it is added.
@@ -187,6 +199,7 @@ class BottleneckConfig(InsertedConfig):
     reduction_factor: int = 32
     non_linearity: str = "gelu_new"
     w_init: str = "normal"
+    w_init_up: Literal["same", "zeros"] = "same"
     w_init_range: float = 1e-2
     scaling: float = 1.0
     dropout: float = 0.0
@@ -211,6 +224,10 @@ class BottleneckConfig(InsertedConfig):
 
     def _weight_inits(self) -> tuple[str, ...]:
         return WEIGHT_INITS
+
+    def last_init(self, name: str) -> phm.Initializer | None:
+        """Returns the initialiser of a projection's last factor if it is not that of `w_init`."""
+        return nn.initializers.zeros if name == "up" and self.w_init_up == "zeros" else None
 
     def bottleneck_width(self, width: int) -> int:
         """Returns the width of the bottleneck for hidden states of `width`.
@@ -352,8 +369,14 @@ class LowRankBottleneckConfig(BottleneckConfig):
     ) -> Callable[[Array, Array | None, phm.Blocks | None], Array]:
         """Creates the projection `down` or `up` within the call of a `Bottleneck`."""
         del per_row
-        factor_init = dense_init(self, name)
-        layer = LowRankLinear(features, self.rank, factor_init=factor_init, name=name, **dtypes)
+        layer = LowRankLinear(
+            features,
+            self.rank,
+            factor_init=first_init(self, name),
+            last_init=self.last_init(name),
+            name=name,
+            **dtypes,
+        )
         return lambda x, rule, blocks: layer(x)
 
     def dense_params(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:

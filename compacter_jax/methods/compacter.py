@@ -17,7 +17,7 @@ from compacter_jax.nn.dense import Dtype, ParamFunction
 from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import Pattern, compiled
 
-RULE_INITS = ("normal", "uniform")
+RULE_INITS = ("normal", "uniform", "glorot")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,9 @@ class PHMBottleneckConfig(BottleneckConfig):
         n]`.
       shared_W_phm: True for one set of blocks for all adapters (down and up), owned by the model.
       learn_phm: True to train the rule; False to keep its initial value.
-      phm_c_init: distribution of the rule's initial values; one of `RULE_INITS` (`uniform` is on
-        [-1, 1]).
+      phm_c_init: distribution of the rule's initial values; one of `RULE_INITS`. `uniform` is on
+        [-1, 1]; `glorot` is normal, with the standard deviation that gives the projections' weights
+        Glorot's size at first.
       phm_init_range: standard deviation of the rule, and of the blocks if `w_init="normal"`.
 
     References:
@@ -104,25 +105,54 @@ class PHMBottleneckConfig(BottleneckConfig):
         self, features: int, name: str, *, per_row: bool, **dtypes: Any
     ) -> Callable[[Array, Array | None, phm.Blocks | None], Array]:
         """Creates the projection `down` or `up` within the call of a `Bottleneck`."""
-        return PHMLinear(
-            features,
-            phm_dim=self.phm_dim,
-            phm_rank=self._rank,
-            factorized_phm_rule=self.factorized_phm_rule,
-            per_row=per_row,
-            rule_init=self._rule_init,
-            blocks_init=self._blocks_init,
-            name=name,
-            **dtypes,
-        )
+
+        def project(x: Array, rule: Array | None, blocks: phm.Blocks | None) -> Array:
+            layer = PHMLinear(
+                features,
+                phm_dim=self.phm_dim,
+                phm_rank=self._rank,
+                factorized_phm_rule=self.factorized_phm_rule,
+                per_row=per_row,
+                rule_init=self._rule_init(x.shape[-1], features),
+                blocks_init=self._blocks_init,
+                last_init=self.last_init(name),
+                name=name,
+                **dtypes,
+            )
+            return layer(x, rule, blocks)
+
+        return project
 
     @property
     def _rank(self) -> int | None:
         return self.phm_rank if self.factorized_phm_W else None
 
-    @property
-    def _rule_init(self) -> phm.Initializer:
-        return phm.rule_init(self.phm_c_init, self.phm_init_range)
+    def _rule_init(self, in_features: int, features: int) -> phm.Initializer:
+        if self.phm_c_init != "glorot":
+            return phm.rule_init(self.phm_c_init, self.phm_init_range)
+        deviation = self._glorot_deviation(in_features, features)
+        # Entries of a rule that is a product of factors are products of theirs.
+        return phm.rule_init("normal", deviation ** (0.5 if self.factorized_phm_rule else 1.0))
+
+    def _glorot_deviation(self, in_features: int, features: int) -> float:
+        return phm.glorot_deviation(
+            in_features, features, self.phm_dim, self._rank, self.w_init, self.phm_init_range
+        )
+
+    def slow_start(self, width: int | None, reach: float) -> str | None:
+        """Returns why a run is too short for a rule that starts near zero, None if it is not."""
+        if self.phm_c_init != "normal" or not self.learn_phm or width is None:
+            return None
+        glorot = self._glorot_deviation(width, self.bottleneck_width(width))
+        size = (self.phm_init_range + reach) ** (2 if self.factorized_phm_rule else 1)
+        if size >= glorot / 10:
+            return None
+        return (
+            f"the learning rates of all steps sum up to {reach:.2g}, so a rule that starts at "
+            f"{self.phm_init_range:g} cannot reach a tenth of Glorot's size, {glorot:.2g}, and the "
+            "adapters hardly learn; preset compacter++-short (phm_c_init='glorot', "
+            "w_init_up='zeros') starts there"
+        )
 
     @property
     def _blocks_init(self) -> phm.Initializer:
@@ -136,32 +166,34 @@ class PHMBottleneckConfig(BottleneckConfig):
         Args:
           param: `param` method of the model; the names are `phm_rule…`, `phm_down_…` and
             `phm_up_…`.
-          width: width of the hidden states, required for shared blocks.
+          width: width of the hidden states, required for shared blocks and for a shared rule of
+            Glorot's size.
           sites: names of the sites where the method acts.
           dtype: dtype of the parameters.
 
         Raises:
-          ValueError: if blocks are shared and `width` is None.
+          ValueError: if blocks are shared, or a rule of Glorot's size, and `width` is None.
         """
         del sites
         shared: dict[str, Any] = {}
         if self.shared_phm_rule:
             is_factorized = self.factorized_phm_rule
-            shared["rule"] = rule_params(
-                param, self.phm_dim, self._rule_init, dtype, factorized=is_factorized
-            )
+            init = self._shared_rule_init(width)
+            shared["rule"] = rule_params(param, self.phm_dim, init, dtype, factorized=is_factorized)
         if self.shared_W_phm:
             shared |= self._shared_blocks(param, width, dtype)
         return shared
 
+    def _shared_rule_init(self, width: int | None) -> phm.Initializer:
+        if self.phm_c_init != "glorot":
+            return self._rule_init(0, 0)
+        width = _known("phm_c_init='glorot'", width, "give phm_c_init='normal' and phm_init_range")
+        return self._rule_init(width, self.bottleneck_width(width))
+
     def _shared_blocks(
         self, param: ParamFunction, width: int | None, dtype: Dtype
     ) -> dict[str, phm.Blocks]:
-        if width is None:
-            raise ValueError(
-                "shared_W_phm needs the width of the backbone's hidden states: give the module a "
-                "`config` with `hidden_size`, or share only the rule"
-            )
+        width = _known("shared_W_phm", width, "share only the rule")
         bottleneck = self.bottleneck_width(width)
         return {
             f"{name}_blocks": blocks_params(
@@ -173,6 +205,7 @@ class PHMBottleneckConfig(BottleneckConfig):
                 self._blocks_init,
                 dtype=dtype,
                 prefix=f"phm_{name}_",
+                last_init=self.last_init(name),
             )
             for name, in_features, features in (
                 ("down", width, bottleneck),
@@ -203,6 +236,16 @@ class PHMBottleneckConfig(BottleneckConfig):
             else:
                 top[f"phm_{name}_blocks"] = blocks
         return _dense_adapter(own, top)
+
+
+def _known(field: str, width: int | None, other: str) -> int:
+    """Returns the width of the hidden states; raises ValueError if it is not known."""
+    if width is None:
+        raise ValueError(
+            f"{field} needs the width of the backbone's hidden states: give the module a "
+            f"`config` with `hidden_size`, or {other}"
+        )
+    return width
 
 
 def build_weights(params: Mapping[str, Any], hosts: Iterable[str]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def blocks_params(
     *,
     dtype: Dtype,
     prefix: str = "",
+    last_init: phm.Initializer | None = None,
 ) -> phm.Blocks:
     """Creates blocks `[n, in / n, out / n]` as `blocks`, or factors of `rank` as `left`, `right`.
 
@@ -52,20 +53,21 @@ def blocks_params(
       init: initialiser of the blocks, or of each factor.
       dtype: dtype of the parameters.
       prefix: prefix of the names.
+      last_init: initialiser of the blocks, or of `right` alone; by default `init`.
 
     Raises:
       ValueError: if `phm_dim` does not divide both `in_features` and `features`.
     """
-    n = phm_dim
+    n, last_init = phm_dim, last_init or init
     if in_features % n or features % n:
         raise ValueError(
             f"phm_dim={n} does not divide both in_features={in_features} and features={features}"
         )
     p, q = in_features // n, features // n
     if rank is None:
-        return param(f"{prefix}blocks", init, (n, p, q), dtype)
+        return param(f"{prefix}blocks", last_init, (n, p, q), dtype)
     left = param(f"{prefix}left", init, (n, p, rank), dtype)
-    return left, param(f"{prefix}right", init, (n, rank, q), dtype)
+    return left, param(f"{prefix}right", last_init, (n, rank, q), dtype)
 
 
 class PHMLinear(nn.Module):
@@ -83,6 +85,7 @@ class PHMLinear(nn.Module):
       per_row: True to multiply by the factors, for a layer whose parameters differ from row to row;
         otherwise the shapes decide.
       rule_init, blocks_init: initialisers, see `phm`.
+      last_init: initialiser of the blocks, or of their factor `right`; by default `blocks_init`.
       dtype: dtype of the computation; None promotes as flax does. Parameters keep `param_dtype`.
       param_dtype: dtype of the parameters.
 
@@ -98,6 +101,7 @@ class PHMLinear(nn.Module):
     per_row: bool = False
     rule_init: phm.Initializer = phm.rule_init("normal", 1e-2)
     blocks_init: phm.Initializer = phm.blocks_init("glorot-uniform", 1e-2)
+    last_init: phm.Initializer | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
@@ -123,6 +127,7 @@ class PHMLinear(nn.Module):
                 self.phm_rank,
                 self.blocks_init,
                 dtype=self.param_dtype,
+                last_init=self.last_init,
             )
         bias = None
         if self.use_bias:

@@ -39,6 +39,7 @@ class Family:
       depths: field of config.json -> path of the layers that it counts.
       shared_head_names: those of `optional` that several heads have under the same name; they are
         left out if config.json names an architecture with another head.
+      pooled_heads: heads that take a `pooling` of `compacter_jax.models.pooling`.
       module_class: class of its modules.
       published: hub id -> configuration, for the sizes that are known without a download.
       of_size: `(published configuration, head, num_labels) -> module`; head "auto" is the usual
@@ -60,6 +61,7 @@ class Family:
     droppable: tuple[str, ...] = ()
     copies_tied_head: bool = False
     shared_head_names: tuple[str, ...] = ()
+    pooled_heads: tuple[str, ...] = ()
 
 
 def add_parameter(

@@ -26,6 +26,7 @@ from compacter_jax.files import (
 from compacter_jax.messages import about, listing, quote, reason_of, shorten
 from compacter_jax.models.families import FAMILIES, check_depths, check_settings, family_of
 from compacter_jax.models.family import Family, Params
+from compacter_jax.models.pooling import POOLING_FILE, Pooling, read_pooling
 from compacter_jax.nn.remat import Remat
 
 Dtype = Any
@@ -66,6 +67,7 @@ def load_backbone(
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
     remat: Remat = "off",
+    pooling: Pooling | None = None,
     seed: int = 0,
 ) -> Backbone:
     """Loads a Hugging Face checkpoint: config.json and safetensors, whole or in shards.
@@ -84,6 +86,10 @@ def load_backbone(
         others in fewer bits.
       remat: activations that the backward pass computes again, to save memory: "off" for none;
         "full" for each layer from its input alone; "dots" for all but the products with weights.
+      pooling: input of a classifier of sequences: "first" for the first token through the pooler,
+        as in transformers; "mean" for the mean of the unmasked tokens; "cls" for the first token.
+        The last two have no pooler. None takes that of sentence-transformers' 1_Pooling/config.json
+        if the checkpoint has this file, and "first" otherwise.
       seed: seed of the parameters that the checkpoint lacks.
 
     Returns:
@@ -98,6 +104,10 @@ def load_backbone(
     config = _read_config(folder)
     family = family_of(config)
     with about(folder / CONFIG_FILE):
+        head = _known_head(head, config, family)
+    if pooling is None and head in family.pooled_heads:
+        pooling = read_pooling(folder)
+    with about(folder / CONFIG_FILE):
         module = module_from_config(
             config,
             head=head,
@@ -106,6 +116,7 @@ def load_backbone(
             dtype=dtype,
             param_dtype=param_dtype,
             remat=remat,
+            pooling=pooling,
         )
     tensors = _read_tensors(folder)
     with about(folder):
@@ -128,9 +139,31 @@ def read_config(path_or_hub_id: str | Path) -> Any:
       ValueError: if it is not the configuration of a supported model.
       OSError: if the hub does not answer or has no such repository.
     """
+    return _read_config(_file_or_folder(path_or_hub_id))
+
+
+def pooling_of(path_or_hub_id: str | Path) -> Pooling | None:
+    """Returns the pooling that a checkpoint was trained with, None if it does not say.
+
+    Args:
+      path_or_hub_id: as for `read_config`.
+
+    Raises:
+      ValueError, OSError: as `compacter_jax.models.pooling.read_pooling` and `read_config`.
+    """
+    place = _file_or_folder(path_or_hub_id)
+    return read_pooling(place if place.is_dir() else place.parent)
+
+
+def known_pooling(name_or_path: str | Path) -> Pooling | None:
+    """Returns `pooling_of` a folder or file; None for any other name, such as a published size."""
+    return pooling_of(name_or_path) if is_there(expanded(name_or_path)) else None
+
+
+def _file_or_folder(path_or_hub_id: str | Path) -> Path:
     path = expanded(path_or_hub_id)
     is_file = is_there(path) and path.is_file()
-    return _read_config(path if is_file else _folder_of(path_or_hub_id))
+    return path if is_file else _folder_of(path_or_hub_id)
 
 
 def module_from_config(
@@ -142,6 +175,7 @@ def module_from_config(
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
     remat: Remat = "off",
+    pooling: Pooling | None = None,
 ) -> nn.Module:
     """Returns the module that a transformers configuration describes, without weights.
 
@@ -154,23 +188,28 @@ def module_from_config(
       param_dtype: dtype of the parameters.
       remat: activations that the backward pass computes again, to save memory: "off" for none;
         "full" for each layer from its input alone; "dots" for all but the products with weights.
+      pooling: input of a classifier of sequences, see `load_backbone`; None is "first".
 
     Returns:
       A linen module, for `init` or `jax.eval_shape`.
 
     Raises:
       ValueError: if the configuration is not of a supported model; if "auto" finds no known
-        architecture in it; if models of its family have no such head; or if `num_labels` is given
-        for a head without labels.
+        architecture in it; if models of its family have no such head; or if `num_labels` or
+        `pooling` is given for a head that has none.
     """
     family = family_of(config)
     _check_attributes("the configuration", config, family)
-    if head == "auto":
-        head = _head_of_architecture(config, family)
-    _check_head(head, config.model_type)
-    return family.module(
-        config, head, num_labels, dropout_rate, dtype=dtype, param_dtype=param_dtype, remat=remat
-    )
+    head = _known_head(head, config, family)
+    attributes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    if pooling is not None:
+        if head not in family.pooled_heads:
+            raise ValueError(
+                f"pooling={quote(pooling)} was given, but head={head!r} of a "
+                f"{config.model_type!r} does not pool; leave it out"
+            )
+        attributes["pooling"] = pooling
+    return family.module(config, head, num_labels, dropout_rate, **attributes)
 
 
 def module_from_name(
@@ -211,6 +250,14 @@ PUBLISHED: Mapping[str, Any] = {
 
 
 # --- configuration ------------------------------------------------------------------------------
+
+
+def _known_head(head: str | None, config: Any, family: Family) -> str | None:
+    """The head asked for, "auto" resolved; ValueError for one of another family."""
+    if head == "auto":
+        head = _head_of_architecture(config, family)
+    _check_head(head, config.model_type)
+    return head
 
 
 def _head_of_architecture(config: Any, family: Family) -> str | None:
@@ -299,7 +346,8 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, allow_patterns=["config.json", "model*.safetensors", INDEX_FILE]
+                name,
+                allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, POOLING_FILE],
             )
         )
     except Exception as error:  # the classes of the hub's errors change between its versions

@@ -97,7 +97,7 @@ OF_THE_PAPER = {
     "leave_out": (),
     "train_layer_norms": True,
 }
-DENSE = OF_THE_PAPER | {"w_init": "normal", "w_init_range": 1e-2}
+DENSE = OF_THE_PAPER | {"w_init": "normal", "w_init_up": "same", "w_init_range": 1e-2}
 PHM = OF_THE_PAPER | {
     "sites": BOTH_SITES,
     "phm_rank": 1,
@@ -106,6 +106,7 @@ PHM = OF_THE_PAPER | {
     "learn_phm": True,
     "phm_c_init": "normal",
     "w_init": "glorot-uniform",
+    "w_init_up": "same",
 }
 COMPACTER = PHM | {
     "phm_dim": 4,
@@ -127,6 +128,7 @@ BOTTLENECK_CHANGED = {
     "reduction_factor": 8,
     "non_linearity": "relu",
     "w_init": "glorot-normal",
+    "w_init_up": "zeros",
     "w_init_range": 0.5,
     "scaling": -0.25,
     "dropout": 0.1,
@@ -137,7 +139,6 @@ BOTTLENECK_CHANGED = {
     "original_ln_after": False,
     "residual_before_ln": False,
 }
-
 
 ROUNDING = 1e-6
 # In BERT and in T5's encoder the first of two layers is left out, and T5's decoder has no other.
@@ -173,6 +174,14 @@ INTRINSIC = Row(
     places=NOWHERE,
     start=ROUNDING,
     count=lambda s: s.dimension,
+)
+AFTER_FEED_FORWARD = Row(
+    cls=cj.PHMBottleneckConfig,
+    values=COMPACTER | {"sites": ("feed_forward",)},
+    fields=SMALL,
+    places=SERIAL["feed_forward"],
+    start=1e-5,
+    count=lambda s: compacter(s, s.sublayers) + s.norms,
 )
 BESIDE = Row(
     cls=cj.BottleneckConfig,
@@ -279,13 +288,11 @@ ROWS = {
         start=1e-5,
         count=lambda s: compacter(s, 2 * s.sublayers) + s.norms,
     ),
-    "compacter++": Row(
-        cls=cj.PHMBottleneckConfig,
-        values=COMPACTER | {"sites": ("feed_forward",)},
-        fields=SMALL,
-        places=SERIAL["feed_forward"],
-        start=1e-5,
-        count=lambda s: compacter(s, s.sublayers) + s.norms,
+    "compacter++": AFTER_FEED_FORWARD,
+    "compacter++-short": dataclasses.replace(
+        AFTER_FEED_FORWARD,
+        values={**AFTER_FEED_FORWARD.values, "phm_c_init": "glorot", "w_init_up": "zeros"},
+        start=ROUNDING,
     ),
     "bitfit": Row(
         cls=cj.BitFitConfig,

@@ -40,6 +40,11 @@ def test_compacter_and_its_plus_plus_differ_in_sites_alone():
     assert preset("compacter++", sites=BOTH_SITES) == preset("compacter")
 
 
+def test_the_short_variant_differs_in_initial_values_alone():
+    changes = {"phm_c_init": "normal", "w_init_up": "same"}
+    assert preset("compacter++-short", **changes) == preset("compacter++")
+
+
 def test_overrides_replace_fields_and_leave_the_preset_alone():
     method = preset("compacter", reduction_factor=16, sites=["attention"], scaling=2)
     assert (method.reduction_factor, method.sites, method.scaling) == (16, ("attention",), 2.0)
@@ -124,7 +129,8 @@ def test_round_trip_of_every_field_changed(kind):
         ("compacter", {"reduction_factor": 0}, "reduction_factor=0 must be at least 1"),
         ("compacter", {"leave_out": (-1,)}, "leave_out=-1 must be layer indices from 0 on"),
         ("compacter", {"w_init": "zeros"}, "unknown w_init='zeros'; use one of glorot-uniform, "),
-        ("compacter", {"phm_c_init": "glorot"}, "phm_c_init='glorot'; use one of normal, uniform"),
+        ("compacter", {"phm_c_init": "xavier"}, "phm_c_init='xavier'; use one of normal, uniform"),
+        ("compacter", {"w_init_up": "normal"}, "w_init_up='normal' must be one of 'same', 'zeros'"),
         ("compacter", {"w_init_range": 0.0}, "w_init_range=0.0 must be above 0"),
         ("compacter", {"phm_init_range": -1.0}, "phm_init_range=-1.0 must be above 0"),
         ("compacter", {"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),

@@ -46,7 +46,7 @@ GATED = ("bitfit", "ia3", "mam")
 # Differ from another preset by a number, a site or a layer: no step is compiled of them.
 TWINS = (
     *("houlsby", "pfeiffer-attention", "adapterdrop", "compacter++", "prompt-tuning-random"),
-    *("intrinsic", "parallel"),
+    *("compacter++-short", "intrinsic", "parallel"),
 )
 # Nor of these on T5, which has no code for them: test_inject_t5.py has gradients of bottlenecks by
 # PyTorch, test_method_variants.py what a step moves.
@@ -463,6 +463,7 @@ def test_the_formulas_give_the_papers_counts():
         ("phm", 12): 398_976,
         ("compacter", 4): 161_728,
         ("compacter++", 4): 104_704,
+        ("compacter++-short", 4): 104_704,
         ("compacter", 12): 163_392,
         ("compacter++", 12): 106_368,
     }

@@ -485,7 +485,10 @@ def test_hub_ids_are_downloaded_without_pickles(tmp_path, monkeypatch):
     assert calls == [
         (
             "somebody/tiny-bert",
-            ["config.json", "model*.safetensors", "model.safetensors.index.json"],
+            [
+                *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+                "1_Pooling/config.json",
+            ],
         )
     ]
 

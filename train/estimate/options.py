@@ -11,7 +11,7 @@ import tyro
 from compacter_jax.catalogue import presets
 from train.cli.compositions import ChoosesMethod
 from train.cli.method_flags import ALL, MethodFlags, MethodOptions
-from train.cli.options import BackboneDtype, check
+from train.cli.options import BackboneDtype, Pooling, check
 from train.fit.options import FitOptions
 
 
@@ -64,6 +64,7 @@ class ParamsOptions(ChoosesMethod):
         holds. No device is needed.
       backbone_dtype: with a mesh, dtype in which frozen weights are stored.
       num_labels: number of outputs of the classification head, where the backbone has one.
+      pooling: input of this head, as for fit.
       vocab_size: count with this many vocabulary entries. By default, a T5 with 32,128 entries is
         also counted with its 32,100 tokens without padding, the base of the paper's percentages.
       json: print JSON instead of a table.
@@ -84,6 +85,7 @@ class ParamsOptions(ChoosesMethod):
     mesh: str | None = None
     backbone_dtype: BackboneDtype = "float32"
     num_labels: int = 2
+    pooling: Pooling | None = None
     vocab_size: int | None = None
     json: bool = False
     method_options: MethodFlags = dataclasses.field(default_factory=MethodOptions)

@@ -100,11 +100,16 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
         raise ValueError("params wants either --backbone or --backbone-config; give one of them")
     (name,) = given
     if options.backbone is not None:
-        module = module_from_config(read_config(name), **head_arguments(name, options.num_labels))
+        head = head_arguments(name, options.num_labels, pooling=options.pooling)
+        module = module_from_config(read_config(name), **head)
     else:
         module = module_from_name(name)
         if isinstance(module, cj.Bert):
-            module = module.clone(head="sequence_classification", num_labels=options.num_labels)
+            module = module.clone(
+                head="sequence_classification",
+                num_labels=options.num_labels,
+                pooling=options.pooling or "first",
+            )
     sizes = [options.vocab_size or module.config.vocab_size]
     if options.vocab_size is None and isinstance(module, cj.T5) and sizes[0] in _TOKENS:
         sizes.append(_TOKENS[sizes[0]])

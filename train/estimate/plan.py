@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 import compacter_jax as cj
 from compacter_jax.methods.base import MethodConfig
-from compacter_jax.models.loading import module_from_name
+from compacter_jax.models.loading import known_pooling, module_from_name
+from compacter_jax.models.pooling import Pooling
 from train import tasks
 from train.compute import flops as compute_flops
 from train.compute import memory as compute_memory
@@ -84,6 +85,7 @@ class Workload:
       mesh: axis -> number of devices, over which frozen weights are divided.
       accumulation_steps: the number of parts into which the rows are divided.
       dropout_rate: the dropout rate, in place of the configuration's.
+      pooling: the pooling of an encoder's head.
     """
 
     backbone: str
@@ -98,6 +100,7 @@ class Workload:
     mesh: tuple[tuple[str, int], ...]
     accumulation_steps: int
     dropout_rate: float | None
+    pooling: Pooling = "first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +269,7 @@ def _workload(options: PlanOptions, text_to_text: bool) -> Workload:
         mesh=tuple(sizes.items()),
         accumulation_steps=options.accumulation_steps,
         dropout_rate=options.backbone_dropout,
+        pooling=options.pooling or known_pooling(options.backbone) or "first",
     )
 
 
@@ -319,6 +323,7 @@ def model_of(workload: Workload) -> tuple[cj.Adapted, type[Seq2Seq] | type[Class
     rates = ["dropout_rate"]
     if isinstance(module, cj.Bert):
         attributes |= {"head": "sequence_classification", "num_labels": workload.num_labels}
+        attributes["pooling"] = workload.pooling
         rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
     if workload.dropout_rate is not None:
         changed = dict.fromkeys(rates, workload.dropout_rate)

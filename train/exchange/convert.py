@@ -18,7 +18,7 @@ from train import report, tasks
 from train.cli import compositions
 from train.exchange.options import ConvertOptions
 from train.folders import new_folder
-from train.inference import adapter
+from train.inference import saved
 from train.objectives import check_length
 from train.tasks import labels, text_format
 
@@ -92,7 +92,7 @@ def load_ours(folder: Path, name: str | None) -> tuple[cj.Backbone, cj.Adapted, 
     name = name or settings.get("backbone")
     if name is None:
         raise ValueError(f"{folder} does not name its backbone; give --backbone")
-    backbone = cj.load_backbone(name, **adapter.head_of(settings))
+    backbone = cj.load_backbone(name, **saved.head_of(settings))
     return backbone, *cj.load_adapter(folder, backbone)
 
 
@@ -129,6 +129,8 @@ def _load_backbone(options: ConvertOptions) -> cj.Backbone:
             head = {"head": _PEFT_HEADS[task]}
         if task in ("SEQ_CLS", "TOKEN_CLS"):
             head["num_labels"] = 1 if options.regression else len(_label_names(options)) or None
+    if head.get("head") == "sequence_classification":
+        head["pooling"] = "first"  # which alone the other libraries have
     return cj.load_backbone(options.backbone, dtype=jnp.dtype(options.dtype), **head)
 
 

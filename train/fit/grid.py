@@ -110,6 +110,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
         jobs = _prepared(runs)
         stop.check()
         run.check_room(list(jobs.values()))
+        run.say_slow_start(list(jobs.values()))
         first = next(iter(jobs.values()))
         count = cj.count(first.learners[0].params, first.learners[0].labels)
         print(report.parameter_table(count, first.method), flush=True)
@@ -287,6 +288,7 @@ class StackedRuns:
 
     def step(self, batches: Sequence[batching.Batch | None]) -> list[compute_step.StepMetrics]:
         """Updates every run that has a batch; the metrics of the other runs are meaningless."""
+        self._settle()
         active = np.array([batch is not None for batch in batches])
         filler = next(batch for batch in batches if batch is not None)
         numbers = [trainer.numbers(trainer.learners[0]) for trainer in self._trainers]
@@ -301,8 +303,18 @@ class StackedRuns:
         self.states, metrics = self._step(self.states, arguments, self._shared)
         return metrics
 
+    def _settle(self) -> None:
+        """Waits for the step before, on a CPU.
+
+        The devices of a CPU share its threads: two programs that communicate between devices, and
+        overlap, can wait for each other until XLA ends the process.
+        """
+        if self._devices[0].platform == "cpu":
+            jax.block_until_ready(self.states)
+
     def row(self, index: int, tree: Any) -> Any:
         """Returns one run's part of a tree with `[runs, …]` leaves, on the first device."""
+        self._settle()
         return jax.device_put(jax.tree.map(lambda x: x[index], tree), self._devices[0])
 
 

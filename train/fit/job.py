@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import compacter_jax as cj
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.loading import module_from_config, read_config
+from compacter_jax.models.pooling import pooling_of_module
 from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import tasks
 from train.compute import distributed, mesh
@@ -201,7 +202,8 @@ def _check_fit(options: FitOptions) -> None:
     """Raises ValueError if the method does not fit the backbone; reads neither data nor weights."""
     config = read_config(options.backbone)
     # The result does not depend on the number of labels, which only the data says.
-    module = module_from_config(config, **head_arguments(options.backbone, 2))
+    head = head_arguments(options.backbone, 2, pooling=options.pooling)
+    module = module_from_config(config, **head)
     shapes.check_fit(module, options.method_config(), config, options.max_length)
 
 
@@ -259,7 +261,7 @@ def _loaded_task_run(
     load = functools.partial(
         cj.load_backbone,
         options.backbone,
-        **head_arguments(options.backbone, task.num_labels, task.kind),
+        **head_arguments(options.backbone, task.num_labels, task.kind, options.pooling),
         dropout_rate=options.backbone_dropout,
         dtype=jnp.dtype(options.dtype),
         remat=options.remat,
@@ -292,6 +294,7 @@ def _loaded_task_run(
         backbone = dataclasses.replace(backbone, params=own)
     if known is None:
         _say_new(backbone, labels)
+        _say_pooling(backbone)
     return TaskRun(task, objective, encoded, backbone, model, params, labels)
 
 
@@ -320,6 +323,17 @@ def _say_new(backbone: cj.Backbone, labels: Any) -> None:
         paths = _new_paths(backbone, labels, label)
         if paths and distributed.is_first():
             print(f"{backbone.name} does not have {', '.join(paths)}: {words}")
+
+
+def _say_pooling(backbone: cj.Backbone) -> None:
+    """Prints what a classifier reads where that is not what transformers' reads."""
+    pooling = pooling_of_module(backbone.module)
+    told = {
+        "mean": "the mean of the tokens, without a pooler",
+        "cls": "the first token, without a pooler",
+    }
+    if pooling in told:
+        say_all([f"the classifier reads {told[pooling]} (--pooling {pooling})"])
 
 
 def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:

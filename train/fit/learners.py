@@ -100,6 +100,18 @@ def schedule_of(job: Job, steps: int) -> optax.Schedule:
     )
 
 
+def slow_start(job: Job) -> str | None:
+    """Returns why a run is too short for its method's initial values, None if it is not."""
+    if job.options.composition is not None:  # whose members may be trained already
+        return None
+    width = getattr(job.task_runs[0].backbone.module.config, "hidden_size", None)
+    steps = max(job.steps_of_learner(learner) for learner in job.learners)
+    schedule = schedule_of(job, steps)
+    reach = sum(schedule(count) for count in range(steps))
+    told = [part.slow_start(width, reach) for part in job.method.inserted()]
+    return next((line for line in told if line is not None), None)
+
+
 def transformation(options: FitOptions) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of a run; each update takes its numbers from `Trainer.numbers`."""
     return step.adamw(decays=options.weight_decay > 0, clips=options.clip_norm > 0)

@@ -17,7 +17,8 @@ from train import report as train_report
 from train.compute import distributed, mesh
 from train.fit import report as fit_report
 from train.fit import stopping, timing
-from train.fit.job import Job, TaskRun, prepare
+from train.fit.job import Job, TaskRun, prepare, say_all
+from train.fit.learners import slow_start
 from train.fit.options import FitOptions
 from train.fit.run_folder import RunFolder, bytes_removed, check_only_ours
 from train.fit.trainer import Trainer
@@ -53,6 +54,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
             learner = job.learners[0]
             count = cj.count(learner.params, learner.labels)
             print(train_report.parameter_table(count, job.method), flush=True)
+        say_slow_start([job])
         distributed.of_first(folder.open)
         with Trainer(job, stop) as trainer:
             trainer.run()
@@ -63,6 +65,12 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
             cost = timing.cost(trainer.progress.step_seconds, started)
             write_results(job, results, cost)
     return results
+
+
+def say_slow_start(jobs: Sequence[Job]) -> None:
+    """Prints once for all jobs why a run is too short for its method's initial values."""
+    lines = (slow_start(job) for job in jobs)
+    say_all([line for line in lines if line is not None][:1])
 
 
 def _hold(held: contextlib.ExitStack, folder: RunFolder) -> None:

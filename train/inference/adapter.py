@@ -19,7 +19,7 @@ from train.compute.outputs import OutputsFunction
 from train.data import tokens
 from train.inference import compositions as inference_compositions
 from train.inference.options import AdapterOptions
-from train.inference.saved import settings_of
+from train.inference.saved import head_of, settings_of
 from train.objectives import Objective, from_settings, shapes
 
 
@@ -94,7 +94,7 @@ def load_backbone(
 
 
 # Settings that saved adapters must share to be computed together.
-SHARED = ("backbone", "head", "kind", "max_length", "dtype", "backbone_dtype")
+SHARED = ("backbone", "head", "pooling", "kind", "max_length", "dtype", "backbone_dtype")
 
 
 def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = SHARED) -> None:
@@ -155,13 +155,6 @@ def stored(
         return params
     trained, frozen = cj.partition(params, cj.label_params(params, method))
     return cj.merge(trained, cj.cast_frozen(frozen, dtype))
-
-
-def head_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments to load the backbone of a saved adapter with, from its settings."""
-    head, num_labels = settings["head"], settings["num_labels"]
-    # Saved for every head of an encoder, although question answering takes no number of labels.
-    return {"head": head, "num_labels": None if head == "question_answering" else num_labels}
 
 
 def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:

@@ -49,11 +49,10 @@ def _with_head_of(folder: Path, backbone: cj.Backbone, source: str) -> cj.Backbo
     """Returns the backbone with the head that an adapter was saved with."""
     settings = cj.read_adapter_config(folder)
     inference_saved.check_head(folder, settings)
-    head = {name: settings[name] for name in ("head", "num_labels")}
-    if all(getattr(backbone.module, name, None) == value for name, value in head.items()):
+    head = inference_saved.head_of(settings)
+    wanted = {**head, "num_labels": settings["num_labels"]}
+    if all(getattr(backbone.module, name, None) == value for name, value in wanted.items()):
         return backbone
-    if head["head"] in ("masked_lm", "question_answering"):
-        head["num_labels"] = None
     return cj.load_backbone(source, **head, dtype=backbone.module.dtype)
 
 

@@ -11,6 +11,7 @@ import compacter_jax as cj
 from compacter_jax.checkpoint import CONFIG_NAME, weights_name
 from compacter_jax.files import check_fields
 from compacter_jax.messages import listing, quote
+from compacter_jax.models.pooling import DEFAULT, Pooling
 from train import tasks
 from train.cli.options import BackboneDtype, EvaluateBy
 from train.tasks import text_format
@@ -27,6 +28,7 @@ _FIELDS: Mapping[str, Any] = {
     "label_names": list[str],
     "max_length": int,
     "num_labels": int | None,
+    "pooling": Pooling | None,
     "span_corruption": dict[str, Any],
     "task": str | None,
     "text_to_text": dict[str, Any],
@@ -71,7 +73,16 @@ def settings_of(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{where}: max_length={settings['max_length']} must be at least 3")
     _check_kind(where, settings)
     _check_labels(where, settings)
-    return settings
+    return {**settings, "pooling": head_of(settings).get("pooling")}
+
+
+def head_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments to load the backbone of a saved adapter with, from its settings."""
+    head, labels = settings["head"], settings["num_labels"]
+    if head == "sequence_classification":
+        return {"head": head, "num_labels": labels, "pooling": settings.get("pooling") or DEFAULT}
+    # Saved for every head of an encoder, although only classifiers take a number of labels.
+    return {"head": head, "num_labels": labels if head == "token_classification" else None}
 
 
 def check_head(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 
 import compacter_jax as cj
 from compacter_jax.compositions.base import parallel_names
-from compacter_jax.models.loading import read_config
+from compacter_jax.models.loading import pooling_of, read_config
+from compacter_jax.models.pooling import Pooling
 from train import tasks
 from train.cli.options import TextToTextOptions
 from train.data import tokens
@@ -46,14 +47,25 @@ MODEL_TYPES = ("t5", "mt5")
 
 
 def head_arguments(
-    backbone: str | Path, num_labels: int, kind: Kind = "classification"
+    backbone: str | Path,
+    num_labels: int,
+    kind: Kind = "classification",
+    pooling: Pooling | None = None,
 ) -> dict[str, Any]:
-    """Returns the arguments to load a checkpoint with: T5's own head, or a new one for the task."""
+    """Returns the arguments to load a checkpoint with: T5's own head, or a new one for the task.
+
+    Args:
+      backbone: folder or id of the checkpoint.
+      num_labels: number of labels of the task.
+      kind: kind of the task.
+      pooling: pooling of a classifier; None takes that of the checkpoint.
+    """
     if is_text_to_text(backbone):
-        return {"head": "auto"}
+        return {"head": "auto", "pooling": pooling}
     if kind == "span":
-        return {"head": "question_answering"}
-    return {"head": "sequence_classification", "num_labels": num_labels}
+        return {"head": "question_answering", "pooling": pooling}
+    pooling = pooling or pooling_of(backbone)
+    return {"head": "sequence_classification", "num_labels": num_labels, "pooling": pooling}
 
 
 def is_text_to_text(backbone: str | Path) -> bool:

@@ -18,6 +18,7 @@ from compacter_jax.compositions.base import Composition
 from compacter_jax.exchange.adapterhub.heads import (
     HEAD_CONFIG_NAME,
     HEAD_STEMS,
+    check_pooling,
     model_class,
     written_head,
 )
@@ -79,6 +80,8 @@ def export_adapterhub(
     module, layout = model.backbone, layout_of(model.backbone)
     _check_expressible(model)
     check_params(model, params, "exporting an adapter")
+    if with_head:
+        check_pooling(Path(directory), module, "train it with pooling='first', or leave it out")
     flat = flatten_dict(params, sep="/")
     placed, hosts = _placed(flat, model)
     naming = Naming(layout, layout.layers(module), name)

@@ -245,12 +245,34 @@ def _check_head(directory: Path, head: _Head, module: Any) -> None:
             + (f", num_labels={labels}" if module.head == head.head else "")
             + f"; load the backbone with {wanted}, or leave out the folder's with with_head=False"
         )
+    check_pooling(
+        directory, module, "load the backbone with pooling='first', or leave out the head"
+    )
     hidden_act = getattr(module.config, "hidden_act", None)
     if head.activation not in (None, hidden_act):
         raise ValueError(
             f"the head in {directory} has activation_function={quote(head.activation)}, the "
             "backbone's "
             f"has hidden_act={hidden_act!r}; leave it out with with_head=False"
+        )
+
+
+def check_pooling(directory: Path, module: Any, fix: str) -> None:
+    """Checks that a head is one of AdapterHub's, which all read the first token.
+
+    Args:
+      directory: of the adapter, for the message.
+      module: the backbone's.
+      fix: for the message; `with_head=False` follows it.
+
+    Raises:
+      ValueError: if the backbone's classifier pools its tokens.
+    """
+    pooling = getattr(module, "pooling", "first")
+    if pooling != "first":
+        raise ValueError(
+            f"{directory}: heads of AdapterHub read the first token through a pooler, and the "
+            f"backbone has pooling={pooling!r}; {fix} with with_head=False"
         )
 
 

@@ -79,6 +79,8 @@ def _bottleneck_fields(part: BottleneckConfig, layout: Layout) -> dict[str, Any]
         if part.shared_W_phm and not part.factorized_phm_W:
             raise ValueError(NO_SHARED_BLOCKS)
         own |= {"phm_layer": True, **{field: getattr(part, field) for field in PHM_FIELDS}}
+        if part.phm_c_init == "glorot":  # which only says how the rule was drawn
+            own["phm_c_init"] = "normal"
     return own
 
 

@@ -27,7 +27,14 @@ from compacter_jax.exchange.peft.modules import (
     modules_to_save,
     saved_modules,
 )
-from compacter_jax.exchange.peft.settings import FIELDS, READERS, TASKS, WRITERS, check_task
+from compacter_jax.exchange.peft.settings import (
+    FIELDS,
+    READERS,
+    TASKS,
+    WRITERS,
+    check_pooling,
+    check_task,
+)
 from compacter_jax.exchange.tensors import read_tensors
 from compacter_jax.files import converted, read_json, replace_file
 from compacter_jax.inject.adapted import Adapted, init_adapters
@@ -96,6 +103,7 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
         )
     names = hugging_face_names(module, backbone.params)
     check_task(path, settings, module.head)
+    check_pooling(path, module)
     with about(path):
         method, sites = READERS[peft_type](path, settings, module, names)
     stored = read_tensors(directory, (WEIGHTS_STEM,))
@@ -155,6 +163,7 @@ def export_peft(
     if type(method) not in WRITERS:
         kinds = ", ".join(cls.kind for cls in WRITERS)
         raise ValueError(f"PEFT does not have the method {method.kind!r}; written are {kinds}")
+    check_pooling(Path(directory), model.backbone)
     check_params(model, params, "exporting an adapter")
     flat = flatten_dict(params, sep="/")
     own = {path: leaf for path, leaf in flat.items() if _is_adapter(path)}

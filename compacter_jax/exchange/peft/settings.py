@@ -119,6 +119,16 @@ def check_task(path: Path, settings: Mapping[str, Any], head: str | None) -> Non
         )
 
 
+def check_pooling(place: Path, module: Any) -> None:
+    """Raises ValueError if the backbone's classifier is none of PEFT's, which use transformers'."""
+    pooling = getattr(module, "pooling", "first")
+    if pooling != "first":
+        raise ValueError(
+            f"{place}: with task_type='SEQ_CLS' PEFT reads the first token through transformers' "
+            f"pooler, and the backbone has pooling={pooling!r}; use pooling='first'"
+        )
+
+
 # A method, and the table of sites that it needs if it is not the backbone's.
 _Placed: TypeAlias = tuple[InsertedConfig, dict[str, str] | None]
 

@@ -179,5 +179,6 @@ BERT = Family(
     optional=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
     ties={"cls/predictions/decoder/kernel": "embeddings/word_embeddings/embedding"},
     shared_head_names=("classifier",),
+    pooled_heads=("sequence_classification",),
 )
 """The family of `model_type` "bert"."""

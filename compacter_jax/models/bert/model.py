@@ -14,6 +14,7 @@ from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.pooling import POOLINGS, Pooling, check_tokens, mean_of_tokens
 from compacter_jax.nn.activations import get_activation
 from compacter_jax.nn.attention import attention, padding_bias, split_heads
 from compacter_jax.nn.dense import Dtype, Embed, dense, tied_logits
@@ -267,7 +268,8 @@ class BertMaskedLM(_BertModule):
 class Bert(nn.Module):
     """BERT with one of five heads, None included.
 
-    The pooler is present without a head and for sequence classification, as in transformers.
+    The pooler is present without a head, as in transformers, and for sequence classification with
+    the pooling "first".
 
     Attributes:
       config: sizes, activation and dropout rates.
@@ -279,9 +281,15 @@ class Bert(nn.Module):
       param_dtype: dtype of the parameters.
       remat: activations that the backward pass computes again, to save memory: "off" for none;
         "full" for each layer from its input alone; "dots" for all but the products with weights.
+      pooling: input of the classifier for sequence classification, before dropout: "first" for the
+        first token's state through the pooler, a dense layer and tanh, as in transformers; "mean"
+        for the mean of the states of the unmasked tokens; "cls" for the first token's state. The
+        last two are sentence-transformers' and have no pooler. Prompts of prompt tuning count as
+        tokens.
 
     Raises:
-      ValueError: if `head` is unknown or `num_labels` is not positive.
+      ValueError: if `head` or `pooling` is unknown; if `num_labels` is not positive; or if
+        `pooling` is not "first" for a head other than sequence classification.
 
     References:
       Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for Language
@@ -294,6 +302,7 @@ class Bert(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     remat: Remat = "off"
+    pooling: Pooling = "first"
 
     sites: ClassVar[Mapping[str, str | Site]] = {
         "attention": _LAYER + "attention/output/dense",
@@ -322,11 +331,20 @@ class Bert(nn.Module):
             raise ValueError(f"unknown head {self.head!r}; use one of {HEADS}")
         if self.num_labels < 1:
             raise ValueError(f"num_labels={self.num_labels} is not positive; use 1 or more")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {self.pooling!r}; use one of {POOLINGS}")
+        if self.pooling != "first" and self.head != "sequence_classification":
+            raise ValueError(
+                f"pooling={self.pooling!r} is for head='sequence_classification', not for "
+                f"head={self.head!r}; leave it out"
+            )
         super().__post_init__()
 
     @property
     def has_pooler(self) -> bool:
-        return self.head in (None, "sequence_classification")
+        return self.head is None or (
+            self.head == "sequence_classification" and self.pooling == "first"
+        )
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, Array]:
@@ -355,7 +373,8 @@ class Bert(nn.Module):
         Args:
           input_ids: `[batch, length]` integers.
           attention_mask: `[batch, length]` integers or booleans, zero at padding; None attends to
-            all positions. A row of padding alone attends to all its positions equally.
+            all positions. A row of padding alone attends to all its positions equally, and is an
+            error with `pooling="mean"`.
           token_type_ids: `[batch, length]` integers; None means 0 everywhere.
           position_ids: `[batch, length]` or `[1, length]` integers; None counts from 0.
           deterministic: Python bool; False turns on dropout and needs `rngs={"dropout": key}`.
@@ -368,8 +387,9 @@ class Bert(nn.Module):
 
         Raises:
           ValueError: if the sequence is longer than `max_position_embeddings`, a shape does not fit
-            `input_ids`, a mask is of a floating-point type, or an id has no embedding, as negative
-            ids have none. If ids are traced, a row with an invalid id is NaN.
+            `input_ids`, a mask is of a floating-point type, an id has no embedding, as negative
+            ids have none, or `pooling="mean"` meets a row of padding alone. If ids or the mask are
+            traced, this row is NaN.
         """
         config = self.config
         batch_and_length = self._check_inputs(
@@ -383,8 +403,8 @@ class Bert(nn.Module):
         args = (config, self.dtype, self.param_dtype)
         embeddings = BertEmbeddings(*args, name="embeddings")
         x = embeddings(input_ids, token_type_ids, position_ids, deterministic)
-        # A classifier reads only the first token.
-        first_only = self.head == "sequence_classification"
+        # A classifier reads only the first token, unless it takes the mean of all.
+        first_only = self.head == "sequence_classification" and self.pooling != "mean"
         encoder = BertEncoder(*args, remat=self.remat, first_only=first_only, name="encoder")
         x = encoder(x, padding_bias(attention_mask, x.dtype), deterministic)
 
@@ -395,6 +415,8 @@ class Bert(nn.Module):
             if self.head is None:
                 return BertOutput(last_hidden_state=x, pooler_output=pooled)
             x = pooled
+        elif self.head == "sequence_classification":
+            x = mean_of_tokens(x, attention_mask) if self.pooling == "mean" else x[:, 0]
         if self.head == "question_answering":
             name, width = "qa_outputs", 2
         else:
@@ -441,6 +463,8 @@ class Bert(nn.Module):
                 f"attention_mask is {attention_mask.dtype}; it must be integers or booleans, "
                 "1 at tokens and 0 at padding"
             )
+        if self.pooling == "mean":
+            check_tokens(attention_mask)
         for name, ids, field in (
             ("input_ids", input_ids, "vocab_size"),
             ("token_type_ids", token_type_ids, "type_vocab_size"),

@@ -507,8 +507,13 @@ def test_the_table_of_sizes():
 
 def spread_records():
     """All presets at sizes and scores as close together as they come."""
-    sizes = np.geomspace(14_594, 22_713_986, len(cj.presets())).astype(int)
-    trained = dict(zip(cj.presets(), sizes, strict=True))
+    trained = dict(
+        zip(
+            cj.presets(),
+            np.geomspace(14_594, 22_713_986, len(cj.presets())).astype(int),
+            strict=True,
+        )
+    )
     trained |= dict.fromkeys(["intrinsic", "intrinsic-said", "low-rank", "compacter"], 25_000)
     trained |= dict.fromkeys(["parallel", "scaled-parallel"], 888_962)
     generator = np.random.default_rng(0)
