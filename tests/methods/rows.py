@@ -1,11 +1,12 @@
 """A row for each preset: what it is to do on a BERT and on a T5."""
 
 import dataclasses
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import compacter_jax as cj
 from tests.helpers import SMALL
+from tests.methods.sizes import bottleneck, compacter, prefix
 
 HALF = {"reduction_factor": 2}
 PREFIX = {"prefix_length": 2, "bottleneck_size": 5}
@@ -49,88 +50,14 @@ NOWHERE = {"bert": set(), "t5": set()}
 PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}}
 
 
-def bert_sizes(config, num_labels, **method):
-    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head = d * num_labels + num_labels
-    embedded = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    return types.SimpleNamespace(
-        d=d,
-        f=f,
-        inner=d,
-        sublayers=layers,
-        kept=layers - 1,
-        attentions=layers,
-        prefix_sites=1,
-        norms=2 * d * (2 * layers + 1),
-        head=head,
-        # Of the norm of the embeddings, four projections, two linear layers and two norms in each
-        # layer, the pooler.
-        biases=d + layers * (7 * d + f) + d,
-        everything=embedded * d
-        + 2 * d
-        + layers * (4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d)
-        + (d * d + d)
-        + head,
-        **method,
-    )
-
-
-def t5_sizes(config, dropped=(1, 1), **method):
-    """`dropped`: layers of encoder and decoder without adapters in AdapterDrop."""
-    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
-    encoder, decoder, words = config.num_layers, config.num_decoder_layers, config.vocab_size
-    blocks, attentions = encoder + decoder, encoder + 2 * decoder
-    norms = 2 * encoder + 3 * decoder + 2
-    into = 2 if config.is_gated else 1  # projections to the inner width
-    return types.SimpleNamespace(
-        d=d,
-        f=f,
-        inner=inner,
-        sublayers=blocks,
-        kept=blocks - sum(dropped),
-        attentions=attentions,
-        prefix_sites=3,
-        norms=norms * d,
-        head=0,
-        # Of all linear layers, of the norms but the two last, of the logits.
-        biases=attentions * (3 * inner + d) + blocks * (into * f + d) + (norms - 2) * d + words,
-        everything=words * d * (1 if config.tie_word_embeddings else 2)
-        + 2 * config.relative_attention_num_buckets * config.num_heads
-        + attentions * 4 * d * inner
-        + blocks * (into + 1) * d * f
-        + norms * d,
-        **method,
-    )
-
-
-def bottleneck(s):
-    return s.d * s.r + s.r + s.r * s.d + s.d
-
-
-def compacter(s, adapters):
-    # `left`, `right` and bias of each projection; one rule.
-    return s.n**3 + adapters * ((s.d + s.r + s.r) + (s.r + s.d + s.d))
-
-
-def prefix(s):
-    shared = s.prefix * s.d + s.d * s.b + s.b
-    return s.prefix_sites * shared + s.attentions * (s.b * 2 * s.inner + 2 * s.inner)
-
-
-TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2, "b": 5}
-
-
-def sizes_of(config, backbone):
-    if backbone == "bert":
-        return bert_sizes(config, 3, **TINY_METHOD)
-    return t5_sizes(config, **TINY_METHOD)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """What a preset is to do.
 
     Attributes:
+      cls: its class.
+      values: fields of the preset, as published.
+      changed: another value for every field of the class, in the first row of each class.
       fields: make it fit a width of 12.
       places: of BERT and of T5, the paths of the modules that have an adapter.
       start: the largest change of a logit by an untrained adapter, in terms of the largest logit:
@@ -138,13 +65,80 @@ class Row:
         new tokens or weights of order one.
       count: how many numbers are trained beside the task's head, by the papers; sublayers are of
         one kind, in all layers.
+      still: an expression for the paths of what the first step cannot move: a factor of zero is
+        beside it.
+      no_gradient: an expression for the paths of what has no effect on the logits at all.
+      unmerged: backbone -> what `merge_adapter` says, where the method can be merged into others.
     """
 
+    cls: type
+    values: Mapping[str, Any]
+    changed: Mapping[str, Any] | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     places: Mapping[str, set[str]]
     start: float | None
     count: Callable[[Any], int]
+    still: str = ""
+    no_gradient: str = ""
+    unmerged: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+
+BOTH_SITES = ("attention", "feed_forward")
+# Bottlenecks of the paper's comparison, as in its released configurations.
+OF_THE_PAPER = {
+    "reduction_factor": 32,
+    "non_linearity": "gelu_new",
+    "scaling": 1.0,
+    "dropout": 0.0,
+    "layer_norm_before": False,
+    "layer_norm_after": False,
+    "parallel": False,
+    "original_ln_before": False,
+    "leave_out": (),
+    "train_layer_norms": True,
+}
+DENSE = OF_THE_PAPER | {"w_init": "normal", "w_init_up": "same", "w_init_range": 1e-2}
+PHM = OF_THE_PAPER | {
+    "sites": BOTH_SITES,
+    "phm_rank": 1,
+    "factorized_phm_rule": False,
+    "shared_W_phm": False,
+    "learn_phm": True,
+    "phm_c_init": "normal",
+    "w_init": "glorot-uniform",
+    "w_init_up": "same",
+}
+COMPACTER = PHM | {
+    "phm_dim": 4,
+    "factorized_phm_W": True,
+    "shared_phm_rule": True,
+    "phm_init_range": 1e-4,
+}
+# Of AdapterHub and of the methods' own papers: the backbone's layer norms stay frozen.
+PARALLEL_VALUES = {
+    "sites": ("parallel_feed_forward",),
+    "parallel": True,
+    "reduction_factor": 2,
+    "non_linearity": "relu",
+    "w_init": "lora",
+}
+BOTTLENECK_CHANGED = {
+    "sites": ("residual_attention",),
+    "leave_out": (0, 3),
+    "reduction_factor": 8,
+    "non_linearity": "relu",
+    "w_init": "glorot-normal",
+    "w_init_up": "zeros",
+    "w_init_range": 0.5,
+    "scaling": -0.25,
+    "dropout": 0.1,
+    "layer_norm_before": True,
+    "layer_norm_after": True,
+    "parallel": True,
+    "original_ln_before": True,
+    "original_ln_after": False,
+    "residual_before_ln": False,
+}
 
 ROUNDING = 1e-6
 # In BERT and in T5's encoder the first of two layers is left out, and T5's decoder has no other.
@@ -161,92 +155,250 @@ WITHOUT_BIASES = {
     | {""},
 }
 PROMPT = Row(
-    fields={"prompt_length": 3}, places=PROMPTED, start=None, count=lambda s: s.prompt * s.d
+    cls=cj.PromptTuningConfig,
+    values={
+        "sites": ("embedding",),
+        "prompt_length": 100,
+        "prompt_init": "random",
+        "prompt_init_range": 0.5,
+    },
+    fields={"prompt_length": 3},
+    places=PROMPTED,
+    start=None,
+    count=lambda s: s.prompt * s.d,
 )
 INTRINSIC = Row(
-    fields={"dimension": 30}, places=NOWHERE, start=ROUNDING, count=lambda s: s.dimension
-)
-# The deviations of the weights are 0.01 each way, 0.02 in AdapterHub's; of the rules 0.01 in
-# PHM-Adapter and 0.0001 in Compacter, each way.
-HOULSBY = Row(
-    fields=HALF,
-    places=BOTH,
-    start=1e-2,
-    count=lambda s: 2 * s.sublayers * bottleneck(s) + s.norms,
+    cls=cj.IntrinsicConfig,
+    values={"dimension": 20_000, "structure_aware": False},
+    fields={"dimension": 30},
+    places=NOWHERE,
+    start=ROUNDING,
+    count=lambda s: s.dimension,
 )
 AFTER_FEED_FORWARD = Row(
+    cls=cj.PHMBottleneckConfig,
+    values=COMPACTER | {"sites": ("feed_forward",)},
     fields=SMALL,
     places=SERIAL["feed_forward"],
     start=1e-5,
     count=lambda s: compacter(s, s.sublayers) + s.norms,
 )
-BESIDE = Row(places=PARALLEL, start=ROUNDING, count=lambda s: s.sublayers * bottleneck(s))
+BESIDE = Row(
+    cls=cj.BottleneckConfig,
+    values=PARALLEL_VALUES | {"scaling": 1.0},
+    places=PARALLEL,
+    start=ROUNDING,
+    count=lambda s: s.sublayers * bottleneck(s),
+    still=r".*/adapter/down/.*",
+)
+# The deviations of the weights are 0.01 each way, 0.02 in AdapterHub's; of the rules 0.01 in
+# PHM-Adapter and 0.0001 in Compacter, each way.
 ROWS = {
-    "full": Row(places=NOWHERE, start=ROUNDING, count=lambda s: s.everything - s.head),
-    "houlsby": HOULSBY,
+    "full": Row(
+        cls=cj.FullFineTuningConfig,
+        values={"train_layer_norms": True, "train_pooler": True},
+        changed={"train_layer_norms": False, "train_pooler": False},
+        places=NOWHERE,
+        start=ROUNDING,
+        count=lambda s: s.everything - s.head,
+        no_gradient=r".*/self/key/bias",
+    ),
+    "houlsby": Row(
+        cls=cj.BottleneckConfig,
+        values=DENSE | {"sites": BOTH_SITES},
+        changed=BOTTLENECK_CHANGED,
+        fields=HALF,
+        places=BOTH,
+        start=1e-2,
+        count=lambda s: 2 * s.sublayers * bottleneck(s) + s.norms,
+    ),
     "pfeiffer-attention": Row(
+        cls=cj.BottleneckConfig,
+        values=DENSE | {"sites": ("attention",)},
         fields=HALF,
         places=SERIAL["attention"],
         start=1e-2,
         count=lambda s: s.sublayers * bottleneck(s) + s.norms,
     ),
     "pfeiffer-feed-forward": Row(
+        cls=cj.BottleneckConfig,
+        values={
+            "sites": ("residual_feed_forward",),
+            "reduction_factor": 16,
+            "non_linearity": "relu",
+            "w_init": "normal",
+            "w_init_range": 2e-2,
+            "original_ln_before": True,
+            "original_ln_after": True,
+            "residual_before_ln": True,
+        },
         fields=HALF,
         places={"bert": {f"{LAYER}/output"}, "t5": {f"{ENCODER}/1", f"{DECODER}/2"}},
         start=2e-2,
         count=lambda s: s.sublayers * bottleneck(s),
     ),
     "adapterdrop": Row(
+        cls=cj.BottleneckConfig,
+        values=DENSE | {"sites": BOTH_SITES, "leave_out": (0, 1, 2, 3, 4)},
         fields=HALF | {"leave_out": (0,)},
         places=WITHOUT_FIRST,
         start=1e-2,
         count=lambda s: 2 * s.kept * bottleneck(s) + s.norms,
     ),
     "low-rank": Row(
+        cls=cj.LowRankBottleneckConfig,
+        values=OF_THE_PAPER | {"sites": BOTH_SITES, "rank": 1, "w_init": "glorot-uniform"},
+        changed=BOTTLENECK_CHANGED | {"rank": 3},
         fields=HALF,
         places=BOTH,
         start=None,
         count=lambda s: 2 * s.sublayers * (2 * (s.d + s.r) + s.r + s.d) + s.norms,
     ),
     "phm": Row(
+        cls=cj.PHMBottleneckConfig,
+        values=PHM
+        | {
+            "phm_dim": 12,
+            "factorized_phm_W": False,
+            "shared_phm_rule": False,
+            "phm_init_range": 1e-2,
+        },
+        changed=BOTTLENECK_CHANGED
+        | {
+            "phm_dim": 2,
+            "phm_rank": 3,
+            "factorized_phm_W": False,
+            "shared_phm_rule": False,
+            "factorized_phm_rule": True,
+            "shared_W_phm": True,
+            "learn_phm": False,
+            "phm_c_init": "uniform",
+            "phm_init_range": 0.125,
+        },
         fields=SMALL,
         places=BOTH,
         start=1e-2,
         count=lambda s: 2 * s.sublayers * (2 * (s.n**3 + s.d * s.r // s.n) + s.r + s.d) + s.norms,
     ),
     "compacter": Row(
+        cls=cj.PHMBottleneckConfig,
+        values=COMPACTER,
         fields=SMALL,
         places=BOTH,
         start=1e-5,
         count=lambda s: compacter(s, 2 * s.sublayers) + s.norms,
     ),
     "compacter++": AFTER_FEED_FORWARD,
-    "compacter++-short": dataclasses.replace(AFTER_FEED_FORWARD, start=ROUNDING),
-    "bitfit": Row(places=WITHOUT_BIASES, start=ROUNDING, count=lambda s: s.biases),
-    "prompt-tuning-random": PROMPT,
-    "prompt-tuning-vocabulary": dataclasses.replace(
-        PROMPT, fields={"prompt_length": 3, "prompt_token_ids": (5, 2)}
+    "compacter++-short": dataclasses.replace(
+        AFTER_FEED_FORWARD,
+        values={**AFTER_FEED_FORWARD.values, "phm_c_init": "glorot", "w_init_up": "zeros"},
+        start=ROUNDING,
     ),
-    "intrinsic-said": INTRINSIC,
+    "bitfit": Row(
+        cls=cj.BitFitConfig,
+        values={"sites": ("linear", "norm", "logits")},
+        changed={"sites": ("norm",), "leave_out": (1,)},
+        places=WITHOUT_BIASES,
+        start=ROUNDING,
+        count=lambda s: s.biases,
+        no_gradient=r".*(/self/key/bias|/k/adapter/bias)",
+    ),
+    "prompt-tuning-random": dataclasses.replace(
+        PROMPT,
+        changed={
+            "sites": ("words",),
+            "leave_out": (1,),
+            "prompt_length": 7,
+            "prompt_init": "vocabulary",
+            "prompt_init_range": 0.125,
+            "prompt_token_ids": (5, 0, 5),
+        },
+    ),
+    "prompt-tuning-vocabulary": dataclasses.replace(
+        PROMPT,
+        values={**PROMPT.values, "prompt_init": "vocabulary"},
+        fields={"prompt_length": 3, "prompt_token_ids": (5, 2)},
+    ),
+    "intrinsic-said": dataclasses.replace(
+        INTRINSIC,
+        values={**INTRINSIC.values, "structure_aware": True},
+        changed={"dimension": 7, "structure_aware": False, "projection_seed": 2**31 - 1},
+        # No scale has an effect while the vector is zero.
+        still=r"intrinsic_scale",
+    ),
     "intrinsic": INTRINSIC,
     "lora": Row(
+        cls=cj.LoRAConfig,
+        values={"sites": ("query", "value"), "rank": 8, "lora_alpha": 8.0, "use_rslora": False},
+        changed={
+            "sites": ("key",),
+            "leave_out": (1,),
+            "rank": 2,
+            "lora_alpha": 3.0,
+            "use_rslora": True,
+            "dropout": 0.1,
+        },
         fields={"rank": 2, "lora_alpha": 3.0},
         places=projections(("query", "value")),
         start=ROUNDING,
         count=lambda s: 2 * s.attentions * s.k * (s.d + s.inner),
+        still=r".*/adapter/left",
     ),
     "ia3": Row(
+        cls=cj.IA3Config,
+        values={"sites": ("key", "value"), "input_sites": ("feed_forward",)},
+        changed={"sites": ("query",), "input_sites": ("key", "value"), "leave_out": (2,)},
         places=both(projections(("key", "value")), SERIAL["feed_forward"]),
         start=ROUNDING,
         count=lambda s: s.attentions * 2 * s.inner + s.sublayers * s.f,
     ),
-    "prefix-tuning": Row(fields=PREFIX, places=PREFIXED, start=None, count=prefix),
+    "prefix-tuning": Row(
+        cls=cj.PrefixTuningConfig,
+        values={
+            "sites": ("encoder_key_value", "decoder_key_value", "cross_key_value"),
+            "prefix_length": 30,
+            "flat": False,
+            "bottleneck_size": 512,
+            "non_linearity": "tanh",
+            "shift_positions": False,
+        },
+        changed={
+            "sites": ("cross_key_value",),
+            "prefix_length": 3,
+            "flat": True,
+            "bottleneck_size": 4,
+            "non_linearity": "relu",
+            "dropout": 0.25,
+            "shift_positions": True,
+        },
+        fields=PREFIX,
+        places=PREFIXED,
+        start=None,
+        count=prefix,
+    ),
     "parallel": BESIDE,
-    "scaled-parallel": BESIDE,
+    "scaled-parallel": dataclasses.replace(BESIDE, values=PARALLEL_VALUES | {"scaling": 4.0}),
     "mam": Row(
+        cls=cj.CombinedConfig,
+        values={
+            "parts": (
+                cj.PrefixTuningConfig(bottleneck_size=800),
+                cj.BottleneckConfig(**PARALLEL_VALUES, scaling=4.0),
+            )
+        },
+        changed={
+            "parts": (
+                cj.LoRAConfig(rank=3),
+                cj.PHMBottleneckConfig(phm_dim=2),
+                cj.BitFitConfig(leave_out=(1,)),
+            )
+        },
         fields=PREFIX,
         places=both(PREFIXED, PARALLEL),
         start=None,
         count=lambda s: prefix(s) + s.sublayers * bottleneck(s),
+        still=r".*/adapter/down/.*",
     ),
 }
+# Kind -> another value for every field.
+CHANGED = {row.cls.kind: row.changed for row in ROWS.values() if row.changed is not None}

@@ -7,140 +7,22 @@ import pytest
 
 from compacter_jax.catalogue import METHODS, from_dict, preset, presets, to_dict
 from compacter_jax.methods.base import FullFineTuningConfig
-from compacter_jax.methods.bitfit import BitFitConfig
-from compacter_jax.methods.bottleneck import (
-    BottleneckConfig,
-    LowRankBottleneckConfig,
-)
+from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig
-from compacter_jax.methods.ia3 import IA3Config
-from compacter_jax.methods.intrinsic import IntrinsicConfig
 from compacter_jax.methods.lora import LoRAConfig
-from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
-from compacter_jax.methods.prompt_tuning import PromptTuningConfig
-
-BOTH_SITES = ("attention", "feed_forward")
-# Bottlenecks of the paper's comparison, as in its released configurations.
-OF_THE_PAPER = {
-    "reduction_factor": 32,
-    "non_linearity": "gelu_new",
-    "scaling": 1.0,
-    "dropout": 0.0,
-    "layer_norm_before": False,
-    "layer_norm_after": False,
-    "parallel": False,
-    "original_ln_before": False,
-    "leave_out": (),
-    "train_layer_norms": True,
-}
-DENSE = OF_THE_PAPER | {"w_init": "normal", "w_init_up": "same", "w_init_range": 1e-2}
-PHM = OF_THE_PAPER | {
-    "sites": BOTH_SITES,
-    "phm_rank": 1,
-    "factorized_phm_rule": False,
-    "shared_W_phm": False,
-    "learn_phm": True,
-    "phm_c_init": "normal",
-    "w_init": "glorot-uniform",
-    "w_init_up": "same",
-}
-COMPACTER = PHM | {
-    "phm_dim": 4,
-    "factorized_phm_W": True,
-    "shared_phm_rule": True,
-    "phm_init_range": 1e-4,
-}
-# Of AdapterHub and of the methods' own papers: the backbone's layer norms stay frozen.
-PARALLEL = {
-    "sites": ("parallel_feed_forward",),
-    "parallel": True,
-    "reduction_factor": 2,
-    "non_linearity": "relu",
-    "w_init": "lora",
-}
-KEY_VALUE = ("encoder_key_value", "decoder_key_value", "cross_key_value")
-PREFIX = {
-    "sites": KEY_VALUE,
-    "prefix_length": 30,
-    "flat": False,
-    "bottleneck_size": 512,
-    "non_linearity": "tanh",
-    "shift_positions": False,
-}
-PROMPT = {"sites": ("embedding",), "prompt_length": 100, "prompt_init_range": 0.5}
-PRESETS = {
-    "full": (FullFineTuningConfig, {"train_layer_norms": True, "train_pooler": True}),
-    "houlsby": (BottleneckConfig, DENSE | {"sites": BOTH_SITES}),
-    "pfeiffer-attention": (BottleneckConfig, DENSE | {"sites": ("attention",)}),
-    "pfeiffer-feed-forward": (
-        BottleneckConfig,
-        {
-            "sites": ("residual_feed_forward",),
-            "reduction_factor": 16,
-            "non_linearity": "relu",
-            "w_init": "normal",
-            "w_init_range": 2e-2,
-            "original_ln_before": True,
-            "original_ln_after": True,
-            "residual_before_ln": True,
-        },
-    ),
-    "adapterdrop": (BottleneckConfig, DENSE | {"sites": BOTH_SITES, "leave_out": (0, 1, 2, 3, 4)}),
-    "low-rank": (
-        LowRankBottleneckConfig,
-        OF_THE_PAPER | {"sites": BOTH_SITES, "rank": 1, "w_init": "glorot-uniform"},
-    ),
-    "phm": (
-        PHMBottleneckConfig,
-        PHM
-        | {
-            "phm_dim": 12,
-            "factorized_phm_W": False,
-            "shared_phm_rule": False,
-            "phm_init_range": 1e-2,
-        },
-    ),
-    "compacter": (PHMBottleneckConfig, COMPACTER),
-    "compacter++": (PHMBottleneckConfig, COMPACTER | {"sites": ("feed_forward",)}),
-    "compacter++-short": (
-        PHMBottleneckConfig,
-        COMPACTER | {"sites": ("feed_forward",), "phm_c_init": "glorot", "w_init_up": "zeros"},
-    ),
-    "bitfit": (BitFitConfig, {"sites": ("linear", "norm", "logits")}),
-    "prompt-tuning-random": (PromptTuningConfig, PROMPT | {"prompt_init": "random"}),
-    "prompt-tuning-vocabulary": (PromptTuningConfig, PROMPT | {"prompt_init": "vocabulary"}),
-    "intrinsic-said": (IntrinsicConfig, {"dimension": 20_000, "structure_aware": True}),
-    "intrinsic": (IntrinsicConfig, {"dimension": 20_000, "structure_aware": False}),
-    "lora": (
-        LoRAConfig,
-        {"sites": ("query", "value"), "rank": 8, "lora_alpha": 8.0, "use_rslora": False},
-    ),
-    "ia3": (IA3Config, {"sites": ("key", "value"), "input_sites": ("feed_forward",)}),
-    "prefix-tuning": (PrefixTuningConfig, PREFIX),
-    "parallel": (BottleneckConfig, PARALLEL | {"scaling": 1.0}),
-    "scaled-parallel": (BottleneckConfig, PARALLEL | {"scaling": 4.0}),
-    "mam": (
-        CombinedConfig,
-        {
-            "parts": (
-                PrefixTuningConfig(bottleneck_size=800),
-                BottleneckConfig(**PARALLEL, scaling=4.0),
-            )
-        },
-    ),
-}
+from tests.methods.rows import BOTH_SITES, CHANGED, ROWS
 
 
 def test_presets_are_those_of_the_table():
-    assert presets() == tuple(PRESETS)
-    assert {cls.kind for cls, _ in PRESETS.values()} == set(METHODS)
+    assert presets() == tuple(ROWS)
+    assert {row.cls.kind for row in ROWS.values()} == set(METHODS)
     assert {kind: cls.kind for kind, cls in METHODS.items()} == {kind: kind for kind in METHODS}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROWS)
 def test_preset(name):
-    cls, fields = PRESETS[name]
+    cls, fields = ROWS[name].cls, ROWS[name].values
     method = preset(name)
     assert type(method) is cls
     assert {field: getattr(method, field) for field in fields} == fields
@@ -151,7 +33,7 @@ def test_preset(name):
 
 def test_every_preset_is_in_the_docstring():
     rows = [line.split("`")[1] for line in preset.__doc__.splitlines() if "| `" in line]
-    assert rows == list(PRESETS)
+    assert rows == list(ROWS)
 
 
 def test_compacter_and_its_plus_plus_differ_in_sites_alone():
@@ -170,7 +52,7 @@ def test_overrides_replace_fields_and_leave_the_preset_alone():
     assert preset("compacter").reduction_factor == 32
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROWS)
 def test_methods_are_frozen_and_hashable(name):
     method = preset(name)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -180,7 +62,7 @@ def test_methods_are_frozen_and_hashable(name):
     assert method != preset(name, train_head=False)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROWS)
 def test_round_trip_through_json(name):
     method = preset(name, train_head=False)
     values = json.loads(json.dumps(to_dict(method), allow_nan=False))
@@ -189,72 +71,6 @@ def test_round_trip_through_json(name):
     assert values.keys() - {"kind"} == {field.name for field in dataclasses.fields(method)}
 
 
-BOTTLENECK_CHANGED = {
-    "sites": ("residual_attention",),
-    "leave_out": (0, 3),
-    "reduction_factor": 8,
-    "non_linearity": "relu",
-    "w_init": "glorot-normal",
-    "w_init_up": "zeros",
-    "w_init_range": 0.5,
-    "scaling": -0.25,
-    "dropout": 0.1,
-    "layer_norm_before": True,
-    "layer_norm_after": True,
-    "parallel": True,
-    "original_ln_before": True,
-    "original_ln_after": False,
-    "residual_before_ln": False,
-}
-# Another value for every field.
-CHANGED = {
-    "full": {"train_layer_norms": False, "train_pooler": False},
-    "bottleneck": BOTTLENECK_CHANGED,
-    "low_rank_bottleneck": BOTTLENECK_CHANGED | {"rank": 3},
-    "phm_bottleneck": BOTTLENECK_CHANGED
-    | {
-        "phm_dim": 2,
-        "phm_rank": 3,
-        "factorized_phm_W": False,
-        "shared_phm_rule": False,
-        "factorized_phm_rule": True,
-        "shared_W_phm": True,
-        "learn_phm": False,
-        "phm_c_init": "uniform",
-        "phm_init_range": 0.125,
-    },
-    "lora": {
-        "sites": ("key",),
-        "leave_out": (1,),
-        "rank": 2,
-        "lora_alpha": 3.0,
-        "use_rslora": True,
-        "dropout": 0.1,
-    },
-    "ia3": {"sites": ("query",), "input_sites": ("key", "value"), "leave_out": (2,)},
-    "prefix_tuning": {
-        "sites": ("cross_key_value",),
-        "prefix_length": 3,
-        "flat": True,
-        "bottleneck_size": 4,
-        "non_linearity": "relu",
-        "dropout": 0.25,
-        "shift_positions": True,
-    },
-    "prompt_tuning": {
-        "sites": ("words",),
-        "leave_out": (1,),
-        "prompt_length": 7,
-        "prompt_init": "vocabulary",
-        "prompt_init_range": 0.125,
-        "prompt_token_ids": (5, 0, 5),
-    },
-    "bitfit": {"sites": ("norm",), "leave_out": (1,)},
-    "intrinsic": {"dimension": 7, "structure_aware": False, "projection_seed": 2**31 - 1},
-    "combined": {
-        "parts": (LoRAConfig(rank=3), PHMBottleneckConfig(phm_dim=2), BitFitConfig(leave_out=(1,)))
-    },
-}
 OF_ALL = {"train_layer_norms": True, "train_head": False, "train_pooler": True}
 # `shift_positions` leaves out no layer.
 UNCHANGED = {"prefix_tuning": ["leave_out"]}

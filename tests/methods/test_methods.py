@@ -28,7 +28,8 @@ from tests.helpers import (
     t5_inputs,
     weights_of,
 )
-from tests.methods.rows import ROWS, sizes_of, t5_sizes
+from tests.methods.rows import ROWS
+from tests.methods.sizes import sizes_of, t5_sizes
 from tests.reference import Reference
 
 BACKBONES = {
@@ -176,9 +177,13 @@ case_of = functools.cache(Case)
 
 
 @functools.cache
+def plain_program(module):
+    return quick_jit(lambda params: module.apply({"params": params}, *inputs_of(module)))
+
+
+@functools.cache
 def plain_logits(module):
-    params = backbone_of(module).params
-    return quick_jit(module.apply)({"params": params}, *inputs_of(module))
+    return plain_program(module)(backbone_of(module).params)
 
 
 # --- where they go ------------------------------------------------------------------------------
@@ -194,25 +199,6 @@ def test_the_modules_that_have_an_adapter(name, backbone):
 
 
 # --- what a step moves --------------------------------------------------------------------------
-
-# A factor of zero is beside them: their first gradient is zero.
-STILL_AT_FIRST = {
-    "lora": r".*/adapter/left",
-    "parallel": r".*/adapter/down/.*",
-    "scaled-parallel": r".*/adapter/down/.*",
-    "mam": r".*/adapter/down/.*",
-    # No scale has an effect while the vector is zero.
-    "intrinsic-said": r"intrinsic_scale",
-}
-# One number added to all the scores of a query: the softmax does not see it.
-NO_GRADIENT = {
-    "full": r".*/self/key/bias",
-    "bitfit": r".*(/self/key/bias|/k/adapter/bias)",
-}
-
-
-def matching(patterns, name, paths):
-    return {path for path in paths if re.fullmatch(patterns.get(name, ""), path)}
 
 
 @every_case
@@ -230,9 +216,11 @@ def test_a_step_moves_the_trained_leaves_and_no_other(name, backbone):
         for count, after in ((1, once), (2, twice))
     }
     frozen = start.keys() - case.trained
-    no_gradient = matching(NO_GRADIENT, name, start)
+    # A number added to all the scores of a query is one: the softmax does not see it.
+    no_gradient = {path for path in start if re.fullmatch(ROWS[name].no_gradient, path)}
+    still = {path for path in start if re.fullmatch(ROWS[name].still, path)}
     assert unmoved[2] - no_gradient == frozen
-    assert unmoved[1] - no_gradient == frozen | matching(STILL_AT_FIRST, name, start)
+    assert unmoved[1] - no_gradient == frozen | still
     gradient = case.second[1]
     largest = max(np.abs(leaf).max() for leaf in gradient.values())
     for path in no_gradient:
@@ -303,6 +291,59 @@ def test_logits_and_gradients_equal_the_equations(name, backbone):
         size = np.linalg.norm([np.linalg.norm(gradient[p] * direction[p]) for p in gradient])
         expected = (ahead - behind) / (2 * step)
         np.testing.assert_allclose(sum(products), expected, atol=3e-5 * size, rtol=0)
+
+
+# --- merging ------------------------------------------------------------------------------------
+
+
+def merges(name, backbone):
+    model = cj.Adapted(module_of(name, backbone), small(name))
+    return model.method.unmergeable(model.sites_of) is None
+
+
+MERGED = [
+    (name, backbone)
+    for backbone in ("bert", "t5")
+    for name in cj.presets()
+    if merges(name, backbone)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"), [slow_unless(case[1] == "bert", *case) for case in MERGED]
+)
+def test_the_merged_backbone_computes_the_same(name, backbone):
+    module, method = module_of(name, backbone), small(name)
+    if (name, backbone) in NOT_COMPILED:
+        model = cj.Adapted(module, method)
+        params = random_tree(adapted_shapes(model), seed=2)
+        logits = model.apply({"params": params}, *inputs_of(module))
+    else:
+        case = case_of(name, backbone)
+        model, params, logits = case.model, case.random, case.at_random[0]
+    if (reason := ROWS[name].unmerged.get(backbone)) is not None:
+        with pytest.raises(ValueError, match=reason):
+            cj.merge_adapter(model, params)
+        return
+    merged = cj.merge_adapter(model, params)
+    assert relative_difference(plain_program(module)(merged), logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [(n, b) for n, b in MERGED if small(n).inserted() and b not in ROWS[n].unmerged],
+)
+def test_merging_keeps_the_dtypes_of_the_backbone(name, backbone):
+    """Of bfloat16, where adapters are of float32."""
+    model = cj.Adapted(module_of(name, backbone), small(name))
+    shapes, own = map(flatten_dict, (adapted_shapes(model), backbone_of(model.backbone).params))
+    narrow = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if path in own else leaf.dtype)
+        for path, leaf in shapes.items()
+    }
+    merged = jax.eval_shape(functools.partial(cj.merge_adapter, model), unflatten_dict(narrow))
+    merged = {path: (leaf.shape, leaf.dtype) for path, leaf in flatten_dict(merged).items()}
+    assert merged == {path: (leaf.shape, jnp.bfloat16) for path, leaf in own.items()}
 
 
 # --- files --------------------------------------------------------------------------------------

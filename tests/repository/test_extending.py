@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,19 +20,17 @@ PATH = ROOT / "docs/extending.md"
 PAGE = PATH.read_text(encoding="utf-8")
 
 # Run in a copy of the repository that has the edits of the page; its arguments are folders: of a
-# backbone, and with PAWS. What the tests of all presets show comes first: start, gradients, a step,
-# files, counts.
+# backbone, and with PAWS, and what the page runs of the tests. These are first: fields, start,
+# gradients, a step, merging, files, counts.
 USES = """
 import contextlib, io, json, sys
 from pathlib import Path
 
 import pytest
 
-CHOSEN = "scale-shift and (bert or modules) or table"
-tests = ["tests/methods/test_methods.py", "-k", CHOSEN, "-q", "-p", "no:cacheprovider"]
-assert pytest.main(tests) == 0
+assert pytest.main([*sys.argv[3:], "-p", "no:cacheprovider"]) == 0
 
-import jax, jax.numpy as jnp, numpy as np
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
@@ -57,6 +56,27 @@ adapted, plain = logits(model, params), logits(backbone.module, backbone.params)
 assert np.abs(adapted - plain).max() > 1e-3
 merged = logits(backbone.module, cj.merge_adapter(model, params))
 np.testing.assert_allclose(merged, adapted, atol=1e-5)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.DenseGeneral((2, 3), name="heads")(x).sum(-2), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)
+        return scan(name="layers")(x, None)[0]
+
+
+x = jnp.array([[1.0, -2.0, 3.0]])
+method = cj.ScaleShiftConfig(sites=("query",))
+heads = cj.Adapted(Scanned(), method, sites={"query": r"layers/heads(?P<layer>\\d+)?"})
+drawn = random_tree(jax.eval_shape(heads.init, jax.random.key(0), x)["params"])
+merged = Scanned().apply({"params": cj.merge_adapter(heads, drawn, x)}, x)
+np.testing.assert_allclose(merged, heads.apply({"params": drawn}, x), rtol=1e-5)
 many, bank = cj.stack_adapters([(model, params)] * 2, backbone)
 routed = logits(many, bank, adapter_ids=jnp.array([1, -1]))
 np.testing.assert_allclose(routed, [adapted[0], plain[1]], atol=1e-5)
@@ -94,7 +114,8 @@ def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
     (path,) = re.findall(r"^The file `(\S+)` has two classes", PAGE, re.MULTILINE)
     (copy / path).write_text(blocks("python")[0], encoding="utf-8")
     for edit in blocks("diff"):
-        command = ["git", "apply", "--recount", "-C1", "-"]
+        # Beside what a hunk shows of its place, others may have been added.
+        command = ["git", "apply", "--recount", "--unidiff-zero", "-"]
         subprocess.run(command, cwd=copy, input=edit, text=True, check=True)
     text = Value("string")
     features = {"id": Value("int32"), "sentence1": text, "sentence2": text}
@@ -110,7 +131,9 @@ def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
         table = made.with_format("arrow")[:]
         table = table.replace_schema_metadata(made.features.arrow_schema.metadata)
         pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-    uses = [sys.executable, "-c", USES, str(tiny_backbone), str(tmp_path / "paws")]
+    (tests,) = re.findall(r"^\$ python -m pytest (.*)$", PAGE, re.MULTILINE)
+    folders = [str(tiny_backbone), str(tmp_path / "paws")]
+    uses = [sys.executable, "-c", USES, *folders, *shlex.split(tests)]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     del environment["XLA_FLAGS"]  # which the tests' own configuration sets
     done = subprocess.run(

@@ -1,0 +1,80 @@
+"""Sizes of backbones and numbers of parameters, by the formulas of the papers."""
+
+import types
+
+
+def bert_sizes(config, num_labels, **method):
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head = d * num_labels + num_labels
+    embedded = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    return types.SimpleNamespace(
+        d=d,
+        f=f,
+        inner=d,
+        sublayers=layers,
+        kept=layers - 1,
+        attentions=layers,
+        prefix_sites=1,
+        norms=2 * d * (2 * layers + 1),
+        head=head,
+        # Of the norm of the embeddings, four projections, two linear layers and two norms in each
+        # layer, the pooler.
+        biases=d + layers * (7 * d + f) + d,
+        everything=embedded * d
+        + 2 * d
+        + layers * (4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d)
+        + (d * d + d)
+        + head,
+        **method,
+    )
+
+
+def t5_sizes(config, dropped=(1, 1), **method):
+    """`dropped`: layers of encoder and decoder without adapters in AdapterDrop."""
+    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
+    encoder, decoder, words = config.num_layers, config.num_decoder_layers, config.vocab_size
+    blocks, attentions = encoder + decoder, encoder + 2 * decoder
+    norms = 2 * encoder + 3 * decoder + 2
+    into = 2 if config.is_gated else 1  # projections to the inner width
+    return types.SimpleNamespace(
+        d=d,
+        f=f,
+        inner=inner,
+        sublayers=blocks,
+        kept=blocks - sum(dropped),
+        attentions=attentions,
+        prefix_sites=3,
+        norms=norms * d,
+        head=0,
+        # Of all linear layers, of the norms but the two last, of the logits.
+        biases=attentions * (3 * inner + d) + blocks * (into * f + d) + (norms - 2) * d + words,
+        everything=words * d * (1 if config.tie_word_embeddings else 2)
+        + 2 * config.relative_attention_num_buckets * config.num_heads
+        + attentions * 4 * d * inner
+        + blocks * (into + 1) * d * f
+        + norms * d,
+        **method,
+    )
+
+
+def bottleneck(s):
+    return s.d * s.r + s.r + s.r * s.d + s.d
+
+
+def compacter(s, adapters):
+    # `left`, `right` and bias of each projection; one rule.
+    return s.n**3 + adapters * ((s.d + s.r + s.r) + (s.r + s.d + s.d))
+
+
+def prefix(s):
+    shared = s.prefix * s.d + s.d * s.b + s.b
+    return s.prefix_sites * shared + s.attentions * (s.b * 2 * s.inner + 2 * s.inner)
+
+
+TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2, "b": 5}
+
+
+def sizes_of(config, backbone):
+    if backbone == "bert":
+        return bert_sizes(config, 3, **TINY_METHOD)
+    return t5_sizes(config, **TINY_METHOD)
