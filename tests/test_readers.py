@@ -28,6 +28,7 @@ from compacter_jax.models.loading import module_from_config, module_from_name, r
 from tests.helpers import ONE_LAYER, adapted_shapes, backbone_of, random_tree, weights_of
 from train.cli.config_files import expand_config
 from train.data.tokens import load_tokenizer
+from train.fit.options import FitOptions
 
 RECORDED = Path(__file__).parent / "recorded"
 LORA = cj.preset("lora", rank=2)
@@ -487,13 +488,13 @@ def test_names_that_no_file_has_are_not_repeated(tmp_path, name):
         for place in (str(tmp_path / name), name, f"~nobody-of-this-name/{name}"):
             refused(read, place)
     (tmp_path / "c.toml").write_text(f"base = {json.dumps(name)}", "utf-8")
-    refused(expand_config, ["--config", str(tmp_path / "c.toml")])
+    refused(expand_config, ["--config", str(tmp_path / "c.toml")], FitOptions)
 
 
 def test_a_name_with_a_null_character_is_told_with_its_file(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text(r'base = "\u0000"', "utf-8")
-    message = refused(expand_config, ["--config", str(config)])
+    message = refused(expand_config, ["--config", str(config)], FitOptions)
     assert message.startswith(f"{config}: base='\\x00': ")
     assert message.endswith("is no name of a file: embedded null byte")
     index = {"weight_map": {"a": "b\0c"}}
