@@ -19,6 +19,21 @@ from compacter_jax.models.t5.checkpoint import t5_family
 from compacter_jax.models.t5.config import PUBLISHED
 
 
+def family_of_module(module: nn.Module) -> Family:
+    """Returns the family of a backbone of this library.
+
+    Raises:
+      ValueError: if the backbone is of another class.
+    """
+    for family in FAMILIES.values():
+        if isinstance(module, family.module_class):
+            return family
+    raise ValueError(
+        f"{type(module).__name__} is a backbone that transformers has no names for; only "
+        f"{' and '.join(dict.fromkeys(one.module_class.__name__ for one in FAMILIES.values()))} are"
+    )
+
+
 def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str, str]:
     """Returns the names that transformers uses for the parameters of a backbone.
 
@@ -32,12 +47,7 @@ def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str
     Raises:
       ValueError: if the backbone is of another class, or does not have one of the parameters.
     """
-    family = next((one for one in FAMILIES.values() if isinstance(module, one.module_class)), None)
-    if family is None:
-        raise ValueError(
-            f"{type(module).__name__} is a backbone that transformers has no names for; only Bert "
-            "and T5 are"
-        )
+    family = family_of_module(module)
     paths = list(flatten_dict(params, sep="/"))
     numbers = {path: np.asarray(i) for i, path in enumerate(paths)}
     named = family.to_hugging_face(unflatten_dict(numbers, sep="/"))

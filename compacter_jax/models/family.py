@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from compacter_jax.messages import listing, quote, shorten
 Params = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Family:
     """The description of one `model_type`: everything but its modules.
 
@@ -44,6 +44,9 @@ class Family:
       published: hub id -> configuration, for the sizes that are known without a download.
       of_size: `(published configuration, head, num_labels) -> module`; head "auto" is the usual
         head.
+      dropout_fields: fields of the configuration that are rates of dropout.
+      writes_text: True for encoder-decoders, which are trained to write text.
+      tokens: size of a vocabulary -> number of its entries without padding, where they differ.
     """
 
     architectures: Mapping[str, str | None]
@@ -58,8 +61,11 @@ class Family:
     module_class: type[nn.Module]
     published: Mapping[str, Any]
     of_size: Callable[[Any, str | None, int | None], nn.Module]
+    dropout_fields: tuple[str, ...]
     droppable: tuple[str, ...] = ()
     copies_tied_head: bool = False
+    writes_text: bool = False
+    tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     shared_head_names: tuple[str, ...] = ()
     pooled_heads: tuple[str, ...] = ()
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import compacter_jax as cj
 from compacter_jax.messages import reason_of
 from compacter_jax.methods.base import MethodConfig
+from compacter_jax.models.families import family_of_module
 from compacter_jax.models.loading import module_from_config, module_from_name, read_config
 from compacter_jax.params import Count, group_of
 from train import report
@@ -23,9 +24,6 @@ from train.estimate.options import ParamsOptions
 from train.objectives import head_arguments
 from train.objectives.shapes import shapes_of
 
-# Entries of T5's embedding -> number of tokens. arXiv:2106.04647 truncates the embedding to these
-# tokens before it counts parameters.
-_TOKENS = {32_128: 32_100}
 # Nominal memory of common devices in bytes; the actual memory is slightly larger.
 _DEVICES = {"a chip of a TPU v4 (v4-8: 4 of them)": 32 * 10**9, "a GPU with 80 GB": 80 * 10**9}
 
@@ -104,15 +102,16 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
         module = module_from_config(read_config(name), **head)
     else:
         module = module_from_name(name)
-        if isinstance(module, cj.Bert):
+        if not family_of_module(module).writes_text:
             module = module.clone(
                 head="sequence_classification",
                 num_labels=options.num_labels,
                 pooling=options.pooling or "first",
             )
     sizes = [options.vocab_size or module.config.vocab_size]
-    if options.vocab_size is None and isinstance(module, cj.T5) and sizes[0] in _TOKENS:
-        sizes.append(_TOKENS[sizes[0]])
+    tokens = family_of_module(module).tokens
+    if options.vocab_size is None and sizes[0] in tokens:
+        sizes.append(tokens[sizes[0]])
     return [_with_vocabulary(module, size) for size in sizes]
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 import compacter_jax as cj
 from compacter_jax.methods.base import MethodConfig
+from compacter_jax.models.families import family_of_module
 from compacter_jax.models.loading import known_pooling, module_from_name
 from compacter_jax.models.pooling import Pooling
 from train import tasks
@@ -177,16 +178,15 @@ def plan_of(options: PlanOptions) -> Plan:
     """Returns the plan of a run on one task; raises the errors of `plan`."""
     options.check()
     module = module_from_name(options.backbone)
-    workload = _workload(options, isinstance(module, cj.T5))
+    writes_text = family_of_module(module).writes_text
+    workload = _workload(options, writes_text)
     cost = cost_of(workload)
-    examples = train_examples(options, isinstance(module, cj.T5))
+    examples = train_examples(options, writes_text)
     steps = options.epochs * batching.num_batches(examples, options.batch_size)
     steps = min(steps, options.max_steps or steps)
     peak = peak_of(options)
     seconds = None if peak is None else steps * cost.flops / (peak * options.utilisation)
-    targets = (
-        batching.bucket_lengths(workload.target_length, 4) if isinstance(module, cj.T5) else ()
-    )
+    targets = batching.bucket_lengths(workload.target_length, 4) if writes_text else ()
     return Plan(
         task=options.task,
         train_examples=examples,
@@ -320,15 +320,14 @@ def model_of(workload: Workload) -> tuple[cj.Adapted, type[Seq2Seq] | type[Class
     """Returns the adapted module, and the objective whose batches it reads."""
     module = module_from_name(workload.backbone)
     attributes: dict[str, Any] = {"dtype": jnp.dtype(workload.dtype), "remat": workload.remat}
-    rates = ["dropout_rate"]
-    if isinstance(module, cj.Bert):
+    family = family_of_module(module)
+    if not family.writes_text:
         attributes |= {"head": "sequence_classification", "num_labels": workload.num_labels}
         attributes["pooling"] = workload.pooling
-        rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
     if workload.dropout_rate is not None:
-        changed = dict.fromkeys(rates, workload.dropout_rate)
+        changed = dict.fromkeys(family.dropout_fields, workload.dropout_rate)
         attributes["config"] = dataclasses.replace(module.config, **changed)
-    objective = Seq2Seq if isinstance(module, cj.T5) else Classifier
+    objective = Seq2Seq if family.writes_text else Classifier
     return cj.Adapted(module.clone(**attributes), workload.method), objective
 
 

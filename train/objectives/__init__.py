@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import compacter_jax as cj
 from compacter_jax.compositions.base import parallel_names
+from compacter_jax.models.families import family_of, family_of_module
 from compacter_jax.models.loading import pooling_of, read_config
 from compacter_jax.models.pooling import Pooling
 from train import tasks
@@ -43,8 +43,6 @@ __all__ = [
     "head_arguments",
 ]
 
-MODEL_TYPES = ("t5", "mt5")
-
 
 def head_arguments(
     backbone: str | Path,
@@ -69,8 +67,8 @@ def head_arguments(
 
 
 def is_text_to_text(backbone: str | Path) -> bool:
-    """Returns True if a checkpoint is of the T5 family; raises the errors of `load_backbone`."""
-    return read_config(backbone).model_type in MODEL_TYPES
+    """Returns True if a checkpoint is one that writes text; raises as `load_backbone` does."""
+    return family_of(read_config(backbone)).writes_text
 
 
 def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Objective:
@@ -80,11 +78,12 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
       ValueError: if a T5 cannot write text, or if the labels or the special tokens are unsuitable.
     """
     module = model.backbone
-    if isinstance(module, cj.T5) and parallel_names(model.method):
+    writes_text = family_of_module(module).writes_text
+    if writes_text and parallel_names(model.method):
         raise ValueError(
             "adapters beside each other (parallel) are for encoders; use each by itself on a T5"
         )
-    if not isinstance(module, cj.T5):
+    if not writes_text:
         made = _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
         if task.benchmark is not None and task.benchmark.unanswered(task.splits["train"]):
             made = _with_none(made)

@@ -147,6 +147,10 @@ def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
         module_class=T5,
         published=published,
         of_size=_of_size,
+        dropout_fields=("dropout_rate",),
+        writes_text=True,
+        # Percentages in papers are of the tokens without padding.
+        tokens={32_128: 32_100},
         from_hugging_face=t5_from_hugging_face,
         to_hugging_face=t5_to_hugging_face,
         config_class=T5Config,
