@@ -14,8 +14,9 @@
 # %% [markdown]
 # # From AdapterHub and PEFT, and back
 #
-# An adapter that was trained with PyTorch goes on here, and one trained here goes to PyTorch: the
-# same numbers in the same places, so the same logits. The table says how to write what you know:
+# Training of a PyTorch adapter can continue here, and an adapter trained here can go back to
+# PyTorch: the same numbers in the same places, so the same logits. The table translates the calls
+# of `adapters` and PEFT:
 #
 # | | `adapters`, PyTorch | `compacter_jax` |
 # |---|---|---|
@@ -109,8 +110,9 @@ print(f"loss {loss:.3f};", *sorted(file.name for file in (folder / "hub").iterdi
 # %% [markdown]
 # ## Read here
 #
-# `import_adapterhub` reads where AdapterHub puts the adapter, too: its Compacter++ on BERT works
-# on a sum with the residual, before the norm. That is a site and two switches of the method.
+# `import_adapterhub` also reads the place of the adapter: AdapterHub's Compacter++ on BERT works on
+# a sum with the residual, before the norm. A site and two switches of the method describe this
+# place.
 
 # %%
 backbone = cj.load_backbone(
@@ -126,7 +128,8 @@ np.testing.assert_allclose(ours, theirs, atol=2e-5)
 # %% [markdown]
 # ## Trained on, and sent back
 #
-# The same optimizer goes on in JAX; AdapterHub's own `load_adapter` reads what is written.
+# Training continues in JAX with the same optimizer. AdapterHub's own `load_adapter` reads the
+# exported folder.
 
 # %%
 labels = cj.label_params(params, model.method)
@@ -166,7 +169,8 @@ np.testing.assert_allclose(ours, returned, atol=2e-5)
 # %% [markdown]
 # ## PEFT
 #
-# The same with LoRA. What is learned can become weights of the backbone, here and there.
+# The same steps with LoRA. Both libraries can merge the trained update into the weights of the
+# backbone.
 
 # %%
 settings = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, init_lora_weights=False)
@@ -202,10 +206,10 @@ axes[0].set_ylabel("logits here")
 plt.show()
 
 # %% [markdown]
-# Two things to know. Of `BertModel`, `T5Model` and `T5ForConditionalGeneration`, `adapters` 1.3
-# does not save the rule that Compacter's layers share; nobody can restore such a folder, and
-# `import_adapterhub` refuses it and says what to do. And what has no counterpart is refused by
-# name, before anything is written.
+# Two limits apply. For `BertModel`, `T5Model` and `T5ForConditionalGeneration`, `adapters` 1.3 does
+# not save the rule that Compacter's layers share. Nobody can restore a folder without the rule;
+# `import_adapterhub` refuses the folder and names the fix. And a setting without a counterpart is
+# refused by name, before anything is written.
 #
 # On the command line: `python -m train convert --from adapterhub FOLDER --backbone DIR --to
 # my-adapter`.

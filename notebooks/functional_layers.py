@@ -15,9 +15,9 @@
 # # PHM layers as functions
 #
 # The layers of Compacter are two pure functions and a thin module around them. This notebook goes
-# from `jnp.kron` to a layer of your own: first the sum of Kronecker products, then its product
-# with a vector, then `grad`, `vmap` and `jit`, then a linen module. At the end a rule is learned
-# from data, and it turns out to be the multiplication of quaternions.
+# from `jnp.kron` to a layer of your own: first the sum of Kronecker products, then the product of
+# the sum with a vector, then `grad`, `vmap` and `jit`, then a linen module. At the end a rule is
+# learned from data, and the learned rule turns out to be the multiplication of quaternions.
 
 # %%
 # In Colab this gets the package and the data; anywhere else it does nothing.
@@ -86,9 +86,9 @@ for name, size in numbers(768, 24, 4).items():
 # %% [markdown]
 # ## Multiply without the weight
 #
-# `kronecker_sum_matmul` is `x @ kronecker_sum(rule, blocks)`, and chooses by the shapes whether
-# `W` is built: for many rows it is, once; for few rows `x` goes through the small factors. The
-# jaxprs show it.
+# `kronecker_sum_matmul` computes `x @ kronecker_sum(rule, blocks)`, and chooses by the shapes
+# whether to build `W`: for many rows the function builds `W` once; for few rows `x` goes through
+# the small factors. The jaxprs show the choice.
 
 # %%
 rule4 = jax.random.normal(keys[0], (4, 4, 4))
@@ -104,8 +104,8 @@ for rows in (1, 4096):
 # %% [markdown]
 # ## grad, vmap, jit
 #
-# Nothing to add: they are functions of arrays. For instance the gradient for each example by
-# itself, and eight adapters with one rule at once:
+# `grad`, `vmap` and `jit` work without additions, because the layers are functions of arrays. Two
+# examples: the gradient for each example by itself, and eight adapters with one rule at once:
 
 # %%
 x = jax.random.normal(keys[4], (32, n * p))
@@ -127,8 +127,9 @@ print("outputs of eight adapters that share a rule:", outputs.shape)
 # %% [markdown]
 # ## In a module of your own
 #
-# `PHMLinear` has a rule of its own, unless you pass one in: whoever shares a rule owns it. Here a
-# network owns it, and its three layers have nothing but their blocks and biases.
+# `PHMLinear` has a rule of its own, unless you pass one in: the owner of a shared rule passes the
+# rule to each layer. Here a network owns the rule, and its three layers own only their blocks and
+# biases.
 
 
 # %%
@@ -154,11 +155,11 @@ for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
 # %% [markdown]
 # ## Learn a rule
 #
-# With a fixed rule, a sum of Kronecker products can be a multiplication of quaternions: four
-# signed permutations, one for each of 1, i, j, k (Zhang et al.,
-# [arXiv:2102.08597](https://arxiv.org/abs/2102.08597)). Can it be found from data? Three unknown
-# layers multiply vectors of quaternions; we see inputs and outputs, and learn one rule and three
-# sets of blocks.
+# With a fixed rule, a sum of Kronecker products can be a multiplication of quaternions: four signed
+# permutations, one for each of 1, i, j, k (Zhang et al.,
+# [arXiv:2102.08597](https://arxiv.org/abs/2102.08597)). Can this rule be learned from data? Three
+# unknown layers multiply vectors of quaternions; we see inputs and outputs, and learn one rule and
+# three sets of blocks.
 
 # %%
 HAMILTON = np.zeros((4, 4, 4), np.float32)  # unit, input component, output component
@@ -206,10 +207,11 @@ learned, values = learn(learned, jax.random.key(1))
 print(f"mean squared error {values[0]:.1f} at first, {values[-1]:.1e} after {STEPS} steps")
 
 # %% [markdown]
-# The weights are found. The rule looks nothing like the one that made the data, and need not:
-# mixing the $A_i$ by any invertible matrix, and the $B_i$ by its inverse, changes no weight. What
-# is determined is the space that the $A_i$ span, and that is the quaternions' own: every one of
-# its matrices is a mixture of ours. In that basis the rule is the one we know.
+# Training finds the weights. The learned rule looks nothing like the rule that made the data, and
+# need not: mixing the $A_i$ by any invertible matrix, and the $B_i$ by its inverse, changes no
+# weight. The data determines only the space that the $A_i$ span. This space is the quaternions'
+# own: every matrix of the quaternions is a mixture of the learned matrices. In the basis of the
+# quaternions the learned rule is the known one.
 
 # %%
 spanned = learned[0].reshape(4, 16)
@@ -243,5 +245,5 @@ axes[2].set(title="squared error", xlabel="step")
 plt.show()
 
 # %% [markdown]
-# In a transformer it is the same: one rule for all adapters, learned with them. See
-# [quickstart](quickstart.ipynb).
+# Compacter in a transformer works in the same way: all adapters share one rule, learned with them.
+# See [quickstart](quickstart.ipynb).

@@ -14,12 +14,12 @@
 # %% [markdown]
 # # Few examples: Compacter++ beside full fine-tuning
 #
-# How do 17,946 trained numbers compare with 22.7 million as the data grows? The same backbone,
-# batches, number of steps and test sentences for both; each with the learning rate that
-# `train/objectives/learning_rates.py` gives it.
+# How do 17,946 trained numbers compare with 22.7 million as the data grows? Both methods use the
+# same backbone, batches, number of steps and test sentences; each method uses the learning rate
+# that `train/objectives/learning_rates.py` gives for the method.
 #
-# It takes some minutes on two cores. `python -m train compare` does the same with every method,
-# more seeds and validation, and goes on after an interruption; see the last cell.
+# This notebook takes some minutes on two cores. `python -m train compare` does the same with every
+# method, more seeds and validation, and continues after an interruption; see the last cell.
 
 # %%
 # In Colab this gets the package and the data; anywhere else it does nothing.
@@ -67,8 +67,8 @@ test = encode(tokenizer, sentences, LENGTH) | {"labels": targets}
 
 
 # %% [markdown]
-# One function makes the compiled step and the evaluation of a method. What differs between the
-# methods is a name.
+# One function makes the compiled step and the evaluation of a method. The methods differ only in a
+# name.
 
 
 # %%
@@ -147,12 +147,13 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# In the run that is kept here full fine-tuning is ahead by one to four points, with 1,266 times as
-# many trained numbers. Read it with care: on so few test sentences one standard error is two
+# In the run shown here full fine-tuning is ahead by one to four points, with 1,266 times as many
+# trained numbers. Read the difference with care: on this small test set one standard error is two
 # points, and one seed is not many. At 128 examples Compacter++ is at the level of always giving the
-# commoner label, the dashed line. The number of steps is the same for all sizes, so that a small set
-# is seen many times. [With more seeds and sizes](../docs/numbers.md#with-fewer-examples) both tasks
-# are in the documentation; for an answer of your own, take more of everything:
+# commoner label, the dashed line. The number of steps is the same for all sizes, so training
+# repeats a small set many times. [With more seeds and
+# sizes](../docs/numbers.md#with-fewer-examples) both tasks are in the documentation; for an answer
+# of your own, increase sizes, seeds and steps:
 #
 # ```
 # python -m train compare --backbone DIR --task movie --methods full,compacter++ \

@@ -14,9 +14,10 @@
 # %% [markdown]
 # # Quickstart: a BERT, 17,946 trained numbers, a saved adapter
 #
-# We take a pre-trained BERT, put Compacter++ layers into it, train them on film reviews, look at
-# what was learned, predict, and save an adapter of some 80 kB. The backbone is all-MiniLM-L6-v2
-# (22.7 million parameters), so a laptop does; nothing depends on its size.
+# We take a pre-trained BERT, put Compacter++ layers into it, train the layers on film reviews, look
+# at the learned weights, predict, and save an adapter of some 80 kB. The backbone is
+# all-MiniLM-L6-v2 (22.7 million parameters), so a laptop is enough; nothing depends on the size of
+# the backbone.
 
 # %%
 # In Colab this gets the package and the data; anywhere else it does nothing.
@@ -54,9 +55,10 @@ EXAMPLES, STEPS = (64, 4) if SMALL else (4000, 250)
 # %% [markdown]
 # ## Load and adapt
 #
-# `load_backbone` reads the Hugging Face checkpoint without PyTorch. The classification head is not
-# in it, so it is new: `backbone.new_parameters` says so. `Adapted` has the same parameters under
-# the same names, and each adapter under its host as `…/adapter/…`.
+# `load_backbone` reads the Hugging Face checkpoint without PyTorch. The checkpoint has no
+# classification head, so the head is new: `backbone.new_parameters` lists the new parameters.
+# `Adapted` has the backbone's parameters under the same names, and each adapter under its host as
+# `…/adapter/…`.
 
 # %%
 backbone = cj.load_backbone(
@@ -71,7 +73,7 @@ print("new:", *backbone.new_parameters)
 # %% [markdown]
 # ## What is trained
 #
-# Every leaf gets a label, `"train"` or `"freeze"`; `partition` splits the tree by it.
+# Every leaf gets a label, `"train"` or `"freeze"`; `partition` splits the tree by this label.
 
 # %%
 labels = cj.label_params(params, method)
@@ -92,9 +94,9 @@ for path, leaf in flatten_dict(params, sep="/").items():
 # %% [markdown]
 # ## Train
 #
-# An ordinary optax loop. The gradient is taken with respect to `trained` alone: no gradient of a
-# frozen weight is ever computed, and the optimizer keeps two numbers for each of 17,946 parameters
-# instead of 22.7 million.
+# The loop is an ordinary optax loop. The gradient is taken with respect to `trained` alone: no
+# gradient of a frozen weight is ever computed, and the optimizer keeps two numbers for each of
+# 17,946 parameters instead of 22.7 million.
 
 # %%
 sentences, targets = movie("train", EXAMPLES)
@@ -208,8 +210,8 @@ for sentence, p in zip(ours, predict(trained, encode(tokenizer, ours, LENGTH)), 
 # %% [markdown]
 # ## Save and reload
 #
-# What is saved is what training changed, and a hash of the backbone it belongs to. `load_adapter`
-# refuses another one.
+# `save_adapter` saves the parameters that training changed, and a hash of the backbone.
+# `load_adapter` refuses any other backbone.
 
 # %%
 import tempfile
@@ -227,7 +229,7 @@ assert jnp.array_equal(*same)
 print("reloaded: equal logits, to the bit")
 
 # %% [markdown]
-# The same from the command line, with an evaluation after each epoch, checkpoints and a report:
+# The command line does the same, with an evaluation after each epoch, checkpoints and a report:
 #
 # ```
 # python -m train fit --backbone DIR --task movie --method compacter++ --output-dir runs/movie

@@ -14,13 +14,13 @@
 # %% [markdown]
 # # Text to text with a T5
 #
-# Everything is text: an input, and a target to write. We teach a T5 to turn film reviews round,
-# *the plot was very dull* to *the plot was very bright*, by training Compacter's few numbers, and
-# let it write with and without beam search.
+# Every task is text: an input, and a target to write. We teach a T5 to turn film reviews round,
+# *the plot was very dull* to *the plot was very bright*, by training only Compacter's parameters.
+# Then the T5 writes with and without beam search.
 #
 # With a network, set `T5=google-t5/t5-small` (or any other T5, v1.1, Flan-T5 or mT5) in the
-# environment. Without, a small T5 is made here and taught one thing first: to repeat a sentence of
-# a language of 26 words.
+# environment. Without a network, this notebook makes a small T5 and first teaches it one task: to
+# repeat a sentence of a language of 26 words.
 
 # %%
 # In Colab this gets the package and the data; anywhere else it does nothing.
@@ -56,9 +56,10 @@ STEPS = 3 if SMALL else 500
 # %% [markdown]
 # ## Fit any method
 #
-# Inputs go to the encoder. The decoder reads the target moved one to the right, behind the start
-# token, and predicts each of its tokens; padding counts for nothing. Which parameters are trained
-# is for the labels to say, so the same function fine-tunes all of a T5 and a few numbers of it.
+# Inputs go to the encoder. The decoder reads the target shifted one position to the right, behind
+# the start token, and predicts each token of the target; padding does not count. The labels decide
+# which parameters are trained, so the same function fine-tunes all of a T5 or only a few of its
+# parameters.
 
 
 # %%
@@ -123,8 +124,8 @@ if is_new:
 # %% [markdown]
 # ## Adapt it
 #
-# Compacter after attention and after feed-forward, in the encoder and the decoder, with one rule
-# for both. 500 examples.
+# Compacter acts after attention and after feed-forward, in the encoder and the decoder, with one
+# rule for both. The training set has 500 examples.
 
 # %%
 targets = [opposite(sentence) for sentence in unseen]
@@ -164,8 +165,8 @@ for sentence, greedy, beams in zip(
 # %% [markdown]
 # ## Which part of it matters?
 #
-# The adapters of one side can be left out by putting zeros into their up-projections: then each is
-# the identity.
+# Zeros in the up-projections leave out the adapters of one side: each of these adapters is then the
+# identity.
 
 
 # %%
@@ -191,7 +192,7 @@ axis.grid(axis="x", visible=False)
 plt.show()
 
 # %% [markdown]
-# On the command line the same is a file with the columns `sentence` and `target`:
+# The command line does the same with a file that has the columns `sentence` and `target`:
 #
 # ```
 # python -m train fit --backbone google-t5/t5-small --method compacter --train-file reviews.csv \

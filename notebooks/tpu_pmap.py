@@ -14,9 +14,10 @@
 # %% [markdown]
 # # Eight devices: what is communicated
 #
-# Data parallelism sends the gradient around at every step. A method that trains few numbers sends
-# few: the gradient of a frozen weight does not exist. Here eight devices are emulated on a CPU; on
-# a TPU v2-8 or v3-8, or on eight GPUs, the code is the same and the emulation is not switched on.
+# Data parallelism communicates the gradient at every step. A method that trains few numbers
+# communicates few: the gradient of a frozen weight does not exist. Here eight devices are emulated
+# on a CPU; on a TPU v2-8 or v3-8, or on eight GPUs, the code is the same and the emulation is not
+# switched on.
 
 # %%
 # In Colab this gets the package and the data; anywhere else it does nothing.
@@ -62,8 +63,9 @@ print(DEVICES, "devices:", jax.devices()[0].device_kind)
 # %% [markdown]
 # ## One step
 #
-# `partition` gives the trained half, of which the gradient is taken, and `pmean` makes it that of
-# the whole batch. With `axis_name=None` the same function is the step of one device.
+# `partition` returns the trained half; the gradient is taken with respect to this half, and `pmean`
+# turns it into the gradient of the whole batch. With `axis_name=None` the same function is the step
+# of one device.
 
 
 # %%
@@ -87,8 +89,8 @@ def make_step(model, tx, axis_name=None):
 # %% [markdown]
 # ## Eight devices do what one does
 #
-# A small BERT with random weights; 32 sentences a step, four to a device or all on one. The frozen
-# half is put on every device once, before training.
+# The model is a small BERT with random weights; a step has 32 sentences, four to a device or all on
+# one. The frozen half is put on every device once, before training.
 
 # %%
 config = cj.BertConfig(
@@ -141,8 +143,8 @@ np.testing.assert_allclose(one, several, rtol=1e-5)
 # %% [markdown]
 # ## What travels, in bytes
 #
-# XLA's program says it: the all-reduces of the compiled step, and what each adds up. It is the
-# trained half and the loss, nothing else.
+# XLA's compiled program lists the all-reduces of the step, and the arrays that each all-reduce adds
+# up. These arrays are the trained half and the loss, nothing else.
 
 # %%
 program = step.lower(copies(trained), copies(tx.init(trained)), copies(frozen), divided(batch))
@@ -159,8 +161,8 @@ assert reduced == own + 4
 # %% [markdown]
 # ## T5-base
 #
-# A step of T5-base is only traced for this, with shapes in place of weights: nothing of its 892 MB
-# is allocated. The operands of `psum` in the traced program are what the devices add up.
+# A step of T5-base is only traced here, with shapes in place of weights, so none of its 892 MB is
+# allocated. The operands of `psum` in the traced program are the arrays that the devices add up.
 
 # %%
 t5 = cj.T5(cj.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12))
@@ -214,8 +216,9 @@ axis.grid(axis="y", visible=False)
 plt.show()
 
 # %% [markdown]
-# An all-reduce in a ring sends twice that, less one part in eight, over every link. The optimizer
-# keeps two more numbers for each that is trained, on every device, and none for the frozen ones.
+# An all-reduce in a ring sends twice this amount, less one part in eight, over every link. The
+# optimizer keeps two more numbers for each trained parameter, on every device, and none for the
+# frozen ones.
 #
-# `python -m train fit` does this on all devices there are, over several hosts too
+# `python -m train fit` does this on all available devices, over several hosts too
 # (`--distributed`), and divides a backbone that does not fit one device (`--mesh data=2,model=4`).
