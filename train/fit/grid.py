@@ -315,7 +315,20 @@ class StackedRuns:
     def row(self, index: int, tree: Any) -> Any:
         """Returns one run's part of a tree with `[runs, …]` leaves, on the first device."""
         self._settle()
-        return jax.device_put(jax.tree.map(lambda x: x[index], tree), self._devices[0])
+        return jax.device_put(jax.tree.map(lambda x: _row_of(x, index), tree), self._devices[0])
+
+
+def _row_of(stacked: Array, index: int) -> Array:
+    """Returns one row of an array whose rows are divided over devices, on the device that has it.
+
+    To index the whole array would be a program in which all devices communicate.
+    """
+    for shard in stacked.addressable_shards:
+        rows = shard.index[0]
+        first = rows.start or 0
+        if first <= index < (stacked.shape[0] if rows.stop is None else rows.stop):
+            return shard.data[index - first]
+    raise ValueError(f"row {index} is on no device of this process")
 
 
 class _Row:
