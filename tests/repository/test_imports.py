@@ -186,3 +186,9 @@ def test_what_is_exported_is_there():
     exported = compacter_jax.__all__  # ruff sorts it
     assert len(exported) == len(set(exported))
     assert all(getattr(compacter_jax, name).__doc__ for name in exported)
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
