@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import InsertedConfig, MethodConfig, SitesOf
-from compacter_jax.methods.fields import did_you_mean
+from compacter_jax.methods.fields import did_you_mean, no_answer
 from compacter_jax.paths import ADAPTER, BIAS, GROUPS, OCCUPIED, REPLACED, SHARED, Groups, group_of
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Composition(MethodConfig):
           x: adapted value, arrays `[rows, …]`.
           context: further value that is read, arrays `[rows, …]`.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise no_answer(self, "combine", "compositions of named members need")
 
     def effective(self, child: EffectiveOf, own: Leaf, rows: int) -> Leaf:
         """Returns the leaf that a host uses in place of its own.
@@ -194,7 +194,7 @@ class Composition(MethodConfig):
           own: leaf of the backbone.
           rows: number of rows of the batch.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise no_answer(self, "effective", "compositions of named members need")
 
     def chosen(self, own: Leaf, stored: Array, choose: Callable[[Any, Any], Any]) -> Leaf:
         """Returns the leaf of the whole composition, if its members have no names.
@@ -204,7 +204,7 @@ class Composition(MethodConfig):
           stored: stacked leaves of the members.
           choose: `choose(stored, own)` returns the leaf of the rows of a batch.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise no_answer(self, "chosen", "compositions without named members need")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from compacter_jax.messages import quote
-from compacter_jax.methods.fields import did_you_mean, require, typed
+from compacter_jax.methods.fields import did_you_mean, no_answer, require, typed
 from compacter_jax.paths import Groups
 from compacter_jax.patterns import compiled
 from compacter_jax.sites import Role, Site, check_output
@@ -336,7 +336,7 @@ class InsertedConfig(MethodConfig):
           x: adapted value; from the host's arguments if the method acts before the host.
           context: further value that the method reads: the residual, or the host's input.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise no_answer(self, "act", "every inserted method needs")
 
     def initial_values(
         self, backbone: Any, given: Mapping[str, Any], new: Mapping[str, Any]
@@ -380,7 +380,7 @@ class InsertedConfig(MethodConfig):
         Raises:
           ValueError: if the kernel cannot hold the update.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise no_answer(self, "merged", "methods with moves_kernels need")
 
     @property
     def extra_tokens(self) -> int:
@@ -413,7 +413,7 @@ class InsertedConfig(MethodConfig):
 
     def dense_equivalent(self) -> Any:
         """Returns the method whose dense layers compute the same, if there is one."""
-        raise NotImplementedError(type(self).__name__)
+        raise no_answer(self, "dense_equivalent", "methods with has_dense_equivalent need")
 
     def dense_params(self, own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the parameters of the dense layer that equals one of the method's.
@@ -422,4 +422,4 @@ class InsertedConfig(MethodConfig):
           own: parameters of the layer.
           shared: keyword arguments of the layer that other layers share, see `shared`.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise no_answer(self, "dense_params", "methods with has_dense_equivalent need")

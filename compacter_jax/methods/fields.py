@@ -80,3 +80,17 @@ def either(values: list[int]) -> str:
     """Returns numbers as text, such as `1, 2 or 4`."""
     head = ", ".join(map(str, values[:-1]))
     return f"{head} or {values[-1]}" if head else str(values[-1])
+
+
+def no_answer(owner: object, answer: str, needed: str) -> NotImplementedError:
+    """Makes the error for the author of a class that lacks an answer which only some classes need.
+
+    Args:
+      owner: the method or composition.
+      answer: name of the answer, a method of the class.
+      needed: which classes need it.
+    """
+    return NotImplementedError(
+        f"{type(owner).__name__} does not define {answer}(), which {needed}; docs/extending.md "
+        "describes the answers"
+    )

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from compacter_jax.catalogue import METHODS, from_dict, preset, presets, to_dict
-from compacter_jax.methods.base import FullFineTuningConfig
+from compacter_jax.compositions.base import Composition
+from compacter_jax.methods.base import FullFineTuningConfig, InsertedConfig
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig
@@ -335,3 +336,22 @@ def test_the_dense_twin_differs_in_its_projections_alone():
     assert type(twin) is BottleneckConfig
     own, phm = to_dict(twin), to_dict(method)
     assert [name for name in own if own[name] != phm[name]] == ["kind"]
+
+
+# --- answers that a class lacks -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "arguments"),
+    [("act", (None, 0, 0)), ("merged", ({}, {}, None, "")), ("dense_equivalent", ())],
+)
+def test_an_answer_that_is_missing_is_named(answer, arguments):
+    method = InsertedConfig(sites=("query",))
+    with pytest.raises(NotImplementedError, match=rf"InsertedConfig does not define {answer}\(\)"):
+        getattr(method, answer)(*arguments)
+
+
+def test_a_composition_names_the_answer_that_it_lacks():
+    composition = Composition(preset("lora"))
+    with pytest.raises(NotImplementedError, match=r"Composition does not define combine\(\)"):
+        composition.combine(None, 0, 0)
