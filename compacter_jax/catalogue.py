@@ -18,6 +18,7 @@ from compacter_jax.methods.bitfit import BitFitConfig
 from compacter_jax.methods.bottleneck import BottleneckConfig, LowRankBottleneckConfig
 from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig
+from compacter_jax.methods.head_only import HeadOnlyConfig
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.intrinsic import IntrinsicConfig
 from compacter_jax.methods.lora import LoRAConfig
@@ -67,6 +68,13 @@ _COMPACTER = "arXiv:2106.04647"
 
 _ROWS = (
     Preset("full", FullFineTuningConfig(), 3e-4, "every parameter", _COMPACTER),
+    Preset(
+        "head-only",
+        HeadOnlyConfig(),
+        3e-3,
+        "nothing of the backbone: the baseline of a classifier on its frozen features",
+        "the rate was chosen here",
+    ),
     Preset(
         "houlsby",
         BottleneckConfig(train_layer_norms=True),

@@ -25,6 +25,7 @@ from compacter_jax.methods.bitfit import BitFitConfig
 from compacter_jax.methods.bottleneck import Bottleneck, BottleneckConfig, LowRankBottleneckConfig
 from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig
+from compacter_jax.methods.head_only import HeadOnlyConfig
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.intrinsic import IntrinsicConfig
 from compacter_jax.methods.lora import LoRAConfig
@@ -54,6 +55,7 @@ __all__ = [
     "BottleneckConfig",
     "CombinedConfig",
     "FullFineTuningConfig",
+    "HeadOnlyConfig",
     "IA3Config",
     "IntrinsicConfig",
     "LoRAConfig",

@@ -383,6 +383,7 @@ def test_export_of_a_method_of_ours(family, name, tmp_path):
 
 REFUSED_EXPORTS = {
     "full": (preset("full"), "trains the backbone itself"),
+    "head-only": (preset("head-only"), "it adds no adapter"),
     "low-rank": (preset("low-rank", reduction_factor=2), "no projections of low rank"),
     "prompts": (preset("prompt-tuning-random", prompt_length=2), "for BERT alone"),
     "bitfit": (preset("bitfit"), "no adapters that are biases"),

@@ -203,6 +203,14 @@ ROWS = {
         count=lambda s: s.everything - s.head,
         no_gradient=r".*/self/key/bias",
     ),
+    "head-only": Row(
+        cls=cj.HeadOnlyConfig,
+        values={"train_head": True, "train_layer_norms": False, "train_pooler": False},
+        changed={"train_layer_norms": True, "train_pooler": True},
+        places=NOWHERE,
+        start=ROUNDING,
+        count=lambda s: 0,
+    ),
     "houlsby": Row(
         cls=cj.BottleneckConfig,
         values=DENSE | {"sites": BOTH_SITES},

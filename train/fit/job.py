@@ -285,6 +285,11 @@ def _loaded_task_run(
     for split, examples in encoded.items():
         say_all(examples.user_messages(split))
     labels = cj.label_params(params, method)
+    if TRAIN not in flatten_dict(labels).values():
+        raise ValueError(
+            f"--method {options.method} trains no parameter of {backbone.name}, which has no head "
+            "of the task; choose another method"
+        )
     if frozen := _new_paths(backbone, labels, FREEZE):
         # Drawn again as a loader of the adapter draws them: these parameters are not saved, but
         # the hash by which an adapter recognises its backbone includes them.

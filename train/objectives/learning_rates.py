@@ -16,6 +16,7 @@ TEXT_TO_TEXT = {name: row.learning_rate for name, row in PRESETS.items()}
 # that is not in this table has its published rate.
 CLASSIFIER = TEXT_TO_TEXT | {
     "full": 5e-5,
+    "head-only": 3e-3,
     "houlsby": 3e-3,
     "pfeiffer-attention": 3e-3,
     "pfeiffer-feed-forward": 3e-3,

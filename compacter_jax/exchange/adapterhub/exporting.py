@@ -37,6 +37,7 @@ from compacter_jax.inject import adapted
 from compacter_jax.methods.base import FullFineTuningConfig, InsertedConfig, MethodConfig
 from compacter_jax.methods.bitfit import BitFitConfig
 from compacter_jax.methods.bottleneck import BottleneckConfig, LowRankBottleneckConfig
+from compacter_jax.methods.head_only import HeadOnlyConfig
 from compacter_jax.methods.intrinsic import IntrinsicConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.params import group_of
@@ -112,6 +113,7 @@ def export_adapterhub(
 
 _INEXPRESSIBLE: dict[type[MethodConfig], str] = {
     FullFineTuningConfig: "it trains the backbone itself; write that with save_backbone",
+    HeadOnlyConfig: "it adds no adapter; write the backbone with its head with save_backbone",
     LowRankBottleneckConfig: "it has no projections of low rank",
     PromptTuningConfig: "its prompts are for BERT alone, and not read here either",
     BitFitConfig: "it has no adapters that are biases",
