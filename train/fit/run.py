@@ -15,12 +15,14 @@ import numpy as np
 import compacter_jax as cj
 from train import report as train_report
 from train.compute import distributed, mesh
+from train.data.writing import write_rows
 from train.fit import report as fit_report
 from train.fit import stopping, timing
 from train.fit.job import Job, TaskRun, prepare, say_all
 from train.fit.learners import slow_start
 from train.fit.options import FitOptions
 from train.fit.run_folder import RunFolder, bytes_removed, check_only_ours
+from train.fit.run_record import PREDICTIONS_NAME
 from train.fit.trainer import Trainer
 from train.folders import new_folder
 
@@ -110,9 +112,16 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
     folder = job.folder(task_run) / "adapter"
     _, params = cj.load_adapter(folder, task_run.backbone)
     trained = compute.place(cj.partition(params, task_run.labels)[0])
-    splits = [split for split in task_run.encoded if split != "train"]
     count = cj.count(task_run.params, task_run.labels)
     progress = trainer.progress
+    scores = {}
+    for split in (split for split in task_run.encoded if split != "train"):
+        outputs = trainer.outputs(index, split, trained)
+        encoded = task_run.encoded[split].of_epoch(0)
+        scores[split] = task_run.objective.scores(outputs, encoded)
+        if split == "test" and distributed.is_first():
+            judged = task_run.objective.judged(outputs, encoded)
+            write_predictions(judged, task_run, job.folder(task_run))
     return {
         "task": task_run.name,
         "kind": task_run.task.kind,
@@ -125,13 +134,38 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
         "train_examples": len(task_run.encoded["train"]),
         "steps": int(np.sum(job.order == index)),
         "best_epoch": progress.best_epoch[training.learner.name],
-        **{split: trainer.scores(index, split, trained) for split in splits},
+        **scores,
         "trained_parameters": count.trained,
         "total_parameters": count.total,
         "trained_groups": {group: trained for group, (trained, _) in count.groups.items()},
         "adapter_bytes": sum(f.stat().st_size for f in folder.iterdir()),
         "history": progress.history[task_run.name],
     }
+
+
+def write_predictions(
+    judged: tuple[np.ndarray, np.ndarray] | None, task_run: TaskRun, folder: Path
+) -> None:
+    """Writes what the test metrics compare, one row for each row of the split.
+
+    Args:
+      judged: predictions and targets, as `Objective.judged` returns them; nothing is written for
+        None.
+      task_run: the task; its labels are written by their names.
+      folder: folder of the task's results.
+    """
+    if judged is None:
+        return
+    names = task_run.task.label_names
+
+    def readable(values: np.ndarray) -> list[Any]:
+        if task_run.task.kind not in ("classification", "choice") or not names:
+            return [str(value) if values.dtype == object else value for value in values.tolist()]
+        return [names[label] if label >= 0 else None for label in values.tolist()]
+
+    rows = zip(*map(readable, judged), strict=True)
+    with write_rows(folder / PREDICTIONS_NAME) as write:
+        write([{"prediction": found, "target": target} for found, target in rows])
 
 
 def write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, Any]) -> None:

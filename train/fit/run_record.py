@@ -48,7 +48,14 @@ IN_FOLDERS = {
 }
 
 
-FILES = ("metrics.json", "report.md", "curves.png", "log.png", "log.csv", "evaluations.csv")
+# The predictions on the test split.
+PREDICTIONS_NAME = "test_predictions.jsonl"
+
+
+FILES = (
+    *("metrics.json", PREDICTIONS_NAME),
+    *("report.md", "curves.png", "log.png", "log.csv", "evaluations.csv"),
+)
 
 
 # Settings that may differ between an interrupted run and the run that resumes it.
@@ -169,7 +176,7 @@ def written(settings: Mapping[str, Any], options: FitOptions | None) -> tuple[st
         names.append("tensorboard")
     if options is not None and options.profile:
         names.append("profile")
-    of_task = ["adapter", "metrics.json", "report.md", "curves.png"]
+    of_task = ["adapter", "metrics.json", PREDICTIONS_NAME, "report.md", "curves.png"]
     if settings["method"] == "full" and settings["task"] == SPAN_CORRUPTION:
         of_task.append("backbone")
     names += [f"{prefix}{name}" for prefix in prefixes for name in of_task]

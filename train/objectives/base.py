@@ -66,6 +66,16 @@ class Objective(abc.ABC):
     def predictions(self, outputs: Any, encoded: tokens.Encoded) -> Predictions:
         """Returns the predictions that `predict_file` writes, one for each row."""
 
+    def judged(self, outputs: Any, encoded: tokens.Encoded) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns what the metrics compare, row by row, from the outputs of a split.
+
+        Returns:
+          `[rows]` predictions and `[rows]` targets: labels, scores or texts; None where a row is
+          not compared with a single target.
+        """
+        del outputs, encoded
+        return None
+
     def user_messages(self) -> list[str]:
         """Returns lines about the labels for the user."""
         return []

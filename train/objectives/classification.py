@@ -67,6 +67,11 @@ class Classifier(Objective):
         """Returns the logits."""
         return outputs
 
+    def judged(self, outputs: Any, encoded: tokens.Encoded) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns labels or scores, and those of the rows."""
+        found = outputs[:, 0] if self.kind == "regression" else outputs.argmax(-1)
+        return found, targets_of(encoded)
+
 
 @dataclasses.dataclass(frozen=True)
 class ParallelClassifier(Classifier):
@@ -108,6 +113,10 @@ class ParallelClassifier(Classifier):
         """Returns name -> logits."""
         return dict(zip(self.names, outputs, strict=True))
 
+    def judged(self, outputs: Any, encoded: tokens.Encoded) -> None:
+        """Returns None: a row has a prediction of each classifier."""
+        del outputs, encoded
+
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice(Classifier):
@@ -139,6 +148,13 @@ class MultipleChoice(Classifier):
             return np.stack(chances)
         pairs = zip(self.benchmark.candidates(encoded.rows), chances, strict=True)
         return [names[chance.argmax()] for names, chance in pairs]
+
+    def judged(self, outputs: Any, encoded: tokens.Encoded) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns labels and those of the rows; None where the candidates are no labels."""
+        chosen = self.predictions(outputs, encoded)
+        if not isinstance(chosen, np.ndarray):
+            return None
+        return chosen.argmax(-1), np.asarray(encoded.rows["label"][:])
 
     def check_predicts(self, *, logits: bool) -> None:
         """Raises ValueError for `logits` if the candidates of a row are no labels."""

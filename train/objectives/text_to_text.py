@@ -179,6 +179,20 @@ class TextToText(Seq2Seq):
             return [None if np.isnan(score) else float(score) for score in read]
         return list(map(str, read))
 
+    def judged(
+        self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns labels, scores or texts, and those of the rows."""
+        if encoded.groups is not None:
+            return None
+        targets = targets_of(encoded)
+        if not self.format.generates:
+            return outputs["scores"].argmax(-1), targets
+        read = self.format.read(text_format.decode(outputs["ids"], self.tokenizer))
+        if self.format.kind == "regression":
+            read = np.where(np.isnan(read), self.format.score_mean, read)
+        return read, targets
+
     def user_messages(self) -> list[str]:
         """Returns a line about labels with characters that the tokenizer has no token for."""
         names, unknown = self.format.label_names, self.tokenizer.unk_token_id
