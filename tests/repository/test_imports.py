@@ -29,7 +29,7 @@ ARROWS = {
         {"__init__"},
     ),
     "train": (
-        {"__init__", "errors", "folders", "report", "cli", "data"},
+        {"__init__", "errors", "figures", "folders", "report", "cli", "data"},
         {"compute", "tasks"},
         {"fingerprints", "objectives"},
         {"inference"},

@@ -14,6 +14,7 @@ from compacter_jax.files import replace_file
 from compacter_jax.messages import listing
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.params import Count
+from train import figures
 from train.fit import logs
 from train.report import number, parameter_rows, table
 
@@ -48,50 +49,50 @@ def _splits(result: dict[str, Any]) -> list[str]:
 
 def plot_curves(result: dict[str, Any], path: Path) -> None:
     """Plots loss and validation metric by epoch, with the best epoch marked, as a PNG file."""
-    import matplotlib  # noqa: PLC0415 - slow to import, and needed only here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - slow to import
 
     history, metric = result["history"], result["metric"]
     epochs = [record["epoch"] for record in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = figures.new_figure((10, 4), columns=2)
     for before, record in zip([0, *epochs], history, strict=False):
         parts, length = len(record["step_losses"]), record["epoch"] - before
         within = [before + length * (i + 0.5) / parts for i in range(parts)]
         label = "train, by step" if record is history[0] else None
-        left.plot(within, record["step_losses"], color="C0", alpha=0.4, label=label)
-    left.plot(epochs, [record["train_loss"] for record in history], "o-", color="C0", label="train")
+        left.plot(within, record["step_losses"], color=figures.TRAIN, alpha=0.4, label=label)
+    train_losses = [record["train_loss"] for record in history]
+    left.plot(epochs, train_losses, "o-", color=figures.TRAIN, label="train")
     left.plot(
         epochs,
         [record["validation_loss"] for record in history],
         "s--",
-        color="C1",
+        color=figures.VALIDATION,
         label="validation",
     )
     left.set(xlabel="epoch", ylabel="loss", title="Loss")
     left.legend()
-    right.plot(epochs, [record[metric] for record in history], "s-", color="C1", label="validation")
+    scores = [record[metric] for record in history]
+    right.plot(epochs, scores, "s-", color=figures.VALIDATION, label="validation")
     best = result["best_epoch"]
-    right.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
+    right.axvline(best, color=figures.REFERENCE, linestyle=":", label=f"best epoch ({best})")
     if "test" in result:
         right.plot(
-            [best], [result["test"][metric]], "*", color="C2", markersize=14, label="test, at best"
+            [best],
+            [result["test"][metric]],
+            "*",
+            color=figures.TEST,
+            markersize=14,
+            label="test, at best",
         )
     right.set(xlabel="epoch", ylabel=metric, title=metric.replace("_", " ").capitalize())
     right.legend()
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
     percent = 100 * result["trained_parameters"] / result["total_parameters"]
     figure.suptitle(
         f"{result['method']} on {result['task']}: {result['trained_parameters']:,} trained "
         f"parameters ({percent:.3f} %)"
     )
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def plot_log(columns: Mapping[str, np.ndarray], path: Path) -> None:
@@ -102,23 +103,13 @@ def plot_log(columns: Mapping[str, np.ndarray], path: Path) -> None:
         omitted.
       path: the file to write.
     """
-    import matplotlib  # noqa: PLC0415 - slow to import, and needed only here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
     known = [name for name in columns if name != "step" and np.isfinite(columns[name]).any()]
-    figure, panels = plt.subplots(
-        len(known), 1, figsize=(10, 2 * len(known)), sharex=True, layout="constrained"
-    )
+    figure, panels = figures.new_figure((10, 2 * len(known)), rows=len(known), sharex=True)
     for axes, name in zip(panels, known, strict=True):
-        axes.plot(columns["step"], columns[name], color="C0", linewidth=0.8)
+        axes.plot(columns["step"], columns[name], color=figures.TRAIN, linewidth=0.8)
         axes.set(ylabel=name.replace("_", " "))
-        axes.grid(alpha=0.3)
     panels[-1].set(xlabel="step")
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def write_report(
