@@ -12,8 +12,10 @@ import docstring_parser
 import tyro
 
 from compacter_jax.catalogue import METHODS, preset, presets
+from compacter_jax.messages import quote
 from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.methods.base import MethodConfig
+from compacter_jax.methods.fields import did_you_mean
 
 # Name in place of a preset, for commands that accept all of them.
 ALL = "all"
@@ -103,6 +105,11 @@ def _metavar(hint: Any) -> str:
     return hint.__name__.upper()
 
 
+_HINTS: Mapping[str, Any] = {
+    name: hint for cls in METHODS.values() for name, hint in _flag_fields(cls).items()
+}
+
+
 MethodOptions = _method_options()
 
 
@@ -112,6 +119,51 @@ MethodFlags: TypeAlias = tyro.conf.OmitArgPrefixes[MethodOptions]  # type: ignor
 def method_of(name: str, options: Any) -> MethodConfig:
     """Returns the preset with the given options."""
     return preset(name, **given_options(options))
+
+
+def variant(text: str) -> tuple[str, dict[str, Any]]:
+    """Parses a variant of a preset, such as `compacter++:phm_dim=8:sites=attention+feed_forward`.
+
+    Values of a field with several are joined by `+`.
+
+    Returns:
+      The preset, and the fields with their values.
+
+    Raises:
+      ValueError: for a change that is no `FIELD=VALUE`, an unknown field, or a value of another
+        type.
+
+    Example:
+      >>> variant("lora:rank=1:sites=query+key")
+      ('lora', {'rank': 1, 'sites': ('query', 'key')})
+    """
+    name, *changes = text.split(":")
+    values: dict[str, Any] = {}
+    for change in changes:
+        field, equals, value = change.partition("=")
+        where = f"{quote(change, 100)} in {quote(text, 100)}"
+        if not equals:
+            raise ValueError(f"{where} must be FIELD=VALUE, such as rank=1")
+        if field not in _HINTS:
+            raise ValueError(f"{where}: no method has this field{did_you_mean(field, [*_HINTS])}")
+        if field in values:
+            raise ValueError(f"{where} gives {field} a second time; give it once")
+        try:
+            values[field] = _from_text(value, _HINTS[field])
+        except ValueError:
+            raise ValueError(f"{where} must have a value {_metavar(_HINTS[field])}") from None
+    return name, values
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    """Returns the value of a field; raises ValueError if the text is of another type."""
+    if typing.get_origin(hint) is tuple:
+        return tuple(_from_text(part, typing.get_args(hint)[0]) for part in text.split("+"))
+    if hint is bool:
+        if text not in ("True", "False"):
+            raise ValueError(text)
+        return text == "True"
+    return hint(text) if hint in (int, float) else text
 
 
 def is_composition(text: str) -> bool:

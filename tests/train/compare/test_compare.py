@@ -24,12 +24,23 @@ from tests.train.cli.test_cli import refusal, write_splits
 from train import tasks
 from train.__main__ import main
 from train.cli.method_flags import MethodOptions
+from train.compare import figures, plan
 from train.compare import report as compare_report
-from train.compare import runs as compare_runs
 from train.compare.options import CompareOptions
+from train.compare.summaries import summaries
 from train.fit import job, timing
 from train.folders import alone
 from train.objectives import learning_rates, prompt_init
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path_factory, monkeypatch):
+    """A folder with `DIR`, which is as much of a BERT as a plan reads."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "DIR").mkdir()
+    (folder / "DIR" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    monkeypatch.chdir(folder)
+
 
 # --- learning rates -----------------------------------------------------------------------------
 
@@ -142,6 +153,10 @@ def files(tmp_path_factory):
     )
 
 
+def planned(each):
+    return plan.in_order(run for point in plan.points(each) for run in point.runs(None))
+
+
 def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
     options = CompareOptions(
         backbone="DIR",
@@ -152,7 +167,7 @@ def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
         steps="50,60",
         method_options=MethodOptions(rank=4),
     )
-    runs = compare_runs.plan([options, dataclasses.replace(options, task="product")])
+    runs = planned([options, dataclasses.replace(options, task="product")])
     assert [(run.task, run.size, run.method, run.seed) for run in runs] == [
         ("movie", 100, "full", 0),
         ("movie", 100, "lora", 0),
@@ -168,7 +183,8 @@ def test_the_plan_has_every_method_before_the_next_seed(tmp_path, capsys):
     assert "product has 2,583 training examples: 4,000 are left out" in capsys.readouterr().out
     assert runs[3].folder == tmp_path / "runs" / "movie" / "4000" / "lora" / "seed-0"
     flags = "--backbone DIR --task movie --max-length 64 --epochs 60 --max-evaluations 10 "
-    flags += "--train-size 4000 --method lora --max-steps 60 --checkpoint-steps 0 --rank 4"
+    flags += "--train-size 4000 --method lora --max-steps 60 --checkpoint-steps 0 --rank 4 "
+    flags += "--train-head True --train-pooler True"
     assert sorted(runs[3].flags) == sorted(flags.split())
     assert "--rank" not in runs[2].flags
     assert runs[3].name == "movie, 4,000 examples, lora, seed 0"
@@ -178,7 +194,7 @@ def test_the_plan_of_all_methods_has_every_preset(tmp_path):
     # `rank` is for some of them, and kept from the others.
     flags = {"method_options": MethodOptions(rank=4), "train_size": "100"}
     options = CompareOptions(backbone="DIR", output_dir=tmp_path, methods="all", seeds="1", **flags)
-    runs = compare_runs.plan([options])
+    runs = planned([options])
     assert tuple(run.method for run in runs) == cj.presets()
     assert {run.method for run in runs if "--rank" in run.flags} == {"low-rank", "lora"}
 
@@ -224,14 +240,15 @@ def test_a_task_without_a_test_split(files, tmp_path, capsys):
 # --- the runs, with a process that only pretends to train ----------------------------------------
 
 PRETEND = """
-import json, os, sys, time
+import json, math, os, sys, time
 from pathlib import Path
 values = dict(zip(sys.argv[4::2], sys.argv[5::2]))
 folder, seed, method = Path(values["--output-dir"]), values.get("--seed", "0"), values["--method"]
 seeds = values.get("--seeds", seed)
 with open(os.environ["CALLS"], "a") as file:
-    file.write(f"{method} {seeds}\\n")
-if method == os.environ.get("FAILS"):
+    rate = values.get("--learning-rate")
+    file.write(f"{method} {seeds}{' at ' + rate if rate else ''}\\n")
+if method == os.environ.get("FAILS") or (rate and rate == os.environ.get("FAILS_AT")):
     print("Traceback (most recent call last):\\nerror: it cannot work")
     sys.exit(2)
 if method == os.environ.get("STOPS"):
@@ -245,8 +262,17 @@ for seed in seeds.split(","):
     (run / "checkpoints").mkdir()
     result = {"metric": "accuracy", "learning_rate": 1e-3, "train_examples": 40, "steps": 6}
     result |= {"best_epoch": 1, "trained_parameters": 10, "total_parameters": 1000}
-    result |= {"adapter_bytes": 99, "validation": {"accuracy": 0.5}}
+    result |= {"adapter_bytes": 99, "label_names": ["no", "yes"]}
+    rate = float(values.get("--learning-rate", 1e-3))
+    # Best at a rate of 0.001.
+    result["learning_rate"], best = rate, 1 - abs(math.log(rate / 1e-3)) / 10
+    result["validation"] = {"accuracy": best * float(os.environ.get("BEST", "0.5"))}
     result["test"] = {"accuracy": 0.5 + 0.1 * int(seed)}
+    if "PREDICTS" in os.environ:
+        right = 5 + int(seed) + (method == "lora")
+        rows = [{"prediction": "yes" if i < right else "no", "target": "yes"} for i in range(10)]
+        lines = "".join(json.dumps(row) + "\\n" for row in rows)
+        (run / "test_predictions.jsonl").write_text(lines)
     result["measured"] = {"step_seconds": 0.1, "seconds": 90.0, "peak_memory_bytes": 10**9}
     if "--seeds" in values:
         result["measured"]["runs_at_once"] = len(seeds.split(","))
@@ -444,6 +470,85 @@ def test_a_comparison_that_was_killed_goes_on(sent, pretended, files, tmp_path, 
     assert len(json.loads((output / "results.json").read_text())["runs"]) == 3
 
 
+# --- learning rates that are tried, and differences ----------------------------------------------
+
+
+def test_the_best_learning_rate_of_the_first_seed_is_that_of_all(
+    pretended, files, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    flags = {"methods": "full,lora", "seeds": 2, "tune-learning-rates": 3}
+    assert main(compare_flags(files, output, **flags)) == 0
+    # Those of their tables, 5e-5 and 3e-3, and a factor of 3 apart; pretended runs like 0.001 best.
+    tried = ["full 0 at 1.67e-05", "full 0 at 5e-05", "full 0 at 0.00015"]
+    tried += ["lora 0 at 0.001", "lora 0 at 0.003", "lora 0 at 0.009"]
+    assert pretended() == [*tried, "full 1 at 0.00015", "lora 1 at 0.001"]
+    assert "6 runs choose the learning rates" in capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    rates = [(run["method"], run["seed"], run["learning_rate"]) for run in results["runs"]]
+    assert rates == [
+        ("full", 0, 0.00015),
+        ("lora", 0, 0.001),
+        ("full", 1, 0.00015),
+        ("lora", 1, 0.001),
+    ]
+    folder = output / "runs" / "own" / "all" / "lora" / "learning-rate-0.001"
+    assert sorted(path.name for path in folder.iterdir()) == ["seed-0", "seed-1"]
+    report = (output / "report.md").read_text()
+    assert "the best of 3 by the validation score of 1 seed(s)" in report
+    assert "| `lora` | **0.001: 0.5000**\\* | 0.003: 0.4451 | 0.009: 0.3901 |" in report
+    assert main(compare_flags(files, output, **flags)) == 0
+    assert pretended() == []
+
+
+def test_every_tuning_seed_counts_and_the_nearest_rate_wins_a_tie(
+    pretended, files, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("BEST", "0")  # all scores alike
+    flags = {"methods": "lora", "seeds": 3, "tune-learning-rates": 3, "tuning-seeds": 2}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    rates = ("0.001", "0.003", "0.009")
+    tried = [f"lora {seed} at {rate}" for seed in range(2) for rate in rates]
+    assert pretended() == [*tried, "lora 2 at 0.003"]
+
+
+def test_a_rate_that_fails_is_not_taken(pretended, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAILS_AT", "0.001")
+    flags = {"methods": "lora", "seeds": 1, "tune-learning-rates": 3}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    assert pretended() == ["lora 0 at 0.001", "lora 0 at 0.003", "lora 0 at 0.009"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| `lora` | 0.001: failed | **0.003: 0.4451** | 0.009: 0.3901 |" in report
+    monkeypatch.setenv("FAILS", "lora")  # at every rate
+    assert main(compare_flags(files, tmp_path / "other", **flags)) == 1
+    assert "own, lora, learning rate 0.003, seed 0: it cannot work" in capsys.readouterr().err
+
+
+def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PREDICTS", "1")
+    flags = {"methods": "ia3,lora,full", "seeds": 2}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {row["method"]: row for row in results["differences"]}
+    assert set(rows) == {"ia3", "lora"}
+    assert {row["reference"] for row in rows.values()} == {"full"}
+    # The pretended scores are alike; the predictions are those of the same examples.
+    assert (rows["ia3"]["low"], rows["ia3"]["high"], rows["ia3"]["verdict"]) == (0, 0, "on par")
+    assert 0 <= rows["lora"]["low"] < rows["lora"]["high"] < 0.4
+    assert rows["lora"]["over_examples"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "paired bootstrap over the seeds and the test examples" in report
+    assert "| `ia3` | +0.0000 | +0.0000 to +0.0000 | 2 | on par |" in report
+    flags |= {"reference": "lora"}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in results["differences"]] == ["ia3", "full"]
+    error = refusal(capsys, *compare_flags(files, tmp_path / "b", **{**flags, "reference": "phm"}))
+    assert (
+        "--reference 'phm' must be one of the methods that are compared: ia3, lora, full" in error
+    )
+
+
 # --- tables and figures -------------------------------------------------------------------------
 
 
@@ -478,7 +583,7 @@ def records(scores, *, size=100, trained=None, task="movie", **more):
 def test_the_table_of_methods():
     # Mean 2.4884 / 3; deviations 0.00063.., -0.00406.., 0.00343.. -> 0.00378..
     scores = {"compacter++": (0.8301, 0.8254, 0.8329), "full": (0.5,)}
-    found = compare_report.summaries(records(scores, trained={"full": 22_713_986}))
+    found = summaries(records(scores, trained={"full": 22_713_986}))
     assert compare_report.method_table(found).splitlines() == [
         "| method | trained | of all | learning rate | accuracy | step | memory | on disk |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -486,10 +591,10 @@ def test_the_table_of_methods():
         "| 80 kB |",
         "| `full` | 22,713,986 | 99.968 % | 0.003 | 0.5000 (1) | 500 ms | 1,000 MB | 80 kB |",
     ]
-    (timed,) = compare_report.summaries(records({"full": (0.5,)}, step_seconds=None))
+    (timed,) = summaries(records({"full": (0.5,)}, step_seconds=None))
     assert "| - |" in compare_report.method_table([timed])
     on_device = records({"full": (0.5,)}, peak_device_memory_bytes=3 * 10**9)
-    table = compare_report.method_table(compare_report.summaries(on_device))
+    table = compare_report.method_table(summaries(on_device))
     assert "| device memory | on disk |" in table
     assert "| 1,000 MB | 3,000 MB |" in table
 
@@ -497,7 +602,7 @@ def test_the_table_of_methods():
 def test_the_table_of_sizes():
     runs = records({"full": (0.6, 0.7), "lora": (0.5, 0.5)}, size=1000)
     runs += records({"full": (0.9,)}, size=4000)
-    assert compare_report.size_table(compare_report.summaries(runs)).splitlines() == [
+    assert compare_report.size_table(summaries(runs)).splitlines() == [
         "| accuracy | 1,000 | 4,000 |",
         "| --- | --- | --- |",
         "| `full` | 0.6500 ± 0.0707 (2) | 0.9000 (1) |",
@@ -523,15 +628,17 @@ def spread_records():
 
 def test_the_figure_has_a_labelled_point_with_error_bars_for_each_method():
     runs, trained, scores = spread_records()
-    figure = compare_report.comparison_figure(compare_report.summaries(runs))
+    figure = figures.comparison_figure(summaries(runs), "DIR")
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert sorted(text.get_text() for text in axes.texts) == sorted(cj.presets())
     assert len(axes.containers) == len(cj.presets())
     points = {}
     for container in axes.containers:
-        (point, _, (bar,)), name = container, container.get_label()
-        points[name] = point.get_xydata()[0]
+        point, _, (bar,) = container
+        place = point.get_xydata()[0]
+        (name,) = (text.get_text() for text in axes.texts if tuple(text.xy) == tuple(place))
+        points[name] = place
         mean, deviation = np.mean(scores[name]), np.std(scores[name], ddof=1)
         np.testing.assert_allclose(points[name], [100 * trained[name] / 22_721_178, mean])
         (segment,) = bar.get_segments()
@@ -557,7 +664,7 @@ def label_boxes(figure, axes):
 def test_the_figure_of_sizes_has_a_line_of_means_for_each_method():
     runs = records({"full": (0.6, 0.7), "lora": (0.5, 0.6)}, size=1000)
     runs += records({"lora": (0.5, 0.7), "full": (0.9,)}, size=100)
-    figure = compare_report.size_figure(compare_report.summaries(runs))
+    figure = figures.size_figure(summaries(runs), "DIR")
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["full", "lora"]
     means = {c.get_label(): c[0].get_ydata(orig=False) for c in axes.containers}
@@ -574,7 +681,9 @@ def test_what_is_written(tmp_path):
     runs += records({"full": (0.6,)}, size=100)
     runs += records({"full": (0.6,)}, size=100, task="product")
     settings = {"backbone": "DIR", "steps": None, "epochs": 3, "batch_size": 32, "dtype": "float32"}
-    compare_report.write({"runs": runs, "settings": settings, "failed": []}, tmp_path)
+    settings |= {"heads": "alike", "tune_learning_rates": 1, "tuning_seeds": 1, "processes": 1}
+    results = {"runs": runs, "settings": settings, "failed": [], "differences": [], "tried": []}
+    compare_report.write(results, tmp_path)
     names = ["comparison-movie-100", "comparison-movie-1000", "comparison-product-100"]
     names = [f"{name}.png" for name in [*names, "sizes-movie"]]
     assert {path.name for path in tmp_path.iterdir()} == {*names, "report.md"}

@@ -1,0 +1,342 @@
+"""The plan of a comparison: which runs of `fit` there are, with which flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compacter_jax.catalogue import PRESETS, preset, presets
+from compacter_jax.files import parse_json, read_json
+from train import tasks
+from train.cli.config_files import flag
+from train.cli.method_flags import ALL, given_options, options_of, variant
+from train.cli.options import TrainingOptions
+from train.compare.bootstrap import Scored
+from train.compare.options import CompareOptions
+from train.data.files import read_chunks
+from train.fit.options import FitOptions
+from train.fit.run_folder import clear
+from train.fit.run_record import (
+    FLAGS_NAME,
+    OUTPUT_NAME,
+    PREDICTIONS_NAME,
+    RUN_NAME,
+    possibly_written,
+)
+from train.objectives import is_text_to_text
+from train.objectives.learning_rates import CLASSIFIER, TEXT_TO_TEXT
+
+# The meaning of a flag's numbers, if fit's flag of the same name has another meaning.
+_MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
+# Factor between neighbouring learning rates of a grid.
+RATE_FACTOR = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of `fit`.
+
+    Attributes:
+      task: the task to learn.
+      size: the number of training examples; None is all.
+      method: the preset or variant.
+      seed: the seed of the run.
+      folder: its `--output-dir`.
+      flags: its other flags.
+      rate: learning rate of a grid; None for the method's own.
+    """
+
+    task: str
+    size: int | None
+    method: str
+    seed: int
+    folder: Path
+    flags: tuple[str, ...]
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the run in messages."""
+        size = "" if self.size is None else f", {self.size:,} examples"
+        rate = "" if self.rate is None else f", learning rate {self.rate:g}"
+        return f"{self.task}{size}, {self.method}{rate}, seed {self.seed}"
+
+    @property
+    def point(self) -> tuple[Any, ...]:
+        """Everything but the seed."""
+        return self.task, self.size, self.method, self.rate
+
+    def finished(self) -> bool:
+        """Returns True if the result exists, with any flags."""
+        return (self.folder / "metrics.json").exists()
+
+    def same_flags(self) -> bool:
+        """Returns True if the run was last started with these flags."""
+        path = self.folder / FLAGS_NAME
+        return path.exists() and parse_json(path.read_bytes(), str(path)) == list(self.flags)
+
+    def clear(self) -> None:
+        """Removes the outputs of an earlier start of the run, and nothing else."""
+        settings = {"task": self.task, "method": self.method}
+        clear(self.folder, possibly_written(settings))
+        for name in (RUN_NAME, FLAGS_NAME, OUTPUT_NAME):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the fields of `metrics.json` that are compared."""
+        result = json.loads((self.folder / "metrics.json").read_text("utf-8"))
+        kept = ["metric", "learning_rate", "train_examples", "steps", "best_epoch"]
+        kept += ["trained_parameters", "total_parameters", "adapter_bytes"]
+        return {
+            "task": self.task,
+            "train_size": self.size,
+            "method": self.method,
+            "seed": self.seed,
+            **{name: result[name] for name in kept},
+            "validation": result["validation"],
+            "test": result["test"],
+            **_shares(result["measured"]),
+        }
+
+    def label_names(self) -> list[str]:
+        """Returns the names of the labels in their order, none for other tasks."""
+        return read_json(self.folder / "metrics.json").get("label_names") or []
+
+    def predictions(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns the predictions on the test split and the targets, None if there are none."""
+        path = self.folder / PREDICTIONS_NAME
+        if not path.exists():
+            return None
+        rows = [row for chunk in read_chunks(path, 4096) for row in chunk]
+        predictions, targets = (
+            np.array([row[name] for row in rows]) for name in ("prediction", "target")
+        )
+        return predictions, targets
+
+
+def scored(runs: Sequence[Run], metric: str) -> Scored:
+    """Returns the finished runs of a point with their predictions."""
+    finished = {run.seed: run for run in runs if run.finished()}
+    found = {seed: run.predictions() for seed, run in finished.items()}
+    known = {seed: pair for seed, pair in found.items() if pair is not None}
+    return Scored(
+        scores={seed: run.record()["test"][metric] for seed, run in finished.items()},
+        predictions={seed: predictions for seed, (predictions, _) in known.items()},
+        targets=next((targets for _, targets in known.values()), None),
+    )
+
+
+def _shares(measured: dict[str, Any]) -> dict[str, Any]:
+    """Returns the measurements of a process with its times divided by its number of runs."""
+    runs = measured.get("runs_at_once", 1)
+    times = {name: measured[name] for name in ("step_seconds", "seconds")}
+    return measured | {name: value and value / runs for name, value in times.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A method on one task with one training set size, to be trained with several seeds.
+
+    Attributes:
+      options: the options of the task.
+      size: the number of training examples; None is all.
+      method: the preset, or a variant of it as `train.cli.method_flags.variant` reads it.
+      num_seeds: the number of seeds.
+      steps: the number of updates; None for epochs.
+      writes_text: True for an encoder-decoder, which has no head of the task.
+    """
+
+    options: CompareOptions
+    size: int | None
+    method: str
+    num_seeds: int
+    steps: int | None
+    writes_text: bool
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset, without the changes of a variant."""
+        return variant(self.method)[0]
+
+    @functools.cached_property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from, in ascending order; none if there is nothing to choose."""
+        count = self.options.tune_learning_rates
+        if count == 1:
+            return ()
+        defaults = TEXT_TO_TEXT if self.writes_text else CLASSIFIER
+        middle = self.options.learning_rate or defaults[self.preset]
+        # Three digits, so that folders and reports have short names.
+        return tuple(
+            float(f"{middle * RATE_FACTOR**power:.3g}")
+            for power in range(-(count // 2), count // 2 + 1)
+        )
+
+    @property
+    def own_rate(self) -> float | None:
+        """The rate in the middle of the grid, which is the method's own."""
+        return self.rates[len(self.rates) // 2] if self.rates else None
+
+    def tried(self) -> list[Run]:
+        """Returns the runs that choose the learning rate."""
+        seeds = range(min(self.options.tuning_seeds, self.num_seeds))
+        return [self.run(seed, rate) for seed in seeds for rate in self.rates]
+
+    def runs(self, rate: float | None) -> list[Run]:
+        """Returns the runs of all seeds at one learning rate."""
+        return [self.run(seed, rate) for seed in range(self.num_seeds)]
+
+    def run(self, seed: int, rate: float | None) -> Run:
+        """Returns one run; its flags are those that differ from the defaults of `fit`."""
+        options = self.options
+        shared = [field.name for field in dataclasses.fields(TrainingOptions)]
+        values = {name: getattr(options, name) for name in shared}
+        values |= {"train_size": self.size, "method": self.preset, "seed": seed}
+        values |= {"checkpoint_steps": 0}
+        if rate is not None:
+            values["learning_rate"] = rate
+        if self.steps is not None:
+            # The steps need at most this number of epochs.
+            values |= {"max_steps": self.steps, "epochs": self.steps}
+        defaults = {field.name: field.default for field in dataclasses.fields(FitOptions)}
+        flags = []
+        for name, value in values.items():
+            if value != defaults[name] and value is not None:
+                flags += flag(name, value, toggle=True)
+        for name, value in self._method_options().items():
+            flags += flag(name, value, toggle=False)
+        folder = options.output_dir / "runs" / options.task / str(self.size or "all") / self.method
+        if rate is not None:
+            folder /= f"learning-rate-{rate:g}"
+        return Run(
+            options.task,
+            self.size,
+            self.method,
+            seed,
+            folder / f"seed-{seed}",
+            tuple(flags),
+            rate,
+        )
+
+    def _method_options(self) -> dict[str, Any]:
+        """Returns the changes to the preset; with `heads="alike"` all train the same head."""
+        name, changes = variant(self.method)
+        given = given_options(options_of(name, self.options.method_options)) | changes
+        if self.options.heads == "as_published" or self.writes_text:
+            return given
+        return {"train_head": True, "train_pooler": True} | given
+
+
+def points(each: Sequence[CompareOptions]) -> list[Point]:
+    """Returns the points of a comparison: by task, then by size, then by method.
+
+    Args:
+      each: the options of each task.
+
+    Raises:
+      ValueError: for an unknown method, a task named twice, a list that is not of numbers, or lists
+        of different lengths; and as `train.tasks.load_task`.
+    """
+    names_of(joined(each).task)
+    return [point for options in each for point in _points(options)]
+
+
+def _points(options: CompareOptions) -> list[Point]:
+    options.check()
+    writes_text = is_text_to_text(options.backbone)
+    methods = _methods(options, writes_text)
+    sizes = [None] if options.train_size is None else _numbers("train-size", options.train_size)
+    seeds = _each("seeds", options.seeds, sizes)
+    steps = _each("steps", options.steps, sizes) if options.steps else [None] * len(sizes)
+    examples = _num_examples(options)
+    found = []
+    for size, num_seeds, num_steps in zip(sizes, seeds, steps, strict=True):
+        if size is not None and size > examples:
+            print(f"{options.task} has {examples:,} training examples: {size:,} are left out")
+            continue
+        found += [
+            Point(options, size, method, num_seeds, num_steps, writes_text) for method in methods
+        ]
+    return found
+
+
+def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
+    """Returns the presets to compare; all of them means those that the backbone can be trained by.
+
+    Raises:
+      ValueError: for an unknown preset or an invalid value, or if the reference is not compared.
+    """
+    methods = list(presets()) if options.methods == ALL else names_of(options.methods)
+    for method in methods:
+        name, changes = variant(method)
+        given = given_options(options_of(name, options.method_options))
+        preset(name, **(given | changes))  # raises for what the method does not have
+    if options.methods == ALL and writes_text:
+        methods = [name for name in methods if PRESETS[name].method.own_groups]
+    if options.reference is not None and options.reference not in methods:
+        raise ValueError(
+            f"--reference {options.reference!r} must be one of the methods that are compared: "
+            f"{', '.join(methods)}"
+        )
+    return methods
+
+
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """Returns runs by seed, so that the first seed of all methods comes before the second."""
+    return sorted(runs, key=lambda run: run.seed)  # stable
+
+
+def joined(each: Sequence[CompareOptions]) -> CompareOptions:
+    """Returns the options of all tasks, without values that a configuration gives for one task."""
+    return dataclasses.replace(each[0], task=",".join(options.task for options in each))
+
+
+def names_of(text: str) -> list[str]:
+    """Returns names from a list with commas; raises ValueError for an empty or repeated one."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{text!r} must be different names with commas between them")
+    return names
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        meaning = _MEANINGS.get(name, "")
+        raise ValueError(
+            f"--{name} {text!r} must be numbers from 1 on, with commas between them{meaning}"
+        )
+    return [int(part) for part in parts]
+
+
+def _each(name: str, text: str, sizes: Sequence[int | None]) -> list[int]:
+    """Returns a number for each size."""
+    numbers = _numbers(name, text)
+    if len(numbers) not in (1, len(sizes)):
+        raise ValueError(
+            f"--{name} has {len(numbers)} numbers for {len(sizes)} training sizes; give one, or as "
+            "many as there are sizes"
+        )
+    return numbers * len(sizes) if len(numbers) == 1 else numbers
+
+
+def _num_examples(options: CompareOptions) -> int:
+    """Returns the number of training examples of a task, which must have a test split."""
+    task = tasks.load_task(
+        options.task,
+        regression=options.regression,
+        **tasks.sources(options),
+    )
+    if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
+        hint = "; --split-protocol paper makes a test split" if task.benchmark is not None else ""
+        raise ValueError(
+            "compare needs a task with training, validation and test examples, and "
+            f"{options.task!r} has {', '.join(task.splits)}{hint}"
+        )
+    return len(task.splits["train"])
