@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.errors import ScopeParamNotFoundError
 from flax.traverse_util import flatten_dict
+from jax import Array
 
 from compacter_jax.compositions.banked_layer import Shared, banked_shared
 from compacter_jax.compositions.base import Member, Path, copies_of, members_of
@@ -33,7 +34,7 @@ from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.nn.activations import get_activation
 from compacter_jax.nn.dense import Dtype, ParamFunction
 from compacter_jax.nn.quantize import is_quantized
-from compacter_jax.paths import ADAPTER, OCCUPIED, SHARED, check_groups
+from compacter_jax.paths import ADAPTER, OCCUPIED, SHARED, check_groups, group_of
 from compacter_jax.patterns import compiled
 from compacter_jax.sites import Site, as_site
 
@@ -205,7 +206,7 @@ class Adapted(nn.Module):
         sites = list(self.sites_of(part))
 
         def create(param: ParamFunction) -> dict[str, Any]:
-            return part.shared(param, width, sites, self.param_dtype)
+            return part.shared(_own_names(param, part), width, sites, self.param_dtype)
 
         param = self._param_under((SHARED, *member.path)) if member.path else self.param
         if member.bank is None:
@@ -225,7 +226,8 @@ class Adapted(nn.Module):
     def _create_own(self, param: ParamFunction) -> None:
         """Creates the trained parameters of a method that moves the backbone, sized by it."""
         paths = list(flatten_dict(self.variables["params"], sep="/"))
-        self.method.own_params(param, paths, self.groups, self.param_dtype)
+        own = _own_names(param, self.method)
+        self.method.own_params(own, paths, self.groups, self.param_dtype)
 
     @nn.nowrap
     def _call(self, name: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -387,3 +389,22 @@ class _NeverEqual:
 
     def __hash__(self) -> int:
         return hash((id(self), next(self._counter)))
+
+
+def _own_names(param: ParamFunction, method: MethodConfig) -> ParamFunction:
+    """Returns `param`, which then refuses names that are not those of a method's parameters.
+
+    A parameter of another name would count as one of the backbone: it would stay frozen, and would
+    not be saved with the adapter.
+    """
+
+    def named(name: str, *args: Any) -> Array:
+        if group_of(name) not in ("rule", "adapters"):
+            raise ValueError(
+                f"method {method.kind!r} creates a parameter {name!r} at the top of the tree, "
+                "which would count as one of the backbone and not be saved; give it a name of the "
+                "groups rule or adapters in compacter_jax.paths.GROUPS"
+            )
+        return param(name, *args)
+
+    return named

@@ -1,5 +1,6 @@
 """`Adapted`: where adapters go, what they compute there, and what is refused."""
 
+import dataclasses
 import types
 
 import flax.errors
@@ -12,6 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from compacter_jax.catalogue import preset
 from compacter_jax.inject.adapted import Adapted
 from compacter_jax.inject.initial import init_adapters
+from compacter_jax.methods.compacter import PHMBottleneckConfig
+from compacter_jax.methods.intrinsic import IntrinsicConfig
 from compacter_jax.models.bert.model import Bert
 from tests.helpers import (
     IDS,
@@ -186,6 +189,34 @@ def test_sites_and_leave_out(overrides, expected):
     model = Adapted(Bert(TINY_BERT), preset("compacter", **SMALL, **overrides))
     shapes = adapted_shapes(model)
     assert hosts_with_adapters(shapes) == [f"encoder/layer/{path}/dense" for path in expected]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharesUnderAnotherName(PHMBottleneckConfig):
+    def shared(self, param, width, sites, dtype):
+        param("matrices", jax.nn.initializers.ones, (2, 2), dtype)
+        return super().shared(param, width, sites, dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovesUnderAnotherName(IntrinsicConfig):
+    def own_params(self, param, paths, groups, dtype):
+        return {"directions": param("directions", jax.nn.initializers.zeros, (3,), dtype)}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (SharesUnderAnotherName(sites=("feed_forward",), reduction_factor=2), "matrices"),
+        (MovesUnderAnotherName(dimension=3), "directions"),
+    ],
+    ids=["shared", "moving"],
+)
+def test_names_of_shared_parameters_are_those_that_are_saved(method, name):
+    """Another would be frozen with the backbone, and be missing in the adapter's file."""
+    with pytest.raises(ValueError, match=f"creates a parameter '{name}' at the top") as error:
+        adapted_shapes(Adapted(Bert(TINY_BERT), method))
+    assert "not be saved; give it a name of the groups rule or adapters" in str(error.value)
 
 
 def test_full_fine_tuning_inserts_nothing():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from compacter_jax.catalogue import METHODS
 from compacter_jax.methods import bottleneck, compacter, prompt_tuning
 from compacter_jax.nn.activations import ACTIVATIONS
 from train.__main__ import COMMANDS, _parsed, main, options_class_of
@@ -91,7 +92,8 @@ def test_what_is_to_choose_from_is_listed(flag, values):
 def test_no_two_flags_are_explained_alike():
     of_flag = method_flags.documented(bottleneck.BottleneckConfig)
     assert len(set(of_flag.values())) == len(of_flag)
-    assert entry("--rank") == "INT rank of each projection. Of lora: rank of each update."
+    wanted = "INT rank of each projection. Of lora: rank of each update."
+    assert entry("--rank").startswith(wanted)  # a further method with ranks comes after
     assert "inputs are multiplied" in entry("--input-sites")
 
 
@@ -114,7 +116,7 @@ def test_headings_defaults_and_switches():
     text = page("fit")
     headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert headings[:3] == ["examples", "required", "of this command"]
-    assert headings[-1] == "for prefix-tuning and mam"
+    assert set(headings[3:]) >= {cls.heading for cls in METHODS.values()}
     assert "--batch-size INT          examples per update, over all devices. (default: 32)" in text
     assert (
         "--seed INT                seed of the initial values, the data order and dropout. "
