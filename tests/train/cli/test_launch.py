@@ -1,6 +1,8 @@
 """The scripts of train/launch: linted, run dry, and run with stubs of the commands they call."""
 
+import dataclasses
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,8 +11,11 @@ from pathlib import Path
 import pytest
 import tyro
 
+import compacter_jax as cj
 import train
 from train.cli.config_files import expand_config
+from train.compare import plan
+from train.compare.options import CompareOptions
 from train.fit.options import FitOptions
 
 FOLDER = Path(train.__file__).parent / "launch"
@@ -76,18 +81,49 @@ DRY = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", DRY)
 def test_a_dry_run_prints_commands_that_fit_understands(script):
-    result = launch(script.name, *DRY[script.name])
+    result = launch(script, *DRY[script])
     assert result.returncode == 0, result.stderr
     (command,) = (line for line in result.stdout.splitlines() if " train fit " in unquoted(line))
-    if script.name == "tpu_vm.sh":  # the command for the workers is one word
+    if script == "tpu_vm.sh":  # the command for the workers is one word
         command = shlex.split(command)[-1].removeprefix("--command=")
     options = fit_options(command)
     assert options.resume
-    assert options.distributed == (script.name != "colab.sh")
+    assert options.distributed == (script != "colab.sh")
     assert options.output_dir == Path("/shared/a run")
     options.check()
+
+
+def test_the_comparisons_of_the_claim_are_commands_that_compare_plans(tmp_path):
+    """All of them, with the names of tasks whose data is here in place of GLUE's."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    flags = ["--backbone", str(tmp_path), "--output-dir", "/shared/a run", "--at-once", "3"]
+    result = launch("claim.sh", *flags, "--glue", "GLUE", "--dry-run", "--", "--dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    planned = {}
+    for line in result.stdout.splitlines():
+        words = shlex.split(line)
+        arguments = expand_config(words[words.index("compare") + 1 :], CompareOptions)
+        options = tyro.cli(CompareOptions, args=arguments)
+        assert (options.dtype, options.at_once, options.heads) == ("bfloat16", 3, "alike")
+        local = dataclasses.replace(options, task="movie", data_dir=None, split_protocol="official")
+        planned[options.output_dir] = {point.method for point in plan.points([local])}
+    names = ("low_resource", "smallest", "glue", "low_resource_sst2")
+    assert list(planned) == [Path("/shared/a run") / name for name in names]
+    assert all("compacter++" in methods and "head-only" in methods for methods in planned.values())
+    assert planned[Path("/shared/a run/glue")] == set(cj.presets())
+    without = launch("claim.sh", *flags, "--dry-run").stdout.splitlines()
+    assert len(without) == 2
+
+
+def test_a_comparison_of_the_claim_that_fails_does_not_keep_the_others(tmp_path):
+    stub(tmp_path, "python3", "case $* in *smallest*) exit 1;; esac")
+    result = launch("claim.sh", "--backbone", "B", "--output-dir", "out", stubs=tmp_path)
+    assert result.returncode == 1
+    assert "error: not all runs of out/smallest were finished" in result.stderr
+    started = [re.search(r"claim_(\w+)\.toml", line)[1] for line in calls(tmp_path)]
+    assert started == ["low_resource", "smallest"]
 
 
 def unquoted(line):
@@ -97,6 +133,10 @@ def unquoted(line):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
+        ("claim.sh", ["--output-dir", "out"], "give --backbone"),
+        ("claim.sh", ["--backbone", "B"], "give --output-dir"),
+        ("claim.sh", ["--backbone"], "--backbone needs a value"),
+        ("claim.sh", ["--dtype", "bfloat16"], "unknown argument --dtype; flags of compare come"),
         ("colab.sh", ["--dry-run"], "give the flags of fit"),
         ("slurm.sbatch", ["--dry-run", "--task", "mnli"], "give --output-dir"),
         ("tpu_vm.sh", ["--name", "slice", "--", "--task", "x"], "give --name and --zone"),
