@@ -48,8 +48,8 @@ from compacter_jax.trees import check_numbers, check_params
 _ALWAYS_SAVED = ("adapters", "rule", "head")
 
 
-# Fields that adapter_config.json has only if they are not None: the groups of a module other than
-# `Bert` and `T5`, the paths that rules of `label_params` train, and the pooling of a classifier.
+# Fields that adapter_config.json has only if they are not None: the groups of a module of
+# others, the paths that rules of `label_params` train, and the pooling of a classifier.
 _RARE = ("backbone_groups", "also_trained", "pooling")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from compacter_jax.messages import listing, quote, shorten
+from compacter_jax.models.names import Names
 
 Params = dict[str, Any]
 
@@ -21,6 +21,7 @@ class Family:
     """The description of one `model_type`: everything but its modules.
 
     Attributes:
+      names: names of the parameters of its modules, a row of `compacter_jax.models.names`.
       architectures: name in config.json -> head.
       heads: all heads of its modules.
       module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)` ->
@@ -49,6 +50,7 @@ class Family:
       tokens: size of a vocabulary -> number of its entries without padding, where they differ.
     """
 
+    names: Names
     architectures: Mapping[str, str | None]
     heads: tuple[str | None, ...]
     module: Callable[..., nn.Module]
@@ -86,10 +88,10 @@ def add_parameter(
     flat[path], origin[path] = array, name
 
 
-def to_tensors(params: Mapping[str, Any], known: re.Pattern[str], family: str) -> dict[str, Any]:
+def to_tensors(params: Mapping[str, Any], names: Names, family: str) -> dict[str, Any]:
     """Converts parameters to `.`-joined names and C-contiguous arrays, oriented as in PyTorch."""
     flat = flatten_dict(params, sep="/")
-    not_allowed = [path for path in flat if not known.fullmatch(path)]
+    not_allowed = [path for path in flat if not names.has(path)]
     if not_allowed:
         raise ValueError(
             f"not parameters of {family}: {listing(not_allowed, most=4)}; take adapters out of the "

@@ -19,6 +19,7 @@ from compacter_jax.messages import about, listing, quote, reason_of, shorten
 from compacter_jax.models.families import FAMILIES, check_depths, check_settings, family_of
 from compacter_jax.models.family import Family, Params
 from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
+from compacter_jax.models.names import NAMES
 from compacter_jax.models.pooling import POOLING_FILE, Pooling, read_pooling
 from compacter_jax.nn.remat import Remat
 from compacter_jax.weights import read_tensors
@@ -233,7 +234,7 @@ def module_from_name(
             return family.of_size(family.published[name], head, num_labels)
     raise ValueError(
         f"{quote(name, 80)} is neither a config.json here nor a published size known by name "
-        f"(of BERT and T5, for there are no others); known: {listing(PUBLISHED, 16)}"
+        f"(of {' and '.join(NAMES)}, for there are no others); known: {listing(PUBLISHED, 16)}"
     )
 
 

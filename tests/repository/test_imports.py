@@ -19,8 +19,10 @@ ARROWS = {
     "compacter_jax": (
         {"messages", "limits", "fastfood", "phm", "hosts"},
         {"files", "patterns", "sites", "nn"},
-        {"leftovers", "paths", "weights"},
-        {"methods", "models", "trees"},
+        {"leftovers", "weights"},
+        {"models"},
+        {"paths"},
+        {"methods", "trees"},
         {"compositions"},
         {"adapter_files", "catalogue", "inject", "params"},
         {"checkpoint", "decode", "exchange"},
@@ -38,7 +40,8 @@ ARROWS = {
         {"__main__"},
     ),
 }
-# A backbone knows nothing of adapters, and what is inserted knows no family of backbones.
+# A backbone knows nothing of adapters, and what is inserted knows no family of backbones. `paths`
+# reads the names of all families, and nothing else of them.
 NEVER = {
     "compacter_jax/models": {"paths", "leftovers"},
     "compacter_jax/methods": {"models"},
@@ -110,6 +113,12 @@ def test_imports_point_one_way(path):
             each for each in MODULES if each.parts[0] == path.parts[0] and place(each) == other
         ]
         assert not any(name in places_imported(each) for each in files), (name, other)
+
+
+def test_paths_reads_names_of_families_alone():
+    of_models = {name for name in imported(Path("compacter_jax/paths.py")) if ".models." in name}
+    assert {name.rpartition(".")[0] for name in of_models} == {"compacter_jax.models.names"}
+    assert modules_after("from compacter_jax import paths", ("jax", "flax")) == "[]"
 
 
 def test_no_file_imports_one_that_imports_it():
