@@ -325,7 +325,8 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     settings["architectures"] = [
         name for name, its_head in family.architectures.items() if its_head == head
     ][:1]
-    settings["tie_word_embeddings"] = module.config.tie_word_embeddings
+    if family.ties:
+        settings["tie_word_embeddings"] = module.config.tie_word_embeddings
     if (num_labels := getattr(module, "num_labels", None)) is not None:
         names = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         if len(settings.get("id2label") or {}) != num_labels:

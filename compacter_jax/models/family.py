@@ -36,7 +36,9 @@ class Family:
       copies_tied_head: True if a module with its own parameters of `ties` takes the values of the
         other name, where the checkpoint has only those and its configuration ties them.
         transformers 5 ties every T5 and saves one copy.
-      config_class: class of the module's configuration; its fields are those of config.json.
+      config_class: class of the module's configuration; its fields are those of config.json. Other
+        modules read `vocab_size` and `hidden_size` of it, of an encoder `max_position_embeddings`,
+        and with `ties` `tie_word_embeddings`; where config.json has another name, as a property.
       depths: field of config.json -> path of the layers that it counts.
       shared_head_names: those of `optional` that several heads have under the same name; they are
         left out if config.json names an architecture with another head.
@@ -45,6 +47,7 @@ class Family:
       published: hub id -> configuration, for the sizes that are known without a download.
       of_size: `(published configuration, head, num_labels) -> module`; head "auto" is the usual
         head.
+      inputs: keys of a batch of `train` that are the positional arguments of its modules.
       dropout_fields: fields of the configuration that are rates of dropout.
       writes_text: True for encoder-decoders, which are trained to write text.
       tokens: size of a vocabulary -> number of its entries without padding, where they differ.
@@ -63,6 +66,7 @@ class Family:
     module_class: type[nn.Module]
     published: Mapping[str, Any]
     of_size: Callable[[Any, str | None, int | None], nn.Module]
+    inputs: tuple[str, ...]
     dropout_fields: tuple[str, ...]
     droppable: tuple[str, ...] = ()
     copies_tied_head: bool = False

@@ -1,6 +1,7 @@
 """The names of each family's parameters, compared with the parameters of its modules."""
 
 import functools
+import inspect
 
 import jax
 import pytest
@@ -33,6 +34,17 @@ def test_every_family_has_its_row_and_every_row_a_family():
     assert rows == NAMES
     for family in FAMILIES.values():
         assert family.module_class.word_embeddings == family.names.embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_what_other_modules_ask_a_backbone(family):
+    parameters = inspect.signature(family.module_class.__call__).parameters
+    assert tuple(parameters)[1 : 1 + len(family.inputs)] == family.inputs
+    config = family.config_class()
+    assert config.vocab_size > 0
+    assert config.hidden_size > 0
+    assert family.writes_text or config.max_position_embeddings > 0
+    assert not family.ties or isinstance(config.tie_word_embeddings, bool)
 
 
 @pytest.mark.parametrize(("family", "head"), HEADS, ids=IDS)

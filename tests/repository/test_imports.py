@@ -11,6 +11,7 @@ import pytest
 
 import compacter_jax
 from compacter_jax import catalogue
+from compacter_jax.models.names import NAMES
 
 ROOT = Path(compacter_jax.__file__).parents[1]
 # A file or a folder of a package imports from those in the lines before its own, and a folder's
@@ -153,6 +154,25 @@ def test_classes_of_methods_are_named_where_methods_are():
         or (isinstance(node, ast.Attribute) and node.attr in classes)
     }
     assert not named
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_paths_of_parameters_are_written_where_families_are(path):
+    if path.parts[1] in ("models", "exchange"):
+        return
+    tops = ("heads", "poolers", "frozen_heads")
+    begin = {name for own in NAMES.values() for top in tops for name in getattr(own, top)}
+    known = re.compile(
+        "|".join([rf"\b{name}/" for name in begin] + [own.embeddings for own in NAMES.values()])
+    )
+    tree = tree_of(path)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    }
+    assert not {text for text in texts if known.search(text)}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

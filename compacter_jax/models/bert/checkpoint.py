@@ -159,6 +159,7 @@ BERT = Family(
     config_class=BertConfig,
     published=PUBLISHED,
     of_size=_of_size,
+    inputs=("input_ids", "attention_mask", "token_type_ids"),
     dropout_fields=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     depths={"num_hidden_layers": "encoder/layer"},
     optional=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),

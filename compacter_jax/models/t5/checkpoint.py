@@ -137,6 +137,7 @@ def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
         module_class=T5,
         published=published,
         of_size=_of_size,
+        inputs=("input_ids", "attention_mask", "decoder_input_ids"),
         dropout_fields=("dropout_rate",),
         writes_text=True,
         # Percentages in papers are of the tokens without padding.
