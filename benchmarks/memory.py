@@ -72,6 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import optax  # noqa: PLC0415
 
     import compacter_jax as cj  # noqa: PLC0415
+    from compacter_jax.models.families import family_of_module  # noqa: PLC0415
     from train.compute import step  # noqa: PLC0415
     from train.estimate import plan  # noqa: PLC0415
 
@@ -89,11 +90,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         accumulation_steps=1,
         dropout_rate=options.dropout,
     )
-    model, objective = plan.model_of(shape)
+    model = plan.model_of(shape)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     labels = cj.label_params(shapes, model.method)
     work = Work(
-        step.apply_function(model, objective.inputs),
+        step.apply_function(model, family_of_module(model.backbone).inputs),
         step.loss_function("tokens" if shape.target_length else "classification"),
         cj.optimizer(optax.adamw(1e-3), labels),
         *cj.partition(shapes, labels),

@@ -136,7 +136,7 @@ def _check_labels(directory: Path, settings: Mapping[str, Any], tensors: Mapping
     if settings["num_labels"] is None:  # the module has no such attribute
         return
     for path, leaf in tensors.items():
-        if path.startswith("classifier/") and leaf.shape[-1:] != (settings["num_labels"],):
+        if paths.has_labels(path) and leaf.shape[-1:] != (settings["num_labels"],):
             raise ValueError(
                 f"{directory / CONFIG_NAME}: num_labels={quote(settings['num_labels'])}, but the "
                 f"adapter's {path} is of shape {leaf.shape}; copy both files from where the "

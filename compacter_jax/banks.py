@@ -24,7 +24,7 @@ from compacter_jax.inject.initial import HasParams, init_adapters
 from compacter_jax.messages import listing, quote, shorten
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.pooling import pooling_of_module
-from compacter_jax.paths import OCCUPIED, SHARED, Groups, group_of
+from compacter_jax.paths import OCCUPIED, SHARED, Groups, group_of, has_labels
 
 Params = Any
 # A folder of `save_adapter`, or the result of `load_adapter`.
@@ -57,7 +57,7 @@ class _Loader:
                 "label_params trained; members of a composition can have what their method trains"
             )
         if labels not in self._by_labels:
-            if not any(path.startswith("classifier/") for path in saved.tensors):
+            if not any(map(has_labels, saved.tensors)):
                 # The tensors do not confirm the number of labels; the reader refuses tensors that
                 # do not fit.
                 return self._reader.join(Path(source), saved, self._backbone)
@@ -250,13 +250,9 @@ def _with_labels(backbone: Any, labels: int | None) -> Any:
     return _Backbone(module, unflatten_dict(flat, sep="/"))
 
 
-def _is_head(path: str) -> bool:
-    return group_of(path) == "head" and path.startswith("classifier/")
-
-
 def _wide(path: str, leaf: Any, width: int) -> Any:
     """Pads a leaf of a head with columns for labels that the head does not have."""
-    if not _is_head(path) or leaf.shape[-1] >= width:
+    if not has_labels(path) or leaf.shape[-1] >= width:
         return leaf
     fill = NO_LABEL if path.endswith("/bias") else 0.0
     pad = ((0, 0),) * (leaf.ndim - 1) + ((0, width - leaf.shape[-1]),)
@@ -265,12 +261,13 @@ def _wide(path: str, leaf: Any, width: int) -> Any:
 
 def _narrow(path: str, leaf: Any, labels: int | None) -> Any:
     """Removes the columns that `_wide` adds."""
-    return leaf[..., :labels] if labels is not None and _is_head(path) else leaf
+    return leaf[..., :labels] if labels is not None and has_labels(path) else leaf
 
 
 def _labels_of(leaves: Mapping[str, Any]) -> int | None:
     """Returns the number of labels of a head, or None if there is no classifier."""
-    bias = leaves.get("classifier/bias")
+    biases = (leaves[path] for path in leaves if has_labels(path) and path.endswith("/bias"))
+    bias = next(biases, None)
     return None if bias is None else int(np.sum(np.asarray(bias) > NO_LABEL / 2))
 
 

@@ -48,8 +48,8 @@ from compacter_jax.trees import check_numbers, check_params
 _ALWAYS_SAVED = ("adapters", "rule", "head")
 
 
-# Fields that adapter_config.json has only if they are not None: the groups of a module other than
-# `Bert` and `T5`, the paths that rules of `label_params` train, and the pooling of a classifier.
+# Fields that adapter_config.json has only if they are not None: the groups of a module of
+# others, the paths that rules of `label_params` train, and the pooling of a classifier.
 _RARE = ("backbone_groups", "also_trained", "pooling")
 
 
@@ -325,7 +325,8 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     settings["architectures"] = [
         name for name, its_head in family.architectures.items() if its_head == head
     ][:1]
-    settings["tie_word_embeddings"] = module.config.tie_word_embeddings
+    if family.ties:
+        settings["tie_word_embeddings"] = module.config.tie_word_embeddings
     if (num_labels := getattr(module, "num_labels", None)) is not None:
         names = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         if len(settings.get("id2label") or {}) != num_labels:

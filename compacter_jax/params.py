@@ -16,18 +16,22 @@ from compacter_jax.compositions.base import composed_members, members_of, own_pa
 from compacter_jax.messages import about, quote
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.nn.quantize import is_quantized, quantize
-from compacter_jax.paths import BIAS, GROUPS, NAMED_GROUPS, Groups, check_groups, group_of, is_own
+from compacter_jax.paths import (
+    BIAS,
+    FROZEN_HEAD,
+    GROUPS,
+    HEADS,
+    NAMED_GROUPS,
+    OWN_MODULES,
+    Groups,
+    check_groups,
+    group_of,
+    own_names,
+)
 from compacter_jax.patterns import compiled
 
 Params = Any
 Labels = Any
-
-# The weights that int8 can store, with the axis of a channel: kernels of linear layers and
-# embeddings of the vocabulary.
-_QUANTIZED = (
-    (re.compile("(.*/)?kernel"), 0),
-    (re.compile("(.*/)?(shared|word_embeddings)/embedding"), 1),
-)
 
 # A module is a norm if it has exactly these parameters, or if its name matches this pattern.
 _NORM_LEAVES = ({"scale"}, {"scale", "bias"})
@@ -52,8 +56,8 @@ def label_params(
         expression that matches a whole `/`-joined path; the first match wins. `save_adapter` needs
         the labels to store leaves that only rules train.
       groups: names of the head, the layer norms and the pooler, the same as `groups` of the
-        `Adapted` model. None means the built-in names; for a module other than `Bert` and `T5`, the
-        function then raises an error if the method trains a head or norms that these names do not
+        `Adapted` model. None means the built-in names; for a module of others, the function then
+        raises an error if the method trains a head or norms that these names do not
         find. An empty mapping states that the built-in names find all of them.
 
     Returns:
@@ -120,7 +124,8 @@ def _check_present(paths: Sequence[str], method: MethodConfig, groups: Groups) -
     """Raises ValueError if `method` trains a group that the parameters lack."""
     present = {group_of(path, groups) for path in paths}
     optional = method.optional_groups - {name.replace("_", " ") for name in groups}
-    if any(path.startswith("classifier/") for path in paths) and is_own(paths):
+    own = own_names(paths)
+    if own is not None and any(map(own.has_labels, paths)):
         optional |= {"pooler"}  # which a classifier of the mean of the tokens does not have
     for group in sorted(method.trained_groups() - present - optional):
         name = group.replace(" ", "_")
@@ -151,15 +156,15 @@ def _check_found(
     stay frozen. The check takes paths that the user's own rules match as known.
     """
     wanted = [member.method for member in members_of(method)]
-    if any(one.trains_backbone for one in wanted) or is_own(paths):
+    if any(one.trains_backbone for one in wanted) or own_names(paths) is not None:
         return
     ruled = {path for path in paths if any(_matches(rule, path) for rule, _ in rules)}
     norms = _norms(paths)
     heads = [path for path in paths if group_of(path) == "head"]
     if any(one.train_head for one in wanted) and not heads and not ruled - set(norms):
         raise ValueError(
-            "train_head=True, but no parameter is called classifier/… or qa_outputs/…, so the "
-            f"head would stay as it was drawn (there are {_some(_beginnings(paths))}); "
+            f"train_head=True, but no parameter is called {' or '.join(f'{n}/…' for n in HEADS)}, "
+            f"so the head would stay as it was drawn (there are {_some(_beginnings(paths))}); "
             f"{_named('head')}, or set train_head=False"
         )
     missed = [path for path in norms if path not in ruled and group_of(path) != "layer norms"]
@@ -193,7 +198,7 @@ def _norms(paths: Sequence[str]) -> list[str]:
         for path in paths
         if path.rpartition("/")[0] in norms
         and group_of(path) in ("layer norms", "backbone")
-        and not path.startswith("cls/")  # the language-modelling head stays frozen
+        and not FROZEN_HEAD.fullmatch(path)
     ]
 
 
@@ -273,25 +278,28 @@ def cast_frozen(frozen: Params, dtype: Any) -> Params:
 
     Raises:
       ValueError: for another dtype; for int8, if no frozen leaf can be stored in it, or if the
-        backbone is neither `Bert` nor `T5`, whose layers alone compute with it.
+        backbone is none of this library's, whose layers alone compute with it.
     """
     dtype = jnp.dtype(dtype)
     if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"frozen weights can be of a floating-point type or int8, not {dtype}")
-    if dtype == jnp.int8 and not is_own(paths := list(flatten_dict(frozen, sep="/"))):
+    paths = list(flatten_dict(frozen, sep="/"))
+    own = own_names(paths) if dtype == jnp.int8 else None
+    if dtype == jnp.int8 and own is None:
         raise ValueError(
-            "int8 is for the weights of Bert and T5, whose layers compute with it; those of other "
-            f"modules (here {_some(_beginnings(paths))}) can be of bfloat16"
+            f"int8 is for the weights of {OWN_MODULES}, whose layers compute with it; those of "
+            f"other modules (here {_some(_beginnings(paths))}) can be of bfloat16"
         )
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         joined = "/".join(path)
         if leaf is None or group_of(joined) in ("adapters", "rule"):
             return leaf
-        if dtype != jnp.int8:
+        if own is None:
             return leaf.astype(dtype)
-        axis = next((axis for pattern, axis in _QUANTIZED if pattern.fullmatch(joined)), None)
-        return leaf if axis is None else quantize(leaf, axis)
+        if joined == own.embeddings:
+            return quantize(leaf, axis=1)
+        return quantize(leaf, axis=0) if path[-1] == "kernel" else leaf
 
     cast_half = path_aware_map(cast, frozen)
     if dtype == jnp.int8 and not any(map(is_quantized, flatten_dict(cast_half).values())):

@@ -7,15 +7,28 @@ import re
 from collections.abc import Mapping, Sequence
 
 from compacter_jax.messages import about, quote
+from compacter_jax.models.names import NAMES, Names
 from compacter_jax.patterns import Pattern, compiled
 
 # The name under which a host keeps the parameters of its adapter: `…/adapter/…`.
 ADAPTER = "adapter"
 
 
-# Task heads, as `/`-joined paths. A head belongs to the task, so no method adapts it as a part of
-# the backbone.
-HEAD = r"(classifier|qa_outputs)/.*"
+def _of_all_families(field: str) -> tuple[str, ...]:
+    """Returns the names in a field of `Names`, of all families, each once."""
+    return tuple(dict.fromkeys(name for own in NAMES.values() for name in getattr(own, field)))
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"({'|'.join(map(re.escape, names))})"
+
+
+# A head belongs to the task, so no method adapts it as a part of the backbone.
+HEADS = _of_all_families("heads")
+
+
+# Heads of the pre-training, whose norms stay frozen.
+FROZEN_HEAD = re.compile(rf"{_one_of(_of_all_families('frozen_heads'))}/.*")
 
 
 # Names in the parameters of a composition. `…/adapter/NAMES/replaced/…` holds a member's own copy
@@ -35,9 +48,9 @@ OCCUPIED = "occupied"
 GROUPS: dict[str, str] = {
     "rule": r"(.*/)?phm_rule(_left|_right)?",
     "adapters": rf"(.*/)?{ADAPTER}/.*|(phm_(down|up)|prefix|intrinsic)_.*|{SHARED}/.*",
-    "layer norms": r"(?!cls/)(.*/)?(LayerNorm|layer_norm|final_layer_norm)/[^/]*",
-    "head": HEAD,
-    "pooler": r"pooler/.*",
+    "layer norms": rf"(?!{FROZEN_HEAD.pattern})(.*/)?{_one_of(_of_all_families('norms'))}/[^/]*",
+    "head": rf"{_one_of(HEADS)}/.*",
+    "pooler": rf"{_one_of(_of_all_families('poolers'))}/.*",
     "backbone": r".*",
 }
 
@@ -46,7 +59,7 @@ GROUPS: dict[str, str] = {
 _PRECEDENCE = ("rule", "adapters", "head", "layer norms", "pooler", "backbone")
 
 
-# The groups that `groups` can name for a module other than `Bert` and `T5`, as keys of the mapping.
+# The groups that `groups` can name for a module of others, as keys of the mapping.
 NAMED_GROUPS = ("head", "layer_norms", "pooler")
 
 
@@ -101,28 +114,26 @@ def group_of(path: str, groups: Groups | None = None) -> str:
     return next(name for name, pattern in patterns if pattern.fullmatch(path))
 
 
-# The first names in the paths of `Bert` and `T5`. Every path begins with one of them, and every
-# tree has one of the embeddings.
-_OWN_BEGINNINGS = frozenset(
-    (
-        *("embeddings", "encoder", "pooler", "classifier", "qa_outputs", "cls"),
-        *("shared", "decoder", "lm_head"),
-    )
-)
+# The classes of this library's own backbones, for messages.
+OWN_MODULES = " and ".join(NAMES)
 
 
-_OWN_EMBEDDINGS = ("embeddings/word_embeddings/embedding", "shared/embedding")
-
-
-def is_own(paths: Sequence[str]) -> bool:
-    """Returns True if parameters have the names of `Bert` or `T5`; ignores adapters.
+def own_names(paths: Sequence[str]) -> Names | None:
+    """Returns the names of the family that parameters are of; None for those of another module.
 
     Args:
-      paths: `/`-joined paths of the parameters.
+      paths: `/`-joined paths of the parameters. Those of adapters and of heads do not matter.
     """
-    backbone = [path for path in paths if group_of(path) not in ("rule", "adapters")]
-    begin = {path.partition("/")[0] for path in backbone}
-    return begin <= _OWN_BEGINNINGS and any(path in backbone for path in _OWN_EMBEDDINGS)
+    backbone = [path for path in paths if group_of(path) not in ("rule", "adapters", "head")]
+    for names in NAMES.values():
+        if names.embeddings in backbone and all(map(names.has, backbone)):
+            return names
+    return None
+
+
+def has_labels(path: str) -> bool:
+    """Returns True if the last axis of a parameter has an entry for each label of a classifier."""
+    return any(names.has_labels(path) for names in NAMES.values())
 
 
 BIAS = re.compile("(.*/)?bias")

@@ -34,7 +34,7 @@ from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.nn.activations import get_activation
 from compacter_jax.nn.dense import Dtype, ParamFunction
 from compacter_jax.nn.quantize import is_quantized
-from compacter_jax.paths import ADAPTER, OCCUPIED, SHARED, check_groups, group_of
+from compacter_jax.paths import ADAPTER, OCCUPIED, OWN_MODULES, SHARED, check_groups, group_of
 from compacter_jax.patterns import compiled
 from compacter_jax.sites import Site, as_site
 
@@ -67,8 +67,8 @@ class Adapted(nn.Module):
         a host module, with a group `layer`. The default is the backbone's own table, its class
         attribute `sites`.
       param_dtype: dtype of the adapters' parameters; an adapter computes in the dtype of its host.
-      groups: groups of the parameters of a module other than `Bert` and `T5`: "head", "layer_norms"
-        or "pooler" -> regular expression that matches whole `/`-joined paths of parameters, or of
+      groups: groups of the parameters of a module of others: "head", "layer_norms" or "pooler" ->
+        regular expression that matches whole `/`-joined paths of parameters, or of
         modules that have them. `label_params` needs the same mapping.
 
     Raises:
@@ -306,7 +306,7 @@ class Adapted(nn.Module):
         if any(map(is_quantized, flatten_dict(params).values())):
             raise ValueError(
                 f"the weights are of int8, with which {type(self.backbone).__name__} cannot "
-                "compute; frozen weights of other modules than Bert and T5 can be of bfloat16"
+                f"compute; frozen weights of other modules than {OWN_MODULES} can be of bfloat16"
             )
 
     @nn.nowrap

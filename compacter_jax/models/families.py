@@ -15,6 +15,8 @@ from compacter_jax.files import check_fields
 from compacter_jax.messages import quote
 from compacter_jax.models.bert.checkpoint import BERT
 from compacter_jax.models.family import Family
+from compacter_jax.models.pooling import DEFAULT as FIRST
+from compacter_jax.models.pooling import Pooling
 from compacter_jax.models.t5.checkpoint import t5_family
 from compacter_jax.models.t5.config import PUBLISHED
 
@@ -31,6 +33,33 @@ def family_of_module(module: nn.Module) -> Family:
     raise ValueError(
         f"{type(module).__name__} is a backbone that transformers has no names for; only "
         f"{' and '.join(dict.fromkeys(one.module_class.__name__ for one in FAMILIES.values()))} are"
+    )
+
+
+def pooling_attributes(
+    family: Family, head: str | None, pooling: Pooling | None, model: str
+) -> dict[str, Any]:
+    """Returns the attribute of a module that chooses the pooling, if modules of the family pool.
+
+    Args:
+      family: family of the module.
+      head: head of the module.
+      pooling: wanted pooling; None leaves the module's own. "first" is how transformers reads, and
+        accepted for a classifier of sequences in a family without a choice, too.
+      model: name of the model, for the message.
+
+    Raises:
+      ValueError: if the head does not pool.
+    """
+    if pooling is None:
+        return {}
+    if head in family.pooled_heads:
+        return {"pooling": pooling}
+    if pooling == FIRST and head == "sequence_classification":
+        return {}
+    raise ValueError(
+        f"pooling={quote(pooling)} was given, but head={head!r} of a {model} does not pool; leave "
+        "it out"
     )
 
 

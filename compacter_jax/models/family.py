@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from compacter_jax.messages import listing, quote, shorten
+from compacter_jax.models.names import Names
 
 Params = dict[str, Any]
 
@@ -21,6 +21,7 @@ class Family:
     """The description of one `model_type`: everything but its modules.
 
     Attributes:
+      names: names of the parameters of its modules, a row of `compacter_jax.models.names`.
       architectures: name in config.json -> head.
       heads: all heads of its modules.
       module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)` ->
@@ -35,7 +36,9 @@ class Family:
       copies_tied_head: True if a module with its own parameters of `ties` takes the values of the
         other name, where the checkpoint has only those and its configuration ties them.
         transformers 5 ties every T5 and saves one copy.
-      config_class: class of the module's configuration; its fields are those of config.json.
+      config_class: class of the module's configuration; its fields are those of config.json. Other
+        modules read `vocab_size` and `hidden_size` of it, of an encoder `max_position_embeddings`,
+        and with `ties` `tie_word_embeddings`; where config.json has another name, as a property.
       depths: field of config.json -> path of the layers that it counts.
       shared_head_names: those of `optional` that several heads have under the same name; they are
         left out if config.json names an architecture with another head.
@@ -44,11 +47,13 @@ class Family:
       published: hub id -> configuration, for the sizes that are known without a download.
       of_size: `(published configuration, head, num_labels) -> module`; head "auto" is the usual
         head.
+      inputs: keys of a batch of `train` that are the positional arguments of its modules.
       dropout_fields: fields of the configuration that are rates of dropout.
       writes_text: True for encoder-decoders, which are trained to write text.
       tokens: size of a vocabulary -> number of its entries without padding, where they differ.
     """
 
+    names: Names
     architectures: Mapping[str, str | None]
     heads: tuple[str | None, ...]
     module: Callable[..., nn.Module]
@@ -61,6 +66,7 @@ class Family:
     module_class: type[nn.Module]
     published: Mapping[str, Any]
     of_size: Callable[[Any, str | None, int | None], nn.Module]
+    inputs: tuple[str, ...]
     dropout_fields: tuple[str, ...]
     droppable: tuple[str, ...] = ()
     copies_tied_head: bool = False
@@ -86,10 +92,10 @@ def add_parameter(
     flat[path], origin[path] = array, name
 
 
-def to_tensors(params: Mapping[str, Any], known: re.Pattern[str], family: str) -> dict[str, Any]:
+def to_tensors(params: Mapping[str, Any], names: Names, family: str) -> dict[str, Any]:
     """Converts parameters to `.`-joined names and C-contiguous arrays, oriented as in PyTorch."""
     flat = flatten_dict(params, sep="/")
-    not_allowed = [path for path in flat if not known.fullmatch(path)]
+    not_allowed = [path for path in flat if not names.has(path)]
     if not_allowed:
         raise ValueError(
             f"not parameters of {family}: {listing(not_allowed, most=4)}; take adapters out of the "

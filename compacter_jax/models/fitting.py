@@ -47,7 +47,7 @@ def fit_tensors(
     absent = [part for part in family.optional if not _within(part, found)]
     new = tuple(path for part in absent for path in _within(part, wanted))
     _check_new(folder, {path: wanted[path] for path in new}, found)
-    _check_shapes(found, {p: leaf for p, leaf in wanted.items() if p not in new}, folder)
+    _check_shapes(found, {p: leaf for p, leaf in wanted.items() if p not in new}, family, folder)
     fresh: dict[str, Any] = {}
     if new:
         logger.warning(
@@ -129,19 +129,18 @@ def _says_tied(folder: Path) -> bool:
 
 
 def _check_shapes(
-    found: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct], folder: Path
+    found: Mapping[str, np.ndarray],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    family: Family,
+    folder: Path,
 ) -> None:
     missing = [f"{p} {leaf.shape}" for p, leaf in wanted.items() if p not in found]
     excess = [f"{p} {array.shape}" for p, array in found.items() if p not in wanted]
-    differing = [
-        f"{p} (checkpoint {found[p].shape}, module {leaf.shape})"
-        for p, leaf in wanted.items()
-        if p in found and found[p].shape != leaf.shape
-    ]
+    differing = [p for p, leaf in wanted.items() if p in found and found[p].shape != leaf.shape]
     if not (missing or excess or differing):
         return
-    if not (missing or excess) and all(d.startswith("classifier/") for d in differing):
-        have, want = found["classifier/bias"].shape[0], wanted["classifier/bias"].shape[0]
+    if not (missing or excess) and all(map(family.names.has_labels, differing)):
+        have, want = found[differing[0]].shape[-1], wanted[differing[0]].shape[-1]
         raise ValueError(
             f"the classifier in {folder} has num_labels={have}, not {want}; use num_labels={have}, "
             "or start from a checkpoint without a classifier"
@@ -150,7 +149,10 @@ def _check_shapes(
     for title, items in (
         ("missing in the checkpoint", missing),
         ("not in the module", excess),
-        ("of another shape", differing),
+        (
+            "of another shape",
+            [f"{p} (checkpoint {found[p].shape}, module {wanted[p].shape})" for p in differing],
+        ),
     ):
         if items:
             lines.append(f"{title}: {listing(items, most=2, longest=130)}")

@@ -16,9 +16,16 @@ from flax.traverse_util import flatten_dict
 
 from compacter_jax.files import check_fields, expanded, is_there, read_json
 from compacter_jax.messages import about, listing, quote, reason_of, shorten
-from compacter_jax.models.families import FAMILIES, check_depths, check_settings, family_of
+from compacter_jax.models.families import (
+    FAMILIES,
+    check_depths,
+    check_settings,
+    family_of,
+    pooling_attributes,
+)
 from compacter_jax.models.family import Family, Params
 from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
+from compacter_jax.models.names import NAMES
 from compacter_jax.models.pooling import POOLING_FILE, Pooling, read_pooling
 from compacter_jax.nn.remat import Remat
 from compacter_jax.weights import read_tensors
@@ -196,13 +203,7 @@ def module_from_config(
     _check_attributes("the configuration", config, family)
     head = _known_head(head, config, family)
     attributes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
-    if pooling is not None:
-        if head not in family.pooled_heads:
-            raise ValueError(
-                f"pooling={quote(pooling)} was given, but head={head!r} of a "
-                f"{config.model_type!r} does not pool; leave it out"
-            )
-        attributes["pooling"] = pooling
+    attributes |= pooling_attributes(family, head, pooling, repr(config.model_type))
     return family.module(config, head, num_labels, dropout_rate, **attributes)
 
 
@@ -233,7 +234,7 @@ def module_from_name(
             return family.of_size(family.published[name], head, num_labels)
     raise ValueError(
         f"{quote(name, 80)} is neither a config.json here nor a published size known by name "
-        f"(of BERT and T5, for there are no others); known: {listing(PUBLISHED, 16)}"
+        f"(of {' and '.join(NAMES)}, for there are no others); known: {listing(PUBLISHED, 16)}"
     )
 
 

@@ -14,7 +14,12 @@ import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from compacter_jax.models.bert.checkpoint import bert_from_hugging_face, bert_to_hugging_face
+from compacter_jax import checkpoint
+from compacter_jax.models.bert.checkpoint import (
+    BERT,
+    bert_from_hugging_face,
+    bert_to_hugging_face,
+)
 from compacter_jax.models.bert.config import HEADS, BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.loading import Backbone, load_backbone, module_from_config
@@ -296,6 +301,18 @@ def test_untied_decoder(tmp_path):
     backbone = load_backbone(folder)
     assert not backbone.module.config.tie_word_embeddings
     assert_equal_trees(backbone.params, params)
+
+
+def test_a_family_without_ties_saves_what_config_json_says(tmp_path, monkeypatch):
+    module, params = Bert(BertConfig(**SIZES)), random_params()
+    config = transformers.BertConfig(**SIZES, tie_word_embeddings=False)
+    assert module.config.tie_word_embeddings
+    for ties, said in ((BERT.ties, True), ({}, False)):
+        family = dataclasses.replace(BERT, ties=ties)
+        monkeypatch.setattr(checkpoint, "family_of", lambda _, family=family: family)
+        checkpoint.save_backbone(tmp_path, module, params, config)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        assert settings["tie_word_embeddings"] is said
 
 
 # --- names, without files -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a classifier reads: against NumPy, sentence-transformers' definition, files and adapters."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,9 +12,11 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from compacter_jax.adapter_files import CONFIG_NAME, read_adapter_config
+from compacter_jax.models.families import FAMILIES, pooling_attributes
 from compacter_jax.models.loading import known_pooling, module_from_config, pooling_of
 from compacter_jax.models.pooling import POOLINGS, mean_of_tokens
 from train.cli.options import Pooling
+from train.objectives import with_classifier
 
 IDS = np.array([[2, 7, 9, 11, 3, 0], [2, 8, 3, 0, 0, 0], [2, 5, 6, 7, 8, 3]])
 MASK = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
@@ -219,6 +222,24 @@ def test_heads_that_do_not_pool(tiny_backbone, tiny_t5):
         cj.load_backbone(tiny_backbone, head="masked_lm", pooling="mean")
     with pytest.raises(ValueError, match=r"head='conditional_generation' of a 't5' does not pool"):
         cj.load_backbone(tiny_t5, pooling="first")
+
+
+def test_a_family_without_poolings_has_the_first_alone(tiny_backbone, monkeypatch):
+    head, first = "sequence_classification", cj.Bert(cj.BertConfig(), pooling="first")
+    for model_type, family in FAMILIES.items():
+        alone = dataclasses.replace(family, pooled_heads=())
+        assert pooling_attributes(alone, head, "first", model_type) == {}
+        with pytest.raises(ValueError, match=f"of a {model_type} does not pool"):
+            pooling_attributes(alone, head, "mean", model_type)
+    assert with_classifier(first, 3, "mean").pooling == "mean"
+    assert with_classifier(first, 3).num_labels == 3
+    without = dataclasses.replace(FAMILIES["bert"], pooled_heads=())
+    monkeypatch.setitem(FAMILIES, "bert", without)
+    assert classifier(tiny_backbone, "first").module.pooling == "first"
+    assert with_classifier(first, 3).head == head
+    for make in (classifier, lambda folder, pooling: with_classifier(first, 3, pooling)):
+        with pytest.raises(ValueError, match=r"pooling='mean' was given.*does not pool"):
+            make(tiny_backbone, "mean")
 
 
 def test_the_command_line_has_the_same_choices():

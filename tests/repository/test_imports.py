@@ -11,6 +11,7 @@ import pytest
 
 import compacter_jax
 from compacter_jax import catalogue
+from compacter_jax.models.names import NAMES
 
 ROOT = Path(compacter_jax.__file__).parents[1]
 # A file or a folder of a package imports from those in the lines before its own, and a folder's
@@ -19,8 +20,10 @@ ARROWS = {
     "compacter_jax": (
         {"messages", "limits", "fastfood", "phm", "hosts"},
         {"files", "patterns", "sites", "nn"},
-        {"leftovers", "paths", "weights"},
-        {"methods", "models", "trees"},
+        {"leftovers", "weights"},
+        {"models"},
+        {"paths"},
+        {"methods", "trees"},
         {"compositions"},
         {"adapter_files", "catalogue", "inject", "params"},
         {"checkpoint", "decode", "exchange"},
@@ -38,7 +41,8 @@ ARROWS = {
         {"__main__"},
     ),
 }
-# A backbone knows nothing of adapters, and what is inserted knows no family of backbones.
+# A backbone knows nothing of adapters, and what is inserted knows no family of backbones. `paths`
+# reads the names of all families, and nothing else of them.
 NEVER = {
     "compacter_jax/models": {"paths", "leftovers"},
     "compacter_jax/methods": {"models"},
@@ -112,6 +116,12 @@ def test_imports_point_one_way(path):
         assert not any(name in places_imported(each) for each in files), (name, other)
 
 
+def test_paths_reads_names_of_families_alone():
+    of_models = {name for name in imported(Path("compacter_jax/paths.py")) if ".models." in name}
+    assert {name.rpartition(".")[0] for name in of_models} == {"compacter_jax.models.names"}
+    assert modules_after("from compacter_jax import paths", ("jax", "flax")) == "[]"
+
+
 def test_no_file_imports_one_that_imports_it():
     files = {str(path.with_suffix("")).replace("/", "."): path for path in MODULES}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
@@ -144,6 +154,25 @@ def test_classes_of_methods_are_named_where_methods_are():
         or (isinstance(node, ast.Attribute) and node.attr in classes)
     }
     assert not named
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_paths_of_parameters_are_written_where_families_are(path):
+    if path.parts[1] in ("models", "exchange"):
+        return
+    tops = ("heads", "poolers", "frozen_heads")
+    begin = {name for own in NAMES.values() for top in tops for name in getattr(own, top)}
+    known = re.compile(
+        "|".join([rf"\b{name}/" for name in begin] + [own.embeddings for own in NAMES.values()])
+    )
+    tree = tree_of(path)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    }
+    assert not {text for text in texts if known.search(text)}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

@@ -23,6 +23,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from compacter_jax.models.names import NAMES, Names
 from compacter_jax.params import GROUPS
 
 HOSTS, DATA, MODEL = "hosts", "data", "model"
@@ -31,18 +32,27 @@ _NOT_KEPT = frozenset({"sharding_constraint", "convert_element_type", "transpose
 
 # Regular expression over whole `/`-joined paths -> the axis that each dimension is divided over;
 # the first match wins. Small arrays are replicated on every device.
-RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+Rule = tuple[str, tuple[str, ...]]
+
+
+def _rules_of(names: Names) -> tuple[Rule, ...]:
+    """Returns the rules for the backbones of a family."""
+    columns, rows = "|".join(names.columns), "|".join(names.rows)
+    return (
+        # The first kernels of a sub-layer are divided by columns, the last one by rows.
+        (rf"(.*/)?({columns})/kernel", (DATA, MODEL)),
+        (rf"(.*/)?({rows})/kernel", (MODEL, DATA)),
+        (names.embeddings, (MODEL, DATA)),
+        (names.parameters, ()),
+    )
+
+
+RULES: tuple[Rule, ...] = (
     (GROUPS["rule"], ()),
     (GROUPS["adapters"], ()),
+    (GROUPS["head"], ()),
     (r"(.*/)?(bias|scale)", ()),
-    # The first kernels of a sub-layer are divided by columns, the last one by rows.
-    (r"(.*/)?(q|k|v|wi|wi_0|wi_1|query|key|value|intermediate/dense)/kernel", (DATA, MODEL)),
-    (r"(.*/)?(o|wo|output/dense)/kernel", (MODEL, DATA)),
-    # The vocabulary.
-    (r"(.*/)?(shared|word_embeddings)/embedding", (MODEL, DATA)),
-    (r"(.*/)?(lm_head|decoder)/kernel", (DATA, MODEL)),
-    (r"(.*/)?(relative_attention_bias|(token_type|position)_embeddings)/embedding", ()),
-    (r"(.*/)?(pooler/dense|transform/dense|classifier|qa_outputs)/kernel", ()),
+    *(rule for names in NAMES.values() for rule in _rules_of(names)),
 )
 
 
@@ -108,8 +118,8 @@ def spec_of(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Partit
             pairs = zip(axes, shape, strict=False)
             return PartitionSpec(*(None if size % sizes[axis] else axis for axis, size in pairs))
     raise ValueError(
-        f"no rule says how {path} {tuple(shape)} is divided over a mesh; leave --mesh out, or add "
-        "one to train/compute/mesh.py"
+        f"no rule says how {path} {tuple(shape)} is divided over a mesh; leave --mesh out, or name "
+        "it in compacter_jax/models/names.py"
     )
 
 

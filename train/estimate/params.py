@@ -21,7 +21,7 @@ from train import report
 from train.cli.method_flags import ALL, method_of, options_of
 from train.compute import memory, mesh
 from train.estimate.options import ParamsOptions
-from train.objectives import head_arguments
+from train.objectives import head_arguments, with_classifier
 from train.objectives.shapes import shapes_of
 
 # Nominal memory of common devices in bytes; the actual memory is slightly larger.
@@ -103,11 +103,7 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
     else:
         module = module_from_name(name)
         if not family_of_module(module).writes_text:
-            module = module.clone(
-                head="sequence_classification",
-                num_labels=options.num_labels,
-                pooling=options.pooling or "first",
-            )
+            module = with_classifier(module, options.num_labels, options.pooling)
     sizes = [options.vocab_size or module.config.vocab_size]
     tokens = family_of_module(module).tokens
     if options.vocab_size is None and sizes[0] in tokens:

@@ -27,8 +27,7 @@ from train.compute import step
 from train.compute.program import gradient_program
 from train.data import batching
 from train.estimate.options import PlanOptions
-from train.objectives.classification import Classifier
-from train.objectives.text_to_text import Seq2Seq
+from train.objectives import with_classifier
 
 # Task -> training examples on the hub, as GLUE (arXiv:1804.07461), SuperGLUE (arXiv:1905.00537),
 # SQuAD (arXiv:1606.05250) and WMT publish them; ReCoRD has one for each answer, as for T5.
@@ -276,16 +275,17 @@ def _workload(options: PlanOptions, text_to_text: bool) -> Workload:
 @functools.cache  # the tasks of a benchmark share a workload
 def cost_of(workload: Workload) -> Cost:
     """Traces the step and returns its cost; raises the errors of `compacter_jax.Adapted`."""
-    model, objective = model_of(workload)
+    model = model_of(workload)
+    family = family_of_module(model.backbone)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     labels = cj.label_params(shapes, model.method)
     trained, frozen = cj.partition(shapes, labels)
     frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, workload.backbone_dtype), frozen)
-    loss = step.loss_function("tokens" if objective is Seq2Seq else "classification")
+    loss = step.loss_function("tokens" if family.writes_text else "classification")
     tx = cj.optimizer(optax.adamw(1e-3), labels)
 
     def traced(model: Any) -> Any:
-        apply = step.apply_function(model, objective.inputs)
+        apply = step.apply_function(model, family.inputs)
         part = batch_of(workload, workload.rows // workload.accumulation_steps)
         return gradient_program(apply, loss, trained, frozen, part)
 
@@ -316,19 +316,17 @@ def cost_of(workload: Workload) -> Cost:
     )
 
 
-def model_of(workload: Workload) -> tuple[cj.Adapted, type[Seq2Seq] | type[Classifier]]:
-    """Returns the adapted module, and the objective whose batches it reads."""
+def model_of(workload: Workload) -> cj.Adapted:
+    """Returns the adapted module."""
     module = module_from_name(workload.backbone)
     attributes: dict[str, Any] = {"dtype": jnp.dtype(workload.dtype), "remat": workload.remat}
     family = family_of_module(module)
     if not family.writes_text:
-        attributes |= {"head": "sequence_classification", "num_labels": workload.num_labels}
-        attributes["pooling"] = workload.pooling
+        module = with_classifier(module, workload.num_labels, workload.pooling)
     if workload.dropout_rate is not None:
         changed = dict.fromkeys(family.dropout_fields, workload.dropout_rate)
         attributes["config"] = dataclasses.replace(module.config, **changed)
-    objective = Seq2Seq if family.writes_text else Classifier
-    return cj.Adapted(module.clone(**attributes), workload.method), objective
+    return cj.Adapted(module.clone(**attributes), workload.method)
 
 
 def batch_of(workload: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

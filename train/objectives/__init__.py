@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compacter_jax.compositions.base import parallel_names
-from compacter_jax.models.families import family_of, family_of_module
+from compacter_jax.models.families import family_of, family_of_module, pooling_attributes
 from compacter_jax.models.loading import pooling_of, read_config
+from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
 from train import tasks
 from train.cli.options import TextToTextOptions
@@ -41,6 +42,7 @@ __all__ = [
     "for_task",
     "from_settings",
     "head_arguments",
+    "with_classifier",
 ]
 
 
@@ -66,6 +68,22 @@ def head_arguments(
     return {"head": "sequence_classification", "num_labels": num_labels, "pooling": pooling}
 
 
+def with_classifier(module: Any, num_labels: int, pooling: Pooling | None = None) -> Any:
+    """Returns an encoder with a classifier of sequences, without weights.
+
+    Args:
+      module: the encoder, with any head.
+      num_labels: number of labels of the task.
+      pooling: pooling of the classifier; None is "first".
+
+    Raises:
+      ValueError: for another pooling than "first", if classifiers of the family do not pool.
+    """
+    head, family = "sequence_classification", family_of_module(module)
+    pools = pooling_attributes(family, head, pooling or FIRST, type(module).__name__)
+    return module.clone(head=head, num_labels=num_labels, **pools)
+
+
 def is_text_to_text(backbone: str | Path) -> bool:
     """Returns True if a checkpoint is one that writes text; raises as `load_backbone` does."""
     return family_of(read_config(backbone)).writes_text
@@ -81,7 +99,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
     writes_text = family_of_module(module).writes_text
     if writes_text and parallel_names(model.method):
         raise ValueError(
-            "adapters beside each other (parallel) are for encoders; use each by itself on a T5"
+            "adapters beside each other (parallel) are for encoders; use each by itself on a "
+            f"{type(module).__name__}"
         )
     if not writes_text:
         made = _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
@@ -90,8 +109,9 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
         return made
     if module.head != "conditional_generation":
         raise ValueError(
-            f"{options.backbone} is a T5 with head={module.head!r}, which cannot write text; "
-            "fine-tuning needs the decoder and the head of a T5ForConditionalGeneration"
+            f"{options.backbone} is a {type(module).__name__} with head={module.head!r}, which "
+            "cannot write text; fine-tuning needs the decoder and the head of a "
+            f"{type(module).__name__}ForConditionalGeneration"
         )
     if task.kind == "span_corruption":
         noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}

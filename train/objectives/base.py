@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from compacter_jax.models.families import family_of_module
 from train.compute import step
 from train.data import batching, tokens
 from train.tasks.benchmark import Benchmark
@@ -23,14 +24,12 @@ class Objective(abc.ABC):
     """Interface of a task on a backbone, for training, evaluation and prediction.
 
     Attributes:
-      inputs: the keys of a batch that are the model's positional arguments.
       learning_rates: preset -> default peak of the schedule.
       model: the adapted module.
       tokenizer: the tokenizer of the backbone.
       benchmark: how the rows of the task are put to a backbone; None for other tasks.
     """
 
-    inputs: ClassVar[tuple[str, ...]]
     learning_rates: ClassVar[Mapping[str, float]]
     model: Any
     tokenizer: Any
@@ -40,6 +39,11 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(self) -> step.LossFunction:
         """Loss that a step minimises."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Keys of a batch that are the model's positional arguments."""
+        return family_of_module(self.model.backbone).inputs
 
     @property
     def apply(self) -> step.ApplyFunction:

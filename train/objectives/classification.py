@@ -22,14 +22,13 @@ class Classifier(Objective):
     """Labels or scores from the head of an encoder.
 
     Attributes:
-      model: a module of ids, mask and token types that returns `[batch, num_labels]` logits.
+      model: a module of an encoder's inputs that returns `[batch, num_labels]` logits.
       tokenizer: the tokenizer of the encoder, which joins pairs.
       kind: "classification" or "regression".
       max_length: the maximum input length in tokens.
       benchmark: the benchmark whose rows are read, if any.
     """
 
-    inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
     learning_rates: ClassVar = objectives_learning_rates.CLASSIFIER
     model: Any
     tokenizer: Any

@@ -26,7 +26,7 @@ class ExtractiveQA(Objective):
     """Part of a context that answers a question, by the logits of its first and last token.
 
     Attributes:
-      model: a module of ids, mask and token types that returns `[batch, length, 2]` logits.
+      model: a module of an encoder's inputs that returns `[batch, length, 2]` logits.
       tokenizer: the tokenizer of the encoder, which joins pairs and knows the position of tokens in
         text.
       max_length: the maximum length in tokens of a window on a context, question included.
@@ -34,7 +34,6 @@ class ExtractiveQA(Objective):
       may_be_none: whether an answer may be "", which holds if some training questions have none.
     """
 
-    inputs: ClassVar = ("input_ids", "attention_mask", "token_type_ids")
     learning_rates: ClassVar = objectives_learning_rates.CLASSIFIER
     model: Any
     tokenizer: Any

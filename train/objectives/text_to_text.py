@@ -31,7 +31,6 @@ class Seq2Seq(Objective):
       config: the configuration of the backbone's module, which has the special tokens.
     """
 
-    inputs: ClassVar = ("input_ids", "attention_mask", "decoder_input_ids")
     learning_rates: ClassVar = objectives_learning_rates.TEXT_TO_TEXT
     config: Any
 

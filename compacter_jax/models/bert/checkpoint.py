@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from compacter_jax.messages import quote
+from compacter_jax.models import names
 from compacter_jax.models.bert.config import HEADS, PUBLISHED, BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.family import Family, Params, add_parameter, to_tensors
@@ -74,25 +74,8 @@ def bert_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     encoder = ("embeddings", "encoder", "pooler")
     return {
         f"bert.{name}" if has_head and name.partition(".")[0] in encoder else name: tensor
-        for name, tensor in to_tensors(params, _BERT_PATH, "BERT").items()
+        for name, tensor in to_tensors(params, names.BERT, "BERT").items()
     }
-
-
-_BERT_DENSE = (
-    r"encoder/layer/\d+/(attention/self/(query|key|value)|(attention/output|intermediate|output)"
-    r"/dense)|pooler/dense|classifier|qa_outputs|cls/predictions/transform/dense"
-)
-
-
-_BERT_NORM = (
-    r"(embeddings|encoder/layer/\d+/(attention/)?output|cls/predictions/transform)/LayerNorm"
-)
-
-
-_BERT_PATH = re.compile(
-    rf"embeddings/(word|position|token_type)_embeddings/embedding|({_BERT_DENSE})/(kernel|bias)|"
-    rf"({_BERT_NORM})/(scale|bias)|cls/predictions/(decoder/kernel|bias)"
-)
 
 
 def _bert_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
@@ -159,6 +142,7 @@ def _of_size(config: BertConfig, head: str | None, num_labels: int | None) -> Be
 
 
 BERT = Family(
+    names=names.BERT,
     architectures={
         "BertModel": None,
         "BertForSequenceClassification": "sequence_classification",
@@ -175,6 +159,7 @@ BERT = Family(
     config_class=BertConfig,
     published=PUBLISHED,
     of_size=_of_size,
+    inputs=("input_ids", "attention_mask", "token_type_ids"),
     dropout_fields=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     depths={"num_hidden_layers": "encoder/layer"},
     optional=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),

@@ -13,6 +13,7 @@ from jax import Array
 
 from compacter_jax.models.bert.config import HEADS, BertConfig
 from compacter_jax.models.bert.layers import BertEmbeddings, BertEncoder, BertMaskedLM, BertPooler
+from compacter_jax.models.names import BERT
 from compacter_jax.models.pooling import POOLINGS, Pooling, check_tokens, mean_of_tokens
 from compacter_jax.nn.attention import padding_bias
 from compacter_jax.nn.dense import Dtype, dense
@@ -95,7 +96,7 @@ class Bert(nn.Module):
     }
     """Site name -> `Site`, or its `host` as a string."""
 
-    word_embeddings: ClassVar[str] = "embeddings/word_embeddings/embedding"
+    word_embeddings: ClassVar[str] = BERT.embeddings
     """Path of the vocabulary's embeddings, `[vocab, hidden]`."""
 
     def __post_init__(self):

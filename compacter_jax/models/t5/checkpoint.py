@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -11,20 +10,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from compacter_jax.messages import quote
+from compacter_jax.models import names
 from compacter_jax.models.family import Family, Params, add_parameter, to_tensors
 from compacter_jax.models.t5.config import HEADS, T5Config
 from compacter_jax.models.t5.model import T5
-
-_T5_ATTENTION = r"layer/0/SelfAttention|layer/1/EncDecAttention"
-
-
-_T5_PATH = re.compile(
-    rf"shared/embedding|lm_head/kernel|(encoder|decoder)/(final_layer_norm/scale|block/\d+/"
-    rf"(layer/[012]/layer_norm/scale|({_T5_ATTENTION})/[qkvo]/kernel|"
-    r"layer/0/SelfAttention/relative_attention_bias/embedding|"
-    r"layer/[12]/DenseReluDense/(wi|wi_0|wi_1|wo)/kernel))"
-)
-
 
 _T5_LEFTOVER = "EncDecAttention.relative_attention_bias.weight"
 
@@ -79,7 +68,7 @@ def t5_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if `T5` does not have one of the parameters.
     """
-    return to_tensors(params, _T5_PATH, "T5")
+    return to_tensors(params, names.T5, "T5")
 
 
 def _t5_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
@@ -136,6 +125,7 @@ def _of_size(config: T5Config, head: str | None, num_labels: int | None) -> T5:
 def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
     """Builds the family of T5 or mT5, whose architectures have names with a prefix."""
     return Family(
+        names=names.T5,
         architectures={
             f"{prefix}ForConditionalGeneration": "conditional_generation",
             f"{prefix}WithLMHeadModel": "conditional_generation",
@@ -147,6 +137,7 @@ def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
         module_class=T5,
         published=published,
         of_size=_of_size,
+        inputs=("input_ids", "attention_mask", "decoder_input_ids"),
         dropout_fields=("dropout_rate",),
         writes_text=True,
         # Percentages in papers are of the tokens without padding.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jax import Array
 
+from compacter_jax.models import names
 from compacter_jax.models.t5.config import HEADS, T5Config
 from compacter_jax.models.t5.layers import T5Stack
 from compacter_jax.nn.attention import DecoderCache, StackInputs, causal_bias, padding_bias
@@ -110,7 +111,7 @@ class T5(nn.Module):
     }
     """Site name -> `Site`, or its `host` as a string."""
 
-    word_embeddings: ClassVar[str] = "shared/embedding"
+    word_embeddings: ClassVar[str] = names.T5.embeddings
     """Path of the vocabulary's embeddings, `[vocab, d_model]`."""
 
     @property

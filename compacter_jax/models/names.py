@@ -1,0 +1,94 @@
+"""The names of the parameters in the backbones of each family: plain data, read by all modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The names of the parameters in the backbones of a family.
+
+    A path is the `/`-joined path of a parameter; adapters are not in the backbone and have names of
+    their own. The heads, the poolers and the norms of all families are also the names that
+    `label_params` knows in modules of others.
+
+    Attributes:
+      parameters: regular expression that matches every path, of all heads too.
+      embeddings: path of the vocabulary's embeddings, `[vocab, hidden]`, which every backbone has.
+      heads: modules at the top that belong to a task, not to the backbone.
+      labelled: modules in `heads`, by their whole paths, with a column for each label.
+      norms: modules that are layer norms, by the last name in their paths.
+      columns: linear layers, by the last names in their paths, whose outputs a mesh divides: the
+        first ones of a sub-layer, and those that make logits of the vocabulary.
+      rows: linear layers, by the last names in their paths, whose inputs a mesh divides: the last
+        one of a sub-layer. Other layers are whole on every device.
+      poolers: modules at the top between the backbone and a head.
+      frozen_heads: modules at the top that belong to the pre-training; their norms stay frozen.
+    """
+
+    parameters: str
+    embeddings: str
+    heads: tuple[str, ...]
+    labelled: tuple[str, ...]
+    norms: tuple[str, ...]
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    poolers: tuple[str, ...] = ()
+    frozen_heads: tuple[str, ...] = ()
+
+    def has(self, path: str) -> bool:
+        """Returns True if a path is one of the family's."""
+        return re.fullmatch(self.parameters, path) is not None
+
+    def has_labels(self, path: str) -> bool:
+        """Returns True if the last axis of a parameter has an entry for each label."""
+        module, _, leaf = path.rpartition("/")
+        return module in self.labelled and leaf in ("kernel", "bias")
+
+
+_BERT_DENSE = (
+    r"encoder/layer/\d+/(attention/self/(query|key|value)|(attention/output|intermediate|output)"
+    r"/dense)|pooler/dense|classifier|qa_outputs|cls/predictions/transform/dense"
+)
+
+_BERT_NORM = (
+    r"(embeddings|encoder/layer/\d+/(attention/)?output|cls/predictions/transform)/LayerNorm"
+)
+
+BERT = Names(
+    parameters=(
+        rf"embeddings/(word|position|token_type)_embeddings/embedding|({_BERT_DENSE})/(kernel|bias)"
+        rf"|({_BERT_NORM})/(scale|bias)|cls/predictions/(decoder/kernel|bias)"
+    ),
+    embeddings="embeddings/word_embeddings/embedding",
+    heads=("classifier", "qa_outputs"),
+    labelled=("classifier",),
+    norms=("LayerNorm",),
+    columns=("query", "key", "value", "intermediate/dense", "predictions/decoder"),
+    rows=("output/dense",),
+    poolers=("pooler",),
+    frozen_heads=("cls",),
+)
+
+_T5_ATTENTION = r"layer/0/SelfAttention|layer/1/EncDecAttention"
+
+T5 = Names(
+    parameters=(
+        rf"shared/embedding|lm_head/kernel|(encoder|decoder)/(final_layer_norm/scale|block/\d+/"
+        rf"(layer/[012]/layer_norm/scale|({_T5_ATTENTION})/[qkvo]/kernel|"
+        r"layer/0/SelfAttention/relative_attention_bias/embedding|"
+        r"layer/[12]/DenseReluDense/(wi|wi_0|wi_1|wo)/kernel))"
+    ),
+    embeddings="shared/embedding",
+    heads=(),
+    labelled=(),
+    norms=("layer_norm", "final_layer_norm"),
+    columns=("q", "k", "v", "wi", "wi_0", "wi_1", "lm_head"),
+    rows=("o", "wo"),
+)
+
+NAMES: Mapping[str, Names] = {"Bert": BERT, "T5": T5}
+"""Class of the modules -> the names of their parameters."""
