@@ -26,11 +26,12 @@ _INTRINSIC = re.compile("intrinsic_(vector|scale)")
 def layer_of(path: str) -> str:
     """Returns the layer of a parameter by its `/`-joined path, for structure-aware scaling.
 
-    Examples are `encoder/layer/3` and `decoder/block/11`. The layer of any other parameter is the
-    first name of its path (`embeddings`, `shared`, `pooler`), or the first two names under
-    `encoder` and `decoder` (`encoder/final_layer_norm`).
+    It ends with the first number in the path, whatever the family calls its layers:
+    `encoder/layer/3`, `decoder/block/11`. The layer of any other parameter is the first name of its
+    path (`embeddings`, `shared`, `pooler`), or the first two names under `encoder` and `decoder`
+    (`encoder/final_layer_norm`).
     """
-    found = re.match(r"(.*?/)?(layer|block)/\d+(?=/)|(encoder|decoder)/[^/]+|[^/]+", path)
+    found = re.match(r"([^/]+/)*?[^/]+/\d+(?=/)|(encoder|decoder)/[^/]+|[^/]+", path)
     return found[0] if found else path
 
 

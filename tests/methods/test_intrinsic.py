@@ -245,6 +245,8 @@ class TestLayers:
             ("decoder/block/11/layer/0/layer_norm/scale", "decoder/block/11"),
             ("bert/encoder/layer/7/output/dense/bias", "bert/encoder/layer/7"),
             ("layer/2/kernel", "layer/2"),
+            ("decoder/layers/5/fc1/kernel", "decoder/layers/5"),
+            ("layers/0/mlp/1/kernel", "layers/0"),
             ("embeddings/LayerNorm/bias", "embeddings"),
             ("shared/embedding", "shared"),
             ("pooler/dense/kernel", "pooler"),
