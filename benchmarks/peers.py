@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import plot_peers
 from benchmarks.contest import Size, Task, choose, command, write
 from benchmarks.turns import Worker, WorkerError, noise, processor, spread, take_turns
 
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, WorkerError) as error:
         sys.exit(f"error: {error}")
     if options.plot:
-        _plot(report, options.plot)
+        plot_peers.plot(report, Path(options.plot))
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -362,40 +363,6 @@ def _row(case: Mapping[str, Any]) -> str:
 
 def _failed(case: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text.splitlines()[0]) for name, text in case["failures"].items()]
-
-
-def _plot(report: Mapping[str, Any], path: str) -> None:
-    """Plots ratios of time and memory, a bar for each case and peer."""
-    import matplotlib as mpl  # noqa: PLC0415 - only for this
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    rows = [
-        (f"{case['case']}{'' if case['dtype'] == 'float32' else ' ' + case['dtype']}, {name}", r)
-        for case in report["cases"]
-        for name, r in case["ratios"].items()
-    ][::-1]
-    places = np.arange(len(rows))
-    figure, axes = plt.subplots(
-        1, 2, figsize=(11, 1.5 + 0.3 * len(rows)), sharey=True, layout="constrained"
-    )
-    found = [ratio["seconds"] for _, ratio in rows]
-    medians = np.array([seconds["median"] for seconds in found])
-    below = medians - [seconds["first_quartile"] for seconds in found]
-    above = np.array([seconds["third_quartile"] for seconds in found]) - medians
-    axes[0].barh(places, medians, xerr=[below, above], color="tab:blue", capsize=2)
-    axes[1].barh(places, [ratio.get("memory", np.nan) for _, ratio in rows], color="tab:orange")
-    axes[0].set_yticks(places, [name for name, _ in rows])
-    axes[0].margins(y=0.01)
-    for axis, title in zip(axes, ("seconds", "peak memory"), strict=True):
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlim(left=0)
-        axis.set_title(title)
-        axis.set_xlabel("this package / peer (below 1 is better)")
-        axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _parser() -> argparse.ArgumentParser:

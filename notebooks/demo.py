@@ -23,6 +23,8 @@ CLONE = Path(__file__).resolve().parents[1]
 if not (CLONE / "train").is_dir():
     raise ImportError(f"{__file__} must stay in the folder notebooks of a clone of the repository")
 sys.path.insert(0, str(CLONE))
+from train.figures import BLUE, GREY, LOOK, ORANGE  # noqa: F401 - the notebooks' colours
+
 # Without ipywidgets, which nothing here needs, tqdm would warn in every notebook.
 warnings.filterwarnings("ignore", "IProgress not found")
 # A head that is new is told of in the notebooks, and here with the path of the backbone.
@@ -30,7 +32,6 @@ logging.getLogger("compacter_jax").setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SMALL = os.environ.get("NOTEBOOKS_SMALL") == "1"
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 
 
 def bert() -> str:
@@ -70,21 +71,9 @@ def batches(arrays: dict[str, np.ndarray], size: int, steps: int, seed: int = 0)
 
 
 def style() -> None:
-    """Figures of one look: no frame, light grid, readable in a notebook and on paper."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7, 3.2),
-            "figure.dpi": 90,
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-            "font.size": 10,
-            "axes.titlesize": 10,
-            "lines.linewidth": 1.8,
-        }
-    )
+    """Gives all figures the look of the repository's, at the width of a notebook."""
+    own = {"figure.figsize": (7, 3.2), "figure.dpi": 90, "lines.linewidth": 1.8}
+    plt.rcParams.update(LOOK | own)
 
 
 # --- a T5, for want of a pre-trained one ---

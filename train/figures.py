@@ -28,7 +28,7 @@ _OF_KIND = {
 _OF_OTHERS = PINK
 _MARKERS = "os^Dv<>P"
 
-_LOOK: Any = {
+LOOK: Any = {
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -56,7 +56,7 @@ def new_figure(
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    with plt.rc_context(_LOOK):
+    with plt.rc_context(LOOK):
         return plt.subplots(rows, columns, figsize=size, **options)
 
 
