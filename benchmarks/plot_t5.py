@@ -35,7 +35,8 @@ def plot(path: Path) -> Path:
         colour = colour_of(run["method"])
         right.plot(epochs, run["validation_accuracy"], f"{marker}-", color=colour, label=label)
     right.axhline(results["majority"], color=REFERENCE, linestyle=":", label="the commoner label")
-    right.set(xlabel="epoch", ylabel="validation accuracy", title="movie, from that T5; one seed each")
+    title = "movie, from that T5; one seed each"
+    right.set(xlabel="epoch", ylabel="validation accuracy", title=title)
     right.set_xticks(list(epochs))
     for axes in (left, right):
         axes.legend(loc="upper right" if axes is left else "center right", fontsize="small")

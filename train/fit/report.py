@@ -89,8 +89,9 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     percent = 100 * result["trained_parameters"] / result["total_parameters"]
     figure.suptitle(
-        f"{result['method']} on {result['task']}: {result['trained_parameters']:,} trained "
-        f"parameters ({percent:.3f} %)"
+        f"{result['method']} on {result['task']}, {Path(result['backbone']).name}, seed "
+        f"{result['seed']}: {result['trained_parameters']:,} trained parameters ({percent:.3f} %)",
+        fontsize=10,
     )
     figures.save(figure, path)
 

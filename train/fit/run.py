@@ -127,6 +127,7 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
         "kind": task_run.task.kind,
         "label_names": list(task_run.task.label_names),
         "metric": task_run.task.metric,
+        "backbone": job.options.backbone,
         "method": job.options.method,
         "objective": task_run.objective.settings,
         "learning_rate": job.learning_rate,
