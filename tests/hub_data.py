@@ -153,7 +153,8 @@ def _wsc(made, number, generator, hidden):
 
 
 def _squad(made, number, generator, hidden):
-    answer = ("loved", "hated", "awful")[number % 3] * (1 + number // 3)  # as no other word
+    # The word differs from every other word.
+    answer = ("loved", "hated", "awful")[number % 3] * (1 + number // 3)
     before = " ".join(["plot was"] * generator.integers(10, 30))
     return {
         "context": f"{before} it was {answer} {words(generator)}",

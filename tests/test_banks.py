@@ -188,7 +188,9 @@ def test_one_rule_for_all(saved):
         assert_same(own, params)
     with pytest.raises(ValueError, match="shared_rule=True, but the adapters have different value"):
         stack_adapters(alone, bert(), shared_rule=True)
-    with pytest.raises(ValueError, match="the bank has one phm_rule for all members, and the adap"):
+    with pytest.raises(
+        ValueError, match="all members of the bank share one phm_rule, but the adap"
+    ):
         set_member(bank, stacked, 1, alone[1])
 
 
@@ -230,30 +232,33 @@ def test_members_of_a_composition_from_disk(saved):
         ValueError, match="there is no member 'task'; the composition has language, "
     ):
         get_member(model, params, "task")
-    with pytest.raises(ValueError, match="the model's method is 'stack', not a bank; get_member"):
+    with pytest.raises(
+        ValueError,
+        match="the model's method is 'stack', not a bank; for another composition, use get_member",
+    ):
         unstack(model, params)
 
 
 def test_adapters_that_do_not_fit(saved, tmp_path):
     folders, alone = saved
-    with pytest.raises(ValueError, match="0 adapters for a bank with a capacity of 0"):
+    with pytest.raises(ValueError, match="0 adapters were given for a bank with a capacity of 0"):
         stack_adapters([], bert())
-    with pytest.raises(ValueError, match="3 adapters for a bank with a capacity of 2"):
+    with pytest.raises(ValueError, match="3 adapters were given for a bank with a capacity of 2"):
         stack_adapters(folders, bert(), capacity=2)
     other = trained_alone(bert(), PLUS_PLUS.replace(reduction_factor=4, sites=("attention",)), 0)
     save_adapter(tmp_path, *other)
     message = (
-        rf"the adapter in {tmp_path} is not like the others; "
+        rf"the adapter in {tmp_path} differs from the others; "
         r"sites: \['attention'\], not \['feed_forward'\]; reduction_factor: 4, not 2"
     )
     with pytest.raises(ValueError, match=message):
         stack_adapters([folders[0], tmp_path], bert())
-    with pytest.raises(ValueError, match="adapter 1 is not like the others; sites"):
+    with pytest.raises(ValueError, match="adapter 1 differs from the others; sites"):
         stack_adapters([alone[0], other], bert())
     bank, params = stack_adapters(folders[:1], bert(), capacity=2)
-    with pytest.raises(ValueError, match="the adapter for 1 is not like the others; sites"):
+    with pytest.raises(ValueError, match="the adapter for 1 differs from the others; sites"):
         set_member(bank, params, 1, other)
-    with pytest.raises(ValueError, match=r"is of shape \(4,\), wanted is \(2,\); adapters with"):
+    with pytest.raises(ValueError, match=r"has shape \(4,\), but must have \(2,\); an adapter"):
         set_member(bank, params, 1, folders[1])
     elsewhere = bert()
     elsewhere.params["pooler"] = jax.tree.map(jnp.zeros_like, elsewhere.params["pooler"])
@@ -281,9 +286,12 @@ def test_what_is_for_one_adapter_says_so(saved, tmp_path):
         (lambda: cj.merge_adapter(model, params), "cannot be merged .*: it is several adapters"),
         (
             lambda: cj.export_adapterhub(tmp_path, model, params),
-            "each that get_member gives",
+            "get each with get_member",
         ),
-        (lambda: cj.export_peft(tmp_path, model, params), "PEFT does not have the method 'bank'"),
+        (
+            lambda: cj.export_peft(tmp_path, model, params),
+            "method 'bank' cannot be exported to PEFT",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             refuse()

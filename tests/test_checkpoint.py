@@ -157,7 +157,7 @@ def test_metadata_and_settings(saved):
 
 
 def test_metadata_may_not_replace_the_librarys_own(tmp_path, saved):
-    with pytest.raises(ValueError, match=r"metadata may not name \['head', 'method'\]"):
+    with pytest.raises(ValueError, match=r"metadata must not have the key \['head', 'method'\]"):
         save_adapter(tmp_path / "new", saved.model, saved.params, metadata={"method": 1, "head": 2})
     assert not (tmp_path / "new").exists()
 
@@ -240,11 +240,13 @@ def test_another_backbone(saved, backbone):
     flat[path] = flat[path].at[0, 0].add(0.1)
     other = types.SimpleNamespace(module=backbone.module, params=unflatten_dict(flat, sep="/"))
     with pytest.raises(
-        ValueError, match=r"made for a backbone with the hash \w{12}…, this one has"
+        ValueError, match=r"made for a backbone with the hash \w{12}…, but this backbone has"
     ):
         load_adapter(saved.path, other)
     edit_config(saved.path, backbone="a/b")
-    with pytest.raises(ValueError, match="load the backbone it was trained with, a/b"):
+    with pytest.raises(
+        ValueError, match="load the backbone that the adapter was trained with, a/b"
+    ):
         load_adapter(saved.path, other)
 
 
@@ -261,9 +263,12 @@ def test_what_is_stored_is_no_part_of_the_hash(saved, backbone):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": None}, r"with head='sequence_classification', the backbone has head=None; load"),
+        (
+            {"head": None},
+            r"with head='sequence_classification', but the backbone has head=None; load",
+        ),
         ({"head": "token_classification"}, "the backbone has head='token_classification'"),
-        ({"num_labels": 3}, "with num_labels=2, the backbone has num_labels=3"),
+        ({"num_labels": 3}, "with num_labels=2, but the backbone has num_labels=3"),
         ({"config": dataclasses.replace(ONE_LAYER, num_hidden_layers=2)}, "missing: encoder/"),
         ({"config": dataclasses.replace(ONE_LAYER, hidden_size=24)}, "of another shape: "),
     ],
@@ -324,10 +329,10 @@ def method_with(**changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"adapter-\w+.safetensors is truncated or no safetensors file"),
-        (truncate_to_nothing, r"adapter-\w+.safetensors is truncated or no safetensors file"),
-        (foreign_weights, "is not the file that adapter_config.json beside it describes"),
-        (swapped_weights, "is not the file that adapter_config.json beside it describes"),
+        (truncate, r"adapter-\w+.safetensors is truncated or not a safetensors file"),
+        (truncate_to_nothing, r"adapter-\w+.safetensors is truncated or not a safetensors file"),
+        (foreign_weights, "is not the file that adapter_config.json in the same folder describes"),
+        (swapped_weights, "is not the file that adapter_config.json in the same folder describes"),
         (config_text('{"format_version": 1,'), "adapter_config.json is not valid JSON"),
         (config_text(""), "is not valid JSON"),
         (config_bytes, "is not UTF-8"),
@@ -338,10 +343,10 @@ def method_with(**changes):
             "is not an adapter of .*: it has no backbone_sha256",
         ),
         (config_without("weights_sha256"), "is not an adapter of .*: it has no weights_sha256"),
-        (config_with(format_version=2), "has format_version 2, this release reads 1; install"),
+        (config_with(format_version=2), "has format_version 2, but this release reads 1; install"),
         (config_with(method=None), "json: method=None must be an object"),
-        (config_with(method={"kind": "dora"}), "unknown kind of method 'dora'; known are"),
-        (config_with(sites={"attention": {"hots": ""}}), "'attention' is none of .*: .*hots"),
+        (config_with(method={"kind": "dora"}), "unknown kind of method 'dora'; use one of"),
+        (config_with(sites={"attention": {"hots": ""}}), "'attention' is not a valid Site: .*hots"),
         (method_with(phm_dims=4), r"no field 'phm_dims' \(did you mean 'phm_dim'\?\)"),
         (method_with(phm_dim="4"), "phm_dim='4' must be of type int"),
         (method_with(phm_dim=2), "of another shape: "),

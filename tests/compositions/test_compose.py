@@ -169,22 +169,25 @@ def test_an_id_of_no_member_is_refused_or_not_a_number():
     y = traced(np.array([0, 4, -2, 3]))
     for of in (np.all, np.any):
         np.testing.assert_array_equal(of(np.isnan(y), axis=1), [False, True, True, True])
-    with pytest.raises(ValueError, match="adapter_ids is of 2 rows, and the backbone is called"):
+    with pytest.raises(ValueError, match="adapter_ids has 2 rows, but the backbone is called"):
         traced(np.array([0, 1]))
     for wrong, message in (
-        ([0, 4, 1, 2], "adapter_ids has 4, but the bank has members 0 to 3, or -1 for the plain"),
-        ([0, 1, -2, 1], "adapter_ids has -2, but"),
-        ([0, 3, 1, 2], "adapter_ids has 3, a place of the bank that holds no member yet"),
-        ([0.0, 1, 1, 1], r"of shape \(4,\) and type float.*it must be \[batch\] integers"),
-        ([[0]], r"of shape \(1, 1\) and type int"),
+        ([0, 4, 1, 2], "adapter_ids contains 4; use 0 to 3, or -1 for the plain"),
+        ([0, 1, -2, 1], "adapter_ids contains -2; use"),
+        ([0, 3, 1, 2], "adapter_ids contains 3, but the bank has no member at this index yet"),
+        (
+            [0.0, 1, 1, 1],
+            r"has shape \(4,\) and dtype float.*it must be integers of shape \[batch\]",
+        ),
+        ([[0]], r"has shape \(1, 1\) and dtype int"),
     ):
         with pytest.raises(ValueError, match=message):
             model.apply({"params": params}, *ROWS, adapter_ids=np.array(wrong))
     for arguments, message in (
-        ({}, "called with adapter_ids=.* or with mix=.* given: neither"),
-        ({"adapter_ids": ADAPTER_IDS, "mix": np.ones(4)}, "given: adapter_ids and mix"),
+        ({}, "needs either adapter_ids of .* or mix of .* got neither"),
+        ({"adapter_ids": ADAPTER_IDS, "mix": np.ones(4)}, "got adapter_ids and mix"),
         ({"mix": np.ones(3)}, r"mix has shape \(3,\); it must be \[4\], \[batch, 4\] or"),
-        ({"mix": np.ones(4, int)}, "weights are floating-point"),
+        ({"mix": np.ones(4, int)}, "mix has dtype int32; it must be floating-point"),
         ({"mix": np.ones((1, 2, 4))}, "but the bank acts at 5 sites; mixing_sites"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -331,12 +334,13 @@ def test_banks_beside_each_other():
         each = np.stack([plain, *(run(*single, *ROWS) for single in alone[name])])
         assert_near(actual, each[ids + 1, np.arange(4)])
     nothing = (
-        "adapter_ids has nothing for the bank '{}'; a composition with 2 banks wants a mapping"
+        "adapter_ids has no entry for the bank '{}'; for a composition with 2 banks it must "
+        "be a mapping"
     )
     for wrong, message in (
-        (FOUR_IDS["one"], f"{nothing.format('one')} of their names, got ndarray"),
-        ({"one": ADAPTER_IDS % 2}, rf"{nothing.format('two')} of their names, got \['one'\]"),
-        ({**FOUR_IDS, "two": np.array([0, 2, 0, 0])}, "adapter_ids has 2, but the bank has memb"),
+        (FOUR_IDS["one"], f"{nothing.format('one')} by name of the bank, got ndarray"),
+        ({"one": ADAPTER_IDS % 2}, rf"{nothing.format('two')} by name of the bank, got \['one'\]"),
+        ({**FOUR_IDS, "two": np.array([0, 2, 0, 0])}, "adapter_ids contains 2; use 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             model.apply({"params": params}, *ROWS, adapter_ids=wrong)
@@ -359,7 +363,7 @@ def test_a_bank_before_members_beside_each_other_within_others_beside_each_other
         for actual, wanted in zip(run(model, params, x, **chosen), expected, strict=True):
             assert_near(actual, wanted, 1e-5)
     for wrong in (np.tile(ids, 2), np.tile(ids, 3), ids[:2]):
-        message = f"adapter_ids is of {len(wrong)} rows, and the backbone is called with 3; give"
+        message = f"adapter_ids has {len(wrong)} rows, but the backbone is called with 3; give"
         with pytest.raises(ValueError, match=message):
             model.apply({"params": params}, x, adapter_ids=wrong)
 
@@ -545,7 +549,7 @@ def test_rows_are_generated_each_with_its_member(t5, beams):
     if beams == 1:
         mixed = cj.generate(model, params, ids, mask, mix=np.float32([0, 1]), **settings)
         np.testing.assert_array_equal(mixed[0], tokens[0])
-        with pytest.raises(ValueError, match="adapter_ids has 2, but the bank has members 0 to 1"):
+        with pytest.raises(ValueError, match="adapter_ids contains 2; use 0 to 1"):
             cj.generate(model, params, ids, mask, adapter_ids=[2, 0, 0], **settings)
         with pytest.raises(ValueError, match="mix given, but the model has no bank of adapters"):
             cj.generate(backbone.module, params, ids, mask, mix=[1.0], **settings)
@@ -562,7 +566,10 @@ def test_members_beside_each_other_in_encoder_and_decoder(t5):
     assert isinstance(outputs, tuple)
     for actual, single in zip(outputs, alone, strict=True):
         assert_near(actual, run(*single, *inputs))
-    message = "a model with Parallel has no 'encode': what it returns would be of 2 members; use a"
+    message = (
+        "a model with Parallel has no 'encode': it would have to return one value for each "
+        "of 2 members; use one"
+    )
     with pytest.raises(ValueError, match=message):
         cj.generate(model, params, *inputs[:2], max_new_tokens=2)
 
@@ -635,13 +642,13 @@ def test_a_frozen_member_beside_a_trained_one_stays(tmp_path):
         (lambda: Stack(DENSE, DENSE, names=("a", "a")), "must be 2 different names"),
         (lambda: Stack(DENSE, names=("a/b",)), "'a/b' cannot name a member"),
         (lambda: Stack(DENSE, frozen=("b",)), "frozen names 'b', but the members are 0"),
-        (lambda: Stack(DENSE, train_head=False), "train_head is for the members of 'stack' to say"),
+        (lambda: Stack(DENSE, train_head=False), "train_head is set in each member of 'stack'"),
         (
             lambda: Stack(*[METHODS["prompt-tuning-random"]] * 2),
-            "one member that is 'prompt_tuning'",
+            "only one member of the kind 'prompt_tuning'",
         ),
         (lambda: Bank(DENSE, size=0), "size=0 must be at least 1"),
-        (lambda: Bank(Stack(DENSE)), "a bank has one method, which is no composition"),
+        (lambda: Bank(Stack(DENSE)), "of one method, and that method cannot be a composition"),
         (
             lambda: Bank(preset("phm"), size=2, shared_rule=True),
             "'phm_bottleneck' has a rule in every projection; set shared_phm_rule=True in it, or",
@@ -651,7 +658,10 @@ def test_a_frozen_member_beside_a_trained_one_stays(tmp_path):
             "'combined' has no rule; leave shared_rule out",
         ),
         (lambda: Average(METHODS["mam"]), "method 'prefix_tuning' cannot be in 'average'"),
-        (lambda: Average(DENSE, DENSE, weights=(1,)), r"weights=\(1.0,\) must be 2, one for each"),
+        (
+            lambda: Average(DENSE, DENSE, weights=(1,)),
+            r"weights=\(1.0,\) must have 2 entries, one for each",
+        ),
         (lambda: Parallel(METHODS["prompt-tuning-random"]), "its rows are longer than those"),
         (
             lambda: Parallel(METHODS["residual, taking its place"]),
@@ -659,16 +669,16 @@ def test_a_frozen_member_beside_a_trained_one_stays(tmp_path):
         ),
         (
             lambda: Stack(Parallel(DENSE, DENSE), Parallel(DENSE, DENSE, DENSE)),
-            r"have \[2, 3\] copies of a row; those with several must have as many",
+            r"return \[2, 3\] copies of each row; members with several copies must all have",
         ),
-        (lambda: AverageMaps(DENSE, Stack(DENSE)), "average_maps is of single methods"),
+        (lambda: AverageMaps(DENSE, Stack(DENSE)), "average_maps must be single methods"),
         (
             lambda: AverageMaps(DENSE, DENSE.replace(scaling=2)),
             "the members 0, 1 of average_maps d",
         ),
         (
             lambda: AverageMaps(METHODS["lora"], METHODS["ia3"]),
-            "members of one kind, not of lora, ",
+            "members of average_maps must be of one kind, not of lora, ",
         ),
     ],
 )
@@ -792,7 +802,7 @@ def test_other_inputs_and_parameters_compile_nothing():
         ({"n": 0}, "n=0 must be positive"),
         ({"steps": 0}, "steps=0 must be positive"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
-        ({"inputs": ()}, r"minimize_entropy wants inputs, arrays \[batch, …\], after n"),
+        ({"inputs": ()}, r"needs at least one input after n, an array of shape \[batch, …\]"),
     ],
 )
 def test_settings_of_the_least_entropy_that_are_refused(change, message):

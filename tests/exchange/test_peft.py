@@ -512,7 +512,7 @@ def test_methods_that_peft_does_not_have_are_not_written(tmp_path, name):
     if hasattr(method, "reduction_factor"):
         method = method.replace(**sizes)
     model = Adapted(SEQUENCES, method)
-    with pytest.raises(ValueError, match=f"PEFT does not have the method '{method.kind}'"):
+    with pytest.raises(ValueError, match=f"method '{method.kind}' cannot be exported to PEFT"):
         export_peft(tmp_path, model, {})
     assert not list(tmp_path.iterdir())
 
@@ -520,7 +520,7 @@ def test_methods_that_peft_does_not_have_are_not_written(tmp_path, name):
 def test_an_adapter_of_what_is_no_linear_layer_is_not_written(tmp_path):
     sites = {"norm": r"encoder/layer/(?P<layer>\d+)/output/LayerNorm"}
     _, model, params = adapted(SEQUENCES, IA3Config(sites=("norm",), input_sites=()), sites)
-    with pytest.raises(ValueError, match="encoder/layer/0/output/LayerNorm is no linear layer"):
+    with pytest.raises(ValueError, match="encoder/layer/0/output/LayerNorm is not a linear layer"):
         export_peft(tmp_path, model, params)
 
 
@@ -584,7 +584,7 @@ PLAIN = {
         ({"peft_type": ["LORA"]}, r"peft_type=\['LORA'\] must be text or null"),
         (
             {"task_type": "TOKEN_CLS"},
-            "is not for head='sequence_classification', whose is 'SEQ_CLS'",
+            "does not fit head='sequence_classification', which has task_type='SEQ_CLS'",
         ),
         ({"use_dora": True, "lora_bias": True}, "not supported: use_dora=True, lora_bias=True"),
         ({"rank_pattern": {"query": 4}}, r"not supported: rank_pattern=\{'query': 4\}"),
@@ -601,7 +601,7 @@ PLAIN = {
         ({"target_modules": "all-linear"}, "does not name the modules"),
         ({"target_modules": 3}, "target_modules=3 must be text or a list, each item text or null"),
         ({"target_modules": ["query", 3]}, "must be text or a list, each item text"),
-        ({"target_modules": "("}, "is no regular expression"),
+        ({"target_modules": "("}, "is not a valid regular expression"),
         ({"target_modules": ["self"]}, r"matches bert\.encoder\.layer\.0\.attention\.self, but"),
         ({"target_modules": ["word_embeddings"]}, "but must match linear layers"),
         ({"target_modules": ["q"]}, "matches nothing"),
@@ -618,9 +618,9 @@ PLAIN = {
         ({"target_modules": ["query", "value", "key"]}, "missing: .*key.lora_A.weight"),
         ({"modules_to_save": None, "task_type": None}, "left over: .*model.classifier.bias"),
         ({"modules_to_save": ["classifier", "pooler"]}, "missing: .*bert.pooler.dense.bias"),
-        ({"r": 3}, r"query.lora_A.weight: \(2, 12\) stored, \(3, 12\) wanted"),
+        ({"r": 3}, r"query.lora_A.weight has shape \(2, 12\), not \(3, 12\)"),
         ({"peft_type": "IA3"}, "not supported: lora_alpha=8, r=2"),
-        ({**PLAIN, "task_type": None}, "PEFT itself does not use the prompts; set it to 'SEQ_CLS'"),
+        ({**PLAIN, "task_type": None}, "PEFT itself ignore the prompts; set it to 'SEQ_CLS'"),
         (
             {**PLAIN, "num_transformer_submodules": 2},
             "num_transformer_submodules=2 in .* must be 1",
@@ -670,11 +670,11 @@ def test_a_folder_without_a_head_leaves_the_backbone_s(folder):
     [
         ({"query.lora_A.weight": None}, "missing: .*query.lora_A.weight.*; left over: none"),
         ({"base_model.model.stranger": ZEROS}, "left over: .*base_model.model.stranger"),
-        ({"value.lora_B.weight": ZEROS}, r"value.lora_B.weight: \(2, 2\) stored, \(12, 2\) wanted"),
-        ({"classifier.weight": ZEROS}, r"classifier.weight: \(2, 2\) stored, \(3, 12\) wanted"),
+        ({"value.lora_B.weight": ZEROS}, r"value.lora_B.weight has shape \(2, 2\), not \(12, 2\)"),
+        ({"classifier.weight": ZEROS}, r"classifier.weight has shape \(2, 2\), not \(3, 12\)"),
         (
             {"query.lora_A.weight": np.ones((2, 12), np.int8)},
-            "query.lora_A.weight in .* is of type I8; weights must be floating-point",
+            "query.lora_A.weight in .* has dtype I8; weights must be floating-point",
         ),
     ],
 )
@@ -712,5 +712,5 @@ def test_prompts_of_a_decoder_are_left_out(tmp_path, rows):
     change(tmp_path, longer, num_transformer_submodules=rows // 3)
     assert_same(import_peft(tmp_path, backbone)[1], params)
     change(tmp_path, {"prompt_embeddings": prompt[:2]})
-    with pytest.raises(ValueError, match=r"prompt_embeddings: \(2, 12\) stored, \(3, 12\) wanted"):
+    with pytest.raises(ValueError, match=r"prompt_embeddings has shape \(2, 12\), not \(3, 12\)"):
         import_peft(tmp_path, backbone)

@@ -263,10 +263,10 @@ class ParameterNamedAdapter(nn.Module):
             Chain(ChildNamedAdapter),
             {},
             SITES,
-            "layer_0 has something of its own named 'adapter'",
+            "layer_0 already has a variable or submodule 'adapter'",
         ),
-        (Chain(SetupChildNamedAdapter), {}, SITES, "layer_0 has something of its own named"),
-        (Chain(ParameterNamedAdapter), {}, SITES, "layer_0 has something of its own named"),
+        (Chain(SetupChildNamedAdapter), {}, SITES, "layer_0 already has a variable or submodule"),
+        (Chain(ParameterNamedAdapter), {}, SITES, "layer_0 already has a variable or submodule"),
         (Chain(), {"phm_dim": 5}, SITES, "phm_dim=5 does not divide both the width 12"),
         (Chain(), {"shared_W_phm": True}, SITES, "shared_W_phm needs the width of the backbone's"),
     ],
@@ -329,7 +329,7 @@ def change(params, path, leaf):
         (
             "layer_1/inner/kernel",
             np.zeros((12, 11)),
-            r"shape: layer_1/inner/kernel: \(12, 11\) given, \(12, 12\) wanted",
+            r"shape: layer_1/inner/kernel has shape \(12, 11\), not \(12, 12\)",
         ),
     ],
 )

@@ -113,7 +113,9 @@ def test_dropout_of_the_adapters_follows_the_backbone(backbone, args, options, d
 
 
 def test_dropout_of_the_adapters_is_refused_where_nothing_turns_it_on():
-    with pytest.raises(ValueError, match=r"dropout=0\.5 would never be on: Chain takes none of"):
+    with pytest.raises(
+        ValueError, match=r"dropout=0\.5 would never be applied: Chain takes none of"
+    ):
         adapted(Chain(), preset("compacter++", **SMALL, dropout=0.5))
 
 

@@ -474,5 +474,7 @@ def test_adapters_of_another_head(tmp_path):
     backbone = backbone_of(T5(ONE_LAYER))
     model = Adapted(backbone.module, small("compacter"))
     save_adapter(tmp_path, model, init_adapters(model, backbone, quick_key(0)))
-    with pytest.raises(ValueError, match=r"head='conditional_generation', the .* head='encoder'"):
+    with pytest.raises(
+        ValueError, match=r"head='conditional_generation', but the .* head='encoder'"
+    ):
         load_adapter(tmp_path, backbone_of(T5(ONE_LAYER, head="encoder")))

@@ -80,7 +80,7 @@ REFUSED = {
     "parallel after": (
         BERT,
         bottleneck("feed_forward", parallel=True),
-        "sees the sub-layer's output alone; parallel ones go to 'parallel_feed_forward'",
+        "sees only the output of the sub-layer; for parallel adapters use 'parallel_feed_forward'",
     ),
     "serial beside, T5": (
         T5,
@@ -138,17 +138,18 @@ REFUSED = {
     "one projection by two names": (
         BERT,
         cj.LoRAConfig(sites=("attention", "output_projection")),
-        "sites 'attention' and 'output_projection' are both encoder/layer/0/attention/output/den",
+        "sites 'attention' and 'output_projection' have the same host, "
+        "encoder/layer/0/attention/output/den",
     ),
     "two methods at one site": (
         T5,
         all_of(cj.LoRAConfig(), cj.IA3Config()),
-        "sites 'value' and 'value' are both encoder/block/0/layer/0/SelfAttention/v",
+        "sites 'value' and 'value' have the same host, encoder/block/0/layer/0/SelfAttention/v",
     ),
     "two ends of a sub-layer": (
         BERT,
         bottleneck("residual_attention", "parallel_attention", parallel=True),
-        "are both encoder/layer/0/attention/output;",
+        "have the same host, encoder/layer/0/attention/output;",
     ),
     "two methods of one module": (
         T5,
@@ -156,12 +157,14 @@ REFUSED = {
             cj.PrefixTuningConfig(**PREFIX),
             cj.preset("parallel", sites=("parallel_attention",)),
         ),
-        "sites 'encoder_key_value' and 'parallel_attention' are both encoder/block/0/layer/0/SelfA",
+        "sites 'encoder_key_value' and 'parallel_attention' have the same host, "
+        "encoder/block/0/layer/0/SelfA",
     ),
     "a prompt and biases of the model itself": (
         T5,
         all_of(cj.PromptTuningConfig(prompt_length=2), cj.BitFitConfig()),
-        "sites 'embedding' and 'logits' are both the model itself; name one of them",
+        "sites 'embedding' and 'logits' have the same host, the model itself; name only one of "
+        "them",
     ),
     # Layers.
     "a layer too many": (
@@ -207,13 +210,15 @@ REFUSED = {
     "BitFit without some of BERT's biases": (
         BERT,
         cj.BitFitConfig(leave_out=(0,)),
-        "Bert has biases of its own, and BitFit trains them all; leave_out is for new ones",
+        "Bert has biases of its own, and BitFit trains all of them; leave_out applies only to new "
+        "biases",
     ),
     # Prompts.
     "no room for a token": (
         BERT,
         cj.PromptTuningConfig(prompt_length=9),
-        "prompt_length=9 and 1 tokens are more than .* max_position_embeddings=9; truncate to 0 to",
+        "prompt_length=9 and 1 tokens together exceed .* max_position_embeddings=9; truncate to 0 "
+        "to",
     ),
     "a prompt of another call": (
         nn.Dense(3),
@@ -234,15 +239,15 @@ def test_a_prompt_and_a_text_too_long_for_the_positions():
     params = adapted_shapes(model)
     call = lambda ids: jax.eval_shape(model.apply, {"params": params}, ids)  # noqa: E731
     assert call(IDS[:, :4]).last_hidden_state.shape == (2, 4, TINY_BERT.hidden_size)
-    with pytest.raises(ValueError, match="prompt_length=5 and 5 tokens are more than"):
+    with pytest.raises(ValueError, match="prompt_length=5 and 5 tokens together exceed"):
         call(IDS)
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ((), "prompt_init='vocabulary' wants prompt_token_ids, such as the most common tokens"),
-        ((3, 17), "prompt_token_ids has 17, but the vocabulary has 17 tokens"),
+        ((), "prompt_init='vocabulary' needs prompt_token_ids, such as the most common tokens"),
+        ((3, 17), "prompt_token_ids contains 17, but the vocabulary has 17 tokens"),
     ],
 )
 def test_prompts_of_tokens_that_are_not_there(ids, message):
@@ -385,7 +390,7 @@ def test_prompts_of_a_vocabulary_that_has_no_name():
     method = cj.PromptTuningConfig(
         sites=("words",), prompt_length=2, prompt_init="vocabulary", prompt_token_ids=(1,)
     )
-    message = "wants Mixer to have a class attribute word_embeddings, the path of its embeddings"
+    message = "needs Mixer to have a class attribute word_embeddings, the path of its embeddings"
     with pytest.raises(ValueError, match=message):
         cj.init_adapters(cj.Adapted(Mixer(), method), backbone_of(Mixer()), quick_key(0))
 
@@ -401,6 +406,6 @@ def test_a_prompt_wants_a_call_with_input_ids():
 
     model = cj.Adapted(Words(), cj.PromptTuningConfig(sites=("words",)), Mixer.sites)
     with pytest.raises(
-        ValueError, match="a backbone that is called with input_ids, and Words is not"
+        ValueError, match="a backbone that is called with input_ids, but Words is not"
     ):
         adapted_shapes(model)

@@ -224,7 +224,7 @@ def test_short_runs_are_told(changes, reach, is_told):
     told = cj.preset("compacter++", **changes).slow_start(384, reach)
     assert (told is not None) == is_told
     if told is not None:
-        assert f"sum up to {reach:.2g}" in told
+        assert f"sum to {reach:.2g}" in told
         assert "starts at 0.0001" in told
         assert "compacter++-short" in told
 

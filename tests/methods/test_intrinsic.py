@@ -232,7 +232,7 @@ class TestProject:
 
     @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
     def test_what_is_no_vector(self, shape):
-        with pytest.raises(ValueError, match=r"must be of shape \[d\]"):
+        with pytest.raises(ValueError, match=r"must have shape \[d\]"):
             mixed(jnp.ones(shape), 0)
 
 

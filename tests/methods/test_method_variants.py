@@ -421,7 +421,7 @@ def test_parts_of_a_union_are_merged_where_each_acts():
         (
             BERT,
             residual(True, True, True),
-            "adapters have a non-linearity, and no weight of the ba",
+            "adapters have a non-linearity, which weights of the ba",
         ),
         (T5, cj.preset("compacter", **SMALL), "'phm_bottleneck' cannot be merged .* non-linearity"),
         (T5, cj.preset("bitfit"), "its biases are new, and the backbone's architecture has no pla"),
@@ -430,12 +430,12 @@ def test_parts_of_a_union_are_merged_where_each_acts():
         (
             T5,
             ALL_AT_ONCE["t5"],
-            "of its parts, 'prompt_tuning' cannot: it adds tokens to attend to",
+            "its part 'prompt_tuning' cannot be merged: it adds tokens to attend to",
         ),
         (
             BERT,
             cj.CombinedConfig(parts=(*SEVERAL, residual(True, True, True))),
-            "of its parts, 'bottleneck' cannot: its adapters have a non-linearity",
+            "its part 'bottleneck' cannot be merged: its adapters have a non-linearity",
         ),
     ],
 )

@@ -262,7 +262,9 @@ def test_adapters_are_read_with_their_pooling_alone(tiny_backbone, tmp_path):
     for pooling, other in (("mean", "first"), ("first", "cls")):
         model, params = adapted(classifier(tiny_backbone, pooling))
         cj.save_adapter(tmp_path / pooling, model, params)
-        message = f"saved with pooling='{pooling}', the backbone has pooling='{other}'; load the"
+        message = (
+            f"saved with pooling='{pooling}', but the backbone has pooling='{other}'; load the"
+        )
         with pytest.raises(ValueError, match=message):
             cj.load_adapter(tmp_path / pooling, classifier(tiny_backbone, other))
 
@@ -279,7 +281,7 @@ def test_adapters_of_before_read_the_first_token(tiny_backbone, mean_backbone, t
         again.apply({"params": loaded}, IDS, MASK), model.apply({"params": params}, IDS, MASK)
     )
     with pytest.raises(
-        ValueError, match="saved with pooling='first', the backbone has pooling='me"
+        ValueError, match="saved with pooling='first', but the backbone has pooling='me"
     ):
         cj.load_adapter(tmp_path / "old", classifier(mean_backbone, None))
 

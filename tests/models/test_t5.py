@@ -778,18 +778,21 @@ STATES = np.ones((2, 5, 12), np.float32)
     ("inputs", "message"),
     [
         ((IDS[0], None, IDS), r"input_ids has shape \(5,\); it must be \[batch, length\]"),
-        ((IDS[:, :0], None, IDS), r"input_ids has shape \(2, 0\), no tokens"),
-        ((IDS, None, IDS[:, :0]), r"decoder_input_ids has shape \(2, 0\), no tokens"),
+        ((IDS[:, :0], None, IDS), r"input_ids has shape \(2, 0\), so it has no tokens"),
+        ((IDS, None, IDS[:, :0]), r"decoder_input_ids has shape \(2, 0\), so it has no tokens"),
         ((IDS, None, IDS[None]), r"decoder_input_ids has shape \(1, 2, 5\); it must be"),
         ((IDS, MASK[:, :4], IDS), r"attention_mask has shape \(2, 4\); .*\(2, 5\)"),
         ((IDS, MASK, IDS, MASK[:1]), r"decoder_attention_mask has shape \(1, 5\); .*\(2, 5\)"),
-        ((IDS, MASK.astype(np.float32), IDS), r"attention_mask is float32; .*integers or bool"),
+        (
+            (IDS, MASK.astype(np.float32), IDS),
+            r"attention_mask has dtype float32; .*integers or bool",
+        ),
         (
             (IDS, MASK, IDS, MASK.astype(np.float32)),
-            r"decoder_attention_mask is float32; .*integers or booleans",
+            r"decoder_attention_mask has dtype float32; .*integers or booleans",
         ),
         ((IDS, MASK), r"decoder_input_ids are missing; .*call the method `encode`"),
-        ((IDS, MASK, IDS[:1]), r"decoder_input_ids has 1 rows, the encoder's states have 2"),
+        ((IDS, MASK, IDS[:1]), r"decoder_input_ids has 1 rows, but the encoder's states have 2"),
     ],
 )
 def test_inputs_that_cannot_be(inputs, message):
@@ -815,16 +818,20 @@ CACHE = DecoderCache(((STATES[:, None], STATES[:, None]),), ((STATES[:, None], S
             {"cache": CACHE, "index": 0, "decoder_attention_mask": MASK[:, :1]},
             r"with a cache, decode takes one token .*no decoder_attention_mask",
         ),
-        ((IDS[:, :0], STATES), {}, r"decoder_input_ids has shape \(2, 0\), no tokens"),
-        ((IDS, STATES, 1.0 * MASK), {}, r"attention_mask is float64; .*integers or booleans"),
+        ((IDS[:, :0], STATES), {}, r"decoder_input_ids has shape \(2, 0\), so it has no tokens"),
+        (
+            (IDS, STATES, 1.0 * MASK),
+            {},
+            r"attention_mask has dtype float64; .*integers or booleans",
+        ),
         ((IDS, STATES, MASK[:, :4]), {}, r"attention_mask has shape \(2, 4\); .*\(2, 5\)"),
         ((IDS, STATES[:, :, 0]), {}, r"encoder_hidden_states has shape \(2, 5\); .*12\]"),
         ((IDS, STATES[..., :5]), {}, r"encoder_hidden_states has shape \(2, 5, 5\); .*12\]"),
-        ((IDS, STATES[:1]), {}, r"decoder_input_ids has 2 rows, the encoder's states have 1"),
+        ((IDS, STATES[:1]), {}, r"decoder_input_ids has 2 rows, but the encoder's states have 1"),
         (
             (IDS[:1, :1],),
             {"cache": CACHE, "index": 0},
-            r"decoder_input_ids has 1 rows, the encoder's states have 2",
+            r"decoder_input_ids has 1 rows, but the encoder's states have 2",
         ),
         (
             (IDS[:, :1], None, MASK[:, :4]),

@@ -190,13 +190,13 @@ def test_a_run_that_is_too_short_is_told_once(tiny_backbone, files, tmp_path, ca
     assert main(["fit", *given]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "compacter++-short" in line]
     assert len(said) == 1
-    assert "the learning rates of all steps sum up to" in said[0]
+    assert "the learning rates of all steps sum to" in said[0]
     flags |= {"method": "compacter++-short"}
     assert main(["fit", *fit_flags(tiny_backbone, files, tmp_path / "other", **flags)]) == 0
-    assert "sum up to" not in capsys.readouterr().out
+    assert "sum to" not in capsys.readouterr().out
     flags = {"epochs": 1, "learning-rate": "3e-2"}
     assert main(["fit", *fit_flags(tiny_backbone, files, tmp_path / "longer", **flags)]) == 0
-    assert "sum up to" not in capsys.readouterr().out
+    assert "sum to" not in capsys.readouterr().out
 
 
 def test_the_start_of_a_run_is_the_backbone(tiny_backbone, tmp_path):
