@@ -80,7 +80,7 @@ def test_the_code_of_a_tokenizer_is_not_run(auto_map, tiny_backbone, tmp_path, m
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     limits = {"vocab_size": 99, "max_position_embeddings": 64, "max_length": 8}
-    with pytest.raises(ValueError, match=r"wants to run code of its own, 'evil\.Evil'") as error:
+    with pytest.raises(ValueError, match=r"needs to run its own code, 'evil\.Evil'") as error:
         load_tokenizer(folder, **limits)
     assert len(str(error.value)) <= 500
     assert not ran.exists()

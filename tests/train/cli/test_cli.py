@@ -458,10 +458,12 @@ def test_convert_there_and_back(library, tiny_backbone, files, tmp_path, capsys)
     assert main(list(map(str, command))) == 0
     assert "already" in refusal(capsys, *command)
     back = ["convert", "--from", library, tmp_path / "theirs", "--to", tmp_path / "back"]
-    assert "wants the --backbone" in refusal(capsys, *back)
+    assert "needs --backbone, the backbone" in refusal(capsys, *back)
     back += ["--backbone", tiny_backbone, "--max-length", "16"]
-    if library == "adapterhub":  # which keeps the names
-        assert "3 names, a, b, c, for" in refusal(capsys, *back, "--label-names", "a", "b", "c")
+    if library == "adapterhub":  # AdapterHub stores the label names
+        assert "3 names, a, b, c, but the head has 2 labels" in refusal(
+            capsys, *back, "--label-names", "a", "b", "c"
+        )
     else:
         assert "names of the 2 labels are unknown" in refusal(capsys, *back)
         back += ["--label-names", "dull", "fine"]
@@ -517,7 +519,7 @@ def test_labels_of_a_folder_that_are_none(tiny_backbone, tmp_path, capsys):
     for labels in (["dull", "fine"], {"dull": 0, "fine": "1"}, {"dull": 0, "fine": 2}, 3):
         command = converted_head(tiny_backbone, folder, to, label2id=labels)
         error = refusal(capsys, *command)
-        assert f"label2id={labels!r} in {folder / 'head_config.json'} must have names" in error
+        assert f"label2id={labels!r} in {folder / 'head_config.json'} must map names" in error
         assert "give --label-names" in error
     assert not to.exists()
     assert main([*command, "--label-names", "dull", "fine"]) == 0
@@ -661,7 +663,10 @@ def test_missing_file_nan_score_and_invalid_utf8(tiny_backbone, files, tmp_path,
         ({"leave-out": 7}, "leave_out has [7]"),
         ({"max-length": 100}, "max_length=100 exceeds"),
         ({"max-evaluations": 0}, "max_evaluations=0 must be at least 1"),
-        ({"prompt-words": "good"}, "--prompt-words are for prompts that start from the"),
+        (
+            {"prompt-words": "good"},
+            "--prompt-words replaces --prompt-token-ids, and only works with",
+        ),
         ({"batch-size": 6}, "batch_size=6 must be a multiple of 4"),
         ({"learning-rate": -1}, "learning_rate=-1.0 must be above 0"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
@@ -693,7 +698,7 @@ def test_a_mesh_of_other_devices_leaves_the_folder_absent(tiny_backbone, files, 
     flags = fit_flags(tiny_backbone, files, output, mesh="data=8")
     assert main(["fit", *flags]) == 2
     printed = capsys.readouterr()
-    assert "--mesh 'data=8' is of 8 devices, but a host has 4" in printed.err
+    assert "--mesh 'data=8' needs 8 devices, but a host has 4" in printed.err
     assert printed.out == ""
     assert not output.exists()
 
@@ -723,7 +728,7 @@ def test_a_task_that_is_not_given(fitted, tmp_path, capsys):
     assert "no examples were given" in refusal(capsys, "evaluate", "--adapter", adapter)
     path.write_text(json.dumps({**settings, "task": "movie"}), "utf-8")
     error = refusal(capsys, "evaluate", "--adapter", adapter)
-    assert f"the adapter in {adapter} was trained on movie: give --task movie" in error
+    assert f"the adapter in {adapter} was trained on movie; give --task movie" in error
 
 
 def test_a_new_head_is_told_of_by_fit_alone(run, tiny_backbone):
@@ -750,7 +755,7 @@ def test_compiling_is_announced_once_a_command(run, files, tmp_path, capsys):
 def check_announced(printed):
     """Before the first of the results, and once."""
     lines = printed.splitlines()
-    announced = "compiling for each new length of input"
+    announced = "each new input length has to be compiled"
     (at,) = (i for i, line in enumerate(lines) if line.startswith(announced))
     assert "about 20 s" in lines[at]
     results = [i for i, x in enumerate(lines) if x.startswith(("epoch", "test", "43 rows"))]
@@ -761,14 +766,17 @@ def test_an_adapter_of_ours_is_told_apart(fitted, tiny_backbone, tmp_path, capsy
     for library in ("peft", "adapterhub"):
         flags = ["--from", library, fitted / "adapter", "--backbone", tiny_backbone]
         error = refusal(capsys, "convert", *flags, "--to", tmp_path / "new")
-        assert "is a folder of this package: use --from compacter_jax" in error
+        assert "holds an adapter of this package; use --from compacter_jax" in error
         assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_s_expression_that_cannot_be_read(tmp_path, capsys):
     flags = ["--adapter", "average(nowhere)", "--input", __file__, "--output", tmp_path / "o.csv"]
     error = refusal(capsys, "evaluate", *flags[:2])
-    assert "--adapter 'average(nowhere)' is no composition: 'nowhere' is not the folder" in error
+    assert (
+        "--adapter 'average(nowhere)' is not a valid composition: 'nowhere' is not the folder"
+        in error
+    )
     assert "compacter" not in error
     assert "average(0.7*runs/a" in error
 

@@ -190,11 +190,11 @@ def test_regression_by_generation(tiny_t5, tmp_path, capsys):
     command("predict", *adapter, "--output", tmp_path / "out.jsonl", "--num-beams", "2")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     invalid = sum(row["prediction"] is None for row in rows)
-    message = f"{invalid} of 24 rows have no prediction: the text was no number"
+    message = f"{invalid} of 24 rows have no prediction, since the generated text is not a number"
     assert (message in capsys.readouterr().out) == (invalid > 0)
     assert all(isinstance(row["prediction"], float | None) for row in rows)
     error = refusal(capsys, "predict", *adapter, "--output", tmp_path / "o.csv", "--logits")
-    assert "generated text, which has none" in error
+    assert "--logits needs a task with labels" in error
     assert not (tmp_path / "o.csv").exists()
 
 
@@ -264,7 +264,7 @@ def test_span_corruption_makes_a_backbone(pretrained, tiny_t5, corpus, tmp_path,
     source.write_text("sentence\na\n")
     flags = ["--input", source, "--output", tmp_path / "out.csv"]
     error = refusal(capsys, "predict", *adapter, *flags)
-    assert "an adapter of span_corruption predicts nothing" in error
+    assert "an adapter of span_corruption cannot predict" in error
 
 
 def assert_equal_trees(left, right):
@@ -327,7 +327,8 @@ def test_a_corpus_is_corrupted_anew_in_every_epoch_and_validated_with_one_noise(
     splits = dataclasses.replace(made, seed=4).encode_all({"train": corpus})
     assert (splits["train"].of_epoch(0).input_ids != first).mean() > 0.1
     np.testing.assert_array_equal(splits["validation"].input_ids, validation.input_ids)
-    assert validation.target_texts.max_length == 7  # three tokens, their sentinels, the end
+    # Three tokens, their sentinels, the end-of-sequence token.
+    assert validation.target_texts.max_length == 7
     assert train.user_messages("train") == [
         "train: 600 tokens in 32 segments",
         "19 of 600 tokens of the train segments (3.2 %), in 19 of them, are unknown to the "
@@ -353,7 +354,7 @@ BAD_FLAGS = {
     "step": ({"score-step": 0}, "score_step=0.0 must be above 0"),
     "steps": ({"max-steps": 0}, "max_steps=0 must be at least 1"),
     "noise": ({"task": "span_corruption", "noise-density": 1.5}, "noise_density=1.5 must be"),
-    "sample": ({"task": "span_corruption", "train-size": 2}, "--train-size is for tasks with"),
+    "sample": ({"task": "span_corruption", "train-size": 2}, "--train-size limits the examples of"),
     "parquet": ({"task": "span_corruption"}, "is not UTF-8"),
 }
 
@@ -369,9 +370,9 @@ def test_bad_flags(name, tiny_t5, files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"prefix": "x"}, "--prefix is for encoder-decoders such as T5, and"),
-        ({"evaluate-by": "generation"}, "--evaluate-by is for encoder-decoders such as T5, and"),
-        ({"task": "span_corruption"}, "needs an encoder-decoder such as T5, and"),
+        ({"prefix": "x"}, "--prefix needs an encoder-decoder such as T5, but"),
+        ({"evaluate-by": "generation"}, "--evaluate-by needs an encoder-decoder such as T5, but"),
+        ({"task": "span_corruption"}, "needs an encoder-decoder such as T5, but"),
     ],
 )
 def test_a_bert_writes_no_text(flags, message, tiny_backbone, files, tmp_path, capsys):
@@ -390,8 +391,11 @@ def test_a_bert_writes_no_text(flags, message, tiny_backbone, files, tmp_path, c
             "is a T5 with head='encoder', which cannot write text",
         ),
         ({"architecture": "T5Model"}, "is a T5 with head=None, which cannot write text"),
-        ({"vocab_size": 64}, "it has 87 tokens, the backbone's embedding 64; use the backbone's"),
-        ({"eos_token_id": 2}, "ends sequences with the token 1, the backbone with 2; use the"),
+        (
+            {"vocab_size": 64},
+            "it has 87 tokens, but the backbone's embedding has 64; use the backbone's",
+        ),
+        ({"eos_token_id": 2}, "ends sequences with the token 1, but the backbone with 2; use the"),
         ({"sentinels": 0}, "no sentinel token <extra_id_0>"),
     ],
 )
@@ -406,7 +410,7 @@ def test_backbones_that_do_not_do(settings, message, corpus, tmp_path, capsys):
     [
         ({"label": ["映画", "音楽"]}, "cannot tell the labels '映画' and '音楽' apart"),
         ({"target": ["a", " "]}, "row 2: target is empty"),
-        ({"target": ["a", "\u200b"]}, "row 2: the tokenizer makes no tokens of the target"),
+        ({"target": ["a", "\u200b"]}, "row 2: the tokenizer returns no tokens for the target"),
     ],
 )
 def test_bad_targets(columns, message, tiny_t5, tmp_path, capsys):
@@ -421,14 +425,14 @@ def test_an_input_without_tokens(tiny_t5, tmp_path, capsys):
     path, output = tmp_path / "bad.parquet", tmp_path / "run"
     pq.write_table(pa.table({"sentence": ["a", "\u200b"], "target": ["a", "b"]}), path)
     flags = t5_flags(tiny_t5, {"train": path, "validation": path}, output, prefix="")
-    assert "row 2: the tokenizer makes no tokens of the input" in refusal(capsys, "fit", *flags)
+    assert "row 2: the tokenizer returns no tokens for the input" in refusal(capsys, "fit", *flags)
     assert not output.exists()
 
 
 def test_evaluation_of_another_kind(fitted, corpus, capsys):
     flags = ["--adapter", fitted / "adapter", "--test-file", corpus]
     error = refusal(capsys, "evaluate", *flags, "--task", "span_corruption")
-    assert "is of kind classification, not span_corruption" in error
+    assert "is for tasks of kind classification, but span_corruption" in error
     assert "num_beams=0 must be at least 1" in refusal(capsys, "evaluate", *flags, "--num-beams", 0)
 
 

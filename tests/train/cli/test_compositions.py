@@ -111,17 +111,17 @@ def test_an_expression_is_what_the_library_composes(saved):
         ("stack(lora", "')' is missing before 'the end'"),
         ("stack(lora) lora", "'lora' comes after its end"),
         ("stack(lora,,ia3)", "a name is missing before ','"),
-        ("pile(lora)", "'pile' is none of stack, parallel, average, average_maps"),
-        ("bank(lora)", "'bank' is none of"),
-        ("stack(0.5*lora)", "weights are for average and average_maps, not for stack"),
+        ("pile(lora)", "'pile' is not one of stack, parallel, average, average_maps"),
+        ("bank(lora)", "'bank' is not one of"),
+        ("stack(0.5*lora)", "only average and average_maps take weights, not stack"),
         ("average(0.5*lora,ia3)", "give weights to all members of average, or to none"),
-        ("average(half*lora,0.5*ia3)", "'half' is no weight"),
+        ("average(half*lora,0.5*ia3)", "'half' is not a number"),
         ("stack(nowhere)", "'nowhere' is neither the folder of an adapter nor one of the presets"),
         ("(lora)", "a name is missing before '('"),
     ],
 )
 def test_what_cannot_be_read(text, message):
-    with pytest.raises(ValueError, match="is no composition") as error:
+    with pytest.raises(ValueError, match="is not a valid composition") as error:
         compositions.parse(text)
     assert message in str(error.value)
 
@@ -131,11 +131,15 @@ def test_what_cannot_be_read(text, message):
     [
         ("stack({a})", {}, "all members of the composition are saved adapters"),
         ("stack({a},lora)", {"train-members": "x"}, "--train-members names 'x'; the members are"),
-        ("lora", {"train-members": "x"}, "--method lora is none"),
-        ("stack({a},lora)", {"train-members": "0"}, "leaves out '1', a preset"),
+        ("lora", {"train-members": "x"}, "--method lora is not a composition"),
+        ("stack({a},lora)", {"train-members": "0"}, "leaves out the preset '1'"),
         ("stack({a},lora)", {"task": "movie,tweet"}, "tasks cannot share a composition"),
-        ("stack({a},lora)", {"phm-dim": "2"}, "--phm-dim is for new members of a composition"),
-        ("stack(ia3,lora)", {}, "trained at one rate (ia3 0.01, lora 0.003); give --learning-rate"),
+        ("stack({a},lora)", {"phm-dim": "2"}, "--phm-dim applies to new members of a composition"),
+        (
+            "stack(ia3,lora)",
+            {},
+            "no default learning rate (ia3 0.01, lora 0.003); give --learning-rate",
+        ),
         ("stack(full)", {}, "'full' cannot be a member of 'stack'"),
     ],
 )
@@ -285,7 +289,7 @@ def test_a_composition_on_a_t5(tiny_t5, tmp_path, capsys):
     capsys.readouterr()
     given = t5_flags(tiny_t5, files, tmp_path / "none", **flags, method="parallel(lora,ia3)")
     message = refusal(capsys, "fit", *without_factor(given))
-    assert "adapters beside each other (parallel) are for encoders" in message
+    assert "parallel adapters need an encoder" in message
 
 
 def test_two_seeds_of_a_composition_at_once(saved, files, tiny_backbone, tmp_path):
@@ -372,7 +376,7 @@ def test_an_average_is_evaluated(saved, files, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ("average({a},lora)", "'lora' is a preset, and was not trained"),
+        ("average({a},lora)", "'lora' is a preset, which is not trained"),
         ("average({a},{three})", "must share their label_names"),
         ("stack({a},{b})", "set train_layer_norms=False in all but one"),
     ],
@@ -398,4 +402,4 @@ def test_what_a_composition_trains_is_counted(saved, tiny_backbone, capsys):
     assert groups(average)[0] == new
     assert groups(average, "--train-members", "old,new")[0] == 2 * new
     command = ["params", "--backbone", tiny_backbone, "--method", "lora", "--train-members", "old"]
-    assert "--method lora is none" in refusal(capsys, *command)
+    assert "--method lora is not a composition" in refusal(capsys, *command)

@@ -101,8 +101,8 @@ def unquoted(line):
         ("slurm.sbatch", ["--dry-run", "--task", "mnli"], "give --output-dir"),
         ("tpu_vm.sh", ["--name", "slice", "--", "--task", "x"], "give --name and --zone"),
         ("tpu_vm.sh", ["--name", "slice", "--zone", "z"], "give the flags of fit after --"),
-        ("tpu_vm.sh", ["--task", "x"], "unknown option --task; flags of fit follow --"),
-        ("tpu_vm.sh", ["--zone"], "--zone wants a value"),
+        ("tpu_vm.sh", ["--task", "x"], "unknown option --task; give the flags of fit after --"),
+        ("tpu_vm.sh", ["--zone"], "--zone needs a value"),
     ],
 )
 def test_what_is_missing_is_said(script, arguments, message):
@@ -149,4 +149,4 @@ esac""",
     verbs = [call[4] if call[0] == "gcloud" else call[0] for call in words if len(call) > 1]
     first, second = ["describe", "create", "scp", "ssh"], ["describe", "delete", "create", "scp"]
     assert verbs == [*first, "sleep", *second, "ssh", "ssh"]
-    assert "attempt 1 of 3 has failed" in result.stderr
+    assert "attempt 1 of 3 failed" in result.stderr

@@ -98,9 +98,9 @@ def test_no_two_flags_are_explained_alike():
 @pytest.mark.parametrize(
     ("flag", "told"),
     [
-        (["--learning-rate", "abc"], "Error parsing --learning-rate: 'abc' is no number"),
-        (["--max-steps", "1.5"], "Error parsing --max-steps: '1.5' is no whole number"),
-        (["--epochs", "x"], "Error parsing --epochs: 'x' is no whole number"),
+        (["--learning-rate", "abc"], "Error parsing --learning-rate: 'abc' is not a number"),
+        (["--max-steps", "1.5"], "Error parsing --max-steps: '1.5' is not a whole number"),
+        (["--epochs", "x"], "Error parsing --epochs: 'x' is not a whole number"),
     ],
 )
 def test_what_is_no_number(flag, told, capsys):

@@ -70,7 +70,8 @@ def test_full_fine_tuning_of_bert_by_hand():
 
 def test_an_adapter_needs_no_gradients_of_frozen_weights_by_hand():
     d, r = BERT.hidden_size, BERT.hidden_size // 32
-    method = cj.preset("houlsby")  # trains the layer norm of the embeddings, below all layers
+    # Trains the layer norm of the embeddings, which is below all layers.
+    method = cj.preset("houlsby")
     bottlenecks = 2 * (2 * TOKENS * 2 * d * r)
     attention = 2 * TOKENS * 2 * L * d
     # Attention is a product of activations: both its gradients are needed. The pooler is frozen.

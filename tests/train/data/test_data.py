@@ -56,7 +56,9 @@ def test_a_padded_vocabulary_and_relative_positions_fit(folder):
 
 
 def test_tokenizers_that_do_not_fit(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"does not fit the backbone: it has 10 .* embedding 9;"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the backbone: it has 10 .* embedding has 9;"
+    ):
         load(folder, vocab_size=9)
     with pytest.raises(ValueError, match="max_length=65 exceeds the backbone's 64 positions"):
         load(folder, max_length=65)
@@ -72,8 +74,8 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     for source, reason in [
-        (tmp_path / "none", "none: no such folder"),
-        (tmp_path / "empty", "cannot load a tokenizer from '.*empty': no file of one there "),
+        (tmp_path / "none", "none does not exist"),
+        (tmp_path / "empty", "cannot load a tokenizer from '.*empty': it has no tokenizer files "),
         (tmp_path / "broken", "cannot load a tokenizer from '.*broken': "),
         ("no/such/place", "cannot load a tokenizer from 'no/such/place': "),
         ("nobody/nothing-of-this-name", "cannot load a tokenizer from 'nobody/nothing"),
@@ -289,11 +291,11 @@ def test_no_examples_no_batches():
 
 
 def test_batches_refuse_bad_arguments(thousand):
-    with pytest.raises(ValueError, match="batch_size=0; want 1 or more"):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         batching.batches(thousand, 0, shuffle=False)
-    with pytest.raises(ValueError, match="shuffling wants seed and epoch of 0 or more, got None"):
+    with pytest.raises(ValueError, match="seed=None and epoch=0 must be at least 0 for shuffling"):
         batching.batches(thousand, 8, shuffle=True)
-    with pytest.raises(ValueError, match="got -1 and 0"):
+    with pytest.raises(ValueError, match="seed=-1 and epoch=0 must"):
         batching.batches(thousand, 8, shuffle=True, seed=-1)
 
 
@@ -309,9 +311,11 @@ def test_parts_make_up_every_batch():
             for name, array in batch.items():
                 joined = np.concatenate([part[i][name] for part in parts])
                 np.testing.assert_array_equal(joined, array)
-    with pytest.raises(ValueError, match=r"part=\(0, 4\) is none of a batch of 6 divided by 4"):
+    with pytest.raises(
+        ValueError, match=r"part=\(0, 4\) is not a part of a batch of 6 that is divided by 4"
+    ):
         batching.batches(encoded, 6, shuffle=False, part=(0, 4))
-    with pytest.raises(ValueError, match=r"part=\(3, 3\) is none"):
+    with pytest.raises(ValueError, match=r"part=\(3, 3\) is not a part"):
         batching.batches(encoded, 6, shuffle=False, part=(3, 3))
 
 

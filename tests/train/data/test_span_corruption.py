@@ -138,7 +138,8 @@ def test_noise_has_the_density_and_the_span_length_asked_for(density, mean_span_
         noise_at[[token - 2 for span in spans.values() for token in span]] += 1
     assert np.sum(lengths) == 400 * round(density * length)
     assert np.mean(lengths) == pytest.approx(mean_span_length, rel=0.05)
-    assert np.var(lengths) > 0.4 * mean_span_length * (mean_span_length - 1)  # near geometric's
+    # Close to the variance of a geometric distribution.
+    assert np.var(lengths) > 0.4 * mean_span_length * (mean_span_length - 1)
     middle = noise_at[length // 4 : -length // 4] / 400
     assert middle.mean() == pytest.approx(density, abs=0.02)
     assert middle.min() > density / 2
@@ -182,7 +183,10 @@ def test_corrupting_leaves_the_text_as_it_is():
         ({"eos_token_id": -1}, "eos_token_id=-1 must be at least 0"),
         ({"sentinel_ids": (7, 1)}, r"sentinel_ids=\(7, 1\) must be distinct.* eos_token_id=1"),
         ({"sentinel_ids": (7, 7)}, r"sentinel_ids=\(7, 7\) must be distinct"),
-        ({"sentinel_ids": ()}, "makes 3 spans, but there are 0 sentinels; use a tokenizer that"),
+        (
+            {"sentinel_ids": ()},
+            "makes 3 spans, but the tokenizer has 0 sentinels; use a tokenizer with",
+        ),
     ],
 )
 def test_settings_that_cannot_work(changes, message):
@@ -194,8 +198,8 @@ def test_settings_that_cannot_work(changes, message):
 def test_more_spans_than_sentinels():
     with pytest.raises(
         ValueError,
-        match="input_length=512 makes 28 spans, but there are 20 sentinels; use input_length=369 or"
-        " less, or a longer mean_span_length",
+        match="input_length=512 makes 28 spans, but the tokenizer has 20 sentinels; use "
+        "input_length=369 or less, or a longer mean_span_length",
     ):
         corruption_of(512, sentinels=SENTINELS[:20])
     largest = corruption_of(369, sentinels=SENTINELS[:20])
@@ -208,7 +212,7 @@ def test_more_spans_than_sentinels():
 
 @pytest.mark.parametrize("length", [0, 1, 18])
 def test_segments_that_are_too_short_or_too_long(length):
-    with pytest.raises(ValueError, match=f"a segment of {length} tokens .* it wants 2 to 17"):
+    with pytest.raises(ValueError, match=f"a segment of {length} tokens .* it must have 2 to 17"):
         corruption_of(16).corrupt(np.full(length, 2), np.random.default_rng(0))
 
 
@@ -259,7 +263,7 @@ def test_nothing_to_corrupt():
 
 @pytest.mark.parametrize(("seed", "epoch"), [(-1, 0), (0, -1)])
 def test_seeds_that_cannot_work(seed, epoch):
-    with pytest.raises(ValueError, match=f"0 or more, got {seed}, {epoch}"):
+    with pytest.raises(ValueError, match=f"seed={seed} and epoch={epoch} must be at least 0"):
         corrupted(segments_of([2, 3]), corruption_of(16), seed=seed, epoch=epoch)
 
 
@@ -321,17 +325,17 @@ def test_a_big_file_is_tokenised_in_batches_with_a_progress_bar(tmp_path, tokeni
 
 def test_files_that_cannot_be_read(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
-    with pytest.raises(FileNotFoundError, match=r"text\.txt: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"text\.txt does not exist"):
         read_segments(path, tokenizer, 8)
     with pytest.raises(ValueError, match="is a directory, not a file"):
         read_segments(tmp_path, tokenizer, 8)
     for content, message in [
-        (b"", r"text\.txt: is empty \(0 bytes\)"),
-        (b" \n\n\t", r"text\.txt: has no text, only white space"),
-        (b"w0 w1\n\xff w2", r"text\.txt: is not UTF-8 \(byte 0xff\); convert it to UTF-8"),
-        (b"w0 w1\n\xc3", r"text\.txt: is not UTF-8 \(byte 0xc3\)"),
-        (b"w0\n", r"text\.txt: has 1 tokens; span corruption needs 2 or more"),
-        (b"</s>\n", r"text\.txt: has 0 tokens"),
+        (b"", r"text\.txt is empty \(0 bytes\)"),
+        (b" \n\n\t", r"text\.txt has no text, only white space"),
+        (b"w0 w1\n\xff w2", r"text\.txt is not UTF-8 \(byte 0xff\); convert it to UTF-8"),
+        (b"w0 w1\n\xc3", r"text\.txt is not UTF-8 \(byte 0xc3\)"),
+        (b"w0\n", r"text\.txt has 1 tokens; span corruption needs 2 or more"),
+        (b"</s>\n", r"text\.txt has 0 tokens"),
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as caught:
@@ -342,7 +346,7 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
 def test_limits_that_cannot_work(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("w0 w1")
-    with pytest.raises(ValueError, match="segment_length=1; want 2 or more"):
+    with pytest.raises(ValueError, match="segment_length=1 must be at least 2"):
         read_segments(path, tokenizer, 1)
-    with pytest.raises(ValueError, match="max_characters_per_document=0; want 1 or more"):
+    with pytest.raises(ValueError, match="max_characters_per_document=0 must be at least 1"):
         read_segments(path, tokenizer, 8, max_characters_per_document=0)

@@ -61,7 +61,7 @@ def test_t5_11b_on_four_chips(capsys):
     ("flags", "message"),
     [
         (["--mesh", "4"], "--mesh '4' must give the devices along each axis"),
-        (["--mesh", "data=2", "--method", "all"], "--mesh is for one method"),
+        (["--mesh", "data=2", "--method", "all"], "--mesh works with one method"),
     ],
 )
 def test_meshes_that_cannot_be(flags, message, capsys):

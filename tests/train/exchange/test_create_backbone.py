@@ -85,7 +85,8 @@ def test_ordinary_text_comes_back_exactly(tokenizer, text):
 
 def test_frequent_words_are_few_tokens(tokenizer):
     assert len(tokenizer.tokenize("kakaka kakalo")) <= 4
-    assert len(tokenizer.tokenize("qqqqqq vvvvvv")) == 14  # not a pair of these is in the text
+    # The text contains no pair of these letters.
+    assert len(tokenizer.tokenize("qqqqqq vvvvvv")) == 14
 
 
 def test_characters_outside_of_the_vocabulary_become_bytes(tokenizer):
@@ -126,7 +127,7 @@ def test_the_vocabulary_has_the_size_asked_for_however_many_the_characters(tmp_p
 
 def test_vocabularies_that_cannot_be_made(text_file, tmp_path):
     with pytest.raises(
-        ValueError, match=r"vocab_size=511 is too small: .* are 454 already; use 51"
+        ValueError, match=r"vocab_size=511 is too small: .* already take 454; use 51"
     ):
         train_tokenizer([text_file], 511)
     with pytest.raises(
@@ -136,7 +137,7 @@ def test_vocabularies_that_cannot_be_made(text_file, tmp_path):
     path = tmp_path / "text.txt"
     for text in ("a", "日" * 50):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="for 454 tokens only; use more text"):
+        with pytest.raises(ValueError, match="yields only 454 tokens; use more text"):
             train_tokenizer([path], 512)
 
 
@@ -164,7 +165,7 @@ def test_what_was_made_is_printed(text_file, tmp_path, capsys):
     made = CreateOptions(text_files=(text_file,), output_dir=tmp_path / "t5", **SIZES)
     create_backbone(made)
     printed = capsys.readouterr()
-    assert printed.out == f"{tmp_path / 't5'}: a T5 of 12,336 parameters and 512 tokens\n"
+    assert printed.out == f"{tmp_path / 't5'}: a T5 with 12,336 parameters and 512 tokens\n"
     assert printed.err == ""
 
 
@@ -259,9 +260,9 @@ def test_text_that_cannot_be_read(text_file, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"ka \xff")
     for path, error, message in [
-        (tmp_path / "none.txt", FileNotFoundError, r"none\.txt: no such file"),
+        (tmp_path / "none.txt", FileNotFoundError, r"none\.txt does not exist"),
         (tmp_path, ValueError, "is a directory, not a file"),
-        (bad, ValueError, r"bad\.txt: is not UTF-8 \(byte 0xff\)"),
+        (bad, ValueError, r"bad\.txt is not UTF-8 \(byte 0xff\)"),
     ]:
         made = CreateOptions(text_files=(text_file, path), output_dir=tmp_path / "t5", **SIZES)
         with pytest.raises(error, match=message):
@@ -279,7 +280,9 @@ def test_only_what_the_command_wrote_is_replaced(text_file, tmp_path):
     with pytest.raises(ValueError, match=r"already holds a backbone; replace it with --overwrite"):
         create_backbone(made)
     (output_dir / "notes.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds more than this command wrote, for .* notes\.md;"):
+    with pytest.raises(
+        ValueError, match=r"holds files that this command did not write, for .* notes\.md;"
+    ):
         create_backbone(again)
     assert (output_dir / "model.safetensors").read_bytes() == before
     (output_dir / "notes.md").unlink()
@@ -287,10 +290,10 @@ def test_only_what_the_command_wrote_is_replaced(text_file, tmp_path):
     assert (output_dir / "model.safetensors").read_bytes() != before
     assert sorted(path.name for path in output_dir.iterdir()) == FILES
     (output_dir / "create.json").unlink()
-    with pytest.raises(ValueError, match="holds files, and no backbone of this command"):
+    with pytest.raises(ValueError, match="holds files, but no backbone that this command wrote"):
         create_backbone(again)
     assert [path.name for path in tmp_path.iterdir()] == ["t5"]
-    with pytest.raises(ValueError, match=r"text\.txt: is a file, not a folder"):
+    with pytest.raises(ValueError, match=r"text\.txt is a file, not a folder"):
         create_backbone(dataclasses.replace(made, output_dir=text_file))
 
 

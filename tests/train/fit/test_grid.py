@@ -226,7 +226,7 @@ def test_a_run_that_diverges_leaves_the_others_alone(tiny_backbone, files, tmp_p
         ({"seeds": "1,2", "seed": 3}, "--seed and --seeds contradict each other"),
         ({"seeds": "-1,2"}, "seed=-1 must be from 0 to"),
         ({"train-sizes": "0,2"}, "train_size=0 must be at least 1"),
-        ({"seeds": "1,2", "mesh": "data=1"}, "--mesh is for one run, not for --seed"),
+        ({"seeds": "1,2", "mesh": "data=1"}, "--mesh works with one run, not with --seed"),
     ],
 )
 def test_bad_flags(flags, message, tiny_backbone, files, tmp_path, capsys):

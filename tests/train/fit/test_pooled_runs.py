@@ -131,7 +131,7 @@ def test_a_bank_of_one_pooling(runs, mean_backbone, files, tmp_path, capsys):
     told = refusal(
         capsys, "predict", "--adapter", other, "--input", source, "--output", tmp_path / "x.jsonl"
     )
-    assert "must share their pooling: seed-0 has 'mean', seed-1 has 'first'" in told
+    assert "must share their pooling: seed-0 has 'mean', but seed-1 has 'first'" in told
 
 
 def test_adapters_of_before_are_read_as_before(mean_backbone, tiny_backbone, files, tmp_path):

@@ -107,7 +107,7 @@ def test_a_folder_of_others_is_refused_and_stays(name, flag, options):
     ("content", "message"),
     [
         ("[]", "a JSON object, not a list"),
-        ("[" * 100_000, "brackets are too deep"),
+        ("[" * 100_000, "brackets are nested more than 64 deep"),
         ('{"backbone": "', "not valid JSON"),
         ("\udce9", "not UTF-8"),
         ('{"project": "thesis"}', "it has no backbone"),
@@ -133,7 +133,7 @@ def test_a_record_that_is_damaged_or_of_others(content, message, flag, options):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format_version", 2, "is of format_version 2"),
+        ("format_version", 2, "has format_version 2"),
         ("format_version", True, "format_version=True must be a whole number"),
         ("writes", "log.csv", "writes='log.csv' must be a list"),
         ("inputs", {"--backbone": []}, "inputs="),
@@ -215,10 +215,10 @@ def test_nothing_behind_a_link_is_removed(name, options, tmp_path):
     (folder / name).rename(elsewhere)
     (folder / name).symlink_to(elsewhere)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="is a link, and nothing behind a link") as error:
+    with pytest.raises(ValueError, match="is a symbolic link, and its target is never") as error:
         check_run_folder(dataclasses.replace(options, overwrite=True))
     assert str(folder / name) in told(error)
-    with pytest.raises(ValueError, match="is a link"):
+    with pytest.raises(ValueError, match="is a symbolic link"):
         open_run(dataclasses.replace(options, overwrite=True))
     assert contents(tmp_path) == before
     if name == "checkpoints":  # on a larger disk: a run goes on there
@@ -301,7 +301,10 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(folders.fcntl, "flock", refuse)
     with alone(tmp_path):
-        assert "has no locks: let no other run work there" in capsys.readouterr().out
+        assert (
+            "does not support locks; make sure that no other run works there"
+            in capsys.readouterr().out
+        )
 
 
 def test_a_second_run_in_a_folder_is_refused(options, capsys):
@@ -352,7 +355,8 @@ def test_a_comparison_in_a_folder_of_others(names, options, tmp_path, capsys):
     with pytest.raises(ValueError, match="is not empty and holds no comparison") as error:
         runs._check_folder(given)
     told(error)
-    put(given.output_dir, "runs/custom/all/lora/seed-0/flags.json")  # of before it had a record
+    # Written before runs had a record.
+    put(given.output_dir, "runs/custom/all/lora/seed-0/flags.json")
     runs._check_folder(given)
     data = given.output_dir / "runs" / "train.csv"
     put(given.output_dir, "runs/train.csv")
@@ -395,7 +399,7 @@ def test_inputs_that_changed_are_named(options, tmp_path):
         check_run_folder(resume)
         with open(path, "a") as file:
             file.write("x")
-        with pytest.raises(ValueError, match=r"was begun with other data, or another") as error:
+        with pytest.raises(ValueError, match=r"was started with other data or another") as error:
             check_run_folder(resume)
         assert message in told(error)
 
@@ -462,7 +466,7 @@ def test_no_room_is_found_before_training(options, monkeypatch):
     job = dataclasses.replace(job, learners=(learner,))
     usage = type(shutil.disk_usage(options.backbone))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 3 * 10**6))
-    with pytest.raises(OSError, match=r"has 3.0 MB free, and .* takes 4.0 MB; make room"):
+    with pytest.raises(OSError, match=r"has 3.0 MB free, but .* takes 4.0 MB; make room"):
         fit_run.check_room([job])
     # What is replaced makes room.
     folder = of_before(options)

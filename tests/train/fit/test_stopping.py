@@ -158,7 +158,7 @@ def test_a_failure_of_the_first_process_ends_the_others(monkeypatch):
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     distributed.of_first(refuse)  # not called
     monkeypatch.setattr(distributed, "any_of", lambda _: True)
-    with pytest.raises(ValueError, match="the first process does not begin the run"):
+    with pytest.raises(ValueError, match="the first process did not begin the run"):
         distributed.of_first(refuse)
 
 
@@ -167,7 +167,7 @@ def test_a_failure_of_the_first_process_ends_the_others(monkeypatch):
 
 def test_checkpoints_of_another_run_are_not_taken(saved):
     for run_id in ("other", None):
-        with pytest.raises(ValueError, match=r"3 is a checkpoint of another run") as error:
+        with pytest.raises(ValueError, match=r"3 is not a checkpoint of the run") as error:
             restored(saved, run_id)
         assert len(str(error.value)) <= 500
     assert names(saved) == ["1", "2", "3"]
@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_set_aside(tmp_path):
     assert names(tmp_path) == ["1", "2.unreadable-0", "3.unreadable-0", "4.unreadable-0"]
     assert "its progress: epoch='xx" in notes[0]
     assert "its progress has new, which this version of the package does not know" in notes[1]
-    assert "brackets are too deep" in notes[2]
+    assert "brackets are nested more than 64 deep" in notes[2]
     assert max(map(len, notes)) <= 500
     with Checkpoints(tmp_path, keep=4) as checkpoints:  # which goes on beside them
         assert checkpoints.restore(STATE, notes.append).step == 1
@@ -225,7 +225,7 @@ def without(path, text):
 
 
 DAMAGES = {
-    "removed": ("log.csv", lambda path: path.unlink(), "step 1 is not where it should be"),
+    "removed": ("log.csv", lambda path: path.unlink(), "step 1 is not in its place"),
     "begins late": ("log.csv", lambda path: without(path, "1,0.5,0.001,1.0,,\n"), "step 1 is"),
     "lacks a step": ("log.csv", lambda path: without(path, "2,0.5,0.001,1.0,,\n"), "step 2 is"),
     "a step twice": (

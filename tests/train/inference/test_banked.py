@@ -167,7 +167,7 @@ def test_texts_that_a_t5_writes(tiny_t5, tmp_path, capsys):
     capsys.readouterr()
     source = tmp_path / "in.jsonl"
     flags = ["--adapter", folder, "--input", source, "--output", tmp_path / "o.csv", "--logits"]
-    assert "generated text, which has none" in refusal(capsys, "predict", *flags)
+    assert "--logits needs a task with labels" in refusal(capsys, "predict", *flags)
 
 
 def test_a_csv_keeps_its_columns(adapters, tmp_path):
@@ -186,7 +186,7 @@ def test_a_csv_keeps_its_columns(adapters, tmp_path):
     [
         (
             [{"adapter": "none", "sentence": "good"}, {"adapter": "seed-7", "sentence": "good"}],
-            "names adapters that there are not: none, seed-7; there are seed-0, seed-1, three",
+            "names adapters that do not exist: none, seed-7; use seed-0, seed-1, three",
         ),
         ([{"sentence": "good"}], "no column 'adapter'"),
         ([], "is empty (0 bytes)"),
@@ -258,7 +258,7 @@ def test_adapters_that_do_not_go_together(adapters, tmp_path, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     flags = ["--adapter", folder, "--input", source, "--output", tmp_path / "out.jsonl"]
     before = settings["max_length"]
-    message = f"must share their max_length: seed-0 has {before}, three has 32"
+    message = f"must share their max_length: seed-0 has {before}, but three has 32"
     assert message in refusal(capsys, "predict", *flags)
 
 

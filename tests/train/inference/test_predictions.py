@@ -241,12 +241,17 @@ def test_values_of_other_types_in_csv(tmp_path):
 def test_records_that_a_table_would_change_are_refused(tmp_path):
     parquet, text = tmp_path / "out.parquet", tmp_path / "out.csv"
     for path, first, second, problem in [
-        (parquet, {"n": 1}, {"n": "one"}, "do not fit in parquet: Table schema does not match"),
-        (parquet, {"n": 1}, {"n": 1.5}, "do not fit in parquet: Table schema does not match"),
-        (parquet, {"n": {"a": 1}}, {"n": {"b": 1}}, "do not fit in parquet: Table schema"),
-        (parquet, {"n": 1}, {"n": 2**70}, "do not fit in parquet: "),
-        (parquet, {"n": 1}, {"m": 1}, "column 'm' is not in the first rows; write .jsonl instead"),
-        (text, {"n": 1}, {"m": 1}, "column 'm' is not in the first rows; write .jsonl instead"),
+        (
+            parquet,
+            {"n": 1},
+            {"n": "one"},
+            "cannot be stored as parquet: Table schema does not match",
+        ),
+        (parquet, {"n": 1}, {"n": 1.5}, "cannot be stored as parquet: Table schema does not match"),
+        (parquet, {"n": {"a": 1}}, {"n": {"b": 1}}, "cannot be stored as parquet: Table schema"),
+        (parquet, {"n": 1}, {"n": 2**70}, "cannot be stored as parquet: "),
+        (parquet, {"n": 1}, {"m": 1}, "the first rows have no column 'm'; write .jsonl instead"),
+        (text, {"n": 1}, {"m": 1}, "the first rows have no column 'm'; write .jsonl instead"),
     ]:
         with pytest.raises(ValueError, match=problem):
             write_all(path, [[first], [second]])
@@ -330,7 +335,9 @@ def test_columns_that_exist_already(tmp_path, name):
     if name == "logits":
         assert predict_file(source, tmp_path / "fine.csv", predict, label_names=NAMES) == 1
     message = refusal(source, tmp_path / "out.csv", never, write_logits=True)
-    assert message.startswith(f"{source}: already has a column {name!r}, which predictions need")
+    assert message.startswith(
+        f"{source} already has a column {name!r}, which is reserved for predictions"
+    )
 
 
 def test_output_that_cannot_be_written(source, tmp_path):
@@ -339,7 +346,7 @@ def test_output_that_cannot_be_written(source, tmp_path):
     assert "unsupported file type '.txt'" in refusal(source, tmp_path / "out.txt", never)
     folder = tmp_path / "folder.csv"
     folder.mkdir()
-    assert refusal(source, folder, never) == f"{folder}: is a directory, not a file"
+    assert refusal(source, folder, never) == f"{folder} is a directory, not a file"
 
 
 def test_output_folder_without_permission(source, tmp_path, monkeypatch):
@@ -348,9 +355,7 @@ def test_output_folder_without_permission(source, tmp_path, monkeypatch):
 
     target = tmp_path / "out.csv"
     monkeypatch.setattr(type(target), "open", refuse)
-    with pytest.raises(
-        ValueError, match=r"out\.csv: cannot write to its folder: Permission denied"
-    ):
+    with pytest.raises(ValueError, match=r"out\.csv cannot be written: Permission denied"):
         predict_file(source, target, never, label_names=NAMES)
 
 
@@ -363,8 +368,11 @@ def test_bad_rows_leave_the_old_output(tmp_path):
         ('{"text": "x"}', "row 3: sentence is missing (null)"),
         ('{"sentence": 3}', "row 3: sentence is int, not text"),
         ('{"sentence": "12345678"}', "row 3: sentence has 8 characters, over the limit of 7"),
-        ('{"sentence": "a"', "line 3: not JSON"),
-        ('{"sentence": "a", "sentence2": "b"}', "a sentence2 after row 2, but none before"),
+        ('{"sentence": "a"', "line 3 is not valid JSON"),
+        (
+            '{"sentence": "a", "sentence2": "b"}',
+            "the rows after row 2 have a sentence2, but the rows before have none",
+        ),
         ('{"sentence": "a", "prediction": "b"}', "already has a column 'prediction'"),
     ]:
         source.write_text(good + good + bad + "\n")
@@ -376,16 +384,16 @@ def test_bad_rows_leave_the_old_output(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     target = tmp_path / "out.csv"
-    assert refusal(tmp_path / "none.csv", target, never).endswith("none.csv: no such file")
+    assert refusal(tmp_path / "none.csv", target, never).endswith("none.csv does not exist")
     for content, problem in [
         (b"", "is empty (0 bytes)"),
         (b"sentence\n", "has no rows"),
-        (b"text,id\na,1\n", "no column 'sentence'; its columns are text, id"),
+        (b"text,id\na,1\n", "has no column 'sentence'; its columns are text, id"),
         (b"sentence\ncaf\xe9\n", "is not UTF-8 (byte 0xe9); convert it to UTF-8"),
     ]:
         source = tmp_path / "in.csv"
         source.write_bytes(content)
-        assert refusal(source, target, never) == f"{source}: {problem}"
+        assert refusal(source, target, never) == f"{source} {problem}"
 
 
 def test_logits_are_checked(source, tmp_path):

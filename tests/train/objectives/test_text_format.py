@@ -142,10 +142,10 @@ def test_label_tokens_end_with_the_end(tokenizer):
             ("映画", "音楽"),
             "cannot tell the labels '映画' and '音楽' apart: their tokens are [27, 2, 1]",
         ),
-        (("good", "good  "), "the labels 'good' and 'good  ' differ in white space alone"),
+        (("good", "good  "), "the labels 'good' and 'good  ' differ only in white space"),
         (("good", "good</s> film"), "tokens are [13, 1] and [13, 1, "),
         (("good", "a very very very good film"), "1 labels are longer than max_target_length=4"),
-        (("good", ""), "row 2: the tokenizer makes no tokens of the label ''"),
+        (("good", ""), "row 2: the tokenizer returns no tokens for the label ''"),
     ],
 )
 def test_labels_that_do_not_do(tokenizer, names, message):
@@ -175,7 +175,9 @@ def test_tokenize_texts_ends_cuts_and_counts(tokenizer):
 
 
 def test_texts_without_tokens_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="row 2: the tokenizer makes no tokens of the input ''"):
+    with pytest.raises(ValueError, match="row 2: the tokenizer returns no tokens for the input ''"):
         data_tokens.tokenize_texts(["good", ""], tokenizer, 4, what="input")
-    with pytest.raises(ValueError, match="a longest target of 1 tokens holds no word; use 2"):
+    with pytest.raises(
+        ValueError, match="a maximum target length of 1 tokens leaves no room for a word; use 2"
+    ):
         data_tokens.tokenize_texts(["good"], tokenizer, 1, what="target")

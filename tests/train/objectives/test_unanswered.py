@@ -69,7 +69,8 @@ def official(predictions, answers):
 @pytest.mark.parametrize(
     ("predictions", "answers"),
     [
-        (["", "good", "the"], [[], [], []]),  # no answer, another than none, nothing but an article
+        # No answer, an answer where there is none, and only an article.
+        (["", "good", "the"], [[], [], []]),
         (["film", "", "A!"], [["film"], ["film"], []]),
         (["a", "the film"], [["the", "film"], []]),  # an answer of which nothing is left
         (["good film", "bad"], [["very good film", "plot"], []]),
@@ -177,9 +178,9 @@ def test_an_empty_target_is_the_end_alone(tiny_t5):
     encoded = tokens.tokenize_texts(texts, tokenizer, 8, what="target", may_be_empty=True)
     assert encoded.offsets.tolist() == [0, 1, 3]
     assert encoded.ids[0] == tokenizer.eos_token_id
-    with pytest.raises(ValueError, match="row 1: the tokenizer makes no tokens of the target"):
+    with pytest.raises(ValueError, match="row 1: the tokenizer returns no tokens for the target"):
         tokens.tokenize_texts(texts, tokenizer, 8, what="target")
-    with pytest.raises(ValueError, match="row 1: the tokenizer makes no tokens of the target"):
+    with pytest.raises(ValueError, match="row 1: the tokenizer returns no tokens for the target"):
         tokens.tokenize_texts(["\u200b"], tokenizer, 8, what="target", may_be_empty=True)
 
 
@@ -228,7 +229,7 @@ REFUSED = {
     "an answer without a place": (
         "squad",
         text_of("answers", {"text": ["it"], "answer_start": []}),
-        "squad, train, row 2 of squad: 1 answers and 0 places (answer_start)",
+        "squad, train, row 2 of squad: 1 answers, but 0 positions in answer_start",
     ),
     "a question that is null": ("squad", text_of("question", None), "row 2: question is missing"),
     "a context that is null": ("squad", text_of("context", None), "row 2: context is missing"),
@@ -293,7 +294,9 @@ def test_sides_of_a_translation_that_are_null_or_blank_are_left_out(tmp_path, ca
         assert "1 of 6 rows have an empty text and are left out" in capsys.readouterr().out
     task = find("wmt16-ro-en")
     some = {"translation": [{"ro": "a", "en": "b"}, {"ro": "c", "en": ""}]}
-    with pytest.raises(ValueError, match="row 2 of wmt16-ro-en has nothing in 'en', and others"):
+    with pytest.raises(
+        ValueError, match="row 2 of wmt16-ro-en has no text in 'en', but other rows"
+    ):
         task.for_decoder(some)
     table = pa.table({"translation": [{"de": "a", "en": "b"}]})
     with pytest.raises(ValueError, match="row 1 of wmt16-ro-en has no 'ro'; it has de, en"):
@@ -304,5 +307,5 @@ def test_a_split_with_nothing_to_halve_is_said(tmp_path):
     hub_data.write(tmp_path, "rte", validation=1)
     with pytest.raises(ValueError, match="rte has 1 rows or questions, too few for --split-prot"):
         load_task("rte", data_dir=tmp_path, split_protocol="paper")
-    with pytest.raises(ValueError, match="no split of rte was asked for; there are train, valid"):
+    with pytest.raises(ValueError, match="no split of rte was selected; use one of train, valid"):
         load_task("rte", data_dir=tmp_path, splits=[])

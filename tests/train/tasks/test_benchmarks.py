@@ -341,7 +341,7 @@ def test_inputs_of_squad_and_translation():
     sentences = {"sentence": ["the film"]}
     assert translation.named(sentences) is sentences
     assert inputs_of(translation, sentences) == ["translate English to Romanian: the film"]
-    with pytest.raises(ValueError, match="row 1 of wmt16-en-ro has nothing in 'en'"):
+    with pytest.raises(ValueError, match="row 1 of wmt16-en-ro has no text in 'en'"):
         translation.for_decoder({"translation": [{"ro": "filmul"}]})
 
 
@@ -386,7 +386,9 @@ def test_prompts_start_from_the_inputs_of_a_benchmark(folder):
 def test_an_adapter_of_an_unknown_benchmark(tiny_backbone):
     _, model = adapted(tiny_backbone)
     settings = {"kind": "classification", "max_length": 8, "benchmark": {"name": "anli"}}
-    with pytest.raises(ValueError, match="was trained on 'anli', of which this version knows"):
+    with pytest.raises(
+        ValueError, match="was trained on 'anli', which this version of the package does not have"
+    ):
         objectives.from_settings(settings, model, None)
 
 
@@ -410,10 +412,10 @@ def test_columns_that_a_benchmark_cannot_read():
         (
             "mnli",
             {"sentence": ["a"]},
-            "rows of mnli need premise, hypothesis, and have no 'premise'",
+            "rows of mnli need premise, hypothesis, but have no 'premise'",
         ),
-        ("wic", pair, "rows of wic need sentence1, sentence2, word, and have no 'sentence1'"),
-        ("squad", {"question": ["a"]}, "rows of squad need question, context, and have no 'cont"),
+        ("wic", pair, "rows of wic need sentence1, sentence2, word, but have no 'sentence1'"),
+        ("squad", {"question": ["a"]}, "rows of squad need question, context, but have no 'cont"),
     ]:
         with pytest.raises(ValueError, match=missing):
             benchmarks.find(name).named(rows)

@@ -136,7 +136,7 @@ def test_labels_with_unknown_characters_are_told_of():
 def test_scores_that_the_tokenizer_cannot_write_are_refused():
     tokenizer = tokenizer_of("T5")  # it has no sign
     text_format.check_scores(["0.4", "12", "0.4"], tokenizer)
-    with pytest.raises(ValueError, match=r"writes the score '-0\.4' as '0\.4', so that no decoder"):
+    with pytest.raises(ValueError, match=r"writes the score '-0\.4' as '0\.4', so no decoder"):
         text_format.check_scores(["0.4", "-0.4"], tokenizer)
 
 
