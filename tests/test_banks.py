@@ -1,4 +1,4 @@
-"""Banks made of saved adapters, and members that are put in and taken out."""
+"""Builds banks from saved adapters, and takes members out and puts them in."""
 
 import functools
 import types
@@ -29,7 +29,7 @@ from tests.hosts import PLUS_PLUS, assert_same, run
 
 
 def bert(labels=2, **settings):
-    """Of any number of labels, with the same weights below the head."""
+    """Returns a classifier with any number of labels; the weights below the head are the same."""
     make = functools.partial(Bert, ONE_LAYER, head="sequence_classification")
     own = backbone_of(make(num_labels=labels, **settings))
     params = {**backbone_of(make()).params, "classifier": own.params["classifier"]}
@@ -38,7 +38,7 @@ def bert(labels=2, **settings):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of three adapters with 2, 4 and 3 labels, and what is in them."""
+    """Saves adapters with 2, 4 and 3 labels; returns their folders and contents."""
     folder = tmp_path_factory.mktemp("adapters")
     alone = []
     for seed, labels in enumerate((2, 4, 3)):
@@ -75,7 +75,7 @@ def test_labels_that_a_member_lacks_have_no_probability(saved):
 
 
 def of_weights(members, own, weights):
-    """A bias mixed in float64, a label that a member with a weight lacks without probability."""
+    """Mixes a bias in float64; a label that a weighted member lacks gets no probability."""
     lacking = members == NO_LABEL
     mixed = weights @ np.where(lacking, 0, members)
     mixed += (1 - weights.sum()) * np.where(own == NO_LABEL, 0, own)
@@ -85,14 +85,14 @@ def of_weights(members, own, weights):
 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_labels_of_a_mixture(narrow):
-    """Softmax weights, whose sum is 1 but for rounding, on a backbone of two labels or of four."""
+    """Uses softmax weights, which sum to 1 up to rounding, on a backbone of two or four labels."""
     rng = np.random.default_rng(0)
     members, own = rng.standard_normal((3, 4)).astype(np.float32), np.float32(rng.random(4))
     for row, labels in ((members[0], 2), (members[2], 3), (own, 2 if narrow else 4)):
         row[labels:] = NO_LABEL
     weights = np.array(jax.nn.softmax(jnp.float32(3 * rng.standard_normal((40, 3)))))
     weights[0], weights[1], weights[2], weights[3] = [0, 1, 0], [0, 0, 0], [0, 2, -1], [0, 0.5, 0]
-    # Rounded so that their sum is never 1.
+    # Rounded, so that their sum is never exactly 1.
     weights[20:, 0] += np.float32(1e-6)
     bank, occupied = Bank(PLUS_PLUS, size=3), jnp.ones(3, bool)
     found = routing.Routing(bank, occupied, mix=jnp.asarray(weights)).choose(members, own)
@@ -121,7 +121,7 @@ def test_labels_of_an_average(weights):
 
 @pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1 / 3, 1 / 3, 1 / 3)])
 def test_an_average_on_a_backbone_with_fewer_labels(weights):
-    """Sums of weights are rounded, too."""
+    """The sums of these weights are rounded, too."""
     members = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
     own = jnp.array([1, 2, NO_LABEL, NO_LABEL])
     method = Average(PLUS_PLUS, PLUS_PLUS, PLUS_PLUS, weights=weights)
@@ -131,7 +131,7 @@ def test_an_average_on_a_backbone_with_fewer_labels(weights):
 
 
 def test_a_mixture_on_a_backbone_with_fewer_labels():
-    """It is that on a backbone with as many as the members, which have no part in it."""
+    """The result equals that on a backbone with as many labels as the members."""
     alone = [trained_alone(bert(4), PLUS_PLUS, seed) for seed in (1, 2, 3)]
     mix = np.array(jax.nn.softmax(jnp.float32(np.random.default_rng(1).standard_normal((4, 3)))))
 
@@ -161,7 +161,7 @@ def test_the_backbone_is_hashed_once(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "hash_params", lambda params: hashed.append(1) or once(params))
     stack_adapters(folders, bert())
     assert len(hashed) == 1
-    stack_adapters([*folders, *saved[0]], bert())  # of other labels, too
+    stack_adapters([*folders, *saved[0]], bert())  # with other numbers of labels
     assert len(hashed) == 2
 
 
@@ -172,7 +172,7 @@ def test_a_bank_on_disk(saved, tmp_path):
     loaded_model, loaded = load_adapter(tmp_path, bert(4))
     assert loaded_model == model
     assert_same(loaded, params)
-    # A head is of 12 weights and a bias for each label.
+    # A head has 12 weights and a bias for each label.
     single = count(alone[1][1], label_params(alone[1][1], PLUS_PLUS)).trained
     assert count(params, label_params(params, model.method)).trained == 3 * single
 

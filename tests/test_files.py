@@ -1,4 +1,4 @@
-"""The one reader of JSON, the one of safetensors, and the atomic writer."""
+"""Tests the reader of JSON, the reader of safetensors, and the atomic writer."""
 
 import json
 import os
@@ -192,7 +192,7 @@ def test_a_new_file_has_the_mode_of_other_new_files(tmp_path):
 
 
 def test_an_error_leaves_the_file_and_names_it(tmp_path):
-    path = tmp_path / ("n" * 250)  # as long as file systems allow, nearly
+    path = tmp_path / ("n" * 250)  # nearly the longest name that file systems allow
     path.write_text("old")
     with pytest.raises(OSError, match="disk") as caught, files.replace_file(path) as temporary:
         raise OSError(28, "disk full", str(temporary))

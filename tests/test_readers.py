@@ -1,4 +1,4 @@
-"""What is read: limits before anything is built, types of weights, patterns; and saving at once."""
+"""Tests the readers of files: limits, types of weights, patterns; and concurrent saving."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def adapters(backbone):
-    """Two sets of parameters of one adapter."""
+    """Returns a model and two sets of parameters for it."""
     model = cj.Adapted(backbone.module, LORA)
     own = flatten_dict(backbone.params, sep="/")
     shapes = adapted_shapes(model)
@@ -57,7 +57,7 @@ def edit(path, **changes):
 
 
 def refused(read, *args):
-    """The one short line with which it is."""
+    """Returns the message of the error, which must be one short line."""
     with pytest.raises((ValueError, OSError)) as caught:
         read(*args)
     message = str(caught.value)
@@ -70,7 +70,7 @@ def refused(read, *args):
 
 
 def test_an_adapter_that_an_earlier_release_saved_is_read(tmp_path):
-    """Its weights have no hash in their name, and its configuration no field that names them."""
+    """Its weights have no hash in their name, and its configuration does not name them."""
     folder = RECORDED / "adapter"
     assert "weights" not in cj.read_adapter_config(folder)
     backbone = cj.load_backbone(RECORDED / "backbone", head="sequence_classification", num_labels=2)
@@ -80,7 +80,7 @@ def test_an_adapter_that_an_earlier_release_saved_is_read(tmp_path):
     assert stored.keys() <= found.keys()
     for path, leaf in stored.items():
         np.testing.assert_array_equal(found[path], leaf)
-    # Saved again in its own folder, it takes the place of the earlier files.
+    # Saved again in its own folder, the adapter replaces the earlier files.
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     cj.save_adapter(tmp_path, model, params)
@@ -150,7 +150,7 @@ def test_only_weights_that_the_configuration_named_are_removed(tmp_path, adapter
     before = weights_of_config(folder)
     cj.save_adapter(folder, model, both[1])
     assert not before.exists()
-    # A configuration that names something else is refused, and names nothing to remove.
+    # A configuration that names another file is refused, and that file is not removed.
     for name in ("../adapter.safetensors", "notes.txt", "adapter-0123456789ABCDEF.safetensors", 5):
         edit(folder / "adapter_config.json", weights=name)
         assert "weights=" in refused(cj.read_adapter_config, folder)
@@ -191,7 +191,7 @@ def test_weights_that_killed_saves_left_are_removed_by_the_next(
 ):
     model, both = adapters
     cj.save_adapter(tmp_path, model, both[0])
-    # Neither is ours: one is in no log, the other has a name that a log may not have.
+    # Files of others: one is in no log, and the name of the other is not allowed in a log.
     mine = {tmp_path / "adapter-0123456789abcdef.safetensors", tmp_path / "adapter.safetensors"}
     for path in mine:
         path.write_bytes(b"mine")
@@ -200,7 +200,7 @@ def test_weights_that_killed_saves_left_are_removed_by_the_next(
         killed = {**both[1], "classifier": {**both[1]["classifier"], "bias": bias}}
         save_and_die(monkeypatch, renames, is_done, tmp_path, model, killed)
         cj.load_adapter(tmp_path, backbone)
-        # Beside those in use, weights of one save at most, whole or begun.
+        # In addition to the files in use, at most one complete or partial file of weights remains.
         assert len(list(tmp_path.glob("*.safetensors*"))) <= len(mine) + 2
     cj.save_adapter(tmp_path, model, both[1])
     cj.load_adapter(tmp_path, backbone)
@@ -210,7 +210,7 @@ def test_weights_that_killed_saves_left_are_removed_by_the_next(
 
 
 def save_and_die(monkeypatch, renames, is_done, *arguments):
-    """Saves as a process that is killed at a rename: what comes after does not happen."""
+    """Saves like a process that is killed at a rename: all later operations are skipped."""
     replace, unlink, count = Path.replace, Path.unlink, [0]
 
     def replace_or_die(path, target):
@@ -251,7 +251,7 @@ def test_a_log_of_somebody_else_removes_nothing_of_his(tmp_path, adapters):
 
 
 def test_without_a_lock_nothing_is_logged_or_tidied(tmp_path, monkeypatch, adapters):
-    """Weights in the log might be of a process that saves just now."""
+    """Weights in the log could belong to another process that is saving at this moment."""
     model, both = adapters
     cj.save_adapter(tmp_path, model, both[0])
     other = tmp_path / "adapter-00000000000000aa.safetensors"
@@ -294,7 +294,7 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
 
 
 def resaved(folder, change):
-    """Changes an adapter's tensors, with the hash that they have then."""
+    """Changes the tensors of an adapter, and updates their hash."""
     path = weights_of(folder)
     tensors = {name: change(leaf) for name, leaf in safetensors.numpy.load_file(path).items()}
     data = safetensors.numpy.save(tensors)
@@ -320,7 +320,7 @@ def test_other_floating_types_become_the_models(tmp_path, adapters, backbone, dt
         (lambda leaf: leaf > 0, "has dtype BOOL"),
         (lambda leaf: np.full_like(leaf, np.nan), "numbers that are NaN or infinite"),
         (lambda leaf: np.full_like(leaf, -np.inf), "numbers that are NaN or infinite"),
-        # A number that only float64 has.
+        # A number that only float64 can represent.
         (
             lambda leaf: np.full(leaf.shape, 1e300),
             "too large for float32, which holds 3.40",
@@ -374,7 +374,7 @@ def test_a_configuration_is_checked_before_its_module_is_made(tmp_path, changes,
 
 
 def test_other_names_of_a_field_are_checked_too():
-    """transformers' T5 calls `d_model` hidden_size as well."""
+    """The T5 configuration of transformers also calls `d_model` hidden_size."""
     import transformers
 
     config = transformers.T5Config()

@@ -1,4 +1,4 @@
-"""Trees that are not a model's parameters: refused by all that would write or merge them."""
+"""Trees that do not fit the model are refused by all functions that write or merge them."""
 
 import types
 
@@ -56,7 +56,7 @@ def without(params, *ends):
     return unflatten_dict({p: x for p, x in flat.items() if not p.endswith(ends)}, sep="/")
 
 
-# A tree made of the right one, and what is said of it.
+# A change of the right tree, and the message.
 WRONG = {
     "wrapped": (lambda p: {"params": p}, r'params is \{"params": …\}, .* give params\["params"\]'),
     "all variables": (lambda p: {"params": p, "cache": {}}, r'give params\["params"\]'),
@@ -78,7 +78,7 @@ WRONG = {
         r"of another shape: classifier/kernel has shape \(12, 3\), not \(12, 2\); give",
     ),
 }
-REPLICATED = (1, 3)  # of one device, and of three or of as many seeds
+REPLICATED = (1, 3)  # of one device, and of three devices or seeds
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -132,7 +132,7 @@ def test_parameters_of_a_deeper_model_are_refused(params):
 
 @pytest.mark.parametrize(
     ("method", "copies"),
-    # As many copies as a kernel has rows, of what could be broadcast to it by mistake.
+    # As many copies as a kernel has rows; they could be broadcast to it by mistake.
     [(cj.preset("lora"), WIDTH), (cj.IA3Config(), WIDTH), (cj.preset("intrinsic", dimension=9), 1)],
     ids=["lora", "ia3", "intrinsic"],
 )

@@ -1,4 +1,4 @@
-"""Banks and compositions: against each adapter alone, and against NumPy in float64."""
+"""Compares banks and compositions with each adapter alone, and with NumPy in float64."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ from tests.hosts import COMPACTER, PLUS_PLUS, SITES, Chain, assert_same, run
 
 ROWS = np.concatenate([IDS, IDS[::-1]]), np.concatenate([MASK, MASK[::-1]])
 ADAPTER_IDS = np.array([2, -1, 0, 2])
-# Each preset as small as can be, and a member of every kind.
+# Each preset at its smallest size, and a member of every kind.
 METHODS = {
     "compacter": COMPACTER,
     "compacter, own rules": COMPACTER.replace(shared_phm_rule=False, sites=("feed_forward",)),
@@ -71,7 +71,7 @@ QUICK = ("compacter", "lora", "ia3", "bitfit", "prefix-tuning")
 
 
 def trained_alone(backbone, method, seed, sites=None):
-    """A model of one adapter and parameters as if trained: random where they are trained."""
+    """Returns a model with one adapter, and parameters, which are random if they are trained."""
     model = Adapted(backbone.module, method, sites)
     drawn = flatten_dict(random_tree(adapted_shapes(model), seed), sep="/")
     own = flatten_dict(backbone.params, sep="/")
@@ -94,7 +94,7 @@ def bert(**settings):
 
 
 def output_and_gradient(model, inputs=ROWS):
-    """Function of parameters, cotangent and arguments: the output, and gradients by path."""
+    """Returns a function that computes the output, and the gradients by path."""
 
     @quick_jit
     def both(trained, frozen, cotangent, arguments):
@@ -114,7 +114,7 @@ def output_and_gradient(model, inputs=ROWS):
 
 
 def assert_near(actual, expected, bound=1e-6, message=""):
-    """To float32's rounding, in terms of the largest entry."""
+    """Checks that arrays agree to float32 rounding, relative to the largest entry."""
     scale = max(1, np.abs(expected).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound * scale, err_msg=message)
 
@@ -149,7 +149,7 @@ def test_routing_and_one_hot_mixing_equal_each_row_alone(name):
 
 
 def _check_gradients(model, gradient, alone):
-    """Each member's is that of its rows alone; gradients come through twice as many sums."""
+    """Checks that the gradient of each member is that of its own rows alone."""
     members = cj.compositions.base.members_of(model.method)
     assert gradient
     for path, leaf in gradient.items():
@@ -207,15 +207,15 @@ COMPACT = PLUS_PLUS.replace(train_layer_norms=False)
 
 
 class WideChain(Chain):
-    """Which says how wide its states are, for what is shared between layers."""
+    """A chain that declares its width, which parameters shared between layers need."""
 
     config = types.SimpleNamespace(hidden_size=WIDTH)
 
 
 def chain(method, names, seed=0):
-    """A model of one host, random parameters, and functions of the members in float64.
+    """Returns a model with one host, random parameters, and functions of its members in float64.
 
-    The functions take states to what a member makes of them, and the `down` and `up` of one.
+    The functions map states to the output of a member, and return the `down` and `up` of a member.
     """
     model = Adapted(WideChain(), method, SITES)
     params = random_tree(adapted_shapes(model), seed)
@@ -282,7 +282,7 @@ FOUR_IDS = {"one": np.array([1, -1, 0, 1]), "two": np.array([0, 1, -1, -1])}
 
 
 def of_members(own, method, name, y, ids):
-    """What a bank under a name makes of states, each row by its member alone."""
+    """Returns the output of a bank: each row is computed by its own member alone."""
     rows = [
         y[i] if index < 0 else y[i] + adapter_update(method, own(name, index), y[i])
         for i, index in enumerate(ids)
@@ -319,7 +319,7 @@ def test_an_average_of_banks():
 
 
 def test_banks_beside_each_other():
-    """Each with ids of its own, norms and heads included; and what is no mapping of the banks."""
+    """Two banks in `Parallel` each take their own ids; anything but a mapping is refused."""
     backbone, banks = bert(), (Bank(PLUS_PLUS, size=2), Bank(METHODS["lora"], size=2))
     model = Adapted(backbone.module, Parallel(*banks, names=("one", "two")))
     params = init_adapters(model, backbone, quick_key(0))
@@ -398,7 +398,7 @@ def test_a_mixture_is_the_weighted_sum_of_the_members_outputs():
 
 
 def sizes_of_intermediates(jaxpr):
-    """Of every array that is computed, those of inner programs included."""
+    """Yields the size of every array that is computed, also inside nested programs."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
         for value in jax.tree.leaves(list(equation.params.values())):
@@ -505,7 +505,7 @@ def test_a_backbone_of_int8(name):
 
 
 def narrow(model, params):
-    """The frozen half in eight bits."""
+    """Returns the parameters with the frozen half in eight bits."""
     trained, frozen = partition(params, label_params(params, model.method))
     return merge(trained, cast_frozen(frozen, "int8"))
 
@@ -702,7 +702,7 @@ def test_a_composition_as_json():
 
 
 def entropy_of(weights, table, tokens, mask):
-    """Of a small model with a non-linearity, in float64; `[length, labels]` logits."""
+    """Computes the entropy of a non-linear model in float64; its logits are `[length, labels]`."""
     states = np.tanh(tokens @ np.tensordot(weights[0], table, 1))
     logits = states @ np.tensordot(weights[-1], table, 1)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -775,9 +775,9 @@ def test_each_example_finds_its_mixture_of_a_bank():
     result = minimize_entropy(function, 3, *ROWS, **settings)
     assert (np.diff(result.entropies, axis=1)[:, 0] < 0).all()
     np.testing.assert_allclose(result.weights.sum(-1), 1, rtol=1e-6)
-    # Examples do not see each other.
+    # Each example is optimised independently of the others.
     np.testing.assert_allclose(result.weights[:2], result.weights[3:1:-1], rtol=1e-5)
-    # The logits are those of a call with the weights found.
+    # A call with the optimised weights returns the same logits.
     assert_near(run(model, params, *ROWS, mix=result.weights), result.logits, 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Folders of AdapterHub's `adapters`: what it saves is read, what is written it loads."""
+"""Exchanges folders with AdapterHub's `adapters`: each library reads the files of the other."""
 
 import dataclasses
 import functools
@@ -48,12 +48,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [
-    # It calls T5's blocks as transformers 4.57 did before.
+    # `adapters` calls the blocks of T5 in the way of transformers before 4.57.
     pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated"),
 ]
 
 
-# Sum of float32 roundings in some hundred operations on values of size one.
+# The sum of float32 roundings in some hundred operations on values of order one.
 TOLERANCE = 2e-5
 SMALL = {"reduction_factor": 2, "phm_dim": 3}
 
@@ -70,7 +70,7 @@ BACKBONES = {
 
 
 def hub_model(backbone, cls):
-    """AdapterHub's model of that class (of its own or of transformers) with our weights."""
+    """Returns the model of a class of AdapterHub or of transformers, with our weights."""
     module = backbone.module
     of_bert = isinstance(module, Bert)
     settings = dataclasses.asdict(module.config)
@@ -88,7 +88,7 @@ def hub_model(backbone, cls):
     for name in list(tensors):
         tensors.setdefault(stem + name, tensors[name])
         tensors.setdefault(name.removeprefix(stem), tensors[name])
-    # With adapters a wrapped linear layer is called as it was.
+    # A linear layer that is wrapped by adapters keeps its name.
     tensors = {name: t for name, t in tensors.items() if name in names}
     assert sum(t.numel() for t in tensors.values()) > 1000
     model.load_state_dict(tensors, strict=False)
@@ -104,7 +104,7 @@ CLASSES = {
 
 
 def randomise(model, seed, names=".a."):
-    """Gives every parameter whose name has `names` in it a say."""
+    """Draws values large enough to matter for every parameter whose name contains `names`."""
     generator = torch.Generator().manual_seed(seed)
     seen = 0
     with torch.no_grad():
@@ -151,7 +151,7 @@ def hub_logits(model, inputs):
 
 
 def logits(model, params, inputs):
-    # Not jitted: most operations are those of the test before, compiled already.
+    # Not jitted: the test before has compiled most of the operations already.
     return np.asarray(model.apply({"params": params}, *map(jnp.asarray, inputs)))
 
 
@@ -194,7 +194,7 @@ EVERYWHERE = {
     "prefix tuning": prefixes,
     "MAM": lambda: adapters.MAMConfig(prefixes(flat=True), adapters.ParBnConfig()),
 }
-# What encoder and decoder have in common is tested on BERT.
+# The features that encoder and decoder share are tested on BERT.
 OF_BERT = {
     "own rules": lambda: phm(shared_phm_rule=False),
     "own factorised rules": lambda: phm(shared_phm_rule=False, factorized_phm_rule=True),
@@ -208,7 +208,7 @@ OF_BERT = {
     "no second norm": lambda: bottleneck(original_ln_before=True, original_ln_after=False),
     "no norm": lambda: bottleneck(original_ln_after=False, non_linearity="gelu"),
     "skip from the sum": lambda: bottleneck(original_ln_before=True, residual_before_ln="post_add"),
-    # Without a norm of the adapter's own, it says nothing.
+    # Without a norm of its own, the adapter ignores this setting.
     "skip added before no norm": lambda: bottleneck(adapter_residual_before_ln=True),
     "own norms, scaled": lambda: bottleneck(
         ln_before=True, ln_after=True, scaling=0.7, non_linearity="gelu_new"
@@ -235,7 +235,7 @@ OF_BERT = {
         prefixes(),
     ),
 }
-# Layers 0 and 1 are the encoder's, 2 the decoder's.
+# Layers 0 and 1 belong to the encoder, layer 2 to the decoder.
 OF_T5 = {
     "after cross-attention": lambda: bottleneck(
         cross_adapter=True, original_ln_before=True, scaling=0.5
@@ -297,13 +297,13 @@ def is_tied(model):
 
 
 def loaded_logits(model, folder, inputs):
-    """Those of AdapterHub's model with the one adapter in a folder."""
+    """Returns the logits of AdapterHub's model with the only adapter in a folder."""
     info = {}
     name = model.load_adapter(str(folder), use_safetensors=True, set_active=True, loading_info=info)
-    # Prefixes have a name for each layer that uses them, a tied weight is the embedding's.
+    # Prefixes have one name for each layer that uses them; a tied weight is that of the embedding.
     known = re.compile(r"(.*\.)?prefix_tuning\..*" + (_TIED if is_tied(model) else ""))
     assert not [key for key in info["missing_keys"] if not known.fullmatch(key)]
-    # Of the two names of this bias it knows one.
+    # This bias has two names, and AdapterHub knows only one of them.
     assert set(info["unexpected_keys"]) <= {"cls.predictions.bias"}
     if isinstance(model, adapters.T5AdapterModel) and not model.heads:
         model.add_seq2seq_lm_head(name)
@@ -548,7 +548,7 @@ def test_heads(name, tmp_path):
 
 @pytest.mark.parametrize("family", ["t5", "gated t5"])
 def test_head_of_t5_for_conditional_generation(family, tmp_path):
-    """Which `adapters` saves with the prefixes in the same file."""
+    """`adapters` saves this head in the same file as the prefixes."""
     backbone = BACKBONES[family]
     model = add(hub_model(backbone, "T5ForConditionalGeneration"), prefixes())
     model.save_adapter(str(tmp_path / "saved"), "a")
@@ -590,7 +590,7 @@ def test_head_of_its_own_on_an_untied_t5(tmp_path):
 )
 def test_models_without_a_head(cls, module, tmp_path):
     backbone = backbone_of(module, 8)
-    # The only decoder layer is left out: of an encoder there is no such layer.
+    # The only decoder layer is left out; the encoder has no layer of this index.
     both = union(lora(leave_out=[2]), prefixes(leave_out=[2]))
     model = add(hub_model(backbone, cls), both)
     model.save_adapter(str(tmp_path / "saved"), "a")
@@ -609,7 +609,7 @@ def test_models_without_a_head(cls, module, tmp_path):
 
 
 def saved(folder, config, family="bert", cls=None, **settings):
-    """Saves an adapter; its logits."""
+    """Saves an adapter and returns its logits."""
     backbone = BACKBONES[family]
     model = add(hub_model(backbone, cls or CLASSES[family]), config)
     model.save_adapter(str(folder), "a", **settings)
@@ -646,7 +646,8 @@ def test_bfloat16_is_written_as_float32(tmp_path):
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_what_was_imported_is_saved_and_loaded(family, tmp_path):
-    # With sites of its own on T5, for AdapterHub counts layers through encoder and decoder.
+    # Needs its own sites on T5, since AdapterHub numbers the layers of encoder and decoder
+    # together.
     backbone = BACKBONES[family]
     saved(tmp_path / "hub", phm(leave_out=[1]), family)
     adapted, params = import_adapterhub(tmp_path / "hub", backbone)
@@ -656,7 +657,7 @@ def test_what_was_imported_is_saved_and_loaded(family, tmp_path):
     assert (loaded.method, loaded.sites) == (adapted.method, adapted.sites)
 
 
-# Where the file has what adapters share, and where `adapters` forgets it.
+# Cases in which the file holds the shared parameters, and cases in which `adapters` omits them.
 @pytest.mark.parametrize(
     ("family", "cls", "complete"),
     [
@@ -677,7 +678,7 @@ def test_shared_rule(family, cls, complete, tmp_path):
             ValueError, match=r"has no shared_parameters\.a\.phm_rule, and cannot be"
         ):
             import_adapterhub(tmp_path, backbone)
-        # What the message says to do.
+        # Follows the instructions in the message.
         tensors = torch.load(tmp_path / "pytorch_adapter.bin", weights_only=True)
         for name, tensor in model.shared_parameters["a"].items():
             tensors[f"shared_parameters.a.{name}"] = tensor.detach()
@@ -799,7 +800,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_configurations_without_a_counterpart_are_refused_by_name(name, tmp_path):
-    # Refused before any tensor is read: there is none.
+    # The config is refused before any tensor is read, so there is no file of tensors.
     _, changes, message = REFUSED[name]
     content = full_config(REFUSED[name][0])
     content["config"].update(changes)
@@ -846,7 +847,7 @@ def test_parts_of_t5_that_leave_out_different_layers_of_one_site_are_refused(tmp
 
 
 def of_file(name):
-    """A change of the tensors in a file."""
+    """Makes a change of the file `name` from a function that changes its tensors."""
 
     def decorate(change):
         def run(folder):

@@ -1,4 +1,4 @@
-"""Files of other libraries: what is read, what is refused, and that nothing in them runs."""
+"""Reads files of other libraries, refuses unsafe ones, and checks that no code in them runs."""
 
 import builtins
 import json
@@ -44,7 +44,7 @@ def assert_equal(actual, expected):
 
 
 def to_torch(array):
-    """The same values and type as PyTorch has them."""
+    """Returns the same values as a PyTorch tensor of the same type."""
     import torch
 
     if array.dtype == jnp.bfloat16:
@@ -61,7 +61,7 @@ def test_safetensors_are_read(tmp_path):
 def test_pickled_tensors_are_read(tmp_path, zipped):
     torch = pytest.importorskip("torch")
     tensors = {name: to_torch(array) for name, array in arrays().items()}
-    # Views of another's memory, and what an optimizer steps.
+    # A view of a larger tensor, and a parameter that an optimizer updates.
     tensors["matrix"] = to_torch(np.pad(arrays()["matrix"].T, 1))[1:-1, 1:-1].T
     tensors["brain"] = torch.nn.Parameter(tensors["brain"])
     file = tmp_path / "pytorch_adapter.bin"
@@ -102,7 +102,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
 
 
 class Malicious:
-    """Unpickled without care, it makes a directory."""
+    """An object whose unpickling creates a directory."""
 
     def __init__(self, target):
         self.target = target

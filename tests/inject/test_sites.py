@@ -1,4 +1,4 @@
-"""Where methods can act and where not; tables of sites of other people's modules."""
+"""Tests at which sites methods can act; tables of sites for third-party modules."""
 
 import flax.linen as nn
 import jax
@@ -76,7 +76,7 @@ REFUSED = {
         bottleneck("encoder_key_value"),
         "cannot act at site 'encoder_key_value', .* of the roles output, parallel, join",
     ),
-    # Bottlenecks beside and behind.
+    # Parallel bottlenecks, and bottlenecks after the residual.
     "parallel after": (
         BERT,
         bottleneck("feed_forward", parallel=True),
@@ -134,7 +134,7 @@ REFUSED = {
         cj.LoRAConfig(sites=("logits",)),
         "unknown site 'logits'; T5 has attention",
     ),
-    # Two layers of one module.
+    # Two layers in one module.
     "one projection by two names": (
         BERT,
         cj.LoRAConfig(sites=("attention", "output_projection")),
@@ -271,7 +271,7 @@ def test_prompts_of_tokens_repeat_them(module, length, rows):
 
 
 def test_what_a_combination_trains_and_leaves_out():
-    """Sites that a backbone lacks are passed over, each part has its own layers."""
+    """Sites that a backbone lacks are skipped; each part leaves out its own layers."""
     method = all_of(
         cj.PrefixTuningConfig(**PREFIX, leave_out=(0,)),
         cj.LoRAConfig(leave_out=(1,)),
@@ -293,7 +293,7 @@ def test_what_a_combination_trains_and_leaves_out():
 
 
 def test_layers_left_out_of_new_biases():
-    """The logits belong to no layer, so they are never left out."""
+    """The bias of the logits belongs to no layer, so it is never left out."""
     shapes = adapted_shapes(cj.Adapted(T5, cj.BitFitConfig(leave_out=(0,))))
     paths = [path for path in flatten_dict(shapes, sep="/") if path.endswith("adapter/bias")]
     assert "adapter/bias" in paths
@@ -304,7 +304,7 @@ def test_layers_left_out_of_new_biases():
 
 
 class Mixer(nn.Module):
-    """A linear layer on the mean of the words so far, twice."""
+    """A module that twice applies a linear layer to the running mean of the words."""
 
     sites = {  # noqa: RUF012
         "mix": r"mix_(?P<layer>\d+)",
@@ -330,7 +330,7 @@ MIXED_MASK = np.array([[1, 1, 0, 1], [1, 1, 1, 1]])
 
 
 def mixer(params, ids=MIXED_IDS, mask=MIXED_MASK):
-    """In float64 NumPy, whatever is under the layers' names."""
+    """Computes the model in float64 NumPy, with whatever parameters the layers have."""
     params = {path: np.float64(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     x = params["words/embedding"][ids]
     if (prompt := params.get("words/adapter/prompt")) is not None:

@@ -1,4 +1,4 @@
-"""Presets, values that cannot work, and the way through JSON."""
+"""Tests presets, invalid values, and the conversion to JSON and back."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_round_trip_through_json(name):
 
 
 OF_ALL = {"train_layer_norms": True, "train_head": False, "train_pooler": True}
-# `shift_positions` leaves out no layer.
+# `shift_positions` does not allow `leave_out`.
 UNCHANGED = {"prefix_tuning": ["leave_out"]}
 
 
@@ -312,7 +312,7 @@ def test_overrides_of_a_part():
     prefix, parallel = preset("mam").parts
     expected = (prefix.replace(prefix_length=5), parallel.replace(scaling=2.0))
     assert method == CombinedConfig(parts=expected, train_head=False)
-    # Those of new parts.
+    # The fields of the new parts.
     method = method.replace(parts=(preset("lora"), preset("ia3")), rank=2)
     assert method.parts == (preset("lora", rank=2), preset("ia3"))
 

@@ -1,4 +1,4 @@
-"""Ids that no table has: an error where they are known, NaN where they are traced."""
+"""Ids outside the vocabulary raise an error if they are known, and give NaN if they are traced."""
 
 import dataclasses
 
@@ -122,7 +122,7 @@ def test_the_row_of_a_batch_is_nan_alone():
     run = quick_jit(lambda *inputs: BERT.apply({"params": params}, *inputs).last_hidden_state)
     mask, types_of = np.ones_like(IDS), np.zeros_like(IDS)
     positions = np.broadcast_to(np.arange(5), IDS.shape)
-    mask[:, 3:] = 0  # an id that is hidden is as wrong
+    mask[:, 3:] = 0  # an invalid id is wrong even if the mask hides it
     expected = run(IDS, mask, types_of, positions)
     assert np.isfinite(expected).all()
     for inputs in (
@@ -202,7 +202,7 @@ def test_the_loss_of_a_label_that_does_not_exist_is_nan():
     logits, labels = jnp.zeros((4, 3)), jnp.array([2, 3, -1, -100])
     losses = compute_step.loss_function("classification")(logits, labels)
     np.testing.assert_array_equal(np.isnan(losses), [False, True, True, True])
-    # -100 alone is passed over, and no other negative label.
+    # Only -100 is ignored, not other negative labels.
     likelihoods = compute_step.token_log_likelihoods(logits, labels)
     np.testing.assert_array_equal(np.isnan(likelihoods), [False, True, True, False])
     assert likelihoods[3] == 0

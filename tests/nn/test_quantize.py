@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits: what is stored, what is computed with it, what is refused."""
+"""Tests frozen weights in fewer bits: storage, computation, and refused operations."""
 
 import functools
 
@@ -45,7 +45,7 @@ def bert(method):
 
 
 def felt(params):
-    """The same with adapters that do something: many start at zero."""
+    """Returns the parameters with adapters that have an effect, since many start at zero."""
     generator = np.random.default_rng(0)
 
     def change(path, leaf):
@@ -130,7 +130,7 @@ def test_what_int8_is_for():
         path for path, leaf in frozen.items() if path.endswith("kernel") and leaf is not None
     }
     assert quantized == kernels | {"embeddings/word_embeddings/embedding"}
-    assert len(kernels) == 7  # that of the pooler, too
+    assert len(kernels) == 7  # including that of the pooler
     assert frozen["phm_rule"].dtype == jnp.float32
     assert cj.count(params, labels) == cj.count(cast(params, labels, "int8"), labels)
 

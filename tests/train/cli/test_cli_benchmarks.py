@@ -1,4 +1,4 @@
-"""Benchmarks on the command line: fit, evaluate and predict, with the columns of the hub."""
+"""Runs benchmarks on the command line: fit, evaluate and predict, with the columns of the hub."""
 
 import json
 
@@ -22,7 +22,7 @@ def fit(backbone, folder, name, output, **flags):
 
 
 def refused(capsys, *arguments):
-    """The last line of a command that must fail, behind its progress bar."""
+    """Returns the last line, after the progress bar, of a command that must fail."""
     assert main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err.splitlines()[-1]
 

@@ -1,4 +1,4 @@
-"""Input of the command line that no run can do anything with: one short line, before any work."""
+"""Invalid input of the command line gives one short line before any work begins."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ROOT = Path(command_line.__file__).parents[1]
 
 
 def refused(capsys, *arguments):
-    """The line of a command that must fail with exit code 2."""
+    """Returns the line of a command that must fail with exit code 2."""
     assert main([str(argument) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -315,7 +315,7 @@ print([name for name in slow if name in sys.modules])
 """
 
 
-# A method's file holds its layer, so flags of methods and presets need JAX and Flax.
+# The file of a method contains its layer, so the flags of methods and presets need JAX and Flax.
 OF_METHODS = ["jax", "flax"]
 
 

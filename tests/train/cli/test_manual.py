@@ -1,4 +1,4 @@
-"""The help of the command line: complete, readable, and with examples that work as written."""
+"""Tests the help of the command line: it is complete, readable, and its examples work."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def page(name, width=100):
 
 
 def listed_flags(text):
-    """Flags that have an entry, as argparse spells them."""
+    """Returns the flags that have an entry, in argparse's spelling."""
     spelled = re.findall(r"^  --(\[no-\])?([\w-]+)", text, re.MULTILINE)
     return sorted("--" + name for _, name in spelled)
 
@@ -39,7 +39,7 @@ def test_every_flag_has_one_entry(name, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_entry_is_explained(name):
-    # An entry, up to the next one, the next heading or the end: its flag, then its text.
+    # An entry ends at the next entry, the next heading or the end: first its flag, then its text.
     options = page(name).partition("\nof this command:\n")[2]
     for entry in re.split(r"\n(?=  --)|\n\n\w.*:\n", options):
         assert re.match(r"  --\S+( \S+)*?(  +|\n +)\w", entry), entry
@@ -69,7 +69,7 @@ def test_examples_are_printed_as_one_shell_command(name):
 
 
 def entry(flag):
-    """What the page of fit says of a flag."""
+    """Returns the text about a flag on the page of fit."""
     (text,) = re.findall(rf"^  {flag} (.*(?:\n {{10}}.*)*)", page("fit"), re.MULTILINE)
     return " ".join(text.split())
 
@@ -134,7 +134,7 @@ def test_help_exits_with_zero(flag, capsys):
 
 
 def test_a_reader_that_has_gone_gets_no_traceback():
-    """As with `| head`; of a pipe whose reading end is closed, the first write fails."""
+    """The output of `| head`, say, is closed early, and then the first write fails."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "train", "fit", "--help"]

@@ -1,4 +1,4 @@
-"""What the command line compiles is kept; what cannot be kept fails nothing."""
+"""Compiled programs of the command line are cached, and a cache that fails stops nothing."""
 
 import os
 import subprocess
@@ -112,5 +112,5 @@ def test_jax_finds_what_another_process_compiled(environment):
         return done.stdout, {entry: entry.stat().st_mtime_ns for entry in entries}
 
     first, second = run(), run()
-    assert first == second  # of both the result and what is kept
+    assert first == second  # both the result and the cache entries
     assert first[1]

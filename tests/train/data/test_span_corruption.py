@@ -1,4 +1,4 @@
-"""train.objectives.noise: spans taken out can be put back, and are drawn as T5's were."""
+"""Tests train.objectives.noise: removed spans can be restored, and are drawn like those of T5."""
 
 import collections
 import itertools
@@ -20,7 +20,7 @@ def corruption_of(input_length, *args, sentinels=SENTINELS):
 
 
 def spans_after(ids):
-    """Sentinel -> the tokens up to the next one; None for those before the first."""
+    """Returns sentinel -> the tokens up to the next sentinel; None for those before the first."""
     spans = {None: []}
     current = None
     for token in ids.tolist():
@@ -39,7 +39,7 @@ def reconstructed(inputs, targets):
 
 
 def save_tokenizer(sentinels=("<extra_id_0>", "<extra_id_1>"), words=WORDS):
-    """Words are tokens: `<pad>` 0, `</s>` 1, `<unk>` 2, w0 3, …, the sentinels last."""
+    """Saves a tokenizer of words: `<pad>` 0, `</s>` 1, `<unk>` 2, w0 3, …, sentinels at the end."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +60,7 @@ def tokenizer():
 
 @pytest.mark.parametrize(
     ("input_length", "segment_length", "target_length"),
-    # 512 is T5's own; 568 and 114 are what its code computes.
+    # 512 is T5's own length; its code computes 568 and 114.
     [(512, 568, 114), (114, 126, 26), (3, 2, 3), (4, 3, 3), (16, 17, 5)],
 )
 def test_lengths(input_length, segment_length, target_length):
@@ -113,7 +113,7 @@ def test_order_of_text_spans_and_sentinels():
         assert used == list(SENTINELS[: len(used)])
         assert all(spans[sentinel] for sentinel in used)
         assert spans[None] == []  # the targets begin with a sentinel …
-        assert targets[-2] == tokens[-1]  # … and close with text, not with one more
+        assert targets[-2] == tokens[-1]  # … and end with text, not with a further sentinel
         assert inputs[0] == tokens[0]
         assert inputs[-2] == used[-1]
         assert not any(a in used and b in used for a, b in itertools.pairwise(inputs.tolist()))
@@ -147,14 +147,15 @@ def test_noise_has_the_density_and_the_span_length_asked_for(density, mean_span_
 
 
 def test_all_divisions_are_equally_likely():
-    # Of 8 tokens 4 are noise, in 2 spans: 1 + 3, 2 + 2 or 3 + 1 of text, and as many of noise.
+    # 4 of 8 tokens are noise, in 2 spans: 1 + 3, 2 + 2 or 3 + 1 for the text, and also for the
+    # noise.
     corruption = corruption_of(16, 0.5, 2.0)
     generator = np.random.default_rng(4)
     seen = collections.Counter(
         tuple(corruption.corrupt(np.arange(2, 10), generator)[1].tolist()) for _ in range(4500)
     )
     assert len(seen) == 9
-    assert min(seen.values()) > 400  # 500 expected, deviation 21
+    assert min(seen.values()) > 400  # 500 expected, with a deviation of 21
     assert max(seen.values()) < 600
 
 
@@ -246,10 +247,10 @@ def test_noise_depends_on_seed_epoch_and_index_alone():
         alone = corruption.corrupt(text, np.random.default_rng([1, 2, i]))
         assert inputs[i].tolist() == alone[0].tolist()
         assert targets[i].tolist() == alone[1].tolist()
-    # A segment's noise is not that of another text in its neighbourhood …
+    # The noise of a segment does not depend on the other segments …
     fewer, _ = corrupted(segments_of(*texts[:1]), corruption, seed=1, epoch=2)
     assert fewer[0].tolist() == inputs[0].tolist()
-    # … and is new in every epoch and with every seed.
+    # … and differs between epochs and between seeds.
     for seed, epoch in ((1, 3), (2, 2)):
         other, _ = corrupted(segments_of(*texts), corruption, seed=seed, epoch=epoch)
         assert other[0].tolist() != inputs[0].tolist()

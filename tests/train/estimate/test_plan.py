@@ -13,7 +13,7 @@ MRPC = {"task": "mrpc", "batch_size": 100, "epochs": 20}
 
 
 def options(backbone, **changes):
-    """Of a tiny backbone, whose bottlenecks cannot be of width / 32."""
+    """Returns options for a tiny backbone, for which the default bottleneck would be too narrow."""
     method = MethodOptions(reduction_factor=2)
     return PlanOptions(backbone=str(backbone), **{**MRPC, "method_options": method, **changes})
 
@@ -22,7 +22,7 @@ def test_steps_and_programs(tiny_t5):
     one = plan.plan_of(options(tiny_t5, max_length=128))
     assert (one.train_examples, one.epochs, one.steps) == (3_668, 20, 20 * 37)
     assert one.input_lengths == (16, 32, 48, 64, 96, 128)
-    assert one.target_lengths == (4, 8)  # labels are short, whatever max_target_length says
+    assert one.target_lengths == (4, 8)  # labels are short, whatever max_target_length is
     assert one.programs == 12
     assert one.total_flops == 740 * one.cost.flops
     assert one.seconds is None
@@ -80,7 +80,7 @@ def test_what_saves_memory_and_what_costs_operations(tiny_t5, tmp_path):
         return plan.plan_of(options(deep, max_length=256, **changes)).cost
 
     plain = cost()
-    assert cost(remat="full").flops == plain.flops  # what is computed twice is no model FLOP
+    assert cost(remat="full").flops == plain.flops  # recomputation does not count as model FLOPs
     assert cost(remat="full").memory.activations < plain.memory.activations
     assert cost(dtype="bfloat16").memory.activations < plain.memory.activations
     assert cost(accumulation_steps=4).flops == pytest.approx(plain.flops, rel=0.01)

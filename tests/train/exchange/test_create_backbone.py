@@ -1,4 +1,4 @@
-"""A tokenizer and a T5 that transformers and this library load alike."""
+"""Creates a tokenizer and a T5 that transformers and this library load in the same way."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ ORDINARY = (
 
 
 def words(count):
-    """Made-up words, the first of them the most frequent."""
+    """Returns made-up words; the first ones are the most frequent."""
     syllables = ("ka", "lo", "mi", "ter", "sun", "pre", "o", "é")
     made = ["".join(parts) for parts in itertools.product(syllables, repeat=3)][:count]
     return " ".join(word for i, word in enumerate(made) for _ in range(1 + 60 // (i + 1)))
@@ -119,7 +119,7 @@ def test_the_vocabulary_has_the_size_asked_for_however_many_the_characters(tmp_p
     vocabulary = train_tokenizer([path], 600).get_vocab()
     assert len(vocabulary) == 600
     assert sorted(vocabulary.values()) == list(range(600))
-    # Half of 241 pieces have room for 120 characters, 95 of them in ASCII.
+    # Half of 241 pieces leave room for 120 characters, of which 95 are ASCII.
     others = sorted(token for token in vocabulary if len(token) == 1 and token > "\x7f")
     assert len(others) == 26
     assert {"▁", "é", "日"} < set(others)
@@ -153,7 +153,8 @@ def test_the_folder_is_a_backbone(folder):
     assert backbone.module.head == "conditional_generation"
     sizes = {name: getattr(backbone.config, name) for name in SIZES}
     assert sizes == SIZES
-    # One attention is 4 * 16 * 12, a network 2 * 16 * 24; 5 norms and 2 tables of 32 * 3 positions.
+    # An attention layer has 4 * 16 * 12 parameters and a feed-forward layer 2 * 16 * 24; there are
+    # 5 norms and 2 tables of 32 * 3 positions.
     count = sum(leaf.size for leaf in jax.tree.leaves(backbone.params))
     assert count == 512 * 16 + 3 * 768 + 2 * 768 + 7 * 16 + 2 * 96
     record = json.loads((folder / "create.json").read_text(encoding="utf-8"))
@@ -186,7 +187,8 @@ def test_the_size_by_default(tmp_path):
     module = exchange_create_backbone.new_module(made)[0]
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.dummy_inputs()))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    # Per layer 4 * 256 * 256 of attention (twice in the decoder) and 2 * 256 * 1024 of network.
+    # Each layer has 4 * 256 * 256 of attention (twice in the decoder), and 2 * 256 * 1024 of
+    # feed-forward.
     assert count == 8000 * 256 + 6 * (3 * 262_144 + 2 * 524_288) + 32 * 256 + 2 * 32 * 4
 
 
@@ -275,7 +277,7 @@ def test_only_what_the_command_wrote_is_replaced(text_file, tmp_path):
     made = CreateOptions(text_files=(text_file,), output_dir=output_dir, **SIZES)
     again = dataclasses.replace(made, overwrite=True, seed=1)
     output_dir.mkdir()
-    create_backbone(made)  # an empty folder is as good as none
+    create_backbone(made)  # an empty folder counts as none
     before = (output_dir / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"already holds a backbone; replace it with --overwrite"):
         create_backbone(made)

@@ -1,4 +1,4 @@
-"""`predict` with a file whose rows name their adapters."""
+"""Tests `predict` with a file whose rows name their adapters."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ def files(tmp_path_factory):
 
 
 def three_labels(folder):
-    """Files of a task with three labels, named."""
+    """Writes the files of a task with three named labels."""
     generator = np.random.default_rng(9)
     paths = {}
     for split, rows in {"train": 60, "validation": 20}.items():
@@ -38,7 +38,7 @@ def three_labels(folder):
 
 @pytest.fixture(scope="module")
 def adapters(tiny_backbone, files, tmp_path_factory):
-    """A folder of three adapters: two seeds of one task, and one of a task with three labels."""
+    """Returns a folder of three adapters: two seeds of one task, and one for three labels."""
     folder = tmp_path_factory.mktemp("adapters")
     both = fit_flags(tiny_backbone, files, folder, epochs=1)
     assert main(["fit", *both, "--seeds", "0,1"]) == 0
@@ -75,7 +75,7 @@ def predict(adapter, source, target, *flags):
 
 
 def check_as_alone(folder, rows, tmp_path, capsys, *flags):
-    """Predictions of the rows, each that of its adapter alone."""
+    """Checks that each row gets the prediction of its adapter alone."""
     flags = ["--eval-batch-size", "16", *flags]
     found = predict(
         folder, write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", *flags
@@ -106,7 +106,7 @@ def test_every_row_has_the_prediction_of_its_adapter(adapters, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_tasks_with_columns_of_their_own(adapters, tiny_backbone, tmp_path, capsys):
-    """Rows of a benchmark of pairs among those of sentences."""
+    """The rows of a benchmark with sentence pairs are mixed with single sentences."""
     folder = tmp_path / "adapters"
     shutil.copytree(adapters / "three", folder / "three")
     hub_data.write(tmp_path / "data", "mnli")
@@ -140,7 +140,7 @@ def test_parts_of_texts_in_several_windows(tiny_backbone, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_labels_of_a_t5(tiny_t5, files, tmp_path, capsys):
-    """Labels are likelihoods of text, of one task with two and of one with three."""
+    """Labels are scored by the likelihood of their text; one task has two, the other three."""
     folder, flags = tmp_path / "adapters", {"epochs": 1, "max-length": 16}
     own = fit_flags(tiny_t5, files, folder / "movie", task="movie", **flags)
     assert main(["fit", *own]) == 0
@@ -264,6 +264,6 @@ def test_adapters_that_do_not_go_together(adapters, tmp_path, capsys):
 
 def test_one_adapter_is_no_bank(adapters, tmp_path):
     assert banked.members_of(adapters / "three" / "adapter") == {}
-    assert banked.members_of(adapters / "three") == {}  # the folder of a run
+    assert banked.members_of(adapters / "three") == {}  # this is the folder of a single run
     assert banked.members_of(tmp_path / "nothing") == {}
     assert list(banked.members_of(adapters)) == ["seed-0", "seed-1", "three"]

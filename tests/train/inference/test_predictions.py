@@ -1,4 +1,4 @@
-"""train.inference.prediction_files: rows come back as they were, or the output is not touched."""
+"""Tests train.inference.prediction_files: rows are kept as they are, or nothing is written."""
 
 import csv
 import datetime
@@ -18,7 +18,7 @@ NAMES = ("negative", "positive")
 
 
 def predict(columns):
-    """Logits [0, number of characters - 4]: exact in any precision."""
+    """Returns logits [0, number of characters - 4], which are exact in any precision."""
     lengths = [len(sentence) for sentence in columns["sentence"]]
     if "sentence2" in columns:
         pairs = zip(lengths, columns["sentence2"], strict=True)
@@ -152,7 +152,7 @@ def test_a_line_break_is_not_written_to_a_tsv(tmp_path, broken):
         "cannot; write .csv or .jsonl instead"
     )
     assert target.read_text() == "kept"
-    # Both formats that the message names hold it.
+    # Both formats that the message names can store it.
     for suffix in (".csv", ".jsonl"):
         predict_file(source, target.with_suffix(suffix), predict, label_names=NAMES)
         again = [row for rows in read_rows(target.with_suffix(suffix)) for row in rows]
@@ -160,7 +160,7 @@ def test_a_line_break_is_not_written_to_a_tsv(tmp_path, broken):
     source.write_text(json.dumps({"sentence": "good", broken: "a"}))
     with pytest.raises(ValueError, match=r"out\.tsv: the header holds a line break in the column"):
         predict_file(source, target, predict, label_names=NAMES)
-    # A text that a model wrote is none of the input, but of the same row.
+    # The message names the row even if the text is a prediction and not part of the input.
     source.write_text(json.dumps({"sentence": "good"}))
     with pytest.raises(ValueError, match=r"row 1 of the input holds .* the column 'prediction'"):
         predict_file(source, target, lambda columns: [broken], label_names=())
@@ -285,7 +285,7 @@ def test_many_rows_stream(tmp_path, suffix):
     assert count == sum(sizes) == 50_000
     assert max(sizes) == 1024
     assert sizes == steps
-    assert partial[40] > partial[20] > 0  # rows are on disk long before the last is read
+    assert partial[40] > partial[20] > 0  # rows reach the disk long before the last one is read
     assert not list(tmp_path.glob(".*"))
     if suffix == ".parquet":
         result = pq.read_table(target)
@@ -307,7 +307,7 @@ def source(tmp_path):
 
 
 def refusal(source, target, function=predict, **keywords):
-    """The message that predict_file refuses with; no file beside `target` has changed."""
+    """Returns the error message of predict_file; no file next to `target` may change."""
     before = {path: path.read_bytes() for path in target.parent.glob("*") if path.is_file()}
     with pytest.raises((ValueError, OSError)) as caught:
         predict_file(source, target, function, label_names=NAMES, **keywords)

@@ -1,4 +1,4 @@
-"""Rows cast as text, scores as multiples of a step, labels that can be told apart."""
+"""Tests rows cast as text, scores rounded to a step, and labels that tokenizers can distinguish."""
 
 import math
 import re
@@ -64,7 +64,7 @@ def test_scores_are_cast_as_multiples():
         (-0.3, 0.2, "-0.4"),
         (-0.5, 0.2, "-0.4"),
         (2.7, 0.2, "2.8"),
-        (float(np.float32(2.7)), 0.2, "2.8"),  # as GLUE has STS-B
+        (float(np.float32(2.7)), 0.2, "2.8"),  # as in GLUE's STS-B
         (float(np.float32(2.3)), 0.2, "2.4"),
         (np.nextafter(2.7, 0), 0.2, "2.6"),
         (5.0, 0.2, "5.0"),
@@ -154,7 +154,7 @@ def test_labels_that_do_not_do(tokenizer, names, message):
 
 
 def test_decoding_leaves_out_special_tokens(tokenizer):
-    # Start, "▁not", "▁good", end, what a beam search leaves behind; a token of the padding alone.
+    # Start, "▁not", "▁good", end, and leftovers of beam search; one token from the padding only.
     ids = np.array([[0, 10, 13, 1, 1, 1], [0, 27, 28, 1, 0, 0], [0, 1, 0, 0, 0, 95]])
     assert text_format.decode(ids, tokenizer) == ["not good", "0", ""]
 
@@ -170,7 +170,7 @@ def test_tokenize_texts_ends_cuts_and_counts(tokenizer):
     assert encoded.offsets.tolist() == [0, 3, 7, 9]
     assert (encoded.num_truncated, encoded.max_length) == (1, 4)
     assert encoded.ids.dtype == np.int32
-    # As the tokenizer itself ends a text.
+    # The same end as in a text from the tokenizer.
     assert tokenizer("good film")["input_ids"] == [good, film, 1]
 
 

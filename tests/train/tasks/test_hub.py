@@ -1,4 +1,4 @@
-"""train.tasks.hub: where benchmarks are read from, how they are divided, and what is refused."""
+"""Tests train.tasks.hub: sources of benchmarks, their splits, and refused data."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ def texts(task, split, column="sentence"):
 
 
 def rewrite(folder, name, change, split="validation"):
-    """Puts `change(table)` in the place of a split's table."""
+    """Replaces the table of a split by `change(table)`."""
     path = folder / name / f"{split}-00000-of-00001.parquet"
     pq.write_table(change(pq.read_table(path)), path)
     return path
@@ -54,7 +54,7 @@ def test_paper_protocol_holds_out_training_examples_of_large_sets(tmp_path, monk
     held_out, rest = texts(paper, "validation"), texts(paper, "train")
     assert (len(held_out), len(rest)) == (2, 7)
     assert sorted(held_out + rest) == sorted(texts(official, "train"))
-    assert rest == [x for x in texts(official, "train") if x in rest]  # in their order
+    assert rest == [x for x in texts(official, "train") if x in rest]  # in their original order
 
 
 def test_paper_protocol_of_mnli(tmp_path):
@@ -66,7 +66,7 @@ def test_paper_protocol_of_mnli(tmp_path):
 
 
 def test_paper_protocol_keeps_the_answers_of_a_question_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_LARGE", 5)  # 4 questions with 8 answers are below
+    monkeypatch.setattr(hub, "_LARGE", 5)  # counts the 4 questions, not the 8 answers
     hub_data.write(tmp_path, "multirc", train=8, validation=12)
     task = load("multirc", tmp_path, split_protocol="paper")
     questions = [set(texts(task, split, "paragraph")) for split in ("validation", "test")]
@@ -112,7 +112,7 @@ def test_files_of_all_layouts_that_the_hub_has_had(tmp_path):
 
 @pytest.mark.contract
 def test_the_hub_is_read_by_id_and_configuration(tmp_path, monkeypatch):
-    """A folder with the card of a repository stands for the hub."""
+    """A folder with a repository's card replaces the hub."""
     hub_data.write(tmp_path / "glue", "cola")
     parts = "".join(
         f"  - split: {split}\n    path: cola/{split}-*\n"
@@ -141,7 +141,7 @@ def test_the_hub_is_read_by_id_and_configuration(tmp_path, monkeypatch):
 def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(ValueError, match=r"^cannot load nyu-mll/glue") as caught:
-        tasks.load_task("mnli")  # the tests are offline
+        tasks.load_task("mnli")  # tests have no network
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(

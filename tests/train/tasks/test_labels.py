@@ -1,4 +1,4 @@
-"""Labels of files: which there are, which look like missing ones, and what integers stand for."""
+"""Tests labels of files: their names, labels that look like missing ones, and integer labels."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
 
 
 def file_of(path, values, **columns):
-    """A file of any format with these labels."""
+    """Writes a file of any format with these labels."""
     columns = {"sentence": [f"film {i}" for i in range(len(values))], "label": values, **columns}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     with write_rows(path) as write:
@@ -29,7 +29,7 @@ def file_of(path, values, **columns):
 
 
 def refused(**keywords):
-    """The one line that `load_task` refuses with."""
+    """Returns the one-line error message of `load_task`."""
     with pytest.raises(ValueError, match=r".") as caught:
         tasks.load_task(**keywords)
     message = str(caught.value)
@@ -183,15 +183,15 @@ def test_orders_that_data_state(tmp_path):
     rows = {"sentence": ["a", "b", "c"], "label": [0, 1, 2]}
     path = tmp_path / "named.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-    # By the file's own names, whatever the adapter's order.
+    # The names in the file decide, whatever the order in the adapter.
     task = tasks.load_task(test_file=path, label_names=NAMES)
     assert task.splits["test"]["label"][:] == [1, 2, 0]
-    # A training file's names state it for the others.
+    # The names in a training file also apply to the other files.
     validation = file_of(tmp_path / "v.csv", [2, "neutral"])
     task = tasks.load_task(train_file=path, validation_file=validation)
     assert task.splits["validation"]["label"][:] == [2, 1]
     assert task.notes == (f"labels 2 of {validation} are read as contradiction",)
-    # So does a built-in task, or a benchmark that the adapter was trained on.
+    # The names of a built-in task or of the adapter's benchmark apply as well.
     numbers = file_of(tmp_path / "n.csv", [2, 0])
     task = tasks.load_task(test_file=numbers, label_names=HUB, are_numbered=True)
     assert task.splits["test"]["label"][:] == [2, 0]
@@ -250,7 +250,7 @@ def test_one_class_is_said_of_the_training_file(tmp_path):
     validation = file_of(tmp_path / "v.csv", ["negative", "positive"])
     message = f"{train}: every label is 'positive'; training needs at least two classes"
     assert refused(train_file=train, validation_file=validation) == message
-    both = file_of(tmp_path / "b.csv", ["positive", "1"])  # two ways to write one class
+    both = file_of(tmp_path / "b.csv", ["positive", "1"])  # one class in two spellings
     assert "every label is 'positive'" in refused(name="movie", train_file=both)
 
 
@@ -309,7 +309,7 @@ def tokenizers(tiny_backbone, tiny_t5):
 
 
 def test_unknown_tokens_are_counted_and_told_of_from_one_percent_on(tokenizers):
-    """[CLS], [SEP] and </s> are no tokens of the text."""
+    """[CLS], [SEP] and </s> do not count as tokens of the text."""
     for texts, told in [
         (["the film"] * 49 + ["the film film", "映"], False),  # 1 of 102
         (["the film"] * 49 + ["film", "映"], True),  # 1 of 100
@@ -333,7 +333,7 @@ def test_unknown_tokens_of_inputs_and_of_targets_are_told_apart(tokenizers):
     tokenizer = tokenizers["t5"]
     inputs = tokens.tokenize_texts(["good", "映画"], tokenizer, 8, what="input")
     targets = tokens.tokenize_texts(["dull", "画 a"], tokenizer, 8, what="target")
-    # Unknown characters in a row are one token: ▁good ▁ <unk>; ▁dull ▁ <unk> ▁a.
+    # Successive unknown characters are one token: ▁good ▁ <unk>; ▁dull ▁ <unk> ▁a.
     assert (inputs.unknown, targets.unknown) == (tokens.Unknown(1, 3, 1), tokens.Unknown(1, 4, 1))
     encoded = tokens.Encoded(
         inputs.ids, None, inputs.offsets, None, 8, 0, 0, targets, unknown=inputs.unknown
@@ -355,7 +355,7 @@ def test_a_tokenizer_without_an_unknown_token_has_none():
 
 
 def test_a_run_from_before_the_flag_has_the_settings_of_now():
-    """What its run.json does not say is None; so is the flag that is not given."""
+    """A field that run.json lacks and a flag that is not given are both None."""
     for made in (fit_options.FitOptions, inference_options.EvaluateOptions):
         assert {field.name: field.default for field in dataclasses.fields(made)}[
             "label_names"

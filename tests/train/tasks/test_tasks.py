@@ -1,4 +1,4 @@
-"""train.tasks and the reader below it: what is loaded, and what is refused with which message."""
+"""Tests train.tasks and its reader of files: loaded tasks and the messages of refused ones."""
 
 import json
 
@@ -14,7 +14,7 @@ GOOD = [("a fine film", "pos"), ("a dull film", "neg"), ("fine", "pos")]
 
 
 def write(path, columns):
-    """Columns of Python values as a file of the format its suffix names."""
+    """Writes columns of Python values in the format of the file's suffix."""
     names = list(columns)
     records = list(zip(*columns.values(), strict=True))
     if path.suffix == ".parquet":
@@ -121,7 +121,7 @@ def test_text_columns_stay_text(tmp_path, suffix):
     [
         ([10, 9, -1], ("-1", "9", "10")),
         (["b", "10", "9"], ("10", "9", "b")),
-        ([1.0, 0.0, 1.0], ("0", "1")),  # pandas' integers where some were once missing
+        ([1.0, 0.0, 1.0], ("0", "1")),  # integers in pandas, if some were once missing
         ([True, False, True], ("False", "True")),
     ],
 )
@@ -194,10 +194,10 @@ def test_blank_lines_bom_and_crlf(tmp_path):
 
 
 def load_error(**keywords):
-    """The message that load_task refuses with: one line."""
+    """Returns the one-line error message of load_task."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         tasks.load_task(**keywords)
-    assert type(caught.value) in (ValueError, FileNotFoundError)  # none of pyarrow's
+    assert type(caught.value) in (ValueError, FileNotFoundError)  # not an error of pyarrow
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -211,7 +211,7 @@ def test_unknown_task_and_splits(train_file):
         "speech) cannot be learned"
     )
     assert load_error(name="moive").startswith("unknown task 'moive' (did you mean 'movie'?); use ")
-    for name in (None, "custom"):  # which the user did not write
+    for name in (None, "custom"):  # a name that the user did not give
         error = load_error(name=name)
         assert error.startswith("no examples were given; for --task use movie, product, tweet, ")
         assert error.endswith(" or your own with --train-file, --validation-file or --test-file")
