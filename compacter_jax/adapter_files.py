@@ -71,8 +71,8 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     check_fields(str(path), settings, _FIELDS)
     if settings["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {quote(settings['format_version'])}, this release reads "
-            f"{FORMAT_VERSION}; install the release that wrote it"
+            f"{path} has format_version {quote(settings['format_version'])}, but this release "
+            f"reads {FORMAT_VERSION}; install the release that wrote it"
         )
     if settings["num_labels"] is not None and settings["num_labels"] < 1:
         raise ValueError(f"{path}: num_labels={settings['num_labels']} must be at least 1")
@@ -113,7 +113,10 @@ def read_saved(directory: str | os.PathLike[str]) -> Saved:
             continue
         _check_labels(directory, settings, tensors)
         return Saved(settings, tensors)
-    raise FileNotFoundError(f"{path} does not exist, and {CONFIG_NAME} beside it names it")
+    raise FileNotFoundError(
+        f"{path} does not exist, but {CONFIG_NAME} in the same folder names it; copy both files "
+        "from where the adapter was saved"
+    )
 
 
 def weights_name(path: Path, settings: Mapping[str, Any]) -> str:
@@ -125,8 +128,8 @@ def weights_name(path: Path, settings: Mapping[str, Any]) -> str:
     name = settings.get("weights", _UNNAMED_WEIGHTS)
     if not isinstance(name, str) or not _WEIGHTS_NAME.fullmatch(name):
         raise ValueError(
-            f"{path}: weights={quote(name, 100)} is no name of an adapter's weights, such as "
-            "adapter-0123456789abcdef.safetensors"
+            f"{path}: weights={quote(name, 100)} is not the name of a file of adapter weights, "
+            "such as adapter-0123456789abcdef.safetensors"
         )
     return name
 
@@ -138,8 +141,8 @@ def _check_labels(directory: Path, settings: Mapping[str, Any], tensors: Mapping
     for path, leaf in tensors.items():
         if paths.has_labels(path) and leaf.shape[-1:] != (settings["num_labels"],):
             raise ValueError(
-                f"{directory / CONFIG_NAME}: num_labels={quote(settings['num_labels'])}, but the "
-                f"adapter's {path} is of shape {leaf.shape}; copy both files from where the "
+                f"{directory / CONFIG_NAME}: num_labels={quote(settings['num_labels'])}, but "
+                f"{path} of the adapter has shape {leaf.shape}; copy both files from where the "
                 "adapter was saved"
             )
 
@@ -158,7 +161,7 @@ def _site(name: str, fields: Mapping[str, Any]) -> Site:
     try:
         return Site(**fields)
     except TypeError as error:
-        raise ValueError(f"site {quote(name, 100)} is none of this library: {error}") from None
+        raise ValueError(f"site {quote(name, 100)} is not a valid Site: {error}") from None
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, np.ndarray]:
@@ -167,8 +170,8 @@ def _read_weights(path: Path, sha256: str) -> dict[str, np.ndarray]:
     stored = parse_tensors(data, str(path), is_boolean=_is_boolean)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(
-            f"{path} is not the file that {CONFIG_NAME} beside it describes: one of the two was "
-            "replaced; copy both from where the adapter was saved"
+            f"{path} is not the file that {CONFIG_NAME} in the same folder describes, so one of "
+            "them was replaced; copy both files from where the adapter was saved"
         )
     return stored
 
@@ -213,7 +216,7 @@ def as_leaf(path: str, stored: np.ndarray, dtype: Any) -> jax.Array:
     dtype = jnp.dtype(dtype)
     if "bool" in (stored.dtype.name, dtype.name):
         if stored.dtype != dtype:
-            raise ValueError(f"{shorten(path, 100)} is of type {stored.dtype}, not {dtype}")
+            raise ValueError(f"{shorten(path, 100)} has dtype {stored.dtype}, not {dtype}")
         return jnp.asarray(stored)
     target = jnp.promote_types(stored.dtype, dtype)
     if target == jnp.float64 and dtype != jnp.float64:
@@ -232,15 +235,15 @@ def check_leaves(
     missing = sorted(wanted.keys() - stored.keys())
     left_over = sorted(stored.keys() - wanted.keys())
     shapes = [
-        f"{path}: {stored[path].shape} stored, {wanted[path].shape} wanted"
+        f"{path} has shape {stored[path].shape}, not {wanted[path].shape}"
         for path in sorted(wanted.keys() & stored.keys())
         if stored[path].shape != wanted[path].shape
     ]
     if missing or left_over or shapes:
         raise ValueError(
             shorten(
-                f"the adapter in {directory} does not fit this backbone; load the one it was "
-                f"trained with{trained_with}; {mismatches(missing, left_over, shapes)}"
+                f"the adapter in {directory} does not fit this backbone; load the backbone that "
+                f"it was trained with{trained_with}; {mismatches(missing, left_over, shapes)}"
             )
         )
 

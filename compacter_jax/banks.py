@@ -53,8 +53,9 @@ class _Loader:
         labels = saved.settings["num_labels"]
         if also := saved.settings.get("also_trained"):
             raise ValueError(
-                f"the adapter in {source} has its own {listing(also, 3)}, which rules of "
-                "label_params trained; members of a composition can have what their method trains"
+                f"the adapter in {source} has its own {listing(also, 3)}, which the rules of "
+                "label_params trained; a member of a composition can have only parameters that "
+                "its method trains"
             )
         if labels not in self._by_labels:
             if not any(map(has_labels, saved.tensors)):
@@ -96,8 +97,8 @@ def stack_adapters(
     capacity = len(sources) if capacity is None else capacity
     if not 1 <= len(sources) <= capacity:
         raise ValueError(
-            f"{len(sources)} adapters for a bank with a capacity of {capacity}; give at least one "
-            "and at most as many"
+            f"{len(sources)} adapters were given for a bank with a capacity of {capacity}; give 1 "
+            f"to {capacity}"
         )
     loader = _Loader(backbone)
     loaded = [loader.load(source) for source in sources]
@@ -202,8 +203,8 @@ def set_member(model: Adapted, params: Params, which: int | str, source: Source)
         if index is None or _is_common(member, path):
             if index is not None and not np.array_equal(new, leaf):
                 raise ValueError(
-                    f"the bank has one {path} for all members, and the adapter for {which!r} has "
-                    "another; build the bank with shared_rule=False"
+                    f"all members of the bank share one {path}, but the adapter for {which!r} has "
+                    "a different one; build the bank with shared_rule=False"
                 )
             _check_shape(path, new, leaf.shape)
             flat[path] = jnp.asarray(new, leaf.dtype)
@@ -291,7 +292,8 @@ def _stacked(path: str, own: str, leaves: Sequence[Any], shape: Any, capacity: i
     if group_of(own) == "rule" and shape.shape == leaves[0].shape:
         if any(not np.array_equal(leaf, leaves[0]) for leaf in leaves):
             raise ValueError(
-                f"shared_rule=True, but the adapters have different values of {own}; leave it out"
+                f"shared_rule=True, but the adapters have different values of {own}; leave "
+                "shared_rule out"
             )
         return jnp.asarray(leaves[0])
     wide = np.stack([np.asarray(_wide(own, leaf, shape.shape[-1])) for leaf in leaves])
@@ -304,8 +306,9 @@ def _stacked(path: str, own: str, leaves: Sequence[Any], shape: Any, capacity: i
 def _check_shape(path: str, leaf: Any, wanted: tuple[int, ...]) -> None:
     if leaf.shape != wanted:
         raise ValueError(
-            f"{path} is of shape {leaf.shape}, wanted is {wanted}; adapters with more labels than "
-            "the model's head, or of backbones whose layers are stacked (nn.scan), do not fit"
+            f"{path} has shape {leaf.shape}, but must have {wanted}; an adapter does not fit if "
+            "it has more labels than the model's head, or if the layers of its backbone are "
+            "stacked (nn.scan)"
         )
 
 
@@ -333,7 +336,7 @@ def _check_method(name: str, given: Adapted, wanted: Member, like: Adapted) -> N
         f"{key}: {quote(a, 60)}, not {quote(b, 60)}" for key, (a, b) in pairs.items() if a != b
     ]
     if differences:
-        raise ValueError(shorten(f"{name} is not like the others; {'; '.join(differences)}"))
+        raise ValueError(shorten(f"{name} differs from the others; {'; '.join(differences)}"))
 
 
 def _plain_backbone(model: Adapted, params: Params) -> HasParams:

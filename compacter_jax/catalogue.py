@@ -287,8 +287,8 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"unknown method preset {quote(name, 100)}{did_you_mean(name, list(PRESETS))}; "
-            f"known are {', '.join(PRESETS)}"
+            f"unknown method preset {quote(name, 100)}{did_you_mean(name, list(PRESETS))}; use "
+            f"one of {', '.join(PRESETS)}"
         )
     return PRESETS[name].method.replace(**overrides)
 
@@ -317,7 +317,7 @@ def from_dict(values: Mapping[str, Any]) -> MethodConfig:
     kind = fields.pop("kind", None)
     classes = METHODS | COMPOSITIONS
     if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"unknown kind of method {quote(kind)}; known are {', '.join(classes)}")
+        raise ValueError(f"unknown kind of method {quote(kind)}; use one of {', '.join(classes)}")
     cls = classes[kind]
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:

@@ -122,7 +122,10 @@ def save_adapter(
     }
     metadata = dict(metadata or {})
     if clash := sorted(own.keys() & metadata.keys()):
-        raise ValueError(f"metadata may not name {quote(clash)}, which save_adapter writes itself")
+        raise ValueError(
+            f"metadata must not have the key {quote(clash)}, which save_adapter writes itself; "
+            "rename it"
+        )
     own = {name: value for name, value in own.items() if name not in _RARE or value is not None}
     text = json.dumps({**own, **metadata}, indent=2, sort_keys=True, ensure_ascii=False)
     parse_json(text, "metadata")  # refuses text that could not be read again
@@ -136,16 +139,17 @@ def _check_unchanged(left: Mapping[str, Any], backbone: Any) -> None:
     """Raises ValueError if leaves that are not stored differ from the backbone's."""
     if not isinstance(getattr(backbone, "params", None), Mapping):
         raise ValueError(
-            f"backbone={quote(backbone, 100)} has no params; give what load_backbone returns, or "
-            "an object with the params from before training"
+            f"backbone={quote(backbone, 100)} has no attribute params; give the result of "
+            "load_backbone, or an object with the params from before training"
         )
     own = flatten_dict(backbone.params, sep="/")
     changed = [path for path, leaf in left.items() if not _is_same(leaf, own.get(path))]
     if changed:
         raise ValueError(
             f"{len(changed)} leaves differ from the backbone's and would not be stored "
-            f"({listing(changed, 3)}); give save_adapter the labels, label_params(params, method, "
-            "rules), where rules trained them, or the backbone that they come from"
+            f"({listing(changed, 3)}); if rules trained them, give save_adapter "
+            "labels=label_params(params, method, rules); if not, give it the backbone that they "
+            "come from"
         )
 
 
@@ -242,15 +246,16 @@ class AdapterReader:
             if given != settings[name]:
                 raise ValueError(
                     f"the adapter in {directory} was saved with {name}={quote(settings[name])}, "
-                    f"the backbone has {name}={given!r}; load the backbone with the adapter's"
+                    f"but the backbone has {name}={given!r}; load the backbone with "
+                    f"{name}={quote(settings[name])}"
                 )
         # Before there was a choice, all were read by the first token.
         saved_with = settings.get("pooling") or FIRST
         given = pooling_of_module(backbone.module) or FIRST
         if given != saved_with:
             raise ValueError(
-                f"the adapter in {directory} was saved with pooling={saved_with!r}, the backbone "
-                f"has pooling={given!r}; load the backbone with pooling={saved_with!r}"
+                f"the adapter in {directory} was saved with pooling={saved_with!r}, but the "
+                f"backbone has pooling={given!r}; load the backbone with pooling={saved_with!r}"
             )
         with about(directory / CONFIG_NAME):
             method = catalogue.from_dict(settings["method"])
@@ -267,9 +272,10 @@ class AdapterReader:
         if actual != settings["backbone_sha256"]:
             raise ValueError(
                 f"the adapter in {directory} was made for a backbone with the hash "
-                f"{settings['backbone_sha256'][:12]}…, this one has {actual[:12]}…; "
-                f"load the backbone it was trained with{named(settings)} (what rules of "
-                "label_params train besides is stored where save_adapter is given the labels)"
+                f"{settings['backbone_sha256'][:12]}…, but this backbone has {actual[:12]}…; load "
+                f"the backbone that the adapter was trained with{named(settings)} (if rules of "
+                "label_params trained weights of the backbone, give save_adapter the labels to "
+                "store them)"
             )
         return model, unflatten_dict({**left, **leaves}, sep="/")
 
@@ -371,7 +377,7 @@ def _split(
     groups, also = model.groups or {}, frozenset(also)
     if unknown := sorted(also - flatten_dict(params, sep="/").keys()):
         raise ValueError(
-            f"also_trained names what is no parameter of the model: {listing(unknown)}"
+            f"also_trained names parameters that the model does not have: {listing(unknown)}"
         )
     labels = flatten_dict(label_params(params, model.method, groups=groups), sep="/")
     stored: dict[str, Any] = {}
@@ -389,9 +395,7 @@ def _also_trained(params: Any, model: adapted.Adapted, labels: Any) -> list[str]
     _, left = _split(params, model, ())
     given = flatten_dict(labels, sep="/") if isinstance(labels, Mapping) else {}
     if given.keys() != flatten_dict(params, sep="/").keys():
-        raise ValueError(
-            "labels are not those of params; pass what label_params(params, …) returns"
-        )
+        raise ValueError("labels do not match params; pass the result of label_params(params, …)")
     return sorted(path for path in left if given[path] == TRAIN)
 
 

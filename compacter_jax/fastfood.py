@@ -54,8 +54,8 @@ def walsh_hadamard(x: Array) -> Array:
     n = x.shape[-1] if x.ndim else 0
     if n != _power_of_two(n):
         raise ValueError(
-            f"the last axis of shape {x.shape} has size {n}, which is no power of two; "
-            f"pad it to {_power_of_two(n)}"
+            f"the last axis of shape {x.shape} has size {n}, which is not a power of two; pad it "
+            f"to {_power_of_two(n)}"
         )
     # H_n is the Kronecker product of small matrices, each of which acts on its own axis. The loop
     # transforms the first axis and puts it last, until all axes are in their old order.
@@ -133,7 +133,7 @@ def mixed(vector: Array, seed: int | Array) -> Array:
       ValueError: if `vector` is empty or does not have rank 1.
     """
     if vector.ndim != 1 or vector.size == 0:
-        raise ValueError(f"vector must be of shape [d], d at least 1; got {vector.shape}")
+        raise ValueError(f"vector must have shape [d] with d >= 1; got {vector.shape}")
     length = _power_of_two(vector.size)
     key = jnp.uint32(seed), jnp.uint32(0)  # the key of a tensor has a hash of its name instead of 0
     counter = jnp.uint32(0), jnp.arange(length, dtype=jnp.uint32)

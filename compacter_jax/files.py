@@ -95,12 +95,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
     except RecursionError:
         is_deep = True
     except UnicodeEncodeError:
-        raise ValueError(f"{where} holds half of a surrogate pair, which is no text") from None
+        raise ValueError(
+            f"{where} holds half of a surrogate pair, which is not valid text"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {shorten(str(error), 200)}") from None
     if is_deep:
         raise ValueError(
-            f"{where} is not valid JSON: its brackets are too deep, more than {DEEPEST_JSON}"
+            f"{where} is not valid JSON: its brackets are nested more than {DEEPEST_JSON} deep"
         )
     return value
 
@@ -164,7 +166,7 @@ def read_text(path: Path, most: int) -> str:
         it.
     """
     if (size := check_file(path)) > most:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that are read")
+        raise ValueError(f"{path} has {size:,} bytes, more than the limit of {most:,}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -188,7 +190,7 @@ def check_file(path: Path) -> int:
     except OSError as error:  # the name is too long, for example, and would be repeated
         raise type(error)(error.errno, error.strerror, shorten(str(path), 300)) from None
     except ValueError as error:  # a null character in the name, for example
-        raise ValueError(f"{quote(str(path))} is no name of a file: {error}") from None
+        raise ValueError(f"{quote(str(path))} is not a valid file name: {error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a file")
     return status.st_size
@@ -211,13 +213,13 @@ def is_there(path: Path) -> bool:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{shorten(digits, 40)} is too large a number")
+        raise ValueError(f"{shorten(digits, 40)} is too large for a number")
     return value
 
 

@@ -155,7 +155,7 @@ def linear(host: nn.Module, args: Any, y: Any, path: str) -> tuple[Linear, Any]:
             return alike, first
     if isinstance(host, _NOT_LINEAR) or not are_arrays or first.shape[:-1] != y.shape[:-1]:
         raise ValueError(
-            f"LoRA is for linear layers, and {path or 'the model itself'} is a "
+            f"LoRA needs a linear layer, but {path or 'the model itself'} is a "
             f"{type(host).__name__} of {type(host).__module__}; choose an nn.Dense, "
             "nn.DenseGeneral or nn.Einsum of flax.linen as site"
         )
@@ -190,8 +190,8 @@ def _letters(count: int) -> str:
 def _dense_general(host: Any, ndim: int) -> Linear:
     if getattr(host, "batch_dims", ()):
         raise ValueError(
-            f"an nn.DenseGeneral with batch_dims={host.batch_dims} has a matrix for each index of "
-            "the batch, which LoRA is not for; choose another site"
+            f"an nn.DenseGeneral with batch_dims={host.batch_dims} has one matrix for each batch "
+            "index, which LoRA does not support; choose another site"
         )
     axes = [host.axis] if isinstance(host.axis, int) else list(host.axis)
     features = 1 if isinstance(host.features, int) else len(host.features)
@@ -214,8 +214,8 @@ def _einsum(equation: str, ndim: int, *, has_kernel: bool) -> Linear:
     plain = len(inputs) == len(set(inputs)) and len(outputs) == len(set(outputs))
     if not (arrow and comma and plain and "." not in kernel) or set(kernel) != summed | made:
         raise ValueError(
-            f"the einsum {equation!r} is no matrix between axes of its input and axes of its "
-            "output, which LoRA is for; choose another site"
+            f"the einsum {equation!r} does not multiply axes of its input by one matrix, as LoRA "
+            "requires; choose another site"
         )
     return Linear(inputs, outputs, kernel if has_kernel else None)
 

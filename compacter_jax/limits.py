@@ -27,8 +27,9 @@ def check_memory(what: str, shapes: Mapping[str, Any], fix: str) -> None:
     if there is not None and wanted > there:
         largest = max(sizes, key=lambda path: sizes[path])
         raise ValueError(
-            f"{what} would take {wanted / 2**30:,.0f} GiB, this machine has "
-            f"{there / 2**30:,.0f}; the largest is {largest[:100]} {shapes[largest].shape}; {fix}"
+            f"{what} would take {wanted / 2**30:,.0f} GiB, but this machine has "
+            f"{there / 2**30:,.0f}; the largest array is {largest[:100]} {shapes[largest].shape}; "
+            f"{fix}"
         )
 
 

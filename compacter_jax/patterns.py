@@ -43,7 +43,9 @@ class Pattern:
             self._compiled = regex.compile(pattern, regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             reason = reason_of(error, 100)
-            raise ValueError(f"{quote(pattern, 200)} is no regular expression: {reason}") from None
+            raise ValueError(
+                f"{quote(pattern, 200)} is not a valid regular expression: {reason}"
+            ) from None
         self.pattern = pattern
         self.groupindex: dict[str, int] = dict(self._compiled.groupindex)
         self._spent = 0.0
@@ -63,8 +65,8 @@ class Pattern:
             self._spent += took
         if self._spent >= MOST_SECONDS:
             raise ValueError(
-                f"the regular expression {quote(self.pattern, 200)} takes too long to match; write "
-                "it without repetitions of what is repeated itself"
+                f"the regular expression {quote(self.pattern, 200)} takes too long to match; "
+                "write it without nested repetitions"
             )
         return match
 

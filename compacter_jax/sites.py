@@ -12,8 +12,8 @@ Role: TypeAlias = Literal["output", "bias", "parallel", "join", "attend", "posit
 # Roles where a method acts on the arguments of the host -> the signature of the host.
 BEFORE: dict[Role, str] = {
     "join": "join(residual, output)",
-    "attend": "attend(query, key, value, biases), of arrays [batch, length, heads, width] and a "
-    "sequence of biases",
+    "attend": "attend(query, key, value, biases), where biases is a sequence and the others are "
+    "arrays [batch, length, heads, width]",
     "positions": "positions(queries, keys)",
 }
 
@@ -66,11 +66,11 @@ def check_output(name: str, site: Site) -> None:
         return
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ValueError(
-            f"site {name!r} has output={quote(index)}; it is the index, 0 or more, of one of "
-            "the things that the host returns"
+            f"site {name!r} has output={quote(index)}; it must be the index, 0 or more, of one of "
+            "the values that the host returns"
         )
     if site.is_before:
         raise ValueError(
-            f"site {name!r} has output={index}, but what acts at the role {site.role!r} acts on "
-            "what the host is called with; leave output out"
+            f"site {name!r} has output={index}, but methods at the role {site.role!r} act on the "
+            "arguments of the host; leave output out"
         )

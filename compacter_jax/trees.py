@@ -51,7 +51,7 @@ def check_params(module: nn.Module, params: Any, doing: str, *, stacked: bool = 
             return True
         reason = _misfit(shapes, wanted)
     if reason is not None:
-        raise ValueError(shorten(f"{doing} wants the model's parameters, and {reason}"))
+        raise ValueError(shorten(f"{doing} needs the model's parameters, but {reason}"))
     return False
 
 
@@ -75,14 +75,14 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
 def _no_tree(params: Any, wanted: Mapping[str, _Shape] | None) -> str | None:
     """Returns why `params` is not a tree of named arrays and the fix, or None if it is one."""
     if not isinstance(params, Mapping | FrozenDict):
-        return f"this is of type {type(params).__name__}; give the nested dict of arrays"
+        return f"params has type {type(params).__name__}; give the nested dict of arrays"
     if _is_wrapped(params, wanted):
-        return 'this is {"params": …}, as `apply` takes it; give params["params"]'
+        return 'params is {"params": …}, as `apply` takes it; give params["params"]'
     leaves = _flat(params)
     if absent := [path for path, leaf in leaves.items() if not hasattr(leaf, "shape")]:
         return (
-            f"{len(absent)} of {len(leaves)} leaves are no arrays ({listing(absent, most=2)}), as "
-            "in a half of partition; give merge(trained, frozen)"
+            f"{len(absent)} of {len(leaves)} leaves are not arrays ({listing(absent, most=2)}), "
+            "as in a half of partition; give merge(trained, frozen)"
         )
     return None
 
@@ -108,25 +108,30 @@ def _misfit(shapes: Mapping[str, _Shape], wanted: Mapping[str, _Shape] | None) -
     if _is_stacked(shapes, wanted):
         path, shape = next(iter(shapes.items()))
         return (
-            f"every leaf has an axis of {shape[0]} before its own ({listing([path])} is {shape}), "
-            "as after replicating for pmap; give jax.tree.map(lambda x: x[0], params)"
+            f"every leaf has an additional leading axis of size {shape[0]} ({listing([path])} has "
+            f"shape {shape}), as after replicating for pmap; give jax.tree.map(lambda x: x[0], "
+            "params)"
         )
     if wanted is None:
         return None
     missing = sorted(wanted.keys() - shapes.keys())
     left_over = sorted(shapes.keys() - wanted.keys())
     other = [
-        f"{path} {shapes[path]} for {wanted[path]}"
+        f"{path} has shape {shapes[path]}, not {wanted[path]}"
         for path in sorted(shapes.keys() & wanted.keys())
         if shapes[path] != wanted[path]
     ]
     if not (missing or left_over or other):
         return None
     has_adapters = any(f"/{ADAPTER}/" in path for path in left_over)
-    fix = "take adapters out, as merge_adapter does" if has_adapters else "give all of this model's"
+    fix = (
+        "remove the adapters, as merge_adapter does"
+        if has_adapters
+        else "give all parameters of this model"
+    )
     return (
-        f"these are not; missing: {listing(missing, most=2) or 'none'}; left over: "
-        f"{listing(left_over, most=2) or 'none'}; of another shape: "
+        f"params does not match the model; missing: {listing(missing, most=2) or 'none'}; left "
+        f"over: {listing(left_over, most=2) or 'none'}; of another shape: "
         f"{listing(other, most=2) or 'none'}; {fix}"
     )
 

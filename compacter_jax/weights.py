@@ -57,7 +57,7 @@ def read_tensors(
             return {name: _tensor(path, opened, name) for name in wanted}
     except safetensors.SafetensorError as error:
         reason = shorten(str(error), 200)
-        raise ValueError(f"{path} is truncated or no safetensors file: {reason}") from None
+        raise ValueError(f"{path} is truncated or not a safetensors file: {reason}") from None
 
 
 def parse_tensors(
@@ -74,7 +74,7 @@ def parse_tensors(
         found = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         reason = shorten(str(error), 200)
-        raise ValueError(f"{where} is truncated or no safetensors file: {reason}") from None
+        raise ValueError(f"{where} is truncated or not a safetensors file: {reason}") from None
     tensors = {}
     for name, tensor in found:
         if tensor["dtype"] == "BOOL" and is_boolean(name):
@@ -95,9 +95,9 @@ def check_weight_type(where: str | Path, name: str, dtype: str) -> None:
     """
     if dtype not in _WEIGHT_TYPES:
         raise ValueError(
-            f"{shorten(name, 100)} in {where} is of type {dtype}; weights must be floating-point "
-            "of 16 bits or more (quantised ones are not supported: save them in float32 where they "
-            "were made)"
+            f"{shorten(name, 100)} in {where} has dtype {dtype}; weights must be floating-point "
+            "of 16 bits or more (quantised weights are not supported: save them as float32 where "
+            "they were made)"
         )
 
 
@@ -109,8 +109,8 @@ def check_finite(where: str | Path, name: str, array: np.ndarray) -> None:
     """
     if count := _count_not_finite(array):
         raise ValueError(
-            f"{shorten(name, 100)} in {where} has {count:,} of {array.size:,} numbers that are NaN "
-            "or infinite; take weights from before the run that made them diverged"
+            f"{shorten(name, 100)} in {where} has {count:,} of {array.size:,} numbers that are "
+            "NaN or infinite; use weights from before the run diverged"
         )
 
 
@@ -141,7 +141,7 @@ def converted(where: str | Path, name: str, array: np.ndarray, dtype: Any) -> np
         check_finite(where, name, array)
         raise ValueError(
             f"{shorten(name, 100)} in {where} has {count:,} of {array.size:,} numbers too large "
-            f"for {np.dtype(dtype)}, which holds {float(largest):.5g} at most; use a dtype of a "
+            f"for {np.dtype(dtype)}, which holds {float(largest):.5g} at most; use a dtype with a "
             "wider range, or other weights"
         )
     return changed

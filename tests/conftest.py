@@ -1,4 +1,4 @@
-"""Four emulated devices for every test, and tiny backbones with their tokenizers on disk."""
+"""Emulates four devices for every test, and writes tiny backbones with tokenizers to disk."""
 
 import atexit
 import gc
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what the tests do, and half as long without optimisation of the code made.
+# Most of the time of the tests is compilation, and without optimisation it takes half as long.
 # XLA's older code generators take half the time of its newer ones; later jaxlibs may lack the flag.
 JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 QUICK = "--xla_backend_optimization_level=0" + (
@@ -22,21 +22,21 @@ QUICK = "--xla_backend_optimization_level=0" + (
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {QUICK}"
 )
-# The store of programs: what one test has compiled another need not, in whatever process. Of an
-# operation, too: to read one spares 60 ms of compiling it, and making a T5 takes a hundred of them.
+# A persistent compilation cache, shared by all processes: each program is compiled only once. It
+# also holds single operations: reading one saves 60 ms, and creating a T5 takes about a hundred.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compacter_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# PyTorch's and NumPy's threads wait for each other longer than such small models take.
+# For models this small, the threads of PyTorch and NumPy spend most of their time waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Of what importing and tracing make, little is garbage: to look for it took a tenth of the time.
+# Imports and traces create little garbage, but looking for it took a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 
-MOST_MEMORY = 2 * 2**30  # of a process, in bytes: then it forgets what was compiled
+MOST_MEMORY = 2 * 2**30  # of one process, in bytes; above it, compiled programs are dropped
 
 WORDS = (
     *("a", "the", "film", "plot", "is", "was", "very", "not", "it", "we"),
@@ -44,7 +44,7 @@ WORDS = (
 )
 
 
-# What runs longest is begun first, so that the last file to end is a short one.
+# The files that take longest start first, so that a short one ends last.
 LONGEST = (
     *("surviving", "notebooks", "cli", "cli_t5", "grid", "compare", "methods", "mixture", "banked"),
     *("compositions", "distributed", "peers", "benchmarks", "readme"),
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
-    """A process that runs many files would otherwise hold gigabytes of programs of the first."""
+    """Drops compiled programs, which would fill gigabytes in a process that runs many files."""
     yield
     if memory_in_use() > MOST_MEMORY:
         import jax
@@ -68,7 +68,7 @@ def forget_what_was_compiled():
 
 
 def memory_in_use():
-    """Bytes that this process holds, on Linux; elsewhere, where it is not told, endlessly many."""
+    """Returns the bytes in use by this process on Linux, and infinity on other systems."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -77,7 +77,7 @@ def memory_in_use():
 
 
 def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
-    """A random BERT in the files of a Hugging Face checkpoint, with a tokenizer of `WORDS`."""
+    """Writes a random BERT as a Hugging Face checkpoint, with a tokenizer of `WORDS`."""
     import jax
     import safetensors.numpy
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -99,7 +99,7 @@ def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
     module = Bert(config)
     init = jax.jit(lambda key: module.init(key, *module.dummy_inputs())["params"])
     params = jax.device_get(init(quick_key(seed)))
-    # Wider than an untrained BERT's, so that the hidden states depend on the words.
+    # Larger weights than those of an untrained BERT, so that the hidden states depend on the words.
     params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim == 2 else leaf, params)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(bert_to_hugging_face(params), folder / "model.safetensors")
@@ -134,12 +134,12 @@ def write_backbone(folder, *, seed, hidden_size=24, num_layers=2):
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory):
-    """Folder of a random two-layer BERT of width 24."""
+    """Returns the folder of a random two-layer BERT of width 24."""
     return write_backbone(tmp_path_factory.mktemp("backbone") / "tiny", seed=0)
 
 
 def write_t5(folder, *, seed, architecture="T5ForConditionalGeneration", sentinels=20, **config):
-    """A random T5 in the files of a Hugging Face checkpoint, its tokenizer a Unigram of `WORDS`."""
+    """Writes a random T5 as a Hugging Face checkpoint, with a Unigram tokenizer of `WORDS`."""
     import jax
     import safetensors.numpy
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -159,7 +159,7 @@ def write_t5(folder, *, seed, architecture="T5ForConditionalGeneration", sentine
         "d_ff": 24,
         "num_layers": 1,
         "num_heads": 2,
-        # More than the tokenizer has, as in the published checkpoints.
+        # The vocabulary is larger than that of the tokenizer, as in the published checkpoints.
         "vocab_size": -(-len(vocabulary) // 32) * 32,
         "feed_forward_proj": "relu",
         "tie_word_embeddings": True,
@@ -197,5 +197,5 @@ def write_t5(folder, *, seed, architecture="T5ForConditionalGeneration", sentine
 
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory):
-    """Folder of a random T5 of width 16, with one layer on each side."""
+    """Returns the folder of a random T5 of width 16 with one layer in encoder and decoder."""
     return write_t5(tmp_path_factory.mktemp("backbone") / "t5", seed=0)

@@ -1,4 +1,4 @@
-"""One small adapter, its float64 oracle, and a small backbone: what several test files share."""
+"""Helpers of several test files: a small adapter, its float64 oracle, and a small backbone."""
 
 import dataclasses
 import functools
@@ -21,20 +21,20 @@ from compacter_jax.models.t5.config import T5Config
 
 
 def weights_of(folder):
-    """The file of weights in the folder of an adapter, which has one."""
+    """Returns the only file of weights in the folder of an adapter."""
     (path,) = folder.glob("adapter*.safetensors")
     return path
 
 
 WIDTH = 12
-# A bottleneck of 6 beside a width of 12.
+# A bottleneck of 6 for a width of 12.
 SMALL = {"reduction_factor": 2, "phm_dim": 3}
-# Presets that stand for all where test_methods.py has them all.
+# Presets that represent all others; test_methods.py tests every preset.
 SOME_PRESETS = ("full", "houlsby", "phm", "compacter", "compacter++")
 
 
 class Model(nn.Module):
-    """One adapter, and at the top what a model of many would share."""
+    """A single adapter; parameters that adapters share are at the top of its tree."""
 
     config: BottleneckConfig
     width: int = WIDTH
@@ -54,7 +54,7 @@ def shapes_of(model):
 
 
 def random_params(model, seed=0):
-    """`/`-joined path -> float32 values large enough that each of them has a say."""
+    """Returns path -> float32 values that are large enough to give every parameter an effect."""
     rng = np.random.default_rng(seed)
     return {
         path: np.float32(path.endswith("scale") + 0.5 * rng.standard_normal(leaf.shape))
@@ -72,7 +72,7 @@ ACTIVATIONS = {
 
 
 def projection(params, x, name):
-    """`x W + b` by the names of the parameters alone; `W` is dense or a sum of `np.kron`."""
+    """Computes `x W + b` from parameters by name; `W` is dense or a sum of `np.kron`."""
 
     def stored(*places):
         return next((params[place] for place in places if place in params), None)
@@ -84,7 +84,7 @@ def projection(params, x, name):
         if blocks is None:
             left = stored(f"{own}left", f"phm_{name}_left")
             blocks = left @ stored(f"{own}right", f"phm_{name}_right")
-        if blocks.ndim == 2:  # of low rank
+        if blocks.ndim == 2:  # low rank
             return x @ blocks + params[f"{own}bias"]
         rule = stored(f"{own}phm_rule", "phm_rule")
         if rule is None:
@@ -101,7 +101,7 @@ def layer_norm(params, x, name):
 
 
 def adapter_update(config, params, x):
-    """What an adapter adds to `x`, or to what it is beside."""
+    """Computes the update that an adapter adds to the residual."""
     h = layer_norm(params, x, "layer_norm_before") if config.layer_norm_before else x
     h = ACTIVATIONS[config.non_linearity](projection(params, h, "down"))
     h = projection(params, h, "up")
@@ -114,7 +114,7 @@ def expected_output(config, params, x):
 
 
 def expected_gradients(config, params, x, cotangent):
-    """Central differences in float64, one entry of one parameter at a time."""
+    """Computes gradients by central differences in float64, one entry of a parameter at a time."""
     step = 1e-5
 
     def objective(operands):
@@ -152,7 +152,7 @@ KNOBS = {
     "shared full blocks": ("compacter", {"shared_W_phm": True, "factorized_phm_W": False}),
     "shared blocks, own rules": ("compacter", {"shared_W_phm": True, "shared_phm_rule": False}),
     "PHM-Adapter": ("phm", {}),
-    # Says what is trained, not what is computed.
+    # These options change the trained parameters, not the output.
     "rule not learned": ("compacter", {"learn_phm": False}),
     "low rank": ("low-rank", {}),
     "low rank, of three": ("low-rank", {"rank": 3}),
@@ -170,7 +170,7 @@ def random_states(seed):
 
 
 def output_and_gradients(model, params, x, cotangent):
-    """The output, and gradients by path, that to the input as "x"."""
+    """Returns the output and the gradients by path; "x" is the gradient to the input."""
 
     @jax.jit
     def run(params, x):
@@ -185,10 +185,10 @@ def output_and_gradients(model, params, x, cotangent):
 
 
 def assert_equal_to_rounding(actual, expected):
-    """Float32 against float64.
+    """Checks float32 values against float64.
 
-    Each entry is a sum of at most some 50 products. They may cancel, so the bound is in terms of
-    the array's largest entry; gradients come through twice as many sums.
+    Each entry is a sum of at most about 50 products. They may cancel, so the bound is relative to
+    the largest entry of the array; gradients pass through twice as many sums.
     """
     (y, gradients), (expected_y, expected) = actual, expected
     np.testing.assert_allclose(y, expected_y, rtol=0, atol=1e-5 * np.abs(expected_y).max())
@@ -209,14 +209,14 @@ TINY_BERT = BertConfig(
     intermediate_size=10,
     max_position_embeddings=9,
     hidden_act="gelu",
-    # Large enough that attention is not uniform and every parameter has a say.
+    # Large enough that attention is not uniform and every parameter has an effect.
     initializer_range=0.3,
 )
 ONE_LAYER = dataclasses.replace(TINY_BERT, num_hidden_layers=1)
 IDS = np.array([[3, 5, 1, 7, 2], [4, 4, 6, 9, 12]])
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
-# Heads that do not divide the width, and distances beyond the last bucket.
+# The heads do not divide the width, and distances exceed the last bucket.
 TINY_T5 = T5Config(
     vocab_size=19,
     d_model=WIDTH,
@@ -231,7 +231,7 @@ TINY_T5 = T5Config(
 
 
 def t5_inputs(seed, config, length=None):
-    """Ids and mask of the encoder and of the decoder: padding left, right and none in both."""
+    """Returns ids and masks of encoder and decoder: padding on the left, on the right, and none."""
     rng = np.random.default_rng(seed)
     inputs = []
     for tokens in (length or int(rng.integers(7, 14)), int(rng.integers(5, 12))):
@@ -241,13 +241,13 @@ def t5_inputs(seed, config, length=None):
         mask[rng.integers(3), :2] = 0
         inputs += [ids, mask]
     if not importlib.metadata.version("transformers").startswith("4."):
-        # A query that sees nothing sends the biases no gradient there.
+        # A query that attends to nothing would send no gradient to the position biases.
         inputs[3][:, :2] = 1
     return inputs
 
 
 def torch_t5(module, params, family="T5"):
-    """transformers' PyTorch model with the same weights; `family` is "T5" or "MT5"."""
+    """Returns transformers' PyTorch model with the same weights; `family` is "T5" or "MT5"."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     kind = {None: "Model", "encoder": "EncoderModel"}.get(module.head, "ForConditionalGeneration")
@@ -255,7 +255,7 @@ def torch_t5(module, params, family="T5"):
     model = getattr(transformers, f"{family}{kind}")(config).eval()
     tensors = {name: torch.tensor(t) for name, t in t5_to_hugging_face(params).items()}
     if "lm_head.weight" in tensors:
-        # transformers 5 ties it to the embedding, whatever the configuration says.
+        # transformers 5 ties the head to the embedding, whatever the configuration says.
         model.lm_head.weight = torch.nn.Parameter(tensors["lm_head.weight"])
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert unexpected == []
@@ -265,7 +265,7 @@ def torch_t5(module, params, family="T5"):
 
 
 def torch_t5_outputs(model, inputs):
-    """Logits, or the states of the decoder and the encoder, as PyTorch's tensors."""
+    """Returns the logits, or the states of decoder and encoder, as PyTorch tensors."""
     import torch
 
     names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
@@ -277,12 +277,12 @@ def torch_t5_outputs(model, inputs):
 
 
 def mean_square(outputs):
-    """Mean of the squares of arrays or tensors, so that gradients are O(1)."""
+    """Returns the mean of squares of arrays or tensors, so that gradients are of order one."""
     return sum((y**2).mean() for y in outputs) / len(outputs)
 
 
 def random_tree(shapes, seed=0):
-    """Normal values for a tree of shapes; scales about 1."""
+    """Draws normal values for a tree of shapes; scales are about 1."""
     flat = flatten_dict(shapes, sep="/")
     rng = np.random.default_rng(seed)
     return unflatten_dict(
@@ -297,21 +297,21 @@ def random_tree(shapes, seed=0):
 
 
 def backbone_of(module, seed=0):
-    """`module` with random parameters, as `init_adapters` and `load_adapter` take it."""
+    """Returns `module` with random parameters, in the form that `init_adapters` takes."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *module.dummy_inputs())["params"]
     return types.SimpleNamespace(module=module, params=random_tree(shapes, seed))
 
 
 def adapted_shapes(model):
-    """Shapes of the parameters of an `Adapted`."""
+    """Returns the shapes of the parameters of an `Adapted`."""
     inputs = model.backbone.dummy_inputs()
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
-# Tests compile much and run little.
+# Tests spend more time on compilation than on computation.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def quick_key(seed):
-    """A key whose draws compile in a fraction of the default's time."""
+    """Returns a key whose random draws compile in a fraction of the default's time."""
     return jax.random.key(seed, impl="unsafe_rbg")

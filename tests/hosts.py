@@ -1,4 +1,4 @@
-"""Small backbones of every make, wrapped in `Adapted` with random parameters."""
+"""Small backbones of every kind, wrapped in `Adapted` with random parameters."""
 
 import functools
 
@@ -25,7 +25,7 @@ SITES = {"feed_forward": r"layer_(?P<layer>\d+)"}
 
 
 class SetupHost(nn.Module):
-    """Submodules made in setup, as third-party Flax models do."""
+    """A host that creates its submodules in setup, as third-party Flax models do."""
 
     def setup(self):
         self.inner = nn.Dense(WIDTH)
@@ -37,7 +37,7 @@ class SetupHost(nn.Module):
 class CompactHost(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(WIDTH)(x)  # by its automatic name
+        return nn.Dense(WIDTH)(x)  # named automatically
 
 
 class SuperOfCompact(CompactHost):
@@ -57,7 +57,7 @@ class SuperOfSetup(SetupHost):
 
 
 class ManyMethods(nn.Module):
-    """Only `__call__` is the host; it calls another of its methods and that one itself."""
+    """A host whose `__call__` calls another of its methods; only `__call__` is adapted."""
 
     def setup(self):
         self.inner = nn.Dense(WIDTH)
@@ -81,7 +81,7 @@ HOSTS = {
 
 
 class Chain(nn.Module):
-    """Hosts layer_0, layer_1, ... one after the other, each of them called `times` times."""
+    """A chain of the hosts layer_0, layer_1, …, each of which is called `times` times."""
 
     host: object = CompactHost
     layers: int = 1
@@ -100,7 +100,7 @@ class Chain(nn.Module):
 
 
 class SetupChain(nn.Module):
-    """The same, with its hosts made in setup and the first of them called again at the end."""
+    """A chain with hosts made in setup; the first host is called again at the end."""
 
     host: object = SetupHost
 
@@ -115,7 +115,7 @@ class SetupChain(nn.Module):
 
 
 def adapted(backbone, method=PLUS_PLUS, sites=SITES, seed=0):
-    """The model, with random parameters that make every adapter felt."""
+    """Returns the model, with random parameters that give every adapter an effect."""
     model = Adapted(backbone, method, sites)
     return model, random_tree(adapted_shapes(model), seed)
 
@@ -125,7 +125,7 @@ def run(module, params, *inputs, **options):
 
 
 def adapter_of(params, host, method):
-    """NumPy function of the adapter under the path `host`, in float64."""
+    """Returns a NumPy function that computes the adapter of `host` in float64."""
     flat = flatten_dict(params, sep="/")
     own = {
         path.removeprefix(f"{host}/"): np.float64(leaf)
@@ -136,12 +136,12 @@ def adapter_of(params, host, method):
 
 
 def split(params):
-    """Flat backbone and flat rest."""
+    """Splits parameters into those of the backbone and the rest, both by path."""
     flat = flatten_dict(params, sep="/")
     new = {path for path in flat if "/adapter/" in path or path.startswith("phm_")}
     return {p: v for p, v in flat.items() if p not in new}, {p: flat[p] for p in sorted(new)}
 
 
 def assert_same(actual, expected):
-    """Bit for bit."""
+    """Checks that trees are equal bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, actual, expected)

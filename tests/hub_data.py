@@ -1,4 +1,4 @@
-"""Small benchmarks on disk, in the schema and the layout of their repositories on the hub."""
+"""Writes small benchmarks to disk in the schema and layout of their repositories on the hub."""
 
 import datasets
 import numpy as np
@@ -86,7 +86,7 @@ CONFIGURATIONS = {
     "wmt16-en-ro": "ro-en",
 }
 VALIDATION = {"mnli": ("validation_matched", "validation_mismatched")}
-# Those that have no test split on the hub, and whose test split is not hidden.
+# Benchmarks without a test split on the hub, and those whose test labels are published.
 NO_TEST, OPEN_TEST = ("squad",), ("mrpc", "wmt16-ro-en", "wmt16-en-ro")
 
 
@@ -95,7 +95,7 @@ def words(generator, least=3, most=6):
 
 
 def row(name, number, generator, *, hidden=False):
-    """One row; what is in it differs from the others, and labels take turns."""
+    """Returns a row that differs from all others; labels alternate."""
     made = {}
     for column, feature in FEATURES[name].items():
         if isinstance(feature, ClassLabel):
@@ -113,7 +113,7 @@ def _copa(made, number, generator, hidden):
 
 
 def _multirc(made, number, generator, hidden):
-    question = number // 2  # two answers to each
+    question = number // 2  # two answers to each question
     return {
         "paragraph": f"<b>Sent 1: </b>the film was good<br><b>Sent 2: </b>plot {question}",
         "question": "was it good",
@@ -153,7 +153,8 @@ def _wsc(made, number, generator, hidden):
 
 
 def _squad(made, number, generator, hidden):
-    answer = ("loved", "hated", "awful")[number % 3] * (1 + number // 3)  # as no other word
+    # The word differs from every other word.
+    answer = ("loved", "hated", "awful")[number % 3] * (1 + number // 3)
     before = " ".join(["plot was"] * generator.integers(10, 30))
     return {
         "context": f"{before} it was {answer} {words(generator)}",
@@ -189,7 +190,7 @@ def rows(name, number, *, seed=0, hidden=False):
 
 
 def write(folder, name, *, train=8, validation=6, test=4):
-    """A folder to give as `--data-dir`."""
+    """Writes a benchmark into a folder that `--data-dir` can name."""
     sizes = {"train": train, **dict.fromkeys(VALIDATION.get(name, ("validation",)), validation)}
     if name not in NO_TEST:
         tests = ("test_matched", "test_mismatched") if name == "mnli" else ("test",)

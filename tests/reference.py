@@ -1,4 +1,4 @@
-"""BERT and T5 in float64 NumPy: every layer does what the adapter under its own path says."""
+"""BERT and T5 with methods in float64 NumPy: each layer applies the adapter under its own path."""
 
 import math
 
@@ -12,7 +12,7 @@ from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.t5.layers import relative_position_bucket
 from tests.helpers import ACTIVATIONS, adapter_update
 
-# A bias on scores that leaves nothing of a key.
+# A bias on scores that excludes a key completely.
 HIDDEN = -1e30
 
 
@@ -22,14 +22,14 @@ def softmax(scores):
 
 
 def pad_left(x, count):
-    """`count` zeros before the last axis."""
+    """Pads the last axis with `count` zeros on the left."""
     return np.pad(x, ((0, 0),) * (x.ndim - 1) + ((count, 0),))
 
 
 class Reference:
-    """A model and a method by the equations of their papers; `params` as of `Adapted`.
+    """A model with a method, by the equations of the papers, and the `params` of an `Adapted`.
 
-    Where a method goes is read off the names of the parameters alone.
+    The names of the parameters alone determine where the method acts.
     """
 
     def __init__(self, module, method, params):
@@ -37,7 +37,7 @@ class Reference:
         self.params = {path: np.float64(v) for path, v in flatten_dict(params, sep="/").items()}
 
     def __call__(self, *inputs):
-        """Logits for the inputs of the module, all masks included."""
+        """Returns the logits for the inputs of the module, including all masks."""
         return (self._bert if isinstance(self.module, Bert) else self._t5)(*inputs)
 
     # --- what a method does -------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Reference:
         return self.params.get(f"{host}/adapter/{name}".removeprefix("/"))
 
     def _update(self, host, x):
-        """What the bottleneck under `host` adds, 0 if there is none."""
+        """Returns the update of the bottleneck under `host`, or 0 if there is none."""
         if self._own(host, "down/bias") is None:
             return 0.0
         own = {
@@ -77,7 +77,7 @@ class Reference:
         return self._adapt_output(host, y)
 
     def _join(self, host, residual, output, add):
-        """The end of a sub-layer, as AdapterHub places what has the residual."""
+        """Returns the end of a sub-layer, with adapters that read the residual as in AdapterHub."""
         if self._own(host, "down/bias") is None:
             return add(residual, output)
         config = self._part(BottleneckConfig)
@@ -90,7 +90,7 @@ class Reference:
         return add(residual, out) if config.original_ln_after else out
 
     def _prefix(self, host, site):
-        """Keys and values, `[prefix, inner]` each, or None."""
+        """Returns keys and values, `[prefix, inner]` each, or None."""
         if (key := self._own(host, "key")) is not None:
             return key, self._own(host, "value")
         if (kernel := self._own(host, "kernel")) is None:
@@ -103,13 +103,13 @@ class Reference:
         return np.split(both, 2, axis=1)
 
     def _attend(self, host, site, heads, query, key, value, bias):
-        """`[batch, queries, inner]` from projections `[batch, length, inner]`, bias on scores."""
+        """Returns `[batch, queries, inner]` from projections `[batch, length, inner]`."""
         if (prefix := self._prefix(host, site)) is not None:
             key, value = (
                 np.concatenate([np.broadcast_to(own, (len(x), *own.shape)), x], 1)
                 for own, x in zip(prefix, (key, value), strict=True)
             )
-            # Nothing is added to the scores of prefixes, unless that is in the bias already.
+            # The scores of prefixes get no bias, unless `bias` already covers them.
             bias = pad_left(bias, key.shape[1] - bias.shape[-1])
 
         def split(x):
@@ -120,7 +120,7 @@ class Reference:
         return y.transpose(0, 2, 1, 3).reshape(len(y), y.shape[2], -1)
 
     def _prompted(self, host, x, mask):
-        """Embeddings and mask with the prompt in front, and its length."""
+        """Returns embeddings and mask with the prompt in front, and the length of the prompt."""
         if (prompt := self._own(host, "prompt")) is None:
             return x, mask, 0
         before = np.broadcast_to(prompt, (len(x), *prompt.shape))
@@ -210,7 +210,7 @@ class Reference:
         return self._rms_norm(f"{stack}/final_layer_norm", x)
 
     def _shift(self, stack):
-        """By how much the positions of a stack's keys are shifted."""
+        """Returns the shift of the key positions in a stack."""
         prefix = self._prefix(f"{stack}/block/0/layer/0/SelfAttention", f"{stack}_key_value")
         if prefix is None or not self._part(PrefixTuningConfig).shift_positions:
             return 0

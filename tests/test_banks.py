@@ -1,4 +1,4 @@
-"""Banks made of saved adapters, and members that are put in and taken out."""
+"""Builds banks from saved adapters, and takes members out and puts them in."""
 
 import functools
 import types
@@ -29,7 +29,7 @@ from tests.hosts import PLUS_PLUS, assert_same, run
 
 
 def bert(labels=2, **settings):
-    """Of any number of labels, with the same weights below the head."""
+    """Returns a classifier with any number of labels; the weights below the head are the same."""
     make = functools.partial(Bert, ONE_LAYER, head="sequence_classification")
     own = backbone_of(make(num_labels=labels, **settings))
     params = {**backbone_of(make()).params, "classifier": own.params["classifier"]}
@@ -38,7 +38,7 @@ def bert(labels=2, **settings):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of three adapters with 2, 4 and 3 labels, and what is in them."""
+    """Saves adapters with 2, 4 and 3 labels; returns their folders and contents."""
     folder = tmp_path_factory.mktemp("adapters")
     alone = []
     for seed, labels in enumerate((2, 4, 3)):
@@ -75,7 +75,7 @@ def test_labels_that_a_member_lacks_have_no_probability(saved):
 
 
 def of_weights(members, own, weights):
-    """A bias mixed in float64, a label that a member with a weight lacks without probability."""
+    """Mixes a bias in float64; a label that a weighted member lacks gets no probability."""
     lacking = members == NO_LABEL
     mixed = weights @ np.where(lacking, 0, members)
     mixed += (1 - weights.sum()) * np.where(own == NO_LABEL, 0, own)
@@ -85,14 +85,14 @@ def of_weights(members, own, weights):
 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_labels_of_a_mixture(narrow):
-    """Softmax weights, whose sum is 1 but for rounding, on a backbone of two labels or of four."""
+    """Uses softmax weights, which sum to 1 up to rounding, on a backbone of two or four labels."""
     rng = np.random.default_rng(0)
     members, own = rng.standard_normal((3, 4)).astype(np.float32), np.float32(rng.random(4))
     for row, labels in ((members[0], 2), (members[2], 3), (own, 2 if narrow else 4)):
         row[labels:] = NO_LABEL
     weights = np.array(jax.nn.softmax(jnp.float32(3 * rng.standard_normal((40, 3)))))
     weights[0], weights[1], weights[2], weights[3] = [0, 1, 0], [0, 0, 0], [0, 2, -1], [0, 0.5, 0]
-    # Rounded so that their sum is never 1.
+    # Rounded, so that their sum is never exactly 1.
     weights[20:, 0] += np.float32(1e-6)
     bank, occupied = Bank(PLUS_PLUS, size=3), jnp.ones(3, bool)
     found = routing.Routing(bank, occupied, mix=jnp.asarray(weights)).choose(members, own)
@@ -121,7 +121,7 @@ def test_labels_of_an_average(weights):
 
 @pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1 / 3, 1 / 3, 1 / 3)])
 def test_an_average_on_a_backbone_with_fewer_labels(weights):
-    """Sums of weights are rounded, too."""
+    """The sums of these weights are rounded, too."""
     members = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
     own = jnp.array([1, 2, NO_LABEL, NO_LABEL])
     method = Average(PLUS_PLUS, PLUS_PLUS, PLUS_PLUS, weights=weights)
@@ -131,7 +131,7 @@ def test_an_average_on_a_backbone_with_fewer_labels(weights):
 
 
 def test_a_mixture_on_a_backbone_with_fewer_labels():
-    """It is that on a backbone with as many as the members, which have no part in it."""
+    """The result equals that on a backbone with as many labels as the members."""
     alone = [trained_alone(bert(4), PLUS_PLUS, seed) for seed in (1, 2, 3)]
     mix = np.array(jax.nn.softmax(jnp.float32(np.random.default_rng(1).standard_normal((4, 3)))))
 
@@ -161,7 +161,7 @@ def test_the_backbone_is_hashed_once(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "hash_params", lambda params: hashed.append(1) or once(params))
     stack_adapters(folders, bert())
     assert len(hashed) == 1
-    stack_adapters([*folders, *saved[0]], bert())  # of other labels, too
+    stack_adapters([*folders, *saved[0]], bert())  # with other numbers of labels
     assert len(hashed) == 2
 
 
@@ -172,7 +172,7 @@ def test_a_bank_on_disk(saved, tmp_path):
     loaded_model, loaded = load_adapter(tmp_path, bert(4))
     assert loaded_model == model
     assert_same(loaded, params)
-    # A head is of 12 weights and a bias for each label.
+    # A head has 12 weights and a bias for each label.
     single = count(alone[1][1], label_params(alone[1][1], PLUS_PLUS)).trained
     assert count(params, label_params(params, model.method)).trained == 3 * single
 
@@ -188,7 +188,9 @@ def test_one_rule_for_all(saved):
         assert_same(own, params)
     with pytest.raises(ValueError, match="shared_rule=True, but the adapters have different value"):
         stack_adapters(alone, bert(), shared_rule=True)
-    with pytest.raises(ValueError, match="the bank has one phm_rule for all members, and the adap"):
+    with pytest.raises(
+        ValueError, match="all members of the bank share one phm_rule, but the adap"
+    ):
         set_member(bank, stacked, 1, alone[1])
 
 
@@ -230,30 +232,33 @@ def test_members_of_a_composition_from_disk(saved):
         ValueError, match="there is no member 'task'; the composition has language, "
     ):
         get_member(model, params, "task")
-    with pytest.raises(ValueError, match="the model's method is 'stack', not a bank; get_member"):
+    with pytest.raises(
+        ValueError,
+        match="the model's method is 'stack', not a bank; for another composition, use get_member",
+    ):
         unstack(model, params)
 
 
 def test_adapters_that_do_not_fit(saved, tmp_path):
     folders, alone = saved
-    with pytest.raises(ValueError, match="0 adapters for a bank with a capacity of 0"):
+    with pytest.raises(ValueError, match="0 adapters were given for a bank with a capacity of 0"):
         stack_adapters([], bert())
-    with pytest.raises(ValueError, match="3 adapters for a bank with a capacity of 2"):
+    with pytest.raises(ValueError, match="3 adapters were given for a bank with a capacity of 2"):
         stack_adapters(folders, bert(), capacity=2)
     other = trained_alone(bert(), PLUS_PLUS.replace(reduction_factor=4, sites=("attention",)), 0)
     save_adapter(tmp_path, *other)
     message = (
-        rf"the adapter in {tmp_path} is not like the others; "
+        rf"the adapter in {tmp_path} differs from the others; "
         r"sites: \['attention'\], not \['feed_forward'\]; reduction_factor: 4, not 2"
     )
     with pytest.raises(ValueError, match=message):
         stack_adapters([folders[0], tmp_path], bert())
-    with pytest.raises(ValueError, match="adapter 1 is not like the others; sites"):
+    with pytest.raises(ValueError, match="adapter 1 differs from the others; sites"):
         stack_adapters([alone[0], other], bert())
     bank, params = stack_adapters(folders[:1], bert(), capacity=2)
-    with pytest.raises(ValueError, match="the adapter for 1 is not like the others; sites"):
+    with pytest.raises(ValueError, match="the adapter for 1 differs from the others; sites"):
         set_member(bank, params, 1, other)
-    with pytest.raises(ValueError, match=r"is of shape \(4,\), wanted is \(2,\); adapters with"):
+    with pytest.raises(ValueError, match=r"has shape \(4,\), but must have \(2,\); an adapter"):
         set_member(bank, params, 1, folders[1])
     elsewhere = bert()
     elsewhere.params["pooler"] = jax.tree.map(jnp.zeros_like, elsewhere.params["pooler"])
@@ -281,9 +286,12 @@ def test_what_is_for_one_adapter_says_so(saved, tmp_path):
         (lambda: cj.merge_adapter(model, params), "cannot be merged .*: it is several adapters"),
         (
             lambda: cj.export_adapterhub(tmp_path, model, params),
-            "each that get_member gives",
+            "get each with get_member",
         ),
-        (lambda: cj.export_peft(tmp_path, model, params), "PEFT does not have the method 'bank'"),
+        (
+            lambda: cj.export_peft(tmp_path, model, params),
+            "method 'bank' cannot be exported to PEFT",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             refuse()

@@ -1,4 +1,4 @@
-"""Adapters to disk and back, what does not fit, and writing that is interrupted."""
+"""Saves and loads adapters, refuses those that do not fit, and interrupts writing."""
 
 import ast
 import dataclasses
@@ -46,7 +46,7 @@ def bert(config=ONE_LAYER, **settings):
 
 
 def fine_tuned(backbone, method, seed=1):
-    """The model, its backbone's parameters and random values for everything the method trains."""
+    """Returns a model, its backbone's parameters, and random values for all trained parameters."""
     model = Adapted(backbone.module, method)
     params = flatten_dict(random_tree(adapted_shapes(model), seed), sep="/")
     own = flatten_dict(backbone.params, sep="/")
@@ -56,7 +56,7 @@ def fine_tuned(backbone, method, seed=1):
 
 
 def assert_same(actual, expected):
-    """Same structure, dtypes and bits."""
+    """Checks that structure, dtypes and bits are the same."""
     actual, expected = flatten_dict(actual, sep="/"), flatten_dict(expected, sep="/")
     assert actual.keys() == expected.keys()
     for path, leaf in expected.items():
@@ -80,7 +80,7 @@ def backbone():
 
 @pytest.fixture
 def saved(tmp_path, backbone):
-    """A folder, and what is in it."""
+    """Saves an adapter; returns the folder and its contents."""
     model, params = fine_tuned(backbone, METHODS["compacter"])
     save_adapter(tmp_path, model, params, metadata={"labels": ["no", "yes"]})
     return types.SimpleNamespace(path=tmp_path, model=model, params=params)
@@ -109,7 +109,7 @@ def test_round_trip_in_bfloat16(tmp_path):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     save_adapter(tmp_path, model, params)
     loaded = load_adapter(tmp_path, backbone)[1]
-    # The same numbers, in the types that the model has them in.
+    # The same numbers, in the dtypes of the model.
     assert_same(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded), params)
     own = adapted_shapes(model)
     assert jax.tree.map(lambda leaf: leaf.dtype, loaded) == jax.tree.map(lambda x: x.dtype, own)
@@ -129,7 +129,7 @@ def test_round_trip_with_sites_of_the_callers(tmp_path, backbone):
 
 @pytest.mark.parametrize("name", ["compacter", "rule frozen", "own rules frozen", "pooler"])
 def test_what_is_stored(tmp_path, backbone, name):
-    """What the backbone's checkpoint does not have, and what was trained; nothing else."""
+    """An adapter stores only trained parameters and those that the checkpoint lacks."""
     model, params = fine_tuned(backbone, METHODS[name])
     save_adapter(tmp_path, model, params)
     stored = load_file(weights_of(tmp_path))
@@ -157,7 +157,7 @@ def test_metadata_and_settings(saved):
 
 
 def test_metadata_may_not_replace_the_librarys_own(tmp_path, saved):
-    with pytest.raises(ValueError, match=r"metadata may not name \['head', 'method'\]"):
+    with pytest.raises(ValueError, match=r"metadata must not have the key \['head', 'method'\]"):
         save_adapter(tmp_path / "new", saved.model, saved.params, metadata={"method": 1, "head": 2})
     assert not (tmp_path / "new").exists()
 
@@ -176,12 +176,12 @@ def test_files_are_the_same_each_time(tmp_path, saved):
 
 @pytest.mark.parametrize(("name", "limit"), [("compacter++", 80_000), ("compacter", 115_000)])
 def test_an_adapter_of_minilm_is_small(tmp_path, monkeypatch, name, limit):
-    """17,946 numbers for Compacter++, head and layer norms included, at four bytes each."""
+    """Compacter++ has 17,946 numbers of four bytes, including head and layer norms."""
     config = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
     model = Adapted(bert(config), preset(name))
-    # Broadcast: the backbone's frozen weights take no memory. Their hash is not the point here.
+    # Broadcast, so that frozen weights take no memory. Their hash does not matter here.
     params = jax.tree.map(
         lambda leaf: np.broadcast_to(np.float32(0.5), leaf.shape), adapted_shapes(model)
     )
@@ -240,16 +240,18 @@ def test_another_backbone(saved, backbone):
     flat[path] = flat[path].at[0, 0].add(0.1)
     other = types.SimpleNamespace(module=backbone.module, params=unflatten_dict(flat, sep="/"))
     with pytest.raises(
-        ValueError, match=r"made for a backbone with the hash \w{12}…, this one has"
+        ValueError, match=r"made for a backbone with the hash \w{12}…, but this backbone has"
     ):
         load_adapter(saved.path, other)
     edit_config(saved.path, backbone="a/b")
-    with pytest.raises(ValueError, match="load the backbone it was trained with, a/b"):
+    with pytest.raises(
+        ValueError, match="load the backbone that the adapter was trained with, a/b"
+    ):
         load_adapter(saved.path, other)
 
 
 def test_what_is_stored_is_no_part_of_the_hash(saved, backbone):
-    """Another initial head and other layer norms: the stored ones replace them."""
+    """The stored head and layer norms replace those of the backbone, so they may differ."""
     fresh = random_tree(jax.tree.map(lambda leaf: leaf, backbone.params), seed=9)
     replaced = ("LayerNorm/", "classifier/")
     flat, new = flatten_dict(backbone.params, sep="/"), flatten_dict(fresh, sep="/")
@@ -261,9 +263,12 @@ def test_what_is_stored_is_no_part_of_the_hash(saved, backbone):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": None}, r"with head='sequence_classification', the backbone has head=None; load"),
+        (
+            {"head": None},
+            r"with head='sequence_classification', but the backbone has head=None; load",
+        ),
         ({"head": "token_classification"}, "the backbone has head='token_classification'"),
-        ({"num_labels": 3}, "with num_labels=2, the backbone has num_labels=3"),
+        ({"num_labels": 3}, "with num_labels=2, but the backbone has num_labels=3"),
         ({"config": dataclasses.replace(ONE_LAYER, num_hidden_layers=2)}, "missing: encoder/"),
         ({"config": dataclasses.replace(ONE_LAYER, hidden_size=24)}, "of another shape: "),
     ],
@@ -287,7 +292,7 @@ def foreign_weights(folder):
 
 
 def swapped_weights(folder):
-    """Another adapter's, of the same shapes."""
+    """Replaces the weights by those of another adapter with the same shapes."""
     path = weights_of(folder)
     save_file({name: leaf + 1 for name, leaf in load_file(path).items()}, path)
 
@@ -324,10 +329,10 @@ def method_with(**changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"adapter-\w+.safetensors is truncated or no safetensors file"),
-        (truncate_to_nothing, r"adapter-\w+.safetensors is truncated or no safetensors file"),
-        (foreign_weights, "is not the file that adapter_config.json beside it describes"),
-        (swapped_weights, "is not the file that adapter_config.json beside it describes"),
+        (truncate, r"adapter-\w+.safetensors is truncated or not a safetensors file"),
+        (truncate_to_nothing, r"adapter-\w+.safetensors is truncated or not a safetensors file"),
+        (foreign_weights, "is not the file that adapter_config.json in the same folder describes"),
+        (swapped_weights, "is not the file that adapter_config.json in the same folder describes"),
         (config_text('{"format_version": 1,'), "adapter_config.json is not valid JSON"),
         (config_text(""), "is not valid JSON"),
         (config_bytes, "is not UTF-8"),
@@ -338,10 +343,10 @@ def method_with(**changes):
             "is not an adapter of .*: it has no backbone_sha256",
         ),
         (config_without("weights_sha256"), "is not an adapter of .*: it has no weights_sha256"),
-        (config_with(format_version=2), "has format_version 2, this release reads 1; install"),
+        (config_with(format_version=2), "has format_version 2, but this release reads 1; install"),
         (config_with(method=None), "json: method=None must be an object"),
-        (config_with(method={"kind": "dora"}), "unknown kind of method 'dora'; known are"),
-        (config_with(sites={"attention": {"hots": ""}}), "'attention' is none of .*: .*hots"),
+        (config_with(method={"kind": "dora"}), "unknown kind of method 'dora'; use one of"),
+        (config_with(sites={"attention": {"hots": ""}}), "'attention' is not a valid Site: .*hots"),
         (method_with(phm_dims=4), r"no field 'phm_dims' \(did you mean 'phm_dim'\?\)"),
         (method_with(phm_dim="4"), "phm_dim='4' must be of type int"),
         (method_with(phm_dim=2), "of another shape: "),

@@ -1,4 +1,4 @@
-"""The one reader of JSON, the one of safetensors, and the atomic writer."""
+"""Tests the reader of JSON, the reader of safetensors, and the atomic writer."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from compacter_jax import files, messages, weights
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 100_000 + "]" * 100_000, "too deep"),
+        ("[" * 100_000 + "]" * 100_000, "more than 64 deep"),
         ('{"a": NaN}', "NaN"),
         ('{"a": [-Infinity]}', "Infinity"),
         ('{"a": 1e999}', "too large"),
@@ -129,7 +129,7 @@ def test_weights_of_other_types_are_refused_by_name(tmp_path, dtype, size):
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw(dtype, bytes(4 * size), [4]))
     for read in both_readers(path):
-        with pytest.raises(ValueError, match=f"x in .*x.safetensors is of type {dtype}; weights"):
+        with pytest.raises(ValueError, match=f"x in .*x.safetensors has dtype {dtype}; weights"):
             read()
 
 
@@ -152,7 +152,7 @@ def test_a_number_too_large_for_a_type_is_no_diverged_run():
     with pytest.raises(
         ValueError,
         match=r"^w in x has 2 of 3 numbers too large for float16, which "
-        r"holds 65504 at most; use a dtype of a wider range, or other weights$",
+        r"holds 65504 at most; use a dtype with a wider range, or other weights$",
     ):
         weights.converted("x", "w", array, np.float16)
     with pytest.raises(ValueError, match="w in x has 1 of 1 numbers too large for bfloat16"):
@@ -192,7 +192,7 @@ def test_a_new_file_has_the_mode_of_other_new_files(tmp_path):
 
 
 def test_an_error_leaves_the_file_and_names_it(tmp_path):
-    path = tmp_path / ("n" * 250)  # as long as file systems allow, nearly
+    path = tmp_path / ("n" * 250)  # nearly the longest name that file systems allow
     path.write_text("old")
     with pytest.raises(OSError, match="disk") as caught, files.replace_file(path) as temporary:
         raise OSError(28, "disk full", str(temporary))

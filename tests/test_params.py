@@ -1,4 +1,4 @@
-"""Labels, partition and merge, counts, the optimizer, and what a compiled gradient computes."""
+"""Tests labels, partition and merge, counts, the optimizer, and compiled gradients."""
 
 import re
 
@@ -62,7 +62,7 @@ def trained_paths(labels):
     return {path for path, label in flat.items() if label == "train"}
 
 
-# Group -> pattern that finds it anywhere in a path.
+# Group -> a pattern that finds its parameters anywhere in a path.
 FOUND_BY = {
     "adapters": r"/adapter/(?!.*phm_rule)|^(phm_(up|down)|prefix|intrinsic)_",
     "rules": r"phm_rule",
@@ -75,7 +75,7 @@ FOUND_BY = {
 HOUSEHOLD = ("adapters", "rules", "layer norms", "heads")
 # Most presets leave the layer norms frozen.
 FREEZING_NORMS = ("adapters", "heads")
-# Preset -> what it trains, where not that.
+# Preset -> what it trains, if different.
 TRAINED = {
     "full": ("everything",),
     **dict.fromkeys(("houlsby", "pfeiffer-attention", "adapterdrop", "low-rank"), HOUSEHOLD),
@@ -111,7 +111,7 @@ def test_what_each_preset_trains(name, head):
             {"factorized_phm_rule": True, "learn_phm": False},
             ("adapters", "layer norms", "heads"),
         ),
-        # Rules of the projections' own, and norms of the adapters' own.
+        # With a rule for each projection, and with layer norms inside the adapters.
         ("phm", {"learn_phm": False}, ("adapters", "layer norms", "heads")),
         (
             "phm",
@@ -153,7 +153,7 @@ def test_own_rules_win_over_the_method_and_the_first_match_wins():
             [(r"encoder/layer/7/.*", "freeze")],
             r"pattern 'encoder/layer/7/\.\*' matches no parameter",
         ),
-        ([(r"pooler", "train")], "pattern 'pooler' matches no parameter"),  # not in full
+        ([(r"pooler", "train")], "pattern 'pooler' matches no parameter"),  # does not match in full
         ("train", "rules='train' must be pairs of a pattern and a label"),
         ({".*": "train"}, "rules={.*} must be pairs of a pattern and a label"),
         ([(".*", "train", "freeze")], r"rules=\[.*\] must be pairs of a pattern and a label"),
@@ -273,7 +273,7 @@ def test_full_fine_tuning_counts_everything():
 
 @pytest.fixture(scope="module")
 def step():
-    """Parameters, labels and the gradient of a loss to the trained half."""
+    """Returns parameters, labels, and the gradient of a loss to the trained half."""
     method = small("compacter")
     model = Adapted(Bert(ONE_LAYER, head="sequence_classification"), method)
     params = random_tree(adapted_shapes(model))
@@ -288,14 +288,14 @@ def step():
 
 
 LIMIT = 0.1
-# A large epsilon: adam by itself forgets how large the gradients were.
+# A large epsilon: plain adam does not depend on the size of the gradients.
 CLIPPED_ADAMW = optax.chain(
     optax.clip_by_global_norm(LIMIT), optax.adamw(1e-2, eps=1e-2, weight_decay=0.1)
 )
 
 
 def one_update(labels, gradients, params):
-    """The new parameters and the optimizer's state."""
+    """Returns the new parameters and the optimizer state."""
     tx = optimizer(CLIPPED_ADAMW, labels)
 
     @quick_jit
@@ -307,7 +307,7 @@ def one_update(labels, gradients, params):
 
 
 def whole_gradients(params, gradients, size):
-    """The gradients with `size` times noise where the trained half has none."""
+    """Returns the gradients, with noise of scale `size` where the trained half has none."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf, gradient: (
@@ -330,7 +330,7 @@ def test_a_step_moves_the_trained_leaves_alone(step):
 
 
 def test_the_trained_half_and_the_whole_tree_give_the_same_step(step):
-    """And so clipping reads no gradient of a frozen leaf, however large."""
+    """Clipping reads no gradient of a frozen leaf, however large it is."""
     params, labels, gradients = step
     trained, _ = partition(params, labels)
     half, _ = one_update(labels, gradients, trained)
@@ -342,7 +342,7 @@ def test_the_trained_half_and_the_whole_tree_give_the_same_step(step):
 
 
 def test_the_step_is_that_of_the_transformation_alone(step):
-    """Against optax on a flat dict of the trained leaves, which knows of no frozen ones."""
+    """Compares with optax on a flat dict that contains only the trained leaves."""
     params, labels, gradients = step
     keep = trained_paths(labels)
     alone, alone_gradients = (
@@ -357,7 +357,7 @@ def test_the_step_is_that_of_the_transformation_alone(step):
     half = {path: leaf for path, leaf in flatten_dict(half, sep="/").items() if leaf is not None}
     chex.assert_trees_all_close(half, flatten_dict(expected, sep="/"), rtol=1e-6, atol=1e-8)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients)))
-    assert norm > 2 * LIMIT  # clipping did something
+    assert norm > 2 * LIMIT  # clipping had an effect
 
 
 @pytest.mark.contract
@@ -367,13 +367,13 @@ def test_optimizer_state_exists_for_trained_leaves_only(step):
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
     for tree in (params, trained):
         state = jax.eval_shape(optimizer(CLIPPED_ADAMW, labels).init, tree)
-        # Two moments, and adam's counter of steps.
+        # Two moments, and adam's step counter.
         assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * size + 1
 
 
 # --- What a compiled gradient computes ----------------------------------------------------------
 
-# Sizes that meet in the backbone's weights alone: 35 tokens, bottleneck 12.
+# Sizes that occur together only in the backbone's weights: 35 tokens, bottleneck 12.
 UNMISTAKABLE = BertConfig(
     vocab_size=31,
     hidden_size=24,
@@ -383,12 +383,12 @@ UNMISTAKABLE = BertConfig(
     max_position_embeddings=13,
     type_vocab_size=3,
 )
-# Instructions that hold or rearrange a weight without computing one.
+# Instructions that store or rearrange a weight without computing one.
 MOVES = {"parameter", "copy", "transpose", "bitcast", "get-tuple-element", "constant", "broadcast"}
 
 
 def computed_shapes(method):
-    """Shapes of what the compiled gradient to the trained half computes; frozen matrices."""
+    """Returns the shapes that the compiled gradient computes, and those of the frozen matrices."""
     model = Adapted(Bert(UNMISTAKABLE, head="token_classification"), method)
     shapes = adapted_shapes(model)
     labels = label_params(shapes, method)
@@ -413,6 +413,6 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
 
 
 def test_full_fine_tuning_computes_them_all():
-    """The control: the search above finds what it looks for."""
+    """Control: the search above finds matrices that are computed."""
     computed = computed_shapes(preset("full"))
     assert [shape for shape in BACKBONE_MATRICES if not {shape, shape[::-1]} & computed] == []

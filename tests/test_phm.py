@@ -1,4 +1,4 @@
-"""Sums of Kronecker products against float64 NumPy, and the distributions of initial values."""
+"""Compares sums of Kronecker products with float64 NumPy; tests distributions of initial values."""
 
 import math
 
@@ -30,7 +30,7 @@ SHAPES = {
     "no leading axes, full blocks": (2, 2, 2, 5, 3, None, ()),
     "no tokens": (2, 2, 2, 3, 3, 1, (0, 4)),
 }
-# A compilation each: all shapes in float32, some in bfloat16.
+# Each case is a compilation: all shapes in float32, some in bfloat16.
 cases = pytest.mark.parametrize(
     ("shape", "dtype"),
     [pytest.param(shape, jnp.float32, id=name) for name, shape in SHAPES.items()]
@@ -50,7 +50,7 @@ paths = pytest.mark.parametrize("matmul", PATHS.values(), ids=PATHS)
 
 
 def random_operands(shape, dtype=jnp.float32, seed=0):
-    """`x, rule, blocks`, and a cotangent of the product."""
+    """Returns `x, rule, blocks` and a cotangent of the product."""
     n, a, b, p, q, r, leading = shape
     rng = np.random.default_rng(seed)
 
@@ -66,7 +66,7 @@ def to_float64(tree):
 
 
 def oracle(x, rule, blocks, cotangent):
-    """Product, and its gradients to x, rule and blocks, all from `np.kron` in NumPy."""
+    """Computes the product and its gradients to x, rule and blocks with `np.kron`."""
     full = blocks[0] @ blocks[1] if isinstance(blocks, tuple) else blocks
     weight = sum(np.kron(A, B) for A, B in zip(rule, full, strict=True))
     rows, cotangents = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
@@ -84,10 +84,10 @@ def oracle(x, rule, blocks, cotangent):
 
 
 def assert_within(actual, expected, scale, unit):
-    """`|actual - expected| <= unit * scale`, element by element.
+    """Checks `|actual - expected| <= unit * scale` element by element.
 
-    `scale` is the oracle of the operands' absolute values: the sum of the magnitudes that were
-    added, so the bound holds however much of them cancels.
+    `scale` is the oracle applied to the absolute values of the operands. It is the sum of the added
+    magnitudes, so the bound holds even if they cancel.
     """
 
     def check(one, other, magnitude):
@@ -100,9 +100,9 @@ def assert_within(actual, expected, scale, unit):
     jax.tree.map(check, actual, expected, scale)
 
 
-# Roundings in units of the last place. Float32: each operand passes at most 5 sums of at most 42
-# terms, whose errors add up like a random walk at worst here. Bfloat16: sums are accumulated in
-# float32 and rounded once, through at most 6 intermediate results.
+# Roundings in units of the last place. Float32: each operand passes through at most 5 sums of at
+# most 42 terms, whose errors add up like a random walk. Bfloat16: sums are accumulated in float32
+# and rounded once, through at most 6 intermediate results.
 UNITS = {jnp.float32: 42 * 2.0**-24, jnp.bfloat16: 6 * 2.0**-8}
 
 
@@ -144,7 +144,7 @@ def test_vmap_agrees_with_a_loop(low_rank, matmul):
     many = [random_operands(shape, seed=seed)[:3] for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *many)
     one_by_one = np.stack([jax.jit(matmul)(*operands) for operands in many])
-    # Another order of the same sums: a few units in the last place of terms of order 10.
+    # The sums have another order: a few units in the last place of terms of order 10.
     np.testing.assert_allclose(jax.jit(jax.vmap(matmul))(*stacked), one_by_one, atol=1e-5)
     per_row = jax.jit(jax.vmap(matmul, in_axes=(0, None, None)))(*many[0])
     np.testing.assert_allclose(per_row, one_by_one[0], atol=1e-5)
@@ -158,7 +158,7 @@ def test_mixed_dtypes_promote():
         assert jax.eval_shape(matmul, x, rule, blocks).dtype == jnp.float32
 
 
-# Rule [n, n, n], width and bottleneck as in T5-base beside a reduction of 32, rank (None: full).
+# Rule [n, n, n]; width and bottleneck of T5-base with a reduction factor of 32; rank (None: full).
 @pytest.mark.parametrize(
     ("tokens", "n", "width", "bottleneck", "rank", "factored"),
     [
@@ -243,12 +243,12 @@ BLOCKS_SHAPE = (64, 40, 24)
     "shape", [BLOCKS_SHAPE, (512, 96, 1), (512, 1, 6)], ids=["full blocks", "left", "right"]
 )
 def test_each_block_is_glorot_uniform_by_itself(shape):
-    """The fans are those of one block, not of the stack of them."""
+    """The fans are those of one block, not of the stack of blocks."""
     blocks = np.asarray(blocks_init("glorot-uniform", 1.0)(jax.random.key(0), shape))
     limit = math.sqrt(12 / (shape[1] + shape[2]))  # sqrt(2) * sqrt(6 / (fan_in + fan_out))
     assert np.abs(blocks).max() <= limit * (1 + 1e-6)
     assert np.abs(blocks).max() > 0.99 * limit
-    # The variance of N draws has a standard error of sqrt(4 / 5 / N) variances; N >= 3072.
+    # The variance of N draws has a relative standard error of sqrt(4 / 5 / N); N >= 3072.
     np.testing.assert_allclose(blocks.var(), limit**2 / 3, rtol=0.08)
     np.testing.assert_allclose(blocks.var((1, 2)).mean(), limit**2 / 3, rtol=0.35)
     assert len(np.unique(blocks[:, 0, 0])) > 0.9 * shape[0]
@@ -267,8 +267,9 @@ def test_glorot_has_the_moments_of_pytorch(w_init):
     for block in theirs:
         fill(block, gain=math.sqrt(2), generator=generator)
     theirs = theirs.numpy()
-    # 61,440 draws each: standard errors below 0.6 % of the standard deviation and 1.5 % of the
-    # fourth moment, which tells the uniform (1.8) from the normal (3) and a truncated one (2.3).
+    # With 61,440 draws each, standard errors are below 0.6 % of the standard deviation and 1.5 % of
+    # the fourth moment, which separates the uniform (1.8) from the normal (3) and a truncated one
+    # (2.3).
     np.testing.assert_allclose(ours.std(), theirs.std(), rtol=0.03)
     fourth = [(draws**4).mean() / draws.var() ** 2 for draws in (ours, theirs)]
     np.testing.assert_allclose(fourth[0], fourth[1], rtol=0.08)

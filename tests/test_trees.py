@@ -1,4 +1,4 @@
-"""Trees that are not a model's parameters: refused by all that would write or merge them."""
+"""Trees that do not fit the model are refused by all functions that write or merge them."""
 
 import types
 
@@ -56,23 +56,29 @@ def without(params, *ends):
     return unflatten_dict({p: x for p, x in flat.items() if not p.endswith(ends)}, sep="/")
 
 
-# A tree made of the right one, and what is said of it.
+# A change of the right tree, and the message.
 WRONG = {
-    "wrapped": (lambda p: {"params": p}, r'this is \{"params": …\}, .* give params\["params"\]'),
+    "wrapped": (lambda p: {"params": p}, r'params is \{"params": …\}, .* give params\["params"\]'),
     "all variables": (lambda p: {"params": p, "cache": {}}, r'give params\["params"\]'),
-    "trained half": (lambda p: half(p, 0), r"leaves are no arrays .*give merge\(trained, frozen\)"),
-    "frozen half": (lambda p: half(p, 1), r"leaves are no arrays .*give merge\(trained, frozen\)"),
-    "of optax.masked": (masked, r"leaves are no arrays"),
-    "labels": (lambda p: jax.tree.map(lambda _: "train", p), "leaves are no arrays"),
-    "a list": (jax.tree.leaves, "of type list; give the nested dict"),
+    "trained half": (
+        lambda p: half(p, 0),
+        r"leaves are not arrays .*give merge\(trained, frozen\)",
+    ),
+    "frozen half": (lambda p: half(p, 1), r"leaves are not arrays .*give merge\(trained, frozen\)"),
+    "of optax.masked": (masked, r"leaves are not arrays"),
+    "labels": (lambda p: jax.tree.map(lambda _: "train", p), "leaves are not arrays"),
+    "a list": (jax.tree.leaves, "params has type list; give the nested dict"),
     "a leaf less": (lambda p: without(p, "pooler/dense/bias"), "missing: pooler/dense/bias; left"),
-    "a leaf more": (lambda p: p | {"new": jnp.ones(3)}, "left over: new; .*all of this model's"),
+    "a leaf more": (
+        lambda p: p | {"new": jnp.ones(3)},
+        "left over: new; .*all parameters of this model",
+    ),
     "one leaf of another shape": (
         lambda p: p | {"classifier": {"kernel": jnp.ones((WIDTH, 3)), "bias": jnp.ones(2)}},
-        r"of another shape: classifier/kernel \(12, 3\) for \(12, 2\); give",
+        r"of another shape: classifier/kernel has shape \(12, 3\), not \(12, 2\); give",
     ),
 }
-REPLICATED = (1, 3)  # of one device, and of three or of as many seeds
+REPLICATED = (1, 3)  # of one device, and of three devices or seeds
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -107,14 +113,14 @@ def test_numbers_that_no_reader_takes_are_not_written(tmp_path, params, writer, 
 def test_a_replicated_tree_is_refused(tmp_path, params, copies, writer):
     tree = jax.tree.map(lambda x: np.stack([x] * copies), params)
     tree = backbone_part(tree) if writer == "save_backbone" else tree
-    match = rf"every leaf has an axis of {copies} before its own .* x\[0\], params\)"
+    match = rf"every leaf has an additional leading axis of size {copies} .* x\[0\], params\)"
     with pytest.raises(ValueError, match=match):
         WRITERS[writer](tmp_path / "new", tree)
     assert not list(tmp_path.iterdir())
 
 
 def test_adapters_in_a_backbone_are_refused(tmp_path, params):
-    with pytest.raises(ValueError, match=r"left over: .*adapter/left.* take adapters out"):
+    with pytest.raises(ValueError, match=r"left over: .*adapter/left.* remove the adapters"):
         WRITERS["save_backbone"](tmp_path / "new", params)
 
 
@@ -126,7 +132,7 @@ def test_parameters_of_a_deeper_model_are_refused(params):
 
 @pytest.mark.parametrize(
     ("method", "copies"),
-    # As many copies as a kernel has rows, of what could be broadcast to it by mistake.
+    # As many copies as a kernel has rows; they could be broadcast to it by mistake.
     [(cj.preset("lora"), WIDTH), (cj.IA3Config(), WIDTH), (cj.preset("intrinsic", dimension=9), 1)],
     ids=["lora", "ia3", "intrinsic"],
 )
@@ -170,7 +176,7 @@ def test_without_example_inputs_trees_are_refused_that_no_module_has(tmp_path):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4)))["params"]
     params = random_tree(shapes)
     for tree, message in (
-        (jax.tree.map(lambda x: x[None], params), "an axis of 1 before its own"),
+        (jax.tree.map(lambda x: x[None], params), "an additional leading axis of size 1"),
         ({"params": params}, "give params"),
         (cj.partition(params, cj.label_params(params, model.method))[0], "half of partition"),
     ):

@@ -13,7 +13,7 @@ import compacter_jax as cj
 
 
 def adapt(folder: Path) -> tuple[cj.Adapted, Any]:
-    """A backbone with Compacter++ in it, and its parameters."""
+    """Loads a backbone and adds Compacter++; returns the model and its parameters."""
     backbone = cj.load_backbone(folder, head="sequence_classification", num_labels=2)
     assert_type(backbone, cj.Backbone)
     method = cj.preset("compacter++", reduction_factor=16)
@@ -23,7 +23,7 @@ def adapt(folder: Path) -> tuple[cj.Adapted, Any]:
 
 
 def trained_percentage(model: cj.Adapted, params: Any) -> float:
-    """How much of a model is trained."""
+    """Returns the percentage of trained parameters."""
     count = cj.count(params, cj.label_params(params, model.method))
     assert_type(count.trained, int)
     assert_type(cj.presets(), tuple[str, ...])
@@ -31,12 +31,12 @@ def trained_percentage(model: cj.Adapted, params: Any) -> float:
 
 
 def optimizer(model: cj.Adapted, params: Any) -> optax.GradientTransformation:
-    """AdamW on what is trained."""
+    """Returns AdamW for the trained parameters."""
     return cj.optimizer(optax.adamw(3e-3), cj.label_params(params, model.method))
 
 
 def weight(rule: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """The weight of a layer, from low-rank blocks."""
+    """Returns the weight of a layer from low-rank blocks."""
     return assert_type(cj.kronecker_sum(rule, (left, right)), jax.Array)
 
 

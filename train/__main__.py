@@ -214,7 +214,7 @@ def _told(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or told.startswith("RESOURCE_EXHAUSTED"):
         return f"there is not enough memory: {told.removeprefix('RESOURCE_EXHAUSTED: ')}"
     if isinstance(error, RecursionError):
-        return "something in the input is nested too deeply to be read"
+        return "the input is nested too deeply to be read"
     if isinstance(error, OverflowError):
         return f"a number in the input is too large: {told}"
     return told if isinstance(error, ValueError | OSError) else None

@@ -102,4 +102,7 @@ def _lock(descriptor: int, folder: Path, waiting: str | None) -> None:
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise
-        print(f"the file system of {folder} has no locks: let no other run work there")
+        print(
+            f"the file system of {folder} does not support locks; make sure that no other run "
+            "works there"
+        )

@@ -37,11 +37,11 @@ class Average(Composition):
             object.__setattr__(self, "weights", (1 / count,) * count)
         if len(self.weights) != len(self.members):
             raise ValueError(
-                f"weights={self.weights} must be {len(self.members)}, one for each member"
+                f"weights={self.weights} must have {len(self.members)} entries, one for each member"
             )
         self._refuse_unjoined()
         self._refuse_added_tokens(
-            "what it adds are tokens to attend to, and no output that could be averaged",
+            "it adds tokens to attend to, and has no output that could be averaged",
         )
 
     def combine(self, child: Combine, x: Any, context: Any) -> Any:
@@ -83,17 +83,21 @@ class AverageMaps(Average):
         super().__post_init__()
         singles = [member for member in self.members if isinstance(member, InsertedConfig)]
         if len(singles) < len(self.members):
-            raise ValueError("average_maps is of single methods; compositions have no one map")
+            raise ValueError(
+                "the members of average_maps must be single methods; a composition does not have "
+                "a single map"
+            )
         signatures = [member.map_signature() for member in singles]
         if all(signature == signatures[0] for signature in signatures):
             return
         if singles[0].has_dense_equivalent:
             raise ValueError(
-                f"the members {', '.join(self.names)} of average_maps differ in more than how "
-                "their projections are stored; their widths, sites and activations must agree"
+                f"the members {', '.join(self.names)} of average_maps differ in more than the "
+                "form in which their projections are stored; their widths, sites and activations "
+                "must agree"
             )
         kinds = ", ".join(member.kind for member in self.members)
-        raise ValueError(f"average_maps is of members of one kind, not of {kinds}")
+        raise ValueError(f"the members of average_maps must be of one kind, not of {kinds}")
 
     def map_weights(self) -> Mapping[str, float]:
         """Returns the weights of the members by name."""

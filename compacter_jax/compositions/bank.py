@@ -41,8 +41,8 @@ class Bank(Composition):
         require(self.size >= 1, "size", self.size, "at least 1")
         if len(self.members) != 1 or isinstance(self.members[0], Composition):
             raise ValueError(
-                "a bank has one method, which is no composition, and `size` adapters of it; "
-                "put banks inside a composition, not compositions inside a bank"
+                "a bank holds `size` adapters of one method, and that method cannot be a "
+                "composition; put banks inside a composition, not compositions inside a bank"
             )
         if self.shared_rule:
             self._check_rule()
@@ -53,7 +53,7 @@ class Bank(Composition):
             has = "has a rule in every projection" if rules else "has no rule"
             fix = "set shared_phm_rule=True in it, or " if rules else ""
             raise ValueError(
-                f"shared_rule=True is for a method with one rule for the whole model, and "
+                "shared_rule=True needs a method with one rule for the whole model, but "
                 f"{self.member.kind!r} {has}; {fix}leave shared_rule out"
             )
 
@@ -86,7 +86,7 @@ def bank_of(method: MethodConfig) -> Bank:
     """
     if not isinstance(method, Bank):
         raise ValueError(
-            f"the model's method is {method.kind!r}, not a bank; get_member gives one member of "
-            "another composition"
+            f"the model's method is {method.kind!r}, not a bank; for another composition, use "
+            "get_member to get one member"
         )
     return method

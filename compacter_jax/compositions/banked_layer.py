@@ -137,8 +137,8 @@ class BankedLayer:
     def _mixed(self, call: LayerCall) -> Any:
         if call.plain is None:
             raise ValueError(
-                "members of a bank of prefix tuning add tokens to attend to, and no output that "
-                "could be mixed; call the model with adapter_ids"
+                "the members of a bank of prefix tuning add tokens to attend to, and have no "
+                "output that could be mixed; call the model with adapter_ids instead of mix"
             )
         layer, weights = self.create(), self.routing.weights
         keys = None if self.key is None else jax.random.split(self.key, self.routing.bank.size)

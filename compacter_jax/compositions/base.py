@@ -74,12 +74,14 @@ class Composition(MethodConfig):
             raise ValueError(f"{self.kind} has no members; name at least one method")
         for name in ("train_layer_norms", "train_head", "train_pooler"):
             if getattr(self, name) != getattr(MethodConfig, name):
-                raise ValueError(f"{name} is for the members of {self.kind!r} to say; set it there")
+                raise ValueError(
+                    f"{name} is set in each member of {self.kind!r}, not in the composition itself"
+                )
         for member in self.members:
             if not member.inserted():
                 raise ValueError(
                     f"method {member.kind!r} cannot be a member of {self.kind!r}: it changes "
-                    "weights of the backbone; use one that inserts something"
+                    "weights of the backbone; use a method that inserts parameters"
                 )
         if not self.names:
             object.__setattr__(self, "names", tuple(map(str, range(len(self.members)))))
@@ -116,8 +118,8 @@ class Composition(MethodConfig):
     def _refuse_unjoined(self) -> None:
         if any(part.replaces_residual for part in self.inserted()):
             raise ValueError(
-                f"original_ln_after=False cannot be in {self.kind!r}: what a member returns "
-                "would take the place of the residual that others read; set it to True"
+                f"original_ln_after=False cannot be in {self.kind!r}: the output of that member "
+                "would replace the residual that the other members read; set it to True"
             )
 
     def inserted(self) -> tuple[InsertedConfig, ...]:
@@ -167,8 +169,8 @@ class Composition(MethodConfig):
         copies = [copies_of(member) for member in self.members]
         if len(set(copies) - {1}) > 1:
             raise ValueError(
-                f"the members {', '.join(self.names)} of {self.kind!r} have {copies} copies of a "
-                "row; those with several must have as many"
+                f"the members {', '.join(self.names)} of {self.kind!r} return {copies} copies of "
+                "each row; members with several copies must all have the same number"
             )
         return max(copies)
 

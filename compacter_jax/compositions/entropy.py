@@ -65,7 +65,9 @@ def minimize_entropy(
         if not value > 0:
             raise ValueError(f"{name}={value} must be positive")
     if not inputs:
-        raise ValueError("minimize_entropy wants inputs, arrays [batch, …], after n")
+        raise ValueError(
+            "minimize_entropy needs at least one input after n, an array of shape [batch, …]"
+        )
     if not isinstance(logits_fn, jax.tree_util.Partial):
         logits_fn = jax.tree_util.Partial(logits_fn)
     shape = (n,) if sites is None else (sites, n)

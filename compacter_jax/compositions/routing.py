@@ -62,8 +62,8 @@ class Routing:
         if given != batch:
             name = "mix" if ids is None else "adapter_ids"
             raise ValueError(
-                f"{name} is of {given} rows, and the backbone is called with {batch}; "
-                "give one for each row of the batch"
+                f"{name} has {given} rows, but the backbone is called with {batch}; give one "
+                "entry for each row of the batch"
             )
         if ids is not None and rows > batch:
             ids = jnp.tile(ids, rows // batch)
@@ -176,8 +176,8 @@ def route(
         return {path: Routing(bank) for path, bank in banks.items()}
     if banks and len(given) != 1:
         raise ValueError(
-            "a model with a bank of adapters is called with adapter_ids=[batch] or with "
-            f"mix=[{next(iter(banks.values())).size}]; given: {' and '.join(given) or 'neither'}"
+            "a model with a bank of adapters needs either adapter_ids of shape [batch] or mix of "
+            f"shape [{next(iter(banks.values())).size}]; got {' and '.join(given) or 'neither'}"
         )
     selections = {}
     for path, bank in banks.items():
@@ -199,8 +199,8 @@ def _of_bank(name: str, value: Any, path: str, count: int) -> Any:
     if isinstance(value, Mapping) or count > 1:
         got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
         raise ValueError(
-            f"{name} has nothing for the bank {path!r}; a composition with {count} banks wants a "
-            f"mapping of their names, got {got}"
+            f"{name} has no entry for the bank {path!r}; for a composition with {count} banks it "
+            f"must be a mapping by name of the bank, got {got}"
         )
     return value
 
@@ -216,8 +216,8 @@ def check_ids(ids: Any, bank: Bank, occupied: Any) -> None:
     """
     if np.ndim(ids) != 1 or not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
         raise ValueError(
-            f"adapter_ids is of shape {np.shape(ids)} and type {jnp.result_type(ids)}; it must be "
-            "[batch] integers"
+            f"adapter_ids has shape {np.shape(ids)} and dtype {jnp.result_type(ids)}; it must be "
+            "integers of shape [batch]"
         )
     if isinstance(ids, jax.core.Tracer):
         return
@@ -226,16 +226,14 @@ def check_ids(ids: Any, bank: Bank, occupied: Any) -> None:
     wrong = ids[(ids < least) | (ids >= bank.size)]
     if wrong.size:
         more = ", or -1 for the plain backbone" if bank.allows_unadapted_rows else ""
-        raise ValueError(
-            f"adapter_ids has {int(wrong[0])}, but the bank has members 0 to {bank.size - 1}{more}"
-        )
+        raise ValueError(f"adapter_ids contains {int(wrong[0])}; use 0 to {bank.size - 1}{more}")
     if isinstance(occupied, jax.core.Tracer):
         return
     empty = ids[(ids >= 0) & ~np.asarray(occupied)[ids]]
     if empty.size:
         raise ValueError(
-            f"adapter_ids has {int(empty[0])}, a place of the bank that holds no member yet; put "
-            "one there with set_member"
+            f"adapter_ids contains {int(empty[0])}, but the bank has no member at this index yet; "
+            "put one there with set_member"
         )
 
 
@@ -248,4 +246,4 @@ def _check_mix(mix: Any, bank: Bank, occupied: Any) -> None:
             f"[batch or 1, sites, {bank.size}]"
         )
     if not jnp.issubdtype(jnp.result_type(mix), jnp.floating):
-        raise ValueError(f"mix is of type {jnp.result_type(mix)}; weights are floating-point")
+        raise ValueError(f"mix has dtype {jnp.result_type(mix)}; it must be floating-point")

@@ -24,7 +24,7 @@ class Stack(Composition):
         prompts = [part for part in self.inserted() if part.extra_tokens]
         if len(prompts) > 1:
             kind = prompts[0].kind
-            raise ValueError(f"a stack can have one member that is {kind!r}, not several")
+            raise ValueError(f"a stack can have only one member of the kind {kind!r}")
         owners = [
             name
             for name, member in zip(self.names, self.members, strict=True)
@@ -33,7 +33,8 @@ class Stack(Composition):
         if len(owners) > 1:
             raise ValueError(
                 f"the members {', '.join(owners)} of a stack each have layer norms or biases of "
-                "their own, and a host can have one; set train_layer_norms=False in all but one"
+                "their own, but a host can have only one set of them; set train_layer_norms=False "
+                "in all but one"
             )
 
     def groups_of_others(self, name: str) -> frozenset[str]:

@@ -185,13 +185,13 @@ def _check_inputs(input_ids: Any, key: Array | None, do_sample: bool) -> None:
         raise ValueError(f"input_ids has shape {shape}; it must be [batch, length]")
     if shape[1] == 0:
         raise ValueError(
-            f"input_ids has shape {shape}, a prompt of zero tokens; give it at least one, such "
-            "as the token that ends a sequence"
+            f"input_ids has shape {shape}, so the prompt is empty; give at least one token, such "
+            "as the end-of-sequence token"
         )
     if do_sample and key is None:
         raise ValueError("do_sample=True needs a key; pass key=jax.random.key(0)")
     if key is not None and not do_sample:
-        raise ValueError("a key is for sampling alone; set do_sample=True, or leave it out")
+        raise ValueError("key is used only for sampling; set do_sample=True, or leave key out")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))

@@ -80,15 +80,15 @@ class Settings:
         for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
             if getattr(self, name) != neutral:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} acts in beam search alone; set num_beams to "
-                    "2 or more, or leave it out"
+                    f"{name}={getattr(self, name)!r} is used only in beam search; set num_beams "
+                    f"to 2 or more, or leave {name} out"
                 )
 
     def _check_sampling(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature={self.temperature} is not positive; use do_sample=False for the "
-                "limit at 0, which is greedy search"
+                f"temperature={self.temperature} is not positive; for greedy search, which is the "
+                "limit at 0, use do_sample=False"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} keeps no token; use 1 or more, or None for all")
@@ -97,15 +97,15 @@ class Settings:
         if self.do_sample:
             if self.num_beams > 1:
                 raise ValueError(
-                    f"num_beams={self.num_beams} with do_sample=True is not offered; choose beam "
-                    "search or sampling"
+                    f"num_beams={self.num_beams} with do_sample=True is not supported; choose "
+                    "beam search or sampling"
                 )
             return
         for name, neutral in (("temperature", 1.0), ("top_k", None), ("top_p", 1.0)):
             if getattr(self, name) != neutral:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} acts in sampling alone; set do_sample=True, or "
-                    "leave it out"
+                    f"{name}={getattr(self, name)} is used only in sampling; set do_sample=True, "
+                    f"or leave {name} out"
                 )
 
     def _check_copies(self) -> None:

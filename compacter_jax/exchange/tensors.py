@@ -56,8 +56,8 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         import torch  # noqa: PLC0415 (only to read pickled tensors, and not a dependency)
     except ImportError:
         raise ValueError(
-            f"{path} is a pickle, which takes PyTorch to read: install it, or save the adapter as "
-            "safetensors where it was made"
+            f"{path} is a pickle, and reading it needs PyTorch; install PyTorch, or save the "
+            "adapter as safetensors where it was made"
         ) from None
     if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
         raise ValueError(
@@ -68,8 +68,9 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a broken pickle raises nearly any class of error
         raise ValueError(
-            f"{path} is truncated, was not written by PyTorch, or holds more than tensors, which "
-            "is never unpickled since that can run any code; save the adapter as safetensors"
+            f"{path} is truncated, was not written by PyTorch, or holds objects other than "
+            "tensors, which are never unpickled because that can run arbitrary code; save the "
+            "adapter as safetensors"
         ) from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, not a dictionary of tensors")
@@ -81,16 +82,17 @@ def _to_numpy(path: Path, name: Any, value: Any) -> np.ndarray:
 
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise ValueError(
-            f"{path} holds {quote(name, 100)}, a {type(value).__name__}, beside its tensors; save "
-            "the adapter as safetensors"
+            f"{path} holds {quote(name, 100)}, which is a {type(value).__name__} and not a "
+            "tensor; save the adapter as safetensors"
         )
     check_weight_type(path, name, _TORCH_TYPES.get(str(value.dtype), str(value.dtype)))
     try:
         tensor = value.detach()
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(
-                f"{shorten(name, 100)} in {path} repeats the same numbers to a size of "
-                f"{tuple(tensor.shape)}; save the adapter as safetensors where it was made"
+                f"{shorten(name, 100)} in {path} is a small tensor that is expanded to shape "
+                f"{tuple(tensor.shape)} by repetition; save the adapter as safetensors where it "
+                "was made"
             )
         if tensor.dtype == torch.bfloat16:  # PyTorch cannot convert this type to NumPy
             array = tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
@@ -99,7 +101,7 @@ def _to_numpy(path: Path, name: Any, value: Any) -> np.ndarray:
     except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, or without data
         reason = shorten(str(error).partition("\n")[0], 100)
         raise ValueError(
-            f"{path} has {quote(name, 100)}, which NumPy cannot hold: {reason}"
+            f"{path} has {quote(name, 100)}, which NumPy cannot represent: {reason}"
         ) from None
     check_finite(path, name, array)
     return array

@@ -88,8 +88,8 @@ class Adapted(nn.Module):
         super().__post_init__()
         if not isinstance(self.backbone, nn.Module):
             raise ValueError(
-                f"the backbone is of type {type(self.backbone).__name__}, no module of flax.linen; "
-                "for one of nnx adapt its linen module, and turn that into one of nnx: "
+                f"the backbone has type {type(self.backbone).__name__} and is not a flax.linen "
+                "module; to use nnx, adapt a linen module and convert the result to nnx: "
                 "bridge.ToNNX(Adapted(…), rngs=…)"
             )
         check_groups(self.groups)
@@ -136,8 +136,8 @@ class Adapted(nn.Module):
                 if method is None or '"/backbone' not in str(error):
                     raise
                 raise ValueError(
-                    "the function given as method= calls the backbone itself, which has no "
-                    "parameters there; call its methods on the model that the function is given, "
+                    "the function given as method= calls the backbone directly, which has no "
+                    "parameters there; call its methods on the model that the function receives, "
                     "as in lambda model, x: model.features(x)"
                 ) from error
         return super().apply(variables, method, *args, method=Adapted.call, **kwargs)
@@ -250,8 +250,8 @@ class Adapted(nn.Module):
         copies = copies_of(self.method)
         if copies > 1 and not is_whole:
             raise ValueError(
-                f"a model with Parallel has no {name!r}: what it returns would be of {copies} "
-                "members; use a model of each"
+                f"a model with Parallel has no {name!r}: it would have to return one value for "
+                f"each of {copies} members; use one model for each member"
             )
         batch = repeat_rows(bound.arguments, copies) if copies > 1 else None
         prompt = sum(part.extra_tokens for part in parts)
@@ -260,7 +260,7 @@ class Adapted(nn.Module):
         if prompt:
             if is_whole and "input_ids" not in bound.arguments:
                 raise ValueError(
-                    f"prompt tuning wants a backbone that is called with input_ids, and "
+                    "prompt tuning needs a backbone that is called with input_ids, but "
                     f"{type(self.backbone).__name__} is not"
                 )
             make_room(bound.arguments, prompt, getattr(self.backbone, "config", None))
@@ -295,8 +295,9 @@ class Adapted(nn.Module):
         )
         if any(rates) and not is_told:
             raise ValueError(
-                f"dropout={max(rates)} would never be on: {type(self.backbone).__name__} takes "
-                f"none of {', '.join(SWITCHES)}; set dropout=0.0, or give its __call__ one"
+                f"dropout={max(rates)} would never be applied: {type(self.backbone).__name__} "
+                f"takes none of the arguments {', '.join(SWITCHES)}; set dropout=0.0, or add one "
+                "of them to its __call__"
             )
 
     @nn.nowrap
@@ -305,8 +306,8 @@ class Adapted(nn.Module):
         params = {} if is_own(self.backbone) else self.variables.get("params", {})
         if any(map(is_quantized, flatten_dict(params).values())):
             raise ValueError(
-                f"the weights are of int8, with which {type(self.backbone).__name__} cannot "
-                f"compute; frozen weights of other modules than {OWN_MODULES} can be of bfloat16"
+                f"the weights are int8, but {type(self.backbone).__name__} cannot compute with "
+                f"int8; for modules other than {OWN_MODULES}, use bfloat16 for frozen weights"
             )
 
     @nn.nowrap

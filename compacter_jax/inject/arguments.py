@@ -20,18 +20,18 @@ def output_of(places: list[Placement], y: Any, path: str) -> int | None:
     given = {place.site.output for place in places}
     if len(given) > 1:
         raise ValueError(
-            f"sites {', '.join(repr(place.name) for place in places)} are both {path}, with "
-            "different outputs; name one of them"
+            f"sites {', '.join(repr(place.name) for place in places)} are different outputs of "
+            f"the same host {path}; name only one of them"
         )
     index = given.pop()
     if index is None:
         is_parallel = any(place.site.role == "parallel" for place in places)
         return 0 if is_parallel and isinstance(y, tuple) else None
     if not isinstance(y, tuple | list) or index >= len(y):
-        count = f"{len(y)} things" if isinstance(y, tuple | list) else type(y).__name__
+        count = f"{len(y)} values" if isinstance(y, tuple | list) else type(y).__name__
         raise ValueError(
             f"site {places[0].name!r} has output={index}, but the host {path} returns {count}; "
-            "choose another output, or none for a host that returns an array"
+            "choose another output, or leave output out for a host that returns an array"
         )
     return index
 
@@ -84,12 +84,12 @@ def _check_arguments(role: Role, context: Any, path: str, args: Any) -> None:
     if not fits:
         kinds = ("array" if isinstance(x, jax.Array) else type(x).__name__ for x in args[:4])
         given = ", ".join(kinds)[:100]
-        wanted = BEFORE.get(role, "f(x), of an array")
+        wanted = BEFORE.get(role, "f(x), where x is an array")
         raise ValueError(
-            f"a site of the role {role!r} wants a host that is called as {wanted}; "
+            f"a site of the role {role!r} needs a host that is called as {wanted}, but "
             f"{type(context.module).__name__}.{context.method_name} at {path or 'the top'} is "
-            f"called with ({given}); put it into a method that is called so, and name that: "
-            "Site(host=…, method=…)"
+            f"called with ({given}); move the computation into a method with these arguments, and "
+            "name the method: Site(host=…, method=…)"
         )
 
 
@@ -120,7 +120,7 @@ def make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and count + ids.shape[1] > limit:
             raise ValueError(
-                f"prompt_length={count} and {ids.shape[1]} tokens are more than the backbone's "
+                f"prompt_length={count} and {ids.shape[1]} tokens together exceed the backbone's "
                 f"max_position_embeddings={limit}; truncate to {max(0, limit - count)} tokens"
             )
     # The filler may be any token but padding, because BERT sends no gradient through its embedding.
@@ -170,7 +170,7 @@ def example_inputs(backbone: Any) -> Any:
     """
     if not hasattr(backbone, "dummy_inputs"):
         raise ValueError(
-            f"{type(backbone).__name__} has no dummy_inputs(); pass example inputs of a call: "
+            f"{type(backbone).__name__} has no dummy_inputs(); pass example inputs: "
             "init_adapters(model, backbone, key, input_ids, attention_mask), "
             "load_adapter(directory, backbone, input_ids, attention_mask), and so on"
         )

@@ -44,8 +44,8 @@ class Placement:
 def both_at(one: Placement, other: Placement, path: str) -> str:
     """Returns the message for two sites that match the same host."""
     return (
-        f"sites {one.name!r} and {other.name!r} are both {path or 'the model itself'}; "
-        "name one of them"
+        f"sites {one.name!r} and {other.name!r} have the same host, {path or 'the model itself'}; "
+        "name only one of them"
     )
 
 
@@ -55,7 +55,7 @@ def descend(tree: Any, path: Path) -> Any:
 
 
 NAME_TAKEN = (
-    "the host {} has something of its own named '" + ADAPTER + "'; choose another module as site"
+    "the host {} already has a variable or submodule '" + ADAPTER + "'; choose another host as site"
 )
 
 
@@ -130,9 +130,9 @@ class HostCall:
         """Calls a layer in the scope of the host, see `SiteCall.layer`."""
         if not isinstance(like, jax.Array):
             raise ValueError(
-                f"the host {self.path} returns {type(like).__name__}, not an array; choose as site "
-                "the module that returns the hidden states alone, or, of a tuple, say which they "
-                "are: Site(host=…, output=1)"
+                f"the host {self.path} returns {type(like).__name__}, not an array; choose as "
+                "site a module that returns only the hidden states, or give their index in the "
+                "tuple: Site(host=…, output=1)"
             )
         settings = {"dtype": like.dtype, "param_dtype": self.interceptor.param_dtype}
         create = functools.partial(cls, *args, **settings)

@@ -67,14 +67,14 @@ def _check_backbone(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
     left_over = [path for path in given if path not in wanted]
     missing = [path for path in wanted if path not in given]
     shapes = [
-        f"{path}: {given[path].shape} given, {wanted[path].shape} wanted"
+        f"{path} has shape {given[path].shape}, not {wanted[path].shape}"
         for path in given
         if path in wanted and given[path].shape != wanted[path].shape
     ]
     if left_over or missing or shapes:
         raise ValueError(
             shorten(
-                "the parameters are not those of the backbone; "
+                "the parameters do not match the backbone; "
                 f"{mismatches(missing, left_over, shapes)}"
             )
         )

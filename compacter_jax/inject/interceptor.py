@@ -183,8 +183,8 @@ class Interceptor:
             if not place.matched_layers:
                 raise ValueError(
                     f"site {place.name!r} matched no module: no path matches "
-                    f"{place.pattern.pattern!r} in full (modules of nnx within one of linen have "
-                    "none: adapt the linen module, and turn that into one of nnx)"
+                    f"{place.pattern.pattern!r} in full (nnx modules inside a linen module have "
+                    "no paths: adapt a linen module, and convert the result to nnx)"
                 )
             layers = {layer for layer in place.matched_layers if layer is not None}
             leave_out = set(place.config.leave_out)

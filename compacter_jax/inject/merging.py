@@ -69,12 +69,11 @@ def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]
     hosts = {}
     met = met_in(model, inputs or example_inputs(model.backbone))
     for path in sorted(paths):
-        name, found = met.get(path, ("module that the example inputs do not meet", None))
+        name, found = met.get(path, ("module that the example inputs do not reach", None))
         if found is None:
             raise ValueError(
-                f"{path} is a {name}, and how the kernel of such a host lies is not known, so "
-                "nothing can be merged into it; keep the adapter, or adapt an nn.Dense, "
-                "nn.DenseGeneral or nn.Einsum"
+                f"{path} is a {name}, whose kernel layout is not known, so nothing can be merged "
+                "into it; keep the adapter, or adapt an nn.Dense, nn.DenseGeneral or nn.Einsum"
             )
         hosts[path] = found
     return hosts
@@ -91,7 +90,9 @@ def _merge_parts(
             match = pattern.fullmatch(host)
             if match and (match["layer"] is None or int(match["layer"]) not in part.leave_out):
                 return part
-        raise ValueError(f"no part of the method acts at {host}, where there is an adapter")
+        raise ValueError(
+            f"the parameters have an adapter at {host}, but no part of the method acts there"
+        )
 
     def merge(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         merged: dict[str, Any] = {}

@@ -297,8 +297,8 @@ class InsertedConfig(MethodConfig):
         in_layers = site.role not in ("embedding", "bias")
         if in_layers and "layer" not in compiled(site.host).groupindex:
             raise ValueError(
-                f"the pattern {site.host!r} of site {name!r} has no group that is the "
-                r"layer's index; write it as (?P<layer>\d+), or (?P<layer>\d+)? under nn.scan"
+                f"the pattern {site.host!r} of site {name!r} has no group for the layer index; "
+                r"write it as (?P<layer>\d+), or (?P<layer>\d+)? under nn.scan"
             )
 
     def is_before(self, site_name: str, site: Site) -> bool:

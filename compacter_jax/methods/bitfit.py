@@ -50,7 +50,7 @@ class BitFitConfig(InsertedConfig):
     roles: ClassVar[tuple[Role, ...]] = ("output", "bias")
     skips_missing_sites: ClassVar[bool] = True
     needs_no_site: ClassVar[str | None] = (
-        "has biases of its own, and BitFit trains them all; leave_out is for new ones"
+        "has biases of its own, and BitFit trains all of them; leave_out applies only to new biases"
     )
     # The method adds nothing to a backbone that has biases.
     optional_groups: ClassVar[frozenset[str]] = frozenset({"head", "adapters"})

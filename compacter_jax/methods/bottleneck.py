@@ -215,7 +215,7 @@ class BottleneckConfig(InsertedConfig):
         require(self.reduction_factor >= 1, "reduction_factor", self.reduction_factor, "at least 1")
         if self.residual_before_ln == "post_add" and not self.original_ln_before:
             raise ValueError(
-                "residual_before_ln='post_add' is for adapters that read the sum with the "
+                "residual_before_ln='post_add' needs adapters that read the sum with the "
                 "residual; set original_ln_before=True"
             )
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
@@ -238,7 +238,7 @@ class BottleneckConfig(InsertedConfig):
         bottleneck = width // self.reduction_factor
         if bottleneck < 1:
             raise ValueError(
-                f"reduction_factor={self.reduction_factor} leaves no bottleneck beside a width of "
+                f"reduction_factor={self.reduction_factor} leaves no bottleneck at a width of "
                 f"{width}; use at most {width}"
             )
         return bottleneck
@@ -270,8 +270,8 @@ class BottleneckConfig(InsertedConfig):
             raise ValueError(f"site {name!r} is for parallel adapters; set parallel=True")
         if site.role == "output" and self.parallel:
             raise ValueError(
-                f"at site {name!r} an adapter sees the sub-layer's output alone; parallel ones go "
-                f"to 'parallel_{name}'"
+                f"at site {name!r} an adapter sees only the output of the sub-layer; for parallel "
+                f"adapters use 'parallel_{name}'"
             )
         moved = self.original_ln_before or not (self.original_ln_after and self.residual_before_ln)
         if site.role != "join" and moved:
@@ -311,7 +311,7 @@ class BottleneckConfig(InsertedConfig):
     def unmergeable(self, sites_of: SitesOf) -> str | None:
         """Returns why weights of the backbone cannot express the method."""
         del sites_of
-        return "its adapters have a non-linearity, and no weight of the backbone is equal to one"
+        return "its adapters have a non-linearity, which weights of the backbone cannot express"
 
     @property
     def replaces_residual(self) -> bool:

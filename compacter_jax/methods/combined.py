@@ -66,7 +66,7 @@ class CombinedConfig(MethodConfig):
         """Returns the first part that backbone weights cannot express and why, or None."""
         for part in self.parts:
             if (reason := part.unmergeable(sites_of)) is not None:
-                return f"of its parts, {part.kind!r} cannot: {reason}"
+                return f"its part {part.kind!r} cannot be merged: {reason}"
         return None
 
     def precomputed(

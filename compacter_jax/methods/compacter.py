@@ -148,10 +148,10 @@ class PHMBottleneckConfig(BottleneckConfig):
         if size >= glorot / 10:
             return None
         return (
-            f"the learning rates of all steps sum up to {reach:.2g}, so a rule that starts at "
-            f"{self.phm_init_range:g} cannot reach a tenth of Glorot's size, {glorot:.2g}, and the "
-            "adapters hardly learn; preset compacter++-short (phm_c_init='glorot', "
-            "w_init_up='zeros') starts there"
+            f"the learning rates of all steps sum to {reach:.2g}, so a rule that starts at "
+            f"{self.phm_init_range:g} cannot reach a tenth of Glorot's size, {glorot:.2g}, and "
+            "the adapters hardly learn; use preset compacter++-short, whose rule starts at that "
+            "size (phm_c_init='glorot', w_init_up='zeros')"
         )
 
     @property
@@ -304,4 +304,4 @@ def _stored(places: Sequence[Mapping[str, Any]], whole: str, left: str, right: s
             return params[whole]
         if left in params:
             return params[left] @ params[right]
-    raise ValueError(f"there is no {whole} and no {left} among the parameters of an adapter")
+    raise ValueError(f"the parameters of an adapter contain neither {whole} nor {left}")

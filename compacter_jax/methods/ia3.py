@@ -83,7 +83,7 @@ class IA3Config(InsertedConfig):
         axis = linear.outputs[-1] if scales_output else linear.inputs[-1]
         if axis not in (linear.made if scales_output else linear.summed):
             raise ValueError(
-                f"the factors at {path} are of an axis that its kernel does not have, so they "
+                f"the factors at {path} scale an axis that its kernel does not have, so they "
                 "cannot be merged; keep the adapter"
             )
         scale = own["scale"] if scales_output else own["input_scale"]

@@ -168,8 +168,9 @@ class PrefixTuningConfig(InsertedConfig):
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         if self.shift_positions and self.leave_out:
             raise ValueError(
-                f"shift_positions=True and leave_out={self.leave_out} do not go together: layers "
-                "share one bias of positions, prefixes counted or not"
+                f"shift_positions=True and leave_out={self.leave_out} cannot be combined: all "
+                "layers share one position bias, so they must all have prefixes; set one of them "
+                "to its default"
             )
 
     @property

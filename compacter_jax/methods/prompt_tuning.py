@@ -127,7 +127,7 @@ class PromptTuningConfig(InsertedConfig):
         path = getattr(backbone, "word_embeddings", "")
         if path not in given:
             raise ValueError(
-                f"prompt_init='vocabulary' wants {type(backbone).__name__} to have a class "
+                f"prompt_init='vocabulary' needs {type(backbone).__name__} to have a class "
                 "attribute word_embeddings, the path of its embeddings; or use "
                 "prompt_init='random'"
             )
@@ -135,12 +135,12 @@ class PromptTuningConfig(InsertedConfig):
         ids = self.prompt_token_ids
         if not ids:
             raise ValueError(
-                "prompt_init='vocabulary' wants prompt_token_ids, such as the most common tokens "
-                "of the task or those of its labels' names"
+                "prompt_init='vocabulary' needs prompt_token_ids, such as the most common tokens "
+                "of the task or the tokens of its label names"
             )
         if max(ids) >= len(table):
             raise ValueError(
-                f"prompt_token_ids has {max(ids)}, but the vocabulary has {len(table)} tokens"
+                f"prompt_token_ids contains {max(ids)}, but the vocabulary has {len(table)} tokens"
             )
         chosen = np.resize(ids, self.prompt_length)
         return {

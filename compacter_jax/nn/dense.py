@@ -42,7 +42,7 @@ class Embed(nn.Embed):
 
     def __call__(self, inputs: Array) -> Array:  # [...] integers -> [..., features]
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError(f"ids are {inputs.dtype}; they must be integers")
+            raise ValueError(f"ids have dtype {inputs.dtype}; they must be integers")
         table: Any = self.embedding
         if is_quantized(table):
             return table.rows(inputs, canonicalize_dtype(table.scale, dtype=self.dtype))

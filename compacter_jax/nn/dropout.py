@@ -49,7 +49,9 @@ def dropout_mask(key: Array, shape: tuple[int, ...], rate: float) -> Array:
       ValueError: if `shape` has another number of axes.
     """
     if not 2 <= len(shape) <= 4:
-        raise ValueError(f"shape {shape} has {len(shape)} axes; dropout is for two to four")
+        raise ValueError(
+            f"shape {shape} has {len(shape)} axes; dropout takes arrays of two to four axes"
+        )
     # The four entries lie along an axis whose size the model fixes: its width or its heads.
     axis = 1 if len(shape) == 4 else len(shape) - 1
     counted = [-(-size // 4) if i == axis else size for i, size in enumerate(shape)]

@@ -19,7 +19,9 @@ def check_inputs(
     if ids.ndim != 2:
         raise ValueError(f"{name} has shape {ids.shape}; it must be [batch, length]")
     if not ids.shape[1]:
-        raise ValueError(f"{name} has shape {ids.shape}, no tokens; give at least one per row")
+        raise ValueError(
+            f"{name} has shape {ids.shape}, so it has no tokens; give at least one per row"
+        )
     check_ids(name, ids, vocab_size, "vocab_size")
     _check_mask(mask_name, mask, name, ids.shape)
 
@@ -39,8 +41,8 @@ def check_source(
         rows, _, length, _ = cache.cross_attention[0][0].shape
     if ids.shape[0] != rows:
         raise ValueError(
-            f"decoder_input_ids has {ids.shape[0]} rows, the encoder's states have {rows}; give as "
-            "many of both"
+            f"decoder_input_ids has {ids.shape[0]} rows, but the encoder's states have {rows}; "
+            "give the same number of rows"
         )
     _check_mask("attention_mask", mask, "the encoder's states", (rows, length))
 
@@ -49,12 +51,13 @@ def _check_mask(name: str, mask: Array | None, of: str, shape: tuple[int, ...]) 
     if mask is None:
         return
     if mask.shape != shape:
-        raise ValueError(f"{name} has shape {mask.shape}; it must be that of {of}, {shape}")
+        raise ValueError(f"{name} has shape {mask.shape}; it must have the shape of {of}, {shape}")
     if jnp.issubdtype(mask.dtype, jnp.floating):
         # A floating-point mask might be an additive one, with 0 to attend and -inf to ignore: the
         # opposite.
         raise ValueError(
-            f"{name} is {mask.dtype}; it must be integers or booleans, 1 at tokens and 0 at padding"
+            f"{name} has dtype {mask.dtype}; it must be integers or booleans, 1 at tokens and 0 "
+            "at padding"
         )
 
 
@@ -81,6 +84,6 @@ def check_ids(name: str, ids: Any, size: int, field: str) -> None:
         return
     place = tuple(np.argwhere(outside)[0].tolist())
     value = int(values[place])
-    at = f" at {place}" if place else ""
-    hint = "; -100 marks labels that a loss passes over: give pad_token_id" if value == -100 else ""
-    raise ValueError(f"{name} has {value}{at}; use 0 to {field} - 1 = {size - 1}{hint}")
+    found = f"contains {value} at {place}" if place else f"is {value}"
+    hint = "; -100 marks labels that a loss ignores: give pad_token_id" if value == -100 else ""
+    raise ValueError(f"{name} {found}; use 0 to {field} - 1 = {size - 1}{hint}")

@@ -101,6 +101,6 @@ def check_float(params: Mapping[str, Any], doing: str) -> None:
     for path, leaf in flatten_dict(params, sep="/").items():
         if is_quantized(leaf):
             raise ValueError(
-                f"{doing} wants the backbone's own weights, and {path} is of int8; take "
-                "merge(trained, frozen) with the frozen half as it was before cast_frozen"
+                f"{doing} needs the backbone's original weights, but {path} is int8; use "
+                "merge(trained, frozen) with the frozen half from before cast_frozen"
             )

@@ -1,4 +1,4 @@
-"""The benchmark of many adapters on one backbone, at small size: what it counts, not how fast."""
+"""Runs the benchmark of banks of adapters at small size and checks the counts in its report."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_bytes_and_rates(tiny_backbone, tmp_path, capsys):
     rates = row["examples_per_second"]
     assert row["batch_size"] == 8
     assert min(rates["at_once"]["lowest"], rates["one_after_another"]["lowest"]) > 0
-    # Two runs pad to the longer of two batches.
+    # Two runs are padded to the longer of two batches.
     assert 1 <= row["padded_tokens"] <= 2
     printed = capsys.readouterr().out
     assert "rows routed over 7 " in printed

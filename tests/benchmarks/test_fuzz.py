@@ -14,7 +14,7 @@ def assets(tmp_path_factory):
 
 
 def test_what_is_damaged_is_refused_in_one_line_or_sound(assets):
-    """Two inputs of nearly every kind, the same ones every time."""
+    """Reads two inputs of nearly every kind; the seed makes them the same in every run."""
     counts, findings = fuzz.fuzz(assets, inputs=70, seconds=50, seed=2026)
     assert findings == {}
     total = sum(sum(own.values()) for own in counts.values())
@@ -55,7 +55,7 @@ def test_numbers_that_no_float_holds_are_damaged_too():
 
 
 def test_an_input_depends_on_its_seed_alone(assets, tmp_path):
-    """Whoever sees a finding makes the input again."""
+    """A finding can be reproduced from its seed."""
     for name, kind in fuzz.KINDS.items():
         done = []
         for i in range(2):

@@ -1,4 +1,4 @@
-"""The benchmark against the machine's limits: what is counted, and the numbers of its report."""
+"""Tests of the benchmark of machine limits: counted operations and the numbers of its report."""
 
 import json
 import math
@@ -22,7 +22,7 @@ ROWS, LENGTH, TARGETS = SIZE.rows, SIZE.length, SIZE.target_length
 
 
 class Rates:
-    """A machine of which everything is known: 1 GFLOP/s, 2 GB/s."""
+    """A machine with known rates: 1 GFLOP/s and 2 GB/s."""
 
     bandwidth, square, side = 2e9, 1e9, 8
 
@@ -39,7 +39,7 @@ def backbone():
 
 
 def forward_flops():
-    """By hand: projections and feed-forward, scores and their use, of T5."""
+    """Counts the forward FLOPs of a T5 by hand: projections, feed-forward and attention."""
     rows = {"encoder": ROWS * LENGTH, "decoder": ROWS * TARGETS}
     layers = sum(tokens * (4 * D * INNER + 2 * D * FF) for tokens in rows.values())
     layers += rows["decoder"] * 2 * D * INNER + rows["encoder"] * 2 * D * INNER  # cross-attention
@@ -64,7 +64,7 @@ def test_a_forward_pass_by_hand(backbone):
     kernels = LAYERS * (2 * (4 * D * INNER + 2 * D * FF) + 4 * D * INNER)
     read = 4 * (kernels + VOCABULARY * D)
     looked_up = 4 * D * ROWS * (LENGTH + TARGETS)
-    # Norms and the biases of positions are small, but not nothing.
+    # Norms and position biases are small, but not negligible.
     assert read + looked_up < need.weight_bytes < 1.05 * (read + looked_up)
     assert need.bytes == need.weight_bytes
 
@@ -73,7 +73,7 @@ def test_full_fine_tuning_by_hand(backbone):
     need, params, _ = of_step(backbone, "full")
     assert need.flops == 3 * forward_flops()
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
-    # A gradient, a parameter and two moments, each written and read; a count of steps.
+    # The gradient, the parameter and two moments are each read and written; so is the step count.
     assert need.update_bytes == 4 * 2 * (4 * numbers + 1)
     assert need.bytes == need.weight_bytes + need.kept_bytes + need.update_bytes
 
@@ -82,8 +82,9 @@ def test_a_step_with_adapters_by_hand(backbone):
     need, params, labels = of_step(backbone, "houlsby", **NARROW)
     tokens, bottleneck = ROWS * (LENGTH + TARGETS), D // 8
     adapters = LAYERS * 2 * 2 * tokens * 2 * D * bottleneck
-    # Frozen products have one gradient, those of attention both. The first layer norm is the
-    # lowest that is trained: no gradient goes to the embeddings, which no product is below.
+    # A product with a frozen weight has one gradient, a product of attention has two. The first
+    # layer norm is the lowest trained layer: no gradient reaches the embeddings, and no product is
+    # below it.
     attention = LAYERS * 2 * ROWS * 2 * INNER * (LENGTH**2 + TARGETS * (TARGETS + LENGTH))
     assert need.flops == 2 * forward_flops() + attention + 3 * adapters
     count = cj.count(params, labels).trained
@@ -123,7 +124,7 @@ def test_seconds_of_products_are_those_of_their_shapes(monkeypatch):
     need = limits.Need(products={(1, 2, 3, 4): 5, (2, 2, 2, 2): 1}, weight_bytes=0)
     assert need.flops == 2 * (5 * 24 + 16)
     assert rates.seconds_of(need) == pytest.approx(5 * 2.4 + 1.6)
-    # Beside these the small one counts by its operations.
+    # Next to these products, the small one takes only the time of its operations.
     need = limits.Need(products={(1, 200, 300, 400): 5, (1, 1, 1, 1): 1}, weight_bytes=0)
     assert rates.seconds_of(need) == pytest.approx(need.flops / 20)
 

@@ -1,4 +1,4 @@
-"""The benchmark against other libraries: that both sides do the same, and what its report holds."""
+"""Tests of the benchmark against other libraries: both sides do the same work; its report."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ pytest.importorskip("adapters")
 pytest.importorskip("peft")
 
 pytestmark = [
-    # `adapters` calls T5's blocks as transformers 4.57 did before.
+    # `adapters` calls the blocks of T5 in the way of transformers before 4.57.
     pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated"),
 ]
 
@@ -38,7 +38,7 @@ CHANGES = dict.fromkeys(("houlsby", "compacter", "compacter++"), NARROW)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With both backbones."""
+    """Returns a folder with both backbones."""
     root = tmp_path_factory.mktemp("peers")
     for name, size in SIZES.items():
         jax_worker.write_backbone(dataclasses.asdict(size), str(root / name))
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task_of(folder):
-    """Function of family, method and work: the task of this package, and that of the peer."""
+    """Returns a function of family, method and work that returns our task and the peer's."""
 
     def make(family, method, work, **fields):
         ours, theirs = (folder / f"{family}-{method}-{side}" for side in ("ours", "peer"))
@@ -63,7 +63,7 @@ def task_of(folder):
 
 
 def outcome(worker, task, runs=3):
-    """What a side tells of its first runs."""
+    """Returns the values of the first runs of one side."""
     work = worker.prepare(dataclasses.asdict(task))
     values = []
     for _ in range(runs):
@@ -91,7 +91,7 @@ def test_both_sides_do_the_same(family, method, work, task_of):
     peers.check_same(task, ours, peer, "the peer")
     assert ours["trained"] == peer["trained"] > 0
     if work == "step":
-        assert abs(ours["values"][2] - ours["values"][0]) > 1e-3  # it learns
+        assert abs(ours["values"][2] - ours["values"][0]) > 1e-3  # the loss goes down
     if work == "generate":
         assert np.shape(ours["values"][0]) == (3, 1 + contest.GENERATED)
 

@@ -1,4 +1,4 @@
-"""Banks and compositions: against each adapter alone, and against NumPy in float64."""
+"""Compares banks and compositions with each adapter alone, and with NumPy in float64."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ from tests.hosts import COMPACTER, PLUS_PLUS, SITES, Chain, assert_same, run
 
 ROWS = np.concatenate([IDS, IDS[::-1]]), np.concatenate([MASK, MASK[::-1]])
 ADAPTER_IDS = np.array([2, -1, 0, 2])
-# Each preset as small as can be, and a member of every kind.
+# Each preset at its smallest size, and a member of every kind.
 METHODS = {
     "compacter": COMPACTER,
     "compacter, own rules": COMPACTER.replace(shared_phm_rule=False, sites=("feed_forward",)),
@@ -71,7 +71,7 @@ QUICK = ("compacter", "lora", "ia3", "bitfit", "prefix-tuning")
 
 
 def trained_alone(backbone, method, seed, sites=None):
-    """A model of one adapter and parameters as if trained: random where they are trained."""
+    """Returns a model with one adapter, and parameters, which are random if they are trained."""
     model = Adapted(backbone.module, method, sites)
     drawn = flatten_dict(random_tree(adapted_shapes(model), seed), sep="/")
     own = flatten_dict(backbone.params, sep="/")
@@ -94,7 +94,7 @@ def bert(**settings):
 
 
 def output_and_gradient(model, inputs=ROWS):
-    """Function of parameters, cotangent and arguments: the output, and gradients by path."""
+    """Returns a function that computes the output, and the gradients by path."""
 
     @quick_jit
     def both(trained, frozen, cotangent, arguments):
@@ -114,7 +114,7 @@ def output_and_gradient(model, inputs=ROWS):
 
 
 def assert_near(actual, expected, bound=1e-6, message=""):
-    """To float32's rounding, in terms of the largest entry."""
+    """Checks that arrays agree to float32 rounding, relative to the largest entry."""
     scale = max(1, np.abs(expected).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound * scale, err_msg=message)
 
@@ -149,7 +149,7 @@ def test_routing_and_one_hot_mixing_equal_each_row_alone(name):
 
 
 def _check_gradients(model, gradient, alone):
-    """Each member's is that of its rows alone; gradients come through twice as many sums."""
+    """Checks that the gradient of each member is that of its own rows alone."""
     members = cj.compositions.base.members_of(model.method)
     assert gradient
     for path, leaf in gradient.items():
@@ -169,22 +169,25 @@ def test_an_id_of_no_member_is_refused_or_not_a_number():
     y = traced(np.array([0, 4, -2, 3]))
     for of in (np.all, np.any):
         np.testing.assert_array_equal(of(np.isnan(y), axis=1), [False, True, True, True])
-    with pytest.raises(ValueError, match="adapter_ids is of 2 rows, and the backbone is called"):
+    with pytest.raises(ValueError, match="adapter_ids has 2 rows, but the backbone is called"):
         traced(np.array([0, 1]))
     for wrong, message in (
-        ([0, 4, 1, 2], "adapter_ids has 4, but the bank has members 0 to 3, or -1 for the plain"),
-        ([0, 1, -2, 1], "adapter_ids has -2, but"),
-        ([0, 3, 1, 2], "adapter_ids has 3, a place of the bank that holds no member yet"),
-        ([0.0, 1, 1, 1], r"of shape \(4,\) and type float.*it must be \[batch\] integers"),
-        ([[0]], r"of shape \(1, 1\) and type int"),
+        ([0, 4, 1, 2], "adapter_ids contains 4; use 0 to 3, or -1 for the plain"),
+        ([0, 1, -2, 1], "adapter_ids contains -2; use"),
+        ([0, 3, 1, 2], "adapter_ids contains 3, but the bank has no member at this index yet"),
+        (
+            [0.0, 1, 1, 1],
+            r"has shape \(4,\) and dtype float.*it must be integers of shape \[batch\]",
+        ),
+        ([[0]], r"has shape \(1, 1\) and dtype int"),
     ):
         with pytest.raises(ValueError, match=message):
             model.apply({"params": params}, *ROWS, adapter_ids=np.array(wrong))
     for arguments, message in (
-        ({}, "called with adapter_ids=.* or with mix=.* given: neither"),
-        ({"adapter_ids": ADAPTER_IDS, "mix": np.ones(4)}, "given: adapter_ids and mix"),
+        ({}, "needs either adapter_ids of .* or mix of .* got neither"),
+        ({"adapter_ids": ADAPTER_IDS, "mix": np.ones(4)}, "got adapter_ids and mix"),
         ({"mix": np.ones(3)}, r"mix has shape \(3,\); it must be \[4\], \[batch, 4\] or"),
-        ({"mix": np.ones(4, int)}, "weights are floating-point"),
+        ({"mix": np.ones(4, int)}, "mix has dtype int32; it must be floating-point"),
         ({"mix": np.ones((1, 2, 4))}, "but the bank acts at 5 sites; mixing_sites"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -204,15 +207,15 @@ COMPACT = PLUS_PLUS.replace(train_layer_norms=False)
 
 
 class WideChain(Chain):
-    """Which says how wide its states are, for what is shared between layers."""
+    """A chain that declares its width, which parameters shared between layers need."""
 
     config = types.SimpleNamespace(hidden_size=WIDTH)
 
 
 def chain(method, names, seed=0):
-    """A model of one host, random parameters, and functions of the members in float64.
+    """Returns a model with one host, random parameters, and functions of its members in float64.
 
-    The functions take states to what a member makes of them, and the `down` and `up` of one.
+    The functions map states to the output of a member, and return the `down` and `up` of a member.
     """
     model = Adapted(WideChain(), method, SITES)
     params = random_tree(adapted_shapes(model), seed)
@@ -279,7 +282,7 @@ FOUR_IDS = {"one": np.array([1, -1, 0, 1]), "two": np.array([0, 1, -1, -1])}
 
 
 def of_members(own, method, name, y, ids):
-    """What a bank under a name makes of states, each row by its member alone."""
+    """Returns the output of a bank: each row is computed by its own member alone."""
     rows = [
         y[i] if index < 0 else y[i] + adapter_update(method, own(name, index), y[i])
         for i, index in enumerate(ids)
@@ -316,7 +319,7 @@ def test_an_average_of_banks():
 
 
 def test_banks_beside_each_other():
-    """Each with ids of its own, norms and heads included; and what is no mapping of the banks."""
+    """Two banks in `Parallel` each take their own ids; anything but a mapping is refused."""
     backbone, banks = bert(), (Bank(PLUS_PLUS, size=2), Bank(METHODS["lora"], size=2))
     model = Adapted(backbone.module, Parallel(*banks, names=("one", "two")))
     params = init_adapters(model, backbone, quick_key(0))
@@ -331,12 +334,13 @@ def test_banks_beside_each_other():
         each = np.stack([plain, *(run(*single, *ROWS) for single in alone[name])])
         assert_near(actual, each[ids + 1, np.arange(4)])
     nothing = (
-        "adapter_ids has nothing for the bank '{}'; a composition with 2 banks wants a mapping"
+        "adapter_ids has no entry for the bank '{}'; for a composition with 2 banks it must "
+        "be a mapping"
     )
     for wrong, message in (
-        (FOUR_IDS["one"], f"{nothing.format('one')} of their names, got ndarray"),
-        ({"one": ADAPTER_IDS % 2}, rf"{nothing.format('two')} of their names, got \['one'\]"),
-        ({**FOUR_IDS, "two": np.array([0, 2, 0, 0])}, "adapter_ids has 2, but the bank has memb"),
+        (FOUR_IDS["one"], f"{nothing.format('one')} by name of the bank, got ndarray"),
+        ({"one": ADAPTER_IDS % 2}, rf"{nothing.format('two')} by name of the bank, got \['one'\]"),
+        ({**FOUR_IDS, "two": np.array([0, 2, 0, 0])}, "adapter_ids contains 2; use 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             model.apply({"params": params}, *ROWS, adapter_ids=wrong)
@@ -359,7 +363,7 @@ def test_a_bank_before_members_beside_each_other_within_others_beside_each_other
         for actual, wanted in zip(run(model, params, x, **chosen), expected, strict=True):
             assert_near(actual, wanted, 1e-5)
     for wrong in (np.tile(ids, 2), np.tile(ids, 3), ids[:2]):
-        message = f"adapter_ids is of {len(wrong)} rows, and the backbone is called with 3; give"
+        message = f"adapter_ids has {len(wrong)} rows, but the backbone is called with 3; give"
         with pytest.raises(ValueError, match=message):
             model.apply({"params": params}, x, adapter_ids=wrong)
 
@@ -394,7 +398,7 @@ def test_a_mixture_is_the_weighted_sum_of_the_members_outputs():
 
 
 def sizes_of_intermediates(jaxpr):
-    """Of every array that is computed, those of inner programs included."""
+    """Yields the size of every array that is computed, also inside nested programs."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
         for value in jax.tree.leaves(list(equation.params.values())):
@@ -501,7 +505,7 @@ def test_a_backbone_of_int8(name):
 
 
 def narrow(model, params):
-    """The frozen half in eight bits."""
+    """Returns the parameters with the frozen half in eight bits."""
     trained, frozen = partition(params, label_params(params, model.method))
     return merge(trained, cast_frozen(frozen, "int8"))
 
@@ -545,7 +549,7 @@ def test_rows_are_generated_each_with_its_member(t5, beams):
     if beams == 1:
         mixed = cj.generate(model, params, ids, mask, mix=np.float32([0, 1]), **settings)
         np.testing.assert_array_equal(mixed[0], tokens[0])
-        with pytest.raises(ValueError, match="adapter_ids has 2, but the bank has members 0 to 1"):
+        with pytest.raises(ValueError, match="adapter_ids contains 2; use 0 to 1"):
             cj.generate(model, params, ids, mask, adapter_ids=[2, 0, 0], **settings)
         with pytest.raises(ValueError, match="mix given, but the model has no bank of adapters"):
             cj.generate(backbone.module, params, ids, mask, mix=[1.0], **settings)
@@ -562,7 +566,10 @@ def test_members_beside_each_other_in_encoder_and_decoder(t5):
     assert isinstance(outputs, tuple)
     for actual, single in zip(outputs, alone, strict=True):
         assert_near(actual, run(*single, *inputs))
-    message = "a model with Parallel has no 'encode': what it returns would be of 2 members; use a"
+    message = (
+        "a model with Parallel has no 'encode': it would have to return one value for each "
+        "of 2 members; use one"
+    )
     with pytest.raises(ValueError, match=message):
         cj.generate(model, params, *inputs[:2], max_new_tokens=2)
 
@@ -635,13 +642,13 @@ def test_a_frozen_member_beside_a_trained_one_stays(tmp_path):
         (lambda: Stack(DENSE, DENSE, names=("a", "a")), "must be 2 different names"),
         (lambda: Stack(DENSE, names=("a/b",)), "'a/b' cannot name a member"),
         (lambda: Stack(DENSE, frozen=("b",)), "frozen names 'b', but the members are 0"),
-        (lambda: Stack(DENSE, train_head=False), "train_head is for the members of 'stack' to say"),
+        (lambda: Stack(DENSE, train_head=False), "train_head is set in each member of 'stack'"),
         (
             lambda: Stack(*[METHODS["prompt-tuning-random"]] * 2),
-            "one member that is 'prompt_tuning'",
+            "only one member of the kind 'prompt_tuning'",
         ),
         (lambda: Bank(DENSE, size=0), "size=0 must be at least 1"),
-        (lambda: Bank(Stack(DENSE)), "a bank has one method, which is no composition"),
+        (lambda: Bank(Stack(DENSE)), "of one method, and that method cannot be a composition"),
         (
             lambda: Bank(preset("phm"), size=2, shared_rule=True),
             "'phm_bottleneck' has a rule in every projection; set shared_phm_rule=True in it, or",
@@ -651,7 +658,10 @@ def test_a_frozen_member_beside_a_trained_one_stays(tmp_path):
             "'combined' has no rule; leave shared_rule out",
         ),
         (lambda: Average(METHODS["mam"]), "method 'prefix_tuning' cannot be in 'average'"),
-        (lambda: Average(DENSE, DENSE, weights=(1,)), r"weights=\(1.0,\) must be 2, one for each"),
+        (
+            lambda: Average(DENSE, DENSE, weights=(1,)),
+            r"weights=\(1.0,\) must have 2 entries, one for each",
+        ),
         (lambda: Parallel(METHODS["prompt-tuning-random"]), "its rows are longer than those"),
         (
             lambda: Parallel(METHODS["residual, taking its place"]),
@@ -659,16 +669,16 @@ def test_a_frozen_member_beside_a_trained_one_stays(tmp_path):
         ),
         (
             lambda: Stack(Parallel(DENSE, DENSE), Parallel(DENSE, DENSE, DENSE)),
-            r"have \[2, 3\] copies of a row; those with several must have as many",
+            r"return \[2, 3\] copies of each row; members with several copies must all have",
         ),
-        (lambda: AverageMaps(DENSE, Stack(DENSE)), "average_maps is of single methods"),
+        (lambda: AverageMaps(DENSE, Stack(DENSE)), "average_maps must be single methods"),
         (
             lambda: AverageMaps(DENSE, DENSE.replace(scaling=2)),
             "the members 0, 1 of average_maps d",
         ),
         (
             lambda: AverageMaps(METHODS["lora"], METHODS["ia3"]),
-            "members of one kind, not of lora, ",
+            "members of average_maps must be of one kind, not of lora, ",
         ),
     ],
 )
@@ -692,7 +702,7 @@ def test_a_composition_as_json():
 
 
 def entropy_of(weights, table, tokens, mask):
-    """Of a small model with a non-linearity, in float64; `[length, labels]` logits."""
+    """Computes the entropy of a non-linear model in float64; its logits are `[length, labels]`."""
     states = np.tanh(tokens @ np.tensordot(weights[0], table, 1))
     logits = states @ np.tensordot(weights[-1], table, 1)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -765,9 +775,9 @@ def test_each_example_finds_its_mixture_of_a_bank():
     result = minimize_entropy(function, 3, *ROWS, **settings)
     assert (np.diff(result.entropies, axis=1)[:, 0] < 0).all()
     np.testing.assert_allclose(result.weights.sum(-1), 1, rtol=1e-6)
-    # Examples do not see each other.
+    # Each example is optimised independently of the others.
     np.testing.assert_allclose(result.weights[:2], result.weights[3:1:-1], rtol=1e-5)
-    # The logits are those of a call with the weights found.
+    # A call with the optimised weights returns the same logits.
     assert_near(run(model, params, *ROWS, mix=result.weights), result.logits, 1e-5)
 
 
@@ -792,7 +802,7 @@ def test_other_inputs_and_parameters_compile_nothing():
         ({"n": 0}, "n=0 must be positive"),
         ({"steps": 0}, "steps=0 must be positive"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
-        ({"inputs": ()}, r"minimize_entropy wants inputs, arrays \[batch, …\], after n"),
+        ({"inputs": ()}, r"needs at least one input after n, an array of shape \[batch, …\]"),
     ],
 )
 def test_settings_of_the_least_entropy_that_are_refused(change, message):

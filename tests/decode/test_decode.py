@@ -1,4 +1,4 @@
-"""generate against transformers' PyTorch, against plain loops without a cache, and by itself."""
+"""Compares generate with PyTorch's in transformers, and with plain loops without a cache."""
 
 import collections
 import dataclasses
@@ -42,7 +42,7 @@ GATED = dataclasses.replace(
 )
 SMALL = dataclasses.replace(PLAIN, num_layers=1, num_decoder_layers=1)
 CONFIGS = {"plain": PLAIN, "gated": GATED, "small": SMALL}
-# So many ends, and often enough the most probable, that rows end at many lengths.
+# With several end tokens, which are often the most probable ones, rows end at many lengths.
 SEVERAL = {"plain": (1, 4, 5, 9, 16), "small": (1, 4, 5, 9, 16), "gated": (1, 12, 18, 22)}
 MAX_NEW_TOKENS = 11
 
@@ -51,7 +51,7 @@ CALLS = collections.Counter()
 
 
 class Counted(T5):
-    """Counts how often each half runs, not how often it is traced."""
+    """A T5 that counts the executions of encoder and decoder, not their traces."""
 
     def encode(self, *args, **kwargs):
         jax.debug.callback(lambda: CALLS.update(["encode"]))
@@ -64,18 +64,18 @@ class Counted(T5):
 
 @functools.cache
 def backbone(name):
-    """A module and its parameters, such that what is generated varies with the input."""
+    """Returns a module and parameters whose generated text depends on the input."""
     module = Counted(CONFIGS[name])
     flat = flatten_dict(backbone_of(module).params, sep="/")
     for path in flat:
-        # Smaller embeddings beside larger kernels: a tied model does not repeat its input.
+        # With smaller embeddings and larger kernels, a tied model does not just repeat its input.
         flat[path] *= 0.5 if path.startswith("shared") else 1 if path.endswith("scale") else 2
     return types.SimpleNamespace(module=module, params=unflatten_dict(flat, sep="/"))
 
 
 @functools.cache
 def adapted(name):
-    """The same with adapters whose weights are far from zero."""
+    """Returns the same model with adapters whose weights are far from zero."""
     method = preset("compacter", reduction_factor=2, phm_dim=3)
     model = Adapted(backbone(name).module, method)
     inputs = model.backbone.dummy_inputs()
@@ -104,7 +104,7 @@ def torch_model(name):
 
 
 def prompts(seed, vocab_size, length=7):
-    """Four rows: padded at the end, at the beginning, and twice not at all."""
+    """Returns four rows: padding at the end, padding at the beginning, and two without padding."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(2, vocab_size, (4, length))
     mask = np.ones_like(ids)
@@ -115,7 +115,7 @@ def prompts(seed, vocab_size, length=7):
 
 
 def assert_equals_torch(name, *, mask=True, **settings):
-    """The same tokens, in a loop of as many steps; returns ours for several batches."""
+    """Checks that tokens and the number of steps equal PyTorch's; returns our outputs."""
     torch = pytest.importorskip("torch")
     ours, theirs = backbone(name), torch_model(name)
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": SEVERAL[name], **settings}
@@ -162,7 +162,7 @@ GREEDY = {
         {"decoder_start_token_id": 7, "max_new_tokens": 1, "eos_token_id": 1},
     ),
     "no mask": ("small", {"mask": False}),
-    # Then padding may be meant: nothing is left out.
+    # If the padding token also ends sequences, no mask is inferred: all positions are attended to.
     "no mask, padding ends": ("small", {"mask": False, "eos_token_id": (1, 0)}),
 }
 
@@ -259,7 +259,7 @@ def test_adapted_greedy_equals_a_loop_without_a_cache():
     expected = np.zeros((4, 1 + MAX_NEW_TOKENS), np.int32)
     ended = np.zeros(4, bool)
     for position in range(MAX_NEW_TOKENS):
-        # The decoder is causal: what follows a position has no say.
+        # The decoder is causal: later positions have no influence.
         logits = np.asarray(logits_of(model, params, ids, mask, expected))[:, position]
         expected[:, position + 1] = np.where(ended, 0, logits.argmax(-1))
         ended |= np.isin(expected[:, position + 1], SEVERAL["plain"])
@@ -271,7 +271,7 @@ def test_adapted_greedy_equals_a_loop_without_a_cache():
 
 
 def loops(jaxpr):
-    """Every `while` equation, whatever it is nested in."""
+    """Yields every `while` equation, however deeply it is nested."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "while":
             yield equation
@@ -283,7 +283,7 @@ def loops(jaxpr):
 @pytest.mark.parametrize("is_built", [True, False], ids=["as it is", "with factors kept"])
 def test_phm_weights_are_built_before_the_loop(num_beams, is_built, monkeypatch):
     model, params = adapted("small")
-    if not is_built:  # shows that the test would see it
+    if not is_built:  # shows that the check would find it
         monkeypatch.setattr(Adapted, "precomputed", lambda self, params: (self, params))
     ids = np.ones((2, 3), np.int32)
 
@@ -309,7 +309,7 @@ def softmax(x):
 
 
 def exact_probabilities(logits, temperature=1.0, top_k=None, top_p=1.0):
-    """`[vocab]` -> `[vocab]`, in words: the k best, then the fewest whose sum reaches p."""
+    """Computes probabilities by definition: the k best, then the fewest that sum up to p."""
     p = softmax(np.float64(logits) / temperature)
     best_first = np.argsort(-p)
     keep = best_first[:top_k]
@@ -321,7 +321,7 @@ def exact_probabilities(logits, temperature=1.0, top_k=None, top_p=1.0):
 
 
 def assert_drawn_from(counts, probabilities):
-    """Each count within five standard deviations, and none where there is no probability."""
+    """Checks each count to five standard deviations; tokens of probability zero must not occur."""
     total = counts.sum()
     deviation = np.sqrt(total * probabilities * (1 - probabilities))
     assert (np.abs(counts - total * probabilities) <= 5 * deviation + 1e-6 * total).all()
@@ -407,7 +407,7 @@ def test_cuts_equal_those_of_transformers(settings):
     processors = pytest.importorskip("transformers.generation.logits_process")
     logits = np.float32(np.random.default_rng(0).integers(-8, 8, (5, 29)) / 2)
     if "top_p" in settings:
-        # Which of two equal tokens goes is PyTorch's choice. Ties at the end of top-k all stay.
+        # Without distinct logits, PyTorch would choose between equal tokens in its own way.
         logits += np.arange(29, dtype=np.float32) / 20_000
     expected = processors.TemperatureLogitsWarper(0.5)(None, torch.tensor(logits))
     if "top_k" in settings:
@@ -472,7 +472,7 @@ def test_bfloat16_generates():
     result = generate(module, params, ids, mask, **settings)
     assert result.dtype == jnp.int32
     assert ((result >= 0) & (result < SMALL.vocab_size)).all()
-    # Most first tokens of so small a model survive the rounding.
+    # In a model this small, rounding leaves most first tokens unchanged.
     float32 = generate(ours.module, ours.params, ids, mask, **settings)
     assert (result[:, 1] == float32[:, 1]).sum() >= 2
 
@@ -486,7 +486,7 @@ REFUSED = {
     "more beams than tokens": ({"num_beams": 24}, "num_beams=24 .* vocabulary, 23"),
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens=0 is too few; use 1"),
     "more than the most": ({"min_new_tokens": 5}, "min_new_tokens=5 .* max_new_tokens=4"),
-    "an empty prompt": ({"input_ids": IDS[:, :0]}, r"\(2, 0\), a prompt of zero tokens"),
+    "an empty prompt": ({"input_ids": IDS[:, :0]}, r"\(2, 0\), so the prompt is empty"),
     "a prompt without batch": ({"input_ids": IDS[0]}, r"\(3,\); it must be \[batch, length\]"),
     "sampling without key": ({"do_sample": True}, r"needs a key; pass key=jax.random.key\(0\)"),
     "a key without sampling": ({"key": 0}, "set do_sample=True"),
@@ -496,10 +496,16 @@ REFUSED = {
     "nothing of p": ({"do_sample": True, "top_p": 0.0}, "top_p=0.0 .* 0 < top_p <= 1"),
     "more than p": ({"do_sample": True, "top_p": 1.1}, "top_p=1.1"),
     "nothing of k": ({"do_sample": True, "top_k": 0}, "top_k=0 keeps no token"),
-    "warm but greedy": ({"temperature": 0.7}, "temperature=0.7 acts in sampling alone"),
-    "k but greedy": ({"top_k": 5}, "top_k=5 acts in sampling alone"),
-    "a penalty without beams": ({"length_penalty": 2.0}, "length_penalty=2.0 acts in beam search"),
-    "stopping without beams": ({"early_stopping": "never"}, "early_stopping='never' acts in beam"),
+    "warm but greedy": ({"temperature": 0.7}, "temperature=0.7 is used only in sampling"),
+    "k but greedy": ({"top_k": 5}, "top_k=5 is used only in sampling"),
+    "a penalty without beams": (
+        {"length_penalty": 2.0},
+        "length_penalty=2.0 is used only in beam search",
+    ),
+    "stopping without beams": (
+        {"early_stopping": "never"},
+        "early_stopping='never' is used only in beam",
+    ),
     "a strange penalty": ({"num_beams": 2, "length_penalty": np.inf}, "length_penalty=inf"),
     "strange stopping": ({"num_beams": 2, "early_stopping": "soon"}, "'soon' is unknown; use True"),
     "several greedy results": ({"num_return_sequences": 2}, "num_return_sequences=2 .* do_sample"),

@@ -1,4 +1,4 @@
-"""Folders of AdapterHub's `adapters`: what it saves is read, what is written it loads."""
+"""Exchanges folders with AdapterHub's `adapters`: each library reads the files of the other."""
 
 import dataclasses
 import functools
@@ -48,12 +48,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [
-    # It calls T5's blocks as transformers 4.57 did before.
+    # `adapters` calls the blocks of T5 in the way of transformers before 4.57.
     pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated"),
 ]
 
 
-# Sum of float32 roundings in some hundred operations on values of size one.
+# The sum of float32 roundings in some hundred operations on values of order one.
 TOLERANCE = 2e-5
 SMALL = {"reduction_factor": 2, "phm_dim": 3}
 
@@ -70,7 +70,7 @@ BACKBONES = {
 
 
 def hub_model(backbone, cls):
-    """AdapterHub's model of that class (of its own or of transformers) with our weights."""
+    """Returns the model of a class of AdapterHub or of transformers, with our weights."""
     module = backbone.module
     of_bert = isinstance(module, Bert)
     settings = dataclasses.asdict(module.config)
@@ -88,7 +88,7 @@ def hub_model(backbone, cls):
     for name in list(tensors):
         tensors.setdefault(stem + name, tensors[name])
         tensors.setdefault(name.removeprefix(stem), tensors[name])
-    # With adapters a wrapped linear layer is called as it was.
+    # A linear layer that is wrapped by adapters keeps its name.
     tensors = {name: t for name, t in tensors.items() if name in names}
     assert sum(t.numel() for t in tensors.values()) > 1000
     model.load_state_dict(tensors, strict=False)
@@ -104,7 +104,7 @@ CLASSES = {
 
 
 def randomise(model, seed, names=".a."):
-    """Gives every parameter whose name has `names` in it a say."""
+    """Draws values large enough to matter for every parameter whose name contains `names`."""
     generator = torch.Generator().manual_seed(seed)
     seen = 0
     with torch.no_grad():
@@ -151,7 +151,7 @@ def hub_logits(model, inputs):
 
 
 def logits(model, params, inputs):
-    # Not jitted: most operations are those of the test before, compiled already.
+    # Not jitted: the test before has compiled most of the operations already.
     return np.asarray(model.apply({"params": params}, *map(jnp.asarray, inputs)))
 
 
@@ -194,7 +194,7 @@ EVERYWHERE = {
     "prefix tuning": prefixes,
     "MAM": lambda: adapters.MAMConfig(prefixes(flat=True), adapters.ParBnConfig()),
 }
-# What encoder and decoder have in common is tested on BERT.
+# The features that encoder and decoder share are tested on BERT.
 OF_BERT = {
     "own rules": lambda: phm(shared_phm_rule=False),
     "own factorised rules": lambda: phm(shared_phm_rule=False, factorized_phm_rule=True),
@@ -208,7 +208,7 @@ OF_BERT = {
     "no second norm": lambda: bottleneck(original_ln_before=True, original_ln_after=False),
     "no norm": lambda: bottleneck(original_ln_after=False, non_linearity="gelu"),
     "skip from the sum": lambda: bottleneck(original_ln_before=True, residual_before_ln="post_add"),
-    # Without a norm of the adapter's own, it says nothing.
+    # Without a norm of its own, the adapter ignores this setting.
     "skip added before no norm": lambda: bottleneck(adapter_residual_before_ln=True),
     "own norms, scaled": lambda: bottleneck(
         ln_before=True, ln_after=True, scaling=0.7, non_linearity="gelu_new"
@@ -235,7 +235,7 @@ OF_BERT = {
         prefixes(),
     ),
 }
-# Layers 0 and 1 are the encoder's, 2 the decoder's.
+# Layers 0 and 1 belong to the encoder, layer 2 to the decoder.
 OF_T5 = {
     "after cross-attention": lambda: bottleneck(
         cross_adapter=True, original_ln_before=True, scaling=0.5
@@ -297,13 +297,13 @@ def is_tied(model):
 
 
 def loaded_logits(model, folder, inputs):
-    """Those of AdapterHub's model with the one adapter in a folder."""
+    """Returns the logits of AdapterHub's model with the only adapter in a folder."""
     info = {}
     name = model.load_adapter(str(folder), use_safetensors=True, set_active=True, loading_info=info)
-    # Prefixes have a name for each layer that uses them, a tied weight is the embedding's.
+    # Prefixes have one name for each layer that uses them; a tied weight is that of the embedding.
     known = re.compile(r"(.*\.)?prefix_tuning\..*" + (_TIED if is_tied(model) else ""))
     assert not [key for key in info["missing_keys"] if not known.fullmatch(key)]
-    # Of the two names of this bias it knows one.
+    # This bias has two names, and AdapterHub knows only one of them.
     assert set(info["unexpected_keys"]) <= {"cls.predictions.bias"}
     if isinstance(model, adapters.T5AdapterModel) and not model.heads:
         model.add_seq2seq_lm_head(name)
@@ -384,18 +384,18 @@ def test_export_of_a_method_of_ours(family, name, tmp_path):
 REFUSED_EXPORTS = {
     "full": (preset("full"), "trains the backbone itself"),
     "head-only": (preset("head-only"), "it adds no adapter"),
-    "low-rank": (preset("low-rank", reduction_factor=2), "no projections of low rank"),
-    "prompts": (preset("prompt-tuning-random", prompt_length=2), "for BERT alone"),
-    "bitfit": (preset("bitfit"), "no adapters that are biases"),
+    "low-rank": (preset("low-rank", reduction_factor=2), "no low-rank projections"),
+    "prompts": (preset("prompt-tuning-random", prompt_length=2), "prompt tuning only for BERT"),
+    "bitfit": (preset("bitfit"), "no adapters made of biases"),
     "intrinsic": (preset("intrinsic", dimension=9), "merge_adapter"),
-    "layer norms": (preset("compacter", **SMALL), "no place for layer norms that were trained"),
+    "layer norms": (preset("compacter", **SMALL), "no place for trained layer norms"),
     "shared full blocks": (
         preset("compacter", **SMALL, **PLAIN, shared_W_phm=True, factorized_phm_W=False),
-        "fails to make blocks that are shared and not factorised",
+        "cannot create shared blocks that are not factorised",
     ),
     "pooler": (
         preset("lora", train_pooler=True),
-        "no place for a pooler that was trained with head=None",
+        "no place for a trained pooler with head=None",
     ),
     "ia3 after the activation": (preset("ia3"), "scales before the activation"),
     "attention's last projection": (
@@ -436,7 +436,7 @@ def test_what_cannot_be_exported_is_refused(name, tmp_path):
 def test_export_refuses_a_bad_name_and_the_folder_of_another(tmp_path):
     adapted = Adapted(CLASSIFIER, preset("lora"))
     params = random_tree(adapted_shapes(adapted))
-    with pytest.raises(ValueError, match=r"name='a\.b' must be of letters"):
+    with pytest.raises(ValueError, match=r"name='a\.b' must consist of letters"):
         export_adapterhub(tmp_path, adapted, params, name="a.b")
     (tmp_path / "pytorch_adapter.bin").touch()
     with pytest.raises(ValueError, match=r"has pytorch_adapter\.bin of another adapter"):
@@ -549,7 +549,7 @@ def test_heads(name, tmp_path):
 
 @pytest.mark.parametrize("family", ["t5", "gated t5"])
 def test_head_of_t5_for_conditional_generation(family, tmp_path):
-    """Which `adapters` saves with the prefixes in the same file."""
+    """`adapters` saves this head in the same file as the prefixes."""
     backbone = BACKBONES[family]
     model = add(hub_model(backbone, "T5ForConditionalGeneration"), prefixes())
     model.save_adapter(str(tmp_path / "saved"), "a")
@@ -591,7 +591,7 @@ def test_head_of_its_own_on_an_untied_t5(tmp_path):
 )
 def test_models_without_a_head(cls, module, tmp_path):
     backbone = backbone_of(module, 8)
-    # The only decoder layer is left out: of an encoder there is no such layer.
+    # The only decoder layer is left out; the encoder has no layer of this index.
     both = union(lora(leave_out=[2]), prefixes(leave_out=[2]))
     model = add(hub_model(backbone, cls), both)
     model.save_adapter(str(tmp_path / "saved"), "a")
@@ -610,7 +610,7 @@ def test_models_without_a_head(cls, module, tmp_path):
 
 
 def saved(folder, config, family="bert", cls=None, **settings):
-    """Saves an adapter; its logits."""
+    """Saves an adapter and returns its logits."""
     backbone = BACKBONES[family]
     model = add(hub_model(backbone, cls or CLASSES[family]), config)
     model.save_adapter(str(folder), "a", **settings)
@@ -647,7 +647,8 @@ def test_bfloat16_is_written_as_float32(tmp_path):
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_what_was_imported_is_saved_and_loaded(family, tmp_path):
-    # With sites of its own on T5, for AdapterHub counts layers through encoder and decoder.
+    # Needs its own sites on T5, since AdapterHub numbers the layers of encoder and decoder
+    # together.
     backbone = BACKBONES[family]
     saved(tmp_path / "hub", phm(leave_out=[1]), family)
     adapted, params = import_adapterhub(tmp_path / "hub", backbone)
@@ -657,7 +658,7 @@ def test_what_was_imported_is_saved_and_loaded(family, tmp_path):
     assert (loaded.method, loaded.sites) == (adapted.method, adapted.sites)
 
 
-# Where the file has what adapters share, and where `adapters` forgets it.
+# Cases in which the file holds the shared parameters, and cases in which `adapters` omits them.
 @pytest.mark.parametrize(
     ("family", "cls", "complete"),
     [
@@ -678,7 +679,7 @@ def test_shared_rule(family, cls, complete, tmp_path):
             ValueError, match=r"has no shared_parameters\.a\.phm_rule, and cannot be"
         ):
             import_adapterhub(tmp_path, backbone)
-        # What the message says to do.
+        # Follows the instructions in the message.
         tensors = torch.load(tmp_path / "pytorch_adapter.bin", weights_only=True)
         for name, tensor in model.shared_parameters["a"].items():
             tensors[f"shared_parameters.a.{name}"] = tensor.detach()
@@ -732,7 +733,7 @@ REFUSED = {
     "no sum to skip from": (
         bottleneck(),
         {"residual_before_ln": "post_add"},
-        "residual_before_ln='post_add' with original_ln_before=False in .* fails there itself",
+        "residual_before_ln='post_add' with original_ln_before=False in .* itself fails there",
     ),
     "unknown skip": (
         bottleneck(),
@@ -751,14 +752,14 @@ REFUSED = {
         "adapter_residual_before_ln=True",
     ),
     "factors by layer": (bottleneck(), {"reduction_factor": {"default": 2}}, "reduction_factor={"),
-    "wider": (bottleneck(), {"reduction_factor": 0.5}, "no whole number leaves"),
-    "between": (bottleneck(), {"reduction_factor": 1.5}, "no whole number leaves"),
+    "wider": (bottleneck(), {"reduction_factor": 0.5}, "no whole number gives"),
+    "between": (bottleneck(), {"reduction_factor": 1.5}, "no whole number gives"),
     "huge": (bottleneck(), {"reduction_factor": 10**400}, "reduction_factor=1000.* be a number"),
     "huge, of LoRA": (lora(), {"alpha": 10**400}, "lora_alpha=inf must be finite"),
     "unknown scaling": (bottleneck(), {"scaling": "vector"}, "scaling='vector'"),
     "unknown activation": (bottleneck(), {"non_linearity": "gelo"}, "unknown activation 'gelo'"),
     "no activation": (bottleneck(), {"non_linearity": None}, "non_linearity=None"),
-    "channels of PHM": (phm(), {"scaling": "channel"}, "no sum of Kronecker products"),
+    "channels of PHM": (phm(), {"scaling": "channel"}, "not a sum of Kronecker products"),
     "scaling of shared blocks": (
         phm(),
         {"scaling": "learned", "shared_W_phm": True},
@@ -767,15 +768,15 @@ REFUSED = {
     "shared full blocks": (
         phm(),
         {"shared_W_phm": True, "factorized_phm_W": False},
-        "fails to make blocks",
+        "cannot create shared blocks",
     ),
     "PHM dropout": (phm(), {"phm_dropout": 0.1}, "unknown fields: phm_dropout"),
     "no PHM dimension": (phm(), {"phm_dim": 5}, "phm_dim=5 does not divide"),
     "no list": (lora(), {"attn_matrices": None}, "attn_matrices=None .* must be a list"),
     "a place of another type": (bottleneck(), {"mh_adapter": 1}, "mh_adapter=1 .* true or false"),
     "left out by name": (bottleneck(), {"leave_out": ["1"]}, r"leave_out=\['1'\]"),
-    "all left out": (bottleneck(), {"leave_out": [0, 1]}, "puts adapters nowhere"),
-    "nowhere": (bottleneck(), {"mh_adapter": False, "output_adapter": False}, "nowhere"),
+    "all left out": (bottleneck(), {"leave_out": [0, 1]}, "places no adapter"),
+    "nowhere": (bottleneck(), {"mh_adapter": False, "output_adapter": False}, "places no adapter"),
     "DoRA": (lora(), {"use_dora": True}, "use_dora=True"),
     "VeRA": (lora(), {"vera_d": 0.1}, "vera_d=0.1"),
     "half precision": (lora(), {"dtype": "float16"}, "dtype='float16'"),
@@ -800,7 +801,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_configurations_without_a_counterpart_are_refused_by_name(name, tmp_path):
-    # Refused before any tensor is read: there is none.
+    # The config is refused before any tensor is read, so there is no file of tensors.
     _, changes, message = REFUSED[name]
     content = full_config(REFUSED[name][0])
     content["config"].update(changes)
@@ -824,7 +825,7 @@ def test_skips_from_a_sum_are_refused_on_t5(tmp_path):
     config = bottleneck(original_ln_before=True, residual_before_ln="post_add")
     content = full_config(config) | {"model_type": "t5"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    message = "residual_before_ln='post_add' on a T5 in .* fails there itself"
+    message = "residual_before_ln='post_add' on a T5 in .* itself fails there"
     with pytest.raises(ValueError, match=message):
         import_adapterhub(tmp_path, BACKBONES["t5"])
 
@@ -832,7 +833,7 @@ def test_skips_from_a_sum_are_refused_on_t5(tmp_path):
 def test_prefixes_in_some_layers_of_t5_are_refused(tmp_path):
     content = full_config(prefixes(leave_out=[1])) | {"model_type": "t5"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="loses the biases of relative positions there"):
+    with pytest.raises(ValueError, match="loses the relative position biases there"):
         import_adapterhub(tmp_path, BACKBONES["t5"])
 
 
@@ -840,12 +841,14 @@ def test_parts_of_t5_that_leave_out_different_layers_of_one_site_are_refused(tmp
     both = union(bottleneck(leave_out=[0]), bottleneck(leave_out=[1, 2]))
     content = full_config(both) | {"model_type": "t5"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="leave out layers of the encoder or the decoder alone"):
+    with pytest.raises(
+        ValueError, match="leaves out layers of only the encoder or only the decoder"
+    ):
         import_adapterhub(tmp_path, BACKBONES["t5"])
 
 
 def of_file(name):
-    """A change of the tensors in a file."""
+    """Makes a change of the file `name` from a function that changes its tensors."""
 
     def decorate(change):
         def run(folder):
@@ -921,21 +924,22 @@ MALFORMED = {
     ),
     "misshapen tensor": (
         misshapen_tensor,
-        r"adapter_up.weight: \(6, 12\) stored, \(12, 6\) wanted",
+        r"adapter_up.weight has shape \(6, 12\), not \(12, 6\)",
     ),
-    "whole numbers": (whole_numbers, "is of type I8; weights must be floating-point"),
-    "copies that differ": (copies_that_differ, "are one tensor, but differ"),
+    "whole numbers": (whole_numbers, "has dtype I8; weights must be floating-point"),
+    "copies that differ": (copies_that_differ, "must be the same tensor, but differ"),
     "unknown of the head": (unknown_tensor_of_the_head, "left over: classifier/more/kernel"),
     "missing of the head": (missing_tensor_of_the_head, "missing: classifier/bias"),
     "whole numbers of the head": (
         whole_numbers_of_the_head,
-        r"classifier\.weight in .*model_head.* is of type I8; weights must be floating",
+        r"classifier\.weight in .*model_head.* has dtype I8; weights must be floating",
     ),
     "head without what it is": (
         lambda folder: (folder / "head_config.json").unlink(),
-        r"model_head\.safetensors is of a head, and there is no head_config\.json beside it",
+        r"model_head\.safetensors holds the weights of a head, but its configuration "
+        r"head_config\.json is not in",
     ),
-    "truncated": (truncated, "is truncated or no safetensors file"),
+    "truncated": (truncated, "is truncated or not a safetensors file"),
     "no JSON": (
         lambda folder: (folder / "adapter_config.json").write_text("{"),
         "is not valid JSON",
@@ -951,11 +955,11 @@ MALFORMED = {
     ),
     "another family": (
         replaced("adapter_config.json", lambda c: c.update(model_type="gpt2")),
-        "is of model_type='gpt2', the backbone is a Bert",
+        "has model_type='gpt2', but the backbone is a Bert",
     ),
     "another width": (
         replaced("adapter_config.json", lambda c: c.update(hidden_size=13)),
-        "is of hidden_size=13, the backbone's is 12",
+        "has hidden_size=13, but the backbone has 12",
     ),
     "another adapter's name": (
         replaced("adapter_config.json", lambda c: c.update(name="b")),
@@ -963,7 +967,7 @@ MALFORMED = {
     ),
     "no field": (
         replaced("adapter_config.json", lambda c: c["config"].pop("reduction_factor")),
-        "missing: reduction_factor",
+        "missing fields: reduction_factor",
     ),
     "of this library": (
         replaced("adapter_config.json", lambda c: c.update(format_version=1)),
@@ -987,7 +991,7 @@ MALFORMED = {
     ),
     "head of another number of labels": (
         replaced("head_config.json", lambda c: c.update(num_labels=4)),
-        "has a head with head='sequence_classification', num_labels=4, the backbone has .*=3",
+        "has a head with head='sequence_classification', num_labels=4, but the backbone has .*=3",
     ),
     "another head": (
         replaced("head_config.json", lambda c: c.update(model_class="BertForQuestionAnswering")),
@@ -1006,7 +1010,7 @@ MALFORMED = {
                 config={"head_type": "tagging", "layers": 2, "activation_function": "relu"}
             ),
         ),
-        "head_type='tagging' wants {'layers': 1}",
+        "head_type='tagging' needs {'layers': 1}",
     ),
 }
 
@@ -1061,7 +1065,7 @@ def test_tied_head_must_be_the_embedding(tmp_path):
     saved(tmp_path, bottleneck(), "t5", "T5ForConditionalGeneration", use_safetensors=True)
     other = backbone_of(PLAIN_T5, 9)
     with pytest.raises(
-        ValueError, match=r"lm_head/kernel in .* is not the backbone's shared/embed"
+        ValueError, match=r"lm_head/kernel in .* is tied to the backbone's shared/embed"
     ):
         import_adapterhub(tmp_path, other)
     import_adapterhub(tmp_path, other, with_head=False)
@@ -1079,8 +1083,8 @@ def test_masked_head_must_have_the_activation_of_the_backbone(tmp_path):
 def test_other_backbones_are_refused(tmp_path):
     saved(tmp_path, bottleneck())
     other = types.SimpleNamespace(module=nn.Dense(3), params={})
-    with pytest.raises(ValueError, match=r"Dense is no backbone whose adapters .* use Bert or T5"):
+    with pytest.raises(ValueError, match=r"not supported for a Dense; use Bert or T5"):
         import_adapterhub(tmp_path, other)
     adapted = Adapted(other.module, preset("full"))
-    with pytest.raises(ValueError, match="Dense is no backbone"):
+    with pytest.raises(ValueError, match="not supported for a Dense"):
         export_adapterhub(tmp_path, adapted, {})

@@ -1,4 +1,4 @@
-"""Compositions against those of AdapterHub's `adapters`, with the same weights."""
+"""Compares compositions with those of AdapterHub's `adapters`, with the same weights."""
 
 import numpy as np
 import pytest

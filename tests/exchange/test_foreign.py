@@ -1,4 +1,4 @@
-"""Files of other libraries: what is read, what is refused, and that nothing in them runs."""
+"""Reads files of other libraries, refuses unsafe ones, and checks that no code in them runs."""
 
 import builtins
 import json
@@ -44,7 +44,7 @@ def assert_equal(actual, expected):
 
 
 def to_torch(array):
-    """The same values and type as PyTorch has them."""
+    """Returns the same values as a PyTorch tensor of the same type."""
     import torch
 
     if array.dtype == jnp.bfloat16:
@@ -61,7 +61,7 @@ def test_safetensors_are_read(tmp_path):
 def test_pickled_tensors_are_read(tmp_path, zipped):
     torch = pytest.importorskip("torch")
     tensors = {name: to_torch(array) for name, array in arrays().items()}
-    # Views of another's memory, and what an optimizer steps.
+    # A view of a larger tensor, and a parameter that an optimizer updates.
     tensors["matrix"] = to_torch(np.pad(arrays()["matrix"].T, 1))[1:-1, 1:-1].T
     tensors["brain"] = torch.nn.Parameter(tensors["brain"])
     file = tmp_path / "pytorch_adapter.bin"
@@ -102,7 +102,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
 
 
 class Malicious:
-    """Unpickled without care, it makes a directory."""
+    """An object whose unpickling creates a directory."""
 
     def __init__(self, target):
         self.target = target
@@ -120,7 +120,9 @@ def test_nothing_in_a_pickle_runs(tmp_path, written_by):
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=written_by == "torch")
-    with pytest.raises(ValueError, match="more than tensors, which is never unpickled") as caught:
+    with pytest.raises(
+        ValueError, match="objects other than tensors, which are never unpickled"
+    ) as caught:
         read_tensors(tmp_path, STEMS)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "made").exists()
@@ -130,17 +132,23 @@ def test_nothing_in_a_pickle_runs(tmp_path, written_by):
     ("make", "message"),
     [
         (lambda torch: [torch.ones(2)], "holds a list, not a dictionary of tensors"),
-        (lambda torch: {"a": {"b": torch.ones(2)}}, "holds 'a', a dict, beside its tensors"),
-        (lambda torch: {3: torch.ones(2)}, "holds 3, a Tensor, beside its tensors"),
-        (lambda torch: {"a": torch.eye(2).to_sparse()}, "has 'a', which NumPy cannot hold"),
-        (lambda torch: {"a": torch.empty(2, device="meta")}, "has 'a', which NumPy cannot hold"),
+        (lambda torch: {"a": {"b": torch.ones(2)}}, "holds 'a', which is a dict and not a tensor"),
+        (lambda torch: {3: torch.ones(2)}, "holds 3, which is a Tensor and not a tensor"),
+        (lambda torch: {"a": torch.eye(2).to_sparse()}, "has 'a', which NumPy cannot represent"),
+        (
+            lambda torch: {"a": torch.empty(2, device="meta")},
+            "has 'a', which NumPy cannot represent",
+        ),
         (
             lambda torch: {"a": torch.ones(2).to(torch.float8_e4m3fn)},
             "a in .*float8_e4m3fn; weights",
         ),
         (lambda torch: {"a": torch.ones(2, dtype=torch.complex64)}, "a in .*complex64; weights"),
-        # Small in the file, and 4 TB where it is computed with.
-        (lambda torch: {"a": torch.ones(1).expand(10**12)}, "a in .* repeats the same numbers"),
+        # A tensor that is small in the file, but takes 4 TB as an array.
+        (
+            lambda torch: {"a": torch.ones(1).expand(10**12)},
+            "a in .* is a small tensor that is expanded",
+        ),
         (
             lambda torch: {"a": torch.tensor([1, torch.nan])},
             "a in .* has 1 of 2 numbers that are N",
@@ -167,7 +175,7 @@ def test_tensors_of_whole_numbers_are_refused(tmp_path, suffix, dtype):
         torch.save({k: to_torch(v) for k, v in content.items()}, tmp_path / "adapter.bin")
     else:
         save_file(content, tmp_path / "adapter.safetensors")
-    message = rf"count in .*{suffix} is of type \S+; weights must be floating-point of 16 bits"
+    message = rf"count in .*{suffix} has dtype \S+; weights must be floating-point of 16 bits"
     with pytest.raises(ValueError, match=message):
         read_tensors(tmp_path, STEMS)
 
@@ -177,7 +185,7 @@ def test_safetensors_of_a_type_numpy_lacks_are_refused(tmp_path):
     header = json.dumps({"a": entry}).encode()
     file = tmp_path / "adapter.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(ValueError, match=r"a in .* is of type F8_E4M3; weights must be floating"):
+    with pytest.raises(ValueError, match=r"a in .* has dtype F8_E4M3; weights must be floating"):
         read_tensors(tmp_path, STEMS)
 
 
@@ -190,7 +198,7 @@ def test_a_pickle_without_pytorch_is_refused(tmp_path, monkeypatch):
     original = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without_torch)
     (tmp_path / "adapter.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match="takes PyTorch to read: install it, or save"):
+    with pytest.raises(ValueError, match="reading it needs PyTorch; install PyTorch, or save"):
         read_tensors(tmp_path, STEMS)
 
 

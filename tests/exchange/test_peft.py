@@ -1,4 +1,4 @@
-"""Folders of PEFT in and out: the same logits there and here, and what does not fit."""
+"""Exchanges folders with PEFT: both sides compute the same logits, bad folders are refused."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ from tests.helpers import ONE_LAYER, TINY_BERT, TINY_T5, adapted_shapes, backbon
 from tests.helpers import quick_jit as jit
 from tests.hosts import SITES, Chain
 
-# Logits are O(1) to O(10); float32 rounds each of them by some 1e-6.
+# Logits are of order 1 to 10, and float32 rounds each of them by about 1e-6.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 BERT = {
@@ -63,13 +63,13 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def oracles():
-    """PyTorch, transformers and PEFT, where they are installed."""
+    """Returns PyTorch, transformers and PEFT, or skips the test if one is not installed."""
     return tuple(pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
 
 
 @pytest.fixture(scope="module")
 def folder_of(oracles, tmp_path_factory):
-    """Function of a key of `MODELS`: the folder of such a model with random weights."""
+    """Returns a function from a key of `MODELS` to the folder of that model with random weights."""
     torch, transformers, _ = oracles
 
     @functools.cache
@@ -89,7 +89,7 @@ def folder_of(oracles, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def torch_model(oracles, folder_of):
-    """Function of a key of `MODELS`: transformers' PyTorch model."""
+    """Returns a function from a key of `MODELS` to the PyTorch model of transformers."""
 
     def load(name):
         family, kind, _ = MODELS[name]
@@ -100,12 +100,12 @@ def torch_model(oracles, folder_of):
 
 @pytest.fixture(scope="module")
 def backbone(folder_of):
-    """Function of a key of `MODELS`: the backbone."""
+    """Returns a function from a key of `MODELS` to the backbone."""
     return functools.cache(lambda name: load_backbone(folder_of(name)))
 
 
 def inputs_of(name):
-    """Arguments by name, rows padded on the right, on the left and not at all."""
+    """Returns arguments by name, with padding on the right, on the left, and none."""
     rng = np.random.default_rng(3)
 
     def tokens(length):
@@ -119,7 +119,7 @@ def inputs_of(name):
     if name in ("T5", "gated T5"):
         ids, mask = tokens(5)
         return inputs | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-    if name == "question":  # where PEFT does not pass token_type_ids on
+    if name == "question":  # PEFT does not pass token_type_ids on here
         return inputs
     return inputs | {"token_type_ids": rng.integers(0, 2, (3, 7))}
 
@@ -138,13 +138,13 @@ def outputs(model, params, name):
 
 
 def without_prompts(y, config, name):
-    """PEFT's outputs, where ours have no positions of prompts."""
+    """Returns PEFT's outputs without the positions of prompts, which our outputs do not have."""
     count = getattr(config, "num_virtual_tokens", 0)
     return y[:, count:] if name in ("tokens", "question") else y
 
 
 def trained(torch, peft, model, config):
-    """A model of PEFT with random values for all that it trains."""
+    """Returns a PEFT model with random values for all trained parameters."""
     torch.manual_seed(0)
     model = peft.get_peft_model(model, config).eval()
     for parameter in model.parameters():
@@ -153,7 +153,7 @@ def trained(torch, peft, model, config):
     return model
 
 
-# Model, class of PEFT's configuration, and its fields.
+# The model, the class of PEFT's configuration, and its fields.
 FOLDERS = {
     "LoRA, pooler too": (
         "sequences",
@@ -239,7 +239,7 @@ def test_logits_are_those_of_peft_and_stay_so_when_written(
     np.testing.assert_array_equal(outputs_of_torch(torch, read, name), raw)
 
 
-# What `target_modules` and its companions say, and where they lead: PEFT is the oracle.
+# Values of `target_modules` and related fields; PEFT decides which modules they select.
 PLACES = {
     "an end within a name": ("sequences", "Lora", {"target_modules": ["ery", "key"]}),
     "ends of several parts": ("sequences", "Lora", {"target_modules": ["layer.0.output.dense"]}),
@@ -292,7 +292,7 @@ PLACES = {
         {"target_modules": ["dense"], "feedforward_modules": ["dense"]},
     ),
 }
-# PEFT's name of a parameter of a module -> ours, and what makes ours of it.
+# PEFT's name of a parameter -> our name, and the conversion to ours.
 PARAMETERS = {
     "lora_A.default.weight": ("left", np.transpose),
     "lora_B.default.weight": ("right", np.transpose),
@@ -329,7 +329,7 @@ def test_adapters_are_where_peft_puts_them(
         np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
 
 
-# Fields of a folder as PEFT before 0.11 wrote it: it did not name the head that it saved.
+# Folders as written by PEFT before 0.11, which did not store the name of the saved head.
 OLD = {
     "sequences": ("sequences", "Lora", {"target_modules": ["query"]}),
     "sequences, no LoRA at the head": ("sequences", "Lora", {"target_modules": r".*(query|fier)"}),
@@ -355,7 +355,7 @@ def test_a_head_that_is_not_named_is_read_as_peft_reads_it(
     config = getattr(peft, f"{kind}Config")(task_type=TASKS[name], **fields)
     trained(torch, peft, torch_model(name), config).save_pretrained(tmp_path / "theirs")
     change(tmp_path / "theirs", modules_to_save=own)
-    if own is None:  # PEFT 0.2 has no such key yet, and later ones null
+    if own is None:  # PEFT 0.2 has no such key yet, later versions write null
         path = tmp_path / "theirs/adapter_config.json"
         settings = json.loads(path.read_text())
         assert settings.pop("modules_to_save") is None
@@ -396,7 +396,7 @@ def assert_same(actual, expected):
 
 
 def adapted(module, method, sites=None):
-    """A backbone, and an adapted model of it with all other parameters random."""
+    """Returns a backbone, and a model adapted from it whose other parameters are random."""
     backbone = backbone_of(module)
     model = Adapted(module, method, sites)
     labels = {"train_pooler": "pooler", "train_layer_norms": "orm", "train_head": "classifier"}
@@ -512,7 +512,7 @@ def test_methods_that_peft_does_not_have_are_not_written(tmp_path, name):
     if hasattr(method, "reduction_factor"):
         method = method.replace(**sizes)
     model = Adapted(SEQUENCES, method)
-    with pytest.raises(ValueError, match=f"PEFT does not have the method '{method.kind}'"):
+    with pytest.raises(ValueError, match=f"method '{method.kind}' cannot be exported to PEFT"):
         export_peft(tmp_path, model, {})
     assert not list(tmp_path.iterdir())
 
@@ -520,7 +520,7 @@ def test_methods_that_peft_does_not_have_are_not_written(tmp_path, name):
 def test_an_adapter_of_what_is_no_linear_layer_is_not_written(tmp_path):
     sites = {"norm": r"encoder/layer/(?P<layer>\d+)/output/LayerNorm"}
     _, model, params = adapted(SEQUENCES, IA3Config(sites=("norm",), input_sites=()), sites)
-    with pytest.raises(ValueError, match="encoder/layer/0/output/LayerNorm is no linear layer"):
+    with pytest.raises(ValueError, match="encoder/layer/0/output/LayerNorm is not a linear layer"):
         export_peft(tmp_path, model, params)
 
 
@@ -535,7 +535,7 @@ def test_a_backbone_of_another_library_is_not_written(tmp_path):
 
 
 def change(folder, tensors=(), **settings):
-    """Replaces settings, and tensors by the ends of their names; None takes them out."""
+    """Replaces settings, and tensors whose names have the given ends; None removes a tensor."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     path = folder / "adapter_model.safetensors"
@@ -550,7 +550,7 @@ def change(folder, tensors=(), **settings):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder of PEFT's kind, LoRA for a BERT of one layer, and the backbone."""
+    """Writes a PEFT folder with LoRA for a one-layer BERT; returns it and the backbone."""
     backbone, model, params = adapted(ONE_BERT, LoRAConfig(rank=2))
     path = tmp_path_factory.mktemp("written")
     export_peft(path, model, params)
@@ -559,7 +559,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def folder(written, tmp_path):
-    """A copy to be changed."""
+    """Returns a copy of the folder that the test may change, and the backbone."""
     return shutil.copytree(written[0], tmp_path / "folder"), written[1]
 
 
@@ -584,7 +584,7 @@ PLAIN = {
         ({"peft_type": ["LORA"]}, r"peft_type=\['LORA'\] must be text or null"),
         (
             {"task_type": "TOKEN_CLS"},
-            "is not for head='sequence_classification', whose is 'SEQ_CLS'",
+            "does not fit head='sequence_classification', which has task_type='SEQ_CLS'",
         ),
         ({"use_dora": True, "lora_bias": True}, "not supported: use_dora=True, lora_bias=True"),
         ({"rank_pattern": {"query": 4}}, r"not supported: rank_pattern=\{'query': 4\}"),
@@ -601,7 +601,7 @@ PLAIN = {
         ({"target_modules": "all-linear"}, "does not name the modules"),
         ({"target_modules": 3}, "target_modules=3 must be text or a list, each item text or null"),
         ({"target_modules": ["query", 3]}, "must be text or a list, each item text"),
-        ({"target_modules": "("}, "is no regular expression"),
+        ({"target_modules": "("}, "is not a valid regular expression"),
         ({"target_modules": ["self"]}, r"matches bert\.encoder\.layer\.0\.attention\.self, but"),
         ({"target_modules": ["word_embeddings"]}, "but must match linear layers"),
         ({"target_modules": ["q"]}, "matches nothing"),
@@ -618,9 +618,9 @@ PLAIN = {
         ({"target_modules": ["query", "value", "key"]}, "missing: .*key.lora_A.weight"),
         ({"modules_to_save": None, "task_type": None}, "left over: .*model.classifier.bias"),
         ({"modules_to_save": ["classifier", "pooler"]}, "missing: .*bert.pooler.dense.bias"),
-        ({"r": 3}, r"query.lora_A.weight: \(2, 12\) stored, \(3, 12\) wanted"),
+        ({"r": 3}, r"query.lora_A.weight has shape \(2, 12\), not \(3, 12\)"),
         ({"peft_type": "IA3"}, "not supported: lora_alpha=8, r=2"),
-        ({**PLAIN, "task_type": None}, "PEFT itself does not use the prompts; set it to 'SEQ_CLS'"),
+        ({**PLAIN, "task_type": None}, "PEFT itself ignore the prompts; set it to 'SEQ_CLS'"),
         (
             {**PLAIN, "num_transformer_submodules": 2},
             "num_transformer_submodules=2 in .* must be 1",
@@ -670,11 +670,11 @@ def test_a_folder_without_a_head_leaves_the_backbone_s(folder):
     [
         ({"query.lora_A.weight": None}, "missing: .*query.lora_A.weight.*; left over: none"),
         ({"base_model.model.stranger": ZEROS}, "left over: .*base_model.model.stranger"),
-        ({"value.lora_B.weight": ZEROS}, r"value.lora_B.weight: \(2, 2\) stored, \(12, 2\) wanted"),
-        ({"classifier.weight": ZEROS}, r"classifier.weight: \(2, 2\) stored, \(3, 12\) wanted"),
+        ({"value.lora_B.weight": ZEROS}, r"value.lora_B.weight has shape \(2, 2\), not \(12, 2\)"),
+        ({"classifier.weight": ZEROS}, r"classifier.weight has shape \(2, 2\), not \(3, 12\)"),
         (
             {"query.lora_A.weight": np.ones((2, 12), np.int8)},
-            "query.lora_A.weight in .* is of type I8; weights must be floating-point",
+            "query.lora_A.weight in .* has dtype I8; weights must be floating-point",
         ),
     ],
 )
@@ -712,5 +712,5 @@ def test_prompts_of_a_decoder_are_left_out(tmp_path, rows):
     change(tmp_path, longer, num_transformer_submodules=rows // 3)
     assert_same(import_peft(tmp_path, backbone)[1], params)
     change(tmp_path, {"prompt_embeddings": prompt[:2]})
-    with pytest.raises(ValueError, match=r"prompt_embeddings: \(2, 12\) stored, \(3, 12\) wanted"):
+    with pytest.raises(ValueError, match=r"prompt_embeddings has shape \(2, 12\), not \(3, 12\)"):
         import_peft(tmp_path, backbone)

@@ -1,4 +1,4 @@
-"""Heads and norms of other people's modules: trained, saved and loaded, or refused."""
+"""Trains, saves and loads heads and norms of third-party modules, or refuses them."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def trained(params, method, **options):
         ("lm/proj/out/kernel", "lm/proj/.*"),
         ("Dense_3/kernel", r"Dense_\d"),
         ("head/kernel", "head/kernel"),
-        # Within the names that BERT and T5 have at the top.
+        # Paths that contain the names that BERT and T5 have at the top.
         ("encoder/classifier/kernel", "encoder/classifier"),
         ("lm_head/kernel", "lm_head"),
     ],
@@ -62,7 +62,7 @@ def test_a_head_by_another_name(path, pattern):
         label_params(params, Stack(NO_NORMS, NO_NORMS.replace(train_head=False)))
     assert trained(params, NO_NORMS, groups={"head": pattern}) == {path}
     assert trained(params, NO_NORMS.replace(train_head=False)) == set()
-    assert trained(params, NO_NORMS, groups={}) == set()  # there is none, says the user
+    assert trained(params, NO_NORMS, groups={}) == set()  # the user states that there are none
     assert trained(params, NO_NORMS, rules=[(re.escape(path), "train")]) == {path}
     assert trained(params, cj.preset("bitfit"), groups={"head": pattern}) == {path}
 
@@ -108,7 +108,7 @@ def test_no_norm_has_a_known_name():
         ValueError, match=r"no path matches.*; give Adapted and label_params groups="
     ):
         label_params(params, WITH_NORMS)
-    # Everything is trained, by whatever name.
+    # Full fine-tuning trains everything, whatever its name.
     assert trained(params, cj.preset("full")) == {"classifier/kernel", *norm("ln_1")}
 
 
@@ -124,7 +124,7 @@ def test_a_norm_within_a_head_is_the_heads():
     ("groups", "message"),
     [
         ({"norms": ".*"}, "groups has no 'norms'; its names are head, layer_norms, pooler"),
-        ({"head": "("}, r"groups\['head'\]: '\(' is no regular expression"),
+        ({"head": "("}, r"groups\['head'\]: '\(' is not a valid regular expression"),
         ({"head": 5}, "is no regular expression"),
         (["head"], "must be a mapping"),
         ({"head": "skore"}, r"groups\['head'\]='skore' matches no parameter"),
@@ -150,7 +150,7 @@ def test_intrinsic_dimension_leaves_their_head_alone():
 
 
 class Theirs(nn.Module):
-    """No dummy inputs, a norm and a head by names of its own."""
+    """A module without dummy inputs, whose norm and head have unusual names."""
 
     @nn.compact
     def __call__(self, x):
@@ -163,7 +163,7 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4)), jnp.float32)
 
 
 def model_and_params(method=WITH_NORMS, groups=GROUPS, seed=1):
-    """A model, random parameters of it, and its backbone, whose head and norms are others."""
+    """Returns a model, its random parameters, and a backbone whose head and norms differ."""
     model = cj.Adapted(Theirs(), method, SITES, groups=groups)
     params = random_tree(jax.eval_shape(model.init, jax.random.key(0), X)["params"], seed)
     shapes = jax.eval_shape(Theirs().init, jax.random.key(0), X)["params"]
@@ -213,7 +213,10 @@ def test_what_rules_train_is_saved_and_loaded(tmp_path):
         ):
             cj.load_adapter(tmp_path, backbone, X)
     path.write_text(json.dumps({**settings, "also_trained": ["layer_0/bias", "layer_9/bias"]}))
-    with pytest.raises(ValueError, match=r"json: also_trained names what is no .*: layer_9/bias$"):
+    with pytest.raises(
+        ValueError,
+        match=r"json: also_trained names parameters that the model does not .*: layer_9/bias$",
+    ):
         cj.load_adapter(tmp_path, backbone, X)
     path.write_text(json.dumps({**settings, "also_trained": ["layer_0/bias"]}))
     with pytest.raises(ValueError, match=r"left over: first_norm/scale"):
@@ -226,10 +229,12 @@ def test_what_would_not_be_stored_is_said_where_the_backbone_is_given(tmp_path):
     cj.save_adapter(tmp_path, model, params, backbone=backbone)
     assert_same(cj.load_adapter(tmp_path, backbone, X)[1], params)
     before = (tmp_path / "adapter_config.json").read_bytes()
-    # So small a change is not in the hash, which is of values rounded to bfloat16.
+    # The hash rounds values to bfloat16, so it does not notice a change this small.
     trained = {**params, "first_norm": {**params["first_norm"]}}
     trained["first_norm"]["scale"] = trained["first_norm"]["scale"] * (1 + 1e-4)
-    with pytest.raises(ValueError, match=r"1 leaves differ .*\(first_norm/scale\); give .* labels"):
+    with pytest.raises(
+        ValueError, match=r"1 leaves differ .*\(first_norm/scale\); .* give save_adapter labels"
+    ):
         cj.save_adapter(tmp_path, model, trained, backbone=backbone)
     assert (tmp_path / "adapter_config.json").read_bytes() == before
     rules = [("first_norm/scale", "train")]
@@ -253,17 +258,19 @@ def test_a_backbone_in_16_bits_is_the_one_that_was_given(tmp_path):
 def test_labels_of_something_else_are_refused(tmp_path):
     model, params, _ = model_and_params()
     labels = label_params(params, model.method, groups=model.groups)
-    with pytest.raises(ValueError, match="labels are not those of params"):
+    with pytest.raises(ValueError, match="labels do not match params"):
         cj.save_adapter(tmp_path / "new", model, params, labels={"score": labels["score"]})
-    with pytest.raises(ValueError, match="labels are not those of params"):
+    with pytest.raises(ValueError, match="labels do not match params"):
         cj.save_adapter(tmp_path / "new", model, params, labels="train")
-    with pytest.raises(ValueError, match=r"backbone=.* has no params; give what load_backbone"):
+    with pytest.raises(
+        ValueError, match=r"backbone=.* has no attribute params; give the result of load_backbone"
+    ):
         cj.save_adapter(tmp_path / "new", model, params, backbone=Theirs())
     assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_saved_before_there_were_groups(tmp_path):
-    """Its head was by a name not known, so frozen, and is the backbone's."""
+    """The head had an unknown name, so it was frozen and is taken from the backbone."""
     model, params, backbone = model_and_params(NO_NORMS, groups=None)
     params |= {name: backbone.params[name] for name in ("score", "first_norm")}
     cj.save_adapter(tmp_path, model, params)
@@ -281,7 +288,7 @@ def test_sites_with_outputs_are_saved_and_loaded(tmp_path):
     path = tmp_path / "adapter_config.json"
     settings = json.loads(path.read_text())
     assert settings["sites"]["feed_forward"]["output"] == 1
-    del settings["sites"]["feed_forward"]["output"]  # as a release before had it
+    del settings["sites"]["feed_forward"]["output"]  # the format of an earlier release
     path.write_text(json.dumps(settings))
     assert cj.load_adapter(tmp_path, backbone, X)[0].sites["feed_forward"].output is None
     cj.save_adapter(
@@ -291,7 +298,7 @@ def test_sites_with_outputs_are_saved_and_loaded(tmp_path):
 
 
 class TheirsWithClassifier(nn.Module):
-    """A name of ours, on a module that does not say how many labels there are."""
+    """A third-party module whose head has a known name, but no number of labels."""
 
     head: str = "classifier"
 
@@ -340,9 +347,9 @@ def test_int8_of_their_weights_is_refused():
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
     assert cj.cast_frozen(frozen, "bfloat16")["layer_0"]["kernel"].dtype == jnp.bfloat16
-    # Names of ours in a module of theirs: its own call refuses what cast_frozen let pass.
+    # The module has names that cast_frozen accepts, so its own call must refuse int8.
     from compacter_jax.nn.quantize import quantize
 
     params["layer_0"]["kernel"] = quantize(params["layer_0"]["kernel"], 0)
-    with pytest.raises(ValueError, match="with which Theirs cannot compute"):
+    with pytest.raises(ValueError, match="but Theirs cannot compute"):
         model.apply({"params": params}, X)

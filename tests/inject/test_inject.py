@@ -1,4 +1,4 @@
-"""`Adapted`: where adapters go, what they compute there, and what is refused."""
+"""Tests where `Adapted` puts adapters, what they compute, and what it refuses."""
 
 import dataclasses
 import types
@@ -60,7 +60,7 @@ def test_each_host_has_one_adapter_that_runs_once_a_call(host, times):
         layer = backbone_layer(backbone, i)
         for _ in range(times):
             expected = adapter(layer(expected))
-    # Float32 through up to four layers, against float64.
+    # Float32 through up to four layers, compared with float64.
     scale = np.abs(expected).max()
     np.testing.assert_allclose(run(model, params, x), expected, rtol=0, atol=1e-5 * scale)
     assert len(new) == 1 + 2 * 6
@@ -104,7 +104,7 @@ def test_a_module_applied_twice_uses_its_adapters_twice():
 
 @pytest.mark.contract
 def test_adapted_nested_in_other_modules():
-    """Paths count from the backbone, wherever it stands; two models keep apart."""
+    """Paths are relative to the backbone wherever it is; two models do not mix."""
 
     class Tower(nn.Module):
         model: nn.Module
@@ -143,7 +143,7 @@ def numpy_layer_norm(params, x, epsilon):
 
 
 def test_the_sites_of_bert():
-    """One layer of BERT by hand: adapters on what each projection returns, residuals after."""
+    """Computes one layer of BERT by hand: adapters follow each projection, residuals come after."""
     config = ONE_LAYER
     model, params = adapted(Bert(config), COMPACTER, None)
     _, state = model.backbone.apply(
@@ -167,7 +167,7 @@ def test_the_sites_of_bert():
     inner = np.float64(jax.nn.gelu(inner, approximate=False))
     expected = close(layer["output"], "output", inner, x)
     actual = run(model, params, IDS, MASK).last_hidden_state
-    # Float32; layer norms keep the states at order 1.
+    # Float32; layer norms keep the states of order one.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
@@ -275,7 +275,7 @@ class ParameterNamedAdapter(nn.Module):
             {"feed_forward": r"layers_(?P<layer>\d+)"},
             r"site 'feed_forward' matched no module: no path matches 'layers_",
         ),
-        # Matches a beginning only.
+        # The pattern matches only the beginning of the path.
         (Chain(), {}, {"feed_forward": r"lay(?P<layer>\d*)"}, "matched no module"),
         (Chain(layers=2), {"leave_out": (2,)}, SITES, r"leave_out has \[2\], but .*layers 0 to 1"),
         (
@@ -294,10 +294,10 @@ class ParameterNamedAdapter(nn.Module):
             Chain(ChildNamedAdapter),
             {},
             SITES,
-            "layer_0 has something of its own named 'adapter'",
+            "layer_0 already has a variable or submodule 'adapter'",
         ),
-        (Chain(SetupChildNamedAdapter), {}, SITES, "layer_0 has something of its own named"),
-        (Chain(ParameterNamedAdapter), {}, SITES, "layer_0 has something of its own named"),
+        (Chain(SetupChildNamedAdapter), {}, SITES, "layer_0 already has a variable or submodule"),
+        (Chain(ParameterNamedAdapter), {}, SITES, "layer_0 already has a variable or submodule"),
         (Chain(), {"phm_dim": 5}, SITES, "phm_dim=5 does not divide both the width 12"),
         (Chain(), {"shared_W_phm": True}, SITES, "shared_W_phm needs the width of the backbone's"),
     ],
@@ -309,7 +309,7 @@ def test_what_cannot_work(backbone, overrides, sites, message):
 
 
 def test_missing_adapters_are_an_error():
-    """Not a silent plain backbone: the parameters must have every adapter."""
+    """Parameters without adapters must not silently run as the plain backbone."""
     model, params = adapted(Chain())
     plain = unflatten_dict(split(params)[0], sep="/")
     with pytest.raises(flax.errors.ScopeParamNotFoundError):
@@ -360,7 +360,7 @@ def change(params, path, leaf):
         (
             "layer_1/inner/kernel",
             np.zeros((12, 11)),
-            r"shape: layer_1/inner/kernel: \(12, 11\) given, \(12, 12\) wanted",
+            r"shape: layer_1/inner/kernel has shape \(12, 11\), not \(12, 12\)",
         ),
     ],
 )

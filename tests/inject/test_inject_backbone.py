@@ -1,4 +1,4 @@
-"""What `Adapted` leaves alone, the shared rule, and the facts of flax it relies on."""
+"""Tests what `Adapted` does not change, the shared rule, and the behaviour of Flax it relies on."""
 
 import chex
 import flax.linen as nn
@@ -62,12 +62,12 @@ def test_initial_values_of_the_backbone_are_its_own(backbone, sites):
 @pytest.mark.parametrize("remat", ["off", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_of_the_backbone_is_its_own(remat, dropout):
-    """Adapters that add exactly nothing, with or without dropout inside, change no bit."""
+    """Adapters that add exactly zero, with or without dropout inside, change no bit."""
     backbone = Bert(ONE_LAYER, remat=remat)
     method = preset("compacter", **SMALL, scaling=0.0, dropout=dropout)
     model, params = adapted(backbone, method, None)
     plain = unflatten_dict(split(params)[0], sep="/")
-    # Not compiled: the same operations in the same order, so that every bit can be compared.
+    # Not compiled: the same operations in the same order allow a comparison of every bit.
     rngs = {"dropout": jax.random.key(5)}
     expected = backbone.apply({"params": plain}, IDS, deterministic=False, rngs=rngs)
     actual = model.apply({"params": params}, IDS, deterministic=False, rngs=rngs)
@@ -77,7 +77,7 @@ def test_dropout_of_the_backbone_is_its_own(remat, dropout):
 
 
 class Droppable(Chain):
-    """Takes `deterministic` by position."""
+    """A backbone that takes `deterministic` by position."""
 
     @nn.compact
     def __call__(self, x, deterministic=True):
@@ -113,7 +113,9 @@ def test_dropout_of_the_adapters_follows_the_backbone(backbone, args, options, d
 
 
 def test_dropout_of_the_adapters_is_refused_where_nothing_turns_it_on():
-    with pytest.raises(ValueError, match=r"dropout=0\.5 would never be on: Chain takes none of"):
+    with pytest.raises(
+        ValueError, match=r"dropout=0\.5 would never be applied: Chain takes none of"
+    ):
         adapted(Chain(), preset("compacter++", **SMALL, dropout=0.5))
 
 
@@ -175,7 +177,7 @@ def test_gradient_of_the_shared_rule_is_the_sum_over_unshared_copies(chain):
     np.testing.assert_allclose(one, many, rtol=1e-5)
     gradients = flatten_dict(gradients, sep="/")
     total = sum(leaf for path, leaf in gradients.items() if path.endswith("phm_rule"))
-    # Six float32 summands; other leaves pass the same sums in another order.
+    # A sum of six float32 numbers; the other leaves sum the same numbers in another order.
     scale = np.abs(total).max()
     assert scale > 0.1
     np.testing.assert_allclose(gradient["phm_rule"], total, rtol=0, atol=1e-5 * scale)
@@ -201,7 +203,7 @@ def test_remat_changes_no_number(plain, rematted, sites, overrides):
     shape = (*IDS.shape, WIDTH)
     cotangent = np.float32(np.random.default_rng(2).standard_normal(shape))
     inputs = (IDS,) if sites is None else (cotangent + 1,)
-    # The same operations, fused differently.
+    # The same operations, fused in another way.
     chex.assert_trees_all_close(
         *(objective(m, cotangent, *inputs)(params) for m in (model, rematted)), rtol=1e-4, atol=1e-4
     )
@@ -227,14 +229,14 @@ def test_jit_inside_and_outside():
     model, params = adapted(Chain())
     x = random_states(10)
     eager = model.apply({"params": params}, x)
-    plain = jax.jit(model.backbone.apply)({"params": params}, x)  # adapters' leaves are ignored
+    plain = jax.jit(model.backbone.apply)({"params": params}, x)  # leaves of adapters are ignored
     assert np.abs(eager - plain).max() > 0.1
     np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, x), eager, atol=1e-5)
     np.testing.assert_allclose(jax.jit(model.backbone.apply)({"params": params}, x), plain)
 
 
 def test_fact_a_function_compiled_before_ignores_the_hook():
-    """Why `Adapted` enters the hook inside the call, not around it."""
+    """This is the reason why `Adapted` enters the hook inside the call, and not around it."""
     seen = []
 
     def hook(next_fun, args, kwargs, context):
@@ -254,7 +256,7 @@ def test_fact_a_function_compiled_before_ignores_the_hook():
 
 
 def test_a_module_under_nn_jit_is_traced_again():
-    """The same trap inside a backbone: what nn.jit traced before would call no hook."""
+    """The same trap inside a backbone: a function traced before by nn.jit would ignore the hook."""
     model, params = adapted(Chain(nn.jit(CompactHost)))
     x = random_states(12)
     expected = run(adapted(Chain())[0], params, x)

@@ -1,4 +1,4 @@
-"""Adapters on T5: against the paper's equations in PyTorch, where they sit, what is trained."""
+"""Tests adapters on T5: the paper's equations in PyTorch, placement, and trained parameters."""
 
 import dataclasses
 import functools
@@ -64,7 +64,7 @@ PLACES = {
 
 
 def hosts_of(config, method):
-    """Paths of the modules whose output is adapted."""
+    """Returns the paths of the modules whose output is adapted."""
     layers = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
     return {
         f"{stack}/block/{i}/{place}"
@@ -135,7 +135,7 @@ def test_places_that_are_not_there(head, overrides, message):
 
 
 def adapt(model, method, config, leaves):
-    """Hooks on transformers' PyTorch T5; before dropout and residual, one rule for all.
+    """Adds hooks to the PyTorch T5 that adapt outputs before dropout and residual, with one rule.
 
     `x + up(gelu_new(down(x)))`, `W = sum_i A_i (x) B_i` and `B_i = left_i right_i`, equations 3
     to 5 of arXiv:2106.04647; `leaves` are tensors by path.
@@ -159,7 +159,7 @@ def adapt(model, method, config, leaves):
         return x + project(h, f"{host}/adapter/up")
 
     def hook(host, _module, _inputs, output):
-        if isinstance(output, tuple):  # of attention, with the position bias
+        if isinstance(output, tuple):  # attention also returns the position bias
             return (adapter(host, output[0]), *output[1:])
         return adapter(host, output)
 
@@ -215,7 +215,7 @@ def test_outputs_and_gradients_equal_the_papers_equations(seed, config, head, me
     gradient, output = quick_jit(jax.grad(loss, has_aux=True))(trained)
     for a, b, c in zip(jax.tree.leaves(output), theirs, before, strict=True):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=2e-5, rtol=0)
-        assert np.abs(a - c.detach().numpy()).max() > 0.1  # adapters are felt
+        assert np.abs(a - c.detach().numpy()).max() > 0.1  # the adapters have an effect
 
     ours = {p: g for p, g in flatten_dict(gradient, sep="/").items() if g is not None}
     named = {
@@ -227,7 +227,7 @@ def test_outputs_and_gradients_equal_the_papers_equations(seed, config, head, me
     for name, g in ours.items():
         scale = named[name].abs().max().item()
         assert scale > 1e-5, name
-        # Sums over all tokens: some hundreds of float32 products, some of which cancel.
+        # Sums over all tokens: some hundred float32 products, some of which cancel.
         np.testing.assert_allclose(g, named[name].numpy(), atol=5e-5 * scale, rtol=0, err_msg=name)
 
 
@@ -247,7 +247,7 @@ LAYER_NORMS = 47_616
     ],
 )
 def test_the_papers_counts(name, trained):
-    """Of T5-base, from its configuration alone."""
+    """Counts the parameters of T5-base from its configuration alone."""
     method = preset(name)
     shapes = adapted_shapes(Adapted(module_from_name("t5-base"), method))
     counted = count(shapes, label_params(shapes, method))
@@ -269,7 +269,7 @@ def found_by(words, paths):
     [*((name, "conditional_generation") for name in SOME_PRESETS), ("compacter", "encoder")],
 )
 def test_what_each_preset_trains(name, head):
-    """A language-modelling head is the backbone's, and is trained with all of it alone."""
+    """A language-modelling head belongs to the backbone: only full fine-tuning trains it."""
     method = small(name)
     shapes = adapted_shapes(Adapted(T5(GATED, head=head), method))
     labels = flatten_dict(label_params(shapes, method), sep="/")
@@ -282,7 +282,7 @@ def test_what_each_preset_trains(name, head):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """An adapted model, random parameters, and inputs."""
+    """Returns an adapted model, its random parameters, and inputs."""
     config = dataclasses.replace(GATED, num_layers=1, num_decoder_layers=2)
     model = Adapted(T5(config), small("compacter", sites=EVERYWHERE))
     return model, random_tree(adapted_shapes(model), 3), t5_inputs(7, config)
@@ -313,7 +313,7 @@ def test_a_step_moves_the_trained_leaves_alone(tiny):
     assert moved == found_by(("/adapter/", "phm_rule", "layer_norm"), old)
     for path in old.keys() - moved:
         assert np.asarray(old[path]).tobytes() == np.asarray(new[path]).tobytes()
-    # Not by weight decay alone: every trained leaf has a gradient.
+    # Every trained leaf has a gradient, so it does not move by weight decay alone.
     assert all(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(gradient))
     assert len(jax.tree.leaves(gradient)) == len(moved)
 
@@ -332,13 +332,13 @@ def test_initial_values_of_the_backbone_are_its_own():
 
 
 def test_dropout_of_the_backbone_is_its_own():
-    """Adapters that add exactly nothing, with dropout inside, change no bit."""
+    """Adapters that add exactly zero, with dropout inside, change no bit."""
     backbone = T5(ONE_LAYER, head="encoder")
     model = Adapted(backbone, small("compacter", scaling=0.0, dropout=0.5))
     params = random_tree(adapted_shapes(model))
     plain = unflatten_dict(split(params)[0], sep="/")
     ids, rngs = t5_inputs(0, ONE_LAYER)[0], {"dropout": quick_key(5)}
-    # Not compiled: the same operations in the same order, so that every bit can be compared.
+    # Not compiled: the same operations in the same order allow a comparison of every bit.
     expected = backbone.apply({"params": plain}, ids, deterministic=False, rngs=rngs)
     assert_same(model.apply({"params": params}, ids, deterministic=False, rngs=rngs), expected)
     still = backbone.apply({"params": plain}, ids)
@@ -358,7 +358,7 @@ def test_remat_changes_no_number():
         outcomes.append(jax.tree.leaves(quick_jit(jax.value_and_grad(loss))(params)))
     for leaves in zip(*outcomes, strict=True):
         for again in leaves[1:]:
-            # The same operations, fused differently.
+            # The same operations, fused in another way.
             atol = 1e-6 + 2e-5 * np.abs(leaves[0]).max()
             np.testing.assert_allclose(again, leaves[0], rtol=0, atol=atol)
 
@@ -372,7 +372,7 @@ def method_call(model, name):
 
 @pytest.fixture(scope="module")
 def parts(tiny):
-    """Logits of a call, and the encoder's states."""
+    """Returns the logits of a call, and the states of the encoder."""
     model, params, (ids, mask, decoder_ids, _) = tiny
     logits = run(model, params, ids, mask, decoder_ids)
     return logits, method_call(model, "encode")({"params": params}, ids, mask)
@@ -383,7 +383,7 @@ def test_encoding_and_decoding_are_the_parts_of_a_call(tiny, parts):
     logits, states = parts
     decoded = method_call(model, "decode")({"params": params}, decoder_ids, states, mask)
     np.testing.assert_allclose(decoded, logits, atol=1e-5, rtol=0)
-    # Both with their adapters.
+    # Encoder and decoder both use their adapters.
     plain = unflatten_dict(split(params)[0], sep="/")
     bare = method_call(model.backbone, "encode")({"params": plain}, ids, mask)
     assert np.abs(bare - states).max() > 0.1
@@ -433,7 +433,7 @@ def test_built_weights_equal_the_kronecker_sums(knob):
     assert {path: leaf.shape for path, leaf in flatten_dict(built, sep="/").items()} == shapes
     expected = expected_output(method, {p: np.float64(leaf) for p, leaf in params.items()}, x)
     assert np.abs(expected - x).max() > 0.1
-    # Float32 against float64, sums of some 50 products.
+    # Float32 compared with float64; sums of about 50 products.
     bound = 1e-5 * np.abs(expected).max()
     np.testing.assert_allclose(twin.apply({"params": built}, x), expected, atol=bound, rtol=0)
 
@@ -474,5 +474,7 @@ def test_adapters_of_another_head(tmp_path):
     backbone = backbone_of(T5(ONE_LAYER))
     model = Adapted(backbone.module, small("compacter"))
     save_adapter(tmp_path, model, init_adapters(model, backbone, quick_key(0)))
-    with pytest.raises(ValueError, match=r"head='conditional_generation', the .* head='encoder'"):
+    with pytest.raises(
+        ValueError, match=r"head='conditional_generation', but the .* head='encoder'"
+    ):
         load_adapter(tmp_path, backbone_of(T5(ONE_LAYER, head="encoder")))

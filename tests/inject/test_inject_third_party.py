@@ -1,4 +1,4 @@
-"""`Adapted` around the Flax BERT of transformers 4: another library's module, made in setup."""
+"""Adapts the Flax BERT of transformers 4, a third-party module that is made in setup."""
 
 import dataclasses
 import types
@@ -19,7 +19,7 @@ flax_bert = pytest.importorskip(
     reason="transformers 5 has no Flax models",
     exc_type=ImportError,
 )
-# Its classes announce their end, and use what numpy and JAX have deprecated since.
+# Its classes warn that they will be removed, and use deprecated features of numpy and JAX.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 INPUTS = (IDS, MASK, np.zeros_like(IDS), np.arange(IDS.shape[1])[None].repeat(2, 0), None)
@@ -41,7 +41,7 @@ def layer_norm(params, x):
     return normal * np.float64(params["scale"]) + np.float64(params["bias"])
 
 
-# The last layer's sub-layer, by the host's path and what is then left to compute.
+# The sub-layer of the last layer: the path of the host -> the rest of the computation.
 HOSTS = {
     "compact: the projection": "output/dense",
     "setup: the whole sub-layer": "output",
@@ -75,12 +75,12 @@ def test_a_table_of_sites_by_the_caller(host):
     actual = hidden_states(model, params)[0]
     plain = hidden_states(backbone, own)[0]
     assert np.abs(expected - plain).max() > 0.1
-    # Float32; layer norms keep the states at order 1.
+    # Float32; layer norms keep the states of order one.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
 def test_a_host_that_returns_a_tuple_is_refused():
-    """The attention module: its output projection is the place."""
+    """The attention module returns a tuple; its output projection is the right site."""
     sites = {"feed_forward": r"encoder/layer/(?P<layer>\d+)/attention"}
     model = Adapted(module(), preset("compacter++", **SMALL), sites)
     with pytest.raises(ValueError, match="host encoder/layer/0/attention returns tuple, not an a"):

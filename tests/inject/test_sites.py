@@ -1,4 +1,4 @@
-"""Where methods can act and where not; tables of sites of other people's modules."""
+"""Tests at which sites methods can act; tables of sites for third-party modules."""
 
 import flax.linen as nn
 import jax
@@ -76,11 +76,11 @@ REFUSED = {
         bottleneck("encoder_key_value"),
         "cannot act at site 'encoder_key_value', .* of the roles output, parallel, join",
     ),
-    # Bottlenecks beside and behind.
+    # Parallel bottlenecks, and bottlenecks after the residual.
     "parallel after": (
         BERT,
         bottleneck("feed_forward", parallel=True),
-        "sees the sub-layer's output alone; parallel ones go to 'parallel_feed_forward'",
+        "sees only the output of the sub-layer; for parallel adapters use 'parallel_feed_forward'",
     ),
     "serial beside, T5": (
         T5,
@@ -134,21 +134,22 @@ REFUSED = {
         cj.LoRAConfig(sites=("logits",)),
         "unknown site 'logits'; T5 has attention",
     ),
-    # Two layers of one module.
+    # Two layers in one module.
     "one projection by two names": (
         BERT,
         cj.LoRAConfig(sites=("attention", "output_projection")),
-        "sites 'attention' and 'output_projection' are both encoder/layer/0/attention/output/den",
+        "sites 'attention' and 'output_projection' have the same host, "
+        "encoder/layer/0/attention/output/den",
     ),
     "two methods at one site": (
         T5,
         all_of(cj.LoRAConfig(), cj.IA3Config()),
-        "sites 'value' and 'value' are both encoder/block/0/layer/0/SelfAttention/v",
+        "sites 'value' and 'value' have the same host, encoder/block/0/layer/0/SelfAttention/v",
     ),
     "two ends of a sub-layer": (
         BERT,
         bottleneck("residual_attention", "parallel_attention", parallel=True),
-        "are both encoder/layer/0/attention/output;",
+        "have the same host, encoder/layer/0/attention/output;",
     ),
     "two methods of one module": (
         T5,
@@ -156,12 +157,14 @@ REFUSED = {
             cj.PrefixTuningConfig(**PREFIX),
             cj.preset("parallel", sites=("parallel_attention",)),
         ),
-        "sites 'encoder_key_value' and 'parallel_attention' are both encoder/block/0/layer/0/SelfA",
+        "sites 'encoder_key_value' and 'parallel_attention' have the same host, "
+        "encoder/block/0/layer/0/SelfA",
     ),
     "a prompt and biases of the model itself": (
         T5,
         all_of(cj.PromptTuningConfig(prompt_length=2), cj.BitFitConfig()),
-        "sites 'embedding' and 'logits' are both the model itself; name one of them",
+        "sites 'embedding' and 'logits' have the same host, the model itself; name only one of "
+        "them",
     ),
     # Layers.
     "a layer too many": (
@@ -207,13 +210,15 @@ REFUSED = {
     "BitFit without some of BERT's biases": (
         BERT,
         cj.BitFitConfig(leave_out=(0,)),
-        "Bert has biases of its own, and BitFit trains them all; leave_out is for new ones",
+        "Bert has biases of its own, and BitFit trains all of them; leave_out applies only to new "
+        "biases",
     ),
     # Prompts.
     "no room for a token": (
         BERT,
         cj.PromptTuningConfig(prompt_length=9),
-        "prompt_length=9 and 1 tokens are more than .* max_position_embeddings=9; truncate to 0 to",
+        "prompt_length=9 and 1 tokens together exceed .* max_position_embeddings=9; truncate to 0 "
+        "to",
     ),
     "a prompt of another call": (
         nn.Dense(3),
@@ -234,15 +239,15 @@ def test_a_prompt_and_a_text_too_long_for_the_positions():
     params = adapted_shapes(model)
     call = lambda ids: jax.eval_shape(model.apply, {"params": params}, ids)  # noqa: E731
     assert call(IDS[:, :4]).last_hidden_state.shape == (2, 4, TINY_BERT.hidden_size)
-    with pytest.raises(ValueError, match="prompt_length=5 and 5 tokens are more than"):
+    with pytest.raises(ValueError, match="prompt_length=5 and 5 tokens together exceed"):
         call(IDS)
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ((), "prompt_init='vocabulary' wants prompt_token_ids, such as the most common tokens"),
-        ((3, 17), "prompt_token_ids has 17, but the vocabulary has 17 tokens"),
+        ((), "prompt_init='vocabulary' needs prompt_token_ids, such as the most common tokens"),
+        ((3, 17), "prompt_token_ids contains 17, but the vocabulary has 17 tokens"),
     ],
 )
 def test_prompts_of_tokens_that_are_not_there(ids, message):
@@ -266,7 +271,7 @@ def test_prompts_of_tokens_repeat_them(module, length, rows):
 
 
 def test_what_a_combination_trains_and_leaves_out():
-    """Sites that a backbone lacks are passed over, each part has its own layers."""
+    """Sites that a backbone lacks are skipped; each part leaves out its own layers."""
     method = all_of(
         cj.PrefixTuningConfig(**PREFIX, leave_out=(0,)),
         cj.LoRAConfig(leave_out=(1,)),
@@ -288,7 +293,7 @@ def test_what_a_combination_trains_and_leaves_out():
 
 
 def test_layers_left_out_of_new_biases():
-    """The logits belong to no layer, so they are never left out."""
+    """The bias of the logits belongs to no layer, so it is never left out."""
     shapes = adapted_shapes(cj.Adapted(T5, cj.BitFitConfig(leave_out=(0,))))
     paths = [path for path in flatten_dict(shapes, sep="/") if path.endswith("adapter/bias")]
     assert "adapter/bias" in paths
@@ -299,7 +304,7 @@ def test_layers_left_out_of_new_biases():
 
 
 class Mixer(nn.Module):
-    """A linear layer on the mean of the words so far, twice."""
+    """A module that twice applies a linear layer to the running mean of the words."""
 
     sites = {  # noqa: RUF012
         "mix": r"mix_(?P<layer>\d+)",
@@ -325,7 +330,7 @@ MIXED_MASK = np.array([[1, 1, 0, 1], [1, 1, 1, 1]])
 
 
 def mixer(params, ids=MIXED_IDS, mask=MIXED_MASK):
-    """In float64 NumPy, whatever is under the layers' names."""
+    """Computes the model in float64 NumPy, with whatever parameters the layers have."""
     params = {path: np.float64(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     x = params["words/embedding"][ids]
     if (prompt := params.get("words/adapter/prompt")) is not None:
@@ -385,7 +390,7 @@ def test_prompts_of_a_vocabulary_that_has_no_name():
     method = cj.PromptTuningConfig(
         sites=("words",), prompt_length=2, prompt_init="vocabulary", prompt_token_ids=(1,)
     )
-    message = "wants Mixer to have a class attribute word_embeddings, the path of its embeddings"
+    message = "needs Mixer to have a class attribute word_embeddings, the path of its embeddings"
     with pytest.raises(ValueError, match=message):
         cj.init_adapters(cj.Adapted(Mixer(), method), backbone_of(Mixer()), quick_key(0))
 
@@ -401,6 +406,6 @@ def test_a_prompt_wants_a_call_with_input_ids():
 
     model = cj.Adapted(Words(), cj.PromptTuningConfig(sites=("words",)), Mixer.sites)
     with pytest.raises(
-        ValueError, match="a backbone that is called with input_ids, and Words is not"
+        ValueError, match="a backbone that is called with input_ids, but Words is not"
     ):
         adapted_shapes(model)

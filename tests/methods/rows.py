@@ -1,4 +1,4 @@
-"""A row for each preset: what it is to do on a BERT and on a T5."""
+"""A row for each preset: its expected behaviour on a BERT and on a T5."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ BOTH = both(SERIAL["attention"], SERIAL["feed_forward"])
 
 
 def projections(names):
-    """Paths of projections of attention, by BERT's names and T5's."""
+    """Returns the paths of projections in attention, by their names in BERT and T5."""
     return {
         "bert": {f"{LAYER}/attention/self/{name}" for name in names},
         "t5": {f"{place}/{name[0]}" for place in T5_ATTENTIONS for name in names},
@@ -52,23 +52,23 @@ PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a preset is to do.
+    """The expected behaviour of a preset.
 
     Attributes:
-      cls: its class.
-      values: fields of the preset, as published.
+      cls: the class of the method.
+      values: the fields of the preset, as published.
       changed: another value for every field of the class, in the first row of each class.
-      fields: make it fit a width of 12.
-      places: of BERT and of T5, the paths of the modules that have an adapter.
-      start: the largest change of a logit by an untrained adapter, in terms of the largest logit:
-        of rounding alone, or of weights drawn with a small deviation; None where it is large, for
-        new tokens or weights of order one.
-      count: how many numbers are trained beside the task's head, by the papers; sublayers are of
-        one kind, in all layers.
-      still: an expression for the paths of what the first step cannot move: a factor of zero is
-        beside it.
-      no_gradient: an expression for the paths of what has no effect on the logits at all.
-      unmerged: backbone -> what `merge_adapter` says, where the method can be merged into others.
+      fields: settings that make it fit a width of 12.
+      places: for BERT and T5, the paths of the modules that have an adapter.
+      start: the largest change of a logit by an untrained adapter, relative to the largest logit:
+        from rounding alone, or from weights drawn with a small deviation; None where it is large,
+        as for new tokens or weights of order one.
+      count: the number of trained parameters apart from the task's head, by the papers; the
+        sub-layers are of one kind, in all layers.
+      still: a regular expression for the paths that the first step cannot move, because they are
+        multiplied by zero.
+      no_gradient: a regular expression for the paths that have no effect on the logits.
+      unmerged: backbone -> the message of `merge_adapter` if the method cannot be merged there.
     """
 
     cls: type
@@ -84,7 +84,7 @@ class Row:
 
 
 BOTH_SITES = ("attention", "feed_forward")
-# Bottlenecks of the paper's comparison, as in its released configurations.
+# Bottlenecks of the paper's comparison, with the values of its released configurations.
 OF_THE_PAPER = {
     "reduction_factor": 32,
     "non_linearity": "gelu_new",
@@ -114,7 +114,7 @@ COMPACTER = PHM | {
     "shared_phm_rule": True,
     "phm_init_range": 1e-4,
 }
-# Of AdapterHub and of the methods' own papers: the backbone's layer norms stay frozen.
+# Presets of AdapterHub and of the methods' own papers: they freeze the layer norms.
 PARALLEL_VALUES = {
     "sites": ("parallel_feed_forward",),
     "parallel": True,
@@ -141,7 +141,8 @@ BOTTLENECK_CHANGED = {
 }
 
 ROUNDING = 1e-6
-# In BERT and in T5's encoder the first of two layers is left out, and T5's decoder has no other.
+# Only the second layer is adapted in BERT and in T5's encoder; T5's decoder has only one layer,
+# which is left out.
 WITHOUT_FIRST = {
     "bert": {path.replace("/0/", "/1/") for path in BOTH["bert"]},
     "t5": {f"encoder/block/1/layer/{p}" for p in ("0/SelfAttention/o", "1/DenseReluDense/wo")},
@@ -191,8 +192,8 @@ BESIDE = Row(
     count=lambda s: s.sublayers * bottleneck(s),
     still=r".*/adapter/down/.*",
 )
-# The deviations of the weights are 0.01 each way, 0.02 in AdapterHub's; of the rules 0.01 in
-# PHM-Adapter and 0.0001 in Compacter, each way.
+# Weights have a deviation of 0.01, or 0.02 in AdapterHub's presets; rules have 0.01 in PHM-Adapter
+# and 0.0001 in Compacter.
 ROWS = {
     "full": Row(
         cls=cj.FullFineTuningConfig,
@@ -331,7 +332,7 @@ ROWS = {
         INTRINSIC,
         values={**INTRINSIC.values, "structure_aware": True},
         changed={"dimension": 7, "structure_aware": False, "projection_seed": 2**31 - 1},
-        # No scale has an effect while the vector is zero.
+        # The scales have no effect while the vector is zero.
         still=r"intrinsic_scale",
     ),
     "intrinsic": INTRINSIC,

@@ -1,4 +1,4 @@
-"""Sizes of backbones and numbers of parameters, by the formulas of the papers."""
+"""Computes the sizes of backbones and the numbers of parameters by the formulas of the papers."""
 
 import types
 
@@ -17,8 +17,8 @@ def bert_sizes(config, num_labels, **method):
         prefix_sites=1,
         norms=2 * d * (2 * layers + 1),
         head=head,
-        # Of the norm of the embeddings, four projections, two linear layers and two norms in each
-        # layer, the pooler.
+        # The biases of the norm of the embeddings; of four projections, two linear layers and two
+        # norms in each layer; and of the pooler.
         biases=d + layers * (7 * d + f) + d,
         everything=embedded * d
         + 2 * d
@@ -30,7 +30,7 @@ def bert_sizes(config, num_labels, **method):
 
 
 def t5_sizes(config, dropped=(1, 1), **method):
-    """`dropped`: layers of encoder and decoder without adapters in AdapterDrop."""
+    """Returns the sizes of a T5; AdapterDrop omits adapters in `dropped` layers of each stack."""
     d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
     encoder, decoder, words = config.num_layers, config.num_decoder_layers, config.vocab_size
     blocks, attentions = encoder + decoder, encoder + 2 * decoder
@@ -46,7 +46,7 @@ def t5_sizes(config, dropped=(1, 1), **method):
         prefix_sites=3,
         norms=norms * d,
         head=0,
-        # Of all linear layers, of the norms but the two last, of the logits.
+        # The biases of all linear layers, of all norms but the last two, and of the logits.
         biases=attentions * (3 * inner + d) + blocks * (into * f + d) + (norms - 2) * d + words,
         everything=words * d * (1 if config.tie_word_embeddings else 2)
         + 2 * config.relative_attention_num_buckets * config.num_heads
@@ -62,7 +62,7 @@ def bottleneck(s):
 
 
 def compacter(s, adapters):
-    # `left`, `right` and bias of each projection; one rule.
+    # `left`, `right` and bias of each projection, and one rule.
     return s.n**3 + adapters * ((s.d + s.r + s.r) + (s.r + s.d + s.d))
 
 

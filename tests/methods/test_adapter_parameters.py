@@ -1,4 +1,4 @@
-"""Names, shapes, counts, initial values and dtypes of adapters' parameters; dropout."""
+"""Tests names, shapes, counts, initial values and dtypes of adapter parameters, and dropout."""
 
 import math
 
@@ -23,7 +23,7 @@ from tests.helpers import (
     shapes_of,
 )
 
-# Parameters beside a width of 384, by name, in the order of creation.
+# Names and shapes of the parameters for a width of 384, in the order of creation.
 COMPACTER_384 = {
     "phm_rule": (4, 4, 4),
     "adapter/down/left": (4, 96, 1),
@@ -118,7 +118,7 @@ def test_names_shapes_and_counts(name, overrides, shapes, per_adapter):
     ],
 )
 def test_counts_of_the_paper(name, adapters, trained, percent):
-    """Table 1 of arXiv:2106.04647: T5-base, whose layer norms (62 of width 768) are trained."""
+    """Table 1 of arXiv:2106.04647: T5-base with its layer norms (62 of width 768) trained."""
     shapes = shapes_of(Model(preset(name), width=768))
     shared = sum(leaf.size for path, leaf in shapes.items() if not path.startswith("adapter/"))
     each = sum(leaf.size for path, leaf in shapes.items()) - shared
@@ -134,7 +134,7 @@ def test_counts_of_the_paper(name, adapters, trained, percent):
             "compacter",
             {"phm_dim": 8},
             {
-                # Glorot of gain sqrt(2): sqrt(4 / (fan_in + fan_out)) over one factor.
+                # Glorot with gain sqrt(2): sqrt(4 / (fan_in + fan_out)) for each factor.
                 "adapter/down/left": math.sqrt(4 / (48 + 1)),
                 "adapter/up/right": math.sqrt(4 / (48 + 1)),
                 "phm_rule": 1e-4,
@@ -190,11 +190,11 @@ def test_dropout_is_on_the_output_before_the_skip():
 
     added = np.asarray(draw(jax.random.split(jax.random.key(8), 4000))) - x
     kept = np.abs(added) > 1e-6
-    # Each entry is dropped, or kept and divided by the rate of keeping.
+    # Each entry is either dropped, or kept and divided by the keep rate.
     np.testing.assert_allclose(
         added[kept], np.broadcast_to(whole / 0.75, kept.shape)[kept], atol=1e-5
     )
-    # 4000 draws: standard errors of 0.7 % of the rate and 0.9 % of the value.
+    # With 4000 draws, standard errors are 0.7 % of the rate and 0.9 % of the value.
     np.testing.assert_allclose(kept.mean(0), 0.75, atol=0.035)
     np.testing.assert_allclose(added.mean(0), whole, rtol=0.05, atol=1e-5)
 
@@ -204,7 +204,7 @@ def test_dropout_needs_an_rng_when_it_is_on():
     params = {"params": unflatten_dict(random_params(model), sep="/")}
     with pytest.raises(flax.errors.InvalidRngError):
         model.apply(params, random_states(0), False)
-    # Without a rate there is nothing to draw.
+    # With a rate of zero, no random key is needed.
     Model(preset("houlsby", reduction_factor=2)).apply(params, random_states(0), False)
 
 
@@ -219,7 +219,7 @@ def test_bfloat16_computes_on_float32_parameters(knob):
     assert {leaf.dtype for leaf in gradients.values()} == {jnp.dtype(jnp.float32)}
     rounded = {path: np.float64(jnp.asarray(v, jnp.bfloat16)) for path, v in params.items()}
     expected = expected_output(config, rounded, np.float64(x))
-    # Some ten roundings of 2^-9 each, of values no larger than a few times the largest output.
+    # About ten roundings of 2^-9 each, of values at most a few times the largest output.
     np.testing.assert_allclose(
         np.float64(y), expected, rtol=0, atol=10 * 2.0**-8 * np.abs(expected).max()
     )
@@ -260,7 +260,7 @@ def test_phm_linear_owns_what_it_is_not_given(layer, names):
     np.testing.assert_allclose(
         layer.apply({"params": jax.tree.map(np.float32, params)}, x),
         projection(exact, np.float64(x), "only"),
-        atol=1e-5,  # float32, sums of some 30 products of order 1
+        atol=1e-5,  # float32, sums of about 30 products of order one
     )
     rule = np.float32(rng.standard_normal((2, 2, 2)))
     blocks = np.float32(rng.standard_normal((2, 2, 3)))

@@ -1,4 +1,4 @@
-"""Bottlenecks against float64 NumPy from the paper's equations, and against AdapterHub."""
+"""Compares bottlenecks with the paper's equations in float64 NumPy, and with AdapterHub."""
 
 import numpy as np
 import pytest
@@ -34,10 +34,10 @@ def test_output_and_gradients_equal_the_equations(knob):
 
 
 def adapterhub_adapter(config, params):
-    """AdapterHub's module in float64 with our parameters.
+    """Returns AdapterHub's module in float64 with our parameters.
 
     Returns:
-      The module, its parameters by our paths, and what it looks up as shared by its own names.
+      The module, its parameters by our paths, and the shared tensors by AdapterHub's names.
     """
     torch = pytest.importorskip("torch")
     adapters = pytest.importorskip("adapters")
@@ -98,7 +98,7 @@ HUB_KNOBS = (
 
 @pytest.mark.parametrize("knob", HUB_KNOBS)
 def test_output_and_gradients_equal_adapterhub(knob):
-    """Not so a scaled norm on the output: AdapterHub scales what goes into the norm."""
+    """A scaled norm on the output is left out: AdapterHub scales the input of that norm."""
     config = method_of(knob)
     torch = pytest.importorskip("torch")
     params = random_params(Model(config), seed=3)

@@ -1,4 +1,4 @@
-"""Presets, values that cannot work, and the way through JSON."""
+"""Tests presets, invalid values, and the conversion to JSON and back."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_round_trip_through_json(name):
 
 
 OF_ALL = {"train_layer_norms": True, "train_head": False, "train_pooler": True}
-# `shift_positions` leaves out no layer.
+# `shift_positions` does not allow `leave_out`.
 UNCHANGED = {"prefix_tuning": ["leave_out"]}
 
 
@@ -91,8 +91,12 @@ def test_round_trip_of_every_field_changed(kind):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("compactr", {}, r"unknown method preset 'compactr' \(did you mean 'compacter'\?\); known"),
-        ("x", {}, "unknown method preset 'x'; known are full, houlsby, pfeiffer-attention, pf"),
+        (
+            "compactr",
+            {},
+            r"unknown method preset 'compactr' \(did you mean 'compacter'\?\); use one of",
+        ),
+        ("x", {}, "unknown method preset 'x'; use one of full, houlsby, pfeiffer-attention, pf"),
         (
             "compacter",
             {"reduction_facto": 16},
@@ -122,7 +126,7 @@ def test_round_trip_of_every_field_changed(kind):
         (
             "compacter",
             {"residual_before_ln": "post_add"},
-            "residual_before_ln='post_add' is for .* the residual; set original_ln_before=True",
+            "residual_before_ln='post_add' needs .* the residual; set original_ln_before=True",
         ),
         # Values.
         ("compacter", {"sites": ()}, "sites is empty; name at least one, 'feed_forward'"),
@@ -165,7 +169,8 @@ def test_round_trip_of_every_field_changed(kind):
         (
             "prefix-tuning",
             {"shift_positions": True, "leave_out": (1,)},
-            r"shift_positions=True and leave_out=\(1,\) do not go together: layers share one bias",
+            r"shift_positions=True and leave_out=\(1,\) cannot be combined: all layers share one "
+            r"position bias",
         ),
         ("prompt-tuning-random", {"prompt_length": 0}, "prompt_length=0 must be at least 1"),
         ("prompt-tuning-random", {"prompt_init_range": 0.0}, "prompt_init_range=0.0 must be above"),
@@ -229,7 +234,7 @@ def test_floats_must_be_finite(field, value):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "unknown kind of method None; known are full, bottleneck, low_rank_bottleneck"),
+        ({}, "unknown kind of method None; use one of full, bottleneck, low_rank_bottleneck"),
         ({"kind": "compacter"}, "unknown kind of method 'compacter'"),
         ("full", "a method must be a mapping of its fields, not 'full'"),
         ({"kind": "lora", "rnak": 4}, r"no field 'rnak' \(did you mean 'rank'\?\)"),
@@ -283,7 +288,7 @@ def test_bottleneck_width(width, overrides, bottleneck):
         # Divides the width but not the bottleneck, and the other way round.
         ("compacter", 96, {"phm_dim": 4}, r"bottleneck width 3 \(96 // 32\); use 1 or 3"),
         ("compacter", 98, {"phm_dim": 3}, r"bottleneck width 3 \(98 // 32\); use 1$"),
-        ("compacter", 31, {}, "reduction_factor=32 leaves no bottleneck beside a width of 31; use"),
+        ("compacter", 31, {}, "reduction_factor=32 leaves no bottleneck at a width of 31; use"),
         ("houlsby", 31, {}, "use at most 31"),
     ],
 )
@@ -307,7 +312,7 @@ def test_overrides_of_a_part():
     prefix, parallel = preset("mam").parts
     expected = (prefix.replace(prefix_length=5), parallel.replace(scaling=2.0))
     assert method == CombinedConfig(parts=expected, train_head=False)
-    # Those of new parts.
+    # The fields of the new parts.
     method = method.replace(parts=(preset("lora"), preset("ia3")), rank=2)
     assert method.parts == (preset("lora", rank=2), preset("ia3"))
 

@@ -1,4 +1,4 @@
-"""How bottlenecks start: the paper's saddle, the identity, and a rule of Glorot's size."""
+"""Tests how bottlenecks start: the paper's saddle point, the identity, and Glorot's size."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_with_up_at_zero_the_start_is_the_identity(name):
 
 @pytest.mark.parametrize("name", OF_EVERY_KIND)
 def test_and_not_a_saddle(name):
-    """Of what is zero at first, the output has a gradient: one factor alone is zero."""
+    """If only one factor is zero at first, it has a gradient."""
     model, x = Model(OF_EVERY_KIND[name]), random_states(2)
     params = model.init(jax.random.key(3), x)
     cotangent = random_states(4)
@@ -60,7 +60,7 @@ def test_and_not_a_saddle(name):
         if not np.any(leaf) and not path.endswith("bias") and "up" in path
     ]
     assert len(zero) == 1
-    if not OF_EVERY_KIND[name].layer_norm_after:  # a norm of nothing hides it for one step
+    if not OF_EVERY_KIND[name].layer_norm_after:  # a norm of zeros hides it for one step
         assert np.abs(slopes[zero[0]]).max() > 0
 
 
@@ -84,7 +84,7 @@ def test_compacter_for_short_runs_starts_as_the_backbone(backbone):
 
 
 def at_deviation(c):
-    """Of one adapter whose rule is c times one of deviation 1: its update, and the gradients."""
+    """Returns the update and gradients of an adapter whose unit rule is multiplied by c."""
     width = 24
     layer = Bottleneck(PHMBottleneckConfig(reduction_factor=2, phm_dim=4))
     x, cotangent, unit = (
@@ -104,7 +104,7 @@ def at_deviation(c):
 
 
 def test_the_papers_start_is_a_saddle():
-    """Half the rule's deviation: half its gradient, a quarter of the update and the factors'."""
+    """Half the rule's deviation gives half its gradient, and a quarter of the update."""
     whole, half = at_deviation(1e-4), at_deviation(5e-5)
     norm = np.linalg.norm
     assert norm(half[0]) / norm(whole[0]) == pytest.approx(1 / 4, rel=1e-2)
@@ -119,7 +119,7 @@ def test_the_papers_start_is_a_saddle():
 
 
 def test_the_deviation_is_that_of_the_formula():
-    """sqrt(4 / (d + b)) / (sqrt(n) std_left std_right), in MiniLM's width."""
+    """The formula is sqrt(4 / (d + b)) / (sqrt(n) std_left std_right), at MiniLM's width."""
     width, bottleneck, n = 384, 12, 4
     left, right = math.sqrt(4 / (width / n + 1)), math.sqrt(4 / (bottleneck / n + 1))
     c = math.sqrt(4 / (width + bottleneck)) / (math.sqrt(n) * left * right)
@@ -141,7 +141,7 @@ def test_the_deviation_is_that_of_the_formula():
     ],
 )
 def test_weights_start_at_glorots_size(changes):
-    """The root mean square over many draws of both projections' weights."""
+    """Compares the root mean square of both projections over many draws."""
     width, factor = 64, 4
     method = PHMBottleneckConfig(reduction_factor=factor, phm_c_init="glorot", **changes)
     model = Model(method, width=width)
@@ -168,7 +168,7 @@ def test_a_shared_rule_of_glorots_size_needs_the_width():
 
 
 def test_other_bottlenecks_are_as_before():
-    """`up` at zero changes nothing else that is drawn."""
+    """With `up` at zero, all other parameters start with the same values."""
     plain, zero = (Model(PHMBottleneckConfig(**SIZES, w_init_up=up)) for up in ("same", "zeros"))
     x = random_states(5)
     before, after = (
@@ -210,9 +210,9 @@ def test_adapterhub_is_not_told_how_the_rule_was_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reach", "is_told"),
     [
-        ({}, 0.02, True),  # of MiniLM's 0.2475 a tenth is 0.0248
+        ({}, 0.02, True),  # a tenth of MiniLM's 0.2475 is 0.0248
         ({}, 0.03, False),
-        ({"factorized_phm_rule": True}, 0.03, True),  # its entries are squares of that
+        ({"factorized_phm_rule": True}, 0.03, True),  # its entries are squares of this value
         ({"factorized_phm_rule": True}, 0.2, False),
         ({"learn_phm": False}, 0.02, False),
         ({"phm_c_init": "uniform"}, 0.02, False),
@@ -224,7 +224,7 @@ def test_short_runs_are_told(changes, reach, is_told):
     told = cj.preset("compacter++", **changes).slow_start(384, reach)
     assert (told is not None) == is_told
     if told is not None:
-        assert f"sum up to {reach:.2g}" in told
+        assert f"sum to {reach:.2g}" in told
         assert "starts at 0.0001" in told
         assert "compacter++-short" in told
 

@@ -1,4 +1,4 @@
-"""The subspace of intrinsic dimension against dense float64 matrices made of the same draws."""
+"""Compares the subspace of intrinsic dimension with dense float64 matrices of the same draws."""
 
 import functools
 import zlib
@@ -33,7 +33,7 @@ PINNED = [
 
 
 def hadamard_product(x):
-    """`x @ H` in float64, by halves."""
+    """Computes `x @ H` in float64 by recursive halving."""
     half = x.shape[-1] // 2
     if not half:
         return np.float64(x)
@@ -42,7 +42,7 @@ def hadamard_product(x):
 
 
 def random_words(seed, name, index, length):
-    """Both words of each of a block's draws, by JAX's own Threefry."""
+    """Returns both words of every draw of a block, by JAX's own Threefry."""
     key = jnp.array([seed, zlib.crc32(name.encode())], jnp.uint32)
     counter = jnp.stack([jnp.full(length, index), jnp.arange(length)]).astype(jnp.uint32)
     return np.asarray(jex_random.threefry_2x32(key, counter))
@@ -55,7 +55,7 @@ def normal_values(seed, name, index, length):
 
 
 def dense(dimension, size, name, seed):
-    """`P` of a tensor, `[size, dimension]`: the rows of blocks `H G Pi H B`."""
+    """Returns `P` of a tensor, `[size, dimension]`: the rows of the blocks `H G Pi H B`."""
     length = 1
     while length < dimension:
         length *= 2
@@ -75,12 +75,12 @@ def projected(vector, size, name="encoder/layer/0/kernel", seed=0):
     return project(mixed(vector, seed), size, name, seed)
 
 
-# Compiled once for all tests with trees of the same shapes.
+# Compiled once for all tests that use trees of the same shapes.
 moved_by = jax.jit(perturb)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Float32 sums of products that may cancel: the bound is in terms of the largest entry."""
+    """Checks float32 sums that may cancel; the bound is relative to the largest entry."""
     expected = np.asarray(expected)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
@@ -139,7 +139,7 @@ class TestWalshHadamard:
 
 class TestDraws:
     def test_known_answers(self):
-        """Of the authors of Threefry: `kat_vectors` of Random123, 20 rounds."""
+        """Known answers of the authors of Threefry: `kat_vectors` of Random123, 20 rounds."""
         counters = np.array([[0, 0xFFFFFFFF, 0x243F6A88], [0, 0xFFFFFFFF, 0x85A308D3]], np.uint32)
         keys = np.array([[0, 0xFFFFFFFF, 0x13198A2E], [0, 0xFFFFFFFF, 0x03707344]], np.uint32)
         words = fastfood._random_words(tuple(keys), tuple(counters))
@@ -147,7 +147,7 @@ class TestDraws:
         assert [f"{word:08x}" for word in words[1]] == ["99ba4efe", "bb002be7", "483df7a0"]
 
     def test_they_are_standard_normal_and_independent(self):
-        # In one dimension P is a draw to each entry, but for the one sign and the scale.
+        # In one dimension, P holds one draw for each entry, apart from the common sign and scale.
         size = 20_000
         draws = np.asarray(projected(jnp.ones(1), size)) * np.sqrt(size)
         assert scipy.stats.kstest(draws, "norm").pvalue > 1e-3
@@ -155,7 +155,7 @@ class TestDraws:
             assert abs(np.mean(draws[:-lag] * draws[lag:])) < 4 / np.sqrt(size)
 
     def test_stored_vectors_keep_their_meaning(self):
-        """Values as of the first release: whoever changes them breaks what people have saved."""
+        """Values of the first release: a change of them would break saved vectors."""
         values = projected(jnp.arange(1.0, 6.0), 12, "encoder/layer/0/output/dense/kernel", 3)
         np.testing.assert_allclose(values, PINNED, rtol=0, atol=1e-6)
 
@@ -165,10 +165,10 @@ class TestProject:
         ("dimension", "size", "chunk"),
         [
             (50, 200, fastfood._CHUNK),  # all at once
-            (64, 65, 1),  # never less than one
+            (64, 65, 1),  # at least one block at a time
             (65, 7, 128),
             (1, 5, 2),
-            (200, 1000, 768),  # the last chunk filled up
+            (200, 1000, 768),  # the last chunk is padded
         ],
     )
     def test_it_is_the_dense_product(self, dimension, size, chunk, monkeypatch):
@@ -200,11 +200,12 @@ class TestProject:
         assert mixture.shape == (64,)
         np.testing.assert_allclose(jnp.linalg.norm(mixture), jnp.linalg.norm(vector), rtol=1e-6)
 
-    # Five standard errors: |P v|^2 / |v|^2 spreads by some sqrt(6 / size), at least sqrt(6 / L).
+    # Five standard errors: |P v|^2 / |v|^2 has a deviation of about sqrt(6 / size), at least sqrt(6
+    # / L).
     @pytest.mark.parametrize(("size", "tolerance"), [(3, 0.16), (40, 0.09), (330, 0.04)])
     def test_the_expected_norm_is_that_of_the_vector(self, size, tolerance):
         vector = np.zeros(50, np.float32)
-        vector[[3, 20]] = 3, 4  # far from spread equally
+        vector[[3, 20]] = 3, 4  # far from evenly spread
 
         @jax.jit
         def squares(seeds):
@@ -220,7 +221,7 @@ class TestProject:
         correlations = np.abs(rows @ rows.T - np.eye(2 * length))
         assert correlations.max() < 8 / np.sqrt(length)
         assert np.sqrt(np.mean(correlations**2)) < 1.3 / np.sqrt(length)
-        # Without the permutation, `length` of each block.
+        # Without the permutation, each block would have only `length` distinct values.
         assert len(np.unique(np.abs(P).round(6))) > 20 * length
 
     def test_other_seeds_and_names_are_other_projections(self):
@@ -232,7 +233,7 @@ class TestProject:
 
     @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
     def test_what_is_no_vector(self, shape):
-        with pytest.raises(ValueError, match=r"must be of shape \[d\]"):
+        with pytest.raises(ValueError, match=r"must have shape \[d\]"):
             mixed(jnp.ones(shape), 0)
 
 
@@ -296,7 +297,7 @@ class TestLayers:
 
 class TestPerturb:
     def test_values_and_gradients_are_those_of_dense_matrices(self, monkeypatch):
-        monkeypatch.setattr(fastfood, "_CHUNK", 320)  # five blocks, of one tensor or several
+        monkeypatch.setattr(fastfood, "_CHUNK", 320)  # five blocks, of one tensor or of several
         rng = np.random.default_rng(0)
         params = bert_params()
         flat = flatten_dict(params, sep="/")
@@ -372,7 +373,7 @@ class TestPerturb:
         }
 
     def test_nothing_as_large_as_the_model_is_stored(self):
-        """For gradients the draws are repeated, so what is kept is a few vectors of L."""
+        """The backward pass repeats the draws, so it keeps only a few vectors of length L."""
         params = {"embeddings": {"embedding": jnp.zeros((1000, 64))}}
 
         @jax.jit

@@ -1,4 +1,4 @@
-"""The layers of single methods: parameters and their initial values, dtypes, dropout."""
+"""Tests the layers of single methods: parameters, initial values, dtypes and dropout."""
 
 import math
 
@@ -25,13 +25,13 @@ DEEP = PrefixTuningConfig(prefix_length=LENGTH, bottleneck_size=8)
 
 
 def glorot(fan_in, fan_out):
-    """Standard deviation, gain sqrt(2)."""
+    """Returns the standard deviation for a gain of sqrt(2)."""
     return math.sqrt(4 / (fan_in + fan_out))
 
 
-# Of PyTorch's linear layers: uniform within 1 / sqrt(in).
+# PyTorch's linear layers start uniform within 1 / sqrt(in).
 LINEAR = 1 / math.sqrt(3 * IN)
-# Layer, its arguments, and of each parameter the shape, mean and standard deviation at first.
+# The layer, its arguments, and for each parameter its shape and its initial mean and deviation.
 LAYERS = {
     "low rank": (
         LowRankLinear(OUT, rank=20),
@@ -80,7 +80,7 @@ def test_parameters_and_their_initial_values(layer, args, wanted):
         if deviation == 0:
             np.testing.assert_array_equal(leaf, mean)
             continue
-        # At least 180 draws: a standard error of 5 % of the deviation at most.
+        # With at least 180 draws, the standard error is at most 5 % of the deviation.
         np.testing.assert_allclose(leaf.std(), deviation, rtol=0.2)
         np.testing.assert_allclose(leaf.mean(), mean, atol=4 * deviation / math.sqrt(leaf.size))
 
@@ -117,7 +117,7 @@ def test_what_all_layers_of_a_prefix_share():
 
 @every_layer
 def test_dtypes(layer, args, wanted):
-    """Computed in `dtype`, kept in `param_dtype`."""
+    """Layers compute in `dtype` and keep parameters in `param_dtype`."""
     for dtype, param_dtype in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)):
         typed = layer.clone(dtype=dtype, param_dtype=param_dtype)
         y, variables = jax.eval_shape(lambda: typed.init_with_output(jax.random.key(0), *args))  # noqa: B023
@@ -149,9 +149,9 @@ def test_dropout_is_off_by_default_and_unbiased_when_on(layer, args):
 
     draws = np.asarray(draw(jax.random.split(jax.random.key(3), 2000)))
     assert draws.std(0).min() > 0
-    # 2000 draws, 5 standard errors.
+    # 2000 draws; the bound is five standard errors.
     np.testing.assert_array_less(np.abs(draws.mean(0) - whole), 5 * draws.std(0) / math.sqrt(2000))
-    # Rows are dropped out on their own.
+    # Dropout differs between rows.
     if isinstance(layer, PrefixKeyValue):
         assert (draws[:, :, 0] != draws[:, :, 1]).any()
     with pytest.raises(flax.errors.InvalidRngError):
@@ -168,7 +168,7 @@ def test_dropout_is_off_by_default_and_unbiased_when_on(layer, args):
     ids=["LoRA", "dense", "compacter"],
 )
 def test_dropout_of_what_is_no_padding_does_not_depend_on_it(layer):
-    """A run whose batch another, longer one pads is to drop out what it does by itself."""
+    """Padding added by a longer batch must not change the dropout of the real tokens."""
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), STATES))["params"]
     params = random_tree(shapes, 4)
 
@@ -193,7 +193,7 @@ def test_parallel_bottlenecks_start_at_zero(name):
 
 
 def test_a_skip_from_elsewhere():
-    """What an adapter adds does not depend on what it is added to."""
+    """The update of an adapter does not depend on the residual that it is added to."""
     adapter = Bottleneck(preset("houlsby", reduction_factor=4, layer_norm_after=True))
     params = adapter.init(jax.random.key(5), STATES)
     skip = STATES[::-1]

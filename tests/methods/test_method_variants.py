@@ -1,4 +1,4 @@
-"""Placements and sizes beyond the presets, against float64 NumPy; decoding, merging, dropout."""
+"""Tests placements and sizes beyond the presets, against float64 NumPy; decoding and merging."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from train.compute import step as train_step
 from train.compute.compute import make_compute
 from train.data import tokens
 
-# Without dropout of their own, so that what is seen is the methods'.
+# Without dropout in the backbone, all dropout is that of the methods.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BERT = cj.Bert(
     dataclasses.replace(ONE_LAYER, **NO_DROPOUT), head="sequence_classification", num_labels=3
@@ -59,7 +59,7 @@ def plain_logits(module):
 
 
 def adapted(module, method, seed=0):
-    """The model and random parameters, the backbone's whatever the method."""
+    """Returns the model and random parameters; the backbone's are the same for all methods."""
     model = cj.Adapted(module, method)
     own = flatten_dict(own_params(module))
     new = flatten_dict(random_tree(adapted_shapes(model), seed + 1))
@@ -67,7 +67,7 @@ def adapted(module, method, seed=0):
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Float32 through a layer or two, in terms of the largest value."""
+    """Checks float32 results of a layer or two, relative to the largest value."""
     bound = tolerance * np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
 
@@ -120,7 +120,7 @@ T5_VARIANTS = VARIANTS | {
 
 
 def all_at_once(*more):
-    """Every kind of layer in one model; the norms' biases are BERT's own."""
+    """Returns a method with every kind of layer; the biases of norms are those of BERT."""
     return cj.CombinedConfig(
         parts=(
             cj.preset("prompt-tuning-random", prompt_length=3),
@@ -162,7 +162,7 @@ def test_logits_equal_the_equations(module, method):
 
 @pytest.mark.parametrize("positions", [None, [[3, 2, 0, 4, 1]], [[0, 1, 2, 3, 4], [5, 5, 2, 0, 1]]])
 def test_a_prompt_before_token_types_and_positions(positions):
-    """They count from behind the prompt, whose tokens are of type 0."""
+    """Token types and positions count from the end of the prompt, whose tokens have type 0."""
     method = cj.preset("prompt-tuning-random", prompt_length=3)
     model, params = adapted(BERT, method)
     types = np.array([[0, 0, 1, 1, 0], [1, 0, 0, 1, 1]])
@@ -188,14 +188,14 @@ def test_outputs_are_of_the_tokens_behind_the_prompt(head, shape):
     output = model.apply({"params": params}, IDS, MASK)
     y = output.last_hidden_state if head is None else output
     assert y.shape == shape
-    # The same tokens and their prompt, as the backbone sees them.
+    # The same tokens after their prompt, as embeddings that the backbone receives.
     embedding = params["embeddings"]["word_embeddings"]
     prompt = embedding.pop("adapter")["prompt"]
     embedding["embedding"] = jnp.concatenate([embedding["embedding"], prompt])
     words = ONE_LAYER.vocab_size
     wider = module.clone(config=dataclasses.replace(ONE_LAYER, vocab_size=words + 3))
     if head == "masked_lm":
-        return  # its logits are of the words alone
+        return  # the logits cover only the words
     ids = np.concatenate([np.full((2, 3), words) + np.arange(3), IDS], 1)
     longer = wider.apply({"params": params}, ids, np.pad(MASK, ((0, 0), (3, 0)), constant_values=1))
     longer = longer.last_hidden_state if head is None else longer
@@ -203,7 +203,7 @@ def test_outputs_are_of_the_tokens_behind_the_prompt(head, shape):
 
 
 def test_low_rank_is_not_the_authors_product_of_elements():
-    """They are the same at rank 1, where either broadcasts to the outer product."""
+    """Both products agree at rank 1, where each broadcasts to the outer product."""
     rng = np.random.default_rng(0)
     for rank, equal in ((1, True), (3, False)):
         left, right = rng.standard_normal((3, rank)), rng.standard_normal((rank, 3))
@@ -218,7 +218,7 @@ def test_low_rank_is_not_the_authors_product_of_elements():
 
 
 def others_at_once(**bitfit):
-    """The kinds of bottlenecks that `all_at_once` has not, a residual's among them, and BitFit."""
+    """Returns a method with the kinds of bottlenecks that `all_at_once` lacks, and BitFit."""
     half = {"reduction_factor": 2}
     return cj.CombinedConfig(
         parts=(
@@ -246,12 +246,12 @@ RUNS = {
         ),
     ),
 }
-# One number added to all the scores of a query: the softmax does not see it.
+# The softmax ignores a constant that is added to all the scores of a query.
 NO_GRADIENT = re.compile(r".*(/self/key/bias|/k/adapter/bias)")
 
 
 def batch_of(module):
-    """Four rows with padding, as training has them, and how a step reads them."""
+    """Returns a training batch of four rows with padding, and how a step reads them."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 17, (4, 5), np.int32)
     batch = {
@@ -297,7 +297,7 @@ def test_four_devices_that_recompute_do_what_one_does(module, method):
     np.testing.assert_allclose(four, one, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), after_four, after_one)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), after_one, trained)
-    # None is what is not trained.
+    # None marks leaves that are not trained.
     still = [path for path, has in flatten_dict(moved, sep="/").items() if has is False]
     assert [path for path in still if not NO_GRADIENT.fullmatch(path)] == []
 
@@ -348,7 +348,7 @@ MERGED = {
     "intrinsic": cj.preset("intrinsic-said", dimension=30),
     "full": cj.preset("full"),
 }
-# Of different factors, so that it matters which part is where.
+# The factors differ, so that an exchange of two parts would be noticed.
 SEVERAL = (
     cj.preset("lora", sites=("query", "output_projection"), rank=3, lora_alpha=2.0),
     cj.preset("lora", sites=("key",), rank=2, lora_alpha=5.0),
@@ -380,7 +380,7 @@ def test_merged_weights_give_equal_logits_in_pytorch_too(module, method, tmp_pat
     inputs = inputs_of(module)
     logits = model.apply({"params": params}, *inputs)
     merged = merge(model, params)
-    # Float32: sums of products in another order.
+    # Float32: the sums have another order.
     assert_close(module.apply({"params": merged}, *inputs), logits, 3e-6)
     twin, built = model.precomputed(params)
     assert_close(twin.apply({"params": built}, *inputs), logits, 3e-6)
@@ -401,7 +401,7 @@ def test_merged_weights_give_equal_logits_in_pytorch_too(module, method, tmp_pat
 
 
 def test_parts_of_a_union_are_merged_where_each_acts():
-    """Two at one site, in different layers."""
+    """Two parts act at the same site, in different layers."""
     module = BERT.clone(config=dataclasses.replace(BERT.config, num_hidden_layers=2))
     first, second = (
         cj.preset("lora", rank=2, lora_alpha=alpha, leave_out=left)
@@ -421,7 +421,7 @@ def test_parts_of_a_union_are_merged_where_each_acts():
         (
             BERT,
             residual(True, True, True),
-            "adapters have a non-linearity, and no weight of the ba",
+            "adapters have a non-linearity, which weights of the ba",
         ),
         (T5, cj.preset("compacter", **SMALL), "'phm_bottleneck' cannot be merged .* non-linearity"),
         (T5, cj.preset("bitfit"), "its biases are new, and the backbone's architecture has no pla"),
@@ -430,12 +430,12 @@ def test_parts_of_a_union_are_merged_where_each_acts():
         (
             T5,
             ALL_AT_ONCE["t5"],
-            "of its parts, 'prompt_tuning' cannot: it adds tokens to attend to",
+            "its part 'prompt_tuning' cannot be merged: it adds tokens to attend to",
         ),
         (
             BERT,
             cj.CombinedConfig(parts=(*SEVERAL, residual(True, True, True))),
-            "of its parts, 'bottleneck' cannot: its adapters have a non-linearity",
+            "its part 'bottleneck' cannot be merged: its adapters have a non-linearity",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every preset on BERT and on T5, through the one path that all methods share."""
+"""Tests every preset on BERT and on T5 through the code that all methods share."""
 
 import dataclasses
 import functools
@@ -41,15 +41,16 @@ BACKBONES = {
         )
     ),
 }
-# The gated feed-forward network and the separate head are where these differ.
+# These methods differ on the gated feed-forward network and the separate head.
 GATED = ("bitfit", "ia3", "mam")
-# Differ from another preset by a number, a site or a layer: no step is compiled of them.
+# These presets differ from another one by a number, a site or a layer: no step is compiled.
 TWINS = (
     *("houlsby", "pfeiffer-attention", "adapterdrop", "compacter++", "prompt-tuning-random"),
     *("compacter++-short", "intrinsic", "parallel"),
 )
-# Nor of these on T5, which has no code for them: test_inject_t5.py has gradients of bottlenecks by
-# PyTorch, test_method_variants.py what a step moves.
+# Nor is a step of these compiled on T5, for which they have no code of their own: test_inject_t5.py
+# compares the gradients of bottlenecks with PyTorch, and test_method_variants.py tests which leaves
+# a step moves.
 ALIKE_ON_T5 = (
     *("full", "pfeiffer-feed-forward", "low-rank", "phm", "lora", "ia3", "scaled-parallel", "mam"),
 )
@@ -57,7 +58,7 @@ NOT_COMPILED = [
     *((name, "bert") for name in TWINS),
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),
 ]
-# As many as show what a version of JAX or Flax changes.
+# Enough methods to show what a new version of JAX or Flax changes.
 FAST_ON_T5 = ("bitfit", "prompt-tuning-vocabulary", "prefix-tuning")
 
 
@@ -76,7 +77,7 @@ CASES = [
 ]
 every_case = pytest.mark.parametrize(("name", "backbone"), CASES)
 every_other = pytest.mark.parametrize(("name", "backbone"), NOT_COMPILED)
-# One of each kind that inserts something.
+# One method of each kind that inserts parameters.
 KINDS = (
     *("pfeiffer-feed-forward", "low-rank", "phm", "compacter", "prompt-tuning-vocabulary"),
     *("bitfit", "intrinsic-said", "lora", "ia3", "prefix-tuning", "mam"),
@@ -100,7 +101,7 @@ def module_of(name, backbone):
 
 
 def inputs_of(module, seed=0):
-    """Ids and masks with padding, left and right."""
+    """Returns ids and masks with padding on the left and on the right."""
     if isinstance(module, cj.Bert):
         return IDS, MASK
     return tuple(t5_inputs(seed, module.config, length=7)[:3])
@@ -111,7 +112,7 @@ def relative_difference(actual, expected):
 
 
 class Case:
-    """A preset on a backbone, and one compiled step of it."""
+    """A preset on a backbone, with one compiled step."""
 
     def __init__(self, name, backbone):
         self.backbone = backbone_of(module_of(name, backbone))
@@ -144,7 +145,7 @@ class Case:
         return self.model.apply({"params": params}, *self.inputs)
 
     def step(self, params):
-        """Logits, gradient of the trained leaves by path, parameters after a step of 0.01."""
+        """Returns logits, gradients of trained leaves by path, and parameters after a step."""
         logits, gradient, after = jax.device_get(self._step(*cj.partition(params, self.labels)))
         flat = flatten_dict(gradient, sep="/")
         return logits, {path: flat[path] for path in self.trained}, after
@@ -154,14 +155,14 @@ class Case:
         return quick_jit(lambda params: cj.merge_adapter(self.model, params))
 
     def reference_params(self, params):
-        """Flat float64 parameters for `Reference`, which knows no intrinsic dimension."""
+        """Returns float64 parameters by path for `Reference`, which has no intrinsic dimension."""
         if isinstance(self.method, cj.IntrinsicConfig):
             params = self._merged(params)
         return {path: np.float64(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
 
     @functools.cached_property
     def at_random(self):
-        """Logits and gradient at random parameters."""
+        """Returns the logits and the gradient at random parameters."""
         return self.step(self.random)[:2]
 
     @functools.cached_property
@@ -216,7 +217,7 @@ def test_a_step_moves_the_trained_leaves_and_no_other(name, backbone):
         for count, after in ((1, once), (2, twice))
     }
     frozen = start.keys() - case.trained
-    # A number added to all the scores of a query is one: the softmax does not see it.
+    # The softmax ignores a constant that is added to all the scores of a query.
     no_gradient = {path for path in start if re.fullmatch(ROWS[name].no_gradient, path)}
     still = {path for path in start if re.fullmatch(ROWS[name].still, path)}
     assert unmoved[2] - no_gradient == frozen
@@ -259,7 +260,7 @@ def test_logits_of_the_others(name, backbone):
 
 @every_case
 def test_logits_and_gradients_equal_the_equations(name, backbone):
-    """Random parameters; a gradient by central differences in random directions."""
+    """Parameters are random; gradients are checked by central differences in random directions."""
     case = case_of(name, backbone)
     logits, gradient = case.at_random
     at = case.reference_params(case.random)
@@ -268,7 +269,7 @@ def test_logits_and_gradients_equal_the_equations(name, backbone):
         params = unflatten_dict(params, sep="/")
         return Reference(case.backbone.module, case.method, params)(*case.inputs)
 
-    # Float32 through up to two layers on each side.
+    # Float32 through up to two layers in each stack.
     assert relative_difference(logits, reference(at)) < 1e-5
     rng, step = np.random.default_rng(4), 1e-6
     flat = flatten_dict(case.random, sep="/")
@@ -334,7 +335,7 @@ def test_the_merged_backbone_computes_the_same(name, backbone):
     [(n, b) for n, b in MERGED if small(n).inserted() and b not in ROWS[n].unmerged],
 )
 def test_merging_keeps_the_dtypes_of_the_backbone(name, backbone):
-    """Of bfloat16, where adapters are of float32."""
+    """The backbone is bfloat16, the adapters are float32."""
     model = cj.Adapted(module_of(name, backbone), small(name))
     shapes, own = map(flatten_dict, (adapted_shapes(model), backbone_of(model.backbone).params))
     narrow = {
@@ -372,7 +373,7 @@ def test_start_and_files_of_the_others(name, backbone, tmp_path):
 
 
 def check_files(model, backbone, params, labels, folder):
-    """An adapter is saved, and loaded to the same bits on a backbone like its own."""
+    """Checks that a saved adapter loads bit for bit on an equal backbone."""
     cj.save_adapter(folder, model, params)
     params, own = (flatten_dict(tree, sep="/") for tree in (params, backbone.params))
     stored = safetensors.numpy.load_file(weights_of(folder))
@@ -415,7 +416,7 @@ def test_bfloat16_computes_on_float32_parameters(name, backbone):
     at = unflatten_dict(case.reference_params(case.random), sep="/")
     expected = Reference(case.backbone.module, case.method, at)(*case.inputs)
     assert logits.dtype == jnp.bfloat16
-    # Some ten roundings of 2^-9 each, one after the other; more through encoder and decoder.
+    # About ten successive roundings of 2^-9 each; more through encoder and decoder.
     bound = 0.04 if backbone == "bert" else 0.06
     assert relative_difference(np.float32(logits), expected) < bound
     shapes = adapted_shapes(model)
@@ -446,7 +447,7 @@ def test_counts(name, backbone):
 
 
 def test_the_formulas_give_the_papers_counts():
-    """T5-base and the words of its tokenizer; PHM-Adapter of 12 summands."""
+    """T5-base with the vocabulary of its tokenizer; PHM-Adapter with 12 summands."""
     config = dataclasses.replace(PUBLISHED["t5-base"], vocab_size=32_100)
     settings = {"r": 24, "prompt": 100, "dimension": 20_000}
     sizes = {n: t5_sizes(config, dropped=(5, 5), n=n, **settings) for n in (4, 12)}

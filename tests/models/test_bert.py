@@ -1,4 +1,4 @@
-"""Bert against the PyTorch implementation of transformers, and by itself."""
+"""Compares Bert with the PyTorch implementation of transformers, and tests it by itself."""
 
 import dataclasses
 import functools
@@ -45,14 +45,14 @@ def random_config(seed: int, **changes) -> BertConfig:
         "max_position_embeddings": int(rng.integers(12, 20)),
         "type_vocab_size": int(rng.integers(1, 4)),
         "pad_token_id": [0, 3, None][int(rng.integers(3))],
-        # Large enough that attention is not uniform and every parameter has a say.
+        # Large enough that attention is not uniform and every parameter has an effect.
         "initializer_range": 0.3,
     }
     return BertConfig(**(config | changes))
 
 
 def random_inputs(seed: int, config: BertConfig):
-    """Odd and even lengths; padding left, right and none; every token type."""
+    """Returns inputs of odd or even length; padding left, right and none; every token type."""
     rng = np.random.default_rng(seed)
     batch, length = 3, int(rng.integers(4, config.max_position_embeddings + 1))
     ids = rng.integers(0, config.vocab_size, (batch, length))
@@ -70,7 +70,7 @@ def shapes_of(module: Bert):
 
 
 def random_params(module: Bert, seed: int):
-    """Weights of the configured range; biases and scales that are not 0 and 1."""
+    """Draws weights of the configured range; biases and scales differ from 0 and 1."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -82,7 +82,7 @@ def random_params(module: Bert, seed: int):
     return unflatten_dict({path: draw(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
-# Compiling is nearly all the time these tests take; without optimisation it takes half of it.
+# Compilation takes nearly all the time of these tests; without optimisation, half of that.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -91,7 +91,7 @@ def apply(module: Bert, params, *inputs, **named):
 
 
 def loss_of(output):
-    """Mean of squares of everything that the model returns, so that gradients are O(1)."""
+    """Returns the mean of squares of all outputs, so that gradients are of order one."""
     leaves = jax.tree.leaves(output)
     return sum((leaf**2).mean() for leaf in leaves) / len(leaves)
 
@@ -102,7 +102,7 @@ def gradient_of(module: Bert, params, *inputs):
 
 @pytest.fixture(scope="module")
 def torch_model():
-    """Builds the PyTorch twin of a module and its parameters."""
+    """Returns a function that makes the PyTorch model of a module and its parameters."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     classes = dict(
@@ -183,7 +183,7 @@ def assert_equals_torch(module: Bert, seed: int, torch_model):
     assert largest > 1e-2, "the comparison of gradients would be empty"
 
 
-# Every function comes up once under one of its names, with every head in turn.
+# Every function occurs once under one of its names; the heads take turns.
 NAMES = sorted({function: name for name, function in ACTIVATIONS.items()}.values())
 
 
@@ -272,7 +272,7 @@ def test_bfloat16_stays_near_float32(head):
     rough = apply(module.clone(dtype=jnp.bfloat16), params, ids, mask, types)
     for a, b in zip(jax.tree.leaves(rough), jax.tree.leaves(exact), strict=True):
         assert a.dtype == jnp.bfloat16
-        # bfloat16 rounds to one part in 256; a few roundings one after the other add up.
+        # bfloat16 rounds to one part in 256, and a few successive roundings add up.
         bound = 8 / 256 * max(1.0, float(np.abs(b).max()))
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=bound, rtol=0)
     halves = module.clone(param_dtype=jnp.bfloat16)
@@ -286,7 +286,7 @@ def test_float16_stays_near_float32_where_a_row_is_all_padding():
     exact = apply(module, params, IDS, mask)
     half = apply(module.clone(dtype=jnp.float16), params, IDS, mask)
     assert half.dtype == jnp.float16
-    # float16 rounds to one part in 2048; a few roundings one after the other add up.
+    # float16 rounds to one part in 2048, and a few successive roundings add up.
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=8 / 2048 * np.abs(exact).max())
 
 
@@ -363,7 +363,7 @@ RESIDUALS = {f"encoder/layer/{i}/{at}output/dropout" for i in "01" for at in (""
 @pytest.mark.parametrize(
     ("rates", "paths"),
     [
-        # The classifier's rate follows hidden_dropout_prob.
+        # The dropout rate of the classifier follows hidden_dropout_prob.
         ({"hidden_dropout_prob": 0.5}, RESIDUALS | {"embeddings/dropout", "dropout"}),
         (
             {"attention_probs_dropout_prob": 0.5},
@@ -513,7 +513,7 @@ def test_sites_are_the_outputs_before_dropout_and_residual(remat):
         [(site, i, nn.Dense) for site in ("attention", "feed_forward") for i in range(2)], key=str
     )
 
-    # With every sub-layer silenced, only the residual stream and its layer norms are left.
+    # If every sub-layer returns zero, only the residual stream and its layer norms remain.
     def norm(x, p):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
         return x * p["scale"] + p["bias"]
@@ -593,7 +593,7 @@ def test_training_step_moves_every_parameter_that_the_loss_reads():
     params = random_params(module, 0)
     gradient = gradient_of(module, params, IDS, MASK, IDS % 2)
     still = {path for path, g in flatten_dict(gradient, sep="/").items() if np.abs(g).max() < 1e-7}
-    # The softmax does not see a constant added to all keys.
+    # The softmax ignores a constant that is added to all keys.
     assert still == {f"encoder/layer/{i}/attention/self/key/bias" for i in range(2)}
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face checkpoints."""
+"""Reads and writes Hugging Face checkpoints of BERT."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ MASK = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
 
 
 def random_params(head=None, num_labels=2, seed=0, **config):
-    """Parameters of a tiny `Bert`, all of them random."""
+    """Returns random values for all parameters of a tiny `Bert`."""
     module = Bert(BertConfig(**(SIZES | config)), head=head, num_labels=num_labels)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *module.dummy_inputs())["params"]
     rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def random_params(head=None, num_labels=2, seed=0, **config):
 
 
 def write_checkpoint(folder, tensors, **config):
-    """A folder as save_pretrained leaves it, without PyTorch."""
+    """Writes a folder like that of save_pretrained, without PyTorch."""
     folder.mkdir(exist_ok=True)
     described = {"model_type": "bert", "architectures": ["BertModel"]} | SIZES | config
     (folder / "config.json").write_text(json.dumps(described))
@@ -62,7 +62,7 @@ def write_checkpoint(folder, tensors, **config):
 
 
 def written(folder, head=None, num_labels=2, seed=0, **config):
-    """A checkpoint of random parameters, and the parameters."""
+    """Writes a checkpoint of random parameters; returns the folder and the parameters."""
     params = random_params(head, num_labels, seed)
     if head in ("sequence_classification", "token_classification"):
         config = {"id2label": {i: f"LABEL_{i}" for i in range(num_labels)}} | config
@@ -121,7 +121,7 @@ def test_types_on_disk_and_in_memory(tmp_path, stored, param_dtype):
     }
     folder = write_checkpoint(tmp_path / "bert", tensors)
     params = load_backbone(folder, param_dtype=param_dtype).params
-    # Rounded once from what is on disk, which is exact where the type in memory holds it.
+    # Values are rounded once from those on disk; this is exact if the type in memory holds them.
     expected = jax.tree.map(
         lambda a: a.astype(np.float32).astype(param_dtype), bert_from_hugging_face(tensors)
     )
@@ -165,7 +165,7 @@ class Change:
         Change("masked_lm", None, {"pooler"}, {"cls"}),
         Change("masked_lm", "sequence_classification", {"pooler", "classifier"}, {"cls"}),
         Change("sequence_classification", "masked_lm", {"cls"}, {"pooler", "classifier"}),
-        # The two classifiers have one name and one shape, but not one task.
+        # The two classifiers have the same name and shape, but different tasks.
         Change(
             "sequence_classification",
             "token_classification",
@@ -202,7 +202,7 @@ def test_another_head_is_initialised_and_said_so(tmp_path, caplog, change):
         tree = backbone.module.init(key, *backbone.module.dummy_inputs())["params"]
         return {top: tree[top] for top in change.new}
 
-    # Not to the last bit: functions compiled apart may round the same normal numbers differently.
+    # Not bit for bit: separately compiled functions may round the same normal numbers differently.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
         {top: backbone.params[top] for top in change.new},
@@ -272,7 +272,7 @@ def test_copies_of_a_tied_decoder_are_recognised(tmp_path):
     folder = write_checkpoint(tmp_path / "bert", tensors, **architecture)
     assert_equal_trees(load_backbone(folder).params, params)
 
-    # Some files hold the bias under the name of the copy only.
+    # Some files hold the bias only under the name of its copy.
     del tensors["cls.predictions.bias"]
     assert_equal_trees(
         load_backbone(write_checkpoint(folder, tensors, **architecture)).params, params
@@ -463,14 +463,14 @@ def test_files_that_are_cut_short_or_something_else(tmp_path):
     whole = file.read_bytes()
     for content in (whole[:-3], whole[: len(whole) // 2], whole[:5], b"", b"PK\x03\x04" * 100):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{file} is truncated or no safetensors file"):
+        with pytest.raises(ValueError, match=rf"{file} is truncated or not a safetensors file"):
             load_backbone(folder)
 
 
 def test_quantised_weights_are_refused(tmp_path):
     tensors = bert_to_hugging_face(random_params())
     tensors["pooler.dense.weight"] = np.ones((8, 8), np.int8)
-    with pytest.raises(ValueError, match=r"pooler.dense.weight in .* of type I8; .*quantised"):
+    with pytest.raises(ValueError, match=r"pooler.dense.weight in .* has dtype I8; .*quantised"):
         load_backbone(write_checkpoint(tmp_path / "bert", tensors))
 
 
@@ -514,7 +514,7 @@ def test_hub_ids_are_downloaded_without_pickles(tmp_path, monkeypatch):
 
 
 def sharded(folder):
-    """The checkpoint in `folder` cut into two files and an index."""
+    """Splits the checkpoint in `folder` into two files and an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)

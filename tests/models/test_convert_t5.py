@@ -1,4 +1,4 @@
-"""Reading and writing T5 in the files of Hugging Face."""
+"""Reads and writes Hugging Face checkpoints of T5."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def random_params(config=TINY_T5, head="conditional_generation"):
 
 
 def write_checkpoint(folder, tensors, config=TINY_T5, *, family="T5", head=None, **settings):
-    """A folder as save_pretrained leaves it, without PyTorch."""
+    """Writes a folder like that of save_pretrained, without PyTorch."""
     folder.mkdir(exist_ok=True)
     described = dataclasses.asdict(config) | {"model_type": family.lower()}
     described |= {"architectures": [family + KINDS[head]], "transformers_version": "4.57.1"}
@@ -59,7 +59,7 @@ def write_checkpoint(folder, tensors, config=TINY_T5, *, family="T5", head=None,
 
 
 def written(folder, config=TINY_T5, head="conditional_generation", **settings):
-    """A checkpoint of random parameters, and the parameters."""
+    """Writes a checkpoint of random parameters; returns the folder and the parameters."""
     params = random_params(config, head)
     return write_checkpoint(
         folder, t5_to_hugging_face(params), config, head=head, **settings
@@ -67,7 +67,7 @@ def written(folder, config=TINY_T5, head="conditional_generation", **settings):
 
 
 def assert_equal_trees(ours, theirs):
-    """The same paths, types and bits."""
+    """Checks that paths, types and bits are the same."""
     ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
     assert ours.keys() == theirs.keys()
     for path, leaf in theirs.items():
@@ -115,7 +115,7 @@ def test_a_checkpoint_in_bfloat16(tmp_path):
 
 @pytest.mark.contract
 def test_the_end_and_start_of_sequences(tmp_path):
-    """Some files name several tokens that end a sequence, and none that starts the decoder."""
+    """Some files name several end-of-sequence tokens, and no decoder_start_token_id."""
     folder, _ = written(tmp_path / "t5", eos_token_id=[3, 4], pad_token_id=2)
     settings = json.loads((folder / "config.json").read_text())
     del settings["decoder_start_token_id"]
@@ -162,7 +162,7 @@ FIVES = {
 
 @pytest.mark.parametrize("family", FIVES)
 def test_a_head_of_its_own_that_transformers_5_has_tied(tmp_path, family):
-    """It says so of every model, and stores one copy; the head's input is not scaled."""
+    """transformers 5 calls every model tied and stores one copy; the head's input is not scaled."""
     params = random_params(UNTIED)
     tensors = t5_to_hugging_face(params)
     del tensors["lm_head.weight"]
@@ -180,7 +180,7 @@ def test_a_head_of_its_own_that_transformers_5_has_tied(tmp_path, family):
     params["lm_head"]["kernel"] = params["shared"]["embedding"].T
     assert_equal_trees(backbone.params, params)
     assert backbone.new_parameters == ()
-    # As saved from here, it is what every version of transformers takes for itself.
+    # Every version of transformers reads the saved folder as it was meant.
     save_backbone(tmp_path / "again", backbone.module, backbone.params, backbone.config)
     again = load_backbone(tmp_path / "again")
     assert again.module == backbone.module
@@ -188,7 +188,7 @@ def test_a_head_of_its_own_that_transformers_5_has_tied(tmp_path, family):
 
 
 def test_a_head_of_its_own_that_is_not_there(tmp_path):
-    """Not the embedding in its place: as it is not scaled, the logits would mean nothing."""
+    """The embedding must not replace a missing head: without the scaling, logits would be wrong."""
     folder, params = written(tmp_path / "t5", UNTIED, None)
     assert_equal_trees(load_backbone(folder).params, params)
     with pytest.raises(ValueError, match=r"has no lm_head, which head='conditional_generation' ne"):

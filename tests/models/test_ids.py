@@ -1,4 +1,4 @@
-"""Ids that no table has: an error where they are known, NaN where they are traced."""
+"""Ids outside the vocabulary raise an error if they are known, and give NaN if they are traced."""
 
 import dataclasses
 
@@ -40,16 +40,16 @@ def changed(ids, value, place=(1, 2)):
 @pytest.mark.parametrize(
     ("name", "ids", "message"),
     [
-        ("input_ids", changed(IDS, 17), r"has 17 at \(1, 2\); use 0 to vocab_size - 1 = 16"),
-        ("input_ids", jnp.asarray(changed(IDS, -1)), r"input_ids has -1 at \(1, 2\)"),
-        ("input_ids", changed(IDS, 2**32 + 3), r"has 4294967299 at"),
-        ("token_type_ids", changed(0 * IDS, 2), r"has 2 at .*type_vocab_size - 1 = 1"),
+        ("input_ids", changed(IDS, 17), r"contains 17 at \(1, 2\); use 0 to vocab_size - 1 = 16"),
+        ("input_ids", jnp.asarray(changed(IDS, -1)), r"input_ids contains -1 at \(1, 2\)"),
+        ("input_ids", changed(IDS, 2**32 + 3), r"contains 4294967299 at"),
+        ("token_type_ids", changed(0 * IDS, 2), r"contains 2 at .*type_vocab_size - 1 = 1"),
         (
             "position_ids",
             np.array([[0, 1, 2, 8, 9]]),
-            "has 9 at .*position_embeddings - 1 = 8",
+            "contains 9 at .*position_embeddings - 1 = 8",
         ),
-        ("position_ids", np.arange(-1, 4)[None], r"position_ids has -1 at \(0, 0\)"),
+        ("position_ids", np.arange(-1, 4)[None], r"position_ids contains -1 at \(0, 0\)"),
     ],
 )
 def test_bert_refuses_ids(name, ids, message):
@@ -61,15 +61,17 @@ def test_bert_refuses_ids(name, ids, message):
 def test_t5_refuses_ids_of_the_encoder(head):
     module = T5(TINY_T5, head=head)
     more = () if head == "encoder" else (None, PROMPT)
-    with pytest.raises(ValueError, match=r"^input_ids has 19 at .*vocab_size - 1 = 18"):
+    with pytest.raises(ValueError, match=r"^input_ids contains 19 at .*vocab_size - 1 = 18"):
         module.apply({}, changed(PROMPT, 19), *more)
-    with pytest.raises(ValueError, match=r"^input_ids has -2 at"):
+    with pytest.raises(ValueError, match=r"^input_ids contains -2 at"):
         module.apply({}, changed(PROMPT, -2), method="encode")
 
 
 def test_t5_refuses_labels_as_inputs_of_its_decoder():
     states = jnp.zeros((2, 3, TINY_T5.d_model))
-    with pytest.raises(ValueError, match=r"^decoder_input_ids has -100 at .*give pad_token_id"):
+    with pytest.raises(
+        ValueError, match=r"^decoder_input_ids contains -100 at .*give pad_token_id"
+    ):
         T5(TINY_T5).apply({}, changed(PROMPT, -100), states, method="decode")
 
 
@@ -77,20 +79,20 @@ def test_t5_refuses_labels_as_inputs_of_its_decoder():
 def test_t5_refuses_a_token_for_which_its_cache_has_no_room(index):
     room = jnp.zeros((1, TINY_T5.num_heads, 5, TINY_T5.d_kv))
     cache = DecoderCache(((room, room),), ((room, room),))
-    with pytest.raises(ValueError, match=f"index has {index}; use 0 to max_length of start_cache"):
+    with pytest.raises(ValueError, match=f"index is {index}; use 0 to max_length of start_cache"):
         T5(TINY_T5).apply({}, PROMPT[:1, :1], cache=cache, index=index, method="decode")
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize("ids", [changed(PROMPT, 19), jnp.asarray(changed(PROMPT, -100))])
 def test_generate_refuses_a_prompt(ids, num_beams):
-    with pytest.raises(ValueError, match=r"input_ids has (19|-100) at \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"input_ids contains (19|-100) at \(1, 2\)"):
         generate(T5(TINY_T5), {}, ids, max_new_tokens=2, num_beams=num_beams)
 
 
 def test_adapters_are_no_way_around_it():
     model = Adapted(BERT, preset("prompt-tuning-random", prompt_length=2))
-    with pytest.raises(ValueError, match=r"input_ids has -3 at \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"input_ids contains -3 at \(1, 4\)"):
         model.apply({}, changed(IDS, -3))
 
 
@@ -120,7 +122,7 @@ def test_the_row_of_a_batch_is_nan_alone():
     run = quick_jit(lambda *inputs: BERT.apply({"params": params}, *inputs).last_hidden_state)
     mask, types_of = np.ones_like(IDS), np.zeros_like(IDS)
     positions = np.broadcast_to(np.arange(5), IDS.shape)
-    mask[:, 3:] = 0  # an id that is hidden is as wrong
+    mask[:, 3:] = 0  # an invalid id is wrong even if the mask hides it
     expected = run(IDS, mask, types_of, positions)
     assert np.isfinite(expected).all()
     for inputs in (
@@ -200,7 +202,7 @@ def test_the_loss_of_a_label_that_does_not_exist_is_nan():
     logits, labels = jnp.zeros((4, 3)), jnp.array([2, 3, -1, -100])
     losses = compute_step.loss_function("classification")(logits, labels)
     np.testing.assert_array_equal(np.isnan(losses), [False, True, True, True])
-    # -100 alone is passed over, and no other negative label.
+    # Only -100 is ignored, not other negative labels.
     likelihoods = compute_step.token_log_likelihoods(logits, labels)
     np.testing.assert_array_equal(np.isnan(likelihoods), [False, True, True, False])
     assert likelihoods[3] == 0

@@ -1,4 +1,4 @@
-"""What a classifier reads: against NumPy, sentence-transformers' definition, files and adapters."""
+"""Compares pooling with NumPy and sentence-transformers; tests its setting in files."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ LABELS = 3
 
 
 def saying(folder, place, **fields):
-    """A copy of a checkpoint with sentence-transformers' file of its pooling."""
+    """Copies a checkpoint and adds the pooling file of sentence-transformers."""
     shutil.copytree(folder, place)
     (place / "1_Pooling").mkdir()
     (place / "1_Pooling/config.json").write_text(json.dumps(fields))
@@ -54,7 +54,7 @@ def logits_of(backbone, ids=IDS, mask=MASK):
 
 
 def read(backbone, pooled):
-    """The classifier's logits of what it is to read."""
+    """Returns the logits of the classifier for pooled states."""
     head = backbone.params["classifier"]
     return pooled @ np.asarray(head["kernel"], np.float64) + np.asarray(head["bias"], np.float64)
 
@@ -81,7 +81,7 @@ def test_without_a_mask_all_tokens_count(tiny_backbone):
 
 
 def test_mean_is_that_of_sentence_transformers(tiny_backbone):
-    """`Pooling.forward` of sentence-transformers on transformers' own hidden states."""
+    """Applies `Pooling.forward` of sentence-transformers to the hidden states of transformers."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(tiny_backbone).eval()
@@ -123,7 +123,7 @@ def test_rows_of_padding_are_refused(tiny_backbone):
 
 
 def test_bfloat16_sums_in_float32(tiny_backbone):
-    """A mean of 64 equal states is the state; sums in bfloat16 would have lost two bits of it."""
+    """The mean of 64 equal states is the state itself; sums in bfloat16 would lose two bits."""
     states = jnp.full((1, 60, 24), 1.0078125, jnp.bfloat16)
     for mask in (None, jnp.ones((1, 60), jnp.int32)):
         mean = mean_of_tokens(states, mask)
@@ -137,7 +137,7 @@ def test_bfloat16_sums_in_float32(tiny_backbone):
 
 
 def test_only_the_mean_needs_all_tokens_of_the_last_layer(tiny_backbone):
-    """The first token alone is computed of the last layer unless the mean is read."""
+    """Unless the mean is read, the last layer computes only the first token."""
 
     def products(pooling):
         module = classifier(tiny_backbone, pooling).module
@@ -148,7 +148,7 @@ def test_only_the_mean_needs_all_tokens_of_the_last_layer(tiny_backbone):
 
 
 def test_the_head_learns_what_the_mean_says(tiny_backbone):
-    """The classifier's gradient is that of a linear layer on NumPy's means."""
+    """The classifier has the gradient of a linear layer on NumPy's means."""
     mean = classifier(tiny_backbone, "mean")
     states = numpy_mean(states_of(tiny_backbone))
 
@@ -283,7 +283,9 @@ def test_adapters_are_read_with_their_pooling_alone(tiny_backbone, tmp_path):
     for pooling, other in (("mean", "first"), ("first", "cls")):
         model, params = adapted(classifier(tiny_backbone, pooling))
         cj.save_adapter(tmp_path / pooling, model, params)
-        message = f"saved with pooling='{pooling}', the backbone has pooling='{other}'; load the"
+        message = (
+            f"saved with pooling='{pooling}', but the backbone has pooling='{other}'; load the"
+        )
         with pytest.raises(ValueError, match=message):
             cj.load_adapter(tmp_path / pooling, classifier(tiny_backbone, other))
 
@@ -300,7 +302,7 @@ def test_adapters_of_before_read_the_first_token(tiny_backbone, mean_backbone, t
         again.apply({"params": loaded}, IDS, MASK), model.apply({"params": params}, IDS, MASK)
     )
     with pytest.raises(
-        ValueError, match="saved with pooling='first', the backbone has pooling='me"
+        ValueError, match="saved with pooling='first', but the backbone has pooling='me"
     ):
         cj.load_adapter(tmp_path / "old", classifier(mean_backbone, None))
 
@@ -359,7 +361,7 @@ def test_heads_of_other_libraries_read_the_first_token(tiny_backbone, tmp_path):
         export(tmp_path / library, *adapted(first, cj.preset(method)))
         with pytest.raises(ValueError, match=r"the backbone has pooling='mean'; .*pooling='first'"):
             load(tmp_path / library, mean)
-    # An adapter alone does not know what a head reads.
+    # An exported adapter without its head does not depend on the pooling.
     model, params = adapted(mean, cj.preset("lora"))
     cj.export_adapterhub(tmp_path / "alone", model, params, with_head=False)
     again, loaded = cj.import_adapterhub(tmp_path / "alone", mean, with_head=False)

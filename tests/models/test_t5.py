@@ -1,4 +1,4 @@
-"""T5 against the PyTorch implementation of transformers, and by itself."""
+"""Compares T5 with the PyTorch implementation of transformers, and tests it by itself."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ GATED = dataclasses.replace(TINY_T5, feed_forward_proj="gated-gelu", tie_word_em
 SHALLOW = dataclasses.replace(GATED, num_layers=1)
 
 
-@functools.cache  # tracing is most of what the tests of errors do
+@functools.cache  # tracing takes most of the time of the error tests
 def shapes_of(module):
     return jax.eval_shape(module.init, jax.random.key(0), *module.dummy_inputs())["params"]
 
@@ -50,7 +50,7 @@ def apply(module, params, *inputs, **named):
 
 
 def loss_and_gradient(module, params, *inputs, **named):
-    """`(loss, output), gradient`."""
+    """Returns `(loss, output), gradient`."""
 
     def loss(params):
         output = module.apply({"params": params}, *inputs, **named)
@@ -74,9 +74,9 @@ def random_config(seed, **changes):
         "num_layers": 1,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
-        # Less than the inputs are long.
+        # Less than the length of the inputs.
         "relative_attention_max_distance": buckets // 2 + int(rng.integers(1, 3)),
-        "layer_norm_epsilon": 1e-3,  # large enough to be seen
+        "layer_norm_epsilon": 1e-3,  # large enough to be visible
     }
     return T5Config(**(config | changes))
 
@@ -124,7 +124,7 @@ def test_outputs_and_gradients_equal_pytorch(seed, family, head, changes):
     for name, g in gradient.items():
         scale = np.abs(named[name]).max()
         assert scale > 1e-5, name
-        # Sums over all tokens: some hundreds of float32 products, some of which cancel.
+        # Sums over all tokens: some hundred float32 products, some of which cancel.
         np.testing.assert_allclose(g, named[name], atol=5e-5 * scale, rtol=0, err_msg=name)
 
 
@@ -155,7 +155,7 @@ def buckets_of(positions, num_buckets, max_distance, *, bidirectional):
 
 
 def test_relative_position_buckets_of_the_published_sizes():
-    """In whole numbers: distance d >= 8 is in the bucket 8 + k with 8 2^(k/2) <= d."""
+    """In integers: a distance d >= 8 is in the bucket 8 + k with 8 2^(k/2) <= d."""
     distances = np.arange(300)
     steps = [sum(64 * 2**k <= d * d for k in range(1, 8)) for d in distances]
     expected = np.where(distances < 8, distances, 8 + np.array(steps))
@@ -167,7 +167,7 @@ def test_relative_position_buckets_of_the_published_sizes():
 
 
 def test_initial_values_are_pytorchs():
-    """Standard deviations of each leaf, with a factor that is not one."""
+    """Compares the standard deviation of each leaf, for an initializer factor other than one."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
@@ -200,7 +200,8 @@ def test_initial_values_are_pytorchs():
                 np.testing.assert_array_equal(leaf, theirs[name], err_msg=name)
                 np.testing.assert_array_equal(leaf, np.float32(0.7))
                 continue
-            # The estimates are off by 1 / sqrt(2 size) each: six times that of their quotient.
+            # Each estimate has a relative error of 1 / sqrt(2 size); the bound is six errors of the
+            # quotient.
             margin = 6 / np.sqrt(leaf.size)
             assert margin < 0.2
             assert abs(leaf.std() / theirs[name].std() - 1) < margin, name
@@ -217,7 +218,7 @@ def test_bfloat16_stays_near_float32():
     rough = apply(module.clone(dtype=jnp.bfloat16), params, *inputs)
     for a, b in zip(jax.tree.leaves(rough), jax.tree.leaves(exact), strict=True):
         assert a.dtype == jnp.bfloat16
-        # bfloat16 rounds to one part in 256; a dozen roundings one after the other add up.
+        # bfloat16 rounds to one part in 256, and a dozen successive roundings add up.
         bound = 12 / 256 * float(np.abs(b).max())
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=bound, rtol=0)
 
@@ -240,7 +241,8 @@ def test_types(config, dtype, param_dtype, expected):
     inputs = t5_inputs(0, config)
     assert jax.eval_shape(module.apply, {"params": shapes}, *inputs).dtype == expected
     text = str(jax.make_jaxpr(module.apply)({"params": shapes}, *inputs))
-    # Softmax and norms: of the encoder twice 2 + 1, of the decoder 4 norms and 2 softmaxes.
+    # Softmax and norms: 2 layers with 2 + 1 each in the encoder; 4 norms and 2 softmaxes in the
+    # decoder.
     assert len(re.findall(r"f32\[[\d,]+\] = exp ", text)) == 4
     assert len(re.findall(r"f32\[[\d,]+\] = rsqrt ", text)) == 9
     assert not re.search(r"f16\[[\d,]*\] = (exp|rsqrt|reduce_sum|reduce_max)", text)
@@ -259,17 +261,17 @@ def test_parameters_in_bfloat16_compute_in_float32_as_their_values_do():
     [(16, 0, False), (0, 256, False), (16, 256, False), (0, 256, True), (16, 0, True)],
 )
 def test_attention_scores_are_not_rounded_to_bfloat16(query, bias, by_bias):
-    """257 is no bfloat16: it would be rounded to 256, and the two keys be attended to alike.
+    """bfloat16 would round 257 to 256, so that both keys would get the same attention.
 
-    Scores are `16 query + bias`, and one more for the second key: by its product with the query,
-    or by the bias of its position.
+    Scores are `16 query + bias`, and one more for the second key, either from its product with the
+    query or from the bias of its position.
     """
     config = dataclasses.replace(TINY_T5, d_model=2, d_kv=2, num_heads=1)
     module = T5Attention(config, dtype=jnp.bfloat16, has_position_bias=True)
     table = np.full((8, 1), bias, np.float32)
     if by_bias:
-        table[1] -= 1  # of the key before the query
-        table[5] += 1  # of the key after it
+        table[1] -= 1  # the bias of the key before the query
+        table[5] += 1  # the bias of the key after it
     params = {
         "q": {"kernel": np.array([[query, 1], [query, 1]], np.float32)},
         "k": {"kernel": np.array([[16, 0], [16, not by_bias]], np.float32)},
@@ -278,7 +280,7 @@ def test_attention_scores_are_not_rounded_to_bfloat16(query, bias, by_bias):
         "relative_attention_bias": {"embedding": table},
     }
     x = jnp.eye(2, dtype=jnp.bfloat16)[None]
-    # The values are the unit vectors, so what comes out are the weights of the two keys.
+    # The values are unit vectors, so the output shows the weights of the two keys.
     y, *_ = module.apply({"params": params}, x, None, None, None, None, None, True)
     assert y.dtype == jnp.bfloat16
     expected = np.exp([0.0, 1.0]) / np.exp([0.0, 1.0]).sum()
@@ -287,7 +289,7 @@ def test_attention_scores_are_not_rounded_to_bfloat16(query, bias, by_bias):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_norms_do_not_overflow_in_half_precision(dtype):
-    """Squares of 300 and their sum exceed float16; a sum of 700 in bfloat16 would stop at 256."""
+    """Squares of 300 and their sum exceed float16; a bfloat16 sum of 700 ones would stop at 256."""
     config = dataclasses.replace(TINY_T5, d_model=700, num_layers=1, layer_norm_epsilon=1e-6)
     module = T5(config, head="encoder", dtype=dtype)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes_of(module))
@@ -299,7 +301,7 @@ def test_norms_do_not_overflow_in_half_precision(dtype):
 
 @pytest.fixture(scope="module")
 def large():
-    """A model whose residual stream is beyond the largest float16, and its parameters."""
+    """Returns a model whose residual stream exceeds the range of float16, and its parameters."""
     module = T5(SHALLOW)
 
     def scaled(path, leaf):
@@ -356,7 +358,7 @@ def test_training_in_bfloat16_is_finite_where_float16_overflows(large):
 
 @pytest.mark.parametrize("config", [TINY_T5, GATED], ids=["tied", "gated"])
 def test_float16_is_as_near_to_float64_as_pytorch_s(config):
-    """Its range is exceeded by the residual stream and, where it is gated, by what `wo` reads."""
+    """The residual stream exceeds the range, and so does the input of `wo` in a gated model."""
     module = T5(dataclasses.replace(config, num_layers=1))
 
     def scaled(path, leaf):
@@ -375,7 +377,7 @@ def test_float16_is_as_near_to_float64_as_pytorch_s(config):
     exact = of_torch(torch_t5(module, params).double())
     half = torch_t5(module, params)
     for name, parameter in half.named_parameters():
-        if not name.endswith("wo.weight"):  # as its `from_pretrained` does
+        if not name.endswith("wo.weight"):  # `from_pretrained` does the same
             parameter.data = parameter.data.half()
     theirs = of_torch(half)
     assert np.isfinite(theirs[0]).all()
@@ -407,7 +409,7 @@ def test_dropout_is_a_function_of_its_key():
     np.testing.assert_array_equal(run(one), run(one))
     assert np.abs(run(one) - run(other)).max() > 0.1
     none = module.clone(config=dataclasses.replace(SHALLOW, dropout_rate=0.0))
-    still = apply(none, params, *inputs, deterministic=False)  # needs no key
+    still = apply(none, params, *inputs, deterministic=False)  # no key is needed
     np.testing.assert_array_equal(still, apply(module, params, *inputs))
 
 
@@ -456,7 +458,7 @@ def test_dropout_acts_where_transformers_has_it():
 
 
 def test_dropout_keeps_the_expectation():
-    """Both dropouts of a feed-forward layer are followed by nothing but linear maps."""
+    """Both dropouts of a feed-forward layer are followed only by linear maps."""
     layer = T5LayerFeedForward(dataclasses.replace(TINY_T5, dropout_rate=0.25))
     params = random_params(T5(TINY_T5))["encoder"]["block"]["0"]["layer"]["1"]
     x = np.float32(np.random.default_rng(1).standard_normal((2, 12)))
@@ -471,13 +473,13 @@ def test_dropout_keeps_the_expectation():
     y = np.float64(sample(jax.random.split(jax.random.key(0), 4096)))
     expected = layer.apply({"params": params}, x, True)
     error = (y.mean(0) - expected) / (y.std(0) / 64)
-    assert np.abs(error).max() < 4.5  # 24 normal deviations
-    # An entry whose sub-layer's output is dropped is the residual's.
+    assert np.abs(error).max() < 4.5  # 24 independent normal deviations
+    # Where the output of the sub-layer is dropped, only the residual remains.
     assert abs((y == x).mean() - 0.25) < 0.01
 
 
 def test_remat_changes_nothing():
-    """The same entries are dropped again."""
+    """The recomputation drops the same entries."""
     module = T5(SHALLOW)
     params, inputs = random_params(module), t5_inputs(4, SHALLOW)
     options = {"deterministic": False, "rngs": {"dropout": quick_key(1)}}
@@ -487,7 +489,7 @@ def test_remat_changes_nothing():
     )
     for again in recomputed:
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-            # The same operations, fused differently.
+            # The same operations, fused in another way.
             np.testing.assert_allclose(a, b, atol=1e-6 + 1e-5 * np.abs(a).max(), rtol=0)
 
 
@@ -515,7 +517,7 @@ def test_remat_has_the_same_initial_values():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A module, its parameters, inputs, the encoder's states and the logits."""
+    """Returns a module, its parameters, inputs, the states of the encoder, and the logits."""
     module = T5(dataclasses.replace(SHALLOW, num_decoder_layers=2))
     params, inputs = random_params(module, 6), t5_inputs(6, SHALLOW, 9)
     ids, mask, decoder_ids, _ = inputs
@@ -537,7 +539,7 @@ def test_encode_and_decode_are_the_parts_of_a_call(tiny):
         np.testing.assert_allclose(parts, whole, atol=1e-6, rtol=0)
         if not given:
             np.testing.assert_allclose(logits, whole, atol=1e-6, rtol=0)
-    # What follows padding on the left is changed by the mask.
+    # Without the mask, tokens that follow padding on the left would differ.
     assert np.abs(whole - logits).max() > 0.1
     output = apply(module.clone(head=None), params, ids, mask, decoder_ids)
     assert isinstance(output, T5Output)
@@ -564,7 +566,7 @@ def test_padding_cannot_be_seen(tiny):
     np.testing.assert_array_equal(
         decode(decoder_ids, states), decode(decoder_ids, np.where(mask[..., None], states, 7.0))
     )
-    # Nor can the tokens after the one that predicts.
+    # Later tokens of the decoder have no influence either.
     later = decoder_ids.copy()
     later[:, 3:] = (later[:, 3:] + 1) % 19
     changed = decode(later, states)
@@ -596,7 +598,7 @@ def test_decoding_with_a_cache_equals_decoding_at_once(tiny, dtype):
             method="decode",
         )
 
-    # bfloat16: as for a call, roundings to one part in 256.
+    # bfloat16 rounds to one part in 256, as in a full call.
     bound = 1e-5 if dtype == jnp.float32 else 12 / 256 * np.abs(logits).max()
     for i in range(length):
         assert all((leaf[:, :, i:] == 0).all() for pair in cache.self_attention for leaf in pair)
@@ -610,7 +612,7 @@ def test_decoding_with_a_cache_equals_decoding_at_once(tiny, dtype):
 
 
 def test_the_encoders_states_are_projected_once(tiny):
-    """By `start_cache`; each later token reads its result, and not the states' kernels."""
+    """`start_cache` projects the states; each later token reads the result, not the kernels."""
     module, params, (_, mask, decoder_ids, _), states, _ = tiny
     called = []
 
@@ -632,7 +634,7 @@ def test_the_encoders_states_are_projected_once(tiny):
     crossed = [layer.format(i, name) for i in range(2) for name in "kv"]
     compiled = quick_jit(start).lower(states).compile()
     assert [path for path in called if path in crossed] == crossed
-    # What else the pass for one token computes is dropped by the compiler.
+    # The compiler removes all other computations of the pass for one token.
     assert len(re.findall(r" dot\(", compiled.as_text())) == len(crossed)
     cache = compiled(states)
     for i, pair in enumerate(cache.cross_attention):
@@ -653,7 +655,7 @@ RELATIVE = "block/0/layer/0/SelfAttention/relative_attention_bias/embedding"
 
 
 def stack_paths(name, layers, feed_forward):
-    """Path -> shape of the encoder, or of the decoder."""
+    """Returns path -> shape of the parameters of the encoder or the decoder."""
     crossed = ["0/SelfAttention"] + ["1/EncDecAttention"] * (name == "decoder")
     paths = {RELATIVE: (8, 3), "final_layer_norm/scale": (12,)}
     for i in range(layers):
@@ -714,7 +716,7 @@ def test_sites_are_the_outputs_before_dropout_and_residual(remat):
         (site, "decoder", 0, nn.Dense) for site in ("attention", "cross_attention", "feed_forward")
     ]
     assert sorted(hits, key=str) == sorted(expected, key=str)
-    # With every sub-layer silenced, only the residual stream and its last norms are left.
+    # If every sub-layer returns zero, only the residual stream and its last norms remain.
     for side, ids, states in (
         ("encoder", inputs[0], output.encoder_last_hidden_state),
         ("decoder", inputs[2], output.last_hidden_state),
@@ -778,18 +780,21 @@ STATES = np.ones((2, 5, 12), np.float32)
     ("inputs", "message"),
     [
         ((IDS[0], None, IDS), r"input_ids has shape \(5,\); it must be \[batch, length\]"),
-        ((IDS[:, :0], None, IDS), r"input_ids has shape \(2, 0\), no tokens"),
-        ((IDS, None, IDS[:, :0]), r"decoder_input_ids has shape \(2, 0\), no tokens"),
+        ((IDS[:, :0], None, IDS), r"input_ids has shape \(2, 0\), so it has no tokens"),
+        ((IDS, None, IDS[:, :0]), r"decoder_input_ids has shape \(2, 0\), so it has no tokens"),
         ((IDS, None, IDS[None]), r"decoder_input_ids has shape \(1, 2, 5\); it must be"),
         ((IDS, MASK[:, :4], IDS), r"attention_mask has shape \(2, 4\); .*\(2, 5\)"),
         ((IDS, MASK, IDS, MASK[:1]), r"decoder_attention_mask has shape \(1, 5\); .*\(2, 5\)"),
-        ((IDS, MASK.astype(np.float32), IDS), r"attention_mask is float32; .*integers or bool"),
+        (
+            (IDS, MASK.astype(np.float32), IDS),
+            r"attention_mask has dtype float32; .*integers or bool",
+        ),
         (
             (IDS, MASK, IDS, MASK.astype(np.float32)),
-            r"decoder_attention_mask is float32; .*integers or booleans",
+            r"decoder_attention_mask has dtype float32; .*integers or booleans",
         ),
         ((IDS, MASK), r"decoder_input_ids are missing; .*call the method `encode`"),
-        ((IDS, MASK, IDS[:1]), r"decoder_input_ids has 1 rows, the encoder's states have 2"),
+        ((IDS, MASK, IDS[:1]), r"decoder_input_ids has 1 rows, but the encoder's states have 2"),
     ],
 )
 def test_inputs_that_cannot_be(inputs, message):
@@ -815,16 +820,20 @@ CACHE = DecoderCache(((STATES[:, None], STATES[:, None]),), ((STATES[:, None], S
             {"cache": CACHE, "index": 0, "decoder_attention_mask": MASK[:, :1]},
             r"with a cache, decode takes one token .*no decoder_attention_mask",
         ),
-        ((IDS[:, :0], STATES), {}, r"decoder_input_ids has shape \(2, 0\), no tokens"),
-        ((IDS, STATES, 1.0 * MASK), {}, r"attention_mask is float64; .*integers or booleans"),
+        ((IDS[:, :0], STATES), {}, r"decoder_input_ids has shape \(2, 0\), so it has no tokens"),
+        (
+            (IDS, STATES, 1.0 * MASK),
+            {},
+            r"attention_mask has dtype float64; .*integers or booleans",
+        ),
         ((IDS, STATES, MASK[:, :4]), {}, r"attention_mask has shape \(2, 4\); .*\(2, 5\)"),
         ((IDS, STATES[:, :, 0]), {}, r"encoder_hidden_states has shape \(2, 5\); .*12\]"),
         ((IDS, STATES[..., :5]), {}, r"encoder_hidden_states has shape \(2, 5, 5\); .*12\]"),
-        ((IDS, STATES[:1]), {}, r"decoder_input_ids has 2 rows, the encoder's states have 1"),
+        ((IDS, STATES[:1]), {}, r"decoder_input_ids has 2 rows, but the encoder's states have 1"),
         (
             (IDS[:1, :1],),
             {"cache": CACHE, "index": 0},
-            r"decoder_input_ids has 1 rows, the encoder's states have 2",
+            r"decoder_input_ids has 1 rows, but the encoder's states have 2",
         ),
         (
             (IDS[:, :1], None, MASK[:, :4]),

@@ -1,4 +1,4 @@
-"""Dropout and its masks."""
+"""Tests dropout and its masks."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ RNG = np.random.default_rng(5)
 
 
 def threefry(key, high, low):
-    """One block of Threefry-2x32 with 20 rounds, of Random123 (Salmon et al., 2011)."""
+    """Computes one block of Threefry-2x32 with 20 rounds, as in Random123 (Salmon et al., 2011)."""
     word = 2**32
     keys = [int(key[0]), int(key[1]), int(key[0]) ^ int(key[1]) ^ 0x1BD11BDA]
     x = [(high + keys[0]) % word, (low + keys[1]) % word]
@@ -33,7 +33,7 @@ def test_a_mask_is_that_of_the_counters():
     mask = np.asarray(dropout_mask(key, (3, 5, 10), rate))
     scores = np.asarray(dropout_mask(key, (2, 6, 4, 7), rate))
     for batch, row, column in [(0, 0, 0), (2, 4, 9), (1, 3, 5), (2, 1, 2)]:
-        words = threefry(pair, batch << 16 | row, column % 3)  # 10 entries are 4 times 3
+        words = threefry(pair, batch << 16 | row, column % 3)  # 10 columns: 3 words of 4 values
         half = words[column // 3 // 2] >> 16 * (column // 3 % 2) & 0xFFFF
         assert mask[batch, row, column] == (half < kept)
     for batch, head, query, target in [(0, 0, 0, 0), (1, 5, 3, 6), (1, 2, 1, 4)]:
@@ -53,7 +53,7 @@ def test_a_mask_keeps_as_many_as_it_should_whatever_their_neighbours(rate):
             np.take(deviation, np.arange(mask.shape[axis] - 1) + i, axis) for i in (1, 0)
         )
         assert abs((ahead * behind).mean()) < 1.1 * bound * variance
-    # Entries that share a hash.
+    # Entries that share a hash are uncorrelated.
     assert abs((deviation[..., :16] * deviation[..., 16:32]).mean()) < 2.1 * bound * variance
 
 

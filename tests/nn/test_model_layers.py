@@ -1,4 +1,4 @@
-"""What the backbones are built of: attention, GELU and norms."""
+"""Tests the layers that backbones are built of: attention, GELU and norms."""
 
 import math
 
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(5)
 
 
 def attention_by_hand(query, key, value, biases, scale):
-    """`[batch, heads, length, size]` arrays in float64 -> `[batch, queries, heads, size]`."""
+    """Computes attention of `[batch, heads, length, size]` arrays in float64."""
     scores = scale * query @ np.swapaxes(key, -1, -2)
     for bias in biases:
         scores = scores + bias
@@ -59,7 +59,7 @@ def test_gradients_of_attention_are_finite_differences():
 
 
 def test_attention_to_nothing_but_padding_is_the_mean():
-    """As of the softmax of equal scores; and a bias of -inf leaves a key out altogether."""
+    """The softmax of equal scores is uniform; a bias of -inf excludes a key completely."""
     query, key, value = jnp.asarray(RNG.standard_normal((3, 1, 1, 4, 2)), jnp.float32)
     least = jnp.full((1, 1, 1, 4), jnp.finfo(jnp.float32).min)
     out = attention(query, key, value, (least,))[0, :, 0]
@@ -107,12 +107,12 @@ def test_of_a_feed_forward_layer_one_array_is_kept():
     compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((rows, width))).compile()
     kept = compiled.memory_analysis().temp_size_in_bytes
     one = rows * inner * 4
-    # Beside those of all layers there is what the layer under way has.
+    # In addition to the activations of all layers, there are those of the current layer.
     assert kept < (layers + 3) * one
 
 
 def norm_by_hand(x, scale, bias, centred, epsilon):
-    """`[..., features]` in float64, and the gradient of the sum of its squares."""
+    """Computes a norm of `[..., features]` in float64, and the gradient of its sum of squares."""
     width = x.shape[-1]
     away = x - x.mean(-1, keepdims=True) if centred else x
     inverse = 1 / np.sqrt((away**2).mean(-1, keepdims=True) + epsilon)
@@ -126,7 +126,7 @@ def norm_by_hand(x, scale, bias, centred, epsilon):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("shape", [(3, 5, 12), (2, 7), (1, 1, 1, 33)])
 def test_norms_are_those_of_numpy(norm, dtype, tolerance, shape):
-    # One entry much larger than the rest, as in BERT.
+    # One entry is much larger than the others, as in BERT.
     x = np.asarray(jnp.asarray(RNG.standard_normal(shape), dtype), np.float64)
     x[..., 1] += 32
     scale, bias = np.float32(1 + RNG.standard_normal((2, shape[-1])) / 4).astype(np.float64)

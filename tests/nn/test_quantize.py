@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits: what is stored, what is computed with it, what is refused."""
+"""Tests frozen weights in fewer bits: storage, computation, and refused operations."""
 
 import functools
 
@@ -45,7 +45,7 @@ def bert(method):
 
 
 def felt(params):
-    """The same with adapters that do something: many start at zero."""
+    """Returns the parameters with adapters that have an effect, since many start at zero."""
     generator = np.random.default_rng(0)
 
     def change(path, leaf):
@@ -130,7 +130,7 @@ def test_what_int8_is_for():
         path for path, leaf in frozen.items() if path.endswith("kernel") and leaf is not None
     }
     assert quantized == kernels | {"embeddings/word_embeddings/embedding"}
-    assert len(kernels) == 7  # that of the pooler, too
+    assert len(kernels) == 7  # including that of the pooler
     assert frozen["phm_rule"].dtype == jnp.float32
     assert cj.count(params, labels) == cj.count(cast(params, labels, "int8"), labels)
 
@@ -186,7 +186,7 @@ def test_every_method_trains_float32_on_narrow_weights(name):
         with pytest.raises(ValueError, match="no kernel is frozen, so int8 stores nothing"):
             shapes(jnp.int8)
     elif isinstance(model.method, cj.IntrinsicConfig):
-        with pytest.raises(ValueError, match="intrinsic dimension wants the backbone's own"):
+        with pytest.raises(ValueError, match="intrinsic dimension needs the backbone's original"):
             shapes(jnp.int8)
     else:
         assert shapes(jnp.int8) == (of_trained, logits)
@@ -241,11 +241,11 @@ def without_adapters(params):
 def test_what_int8_cannot_do(tmp_path):
     model, params, labels = bert(cj.preset("lora", rank=2))
     narrow = cast(params, labels, jnp.int8)
-    with pytest.raises(ValueError, match="merging an adapter wants the backbone's own weights"):
-        cj.merge_adapter(model, narrow)
     with pytest.raises(
-        ValueError, match=r"saving an adapter wants .* as it was before cast_frozen"
+        ValueError, match="merging an adapter needs the backbone's original weights"
     ):
+        cj.merge_adapter(model, narrow)
+    with pytest.raises(ValueError, match=r"saving an adapter needs .* from before cast_frozen"):
         cj.save_adapter(tmp_path, model, narrow)
     with pytest.raises(ValueError, match="a floating-point type or int8, not int16"):
         cj.cast_frozen(params, jnp.int16)

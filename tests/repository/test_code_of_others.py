@@ -1,4 +1,4 @@
-"""Code that lies beside a model or a data set is never run, and nobody is asked whether it may."""
+"""Code in the folder of a model or a data set is never run, and the user is never asked to."""
 
 import ast
 import io
@@ -18,14 +18,14 @@ FILES = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".ipynb")
 ]
-# Functions of transformers and datasets that would run code from a folder or the hub.
+# Functions of transformers and datasets that could run code from a folder or the hub.
 READING = {"from_pretrained", "load_dataset", "load_dataset_builder", "pipeline"}
-# PEFT has no such argument; its folders hold no code.
+# PEFT has no such argument, since its folders hold no code.
 OTHERS = {"PeftModel"}
 
 
 def sources(path):
-    """The Python in a file, as trees."""
+    """Yields the Python code in a file as syntax trees."""
     text = path.read_text("utf-8")
     if path.suffix == ".py":
         return [ast.parse(text)]
@@ -38,7 +38,7 @@ def sources(path):
 
 
 def calls(path):
-    """The calls that read models or data."""
+    """Yields the calls that read models or data."""
     for tree in sources(path):
         for node in ast.walk(tree):
             function = node.func if isinstance(node, ast.Call) else None
@@ -64,7 +64,7 @@ def test_every_call_says_that_code_is_not_trusted():
     [
         {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
         {"AutoTokenizer": [None, "evil.Evil"]},
-        ["evil.Evil", None],  # as transformers before 4.20 wrote it
+        ["evil.Evil", None],  # the format of transformers before 4.20
     ],
     ids=str,
 )
@@ -80,7 +80,7 @@ def test_the_code_of_a_tokenizer_is_not_run(auto_map, tiny_backbone, tmp_path, m
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     limits = {"vocab_size": 99, "max_position_embeddings": 64, "max_length": 8}
-    with pytest.raises(ValueError, match=r"wants to run code of its own, 'evil\.Evil'") as error:
+    with pytest.raises(ValueError, match=r"needs to run its own code, 'evil\.Evil'") as error:
         load_tokenizer(folder, **limits)
     assert len(str(error.value)) <= 500
     assert not ran.exists()

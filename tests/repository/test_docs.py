@@ -1,4 +1,4 @@
-"""The documentation: examples that run, every public name in it, and no link to nowhere."""
+"""Tests the documentation: examples run, every public name is documented, and links are valid."""
 
 import doctest
 import importlib
@@ -56,7 +56,7 @@ COMMAND_PAGES = [page for page in [*PAGES, ROOT / "README.md"] if code_blocks(pa
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda page: page.stem)
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    # The page on extending adds it; test_extending.py does so, and runs the command.
+    # The page on extending adds this preset; test_extending.py does so, and runs the command.
     monkeypatch.setitem(catalogue.PRESETS, "scale-shift", catalogue.PRESETS["ia3"])
     for block in code_blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
@@ -66,7 +66,7 @@ def test_commands_parse(page, monkeypatch):
 
 
 def slug(heading):
-    """The anchor of a heading, as GitHub makes it."""
+    """Returns the anchor of a heading on GitHub."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -92,7 +92,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f"{page.name} links to {target}"
 
 
-# Made on the page on extending, or a place for a name.
+# Files that the page on extending creates, and placeholders.
 NOT_THERE = r"compacter_jax[./]methods[./]scale_shift(\.py)?|notebooks/NAME\.py"
 
 
@@ -113,7 +113,7 @@ def test_files_and_modules_of_the_text_are_there(page):
 
 
 def is_there(name):
-    """Whether a dotted name is a module, or leads to something in one."""
+    """Returns True if a dotted name is a module or an attribute in one."""
     try:
         return bool(pkgutil.resolve_name(name))
     except (ImportError, AttributeError):
@@ -121,7 +121,7 @@ def is_there(name):
 
 
 def python(page, number, **replaced):
-    """A block of Python of a page, with what is of the size of a real backbone replaced."""
+    """Returns a Python block of a page, with sizes of a real backbone replaced by small ones."""
     code = code_blocks(ROOT / "docs" / page, "python")[number]
     for written, here in replaced.items():
         assert written in code
@@ -198,7 +198,7 @@ def test_adapters_of_other_libraries(tiny_backbone, tmp_path, monkeypatch):
 
 
 def value_of(formula, **sizes):
-    """The number that a formula of a page stands for, such as `24 (2db + b + d)`."""
+    """Returns the number that a formula of a page stands for, such as `24 (2db + b + d)`."""
     text = re.sub(r" \([^()]*[a-z]{3}[^()]*\)", "", formula)  # words
     text = text.replace(",", "").replace("·", "*").replace("³", "**3")
     return eval(re.sub(r"(?<=[\da-z)]) ?(?=[a-z(])", "*", text), {}, sizes)
@@ -212,12 +212,12 @@ def test_formulas_are_read_as_they_are_written():
 
 
 def counted_backbone(name, **options):
-    """What `params` counts with."""
+    """Returns the backbone as the command `params` counts it."""
     return estimate_params.counted_backbones(ParamsOptions(backbone_config=name, **options))[0]
 
 
 def check_row(row, name, backbone, method):
-    """Every cell of a method in the table of counts."""
+    """Checks every cell of a method in the table of counts."""
     (counted,) = estimate_params.counts(method, [backbone])
     part = 100 * counted.trained / backbone.total
     assert row[4:] == [f"{counted.trained:,}", "100 %" if part == 100 else f"{part:.3f} %"]
@@ -241,14 +241,14 @@ def test_the_table_of_presets():
 
 @pytest.mark.slow
 def test_counts_are_those_of_params():
-    # With the vocabulary of the tokens there are.
+    # The vocabulary is that of the tokenizer.
     backbone = counted_backbone("t5-base", vocab_size=32_100)
     found = []
     for row in rows_of_tables(ROOT / "docs/methods.md"):
         if len(row) < 6 or row[0] == "preset" or row[0].startswith("---"):
             continue
         for name in re.findall(r"`([^`]+)`", row[0]):
-            is_other = "n = 12" in row[0] and name != "phm"  # which has it as it is
+            is_other = "n = 12" in row[0] and name != "phm"  # `phm` has n = 12 itself
             check_row(row, name, backbone, cj.preset(name, **({"phm_dim": 12} if is_other else {})))
             found.append((name, is_other))
     others = [("compacter", True), ("compacter++", True)]
@@ -276,7 +276,7 @@ def test_sites_of_the_table():
 
 
 def test_picture_of_sites(tmp_path, monkeypatch):
-    """It is drawn, and names no site that there is not."""
+    """The picture can be drawn, and names only existing sites."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("sys.argv", ["sites.py", str(tmp_path / "sites.png")])
     runpy.run_path(str(ROOT / "docs/pictures/sites.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md: each is done as it stands there."""
+"""Runs the worked examples of docs/extending.md exactly as the page has them."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from train.__main__ import main
 PATH = ROOT / "docs/extending.md"
 PAGE = PATH.read_text(encoding="utf-8")
 
-# Run in a copy of the repository that has the edits of the page; its arguments are folders: of a
-# backbone, and with PAWS, and what the page runs of the tests. These are first: fields, start,
-# gradients, a step, merging, files, counts.
+# Run in a copy of the repository with the edits of the page. Its arguments are the folder of a
+# backbone, the folder of PAWS, and the tests that the page runs; the tests come first: fields,
+# start, gradients, a step, merging, files and counts.
 USES = """
 import contextlib, io, json, sys
 from pathlib import Path
@@ -114,7 +114,7 @@ def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
     (path,) = re.findall(r"^The file `(\S+)` has two classes", PAGE, re.MULTILINE)
     (copy / path).write_text(blocks("python")[0], encoding="utf-8")
     for edit in blocks("diff"):
-        # Beside what a hunk shows of its place, others may have been added.
+        # Other changes next to the context of a hunk must not prevent its application.
         command = ["git", "apply", "--recount", "--unidiff-zero", "-"]
         subprocess.run(command, cwd=copy, input=edit, text=True, check=True)
     text = Value("string")
@@ -135,7 +135,7 @@ def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
     folders = [str(tiny_backbone), str(tmp_path / "paws")]
     uses = [sys.executable, "-c", USES, *folders, *shlex.split(tests)]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
-    del environment["XLA_FLAGS"]  # which the tests' own configuration sets
+    del environment["XLA_FLAGS"]  # the tests' own configuration sets it
     done = subprocess.run(
         uses, cwd=copy, env=environment, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""Imports point one way, folder by folder, and importing the library loads nothing heavy."""
+"""Imports between folders have one direction, and importing the library loads nothing heavy."""
 
 import ast
 import functools
@@ -14,8 +14,8 @@ from compacter_jax import catalogue
 from compacter_jax.models.names import NAMES
 
 ROOT = Path(compacter_jax.__file__).parents[1]
-# A file or a folder of a package imports from those in the lines before its own, and a folder's
-# files from each other.
+# A file or folder of a package imports from the lines before its own; the files of a folder also
+# import each other.
 ARROWS = {
     "compacter_jax": (
         {"messages", "limits", "fastfood", "phm", "hosts"},
@@ -41,8 +41,8 @@ ARROWS = {
         {"__main__"},
     ),
 }
-# A backbone knows nothing of adapters, and what is inserted knows no family of backbones. `paths`
-# reads the names of all families, and nothing else of them.
+# Backbones must not import adapters, and inserted methods must not import families of backbones.
+# `paths` reads the names of all families, and nothing else of them.
 NEVER = {
     "compacter_jax/models": {"paths", "leftovers"},
     "compacter_jax/methods": {"models"},
@@ -50,14 +50,23 @@ NEVER = {
     "compacter_jax/inject": {"models", "catalogue"},
     "compacter_jax/params": {"models", "inject"},
 }
-MODULES = sorted(
-    path.relative_to(ROOT) for package in ARROWS for path in (ROOT / package).rglob("*.py")
-)
-# Where classes of methods are named: by themselves, as presets, as other libraries have them, and
-# in the list of public names.
+
+
+def files_of(*folders):
+    """Returns the Python files in folders of the repository."""
+    return sorted(
+        path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")
+    )
+
+
+MODULES = files_of(*ARROWS)
+# Files whose docstrings are checked, too.
+OTHERS = [p for p in files_of("tests", "benchmarks") if p.parent != Path("tests/train/compare")]
+# Classes of methods are named only in their own files, in the presets, in the exchange with other
+# libraries, and in the list of public names.
 NAMES_METHODS = ("methods", "exchange", "catalogue.py", "public.py")
 # First words of sentences that have no subject.
-WITHOUT_SUBJECT = ("What", "Whether", "Those", "That", "Where", "As")
+WITHOUT_SUBJECT = ("What", "Whether", "Those", "That", "Where", "As", "Of", "Not")
 
 
 @functools.cache
@@ -66,7 +75,7 @@ def tree_of(path):
 
 
 def imported(path, *, with_types=False):
-    """Dotted names of the imports in a file, inside functions too."""
+    """Returns the dotted names of the imports in a file, including those inside functions."""
     for_types = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -84,7 +93,7 @@ def imported(path, *, with_types=False):
 
 
 def place(path):
-    """The file or folder of its package that a module is, or lies in."""
+    """Returns the file or folder of its package that a module belongs to."""
     return path.parts[1].removesuffix(".py")
 
 
@@ -107,7 +116,7 @@ def test_imports_point_one_way(path):
     below = {other for names in lines[:line] for other in names} | {"__version__"}
     never = NEVER.get(f"{path.parts[0]}/{name}", set())
     beside = places_imported(path) - {name}
-    # In a line, too, there is an order: a circle would show as two places that import each other.
+    # A line has an order, too: two places that import each other would form a cycle.
     assert beside <= (below | lines[line]) - never
     for other in beside & lines[line]:
         files = [
@@ -175,12 +184,11 @@ def test_paths_of_parameters_are_written_where_families_are(path):
     assert not {text for text in texts if known.search(text)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
+@pytest.mark.parametrize("path", [*MODULES, *OTHERS], ids=str)
 def test_docstrings_begin_with_a_subject_or_a_verb(path):
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(node) for node in ast.walk(tree_of(path)) if isinstance(node, kinds)]
-    first_words = {re.match(r"\W*(\w*)", text)[1]: text for text in texts if text}
-    assert not {text for word, text in first_words.items() if word in WITHOUT_SUBJECT}
+    assert not [t for t in texts if t and re.match(r"\W*(\w*)", t)[1] in WITHOUT_SUBJECT]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -188,14 +196,14 @@ def test_the_library_imports_no_jobs_tests_or_oracles(path):
     if path.parts[0] != "compacter_jax":
         return
     foreign = {name.partition(".")[0] for name in imported(path, with_types=True)}
-    # What others wrote with PyTorch's pickle only PyTorch reads, where it is installed.
+    # Only PyTorch can read files of its own pickle format, if it is installed.
     allowed = {"torch"} if path == Path("compacter_jax/exchange/tensors.py") else set()
     never = {"train", "tests", "benchmarks", "torch", "adapters", "datasets"}
     assert not foreign & never - allowed
 
 
 def modules_after(program, names):
-    """Those of `names` that a program has imported at its end."""
+    """Returns the modules among `names` that a program has imported at its end."""
     program += f"; import sys; print([name for name in {names!r} if name in sys.modules])"
     run = [sys.executable, "-c", program]
     result = subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT)
@@ -218,6 +226,6 @@ def test_what_is_exported_is_there():
 
 
 def test_files_of_tests_have_names_of_their_own():
-    """pytest imports them by their names alone."""
+    """pytest imports test files by their base names alone."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))

@@ -1,4 +1,4 @@
-"""The notebooks: both versions alike, outputs there and readable, and every cell runs."""
+"""Tests the notebooks: both versions agree, outputs are present and readable, every cell runs."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ from conftest import QUICK
 jupytext = pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
-LIMIT = 600  # seconds that all notebooks may take together at small size: what hangs is an error
+LIMIT = 600  # total seconds for all notebooks at small size; a notebook that hangs fails
 FOLDER = Path(__file__).parents[2] / "notebooks"
 _spec = importlib.util.spec_from_file_location("notebooks_run", FOLDER / "run.py")
 run = importlib.util.module_from_spec(_spec)
@@ -90,7 +90,7 @@ def test_runs(name, deadline):
     if name == "adapterhub_interop":
         for oracle in ("torch", "adapters", "peft"):
             pytest.importorskip(oracle)
-    # The tests' cache, but not their four devices.
+    # With the tests' cache, but without their four devices.
     environment = os.environ | {"XLA_FLAGS": QUICK}
     command = [sys.executable, str(FOLDER / "run.py"), "--check", name]
     left = max(deadline - time.monotonic(), 1)

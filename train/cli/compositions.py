@@ -115,7 +115,7 @@ def parse(text: str, flag: str = "--method") -> Node:
     made = parser.expression()
     parser.end()
     if isinstance(made, Leaf):
-        raise parser.error("it composes nothing")
+        raise parser.error("it is empty")
     return made
 
 
@@ -128,8 +128,8 @@ class _Parser:
 
     def error(self, why: str) -> ValueError:
         return ValueError(
-            f"{self._flag} {quote(self._text, 100)} is no composition: {why}; an example is "
-            f"{_EXAMPLES[self._flag]!r}"
+            f"{self._flag} {quote(self._text, 100)} is not a valid composition: {why}; an example "
+            f"is {_EXAMPLES[self._flag]!r}"
         )
 
     def expression(self) -> Leaf | Node:
@@ -137,7 +137,7 @@ class _Parser:
         if self._peek() != "(":
             return self._leaf(name)
         if name not in _KINDS:
-            raise self.error(f"{quote(name)} is none of {', '.join(_KINDS)}")
+            raise self.error(f"{quote(name)} is not one of {', '.join(_KINDS)}")
         self._take("(")
         members = [self._member(name)]
         while self._peek() == ",":
@@ -167,11 +167,11 @@ class _Parser:
 
     def _weight(self, text: str, kind: str) -> float:
         if kind not in _WEIGHTED:
-            raise self.error(f"weights are for {' and '.join(_WEIGHTED)}, not for {kind}")
+            raise self.error(f"only {' and '.join(_WEIGHTED)} take weights, not {kind}")
         try:
             return float(text)
         except ValueError:
-            raise self.error(f"{quote(text)} is no weight") from None
+            raise self.error(f"{quote(text)} is not a number, as weights must be") from None
 
     def _leaf(self, text: str) -> Leaf:
         if text in presets():
@@ -255,8 +255,8 @@ def _trained_names(expression: Node, trained: str | None) -> list[str]:
     left = [name for name, leaf in leaves.items() if leaf.folder is None and name not in names]
     if left:
         raise ValueError(
-            f"--train-members leaves out {quote(left[0])}, a preset, which would stay as it was "
-            "drawn; name it, too"
+            f"--train-members leaves out the preset {quote(left[0])}, which would keep its random "
+            "initial values; name it, too"
         )
     return names
 
@@ -267,8 +267,8 @@ def _check_options(names: Sequence[str], options: Any) -> None:
     if unused := sorted(given_options(options).keys() - used):
         flag = "--" + unused[0].replace("_", "-")
         raise ValueError(
-            f"{flag} is for new members of a composition, and none of them "
-            f"({listing(names) or 'all are saved adapters'}) has it"
+            f"{flag} applies to new members of a composition, but none of them "
+            f"({listing(names) or 'all are saved adapters'}) has this field; leave it out"
         )
 
 
@@ -313,7 +313,8 @@ class ChoosesMethod:
         """Raises ValueError if members of a composition are named although the method is none."""
         if self.train_members is not None and not is_composition(self.method):
             raise ValueError(
-                f"--train-members are those of a composition, and --method {self.method} is none"
+                f"--train-members names members of a composition, but --method {self.method} is "
+                "not a composition; leave it out"
             )
 
     @functools.cached_property

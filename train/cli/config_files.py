@@ -83,12 +83,17 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
         return values, of_tasks
     base = values.pop("base")
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base={quote(base)} must be text, the name of a file beside it")
+        raise ValueError(
+            f"{path}: base={quote(base)} must be text, the name of a file in the same folder"
+        )
     base_path = path.parent / base
     with about(f"{path}: base={quote(base, 100)}"):
         base, of_tasks_in_base = _read_tables(base_path)
     if "base" in base:
-        raise ValueError(f"{base_path} is the base of {path} and has a base itself; name that one")
+        raise ValueError(
+            f"{base_path} is the base of {path} and has a base itself, but only one level is "
+            f"read; name the second base in {path}"
+        )
     tasks = of_tasks_in_base | of_tasks
     merged = {task: of_tasks_in_base.get(task, {}) | of_tasks.get(task, {}) for task in tasks}
     return base | values, merged
@@ -100,8 +105,8 @@ def _read_tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
     tables = values.pop("tasks", {})
     if not isinstance(tables, dict) or not all(isinstance(x, dict) for x in tables.values()):
         raise ValueError(
-            f"{path}: tasks must be tables such as [tasks.rte], not {quote(tables)}; the tasks "
-            "themselves are named by the key task"
+            f"{path}: tasks must be tables such as [tasks.rte], not {quote(tables)}; to choose "
+            "the tasks, use the key task"
         )
     return values, tables
 

@@ -43,7 +43,9 @@ def _method_options() -> type:
         told = documented(cls)
         for name, hint in _flag_fields(cls).items():
             if hints.setdefault(name, hint) != hint:
-                raise TypeError(f"{name} of {kind} is of type {hint}, elsewhere of {hints[name]}")
+                raise TypeError(
+                    f"{name} of {kind} has the type {hint}, but {hints[name]} in other methods"
+                )
             texts.setdefault(name, {}).setdefault(told[name], []).append(kind)
     made = [
         (

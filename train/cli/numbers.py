@@ -22,7 +22,7 @@ def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
             return None if values == ["None"] and is_union else kind(values[0])
         except ValueError:
             wanted = "whole number" if kind is int else "number"
-            raise ValueError(f"{values[0]!r} is no {wanted}") from None
+            raise ValueError(f"{values[0]!r} is not a {wanted}") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

@@ -28,7 +28,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise ValueError(f"{path} is not valid TOML: its brackets are too deep") from None
+        raise ValueError(f"{path} is not valid TOML: its brackets are nested too deep") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {shorten(str(error), 200)}") from None
 

@@ -33,8 +33,8 @@ logger = logging.getLogger("train")
 def announce_compilation() -> None:
     """Prints, once per process, that compilation comes first and how long it may take."""
     tqdm.write(
-        "compiling for each new length of input: up to about 20 s each on two cores, less where an "
-        "earlier run did it"
+        "each new input length has to be compiled: this takes up to about 20 s on two cores, less "
+        "if an earlier run compiled it"
     )
 
 
@@ -62,7 +62,7 @@ def enable(environment: MutableMapping[str, str]) -> Path | None:
         _check(folder)
         _remove_unfinished(folder)
     except OSError as error:
-        logger.warning("what is compiled is not kept for the next run: %s", error)
+        logger.warning("compiled programs are not kept for the next run: %s", error)
         return None
     for name, value in {_FOLDER: str(folder), **_DEFAULTS}.items():
         if name.upper() not in environment:
@@ -84,7 +84,9 @@ def _check(folder: Path) -> None:
     status = folder.stat()
     own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
     if not own or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} must be the user's own, and writable for nobody else")
+        raise PermissionError(
+            f"{folder} must belong to the user, and must not be writable for anybody else"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written")
 

@@ -85,7 +85,7 @@ def of_first(action: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise ValueError("the first process does not begin the run, and says why")
+        raise ValueError("the first process did not begin the run; its own message says why")
 
 
 def any_of(value: bool) -> bool:

@@ -92,8 +92,8 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     for own in hosts.values():
         if len(own) != math.prod(sizes.values()):
             raise ValueError(
-                f"--mesh {text!r} is of {math.prod(sizes.values())} devices, but a host has "
-                f"{len(own)}; their product must be that"
+                f"--mesh {text!r} needs {math.prod(sizes.values())} devices, but a host has "
+                f"{len(own)}; the product of the axes must be {len(own)}"
             )
     shape = (sizes[DATA], sizes[MODEL])
     laid_out = [mesh_utils.create_device_mesh(shape, hosts[index]) for index in sorted(hosts)]
@@ -118,8 +118,8 @@ def spec_of(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Partit
             pairs = zip(axes, shape, strict=False)
             return PartitionSpec(*(None if size % sizes[axis] else axis for axis, size in pairs))
     raise ValueError(
-        f"no rule says how {path} {tuple(shape)} is divided over a mesh; leave --mesh out, or name "
-        "it in compacter_jax/models/names.py"
+        f"no rule says how {path} of shape {tuple(shape)} is divided over a mesh; leave --mesh "
+        "out, or add its name to compacter_jax/models/names.py"
     )
 
 
@@ -201,7 +201,8 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
     size, parts = len(next(iter(batch.values()))), mesh.shape[DATA]
     if size % parts:
         raise ValueError(
-            f"a batch of {size} on a host cannot be divided over data={parts}; use a multiple of it"
+            f"a batch of {size} on a host cannot be divided over data={parts}; use a multiple of "
+            f"{parts}"
         )
     rows = NamedSharding(mesh, PartitionSpec((HOSTS, DATA)))
     return {

@@ -62,5 +62,5 @@ def split_outputs(
                 whole[indices[real]] = new[real]
             bar.update(int(real.sum()))
     if rows is None:
-        raise ValueError("no examples to compute outputs of")
+        raise ValueError("there are no examples to compute outputs for")
     return rows

@@ -39,7 +39,7 @@ def bucket_lengths(max_length: int, multiple: int = 16) -> tuple[int, ...]:
       ValueError: if `max_length` or `multiple` is below 1.
     """
     if max_length < 1 or multiple < 1:
-        raise ValueError(f"max_length={max_length} and multiple={multiple}; want 1 or more")
+        raise ValueError(f"max_length={max_length} and multiple={multiple} must be at least 1")
     lengths, power = [multiple], 2
     while lengths[-1] < max_length:
         lengths += [power * multiple, power * multiple * 3 // 2]
@@ -50,7 +50,7 @@ def bucket_lengths(max_length: int, multiple: int = 16) -> tuple[int, ...]:
 def num_batches(num_examples: int, batch_size: int) -> int:
     """Returns the number of batches of a shuffled epoch, `ceil(num_examples / batch_size)`."""
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; want 1 or more")
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     return -(-num_examples // batch_size)
 
 
@@ -95,16 +95,18 @@ def batches(
       ValueError: if `shuffle` has no `seed`, or `start`, `batch_size` or `part` is out of range.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; want 1 or more")
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     index, parts = part
     if not 0 <= index < parts or batch_size % parts:
-        raise ValueError(f"part={part} is none of a batch of {batch_size} divided by {parts}")
+        raise ValueError(
+            f"part={part} is not a part of a batch of {batch_size} that is divided by {parts}"
+        )
     padded = _padded_lengths(encoded)
     # One number for each pair of lengths, which preserves the order of the pairs.
     buckets = padded[:, 0] * (1 + padded[:, 1].max(initial=0)) + padded[:, 1]
     if shuffle:
         if seed is None or seed < 0 or epoch < 0:
-            raise ValueError(f"shuffling wants seed and epoch of 0 or more, got {seed} and {epoch}")
+            raise ValueError(f"seed={seed} and epoch={epoch} must be at least 0 for shuffling")
         rows = _shuffled(buckets, batch_size, np.random.default_rng([seed, epoch]))
     else:
         # Buckets are not mixed: the outputs of a row must not depend on its neighbours.

@@ -71,7 +71,7 @@ def read_documents(
     check_text_file(path)
     if max_characters_per_document < 1:
         raise ValueError(
-            f"max_characters_per_document={max_characters_per_document}; want 1 or more"
+            f"max_characters_per_document={max_characters_per_document} must be at least 1"
         )
     size, found = path.stat().st_size, False
     with path.open("rb") as raw, _bar(size, description) as bar:
@@ -83,11 +83,10 @@ def read_documents(
                 bar.update(raw.tell() - bar.n)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); "
-                "convert it to UTF-8"
+                f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8"
             ) from error
     if not found:
-        raise ValueError(f"{path}: has no text, only white space")
+        raise ValueError(f"{path} has no text, only white space")
 
 
 def check_text_file(path: Path) -> None:
@@ -98,11 +97,11 @@ def check_text_file(path: Path) -> None:
       ValueError: if it is a folder or empty.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
-        raise ValueError(f"{path}: is a directory, not a file")
+        raise ValueError(f"{path} is a directory, not a file")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: is empty (0 bytes)")
+        raise ValueError(f"{path} is empty (0 bytes)")
 
 
 def read_segments(
@@ -133,7 +132,7 @@ def read_segments(
         the file has fewer than 2 tokens.
     """
     if segment_length < 2:
-        raise ValueError(f"segment_length={segment_length}; want 2 or more")
+        raise ValueError(f"segment_length={segment_length} must be at least 2")
     reserved = np.array(
         [*(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), *sentinel_ids(tokenizer)]
     )
@@ -155,7 +154,7 @@ def read_segments(
         parts.append(flat[~np.isin(flat, reserved)])
     tokens = np.concatenate(parts)
     if len(tokens) < 2:
-        raise ValueError(f"{path}: has {len(tokens)} tokens; span corruption needs 2 or more")
+        raise ValueError(f"{path} has {len(tokens)} tokens; span corruption needs 2 or more")
     cuts = np.arange(0, len(tokens) - 1, segment_length)  # a last token alone makes no segment
     end = min(cuts[-1] + segment_length, len(tokens))
     return Segments(tokens[:end], np.append(cuts, end).astype(np.int64))

@@ -41,7 +41,7 @@ def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
             yield rows
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8"
+            f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8"
         ) from error
 
 
@@ -51,14 +51,14 @@ def _parquet_tables(path: Path, chunk_rows: int) -> Iterator[pa.Table]:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                raise ValueError("two columns have one name")
+                raise ValueError("two columns have the same name")
             for batch in file.iter_batches(chunk_rows):
                 batch.validate(full=True)  # text that is not UTF-8 passes the reader
                 if batch.num_rows:
                     yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a readable parquet file: {reason}") from error
+        raise ValueError(f"{path} is not a readable parquet file: {reason}") from error
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -69,9 +69,9 @@ def _json_records(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line}: not JSON: {error}") from error
+                raise ValueError(f"{path}, line {line} is not valid JSON: {error}") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {line}: not an object: {text.strip():.40}")
+                raise ValueError(f"{path}, line {line} is not a JSON object: {text.strip():.40}")
             yield record
 
 
@@ -81,12 +81,14 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
         fields = _csv_fields(path, csv.reader(file, delimiter=delimiter, strict=True))
         header = next(fields, [])
         if len(set(header)) < len(header):
-            raise ValueError(f"{path}: two columns of the header have one name: {header!r:.200}")
+            raise ValueError(
+                f"{path}: two columns of the header have the same name: {header!r:.200}"
+            )
         for row, values in enumerate(fields, 1):
             if len(values) != len(header):
                 raise ValueError(
-                    f"{path}, row {row}: {len(values)} fields, but {len(header)} in the header; "
-                    "quote fields that hold the delimiter"
+                    f"{path}, row {row} has {len(values)} fields, but the header has "
+                    f"{len(header)}; quote fields that contain the delimiter"
                 )
             yield dict(zip(header, values, strict=True))
 
@@ -104,8 +106,8 @@ def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
             values = next(reader, None)
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {line}: {error}; a field that begins with a quotation mark must end "
-                "with one, and those inside it be doubled"
+                f"{path}, line {line}: {error}; a field that begins with a quotation mark must "
+                "end with one, and quotation marks inside it must be doubled"
             ) from error
         finally:
             csv.field_size_limit(previous)
@@ -114,9 +116,9 @@ def _csv_fields(path: Path, reader: Any) -> Iterator[list[str]]:
         if path.suffix.lower() == ".tsv" and any(_LINE_BREAK.search(value) for value in values):
             raise ValueError(
                 f"{path}, line {line}: a quotation mark opens a field that ends on line "
-                f"{reader.line_num}, and a field of a .tsv holds no line break; quote a field that "
-                'begins with a quotation mark, and double those inside it ("""so" he said"), or '
-                "save the file as .jsonl"
+                f"{reader.line_num}, but a field of a .tsv cannot contain a line break; quote a "
+                "field that begins with a quotation mark, and double the quotation marks inside "
+                'it ("""so" he said"), or save the file as .jsonl'
             )
         if values:
             yield values

@@ -26,9 +26,9 @@ def check_files(input_path: Path, output_path: Path) -> None:
     _check_file(input_path)
     check_suffix(output_path)
     if output_path.is_dir():
-        raise ValueError(f"{output_path}: is a directory, not a file")
+        raise ValueError(f"{output_path} is a directory, not a file")
     if output_path.exists() and output_path.samefile(input_path):
-        raise ValueError(f"{output_path}: is the input file; give the output another name")
+        raise ValueError(f"{output_path} is the input file; give the output another name")
     if not output_path.parent.is_dir():
         raise ValueError(f"{output_path}: there is no folder {output_path.parent}")
 
@@ -69,7 +69,7 @@ def read_rows(
         yield rows
         first_row += len(rows)
     if first_row == 1:
-        raise ValueError(f"{path}: has no rows")
+        raise ValueError(f"{path} has no rows")
 
 
 class ColumnReader:
@@ -111,11 +111,12 @@ class ColumnReader:
         """
         if not self._read:
             self._read = columns_read(names, self._columns)
-            instead = f", nor all of {', '.join(self._columns)}" if self._columns else ""
+            instead = f", and not all of {', '.join(self._columns)}" if self._columns else ""
             require_column(self._path, names, self._read[0], instead)
         elif self._read == ("sentence",) and "sentence2" in names:
             raise ValueError(
-                f"{self._path}: there is a sentence2 after row {numbers[0] - 1}, but none before"
+                f"{self._path}: the rows after row {numbers[0] - 1} have a sentence2, but the "
+                "rows before have none; give all rows one, or none"
             )
         values = {name: column_values(rows, name) for name in self._read}
         for name, column in values.items():
@@ -151,7 +152,9 @@ def column_values(rows: Rows, name: str) -> list[Any]:
 def require_column(path: Path, columns: Sequence[str], name: str, instead: str = "") -> None:
     """Raises ValueError, listing the columns of `path`, if `name` is not one of them."""
     if name not in columns:
-        raise ValueError(f"{path}: no column {name!r}{instead}; its columns are {listing(columns)}")
+        raise ValueError(
+            f"{path} has no column {name!r}{instead}; its columns are {listing(columns)}"
+        )
 
 
 def check_texts(
@@ -164,7 +167,8 @@ def check_texts(
                 value.encode()
             except UnicodeEncodeError:
                 raise ValueError(
-                    f"{path}, row {row}: {name} holds half a surrogate pair, which is no character"
+                    f"{path}, row {row}: {name} holds half a surrogate pair, which is not a valid "
+                    "character"
                 ) from None
         elif isinstance(value, str) and value.strip():
             raise ValueError(
@@ -201,16 +205,17 @@ def check_suffix(path: Path) -> str:
     if suffix not in SUFFIXES:
         hint = "; write one JSON object per line, as .jsonl" if suffix == ".json" else ""
         raise ValueError(
-            f"{path}: unsupported file type {quote(suffix, 40)}; use {', '.join(SUFFIXES)}{hint}"
+            f"{path} has the unsupported file type {quote(suffix, 40)}; use "
+            f"{', '.join(SUFFIXES)}{hint}"
         )
     return suffix
 
 
 def _check_file(path: Path) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
-        raise ValueError(f"{path}: is a directory, not a file")
+        raise ValueError(f"{path} is a directory, not a file")
     check_suffix(path)
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: is empty (0 bytes)")
+        raise ValueError(f"{path} is empty (0 bytes)")

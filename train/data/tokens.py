@@ -206,12 +206,12 @@ def load_tokenizer(
     source = str(path_or_hub_id)
     folder = Path(source)
     if folder.is_absolute() and not is_there(folder):
-        raise ValueError(f"{shorten(source, 300)}: no such folder")
-    wanted = "it wants a folder with tokenizer.json or vocab.txt, or a name on the hub"
+        raise ValueError(f"the folder {shorten(source, 300)} does not exist")
+    wanted = "give a folder with tokenizer.json or vocab.txt, or a name on the hub"
     is_folder = is_there(folder) and folder.is_dir()
     if is_folder and not any(map(_is_of_tokenizer, folder.iterdir())):
         raise ValueError(
-            f"cannot load a tokenizer from {quote(source)}: no file of one there ({wanted})"
+            f"cannot load a tokenizer from {quote(source)}: it has no tokenizer files ({wanted})"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -219,8 +219,8 @@ def load_tokenizer(
         _check_no_own_code(source, refused="trust_remote_code" in str(error))
         reason = reason_of(error)
         raise ValueError(
-            f"cannot load a tokenizer from {quote(source, 120)}: {reason} ({wanted}, which must be "
-            "reachable or cached)"
+            f"cannot load a tokenizer from {quote(source, 120)}: {reason} ({wanted}; the hub must "
+            "be reachable, or the files cached)"
         ) from error
     # transformers 5 substitutes another class for one that it may not run.
     _check_no_own_code(source, refused=False)
@@ -229,15 +229,18 @@ def load_tokenizer(
         tokenizer.all_special_tokens
     ):  # transformers 5 returns this if there are no files
         raise ValueError(
-            f"the tokenizer of {source!r} knows no words; it wants tokenizer.json or vocab.txt"
+            f"the tokenizer of {source!r} has an empty vocabulary; it needs tokenizer.json or "
+            "vocab.txt"
         )
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {source!r} is a slow one; save its tokenizer.json")
+        raise ValueError(
+            f"the tokenizer of {source!r} is a slow tokenizer; save it as tokenizer.json"
+        )
     size = max(len(tokenizer), 1 + max(vocabulary.values()))
     if size > vocab_size:
         raise ValueError(
-            f"the tokenizer of {source!r} does not fit the backbone: it has {size} tokens, "
-            f"the backbone's embedding {vocab_size}; use the backbone's own tokenizer"
+            f"the tokenizer of {source!r} does not fit the backbone: it has {size} tokens, but "
+            f"the backbone's embedding has {vocab_size}; use the backbone's own tokenizer"
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {source!r} has no padding token; set its pad_token")
@@ -273,9 +276,9 @@ def _check_no_own_code(source: str, *, refused: bool) -> None:
     unknown = isinstance(kind, str) and not hasattr(transformers, kind)
     if code is not None and (refused or unknown):
         raise ValueError(
-            f"cannot load a tokenizer from {source!r}: it wants to run code of its own, "
-            f"{quote(code, 100)} in {name}, and code of a backbone is never run; save its "
-            "tokenizer as tokenizer.json where you trust it"
+            f"cannot load a tokenizer from {source!r}: it needs to run its own code, "
+            f"{quote(code, 100)} in {name}, but code of a backbone is never run; save its "
+            "tokenizer as tokenizer.json on a machine where you trust it"
         ) from None
 
 
@@ -375,7 +378,10 @@ def tokenize_texts(
       ValueError: if another text has no tokens, or `max_length` leaves no room for a token.
     """
     if max_length < 2:
-        raise ValueError(f"a longest {what} of {max_length} tokens holds no word; use 2 or more")
+        raise ValueError(
+            f"a maximum {what} length of {max_length} tokens leaves no room for a word; use 2 or "
+            "more"
+        )
     end = np.array([tokenizer.eos_token_id], np.int32)
     ids, lengths, num_truncated = [], [0], 0
     for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
@@ -388,7 +394,8 @@ def tokenize_texts(
         for row, tokens in enumerate(encodings["input_ids"], start + 1):
             if not tokens and not (may_be_empty and texts[row - 1] == ""):
                 raise ValueError(
-                    f"row {row}: the tokenizer makes no tokens of the {what} {texts[row - 1]!r:.80}"
+                    f"row {row}: the tokenizer returns no tokens for the {what} "
+                    f"{texts[row - 1]!r:.80}"
                 )
             ids += [np.array(tokens, np.int32), end]
             lengths.append(len(tokens) + 1)
@@ -421,7 +428,8 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         ids.append(found)
     if not ids:
         raise ValueError(
-            "the tokenizer has no sentinel token <extra_id_0>, which span corruption puts in place "
-            "of text; use the tokenizer of a T5, or make one with `python -m train create-backbone`"
+            "the tokenizer has no sentinel token <extra_id_0>, which span corruption substitutes "
+            "for spans of text; use the tokenizer of a T5, or make one with `python -m train "
+            "create-backbone`"
         )
     return tuple(ids)

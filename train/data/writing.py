@@ -38,12 +38,12 @@ def write_rows(path: str | Path) -> Iterator[Callable[[Rows], None]]:
     path = Path(path)
     suffix = check_suffix(path)
     if path.is_dir():
-        raise ValueError(f"{path}: is a directory, not a file")
+        raise ValueError(f"{path} is a directory, not a file")
     with replace_file(path) as temporary:
         try:
             file = temporary.open("wb")
         except OSError as error:
-            raise ValueError(f"{path}: cannot write to its folder: {error.strerror}") from error
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from error
         with file, contextlib.closing(_WRITERS[suffix](file, path)) as writer:
             yield writer.write
 
@@ -75,8 +75,7 @@ class _Writer(abc.ABC):
         self.names = self.names or names
         if new := [name for name in names if name not in self.names]:
             raise ValueError(
-                f"{self.path}: column {quote(new[0])} is not in the first rows; write .jsonl "
-                "instead"
+                f"{self.path}: the first rows have no column {quote(new[0])}; write .jsonl instead"
             )
 
 
@@ -93,7 +92,7 @@ class _ParquetWriter(_Writer):
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             reason = shorten(str(error).partition("\n")[0].rstrip(": "), 200)
             raise ValueError(
-                f"{self.path}: the rows do not fit in parquet: {reason}; write .jsonl instead"
+                f"{self.path}: the rows cannot be stored as parquet: {reason}; write .jsonl instead"
             ) from error
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
@@ -144,8 +143,8 @@ class _CsvWriter(_Writer):
             except UnicodeEncodeError:
                 name = next(n for n, cell in zip(self.names, cells, strict=True) if _is_cut(cell))
                 raise ValueError(
-                    f"{self.path}: row {row} of the input holds half a surrogate pair, which is no "
-                    f"character, in the column {quote(name)}; write .jsonl instead"
+                    f"{self.path}: row {row} of the input holds half a surrogate pair, which is "
+                    f"not a valid character, in the column {quote(name)}; write .jsonl instead"
                 ) from None
         self.rows += len(rows)
 

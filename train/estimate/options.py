@@ -43,7 +43,7 @@ class PlanOptions(FitOptions):
         super().check()
         if self.is_grid:
             flags = "--seeds, --learning-rates, --train-sizes"
-            raise ValueError(f"plan is for one run; leave {flags} out")
+            raise ValueError(f"plan estimates one run; leave {flags} out")
         wanted = {
             "devices": (self.devices >= 1, "at least 1"),
             "utilisation": (0 < self.utilisation <= 1, "above 0, at most 1"),

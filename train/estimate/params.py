@@ -83,7 +83,7 @@ def params(options: ParamsOptions) -> None:
     """
     options.check_members()
     if options.mesh is not None and options.method == ALL:
-        raise ValueError("--mesh is for one method; give its name instead of all")
+        raise ValueError("--mesh works with one method; give its name instead of all")
     backbones = counted_backbones(options)
     if options.method == ALL:
         _print_all(options, backbones)
@@ -95,7 +95,7 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
     """Returns the backbone with each vocabulary to count with, its own or the given one first."""
     given = [x for x in (options.backbone, options.backbone_config) if x is not None]
     if len(given) != 1:
-        raise ValueError("params wants either --backbone or --backbone-config; give one of them")
+        raise ValueError("params needs either --backbone or --backbone-config; give one of them")
     (name,) = given
     if options.backbone is not None:
         head = head_arguments(name, options.num_labels, pooling=options.pooling)
@@ -189,7 +189,7 @@ def _print_one(options: ParamsOptions, backbones: list[Counted]) -> None:
         else:
             alone = f"with a vocabulary of {backbone.vocab_size:,}: {backbone.total:,}"
             print(f"{alone}; trained: {count.trained:,}, {part}")
-    print("below, percent of all: of the backbone with adapters and head")
+    print("the percentages below are of all parameters: the backbone, the adapters and the head")
     print(report.parameter_table(found[0], method))
     if held is not None:
         print("\n".join(_device_table(held, options)))
@@ -204,7 +204,11 @@ def _device_table(held: DeviceBytes, options: ParamsOptions) -> list[str]:
         "their moments, of AdamW": held.optimizer,
         "together": held.total,
     }
-    lines = ["", f"on each device, the backbone divided as {options.mesh}, before any activation:"]
+    lines = [
+        "",
+        "memory of each device, without activations, if the backbone is divided as "
+        f"{options.mesh}:",
+    ]
     lines += [f"  {name.ljust(25)} {size / 1e9:9.3f} GB" for name, size in rows.items()]
     parts = [f"{held.total / size:.1%} of {name}" for name, size in _DEVICES.items()]
     return [*lines, f"that is {' and '.join(parts)}; a GB is 10^9 bytes"]
@@ -227,7 +231,7 @@ def _print_all(options: ParamsOptions, backbones: list[Counted]) -> None:
         print("  ".join([name.ljust(first), *cells]), flush=True)
     if len(backbones) > 1:
         sizes = " and ".join(f"{backbone.vocab_size:,}" for backbone in backbones)
-        print(f"counted with vocabularies of {sizes}, in this order")
+        print(f"the counts are for vocabularies of {sizes} tokens, in this order")
 
 
 def _line(name: str, options: ParamsOptions, backbones: list[Counted]) -> list[Count] | str:

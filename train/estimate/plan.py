@@ -216,8 +216,8 @@ def train_examples(options: PlanOptions, text_to_text: bool) -> int:
             known *= 2  # an encoder reads one of the two sentences at a time
     elif options.train_size is None:
         raise ValueError(
-            f"how many training examples {name!r} has is not known; give --train-size, or one of "
-            f"the tasks {', '.join((*tasks.BUILT_IN, *_EXAMPLES))}"
+            f"the number of training examples of {name!r} is not known; give --train-size, or one "
+            f"of the tasks {', '.join((*tasks.BUILT_IN, *_EXAMPLES))}"
         )
     else:
         return options.train_size
@@ -235,7 +235,7 @@ def peak_of(options: PlanOptions) -> float | None:
     peak = compute_flops.peak(options.device_kind, options.dtype)
     if peak is None:
         raise ValueError(
-            f"the peak of {options.device_kind!r} in {options.dtype} is not known; give "
+            f"the peak FLOP/s of {options.device_kind!r} in {options.dtype} are not known; give "
             f"--peak-flops, or one of {', '.join(compute_flops.known_devices())}"
         )
     return peak
@@ -360,13 +360,13 @@ def _text(plans: Sequence[Plan], options: PlanOptions) -> list[str]:
         ]
     lines.append("")
     if (peak := peak_of(options)) is None:
-        lines.append("time: not known; give --device-kind or --peak-flops")
+        lines.append("time: unknown; give --device-kind or --peak-flops")
     else:
         seconds = sum(one.seconds or 0 for one in plans)
         lines.append(
-            f"time: {_duration(seconds)} in all, if every batch were of the longest and "
-            f"{options.utilisation:.0%} of {peak:.3g} FLOP/s were used (--utilisation); evaluation "
-            "and compilation come on top"
+            f"time: {_duration(seconds)} in total, if every batch had the maximum length and the "
+            f"run reached {options.utilisation:.0%} of {peak:.3g} FLOP/s (--utilisation); "
+            "evaluation and compilation are not included"
         )
     return lines
 
@@ -395,16 +395,20 @@ def _workload_lines(workload: Workload, plans: Sequence[Plan]) -> list[str]:
     cost, one = plans[0].cost, plans[0]
     targets = f", targets to {_listed(one.target_lengths)}" if one.target_lengths else ""
     lines = [
-        f"{', '.join(plan.task for plan in plans)}: {workload.rows} rows on each device, "
-        f"computed in {workload.dtype}, remat {workload.remat}, {cost.flops:.3g} FLOPs for a step "
-        "of the longest",
+        f"{', '.join(plan.task for plan in plans)}: {workload.rows} rows on each device, computed "
+        f"in {workload.dtype}, remat {workload.remat}, {cost.flops:.3g} FLOPs for a step of the "
+        "maximum length",
         f"  compiled for inputs padded to {_listed(one.input_lengths)}{targets} tokens: "
-        f"{one.programs} programs at most, and others to evaluate",
+        f"{one.programs} programs at most, and further programs for evaluation",
         f"  trained {cost.trained:,} of {cost.total:,} parameters "
         f"({100 * cost.trained / cost.total:.3f} %); the adapter takes about "
         f"{cost.adapter_bytes:,} bytes",
         "  memory of a device, in MB"
-        + (", activations as if `model` did not divide them:" if workload.mesh else ":"),
+        + (
+            ", with activations counted as if `model` did not divide them:"
+            if workload.mesh
+            else ":"
+        ),
     ]
     values = {**dataclasses.asdict(cost.memory), "total": cost.memory.total}
     for name, value in values.items():

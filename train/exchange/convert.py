@@ -100,7 +100,7 @@ def check_new(path: Path) -> None:
     """Raises ValueError if there is something at a path that is to be written."""
     # A dangling link counts as existing.
     if (path.exists() or path.is_symlink()) and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists already; choose another --to")
+        raise ValueError(f"{path} already exists; choose another --to")
 
 
 def _check_not_ours(source: str, folder: Path) -> None:
@@ -110,7 +110,7 @@ def _check_not_ours(source: str, folder: Path) -> None:
     except (ValueError, OSError):
         return
     raise ValueError(
-        f"--from {source} {folder} is a folder of this package: use --from {OURS} {folder}"
+        f"--from {source} {folder} holds an adapter of this package; use --from {OURS} {folder}"
     )
 
 
@@ -118,7 +118,9 @@ def _load_backbone(options: ConvertOptions) -> cj.Backbone:
     """Loads the backbone with the head that the other library's folder needs."""
     source, folder = options.source
     if options.backbone is None:
-        raise ValueError(f"--from {source} wants the --backbone the adapter was trained with")
+        raise ValueError(
+            f"--from {source} needs --backbone, the backbone that the adapter was trained with"
+        )
     head: dict[str, Any] = {}
     if source == "adapterhub":
         head = adapterhub.read_adapterhub_head(folder)
@@ -139,8 +141,8 @@ def _note_new_head(backbone: cj.Backbone, params: Any, folder: Path) -> None:
     before, after = (flatten_dict(tree, sep="/") for tree in (backbone.params, params))
     if any(np.array_equal(before[path], after[path]) for path in backbone.new_parameters):
         print(
-            f"neither {folder} nor the backbone has {', '.join(backbone.new_parameters)}: drawn at "
-            "random, so predictions mean nothing"
+            f"neither {folder} nor the backbone has {', '.join(backbone.new_parameters)}; these "
+            "parameters are random, so predictions are meaningless"
         )
 
 
@@ -149,12 +151,12 @@ def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted)
     metadata: dict[str, Any] = {"backbone": backbone.name, "dtype": options.dtype}
     head = getattr(model.backbone, "head", None)
     if head not in ("sequence_classification", "conditional_generation"):
-        print(f"head={head!r}: `evaluate` and `predict` have no use for this adapter")
+        print(f"`evaluate` and `predict` cannot use this adapter, since it has head={head!r}")
         return metadata
     if head == "sequence_classification" and _is_multilabel(options, backbone):
         print(
-            "the head says of each label by itself whether it holds (multilabel classification): "
-            "`evaluate` and `predict`, which choose one label, have no use for this adapter"
+            "the head predicts each label independently (multilabel classification), so "
+            "`evaluate` and `predict`, which choose one label, cannot use this adapter"
         )
         return metadata
     writes = head == "conditional_generation"
@@ -181,8 +183,8 @@ def _text_format(
     prefix = options.prefix if options.prefix is not None else options.task
     if prefix is None:
         raise ValueError(
-            "what the adapter's inputs begin with is unknown; give --task, or --prefix (which may "
-            "be '')"
+            "the text that the adapter's inputs begin with is unknown; give --task, or --prefix "
+            "(which may be '')"
         )
     return text_format.TextFormat(
         kind=kind,
@@ -211,8 +213,8 @@ def _names_of_folder(options: ConvertOptions) -> tuple[str, ...]:
     ids = list(found.values()) if isinstance(found, dict) else [found]
     if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(
-            f"label2id={found!r} in {options.source[1] / adapterhub.HEAD_CONFIG_NAME} must have "
-            f"names with the numbers from 0 on, each once; give --label-names"
+            f"label2id={found!r} in {options.source[1] / adapterhub.HEAD_CONFIG_NAME} must map "
+            "names to the numbers 0, 1, …, each once; give --label-names"
         )
     return _meaningful(sorted(found, key=lambda name: found[name]))
 
@@ -269,6 +271,6 @@ def _check_names(names: Sequence[str], num_labels: int | None) -> None:
     labels.check_names(names, "--label-names")
     if num_labels is not None and len(names) != num_labels:
         raise ValueError(
-            f"--label-names: {len(names)} names, {', '.join(names)}, for a head of {num_labels} "
-            "labels"
+            f"--label-names gives {len(names)} names, {', '.join(names)}, but the head has "
+            f"{num_labels} labels; give one name for each label"
         )

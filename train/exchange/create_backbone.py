@@ -69,7 +69,7 @@ def create_backbone(options: CreateOptions) -> None:
         _write_json(temporary / RECORD_NAME, record)
         # Checked again, since the folder may have changed while the tokenizer was trained.
         check_output_folder(folder, overwrite=options.overwrite)
-    print(f"{folder}: a T5 of {num_parameters:,} parameters and {options.vocab_size:,} tokens")
+    print(f"{folder}: a T5 with {num_parameters:,} parameters and {options.vocab_size:,} tokens")
 
 
 def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokenizer:
@@ -106,8 +106,8 @@ def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokeni
         size = len(pieces) + _RESERVED
         smaller = f"vocab_size={size} or less, or " if size >= _SMALLEST_VOCABULARY else ""
         raise ValueError(
-            f"vocab_size={vocab_size} is too large: the text has pieces of words for {size} tokens "
-            f"only; use {smaller}more text"
+            f"vocab_size={vocab_size} is too large: the text yields only {size} tokens; use "
+            f"{smaller}more text"
         )
     return _assemble(pieces)
 
@@ -155,17 +155,18 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, not a folder")
+        raise ValueError(f"{folder} is a file, not a folder")
     names = {entry.name for entry in folder.iterdir()}
     if not names:
         return
     if RECORD_NAME not in names:
         raise ValueError(
-            f"{folder} holds files, and no backbone of this command; choose another --output-dir"
+            f"{folder} holds files, but no backbone that this command wrote; choose another "
+            "--output-dir"
         )
     if foreign := sorted(names - _FILES - {RECORD_NAME}):
         raise ValueError(
-            f"{folder} holds more than this command wrote, for instance {foreign[0]}; "
+            f"{folder} holds files that this command did not write, for instance {foreign[0]}; "
             "choose another --output-dir"
         )
     if not overwrite:
@@ -178,8 +179,8 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
 def _check_vocab_size(vocab_size: int) -> None:
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: special tokens, sentinels, bytes and ASCII are "
-            f"{_RESERVED + len(_ALPHABET)} already; use {_SMALLEST_VOCABULARY} or more"
+            f"vocab_size={vocab_size} is too small: special tokens, sentinels, bytes and ASCII "
+            f"already take {_RESERVED + len(_ALPHABET)}; use {_SMALLEST_VOCABULARY} or more"
         )
 
 

@@ -31,4 +31,4 @@ def merge(options: MergeOptions) -> None:
     with new_folder(options.to) as temporary:
         cj.save_backbone(temporary, backbone.module, merged, config)
         tokenizer.save_pretrained(temporary)
-    print(f"backbone with {model.method.kind} merged written to {options.to}")
+    print(f"the backbone with the merged {model.method.kind} adapter was written to {options.to}")

@@ -196,15 +196,15 @@ class Checkpoints:
                 continue
             if run_id != self._run_id:
                 raise ValueError(
-                    f"{self.folder / str(step)} is a checkpoint of another run than the one in "
+                    f"{self.folder / str(step)} is not a checkpoint of the run in "
                     f"{self.folder.parent}; remove it, or start anew with --overwrite"
                 )
             self._kept.best = best
             for broken, reason in reasons.items():
                 place = self._set_aside(broken)
                 note(
-                    f"the checkpoint of step {broken}: {reason}; taking the one before, this one "
-                    f"is now {place.name}"
+                    f"the checkpoint of step {broken} cannot be read: {reason}; it was renamed to "
+                    f"{place.name}, and the run goes on from the one before"
                 )
             return restored
         if reasons:
@@ -222,7 +222,7 @@ class Checkpoints:
         listed = checkpoint / _CHECKSUMS
         # A killed run may lack the list; a checkpoint that orbax has renamed is complete.
         if listed.exists() and read_json(listed) != _checksums(checkpoint):
-            raise ValueError("its files are not what was written")
+            raise ValueError("its files differ from what was written")
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(

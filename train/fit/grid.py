@@ -66,7 +66,7 @@ def _values(name: str, text: str | None, kind: Callable[[str], Any]) -> list[Any
     except ValueError:
         raise ValueError(f"--{name} {text!r} must be numbers with commas between them") from None
     if len(set(values)) < len(values):
-        raise ValueError(f"--{name} {text!r} has a number twice")
+        raise ValueError(f"--{name} {text!r} has a number twice; give each number once")
     return values
 
 
@@ -84,7 +84,10 @@ def _check_together(options: FitOptions, axes: Mapping[str, Any]) -> None:
     }
     for name, given in refused.items():
         if given:
-            raise ValueError(f"{name} is for one run, not for --{' and --'.join(axes)} at once")
+            raise ValueError(
+                f"{name} works with one run, not with --{' and --'.join(axes)}; leave one of them "
+                "out"
+            )
 
 
 def fit(options: FitOptions) -> dict[str, dict[str, Any]]:

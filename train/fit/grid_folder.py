@@ -25,8 +25,8 @@ def check_grid_folder(folder: Path, runs: Iterable[str]) -> None:
     """
     if (folder / RUN_NAME).exists():
         raise ValueError(
-            f"{folder} holds a single run, whose results those of several would replace; choose "
-            "another --output-dir"
+            f"{folder} holds a single run, whose results would be replaced by those of several "
+            "runs; choose another --output-dir"
         )
     there = entries(folder)
     if holds_grid(folder) or not there:
@@ -37,8 +37,8 @@ def check_grid_folder(folder: Path, runs: Iterable[str]) -> None:
     if known and not set(OF_GRID) & set(there):
         return
     raise ValueError(
-        f"{folder} is not empty and holds no runs of fit ({listing(there, 3)}); nothing there is "
-        "touched, with --overwrite or --resume neither: choose another --output-dir"
+        f"{folder} is not empty and holds no runs of fit ({listing(there, 3)}); its files are "
+        "never touched, not even with --overwrite or --resume; choose another --output-dir"
     )
 
 

@@ -154,9 +154,8 @@ def _steps_until(path: Path, last: int) -> list[list[str]]:
     if steps != list(range(1, last + 1)):
         missing = next(step for step in range(1, last + 2) if step not in steps[step - 1 : step])
         raise ValueError(
-            f"{path} has not the steps 1 to {last}, each once, that the run had recorded: step "
-            f"{missing} is not where it should be; put the file back, or start anew with "
-            "--overwrite"
+            f"{path} must have each of the recorded steps 1 to {last} once, in order, but step "
+            f"{missing} is not in its place; put the file back, or start anew with --overwrite"
         )
     return rows
 
@@ -166,8 +165,8 @@ def _evaluations_until(path: Path, last: int, number: int) -> list[list[str]]:
     rows = _rows_until(path, _EVALUATION_COLUMNS, last)
     if (found := len({int(row[0]) for row in rows})) < number:
         raise ValueError(
-            f"{path} has {found} evaluations up to step {last}, and the run had recorded {number}; "
-            "put the file back, or start anew with --overwrite"
+            f"{path} has {found} evaluations up to step {last}, but the run had recorded "
+            f"{number}; put the file back, or start anew with --overwrite"
         )
     return rows
 

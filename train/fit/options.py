@@ -119,9 +119,11 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
         names = self.composition.presets()
         rates = {defaults[name] for name in names}
         if len(rates) != 1:
-            told = ", ".join(f"{name} {defaults[name]:g}" for name in names) or "none of a preset"
+            told = (
+                ", ".join(f"{name} {defaults[name]:g}" for name in names) or "no member is a preset"
+            )
             raise ValueError(
-                f"a composition of saved adapters, or of presets with different learning rates, is "
-                f"trained at one rate ({told}); give --learning-rate"
+                "a composition of saved adapters, or of presets with different learning rates, "
+                f"has no default learning rate ({told}); give --learning-rate"
             )
         return rates.pop()

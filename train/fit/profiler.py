@@ -35,7 +35,10 @@ class Profiler:
         if self._tracing:
             self._stop()
         elif self._folder is not None and self._begun <= _LEFT_OUT:
-            print(f"no profile: it begins after {_LEFT_OUT} steps, and there were {self._begun}")
+            print(
+                f"no profile was written: it begins after {_LEFT_OUT} steps, but the run had only "
+                f"{self._begun}"
+            )
 
     def step(self, number: int) -> AbstractContextManager[object]:
         """Returns a context manager for the call that hands step `number` to the device."""

@@ -99,9 +99,8 @@ def check_room(jobs: Sequence[Job]) -> None:
     free = usage.free + sum(bytes_removed(job.options) for job in jobs)
     if usage.total and free < 4 * trained:  # some file systems report a total of 0
         raise OSError(
-            f"{folder} has {free / 1e6:,.1f} MB free, and an adapter with its first "
-            f"checkpoint takes {4 * trained / 1e6:,.1f} MB; make room, or choose another "
-            "--output-dir"
+            f"{folder} has {free / 1e6:,.1f} MB free, but an adapter with its first checkpoint "
+            f"takes {4 * trained / 1e6:,.1f} MB; make room, or choose another --output-dir"
         )
 
 

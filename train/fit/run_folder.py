@@ -157,16 +157,16 @@ def _check_empty(options: FitOptions) -> None:
     if holds_grid(folder):
         if not options.overwrite:
             raise ValueError(
-                f"{folder} holds the metrics.json of several runs, which that of a single run "
-                "would replace; choose another --output-dir, or replace it with --overwrite"
+                f"{folder} holds the metrics.json of several runs, which a single run would "
+                "replace; choose another --output-dir, or replace it with --overwrite"
             )
         names = {name.split("/")[0] for name in written(run_settings(options), options)}
         others = [name for name in others if name in names and name not in OF_GRID]
     if others:
         raise ValueError(
-            f"{folder} is not empty and holds no run of fit ({listing(others, 3)}); nothing there "
-            "is touched, with --overwrite or --resume neither: choose another --output-dir, or "
-            "move the files away"
+            f"{folder} is not empty and holds no run of fit ({listing(others, 3)}); its files are "
+            "never touched, not even with --overwrite or --resume; choose another --output-dir, "
+            "or move the files away"
         )
 
 
@@ -197,7 +197,7 @@ def _check_settings(folder: Path, record: Record, settings: Mapping[str, Any]) -
     if changed:
         raise ValueError(
             f"the run in {folder} has other settings: {listing(changed, 3, 150)}; resume with the "
-            "same, or start anew with --overwrite"
+            "same settings, or start anew with --overwrite"
         )
 
 
@@ -214,9 +214,9 @@ def _is_local(options: FitOptions) -> bool:
 def _check_inputs(folder: Path, record: Record, inputs: Inputs, *, whole: bool) -> None:
     if changed := changes(record.inputs, fingerprints(inputs), whole=whole):
         raise ValueError(
-            f"the run in {folder} was begun with other data, or another backbone: "
-            f"{listing(changed, 2, 120)}; put back what it began with, or start anew with "
-            "--overwrite"
+            f"the run in {folder} was started with other data or another backbone: "
+            f"{listing(changed, 2, 120)}; put back the data and the backbone that it began with, "
+            "or start anew with --overwrite"
         )
 
 
@@ -315,8 +315,8 @@ def _owned(folder: Path, writes: Iterable[str]) -> Iterator[Path]:
 
 def _is_link(path: Path) -> ValueError:
     return ValueError(
-        f"{path} is a link, and nothing behind a link is removed or replaced; remove the link, and "
-        "what it points to, yourself, or choose another --output-dir"
+        f"{path} is a symbolic link, and its target is never removed or replaced; remove the link "
+        "and its target yourself, or choose another --output-dir"
     )
 
 
@@ -330,6 +330,6 @@ def check_only_ours(folder: Path) -> None:
     foreign = [name for name in names if not IN_FOLDERS[folder.name].fullmatch(name)]
     if foreign:
         raise ValueError(
-            f"{folder} holds {listing(foreign, 3)}, which no run has written; move it, then go on "
-            "with --resume"
+            f"{folder} holds {listing(foreign, 3)}, which the run did not write; move it away, "
+            "then go on with --resume"
         )

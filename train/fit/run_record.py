@@ -133,8 +133,8 @@ def _record_of(path: Path, found: dict[str, Any]) -> Record:
         return Record(settings, None, {}, possible)
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} is of format_version {quote(version)}, and this version of the package reads "
-            f"{FORMAT_VERSION}"
+            f"{path} has format_version {quote(version)}, but this version of the package reads "
+            f"{FORMAT_VERSION}; use the version that wrote it"
         )
     if missing := [name for name in _OF_RECORD if name not in found]:
         raise ValueError(f"{path} is not the record of a run: it has no {listing(missing)}")

@@ -246,7 +246,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             latest = self._checkpoints.latest()
             kept = (
-                "no checkpoint had been written"
+                "no checkpoint was written before"
                 if latest is None
                 else (f"the checkpoint of step {latest} is kept")
             )
@@ -412,7 +412,7 @@ class Trainer:
         self._stop.check()
         if restored is None:
             if distributed.is_first():
-                print("no checkpoint to resume from; starting from the beginning")
+                print("there is no checkpoint to resume from; the run starts from the beginning")
             return 0
         for training in self.learners:
             state = step.TrainState(**restored.state[training.learner.name])

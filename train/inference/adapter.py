@@ -104,8 +104,8 @@ def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] 
         for key in keys:
             if each.get(key) != first.get(key):
                 raise ValueError(
-                    f"adapters that are computed together must share their {key}: {first_name} has "
-                    f"{quote(first.get(key), 100)}, {name} has {quote(each.get(key), 100)}"
+                    f"adapters that are computed together must share their {key}: {first_name} "
+                    f"has {quote(first.get(key), 100)}, but {name} has {quote(each.get(key), 100)}"
                 )
 
 

@@ -137,11 +137,10 @@ def _counted(path: Path, members: Mapping[str, Path]) -> Counter[str]:
         counted.update(values)
         first_row += len(rows)
     if not counted:
-        raise ValueError(f"{path}: has no rows")
+        raise ValueError(f"{path} has no rows")
     if unknown := sorted(counted.keys() - members.keys()):
         raise ValueError(
-            f"{path}: names adapters that there are not: {listing(unknown)}; there are "
-            f"{listing(members)}"
+            f"{path} names adapters that do not exist: {listing(unknown)}; use {listing(members)}"
         )
     return counted
 

@@ -46,8 +46,8 @@ def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
     names = labels_of(adapter)
     if isinstance(names, dict) and len({tuple(each) for each in names.values()}) > 1:
         raise ValueError(
-            f"the adapters of {options.adapter} have different labels, and a task has one set of "
-            "them; evaluate each by itself"
+            f"the adapters of {options.adapter} have different labels, but a task has one set of "
+            "labels; evaluate each adapter by itself"
         )
     task = tasks.load_task(
         options.task,
@@ -99,8 +99,8 @@ def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
     files = (options.train_file, options.validation_file, options.test_file)
     if options.task == tasks.CUSTOM and _has_fixed_labels(trained_on) and not any(files):
         raise ValueError(
-            f"no --task was given; the adapter in {options.adapter} was trained on {trained_on}: "
-            f"give --task {trained_on}, another of the same labels, or files of your own"
+            f"no --task was given; the adapter in {options.adapter} was trained on {trained_on}; "
+            f"give --task {trained_on}, another task with the same labels, or your own files"
         )
 
 
@@ -108,7 +108,10 @@ def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> 
     """Raises ValueError if an adapter cannot read the rows of a task, or predicts another kind."""
     kind, own = adapter.settings["kind"], adapter.objective.benchmark
     if kind != task.kind:
-        raise ValueError(f"the adapter in {folder} is of kind {kind}, not {task.kind}")
+        raise ValueError(
+            f"the adapter in {folder} is for tasks of kind {kind}, but {task.name} has kind "
+            f"{task.kind}"
+        )
     if task.benchmark is not None and task.benchmark != own:
         raise ValueError(
             f"the adapter in {folder} was trained on {adapter.settings['task']}, and cannot read "
@@ -200,5 +203,7 @@ def say_predicted(output: Path, rows: int, truncated: int, limit: int, invalid: 
     if truncated:
         print(f"{truncated} of {rows} rows were cut to {limit} tokens")
     if invalid:
-        print(f"{invalid} of {rows} rows have no prediction: the text was no number")
+        print(
+            f"{invalid} of {rows} rows have no prediction, since the generated text is not a number"
+        )
     print(f"{rows} rows written to {output}")

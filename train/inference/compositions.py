@@ -68,8 +68,8 @@ def of_saved(adapter: Path) -> Node | None:
     expression = parse(text, "--adapter")
     if new := expression.presets():
         raise ValueError(
-            f"{quote(new[0])} is a preset, and was not trained; name folders of saved adapters "
-            "alone"
+            f"{quote(new[0])} is a preset, which is not trained; name only folders of saved "
+            "adapters"
         )
     return expression
 

@@ -114,8 +114,8 @@ def check_not_taken(path: Path, names: Sequence[str], added: Sequence[str]) -> N
     """Raises ValueError if a file with columns `names` already has a column to be added."""
     if taken := [name for name in added if name in names]:
         raise ValueError(
-            f"{path}: already has a column {taken[0]!r}, which predictions need; rename or remove "
-            "it"
+            f"{path} already has a column {taken[0]!r}, which is reserved for predictions; rename "
+            "or remove it"
         )
 
 

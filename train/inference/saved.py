@@ -63,8 +63,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
     settings = cj.read_adapter_config(folder)
     if missing := [name for name in _REQUIRED if name not in settings]:
         raise ValueError(
-            f"the adapter in {folder} was saved neither by `python -m train fit` nor by "
-            f"`convert`, for something to predict: its adapter_config.json has no {sorted(missing)}"
+            f"the adapter in {folder} was not saved for prediction by `python -m train fit` or "
+            f"`convert`: its adapter_config.json has no {sorted(missing)}"
         )
     where = str(folder / CONFIG_NAME)
     check_fields(where, settings, _FIELDS)
@@ -99,8 +99,8 @@ def check_head(folder: Path, settings: Mapping[str, Any]) -> None:
     most = weights.stat().st_size // 2 if weights.is_file() else 2**16
     if num_labels is not None and not 1 <= num_labels <= most:
         raise ValueError(
-            f"{folder / CONFIG_NAME}: num_labels={quote(num_labels, 40)} cannot be the width of "
-            f"the head in {weights.name}"
+            f"{folder / CONFIG_NAME}: num_labels={quote(num_labels, 40)} does not match the head "
+            f"in {weights.name}"
         )
 
 
@@ -108,7 +108,7 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
     """Raises ValueError if the head does not support the kind, or the kind's fields are wrong."""
     kind, head = settings["kind"], settings["head"]
     if kind not in _KINDS.get(head, ()):
-        raise ValueError(f"{where}: kind={kind!r} does not go with head={quote(head)}")
+        raise ValueError(f"{where}: kind={kind!r} cannot be combined with head={quote(head)}")
     wanted = None
     if kind == "span_corruption":
         wanted = "span_corruption"
@@ -119,12 +119,14 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
         _check_text_format(f"{where}: {wanted}", settings[wanted])
     for name in {"span_corruption", "text_to_text"} - {wanted}:
         if name in settings:
-            raise ValueError(f"{where}: {name} does not go with kind={kind!r} and head={head!r}")
+            raise ValueError(
+                f"{where}: {name} cannot be combined with kind={kind!r} and head={head!r}"
+            )
     if "benchmark" in settings:
         fields = {"name": str, "may_be_none": bool}
         _check_inner(where, settings, "benchmark", fields, required=("name",))
     elif kind in ("choice", "span"):
-        raise ValueError(f"{where}: kind={kind!r} wants a benchmark, and there is none")
+        raise ValueError(f"{where}: kind={kind!r} needs the field benchmark, which is missing")
 
 
 def _check_inner(

@@ -41,7 +41,7 @@ run() {
 while (($#)); do
   case "$1" in
     --name | --zone | --project | --create | --version | --attempts)
-      (($# > 1)) || fail "$1 wants a value"
+      (($# > 1)) || fail "$1 needs a value"
       case "$1" in
         --name) name=$2 ;;
         --zone) zone=$2 ;;
@@ -56,11 +56,11 @@ while (($#)); do
     --dry-run) dry_run=true; shift ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
-    *) fail "unknown option $1; flags of fit follow --" ;;
+    *) fail "unknown option $1; give the flags of fit after --" ;;
   esac
 done
 [[ -n $name && -n $zone ]] || fail 'give --name and --zone of the slice'
-[[ $attempts =~ ^[1-9][0-9]*$ ]] || fail "--attempts $attempts must be a number from 1 on"
+[[ $attempts =~ ^[1-9][0-9]*$ ]] || fail "--attempts $attempts must be a whole number of at least 1"
 (($#)) || fail 'give the flags of fit after --'
 location+=("--zone=$zone")
 tpu=(gcloud compute tpus tpu-vm)
@@ -108,7 +108,7 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
   if { [[ -z $create ]] || make_slice; } && install && train "$@"; then
     exit 0
   fi
-  echo "attempt $attempt of $attempts has failed" >&2
+  echo "attempt $attempt of $attempts failed" >&2
   "$dry_run" || sleep 60
 done
 exit 1

@@ -99,8 +99,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
     writes_text = family_of_module(module).writes_text
     if writes_text and parallel_names(model.method):
         raise ValueError(
-            "adapters beside each other (parallel) are for encoders; use each by itself on a "
-            f"{type(module).__name__}"
+            "parallel adapters need an encoder such as BERT; on a "
+            f"{type(module).__name__}, use each adapter by itself"
         )
     if not writes_text:
         made = _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
@@ -175,27 +175,27 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             raise ValueError(f"fit needs a {split} split; give --{split}-file")
     if task.kind == "span_corruption" and options.train_size is not None:
         raise ValueError(
-            f"--train-size is for tasks with examples, not for {task.name}; give a shorter text, "
-            "or --max-steps"
+            f"--train-size limits the examples of a task, but {task.name} has none; give a "
+            "shorter text, or --max-steps"
         )
     if options.prompt_words is not None and not options.method_config().needs_token_ids():
         raise ValueError(
-            "--prompt-words are for prompts that start from the vocabulary, such as those of "
-            "prompt-tuning-vocabulary, and take the place of --prompt-token-ids; leave them out"
+            "--prompt-words replaces --prompt-token-ids, and only works with prompts that start "
+            "from the vocabulary, as in prompt-tuning-vocabulary; leave it out"
         )
     if is_text_to_text(options.backbone):
         return
     check_length(read_config(options.backbone), options.method_config(), options.max_length)
     if task.kind in ("text", "span_corruption"):
         raise ValueError(
-            f"task {task.name!r} ({task.kind}) needs an encoder-decoder such as T5, and "
-            f"{options.backbone} is none"
+            f"task {task.name!r} ({task.kind}) needs an encoder-decoder such as T5, but "
+            f"{options.backbone} is not one"
         )
     for field in dataclasses.fields(TextToTextOptions):
         if getattr(options, field.name) != field.default:
             raise ValueError(
-                f"--{field.name.replace('_', '-')} is for encoder-decoders such as T5, and "
-                f"{options.backbone} is none"
+                f"--{field.name.replace('_', '-')} needs an encoder-decoder such as T5, but "
+                f"{options.backbone} is not one"
             )
 
 
@@ -208,7 +208,7 @@ def check_length(config: Any, method: Any, max_length: int) -> None:
         fix = (
             f"use a max_length of {room} or less, or a shorter prompt"
             if room >= 3
-            else (f"use a prompt of {max(positions - max_length, 1)} or less")
+            else (f"use a prompt_length of {max(positions - max_length, 1)} or less")
         )
         raise ValueError(
             f"max_length={max_length} and prompt_length={prompt_length} together exceed the "
@@ -227,7 +227,7 @@ def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
     name = settings["benchmark"]["name"]
     if (benchmark := find(name)) is None:
         raise ValueError(
-            f"the adapter was trained on {name!r}, of which this version knows nothing"
+            f"the adapter was trained on {name!r}, which this version of the package does not have"
         )
     return benchmark
 
@@ -243,8 +243,8 @@ def _of_encoder(
     if names := parallel_names(model.method):
         if kind not in ("classification", "regression") or isinstance(benchmark, Choice):
             raise ValueError(
-                "adapters beside each other (parallel) have labels or scores of their own, and a "
-                f"{kind} task has none; use each by itself"
+                f"parallel adapters need a task with labels or scores, and a {kind} task has "
+                "none; use each adapter by itself"
             )
         return ParallelClassifier(model, tokenizer, kind, max_length, benchmark, names)
     if benchmark is not None and kind == "span":
@@ -301,6 +301,6 @@ def _check_special_tokens(tokenizer: Any, config: Any) -> None:
             raise ValueError(f"config.json of the backbone has no {name}; add it")
     if tokenizer.eos_token_id != config.eos_token_id:
         raise ValueError(
-            f"the tokenizer ends sequences with the token {tokenizer.eos_token_id}, the backbone "
-            f"with {config.eos_token_id}; use the backbone's own tokenizer"
+            f"the tokenizer ends sequences with the token {tokenizer.eos_token_id}, but the "
+            f"backbone with {config.eos_token_id}; use the backbone's own tokenizer"
         )

@@ -131,5 +131,5 @@ def mean_loss(loss: step.LossFunction, outputs: np.ndarray, encoded: tokens.Enco
 def refuse_logits(benchmark: Benchmark) -> None:
     """Raises ValueError: the predictions of a benchmark are no labels, and have no logits."""
     raise ValueError(
-        f"--logits: the predictions of {benchmark.name} are no labels, and have none; leave it out"
+        f"--logits needs a task with labels, and {benchmark.name} predicts none; leave it out"
     )

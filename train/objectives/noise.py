@@ -50,7 +50,10 @@ class SpanCorruption:
 
     def __post_init__(self) -> None:
         wanted = {
-            "input_length": (self.input_length >= 3, "at least 3: a token, a sentinel and the end"),
+            "input_length": (
+                self.input_length >= 3,
+                "at least 3 (a token, a sentinel and the end-of-sequence token)",
+            ),
             # Above this, hardly any text is left in the inputs, and segments grow without bound.
             "noise_density": (0 < self.noise_density <= 0.9, "above 0 and at most 0.9"),
             "mean_span_length": (1 <= self.mean_span_length < math.inf, "at least 1"),
@@ -62,8 +65,8 @@ class SpanCorruption:
         ids = (self.eos_token_id, *self.sentinel_ids)
         if len(set(ids)) < len(ids) or min(ids) < 0:
             raise ValueError(
-                f"sentinel_ids={self.sentinel_ids} must be distinct, none of them negative or "
-                f"eos_token_id={self.eos_token_id}"
+                f"sentinel_ids={self.sentinel_ids} must be distinct, and none of them may be "
+                f"negative or eos_token_id={self.eos_token_id}"
             )
         self._check_sentinels()
 
@@ -96,8 +99,8 @@ class SpanCorruption:
         """
         if not 2 <= len(tokens) <= self.segment_length:
             raise ValueError(
-                f"a segment of {len(tokens)} tokens cannot be corrupted with input_length="
-                f"{self.input_length}; it wants 2 to {self.segment_length}"
+                f"a segment of {len(tokens)} tokens cannot be corrupted with "
+                f"input_length={self.input_length}; it must have 2 to {self.segment_length} tokens"
             )
         noise, spans = self._num_noise(len(tokens))
         noise_lengths = _random_lengths(noise, spans, generator)
@@ -140,11 +143,11 @@ class SpanCorruption:
         instead = (
             f"input_length={self._num_inputs(fitting + 1)} or less, or a longer mean_span_length"
             if fitting
-            else "a tokenizer that has some"
+            else "a tokenizer with sentinels"
         )
         raise ValueError(
-            f"input_length={self.input_length} makes {self._num_noise(length)[1]} spans, but there "
-            f"are {have} sentinels; use {instead}"
+            f"input_length={self.input_length} makes {self._num_noise(length)[1]} spans, but the "
+            f"tokenizer has {have} sentinels; use {instead}"
         )
 
 
@@ -168,7 +171,7 @@ def corrupted(
       ValueError: if `seed` or `epoch` is negative, or a segment does not suit `corruption`.
     """
     if seed < 0 or epoch < 0:
-        raise ValueError(f"span corruption wants seed and epoch of 0 or more, got {seed}, {epoch}")
+        raise ValueError(f"seed={seed} and epoch={epoch} must be at least 0 for span corruption")
     pairs = [
         corruption.corrupt(segments[i], np.random.default_rng([seed, epoch, i]))
         for i in range(len(segments))

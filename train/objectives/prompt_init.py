@@ -28,7 +28,7 @@ def with_tokens(method: Any, words: str | None, task: Task, tokenizer: Any) -> A
         ids = tuple(tokenizer(words, add_special_tokens=False)["input_ids"])
         if not 0 < len(ids) <= method.prompt_length:
             raise ValueError(
-                f"--prompt-words are {len(ids)} tokens, which start a prompt of "
+                f"--prompt-words has {len(ids)} tokens, which cannot start a prompt of "
                 f"prompt_length={method.prompt_length}; give 1 to {method.prompt_length} tokens"
             )
     return method.replace(prompt_token_ids=ids)
@@ -55,7 +55,7 @@ def most_common_tokens(
     for special in tokenizer.all_special_ids:
         found.pop(special, None)
     if not found:
-        raise ValueError("the training texts have no tokens for prompts to start from")
+        raise ValueError("the training texts have no tokens to initialise prompts from")
     order = sorted(found, key=lambda token: (-found[token], token))
     return tuple(order[:number])
 

@@ -55,5 +55,5 @@ def check_fit(module: Any, method: MethodConfig, config: Any, max_length: int) -
     if there is not None and size > there:
         raise ValueError(
             f"method {method.kind} adds {added:,} numbers to the backbone, {size / 1e9:,.0f} GB, "
-            f"and this machine has {there / 1e9:,.0f} GB; choose smaller widths"
+            f"but this machine has {there / 1e9:,.0f} GB; choose smaller widths"
         )

@@ -27,8 +27,8 @@ _FIXED_SEED = 0
 
 
 _PREDICTS_NOTHING = (
-    f"an adapter of {tasks.SPAN_CORRUPTION} predicts nothing; fit a task on the backbone it was "
-    "trained with, or with --method full on the folder backbone/ beside it"
+    f"an adapter of {tasks.SPAN_CORRUPTION} cannot predict; fit a task on the backbone that it "
+    "was trained with, or, after --method full, on the folder backbone/ of its run"
 )
 
 
@@ -145,7 +145,7 @@ def _held_out(
     """Splits off a small part of the segments for validation, and prints its size."""
     if len(segments) < 2:
         raise ValueError(
-            f"{path}: one segment alone leaves none for validation; give more text or "
+            f"{path}: a single segment leaves none for validation; give more text or "
             "--validation-file"
         )
     order = np.random.default_rng(_FIXED_SEED).permutation(len(segments))

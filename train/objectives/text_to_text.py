@@ -215,8 +215,8 @@ class TextToText(Seq2Seq):
         """Raises ValueError for `logits` of generated text, which has no label logits."""
         if logits and self.format.generates:
             raise ValueError(
-                f"--logits: predictions of kind {self.format.kind} are generated text, which has "
-                "none; leave it out"
+                f"--logits needs a task with labels, but predictions of kind {self.format.kind} "
+                "are generated text; leave it out"
             )
 
     @property

@@ -150,20 +150,27 @@ def load_task(
     if benchmark is not None:
         if any(given):
             raise ValueError(
-                f"{name} is the name of a benchmark; give your own files another --task name"
+                f"{name} is the name of a benchmark; use another --task name for your own files"
             )
         if (regression or text) and benchmark.kind != ("regression" if regression else "text"):
-            raise ValueError(f"{name} is a task of kind {benchmark.kind}, and cannot be another")
+            raise ValueError(
+                f"{name} is a task of kind {benchmark.kind}, not "
+                f"{'regression' if regression else 'text'}; choose another task"
+            )
         if stated_names:
-            raise ValueError(f"the labels of {name} have names already; leave --label-names out")
+            raise ValueError(f"the labels of {name} already have names; leave --label-names out")
         return _of_benchmark(benchmark, data_dir, split_protocol, splits, label_names)
     if data_dir is not None and any(given):
-        raise ValueError("--data-dir is for benchmarks such as mnli, not for your own files")
+        raise ValueError(
+            "--data-dir works only with benchmarks such as mnli, not with your own files"
+        )
     files = _files(name, given)
     wanted = tuple(files) if splits is None else tuple(splits)
     for split in wanted:
         if split not in files:
-            raise ValueError(f"no file for the split {split!r}; there are {', '.join(files)}")
+            raise ValueError(
+                f"there is no file for the split {split!r}; use one of {', '.join(files)}"
+            )
     if name == SPAN_CORRUPTION:
         if regression or text:
             raise ValueError(f"{name} takes its targets from the text itself, not from a column")
@@ -179,7 +186,10 @@ def load_task(
     order = tuple(stated_names or (names if are_numbered else built_in))
     read = own_files.load(files, wanted, target, names, order, max_characters)
     if stated_names and read.kind != "classification":
-        raise ValueError(f"--label-names are for labels, and {name or CUSTOM} is {read.kind}")
+        raise ValueError(
+            f"--label-names needs a task with labels, but {name or CUSTOM} has kind {read.kind}; "
+            "leave it out"
+        )
     return Task(name or CUSTOM, read.kind, read.label_names, read.splits, notes=read.notes)
 
 
@@ -202,7 +212,7 @@ def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Datas
       ValueError: if `size` is below 1 or above the number of rows.
     """
     if not 1 <= size <= len(dataset):
-        raise ValueError(f"cannot draw {size} examples of {len(dataset)}; use 1 to {len(dataset)}")
+        raise ValueError(f"cannot draw {size} of {len(dataset)} examples; use 1 to {len(dataset)}")
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:size]
     return dataset.select(np.sort(chosen))
 
@@ -217,7 +227,7 @@ def _of_benchmark(
     rows, names = hub.load(benchmark, data_dir, split_protocol, splits)
     if label_names is not None and tuple(label_names) != names:
         raise ValueError(
-            f"the labels of {benchmark.name} are {', '.join(names)}, and the adapter's "
+            f"the labels of {benchmark.name} are {', '.join(names)}, but those of the adapter are "
             f"{', '.join(label_names)}"
         )
     return Task(benchmark.name, benchmark.kind, names, rows, benchmark)

@@ -77,7 +77,7 @@ class Benchmark:
         generic = ("sentence", "sentence2")[: len(self.columns)]
         if len(self.columns) > 2 or not set(generic) <= set(found):
             raise ValueError(
-                f"rows of {self.name} need {', '.join(self.columns)}, and have no {missing[0]!r}; "
+                f"rows of {self.name} need {', '.join(self.columns)}, but have no {missing[0]!r}; "
                 f"their columns are {', '.join(found)}"
             )
         renamed = dict(zip(generic, self.columns, strict=True))

@@ -69,7 +69,7 @@ def load(
             )
     if not made:
         raise ValueError(
-            f"no split of {benchmark.name} was asked for; there are {', '.join(makers)}"
+            f"no split of {benchmark.name} was selected; use one of {', '.join(makers)}"
         )
     names = _label_names(benchmark, next(iter(made.values())))
     for split, rows in made.items():
@@ -160,7 +160,9 @@ def _from_folder(benchmark: Benchmark, data_dir: Path) -> Read:
     folder = data_dir / benchmark.configuration
     files = sorted(folder.rglob("*.parquet"))
     if not files:
-        raise ValueError(f"{folder} holds no parquet files; --data-dir wants {_layout(benchmark)}")
+        raise ValueError(
+            f"{folder} holds no parquet files; --data-dir must be {_layout(benchmark)}"
+        )
 
     def read(split: str) -> datasets.Dataset | None:
         # The hub has used train-00000-of-00001, super_glue-train and train/0000 over the years.
@@ -172,7 +174,7 @@ def _from_folder(benchmark: Benchmark, data_dir: Path) -> Read:
             table = pa.concat_tables([pq.read_table(path) for path in chosen])
         except (pa.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"{chosen[0]}: not a readable parquet file: {reason}") from error
+            raise ValueError(f"{chosen[0]} is not a readable parquet file: {reason}") from error
         return _ready(benchmark, datasets.Dataset(table), str(chosen[0]))
 
     return read
@@ -193,11 +195,11 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
     for name in wanted:
         if name not in rows.column_names:
             raise ValueError(
-                f"{where}: no column {name!r}; {benchmark.name} wants {', '.join(wanted)}, and "
-                f"there are {', '.join(rows.column_names)}"
+                f"{where} has no column {name!r}; {benchmark.name} needs {', '.join(wanted)}, but "
+                f"the columns are {', '.join(rows.column_names)}"
             )
     if not len(rows):
-        raise ValueError(f"{where}: has no rows")
+        raise ValueError(f"{where} has no rows")
     _check_present(benchmark, rows, where)
     for name, kind in benchmark.columns.items():
         value = rows[0][name]
@@ -209,11 +211,12 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
     stored = rows.features.arrow_schema.field(benchmark.wanted).type
     if benchmark.kind == "classification" and not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
-            f"{where}: column 'label' is {stored}, not a ClassLabel, which has the labels' names; "
-            "copy the hub's own files, or write yours with `datasets`"
+            f"{where}: column 'label' has the type {stored}, but must be a ClassLabel, which "
+            "stores the names of the labels; copy the files of the hub, or write yours with "
+            "`datasets`"
         )
     if benchmark.kind == "regression" and not pa.types.is_floating(stored):
-        raise ValueError(f"{where}: column 'label' is {stored}, not float32")
+        raise ValueError(f"{where}: column 'label' has the type {stored}, not float32")
     rows = rows.select_columns(list(wanted))
     usable = benchmark.usable(rows)
     if usable is not None and not all(usable):
@@ -223,7 +226,7 @@ def _ready(benchmark: Benchmark, rows: datasets.Dataset, where: str) -> datasets
         )
         rows = rows.select(np.flatnonzero(usable))
         if not len(rows):
-            raise ValueError(f"{where}: has no rows with a text on both sides")
+            raise ValueError(f"{where} has no rows with a text on both sides")
     return rows.rename_column("label", "score") if benchmark.kind == "regression" else rows
 
 
@@ -260,8 +263,8 @@ def _check_labels(
         return
     if (own := _label_names(benchmark, rows)) != names:
         raise ValueError(
-            f"{benchmark.name}: the labels of {split} are {', '.join(own)}, of others "
-            f"{', '.join(names)}"
+            f"{benchmark.name}: the labels of {split} are {', '.join(own)}, but those of the "
+            f"other splits are {', '.join(names)}"
         )
     for row, label in enumerate(rows["label"][:], 1):
         if label is None or not 0 <= label < len(names):

@@ -82,9 +82,7 @@ def check_names(names: Sequence[str], what: str) -> None:
         if not key(name):
             raise ValueError(f"{what}: name {place + 1} is empty; give every label a name")
         if name in names[:place]:
-            raise ValueError(
-                f"{what}: {shown(name)} stands there twice; give every label its own name"
-            )
+            raise ValueError(f"{what}: {shown(name)} occurs twice; give every label its own name")
 
 
 def check_stated(order: Sequence[str], names: Sequence[str]) -> None:
@@ -97,7 +95,7 @@ def check_stated(order: Sequence[str], names: Sequence[str]) -> None:
     other = [name for name in order if name not in names]
     if other and names and not all(map(is_integer, names)):
         raise ValueError(
-            f"--label-names: {shown(other[0])} is none of the adapter's labels, which are "
+            f"--label-names: {shown(other[0])} is not one of the adapter's labels, which are "
             f"{listed(names):.300}"
         )
 
@@ -123,21 +121,21 @@ def check_found(path: Path, found: Mapping[str, int]) -> list[str]:
     for group in alike.values():
         if len(group) > 1:
             raise ValueError(
-                f"{path}: the labels {', '.join(repr(x)[:60] for x in group[:4])} differ in case, "
-                "white space or form of writing alone; write one of them, or state with "
-                "--label-names that all are labels"
+                f"{path}: the labels {', '.join(repr(x)[:60] for x in group[:4])} differ only in "
+                "case, white space or Unicode form; use one spelling, or list all of them in "
+                "--label-names"
             )
     if missing := _like_missing({k: group[0] for k, group in alike.items()}):
         others = listed([label for label in found if label != missing])
         raise ValueError(
-            f"{path}: {rows[missing]} beside {others:.150} looks like rows without a label; remove "
-            f"these rows, or state with --label-names that {shown(missing)} is a label"
+            f"{path}: {rows[missing]} next to {others:.150} looks like rows without a label; "
+            f"remove these rows, or list {shown(missing)} in --label-names if it is a label"
         )
     doubtful = [rows[group[0]] for k, group in alike.items() if k in _OFTEN_NONE]
     if not doubtful:
         return []
     return [
-        f"{path} has labels that often mean that a row has none: {', '.join(doubtful[:10])}; if "
+        f"{path} has labels that often stand for a missing label: {', '.join(doubtful[:10])}; if "
         "they do here, remove these rows"
     ]
 
@@ -195,9 +193,9 @@ def indices(
             continue
         if is_integer(label) and not order and not any(map(is_integer, names)):
             raise ValueError(
-                f"{path}, row {row}: label {label} is a number, the labels have names, and nobody "
-                f"has said in which order: give --label-names with the names of 0, 1, … in this "
-                f"order; the names are {listed(names):.150}"
+                f"{path}, row {row}: label {label} is a number, but the labels have names, whose "
+                "order is unknown; give --label-names with the names of 0, 1, … in this order; "
+                f"the names are {listed(names):.150}"
             )
         raise ValueError(
             f"{path}, row {row}: label {label[:80]!r} is not one of "

@@ -46,7 +46,7 @@ def compute_metrics(
     ):
         raise ValueError(f"logits {logits.shape} and targets {targets.shape} do not fit {kind}")
     if not len(targets):
-        raise ValueError("no examples to evaluate on")
+        raise ValueError("there are no examples to evaluate on")
     check_finite(logits)
     if kind == "regression":
         return _regression(logits.astype(np.float64), targets.astype(np.float64))
@@ -238,8 +238,9 @@ def bleu_tokenizer(language: str) -> tuple[str, str]:
     if wanted[0].endswith("mecab"):
         fix = f"pip install 'sacrebleu[{language}]'"
     return chosen, (
-        f"bleu of {language!r} is by sacrebleu's tokenizer {chosen!r}, since {wanted[0]!r} is not "
-        f"installed ({fix}): it compares with no BLEU by {wanted[0]!r}"
+        f"bleu of {language!r} is computed with sacrebleu's tokenizer {chosen!r}, since "
+        f"{wanted[0]!r} is not installed ({fix}); it cannot be compared with BLEU that is "
+        f"computed with {wanted[0]!r}"
     )
 
 
@@ -259,7 +260,7 @@ def _is_there(tokenizer: str) -> bool:
 def _check_some(predictions: Sequence[Any] | np.ndarray) -> None:
     """Raises ValueError if there are no examples."""
     if not len(predictions):
-        raise ValueError("no examples to evaluate on")
+        raise ValueError("there are no examples to evaluate on")
 
 
 def _answer_words(text: str) -> list[str]:

@@ -113,7 +113,7 @@ def _check_same_columns(files: Mapping[str, Path], columns: Mapping[str, dict[st
     if len(set(pairs.values())) > 1:
         with_pairs = next(files[split] for split, pair in pairs.items() if pair)
         without = next(files[split] for split, pair in pairs.items() if not pair)
-        raise ValueError(f"{with_pairs} has a column 'sentence2' and {without} has none")
+        raise ValueError(f"{with_pairs} has a column 'sentence2', but {without} has none")
 
 
 def _check_two_classes(path: Path, found: Sequence[str]) -> None:

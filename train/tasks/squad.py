@@ -53,8 +53,8 @@ class Squad(Benchmark):
             starts = (answer or {}).get("answer_start") or []
             if texts and len(starts) != len(answer["text"]):
                 raise ValueError(
-                    f"row {row} of {self.name}: {len(answer['text'])} answers and {len(starts)} "
-                    "places (answer_start); give as many of both"
+                    f"row {row} of {self.name}: {len(answer['text'])} answers, but {len(starts)} "
+                    "positions in answer_start; give the same number of both"
                 )
 
     def unanswered(self, rows: Rows) -> int:

@@ -201,7 +201,7 @@ def label_tokens(
     for i, j in itertools.permutations(range(len(names)), 2):
         if _plain(names[i]) == _plain(names[j]):
             raise ValueError(
-                f"the labels {names[i]!r} and {names[j]!r} differ in white space alone; rename one"
+                f"the labels {names[i]!r} and {names[j]!r} differ only in white space; rename one"
             )
         if np.array_equal(tokens[i], tokens[j][: len(tokens[i])]):
             raise ValueError(
@@ -221,8 +221,8 @@ def check_written(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> N
     for name, text in zip(names, map(_plain, written(names, tokenizer)), strict=True):
         if not text:
             raise ValueError(
-                f"the tokenizer has no token for anything in the label {name!r:.200}, so that no "
-                "decoder can write it; rename it"
+                f"the tokenizer has no token for anything in the label {name!r:.200}, so no "
+                "decoder can generate it; rename it"
             )
         if text in found:
             raise ValueError(
@@ -242,8 +242,9 @@ def check_scores(targets: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
     for score, text in zip(different, written(different, tokenizer), strict=True):
         if parse_score(text) != parse_score(score):
             raise ValueError(
-                f"the tokenizer writes the score {score!r:.100} as {text!r:.100}, so that no "
-                "decoder can say it; use a backbone whose tokenizer has digits, point and sign"
+                f"the tokenizer writes the score {score!r:.100} as {text!r:.100}, so no decoder "
+                "can generate it; use a backbone whose tokenizer has digits, decimal point and "
+                "minus sign"
             )
 
 

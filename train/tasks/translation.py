@@ -82,15 +82,15 @@ class Translation(Benchmark):
         pairs = rows["translation"][:]
         for row, pair in enumerate(pairs, 1):
             if not pair.get(self.source):
-                raise ValueError(f"row {row} of {self.name} has nothing in {self.source!r}")
+                raise ValueError(f"row {row} of {self.name} has no text in {self.source!r}")
         columns = {"sentence": [pair[self.source] for pair in pairs]}
         translated = [bool(pair.get(self.to)) for pair in pairs]
         if all(translated):
             columns["target"] = [pair[self.to] for pair in pairs]
         elif any(translated):
             raise ValueError(
-                f"row {1 + translated.index(False)} of {self.name} has nothing in {self.to!r}, and "
-                "others have; fill it, or leave all of them out"
+                f"row {1 + translated.index(False)} of {self.name} has no text in {self.to!r}, "
+                "but other rows have; fill it, or leave out the translations of all rows"
             )
         return columns
 

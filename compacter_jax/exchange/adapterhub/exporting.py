@@ -77,7 +77,7 @@ def export_adapterhub(
       OSError: if the directory cannot be written.
     """
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"name={name!r} must be of letters, digits, '_' and '-'")
+        raise ValueError(f"name={name!r} must consist of letters, digits, '_' and '-'")
     module, layout = model.backbone, layout_of(model.backbone)
     _check_expressible(model)
     check_params(model, params, "exporting an adapter")
@@ -112,12 +112,12 @@ def export_adapterhub(
 
 
 _INEXPRESSIBLE: dict[type[MethodConfig], str] = {
-    FullFineTuningConfig: "it trains the backbone itself; write that with save_backbone",
+    FullFineTuningConfig: "it trains the backbone itself; write it with save_backbone",
     HeadOnlyConfig: "it adds no adapter; write the backbone with its head with save_backbone",
-    LowRankBottleneckConfig: "it has no projections of low rank",
-    PromptTuningConfig: "its prompts are for BERT alone, and not read here either",
-    BitFitConfig: "it has no adapters that are biases",
-    IntrinsicConfig: "it trains the backbone itself; write that with merge_adapter, save_backbone",
+    LowRankBottleneckConfig: "it has no low-rank projections",
+    PromptTuningConfig: "it has prompt tuning only for BERT, which is not supported here",
+    BitFitConfig: "it has no adapters made of biases",
+    IntrinsicConfig: "it trains the backbone itself; write it with merge_adapter and save_backbone",
 }
 
 
@@ -125,8 +125,8 @@ def _check_expressible(model: adapted.Adapted) -> None:
     method, head = model.method, model.backbone.head
     if isinstance(method, Composition):
         raise ValueError(
-            f"AdapterHub saves one adapter at a time, and method {method.kind!r} is of several: "
-            "export each that get_member gives"
+            f"AdapterHub saves one adapter at a time, but method {method.kind!r} has several; get "
+            "each with get_member and export it"
         )
     for part in method.inserted() or (method,):
         for cls, reason in _INEXPRESSIBLE.items():
@@ -134,13 +134,13 @@ def _check_expressible(model: adapted.Adapted) -> None:
                 raise ValueError(f"AdapterHub cannot express method {part.kind!r}: {reason}")
     if method.train_layer_norms:
         raise ValueError(
-            "AdapterHub has no place for layer norms that were trained: write the backbone with "
-            "save_backbone, then export an Adapted of method.replace(train_layer_norms=False), to "
-            "be loaded on that backbone"
+            "AdapterHub has no place for trained layer norms: write the backbone with "
+            "save_backbone, then export an Adapted of method.replace(train_layer_norms=False), "
+            "and load it on that backbone"
         )
     if method.train_pooler and head != "sequence_classification":
         raise ValueError(
-            f"AdapterHub has no place for a pooler that was trained with head={head!r}; it has one "
+            f"AdapterHub has no place for a trained pooler with head={head!r}; it has one only "
             "with head='sequence_classification'"
         )
 
@@ -183,8 +183,8 @@ def _before_last(host: str, module: Any) -> str:
     """Returns where AdapterHub scales the input of a feed-forward network's last projection."""
     if not getattr(module.config, "is_gated", False) or not host.endswith("/wo"):
         raise ValueError(
-            f"AdapterHub cannot scale the input of {host}: it scales before the activation; use "
-            "IA3Config(sites=('key', 'value', 'intermediate'), input_sites=())"
+            f"AdapterHub cannot scale the input of {host}, since it scales before the activation; "
+            "use IA3Config(sites=('key', 'value', 'intermediate'), input_sites=())"
         )
     return f"{host.removesuffix('/wo')}/wi_1"
 

@@ -143,8 +143,9 @@ def _config_path(directory: Path) -> Path | None:
     if tensors is None:
         return None
     raise ValueError(
-        f"{tensors} is of a head, and there is no {HEAD_CONFIG_NAME} beside it that says which; "
-        f"copy it from where the adapter was saved, or remove {tensors.name} to do without the head"
+        f"{tensors} holds the weights of a head, but its configuration {HEAD_CONFIG_NAME} is not "
+        f"in the same folder; copy it from where the adapter was saved, or remove {tensors.name} "
+        "to import the adapter without the head"
     )
 
 
@@ -172,7 +173,7 @@ def _num_labels(settings: Mapping[str, Any], head: str, path: Path) -> int | Non
     """Returns the number of labels of a classifier; None for other heads, or if it is not given."""
     labels = settings.get("num_labels") if _TOPS[head] == "classifier" else None
     if labels is not None and labels < 1:
-        raise ValueError(f"num_labels={labels} in {path} must be a whole number from 1 on")
+        raise ValueError(f"num_labels={labels} in {path} must be a whole number of at least 1")
     return labels
 
 
@@ -189,7 +190,7 @@ def _flex_head(config: Mapping[str, Any], name: Any, path: Path) -> _Head:
     raise ValueError(
         f"the head in {path}, {quote(dict(config), 120)}, has no counterpart here: "
         + (
-            f"head_type={kind!r} wants {wanted}"
+            f"head_type={kind!r} needs {wanted}"
             if wanted
             else f"head_type={quote(kind)} is unknown"
         )
@@ -241,10 +242,11 @@ def _check_head(directory: Path, head: _Head, module: Any) -> None:
     if head.head != module.head or head.num_labels not in (None, labels):
         wanted = ", ".join(f"{k}={v!r}" for k, v in read_adapterhub_head(directory).items())
         raise ValueError(
-            f"the folder {directory} has a head with {wanted}, the backbone has "
+            f"the folder {directory} has a head with {wanted}, but the backbone has "
             f"head={module.head!r}"
             + (f", num_labels={labels}" if module.head == head.head else "")
-            + f"; load the backbone with {wanted}, or leave out the folder's with with_head=False"
+            + f"; load the backbone with {wanted}, or leave out the head of the folder with "
+            "with_head=False"
         )
     check_pooling(
         directory, module, "load the backbone with pooling='first', or leave out the head"
@@ -252,9 +254,9 @@ def _check_head(directory: Path, head: _Head, module: Any) -> None:
     hidden_act = getattr(module.config, "hidden_act", None)
     if head.activation not in (None, hidden_act):
         raise ValueError(
-            f"the head in {directory} has activation_function={quote(head.activation)}, the "
-            "backbone's "
-            f"has hidden_act={hidden_act!r}; leave it out with with_head=False"
+            f"the head in {directory} has activation_function={quote(head.activation)}, but the "
+            f"head of the backbone has hidden_act={hidden_act!r}; leave the head out with "
+            "with_head=False"
         )
 
 
@@ -272,7 +274,7 @@ def check_pooling(directory: Path, module: Any, fix: str) -> None:
     pooling = getattr(module, "pooling", "first")
     if pooling != "first":
         raise ValueError(
-            f"{directory}: heads of AdapterHub read the first token through a pooler, and the "
+            f"{directory}: heads of AdapterHub read the first token through a pooler, but the "
             f"backbone has pooling={pooling!r}; {fix} with with_head=False"
         )
 
@@ -287,9 +289,9 @@ def _check_ties(
         copy, values = found.pop(path).T, np.asarray(own[original])
         if not np.array_equal(converted(directory, path, copy, values.dtype), values):
             raise ValueError(
-                f"{path} in {directory} is not the backbone's {original}, to which it is tied: "
-                "load the backbone that the adapter was trained with, or leave out the head with "
-                "with_head=False"
+                f"{path} in {directory} is tied to the backbone's {original}, but differs from "
+                "it; load the backbone that the adapter was trained with, or leave out the head "
+                "with with_head=False"
             )
 
 

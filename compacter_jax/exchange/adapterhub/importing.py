@@ -104,13 +104,18 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     for name, what in _OTHERS.items():
         if not path.is_file() and (directory / name).is_file():
-            raise ValueError(f"{directory} holds {what}, which is not supported; give an adapter's")
+            raise ValueError(
+                f"{directory} holds {what}, which is not supported; give the folder of a single "
+                "adapter"
+            )
     settings = read_json(path, _FIELDS, what="the configuration of an adapter of AdapterHub")
     for key, reader in (("format_version", "load_adapter"), ("peft_type", "import_peft")):
         if key in settings:
-            raise ValueError(f"{path} is not AdapterHub's, for it has {key!r}; use {reader}")
+            raise ValueError(
+                f"{path} was not written by AdapterHub, since it has the key {key!r}; use {reader}"
+            )
     if missing := sorted({"config", "model_type", "name"} - settings.keys()):
-        raise ValueError(f"{path} is not AdapterHub's: it has no {listing(missing)}")
+        raise ValueError(f"{path} was not written by AdapterHub: it has no {listing(missing)}")
     return settings | {"config": _modernised(settings)}
 
 
@@ -133,15 +138,14 @@ def _check_backbone(settings: Mapping[str, Any], source: Source) -> None:
     model_type, width = settings["model_type"], settings.get("hidden_size")
     if model_type not in source.layout.model_types:
         raise ValueError(
-            f"{source.path} is of model_type={quote(model_type)}, the backbone is a "
-            f"{type(source.module).__name__}: load the one that the adapter was trained with"
+            f"{source.path} has model_type={quote(model_type)}, but the backbone is a "
+            f"{type(source.module).__name__}; load the backbone that the adapter was trained with"
         )
     wanted = source.module.config.hidden_size
     if width not in (None, wanted):
         raise ValueError(
-            f"{source.path} is of hidden_size={quote(width, 40)}, the backbone's is {wanted}: load "
-            "the one "
-            "that the adapter was trained with"
+            f"{source.path} has hidden_size={quote(width, 40)}, but the backbone has {wanted}; "
+            "load the backbone that the adapter was trained with"
         )
 
 
@@ -163,8 +167,8 @@ def _stored(directory: Path, naming: Naming) -> Tensors:
         name = _POOL.sub(r"prefix_tuning.\1", now).removeprefix(base)
         if name in once and not np.array_equal(once[name], array):
             raise ValueError(
-                f"{shorten(key, 100)} and {shorten(name, 100)} in {directory} are one tensor, but "
-                "differ"
+                f"{shorten(key, 100)} and {shorten(name, 100)} in {directory} must be the same "
+                "tensor, but differ"
             )
         once[name] = converted(directory, key, array, np.float32)
     return once
@@ -218,8 +222,9 @@ def _check_shared(directory: Path, stored: Tensors, wanted: Tensors, naming: Nam
     if shared and stored.keys().isdisjoint(shared):
         raise ValueError(
             f"the adapter in {directory} has no {' and no '.join(shared)}, and cannot be restored "
-            "without: `adapters` leaves what adapters share out of the file where the model is not "
-            "a head on a base model (T5ForConditionalGeneration, T5Model, BertModel). Save it from "
-            "a T5AdapterModel, a BertAdapterModel or a BERT with a head; of a model still in "
-            f"memory, add model.shared_parameters[{naming.name!r}] to the file under these names"
+            "without these tensors. `adapters` does not save the parameters that adapters share "
+            "if the model is not a base model with a head (T5ForConditionalGeneration, T5Model, "
+            "BertModel). Save the adapter from a T5AdapterModel, a BertAdapterModel or a BERT "
+            "with a head; if the model is still in memory, add "
+            f"model.shared_parameters[{naming.name!r}] to the file under these names"
         )

@@ -134,7 +134,7 @@ def layout_of(module: Any) -> Layout:
         if isinstance(module, cls):
             return layout
     raise ValueError(
-        f"{type(module).__name__} is no backbone whose adapters of AdapterHub are known; use "
+        f"adapters of AdapterHub are not supported for a {type(module).__name__}; use "
         f"{' or '.join(cls.__name__ for cls in _LAYOUTS)}"
     )
 
@@ -158,7 +158,7 @@ def check_prefixed_layers(
         having = {number for number, layer in enumerate(layers) if location in layer}
         if having & set(leave_out) not in (set(), having):
             raise ValueError(
-                f"prefix tuning in some layers alone of a stack of T5 ({location}, leave_out="
-                f"{sorted(leave_out)}) is not supported: {VERSION} loses the biases of relative "
-                "positions there"
+                f"prefix tuning in only some layers of a T5 stack ({location}, "
+                f"leave_out={sorted(leave_out)}) is not supported: {VERSION} loses the relative "
+                "position biases there"
             )

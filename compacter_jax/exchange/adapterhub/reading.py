@@ -107,8 +107,8 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
         _check_shared_blocks(values, factor)
     if phm and scaling == "channel":
         raise ValueError(
-            f"scaling='channel' with phm_layer=True in {source.path} is not supported: the product "
-            "is no sum of Kronecker products"
+            f"scaling='channel' with phm_layer=True in {source.path} is not supported: the "
+            "product is not a sum of Kronecker products"
         )
     same = {ours: values[theirs] for theirs, ours in BOTTLENECK.same.items()}
     if parallel:  # it always reads the residual and skips from the output
@@ -132,7 +132,7 @@ def _check_sum(values: Mapping[str, Any], source: Source) -> None:
     if normalises_before(source.layout) or not values["original_ln_before"]:
         raise ValueError(
             f"residual_before_ln='post_add' {where} in {source.path} is not supported: {VERSION} "
-            "fails there itself, for it has the sum only where a norm follows it"
+            "itself fails there, because it computes the sum only if a norm follows"
         )
 
 
@@ -174,8 +174,7 @@ def _reduction_factor(values: Mapping[str, Any], source: Source) -> int:
                 return min(factor, width)
     raise ValueError(
         f"reduction_factor={quote(value, 100)} in {source.path} is not supported: no whole number "
-        "leaves the "
-        f"same bottleneck beside a width of {width}"
+        f"gives the same bottleneck at a width of {width}"
     )
 
 
@@ -244,7 +243,7 @@ def _placement(
     kept = [layer for number, layer in enumerate(layers) if number not in leave_out]
     sites = [layout.sites[name] for name in locations if any(name in layer for layer in kept)]
     if not sites:
-        raise ValueError(f"the config in {source.path} puts adapters nowhere in this backbone")
+        raise ValueError(f"the config in {source.path} places no adapter in this backbone")
     left: dict[str, list[int]] = {}
     first = 0
     for stack, depth in layout.depths(module).items():
@@ -279,8 +278,9 @@ def sites_of(parts: Sequence[Part], source: Source) -> dict[str, str | Site] | N
         names = part.method.all_sites()
         if part.shunned and not narrowed.isdisjoint(names):
             raise ValueError(
-                f"two configs in {source.path} act at {sorted(narrowed & set(names))} and leave "
-                "out layers of the encoder or the decoder alone; that is not supported together"
+                f"two configs in {source.path} both act at {sorted(narrowed & set(names))}, and "
+                "one of them leaves out layers of only the encoder or only the decoder; this "
+                "combination is not supported"
             )
         for name in names:
             table[name] = _narrowed(table[name], part.shunned)

@@ -43,8 +43,8 @@ class _Architecture:
         missing = sorted(required - config.keys())
         if unknown or missing:
             raise ValueError(
-                f"the config in {path} is not one of {VERSION}; unknown fields: "
-                f"{listing(unknown, 4) or 'none'}; missing: {listing(missing) or 'none'}"
+                f"the config in {path} does not have the fields of {VERSION}; unknown fields: "
+                f"{listing(unknown, 4) or 'none'}; missing fields: {listing(missing) or 'none'}"
             )
         values = {**self.fields, **config}
         for field, allowed in self.only.items():
@@ -198,6 +198,6 @@ PREFIX_TUNING = _Architecture(
 
 
 NO_SHARED_BLOCKS = (
-    "shared_W_phm=True with factorized_phm_W=False is not supported: `adapters` fails to make "
-    "blocks that are shared and not factorised"
+    "shared_W_phm=True with factorized_phm_W=False is not supported: `adapters` cannot create "
+    "shared blocks that are not factorised"
 )

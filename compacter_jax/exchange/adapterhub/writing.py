@@ -115,12 +115,12 @@ def _located(
     if expected != hosts:
         extra, lacking = sorted(hosts - expected), sorted(expected - hosts)
         raise ValueError(
-            f"AdapterHub cannot put method {part.kind!r} where this model has it"
+            f"AdapterHub cannot place method {part.kind!r} at the sites of this model"
             + (f"; it has no place at {listing(extra)}" if extra else "")
             + (f"; it would also act at {listing(lacking)}" if lacking else "")
-            + "; place bottlenecks at sites residual_… or at a sub-layer's output, LoRA at query, "
-            "key, value, feed_forward and, in T5 of two, the projection wi_1, prefixes in decoders "
-            "as a whole"
+            + "; place bottlenecks at sites residual_… or at the output of a sub-layer, LoRA at "
+            "query, key, value, feed_forward and (in a gated T5) wi_1, and prefixes in every "
+            "layer of a decoder"
         )
     return used, leave_out
 
@@ -136,7 +136,8 @@ def _check_prefixes(
     if has_relative_positions(layout) and not part.shift_positions:
         raise ValueError(
             f"AdapterHub cannot express shift_positions=False on T5: {VERSION} counts prefixes in "
-            "the relative positions of keys, and not of queries; train with shift_positions=True"
+            "the relative positions of keys, but not in those of queries; train with "
+            "shift_positions=True"
         )
 
 

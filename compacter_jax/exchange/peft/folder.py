@@ -164,7 +164,9 @@ def export_peft(
     method = model.method
     if type(method) not in WRITERS:
         kinds = ", ".join(cls.kind for cls in WRITERS)
-        raise ValueError(f"PEFT does not have the method {method.kind!r}; written are {kinds}")
+        raise ValueError(
+            f"method {method.kind!r} cannot be exported to PEFT; these methods can: {kinds}"
+        )
     check_pooling(Path(directory), model.backbone)
     check_params(model, params, "exporting an adapter")
     flat = flatten_dict(params, sep="/")

@@ -81,7 +81,9 @@ def _linear_layers(names: Mapping[str, str]) -> dict[str, str]:
 def module_of(host: str, names: Mapping[str, str]) -> str:
     """Returns PEFT's name of a linear layer; raises ValueError for another host."""
     if f"{host}/kernel" not in names:
-        raise ValueError(f"{host} is no linear layer, and PEFT has this method at these alone")
+        raise ValueError(
+            f"{host} is not a linear layer, and PEFT applies this method only to linear layers"
+        )
     return names[f"{host}/kernel"].removesuffix(".weight")
 
 
@@ -181,8 +183,7 @@ def saved_modules(
     if not_allowed:
         raise ValueError(
             f"modules_to_save={quote(list(ends))} in {path} has {listing(not_allowed, 3)}; only a "
-            "head, a "
-            "pooler and layer norms can be kept beside an adapter"
+            "head, a pooler and layer norms can be saved with an adapter"
         )
     head = _under(_HEADS.get(settings.get("task_type") or "", ()), names)
     return saved | head if any(map(is_stored, head)) else saved

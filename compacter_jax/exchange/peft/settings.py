@@ -108,14 +108,13 @@ def check_task(path: Path, settings: Mapping[str, Any], head: str | None) -> Non
     task = settings.get("task_type")
     if task is None and settings["peft_type"] == "PROMPT_TUNING":
         raise ValueError(
-            f"task_type=None in {path}, with which PEFT itself does not use the prompts; set it to "
-            f"{TASKS[head]!r} if that is what they were trained for"
+            f"task_type=None in {path} makes PEFT itself ignore the prompts; set it to "
+            f"{TASKS[head]!r} if the prompts were trained for this task"
         )
     if task is not None and task != TASKS[head]:
         raise ValueError(
-            f"task_type={quote(task)} in {path} is not for head={head!r}, whose is "
-            f"{TASKS[head]!r}; "
-            "load the backbone with the adapter's head"
+            f"task_type={quote(task)} in {path} does not fit head={head!r}, which has "
+            f"task_type={TASKS[head]!r}; load the backbone with the adapter's head"
         )
 
 
@@ -125,7 +124,7 @@ def check_pooling(place: Path, module: Any) -> None:
     if pooling != "first":
         raise ValueError(
             f"{place}: with task_type='SEQ_CLS' PEFT reads the first token through transformers' "
-            f"pooler, and the backbone has pooling={pooling!r}; use pooling='first'"
+            f"pooler, but the backbone has pooling={pooling!r}; use pooling='first'"
         )
 
 

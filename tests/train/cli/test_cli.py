@@ -1,4 +1,4 @@
-"""The command line, end to end: fit, evaluate, predict, params, interruption and bad input."""
+"""Runs the command line end to end: fit, evaluate, predict, params, interruption and bad input."""
 
 import contextlib
 import csv
@@ -34,7 +34,7 @@ GOOD, BAD = WORDS[10:14], WORDS[14:18]
 
 
 def write_examples(path, rows, *, seed, score=False):
-    """Sentences whose label is whether their words are good ones."""
+    """Writes sentences whose label says whether their words are positive."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 2, rows)
     columns = {
@@ -51,7 +51,7 @@ def write_examples(path, rows, *, seed, score=False):
 
 
 def write_splits(folder, sizes, *, score=False):
-    """Split -> a file of so many examples; those of one split are not those of another."""
+    """Returns split -> a file with the given number of examples, different for each split."""
     return {
         split: write_examples(folder / f"{split}.parquet", rows, seed=seed, score=score)
         for seed, (split, rows) in enumerate(sizes.items())
@@ -66,7 +66,7 @@ def files(tmp_path_factory):
 
 
 def fit_flags(folder, files, output, **flags):
-    """Inputs of one length: most of what these tests do is compile."""
+    """Returns flags for inputs of one length, since these tests spend most time on compilation."""
     flags = {
         "output-dir": output,
         **{f"{split}-file": path for split, path in files.items()},
@@ -87,7 +87,7 @@ def adapter_bytes(output):
 
 
 def refusal(capsys, *arguments):
-    """The one line of a command that must fail with exit code 2."""
+    """Returns the one-line message of a command that must fail with exit code 2."""
     assert main([str(argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
@@ -95,13 +95,13 @@ def refusal(capsys, *arguments):
     return lines[0]
 
 
-# Inputs of several lengths, the last of them cut off where no bucket ends.
+# Inputs of several lengths; the longest are cut at a length that is no bucket boundary.
 FITTED = {"epochs": 4, "max-length": 20}
 
 
 @pytest.fixture(scope="module")
 def run(tiny_backbone, files, tmp_path_factory):
-    """The folder of a finished run, on the four devices of the tests, and what it said."""
+    """Returns the folder and the output of a finished run on the four devices of the tests."""
     output, said = tmp_path_factory.mktemp("runs") / "run", (io.StringIO(), io.StringIO())
     compilation_cache.announce_compilation.cache_clear()  # as in a new process
     with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
@@ -111,7 +111,7 @@ def run(tiny_backbone, files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted(run):
-    """The folder of that run."""
+    """Returns the folder of the finished run."""
     return run[0]
 
 
@@ -133,9 +133,9 @@ def test_fit_learns_and_writes_everything(fitted):
     best = result["history"][result["best_epoch"] - 1]
     assert best["accuracy"] == max(record["accuracy"] for record in result["history"])
     assert result["validation"]["accuracy"] == best["accuracy"]
-    for record in result["history"]:  # so few steps that none are averaged
+    for record in result["history"]:  # with so few steps, no average is taken
         assert np.mean(record["step_losses"]) == pytest.approx(record["train_loss"])
-    # Bottleneck 12, n = 4: two layers of (24 + 12) + 12 + (12 + 24) + 24, a rule of 64.
+    # Bottleneck 12, n = 4: two layers of (24 + 12) + 12 + (12 + 24) + 24, and a rule of 64.
     assert result["trained_groups"]["adapters"] == 2 * (24 + 12 + 12 + 12 + 24 + 24)
     assert result["trained_groups"]["rule"] == 64
     size = sum(path.stat().st_size for path in (fitted / "adapter").iterdir())
@@ -158,10 +158,10 @@ def test_evaluate_gives_the_metrics_of_fit(fitted, files, capsys, tmp_path):
     assert main(["evaluate", *map(str, flags)]) == 0
     printed = capsys.readouterr()
     assert "test accuracy: " in printed.out
-    assert printed.err == ""  # nothing of a new head, which the adapter brings
+    assert printed.err == ""  # no message about a new head, since the adapter brings one
     written = json.loads(output.read_text())
     values, expected = written["metrics"], json.loads((fitted / "metrics.json").read_text())["test"]
-    # One device here and four there: the logits of a row may differ by rounding.
+    # One device here and four there, so the logits of a row may differ by rounding.
     assert values.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
     assert values == expected
     assert written["examples"] == 43
@@ -176,7 +176,8 @@ def test_a_backbone_without_a_pooler_knows_its_adapter_again(
     assert len(kept) == len(tensors) - 2
     safetensors.numpy.save_file(kept, folder / "model.safetensors")
     output = tmp_path / "run"
-    # Another seed than that of who loads the adapter: the pooler is neither trained nor saved.
+    # The seed differs from the one used when the adapter is loaded: the pooler is neither trained
+    # nor saved.
     assert main(["fit", *fit_flags(folder, files, output, seed=3, **{"max-steps": 2})]) == 0
     assert "pooler/dense/kernel: drawn at random, and not trained" in capsys.readouterr().out
     expected = json.loads((output / "metrics.json").read_text())["test"]
@@ -189,7 +190,7 @@ def test_a_backbone_without_a_pooler_knows_its_adapter_again(
 
 @pytest.mark.slow
 def test_a_backbone_of_int8_over_a_mesh(tiny_backbone, files, tmp_path):
-    """Trained on four devices, each with a part of the weights, and evaluated on one."""
+    """Trains on four devices, each with a part of the weights, and evaluates on one."""
     flags = {"mesh": "data=2,model=2", "backbone-dtype": "int8", "remat": "dots"}
     run = tmp_path / "run"
     assert main(["fit", *fit_flags(tiny_backbone, files, run, **flags)]) == 0
@@ -292,13 +293,13 @@ def test_params_of_all_methods(tiny_backbone, capsys):
     assert records["compacter++"]["trained"] == 216 + 64 + 5 * 48 + 50  # as above
     assert records["intrinsic-said"]["trained"] == 60 + 50
     assert records["prompt-tuning-random"]["trained"] == 5 * 24 + 50
-    # Word pieces 23, positions 64, types 2, their norm; two layers; the pooler.
+    # 23 word pieces, 64 positions, 2 token types, their norm; two layers; the pooler.
     layer = 4 * (24 * 24 + 24) + 2 * 24 * 40 + 40 + 24 + 2 * 48
     total = 24 * (23 + 64 + 2) + 48 + 2 * layer + 24 * 24 + 24
     assert {record.get("backbone_total", total) for record in records.values()} == {total}
-    # Of two layers none are left without the first five.
+    # AdapterDrop leaves out five layers, more than this backbone has.
     assert "leave_out has [2, 3, 4]" in records["adapterdrop"]["error"]
-    # The overrides are for the methods that have the field, the bottleneck of `mam` among them.
+    # Overrides apply to the methods that have the field, such as the bottleneck of `mam`.
     adapters = 2 * (2 * 24 * 12 + 12 + 24)
     prefixes = 3 * 24 + 24 * 800 + 800 + 2 * (800 * 48 + 48)
     assert records["parallel"]["trained"] == adapters + 50
@@ -360,14 +361,14 @@ def test_methods_share_flags(capsys):
         "--residual-before-ln {True,False,post_add} start of the adapter's skip connection" in words
     )
     assert "--parts" not in words
-    # A bare mistake of one preset stays one.
+    # An error that concerns a single preset is reported as such.
     assert "no field 'rank'" in refusal(
         capsys, "params", "--method", "full", "--rank", "2", "--backbone-config", "t5-small"
     )
 
 
-# A preset of each kind that other tests do not train -> flags that make it small. What they differ
-# in is the method's own, and the same on a T5: `test_cli_t5.py` has the others.
+# A preset of each kind that other tests do not train -> flags that make it small. The differences
+# between kinds are the same on a T5; `test_cli_t5.py` has the other kinds.
 KINDS = {
     "low-rank": {"reduction-factor": 2},
     "bitfit": {},
@@ -377,7 +378,7 @@ KINDS = {
 
 
 def small_flags(folder, files, output, method, **flags):
-    """Few steps on inputs of one length: most of what these tests do is compile."""
+    """Returns flags for a few steps on inputs of one length, since compilation takes most time."""
     flags |= {"output-dir": output, "backbone": folder, "method": method, "max-length": 16}
     flags |= {"batch-size": 8, "eval-batch-size": 16, "epochs": 1, "train-size": 16}
     flags |= {f"{split}-file": path for split, path in files.items()}
@@ -385,7 +386,7 @@ def small_flags(folder, files, output, method, **flags):
 
 
 def check_run(output, files, folder, capsys):
-    """`evaluate` and `predict` give what `fit` says."""
+    """Checks that `evaluate` and `predict` reproduce the results of `fit`."""
     adapter = ["--adapter", str(output / "adapter")]
     flags = ["--test-file", str(files["test"]), "--output", str(folder / "metrics.json")]
     assert main(["evaluate", *adapter, *flags]) == 0
@@ -409,7 +410,7 @@ def test_every_kind_of_method(method, flags, tiny_backbone, files, tmp_path, cap
 
 
 def method_in(folder, files, output, **flags):
-    """The method of a run that is only prepared."""
+    """Returns the method of a run that is prepared, but not started."""
     flags = {"prompt-length": 3, "method": "prompt-tuning-vocabulary", **flags}
     flags = fit_flags(folder, files, output, **flags)
     at = flags.index("--reduction-factor")
@@ -428,7 +429,7 @@ def test_prompts_start_from_the_commonest_tokens(tiny_backbone, files, tmp_path)
 
 
 def saved_adapter(folder, backbone, method, **metadata):
-    """An adapter with random values on a classifier, as `fit` would have saved it."""
+    """Saves an adapter with random values on a classifier, like one from `fit`."""
     loaded = cj.load_backbone(backbone, head="sequence_classification", num_labels=2)
     model = cj.Adapted(loaded.module, method)
     params = cj.init_adapters(model, loaded, jax.random.key(0))
@@ -443,7 +444,7 @@ def saved_adapter(folder, backbone, method, **metadata):
 
 
 def logits_of(adapter, files, folder):
-    """What `predict` says, [rows, 2]."""
+    """Returns the logits that `predict` writes, [rows, 2]."""
     flags = ["--adapter", adapter, "--input", files["test"], "--output", folder / "logits.jsonl"]
     assert main(["predict", *map(str, flags), "--logits"]) == 0
     rows = (folder / "logits.jsonl").read_text().splitlines()
@@ -458,10 +459,12 @@ def test_convert_there_and_back(library, tiny_backbone, files, tmp_path, capsys)
     assert main(list(map(str, command))) == 0
     assert "already" in refusal(capsys, *command)
     back = ["convert", "--from", library, tmp_path / "theirs", "--to", tmp_path / "back"]
-    assert "wants the --backbone" in refusal(capsys, *back)
+    assert "needs --backbone, the backbone" in refusal(capsys, *back)
     back += ["--backbone", tiny_backbone, "--max-length", "16"]
-    if library == "adapterhub":  # which keeps the names
-        assert "3 names, a, b, c, for" in refusal(capsys, *back, "--label-names", "a", "b", "c")
+    if library == "adapterhub":  # AdapterHub stores the label names
+        assert "3 names, a, b, c, but the head has 2 labels" in refusal(
+            capsys, *back, "--label-names", "a", "b", "c"
+        )
     else:
         assert "names of the 2 labels are unknown" in refusal(capsys, *back)
         back += ["--label-names", "dull", "fine"]
@@ -501,7 +504,7 @@ def test_what_cannot_be_converted(tiny_backbone, tmp_path, capsys):
 
 
 def converted_head(tiny_backbone, folder, to, **head):
-    """The command that reads an AdapterHub folder whose head_config.json says `head`."""
+    """Returns the command that reads an AdapterHub folder with `head` in its head_config.json."""
     if not folder.exists():
         saved_adapter(folder.with_name("ours"), tiny_backbone, cj.preset("lora", rank=2))
         back = ["convert", "--from", "compacter_jax", folder.with_name("ours"), "--to", folder]
@@ -517,7 +520,7 @@ def test_labels_of_a_folder_that_are_none(tiny_backbone, tmp_path, capsys):
     for labels in (["dull", "fine"], {"dull": 0, "fine": "1"}, {"dull": 0, "fine": 2}, 3):
         command = converted_head(tiny_backbone, folder, to, label2id=labels)
         error = refusal(capsys, *command)
-        assert f"label2id={labels!r} in {folder / 'head_config.json'} must have names" in error
+        assert f"label2id={labels!r} in {folder / 'head_config.json'} must map names" in error
         assert "give --label-names" in error
     assert not to.exists()
     assert main([*command, "--label-names", "dull", "fine"]) == 0
@@ -551,7 +554,7 @@ def test_a_head_of_several_labels_at_once_is_not_for_predicting(
 def test_merge_writes_an_equal_backbone(tiny_backbone, files, tmp_path):
     saved_adapter(tmp_path / "ours", tiny_backbone, cj.preset("lora", rank=2))
     assert main(["merge", "--adapter", str(tmp_path / "ours"), "--to", str(tmp_path / "to")]) == 0
-    merged = cj.load_backbone(tmp_path / "to")  # the head that config.json names
+    merged = cj.load_backbone(tmp_path / "to")  # config.json names the head
     assert merged.module.head == "sequence_classification"
     assert merged.config.id2label == {0: "dull", 1: "fine"}
     assert merged.new_parameters == ()
@@ -661,7 +664,10 @@ def test_missing_file_nan_score_and_invalid_utf8(tiny_backbone, files, tmp_path,
         ({"leave-out": 7}, "leave_out has [7]"),
         ({"max-length": 100}, "max_length=100 exceeds"),
         ({"max-evaluations": 0}, "max_evaluations=0 must be at least 1"),
-        ({"prompt-words": "good"}, "--prompt-words are for prompts that start from the"),
+        (
+            {"prompt-words": "good"},
+            "--prompt-words replaces --prompt-token-ids, and only works with",
+        ),
         ({"batch-size": 6}, "batch_size=6 must be a multiple of 4"),
         ({"learning-rate": -1}, "learning_rate=-1.0 must be above 0"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
@@ -693,7 +699,7 @@ def test_a_mesh_of_other_devices_leaves_the_folder_absent(tiny_backbone, files, 
     flags = fit_flags(tiny_backbone, files, output, mesh="data=8")
     assert main(["fit", *flags]) == 2
     printed = capsys.readouterr()
-    assert "--mesh 'data=8' is of 8 devices, but a host has 4" in printed.err
+    assert "--mesh 'data=8' needs 8 devices, but a host has 4" in printed.err
     assert printed.out == ""
     assert not output.exists()
 
@@ -706,7 +712,7 @@ def test_the_folder_of_a_run_stands_for_its_adapter(fitted, files, tmp_path, cap
     flags = [f"--input={files['test']}", f"--output={predicted}"]
     assert main(["predict", f"--adapter={fitted}", *flags]) == 0
     assert predicted.exists()
-    # Read, and refused for what it is.
+    # The adapter can be read, but not converted.
     capsys.readouterr()
     ours, to = ["--from", "compacter_jax", fitted, "--to-format", "peft"], tmp_path / "new"
     assert "PEFT" in refusal(capsys, "convert", *ours, "--to", to)
@@ -723,11 +729,11 @@ def test_a_task_that_is_not_given(fitted, tmp_path, capsys):
     assert "no examples were given" in refusal(capsys, "evaluate", "--adapter", adapter)
     path.write_text(json.dumps({**settings, "task": "movie"}), "utf-8")
     error = refusal(capsys, "evaluate", "--adapter", adapter)
-    assert f"the adapter in {adapter} was trained on movie: give --task movie" in error
+    assert f"the adapter in {adapter} was trained on movie; give --task movie" in error
 
 
 def test_a_new_head_is_told_of_by_fit_alone(run, tiny_backbone):
-    """That `evaluate` is silent stands above."""
+    """Another test checks that `evaluate` says nothing about a new head."""
     _, printed, errors = run
     new = "does not have classifier/bias, classifier/kernel: new, and trained here"
     assert f"{tiny_backbone} {new}" in printed
@@ -748,9 +754,9 @@ def test_compiling_is_announced_once_a_command(run, files, tmp_path, capsys):
 
 
 def check_announced(printed):
-    """Before the first of the results, and once."""
+    """Checks that compilation is announced once, before the first results."""
     lines = printed.splitlines()
-    announced = "compiling for each new length of input"
+    announced = "each new input length has to be compiled"
     (at,) = (i for i, line in enumerate(lines) if line.startswith(announced))
     assert "about 20 s" in lines[at]
     results = [i for i, x in enumerate(lines) if x.startswith(("epoch", "test", "43 rows"))]
@@ -761,14 +767,17 @@ def test_an_adapter_of_ours_is_told_apart(fitted, tiny_backbone, tmp_path, capsy
     for library in ("peft", "adapterhub"):
         flags = ["--from", library, fitted / "adapter", "--backbone", tiny_backbone]
         error = refusal(capsys, "convert", *flags, "--to", tmp_path / "new")
-        assert "is a folder of this package: use --from compacter_jax" in error
+        assert "holds an adapter of this package; use --from compacter_jax" in error
         assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_s_expression_that_cannot_be_read(tmp_path, capsys):
     flags = ["--adapter", "average(nowhere)", "--input", __file__, "--output", tmp_path / "o.csv"]
     error = refusal(capsys, "evaluate", *flags[:2])
-    assert "--adapter 'average(nowhere)' is no composition: 'nowhere' is not the folder" in error
+    assert (
+        "--adapter 'average(nowhere)' is not a valid composition: 'nowhere' is not the folder"
+        in error
+    )
     assert "compacter" not in error
     assert "average(0.7*runs/a" in error
 

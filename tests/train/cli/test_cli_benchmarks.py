@@ -1,4 +1,4 @@
-"""Benchmarks on the command line: fit, evaluate and predict, with the columns of the hub."""
+"""Runs benchmarks on the command line: fit, evaluate and predict, with the columns of the hub."""
 
 import json
 
@@ -22,7 +22,7 @@ def fit(backbone, folder, name, output, **flags):
 
 
 def refused(capsys, *arguments):
-    """The last line of a command that must fail, behind its progress bar."""
+    """Returns the last line, after the progress bar, of a command that must fail."""
     assert main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err.splitlines()[-1]
 
@@ -57,7 +57,7 @@ def test_mnli_on_an_encoder(tiny_backbone, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     source.write_text('{"premise": "we loved the film"}\n')
     flags = ["--adapter", adapter, "--input", source, "--output", tmp_path / "out.jsonl"]
-    assert "no column 'sentence', nor all of premise, hypothesis; its columns" in refused(
+    assert "has no column 'sentence', and not all of premise, hypothesis; its columns" in refused(
         capsys, "predict", *flags
     )
     hub_data.write(tmp_path / "glue", "rte")
@@ -80,7 +80,7 @@ def test_squad_on_an_encoder(tiny_backbone, tmp_path, capsys):
     assert row["prediction"] in context
     assert set(row) == {"id", "question", "context", "prediction"}
     flags = ["--adapter", adapter, "--input", tmp_path / "in.jsonl"]
-    assert "the predictions of squad are no labels, and have none" in refused(
+    assert "--logits needs a task with labels, and squad predicts none" in refused(
         capsys, "predict", "--logits", *flags, "--output", tmp_path / "out.jsonl"
     )
 
@@ -101,6 +101,6 @@ def test_record_on_a_t5(tiny_t5, tmp_path, capsys):
     flags = ["--adapter", adapter, "--input", source, "--output", tmp_path / "out.jsonl"]
     assert "in.jsonl, row 1: entities is str, not list" in refused(capsys, "predict", *flags)
     source.write_text('{"sentence": "a film"}\n')
-    assert "rows of record need passage, query, entities, and have no 'passage'" in refused(
+    assert "rows of record need passage, query, entities, but have no 'passage'" in refused(
         capsys, "predict", *flags
     )

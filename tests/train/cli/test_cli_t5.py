@@ -1,4 +1,4 @@
-"""The command line on a T5: tasks cast as text, span corruption, and what must fail clearly."""
+"""Runs the command line on a T5: tasks cast as text, span corruption, and errors."""
 
 import csv
 import dataclasses
@@ -37,7 +37,7 @@ from train.objectives import span_corruption
 
 
 def t5_flags(folder, files, output, **flags):
-    """Inputs of one length and few of them: most of what these tests do is compile."""
+    """Returns flags for few inputs of one length, since compilation takes most of the time."""
     return fit_flags(folder, files, output, **{"max-length": 16, "epochs": 1, **flags})
 
 
@@ -66,7 +66,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted(tiny_t5, files, tmp_path_factory):
-    """The folder of a finished classification run, on the four devices of the tests."""
+    """Returns the folder of a finished classification run on the four devices of the tests."""
     output = tmp_path_factory.mktemp("runs") / "run"
     command("fit", *t5_flags(tiny_t5, files, output, task="movie", epochs=4))
     return output
@@ -80,7 +80,7 @@ def test_classification_as_text(fitted, tiny_t5):
     assert result["validation"]["accuracy"] == best["accuracy"]
     assert result["validation"]["loss"] == best["validation_loss"]
     assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
-    assert "invalid" not in result["validation"]  # labels that are scored are always labels
+    assert "invalid" not in result["validation"]  # scored predictions are always labels
     settings = json.loads((fitted / "adapter" / "adapter_config.json").read_text())
     assert settings["head"] == "conditional_generation"
     assert settings["label_names"] == ["negative", "positive"]
@@ -89,7 +89,7 @@ def test_classification_as_text(fitted, tiny_t5):
         "score_step": 0.2,
         "score_mean": 0.0,
         "max_target_length": 64,
-        "max_new_tokens": 2,  # the longest label and its end
+        "max_new_tokens": 2,  # the longest label and its end-of-sequence token
         "evaluate_by": "scoring",
         "num_beams": 1,
     }
@@ -113,7 +113,8 @@ def test_evaluation_by_scoring_and_by_generation(fitted, files, tmp_path, capsys
     generated = json.loads(output.read_text())["metrics"]
     assert isinstance(generated["invalid"], int)
     assert f"test invalid: {generated['invalid']}" in capsys.readouterr().out
-    # Greedy search says the likeliest label or something likelier still, which is invalid.
+    # Greedy search returns the likeliest label, or a likelier text that is no label and thus
+    # invalid.
     wrong = 43 * (scored["metrics"]["accuracy"] - generated["accuracy"])
     assert 0 <= round(wrong) <= generated["invalid"]
     assert generated["loss"] == pytest.approx(scored["metrics"]["loss"], rel=1e-5)
@@ -151,7 +152,7 @@ def test_predict_in_a_new_process_gives_the_scores_of_the_run(tiny_t5, files, tm
 
 
 def test_label_scores_are_the_likelihoods_of_the_labels_alone(fitted):
-    """One call of the decoder for labels of different lengths is one call for each."""
+    """One call of the decoder for labels of different lengths equals one call for each label."""
     loaded = inference_adapter.load(AdapterOptions(adapter=fitted / "adapter"))
     names = ("good", "not very good", "0")
     fmt = dataclasses.replace(loaded.objective.format, label_names=names)
@@ -164,7 +165,7 @@ def test_label_scores_are_the_likelihoods_of_the_labels_alone(fitted):
     assert scores.shape == (3, 3)
     apply = jax.jit(lambda batch: objective.apply(params, batch, None))
     for label, name in enumerate(names):
-        ids = objective.tokenizer(name)["input_ids"]  # with their end
+        ids = objective.tokenizer(name)["input_ids"]  # with the end-of-sequence token
         inputs = np.zeros((3, 5), np.int32)
         inputs[:, 1 : len(ids)] = ids[:-1]
         logits = np.asarray(apply({**batch, "decoder_input_ids": inputs}), np.float64)
@@ -190,11 +191,11 @@ def test_regression_by_generation(tiny_t5, tmp_path, capsys):
     command("predict", *adapter, "--output", tmp_path / "out.jsonl", "--num-beams", "2")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     invalid = sum(row["prediction"] is None for row in rows)
-    message = f"{invalid} of 24 rows have no prediction: the text was no number"
+    message = f"{invalid} of 24 rows have no prediction, since the generated text is not a number"
     assert (message in capsys.readouterr().out) == (invalid > 0)
     assert all(isinstance(row["prediction"], float | None) for row in rows)
     error = refusal(capsys, "predict", *adapter, "--output", tmp_path / "o.csv", "--logits")
-    assert "generated text, which has none" in error
+    assert "--logits needs a task with labels" in error
     assert not (tmp_path / "o.csv").exists()
 
 
@@ -223,7 +224,7 @@ PRE_TRAINING = {"epochs": 5, "max-steps": 11, "backbone-dropout": 0.1}
 
 @pytest.fixture(scope="module")
 def pretrained(tiny_t5, corpus, tmp_path_factory):
-    """The folder of a finished pre-training."""
+    """Returns the folder of a finished pre-training run."""
     output = tmp_path_factory.mktemp("runs") / "pretrained"
     flags = span_flags(tiny_t5, corpus, output, **PRE_TRAINING)
     command("fit", *flags)
@@ -231,7 +232,7 @@ def pretrained(tiny_t5, corpus, tmp_path_factory):
 
 
 def span_flags(folder, corpus, output, **flags):
-    # Short spans: one alone would always be the last tokens of its segment.
+    # Short spans, since a single long span would always be at the end of its segment.
     flags = {"max-length": 20, "mean-span-length": 1, **flags}
     flags = {"task": "span_corruption", "method": "full", **flags}
     made = t5_flags(folder, {"train": corpus}, output, **flags)
@@ -245,7 +246,7 @@ def test_span_corruption_makes_a_backbone(pretrained, tiny_t5, corpus, tmp_path,
     assert set(result["validation"]) == {"token_accuracy", "loss"}
     losses = [record["validation_loss"] for record in result["history"]]
     assert losses[-1] < losses[0]
-    # 33 segments of 19 tokens, one of them held out: 4 updates an epoch, but 3 in the last.
+    # 33 segments of 19 tokens, one of them held out: 4 updates in each epoch, 3 in the last.
     assert result["train_examples"] == 32
     assert result["steps"] == 11
     assert len(result["history"]) == 3
@@ -264,7 +265,7 @@ def test_span_corruption_makes_a_backbone(pretrained, tiny_t5, corpus, tmp_path,
     source.write_text("sentence\na\n")
     flags = ["--input", source, "--output", tmp_path / "out.csv"]
     error = refusal(capsys, "predict", *adapter, *flags)
-    assert "an adapter of span_corruption predicts nothing" in error
+    assert "an adapter of span_corruption cannot predict" in error
 
 
 def assert_equal_trees(left, right):
@@ -323,11 +324,13 @@ def test_a_corpus_is_corrupted_anew_in_every_epoch_and_validated_with_one_noise(
     assert len(first) == len(other)
     assert (first != other).mean() > 0.1
     assert validation is validation.of_epoch(1)
-    # Another seed draws other noise for training, not for validation, and holds out the same.
+    # Another seed changes the noise of the training split, not that of validation or the held-out
+    # segments.
     splits = dataclasses.replace(made, seed=4).encode_all({"train": corpus})
     assert (splits["train"].of_epoch(0).input_ids != first).mean() > 0.1
     np.testing.assert_array_equal(splits["validation"].input_ids, validation.input_ids)
-    assert validation.target_texts.max_length == 7  # three tokens, their sentinels, the end
+    # Three tokens, their sentinels, the end-of-sequence token.
+    assert validation.target_texts.max_length == 7
     assert train.user_messages("train") == [
         "train: 600 tokens in 32 segments",
         "19 of 600 tokens of the train segments (3.2 %), in 19 of them, are unknown to the "
@@ -353,7 +356,7 @@ BAD_FLAGS = {
     "step": ({"score-step": 0}, "score_step=0.0 must be above 0"),
     "steps": ({"max-steps": 0}, "max_steps=0 must be at least 1"),
     "noise": ({"task": "span_corruption", "noise-density": 1.5}, "noise_density=1.5 must be"),
-    "sample": ({"task": "span_corruption", "train-size": 2}, "--train-size is for tasks with"),
+    "sample": ({"task": "span_corruption", "train-size": 2}, "--train-size limits the examples of"),
     "parquet": ({"task": "span_corruption"}, "is not UTF-8"),
 }
 
@@ -369,9 +372,9 @@ def test_bad_flags(name, tiny_t5, files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"prefix": "x"}, "--prefix is for encoder-decoders such as T5, and"),
-        ({"evaluate-by": "generation"}, "--evaluate-by is for encoder-decoders such as T5, and"),
-        ({"task": "span_corruption"}, "needs an encoder-decoder such as T5, and"),
+        ({"prefix": "x"}, "--prefix needs an encoder-decoder such as T5, but"),
+        ({"evaluate-by": "generation"}, "--evaluate-by needs an encoder-decoder such as T5, but"),
+        ({"task": "span_corruption"}, "needs an encoder-decoder such as T5, but"),
     ],
 )
 def test_a_bert_writes_no_text(flags, message, tiny_backbone, files, tmp_path, capsys):
@@ -390,8 +393,11 @@ def test_a_bert_writes_no_text(flags, message, tiny_backbone, files, tmp_path, c
             "is a T5 with head='encoder', which cannot write text",
         ),
         ({"architecture": "T5Model"}, "is a T5 with head=None, which cannot write text"),
-        ({"vocab_size": 64}, "it has 87 tokens, the backbone's embedding 64; use the backbone's"),
-        ({"eos_token_id": 2}, "ends sequences with the token 1, the backbone with 2; use the"),
+        (
+            {"vocab_size": 64},
+            "it has 87 tokens, but the backbone's embedding has 64; use the backbone's",
+        ),
+        ({"eos_token_id": 2}, "ends sequences with the token 1, but the backbone with 2; use the"),
         ({"sentinels": 0}, "no sentinel token <extra_id_0>"),
     ],
 )
@@ -406,7 +412,7 @@ def test_backbones_that_do_not_do(settings, message, corpus, tmp_path, capsys):
     [
         ({"label": ["映画", "音楽"]}, "cannot tell the labels '映画' and '音楽' apart"),
         ({"target": ["a", " "]}, "row 2: target is empty"),
-        ({"target": ["a", "\u200b"]}, "row 2: the tokenizer makes no tokens of the target"),
+        ({"target": ["a", "\u200b"]}, "row 2: the tokenizer returns no tokens for the target"),
     ],
 )
 def test_bad_targets(columns, message, tiny_t5, tmp_path, capsys):
@@ -421,14 +427,14 @@ def test_an_input_without_tokens(tiny_t5, tmp_path, capsys):
     path, output = tmp_path / "bad.parquet", tmp_path / "run"
     pq.write_table(pa.table({"sentence": ["a", "\u200b"], "target": ["a", "b"]}), path)
     flags = t5_flags(tiny_t5, {"train": path, "validation": path}, output, prefix="")
-    assert "row 2: the tokenizer makes no tokens of the input" in refusal(capsys, "fit", *flags)
+    assert "row 2: the tokenizer returns no tokens for the input" in refusal(capsys, "fit", *flags)
     assert not output.exists()
 
 
 def test_evaluation_of_another_kind(fitted, corpus, capsys):
     flags = ["--adapter", fitted / "adapter", "--test-file", corpus]
     error = refusal(capsys, "evaluate", *flags, "--task", "span_corruption")
-    assert "is of kind classification, not span_corruption" in error
+    assert "is for tasks of kind classification, but span_corruption" in error
     assert "num_beams=0 must be at least 1" in refusal(capsys, "evaluate", *flags, "--num-beams", 0)
 
 
@@ -441,7 +447,7 @@ def test_evaluation_of_another_kind(fitted, corpus, capsys):
     ],
 )
 def test_the_papers_counts_from_a_name_alone(flags, trained, capsys):
-    """Table 1 of the paper, of T5-base."""
+    """Table 1 of the paper, for T5-base."""
     flags = ["params", "--backbone-config", "t5-base", "--method", *flags]
     command(*flags, "--json")
     counts = json.loads(capsys.readouterr().out)
@@ -462,7 +468,7 @@ def test_params_of_a_configuration_file(tiny_t5, capsys):
     assert "'t5-bas' is neither" in refusal(capsys, *flags, "--backbone-config", "t5-bas")
 
 
-# Those that `test_cli.py` does not train on a BERT.
+# The kinds of methods that `test_cli.py` does not train on a BERT.
 KINDS = {
     "intrinsic-said": {"dimension": 60},
     "lora": {},

@@ -1,4 +1,4 @@
-"""Input of the command line that no run can do anything with: one short line, before any work."""
+"""Invalid input of the command line gives one short line before any work begins."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ROOT = Path(command_line.__file__).parents[1]
 
 
 def refused(capsys, *arguments):
-    """The line of a command that must fail with exit code 2."""
+    """Returns the line of a command that must fail with exit code 2."""
     assert main([str(argument) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -55,11 +55,11 @@ def refused(capsys, *arguments):
         ("[tasks.rte]\nseed = []", "seed=[] must be a whole number"),
         ("sites = ['feed_forward', '--json']", "sites has the item '--json', which is a flag"),
         ("sites = ['-h']", "sites has the item '-h', which is a flag"),
-        (f"sites = {'[' * 2000}{']' * 2000}", "its brackets are too deep"),
-        (f"x = {'{a=' * 2000}1{'}' * 2000}", "its brackets are too deep"),
+        (f"sites = {'[' * 2000}{']' * 2000}", "its brackets are nested too deep"),
+        (f"x = {'{a=' * 2000}1{'}' * 2000}", "its brackets are nested too deep"),
         (f"seed = {'9' * 5000}", "is not valid TOML: Exceeds the limit"),
         (f"{'k' * 10_000} = 1", "unknown key 'kkk"),
-        (f'prefix = "{"a" * 10_000_000}', "more than the 65,536 that are read"),
+        (f'prefix = "{"a" * 10_000_000}', "more than the limit of 65,536"),
         (f'prefix = """{"a" * 60_000}', "is not valid TOML"),
     ],
     ids=lambda text: text[:30],
@@ -118,7 +118,7 @@ def changed(adapter, folder, changes):
     ("changes", "told"),
     [
         ({"num_labels": "3"}, "num_labels='3' must be a whole number or null"),
-        ({"num_labels": 10**9}, "num_labels=1000000000 cannot be the width of the head"),
+        ({"num_labels": 10**9}, "num_labels=1000000000 does not match the head"),
         ({"dtype": "float12"}, "dtype='float12' must be one of"),
         ({"dtype": ["float32"]}, "dtype=['float32'] must be one of"),
         ({"backbone_dtype": "float12"}, "backbone_dtype='float12' must be one of"),
@@ -128,17 +128,17 @@ def changed(adapter, folder, changes):
         ({"label_names": 5}, "label_names=5 must be a list"),
         ({"label_names": [1, 2]}, "label_names=[1, 2] must be a list, each item text"),
         ({"label_names": ["a"]}, "num_labels=2 must be 1"),
-        ({"label_names": ["a", "a"]}, "label_names: a stands there twice"),
+        ({"label_names": ["a", "a"]}, "label_names: a occurs twice"),
         ({"label_names": []}, "label_names=[] must be names"),
         ({"backbone": ["x"]}, "backbone=['x'] must be text"),
         ({"benchmark": "x"}, "benchmark='x' must be an object"),
         ({"benchmark": {"name": 5}}, "benchmark: name=5 must be text"),
         ({"benchmark": {}}, "benchmark has no name"),
-        ({"text_to_text": {"x": 1}}, "text_to_text does not go with kind='classification'"),
+        ({"text_to_text": {"x": 1}}, "text_to_text cannot be combined with kind='classification'"),
         ({"kind": "nonsense"}, "kind='nonsense' must be one of"),
         ({"kind": ["classification"]}, "kind=['classification'] must be one of"),
-        ({"kind": "span"}, "kind='span' does not go with head='sequence_classification'"),
-        ({"kind": "choice", "label_names": []}, "kind='choice' wants a benchmark"),
+        ({"kind": "span"}, "kind='span' cannot be combined with head='sequence_classification'"),
+        ({"kind": "choice", "label_names": []}, "kind='choice' needs the field benchmark"),
         ({"task": {}}, "task={} must be text or null"),
         ({"head": 5}, "head=5 must be text or null"),
         ({**T5, "text_to_text": {"x": 1}}, "text_to_text has no prefix"),
@@ -175,7 +175,7 @@ def test_settings_are_what_was_saved(adapter):
         ("--method adapterdrop --reduction-factor 2 --leave-out 77", "77"),
         ("--method lora --max-length 1000", "max_length=1000 exceeds the backbone's"),
         ("--method lora --rank 2000000000", "GB; choose smaller widths"),
-        ("--method prompt-tuning-random --prompt-length 600", "use a prompt of"),
+        ("--method prompt-tuning-random --prompt-length 600", "use a prompt_length of"),
     ],
 )
 def test_a_method_that_does_not_fit(flags, told, tiny_backbone, tmp_path, capsys, monkeypatch):
@@ -315,7 +315,7 @@ print([name for name in slow if name in sys.modules])
 """
 
 
-# A method's file holds its layer, so flags of methods and presets need JAX and Flax.
+# The file of a method contains its layer, so the flags of methods and presets need JAX and Flax.
 OF_METHODS = ["jax", "flax"]
 
 

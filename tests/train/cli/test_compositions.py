@@ -1,4 +1,4 @@
-"""Compositions in `fit`, `evaluate` and `predict`, written as expressions."""
+"""Runs `fit`, `evaluate` and `predict` with compositions that are written as expressions."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tiny_backbone, files, tmp_path_factory):
-    """Runs: `a` and `b` of one task, and `three` of a task with three labels."""
+    """Trains `a` and `b` on one task, and `three` on a task with three labels."""
     folder = tmp_path_factory.mktemp("saved")
     three = three_labels(tmp_path_factory.mktemp("three"))
     for seed, (name, examples) in enumerate({"a": files, "b": files, "three": three}.items()):
@@ -37,7 +37,7 @@ def saved(tiny_backbone, files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def language(tiny_backbone, tmp_path_factory):
-    """An adapter with the head of a language model, as if it had been trained on text."""
+    """Saves an adapter with the head of a language model, as after training on text."""
     folder = tmp_path_factory.mktemp("language") / "english"
     backbone = cj.load_backbone(tiny_backbone, head="masked_lm")
     method = cj.preset("pfeiffer-feed-forward", reduction_factor=4)
@@ -57,20 +57,20 @@ def fit(backbone, files, output, method, **flags):
 
 
 def without_factor(flags):
-    """Without the flag of bottlenecks, which other methods do not have."""
+    """Removes the flag of bottlenecks, which other methods do not have."""
     at = flags.index("--reduction-factor")
     return flags[:at] + flags[at + 2 :]
 
 
 def stored(folder):
-    """The leaves that an adapter's file has."""
+    """Returns the leaves in the file of an adapter."""
     import safetensors.numpy
 
     return safetensors.numpy.load_file(weights_of(Path(folder)))
 
 
 def of_member(leaves, name):
-    """Host and leaf -> array of one member's adapters."""
+    """Returns path -> array of the adapters of one member."""
     return {
         path.replace(f"/adapter/{name}/", "/adapter/"): leaf
         for path, leaf in leaves.items()
@@ -111,17 +111,17 @@ def test_an_expression_is_what_the_library_composes(saved):
         ("stack(lora", "')' is missing before 'the end'"),
         ("stack(lora) lora", "'lora' comes after its end"),
         ("stack(lora,,ia3)", "a name is missing before ','"),
-        ("pile(lora)", "'pile' is none of stack, parallel, average, average_maps"),
-        ("bank(lora)", "'bank' is none of"),
-        ("stack(0.5*lora)", "weights are for average and average_maps, not for stack"),
+        ("pile(lora)", "'pile' is not one of stack, parallel, average, average_maps"),
+        ("bank(lora)", "'bank' is not one of"),
+        ("stack(0.5*lora)", "only average and average_maps take weights, not stack"),
         ("average(0.5*lora,ia3)", "give weights to all members of average, or to none"),
-        ("average(half*lora,0.5*ia3)", "'half' is no weight"),
+        ("average(half*lora,0.5*ia3)", "'half' is not a number"),
         ("stack(nowhere)", "'nowhere' is neither the folder of an adapter nor one of the presets"),
         ("(lora)", "a name is missing before '('"),
     ],
 )
 def test_what_cannot_be_read(text, message):
-    with pytest.raises(ValueError, match="is no composition") as error:
+    with pytest.raises(ValueError, match="is not a valid composition") as error:
         compositions.parse(text)
     assert message in str(error.value)
 
@@ -131,11 +131,15 @@ def test_what_cannot_be_read(text, message):
     [
         ("stack({a})", {}, "all members of the composition are saved adapters"),
         ("stack({a},lora)", {"train-members": "x"}, "--train-members names 'x'; the members are"),
-        ("lora", {"train-members": "x"}, "--method lora is none"),
-        ("stack({a},lora)", {"train-members": "0"}, "leaves out '1', a preset"),
+        ("lora", {"train-members": "x"}, "--method lora is not a composition"),
+        ("stack({a},lora)", {"train-members": "0"}, "leaves out the preset '1'"),
         ("stack({a},lora)", {"task": "movie,tweet"}, "tasks cannot share a composition"),
-        ("stack({a},lora)", {"phm-dim": "2"}, "--phm-dim is for new members of a composition"),
-        ("stack(ia3,lora)", {}, "trained at one rate (ia3 0.01, lora 0.003); give --learning-rate"),
+        ("stack({a},lora)", {"phm-dim": "2"}, "--phm-dim applies to new members of a composition"),
+        (
+            "stack(ia3,lora)",
+            {},
+            "no default learning rate (ia3 0.01, lora 0.003); give --learning-rate",
+        ),
         ("stack(full)", {}, "'full' cannot be a member of 'stack'"),
     ],
 )
@@ -165,7 +169,7 @@ def test_a_task_adapter_is_trained_on_top_of_a_frozen_one(
     assert kept
     for path, leaf in kept.items():
         np.testing.assert_array_equal(leaf, frozen[path])
-    # The member's own head is not that of a language model.
+    # The member has its own head, not that of a language model.
     assert not any(path.startswith("cls/") for path in leaves)
     task = of_member(leaves, "task")
     assert max(np.abs(leaf).max() for path, leaf in task.items() if "/up/" in path) > 1e-3
@@ -176,10 +180,10 @@ def test_a_task_adapter_is_trained_on_top_of_a_frozen_one(
         backbone,
         jax.random.key(0),
     )
-    # As many as the new member has by itself.
+    # The same number as for the new member alone.
     method = cj.preset("compacter++", reduction_factor=2)
     assert result["trained_parameters"] == cj.count(alone, cj.label_params(alone, method)).trained
-    # The command predicts what the library computes with the two adapters by hand.
+    # The command gives the predictions that the library computes with both adapters.
     model, params = cj.load_adapter(output / "adapter", backbone)
     source = write_jsonl(tmp_path / "in.jsonl", [{"sentence": " ".join(GOOD)}])
     target = tmp_path / "out.jsonl"
@@ -216,12 +220,12 @@ def test_members_beside_each_other_learn_as_each_does_alone(
         )
         record = json.loads((alone / "metrics.json").read_text())["history"][-1]
         losses.append(record["validation_loss"])
-        # Adam does not see that the mean of two losses has half the gradient, but for its epsilon.
+        # Apart from its epsilon, Adam ignores that the mean of two losses has half the gradient.
         assert together[f"{name}/loss"] == pytest.approx(record["validation_loss"], rel=2e-3)
         before, after = stored(saved / name / "adapter"), of_member(stored(both / "adapter"), name)
         assert any(np.abs(after[path] - before[path]).max() > 1e-3 for path in after)
     assert together["validation_loss"] == pytest.approx(np.mean(losses), rel=2e-3)
-    # What was saved predicts what each of its members does.
+    # Each member of the saved composition predicts what it predicts alone.
     found = predicted(both / "adapter", rows, tmp_path)
     backbone = cj.load_backbone(tiny_backbone, head="sequence_classification", num_labels=2)
     composed = cj.load_adapter(both / "adapter", backbone)
@@ -255,7 +259,7 @@ def test_one_of_two_saved_adapters_is_trained_on(kind, saved, files, tiny_backbo
         moved = max(np.abs(leaf - before[path]).max() for path, leaf in now.items())
         assert (moved > 1e-3) == moves
         assert moves or moved == 0
-    # What was composed and saved is composed again.
+    # A saved composition can be a member of another composition.
     again = fit(tiny_backbone, files, tmp_path / "again", f"stack({output}, lora)")
     inner = of_member(stored(again / "adapter"), "0/1")
     assert inner
@@ -285,7 +289,7 @@ def test_a_composition_on_a_t5(tiny_t5, tmp_path, capsys):
     capsys.readouterr()
     given = t5_flags(tiny_t5, files, tmp_path / "none", **flags, method="parallel(lora,ia3)")
     message = refusal(capsys, "fit", *without_factor(given))
-    assert "adapters beside each other (parallel) are for encoders" in message
+    assert "parallel adapters need an encoder" in message
 
 
 def test_two_seeds_of_a_composition_at_once(saved, files, tiny_backbone, tmp_path):
@@ -295,7 +299,7 @@ def test_two_seeds_of_a_composition_at_once(saved, files, tiny_backbone, tmp_pat
     wanted, found = stored(alone / "adapter"), stored(both / "seed-1" / "adapter")
     assert wanted.keys() == found.keys()
     for path, leaf in wanted.items():
-        # Adam divides by what is nearly nothing at first, and rounding shows.
+        # Adam divides by values near zero at first, which magnifies rounding errors.
         np.testing.assert_allclose(found[path], leaf, atol=1e-4, err_msg=path)
 
 
@@ -321,7 +325,7 @@ def logits_of(found, name="logits"):
 
 
 def test_adapters_beside_each_other_predict_what_each_does(saved, rows, tmp_path, capsys):
-    """Also with labels of their own."""
+    """Each parallel adapter predicts what it predicts alone, also with its own labels."""
     together = predicted(f"parallel(x={saved}/a,y={saved}/three/adapter)", rows, tmp_path)
     for name, run in {"x": "a", "y": "three"}.items():
         alone = predicted(saved / run / "adapter", rows, tmp_path)
@@ -372,7 +376,7 @@ def test_an_average_is_evaluated(saved, files, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ("average({a},lora)", "'lora' is a preset, and was not trained"),
+        ("average({a},lora)", "'lora' is a preset, which is not trained"),
         ("average({a},{three})", "must share their label_names"),
         ("stack({a},{b})", "set train_layer_norms=False in all but one"),
     ],
@@ -398,4 +402,4 @@ def test_what_a_composition_trains_is_counted(saved, tiny_backbone, capsys):
     assert groups(average)[0] == new
     assert groups(average, "--train-members", "old,new")[0] == 2 * new
     command = ["params", "--backbone", tiny_backbone, "--method", "lora", "--train-members", "old"]
-    assert "--method lora is none" in refusal(capsys, *command)
+    assert "--method lora is not a composition" in refusal(capsys, *command)

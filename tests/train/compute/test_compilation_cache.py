@@ -1,4 +1,4 @@
-"""What the command line compiles is kept; what cannot be kept fails nothing."""
+"""Compiled programs of the command line are cached, and a cache that fails stops nothing."""
 
 import os
 import subprocess
@@ -59,14 +59,14 @@ def test_a_folder_that_cannot_be_used_is_left_alone(environment, tmp_path, caplo
     (tmp_path / "cache").write_text("a file")
     assert enable(environment) is None
     assert "JAX_COMPILATION_CACHE_DIR" not in environment
-    assert "what is compiled is not kept for the next run" in caplog.text
+    assert "compiled programs are not kept for the next run" in caplog.text
 
 
 def test_a_folder_that_others_can_write_to_is_left_alone(environment, caplog):
     enable(environment).chmod(0o777)
     del environment["JAX_COMPILATION_CACHE_DIR"]
     assert enable(environment) is None
-    assert "writable for nobody else" in caplog.text
+    assert "not be writable for anybody else" in caplog.text
 
 
 def test_what_was_left_half_written_is_removed(environment):
@@ -112,5 +112,5 @@ def test_jax_finds_what_another_process_compiled(environment):
         return done.stdout, {entry: entry.stat().st_mtime_ns for entry in entries}
 
     first, second = run(), run()
-    assert first == second  # of both the result and what is kept
+    assert first == second  # both the result and the cache entries
     assert first[1]

@@ -1,4 +1,4 @@
-"""Two processes with two devices each train as one process with four devices, or one, does."""
+"""Two processes with two devices each train like one process with four devices, or with one."""
 
 import functools
 
@@ -33,7 +33,7 @@ def test_two_hosts_give_the_losses_of_one(hosts_results, dropout, number):
 
 def test_hosts_build_their_own_rows_alone(hosts_results):
     first, second = (result["0.0"]["examples"] for result in hosts_results)
-    assert len(first) == 12  # of 8, 8 and 4 examples in batches of 8
+    assert len(first) == 12  # from batches of 8, 8 and 4 examples
     assert sorted(first + second) == list(range(20))
 
 

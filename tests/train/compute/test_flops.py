@@ -25,7 +25,7 @@ def integers(*shape):
 
 
 def bert_step(method, **attributes):
-    """Model, its inputs, loss and batch of a tiny BERT."""
+    """Returns a tiny BERT, its inputs, loss and batch."""
     module = cj.Bert(BERT, head="sequence_classification", **attributes)
     batch = {name: integers(B, L) for name in ENCODER_INPUTS}
     batch |= {"labels": integers(B), "weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
@@ -50,12 +50,12 @@ def traced(model, inputs, loss, batch):
     return program.gradient_program(step.apply_function(model, inputs), loss, *parts, batch)
 
 
-# Tokens whose state is computed: all of them, but the first alone in a classifier's last layer.
+# Tokens whose states are computed: all, but in a classifier's last layer only the first.
 TOKENS = (BERT.num_hidden_layers - 1) * B * L + B
 
 
 def bert_layers():
-    """Forward FLOPs of BERT's layers by hand: four projections, two of attention, two dense."""
+    """Counts the forward FLOPs of BERT's layers by hand: projections, attention, feed-forward."""
     d, ff = BERT.hidden_size, BERT.intermediate_size
     keys_and_values = BERT.num_hidden_layers * 2 * B * L * 2 * d * d
     return keys_and_values + 2 * TOKENS * (2 * d * d + 2 * L * d + 2 * d * ff)
@@ -64,16 +64,17 @@ def bert_layers():
 def test_full_fine_tuning_of_bert_by_hand():
     d = BERT.hidden_size
     forward = bert_layers() + 2 * B * (d * d + 2 * d)  # pooler and classifier
-    # Backward, each product has two gradients; that to the embeddings is no product.
+    # In the backward pass each product has two gradients; the embeddings are no product.
     assert flops.of_step(traced(*bert_step(cj.preset("full")))) == 3 * forward
 
 
 def test_an_adapter_needs_no_gradients_of_frozen_weights_by_hand():
     d, r = BERT.hidden_size, BERT.hidden_size // 32
-    method = cj.preset("houlsby")  # trains the layer norm of the embeddings, below all layers
+    # Trains the layer norm of the embeddings, which is below all layers.
+    method = cj.preset("houlsby")
     bottlenecks = 2 * (2 * TOKENS * 2 * d * r)
     attention = 2 * TOKENS * 2 * L * d
-    # Attention is a product of activations: both its gradients are needed. The pooler is frozen.
+    # Attention multiplies activations, so both gradients are needed. The pooler is frozen.
     head, pooler = 2 * B * 2 * d, 2 * B * d * d
     expected = 2 * bert_layers() + attention + 3 * bottlenecks + 3 * head + 2 * pooler
     assert flops.of_step(traced(*bert_step(method))) == expected
@@ -85,7 +86,7 @@ def test_nothing_below_the_lowest_trained_parameter_is_differentiated():
         for trains in (True, False)
     )
     d, r = BERT.hidden_size, BERT.hidden_size // 32
-    # What is below the first layer's first adapter: its own input, four projections, attention.
+    # The part below the first adapter: its input projection, four projections, and attention.
     assert whole - without_norms == 2 * B * L * (d * r + 4 * d * d + 2 * 2 * L * d)
 
 
@@ -117,7 +118,7 @@ def test_xla_counts_as_much(make, method):
 
     compiled = jax.jit(run).lower(trained, frozen, batch).compile()
     counted = flops.of_step(traced(model, inputs, loss, batch))
-    # XLA counts elementwise operations too, which weigh more the narrower a model is.
+    # XLA also counts elementwise operations, whose share is larger in a narrow model.
     assert 0.75 * compiled.cost_analysis()["flops"] < counted <= compiled.cost_analysis()["flops"]
 
 

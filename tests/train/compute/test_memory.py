@@ -12,7 +12,7 @@ STATES, WEIGHT = 4 * ROWS * WIDTH, 4 * WIDTH * WIDTH
 
 
 def predicted(apply, trained, frozen, rows=ROWS):
-    """Outputs and other arrays at the peak of a step of `apply`, the loss being the sum."""
+    """Returns outputs and other arrays at the peak of a step of `apply`; the loss is the sum."""
     batch = {"x": jnp.ones((rows, WIDTH)), "labels": jnp.zeros(rows), "weights": jnp.ones(rows)}
     made = program.gradient_program(
         apply, lambda logits, labels: logits.sum(-1), trained, frozen, batch
@@ -21,7 +21,7 @@ def predicted(apply, trained, frozen, rows=ROWS):
 
 
 def layers(number, activation=jnp.tanh, remat=False):
-    """`x -> activation(x @ w_i)`, one after the other, then a scale."""
+    """Returns a chain of layers `x -> activation(x @ w_i)`, followed by a scale."""
 
     def layer(x, weight):
         return activation(x @ weight)
@@ -37,7 +37,7 @@ def layers(number, activation=jnp.tanh, remat=False):
 
 
 def split(weights, scale, trained):
-    """Parameters in halves: the weights trained, or the scale alone."""
+    """Splits parameters into halves, with either the weights or the scale trained."""
     none = dict.fromkeys(weights)
     if trained == "weights":
         return {**weights, "scale": None}, {**none, **scale}
@@ -47,7 +47,7 @@ def split(weights, scale, trained):
 def test_activations_of_dense_layers_by_hand():
     apply, weights, scale = layers(5)
     gradients, activations = predicted(apply, *split(weights, scale, "weights"))
-    # Each layer's tanh, which gives its gradient too, and the gradient to the last of them.
+    # The tanh of each layer, from which its gradient is computed, and the last gradient.
     assert activations == 6 * STATES
     assert gradients < 2 * WEIGHT
 
@@ -70,7 +70,7 @@ def test_what_is_cheap_is_computed_again():
 
     apply, weights, scale = layers(5, chain)
     _, activations = predicted(apply, *split(weights, scale, "weights"))
-    # Of each layer the product and, for the next one, the chain's result; nothing within it.
+    # For each layer its product, and its result as the input of the next; nothing inside it.
     assert activations == 10 * STATES
 
 
@@ -96,14 +96,14 @@ BERT = cj.BertConfig(
     num_attention_heads=4,
     intermediate_size=256,
     max_position_embeddings=32,
-    # The generator of random numbers takes more memory on a CPU than all else.
+    # On a CPU, random numbers take more memory than everything else.
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
 
 
 def bert(method, rows=16, length=32, **attributes):
-    """Program, halves and batch of a step of a small BERT."""
+    """Returns the program, the halves of the parameters, and a batch for a step of a small BERT."""
     module = cj.Bert(BERT, head="sequence_classification", **attributes)
     model = cj.Adapted(module, cj.preset(method))
     shapes = jax.eval_shape(model.init, jax.random.key(0), *module.dummy_inputs())["params"]
@@ -127,7 +127,7 @@ def test_parts_of_a_step():
     )
     assert parts.trained == 4 * count.trained
     assert parts.frozen == 4 * (count.total - count.trained)
-    assert parts.optimizer == 2 * parts.trained + 4  # two moments and the count of steps
+    assert parts.optimizer == 2 * parts.trained + 4  # two moments and the step count
     assert parts.batch == 3 * 4 * 16 * 32 + 2 * 4 * 16
     assert parts.total == sum(
         (

@@ -1,4 +1,4 @@
-"""A backbone divided over a mesh computes what it does on one device; each device has a part."""
+"""A backbone divided over a mesh computes the same as on one device; each device holds a part."""
 
 import functools
 import re
@@ -53,7 +53,7 @@ def compute(model, labels, inputs, loss, **where):
 
 
 def update(made, params, labels, batch):
-    """Loss, gradient of the trained half, and outputs, on the host."""
+    """Returns the loss, the gradient of the trained half, and the outputs, on the host."""
     trained, frozen = cj.partition(jax.device_get(params), labels)
     state, placed = made.init_state(trained), made.place(frozen)
     outputs = made.outputs(state.trained, placed, batch)
@@ -92,14 +92,14 @@ def test_rows_of_the_mesh_fetch_weights_and_add_up_gradients_alone():
     jitted = jax.jit(lambda s, f, b: update(s, f, b, jax.random.key(0)), out_shardings=whole)
     lowered = jitted.lower(*arguments, batch)
     kernels = sum("kernel" in path for path in flatten_dict(frozen, sep="/"))
-    # The backward pass fetches them again, but for those it has no use of.
+    # The backward pass gathers the kernels again, except those that it does not need.
     assert lowered.as_text().count("sharding_constraint") > 1.5 * kernels
     moved = {"all-gather": 0, "all-reduce": 0, "all-to-all": 0, "collective-permute": 0}
     for line in lowered.compile().as_text().splitlines():
         if match := re.search(rf"= (.*?) ({'|'.join(moved)})(-start)?\(", line):
             for shape in re.findall(r"f32\[([\d,]*)\]", match[1]):
                 moved[match[2]] += int(np.prod([int(n) for n in shape.split(",") if n]))
-    # The gradients, of adapters as those of the weights they make, the loss, the number of tokens.
+    # Reduced are the gradients (of adapters as dense weights), the loss, and the number of tokens.
     dense = model.clone(method=model.method.dense_equivalent())
     shapes = jax.eval_shape(dense.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     made = cj.count(shapes, cj.label_params(shapes, dense.method)).trained
@@ -141,7 +141,7 @@ def test_what_does_not_divide_stays_whole():
     assert mesh.spec_of("a/wi/kernel", (6, 8), sizes) == PartitionSpec("data", "model")
     assert mesh.spec_of("a/wi/kernel", (6, 10), sizes) == PartitionSpec("data", None)
     assert mesh.spec_of("shared/embedding", (31, 6), sizes) == PartitionSpec(None, "data")
-    with pytest.raises(ValueError, match=r"no rule says how strange/matrix \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"no rule says how strange/matrix of shape \(2, 2\)"):
         mesh.spec_of("strange/matrix", (2, 2), sizes)
 
 
@@ -152,7 +152,7 @@ def test_what_is_no_mesh(text):
 
 
 def test_devices_and_batches_that_do_not_fit():
-    with pytest.raises(ValueError, match="is of 8 devices, but a host has 4"):
+    with pytest.raises(ValueError, match="needs 8 devices, but a host has 4; the product"):
         mesh.make_mesh("data=2,model=4")
     made = mesh.make_mesh("data=4")
     with pytest.raises(ValueError, match="a batch of 6 on a host cannot be divided over data=4"):
@@ -191,5 +191,5 @@ def test_eight_devices_give_the_losses_of_one():
         for name in ("losses", "gradient_norms"):
             np.testing.assert_allclose(values[name], expected[name], rtol=0, atol=devices.LIMIT)
         np.testing.assert_allclose(values["logits"], expected["logits"], rtol=1e-5)
-        # Its kernels are an eighth of a device's; embeddings of positions and the like are whole.
+        # Kernels take an eighth on each device; small arrays such as position embeddings are whole.
         assert 1 / 8 < values["fraction"] < 1 / 2

@@ -1,4 +1,4 @@
-"""The training step on one and on four devices: losses, gradients, what moves, what is reduced."""
+"""Tests the training step on one and on four devices: losses, gradients, updates, reductions."""
 
 import functools
 import re
@@ -66,7 +66,7 @@ def compute(model, labels, devices, *, tx=None, **keywords):
 
 
 def run(model, params, labels, batches, devices=1, **keywords):
-    """Losses, gradient norms and the final trained half of a few steps."""
+    """Returns the losses, gradient norms and final trained half of a few steps."""
     made = compute(model, labels, devices, **keywords)
     trained, frozen = cj.partition(params, labels)
     state, frozen = made.init_state(trained), made.place(frozen)
@@ -78,7 +78,7 @@ def run(model, params, labels, batches, devices=1, **keywords):
     return losses, norms, jax.device_get(made.host_state(state))
 
 
-# The last global batch is incomplete: two devices have no real row at all.
+# The last global batch is incomplete: two devices have no real row.
 BATCHES = [make_batch(seed=0), make_batch(seed=1, length=11), make_batch(seed=2, real=3)]
 
 
@@ -98,8 +98,8 @@ def test_four_devices_give_the_losses_of_one(accumulation_steps):
     four = run(*arguments, BATCHES, devices=4, accumulation_steps=accumulation_steps)
     np.testing.assert_allclose(four[0], one[0], atol=1e-6, rtol=0)
     np.testing.assert_allclose(four[1], one[1], atol=1e-6, rtol=1e-5)
-    # Adam's first steps are of size learning rate whatever the gradient: sums in another order
-    # may move a leaf whose gradient is near zero by a part of it.
+    # Adam's first steps have the size of the learning rate for any gradient, so another order of
+    # summation may move a leaf with a gradient near zero by a part of it.
     assert_trees_close(four[2].trained, one[2].trained, atol=LEARNING_RATE * 0.05)
 
 
@@ -220,7 +220,7 @@ def test_state_is_donated_and_the_callers_arrays_are_not():
 
 @pytest.mark.slow
 def test_clipping_reads_trained_gradients_alone():
-    # Plain gradient descent moves by learning rate times the clipped gradient.
+    # Plain gradient descent moves parameters by the learning rate times the clipped gradient.
     model, params, labels = setup()
     limit = 1e-3
     tx = optax.chain(optax.clip_by_global_norm(limit), optax.sgd(1.0))
@@ -254,7 +254,7 @@ def test_remat_changes_nothing():
 def test_bfloat16_keeps_parameters_and_state_in_float32():
     losses, _, state = run(*setup(dtype=jnp.bfloat16), BATCHES)
     reference, _, _ = run(*setup(), BATCHES)
-    # 8 bits of mantissa through two layers: a few per cent of a loss near 1.
+    # 8 bits of mantissa through two layers: an error of a few per cent of a loss near 1.
     np.testing.assert_allclose(losses, reference, rtol=3e-2)
     leaves = jax.tree.leaves((state.trained, state.opt_state))
     assert {leaf.dtype.name for leaf in leaves} == {"float32", "int32"}
@@ -277,7 +277,7 @@ def test_adamw_takes_its_numbers_with_each_gradient():
         numbers = step.Hyperparameters(schedule(i), weight_decay=0.1, clip_norm=0.05)
         state, metrics = made.step(state, frozen, batch, numbers)
         np.testing.assert_allclose(float(metrics.loss), losses[i], rtol=1e-5)
-    # A checkpoint that optax's own AdamW wrote fits.
+    # A checkpoint of optax's own AdamW fits.
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     assert_trees_close(state.trained, expected.trained, atol=1e-5)
 
@@ -295,7 +295,7 @@ def test_loss_decreases():
 
 
 def text_batch(rows=8, real=8, seed=0, length=6, target_length=5):
-    """Targets of different lengths: the mean over tokens is not the mean over rows."""
+    """Returns targets of different lengths, so that means over tokens and over rows differ."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, target_length + 1, rows) * (np.arange(rows) < real)
     labels = generator.integers(2, 31, (rows, target_length)).astype(np.int32)
@@ -311,7 +311,7 @@ def text_batch(rows=8, real=8, seed=0, length=6, target_length=5):
 
 @pytest.fixture(scope="module")
 def text_to_text():
-    """A tiny T5 with adapters, its parameters, their labels and how steps call it."""
+    """Returns a tiny T5 with adapters, its parameters, their labels, and how steps call it."""
     sizes = {"vocab_size": 31, "d_model": 16, "d_kv": 8, "d_ff": 24}
     module = cj.T5(cj.T5Config(**sizes, num_layers=1, num_heads=2, dropout_rate=0.0))
     params = module.init(jax.random.key(0), *module.dummy_inputs())["params"]

@@ -1,4 +1,4 @@
-"""A tokenizer that fits, what it makes of sentences, and the batches made of them."""
+"""Tests tokenizers, tokenised sentences, and the batches made of them."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "##s", "a", 
 
 
 def save_tokenizer(folder, words=WORDS, **special):
-    """A WordPiece tokenizer that joins sentences as BERT does."""
+    """Saves a WordPiece tokenizer that joins sentences like that of BERT."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -56,7 +56,9 @@ def test_a_padded_vocabulary_and_relative_positions_fit(folder):
 
 
 def test_tokenizers_that_do_not_fit(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"does not fit the backbone: it has 10 .* embedding 9;"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the backbone: it has 10 .* embedding has 9;"
+    ):
         load(folder, vocab_size=9)
     with pytest.raises(ValueError, match="max_length=65 exceeds the backbone's 64 positions"):
         load(folder, max_length=65)
@@ -72,8 +74,8 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     for source, reason in [
-        (tmp_path / "none", "none: no such folder"),
-        (tmp_path / "empty", "cannot load a tokenizer from '.*empty': no file of one there "),
+        (tmp_path / "none", "none does not exist"),
+        (tmp_path / "empty", "cannot load a tokenizer from '.*empty': it has no tokenizer files "),
         (tmp_path / "broken", "cannot load a tokenizer from '.*broken': "),
         ("no/such/place", "cannot load a tokenizer from 'no/such/place': "),
         ("nobody/nothing-of-this-name", "cannot load a tokenizer from 'nobody/nothing"),
@@ -85,7 +87,7 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
 
 
 def test_a_folder_without_a_vocabulary(tmp_path):
-    # transformers 5 loads a tokenizer of special tokens alone from it; 4 raises a TypeError.
+    # transformers 5 returns a tokenizer with only special tokens here; 4 raises a TypeError.
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"tokenizer\.json or vocab\.txt"):
         load(tmp_path)
@@ -107,7 +109,7 @@ def test_token_ids_of_pairs(tokenizer):
     rows = {"sentence": ["good films", "a a a a"], "sentence2": ["bad", "b"], "score": [0.5, -1]}
     encoded = tokens.tokenize(rows, tokenizer, 6)
     first, second = np.split(encoded.input_ids, encoded.offsets[1:-1])
-    assert first.tolist() == [2, 4, 6, 3, 5, 3]  # the longer sentence is cut
+    assert first.tolist() == [2, 4, 6, 3, 5, 3]  # the longer sentence is truncated
     assert second.tolist() == [2, 8, 8, 3, 9, 3]
     assert encoded.token_type_ids.tolist() == [0, 0, 0, 0, 1, 1] * 2
     assert encoded.targets.tolist() == [0.5, -1]
@@ -142,7 +144,7 @@ def test_bucket_lengths():
 
 
 def make(lengths, targets=None, max_length=128):
-    """Examples of the given lengths; every token of example `i` is `i + 1`."""
+    """Returns examples of the given lengths; every token of example `i` is `i + 1`."""
     lengths = np.asarray(lengths, np.int64)
     return tokens.Encoded(
         input_ids=np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths),
@@ -157,7 +159,7 @@ def make(lengths, targets=None, max_length=128):
 
 @pytest.fixture(scope="module")
 def thousand():
-    """1000 examples, few of them long, as sentences are."""
+    """Returns 1000 examples with few long ones, like natural sentences."""
     lengths = np.minimum(3 + np.random.default_rng(0).geometric(0.06, 1000), 128)
     return make(lengths, targets=np.arange(1000, dtype=np.int32))
 
@@ -217,7 +219,7 @@ def test_order_depends_on_seed_and_epoch_alone(thousand):
 
 
 def test_order_is_the_same_in_every_version():
-    # A resumed run must meet the rest of its epoch: this order may not change with NumPy.
+    # A resumed run must see the rest of its epoch, so this order must not change with NumPy.
     encoded = make([4, 40, 5, 41, 6, 42, 7])
     batches = batching.batches(encoded, 2, shuffle=True, seed=0, epoch=1)
     assert [batch["indices"].tolist() for batch in batches] == [[4, 2], [5, -1], [6, 0], [1, 3]]
@@ -258,13 +260,13 @@ def test_batches_are_alike_in_length_and_come_in_random_order(thousand):
         own = np.searchsorted(batching.bucket_lengths(128), batch["attention_mask"].sum(1))
         mixed += len(set(own.tolist())) > 1
         shapes.append(batch["input_ids"].shape[1])
-    # Per window of 32 batches at most one batch between any two neighbouring buckets.
+    # In a window of 32 batches, at most one batch mixes two neighbouring buckets.
     assert mixed <= 4 * (len(set(shapes)) - 1)
     assert sorted(shapes) != shapes
     real = np.diff(thousand.offsets).sum()
     padded = 8 * sum(shapes)
     assert real / padded > 0.6
-    assert real / (8 * 125 * 128) < 0.2  # what it would be, always padded to the longest
+    assert real / (8 * 125 * 128) < 0.2  # the fraction if every batch had the maximum length
 
 
 def test_a_bucket_with_one_example():
@@ -289,11 +291,11 @@ def test_no_examples_no_batches():
 
 
 def test_batches_refuse_bad_arguments(thousand):
-    with pytest.raises(ValueError, match="batch_size=0; want 1 or more"):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         batching.batches(thousand, 0, shuffle=False)
-    with pytest.raises(ValueError, match="shuffling wants seed and epoch of 0 or more, got None"):
+    with pytest.raises(ValueError, match="seed=None and epoch=0 must be at least 0 for shuffling"):
         batching.batches(thousand, 8, shuffle=True)
-    with pytest.raises(ValueError, match="got -1 and 0"):
+    with pytest.raises(ValueError, match="seed=-1 and epoch=0 must"):
         batching.batches(thousand, 8, shuffle=True, seed=-1)
 
 
@@ -309,9 +311,11 @@ def test_parts_make_up_every_batch():
             for name, array in batch.items():
                 joined = np.concatenate([part[i][name] for part in parts])
                 np.testing.assert_array_equal(joined, array)
-    with pytest.raises(ValueError, match=r"part=\(0, 4\) is none of a batch of 6 divided by 4"):
+    with pytest.raises(
+        ValueError, match=r"part=\(0, 4\) is not a part of a batch of 6 that is divided by 4"
+    ):
         batching.batches(encoded, 6, shuffle=False, part=(0, 4))
-    with pytest.raises(ValueError, match=r"part=\(3, 3\) is none"):
+    with pytest.raises(ValueError, match=r"part=\(3, 3\) is not a part"):
         batching.batches(encoded, 6, shuffle=False, part=(3, 3))
 
 
@@ -334,7 +338,7 @@ def test_shard():
 
 
 def make_pairs(lengths, target_lengths, max_target_length=64):
-    """Inputs as of `make`, without token types; every token of target `i` is `100 + i`."""
+    """Returns inputs as in `make`, without token types; tokens of target `i` are `100 + i`."""
     target_lengths = np.asarray(target_lengths, np.int64)
     targets = tokens.Texts(
         ids=np.repeat(100 + np.arange(len(target_lengths), dtype=np.int32), target_lengths),
@@ -382,7 +386,7 @@ def test_targets_are_padded_to_buckets_of_their_own():
             np.testing.assert_array_equal(
                 batch["labels"] != tokens.IGNORED, np.arange(width) < lengths[:, None]
             )
-            if not shuffle:  # every row in its own bucket of both
+            if not shuffle:  # every row is alone in its pair of buckets
                 below = max((w for w in batching.bucket_lengths(60, 4) if w < width), default=0)
                 assert (lengths[real] > below).all()
                 own = np.searchsorted(batching.bucket_lengths(128), batch["attention_mask"].sum(1))
@@ -405,7 +409,7 @@ def test_notices_of_what_was_cut():
 
 @pytest.mark.contract
 def test_a_tokenizer_published_as_sentencepiece_alone(tmp_path):
-    """As those of T5 v1.1 and mT5 are."""
+    """T5 v1.1 and mT5 publish only a sentencepiece file."""
     import sentencepiece
 
     (tmp_path / "text").write_text("the film was good\nthe plot was dull\n" * 20)
@@ -425,5 +429,5 @@ def test_a_tokenizer_published_as_sentencepiece_alone(tmp_path):
     tokenizer = tokens.load_tokenizer(
         tmp_path, vocab_size=119, max_position_embeddings=None, max_length=8
     )
-    # The first sentinel is the last of the tokens, and the end of the text is 1.
+    # The first sentinel is the last token of the vocabulary, and end-of-sequence is 1.
     assert tokenizer("the film <extra_id_0>").input_ids[-2:] == [118, 1]

@@ -1,4 +1,4 @@
-"""train.objectives.noise: spans taken out can be put back, and are drawn as T5's were."""
+"""Tests train.objectives.noise: removed spans can be restored, and are drawn like those of T5."""
 
 import collections
 import itertools
@@ -20,7 +20,7 @@ def corruption_of(input_length, *args, sentinels=SENTINELS):
 
 
 def spans_after(ids):
-    """Sentinel -> the tokens up to the next one; None for those before the first."""
+    """Returns sentinel -> the tokens up to the next sentinel; None for those before the first."""
     spans = {None: []}
     current = None
     for token in ids.tolist():
@@ -39,7 +39,7 @@ def reconstructed(inputs, targets):
 
 
 def save_tokenizer(sentinels=("<extra_id_0>", "<extra_id_1>"), words=WORDS):
-    """Words are tokens: `<pad>` 0, `</s>` 1, `<unk>` 2, w0 3, …, the sentinels last."""
+    """Saves a tokenizer of words: `<pad>` 0, `</s>` 1, `<unk>` 2, w0 3, …, sentinels at the end."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +60,7 @@ def tokenizer():
 
 @pytest.mark.parametrize(
     ("input_length", "segment_length", "target_length"),
-    # 512 is T5's own; 568 and 114 are what its code computes.
+    # 512 is T5's own length; its code computes 568 and 114.
     [(512, 568, 114), (114, 126, 26), (3, 2, 3), (4, 3, 3), (16, 17, 5)],
 )
 def test_lengths(input_length, segment_length, target_length):
@@ -113,7 +113,7 @@ def test_order_of_text_spans_and_sentinels():
         assert used == list(SENTINELS[: len(used)])
         assert all(spans[sentinel] for sentinel in used)
         assert spans[None] == []  # the targets begin with a sentinel …
-        assert targets[-2] == tokens[-1]  # … and close with text, not with one more
+        assert targets[-2] == tokens[-1]  # … and end with text, not with a further sentinel
         assert inputs[0] == tokens[0]
         assert inputs[-2] == used[-1]
         assert not any(a in used and b in used for a, b in itertools.pairwise(inputs.tolist()))
@@ -138,7 +138,8 @@ def test_noise_has_the_density_and_the_span_length_asked_for(density, mean_span_
         noise_at[[token - 2 for span in spans.values() for token in span]] += 1
     assert np.sum(lengths) == 400 * round(density * length)
     assert np.mean(lengths) == pytest.approx(mean_span_length, rel=0.05)
-    assert np.var(lengths) > 0.4 * mean_span_length * (mean_span_length - 1)  # near geometric's
+    # Close to the variance of a geometric distribution.
+    assert np.var(lengths) > 0.4 * mean_span_length * (mean_span_length - 1)
     middle = noise_at[length // 4 : -length // 4] / 400
     assert middle.mean() == pytest.approx(density, abs=0.02)
     assert middle.min() > density / 2
@@ -146,14 +147,15 @@ def test_noise_has_the_density_and_the_span_length_asked_for(density, mean_span_
 
 
 def test_all_divisions_are_equally_likely():
-    # Of 8 tokens 4 are noise, in 2 spans: 1 + 3, 2 + 2 or 3 + 1 of text, and as many of noise.
+    # 4 of 8 tokens are noise, in 2 spans: 1 + 3, 2 + 2 or 3 + 1 for the text, and also for the
+    # noise.
     corruption = corruption_of(16, 0.5, 2.0)
     generator = np.random.default_rng(4)
     seen = collections.Counter(
         tuple(corruption.corrupt(np.arange(2, 10), generator)[1].tolist()) for _ in range(4500)
     )
     assert len(seen) == 9
-    assert min(seen.values()) > 400  # 500 expected, deviation 21
+    assert min(seen.values()) > 400  # 500 expected, with a deviation of 21
     assert max(seen.values()) < 600
 
 
@@ -182,7 +184,10 @@ def test_corrupting_leaves_the_text_as_it_is():
         ({"eos_token_id": -1}, "eos_token_id=-1 must be at least 0"),
         ({"sentinel_ids": (7, 1)}, r"sentinel_ids=\(7, 1\) must be distinct.* eos_token_id=1"),
         ({"sentinel_ids": (7, 7)}, r"sentinel_ids=\(7, 7\) must be distinct"),
-        ({"sentinel_ids": ()}, "makes 3 spans, but there are 0 sentinels; use a tokenizer that"),
+        (
+            {"sentinel_ids": ()},
+            "makes 3 spans, but the tokenizer has 0 sentinels; use a tokenizer with",
+        ),
     ],
 )
 def test_settings_that_cannot_work(changes, message):
@@ -194,8 +199,8 @@ def test_settings_that_cannot_work(changes, message):
 def test_more_spans_than_sentinels():
     with pytest.raises(
         ValueError,
-        match="input_length=512 makes 28 spans, but there are 20 sentinels; use input_length=369 or"
-        " less, or a longer mean_span_length",
+        match="input_length=512 makes 28 spans, but the tokenizer has 20 sentinels; use "
+        "input_length=369 or less, or a longer mean_span_length",
     ):
         corruption_of(512, sentinels=SENTINELS[:20])
     largest = corruption_of(369, sentinels=SENTINELS[:20])
@@ -208,7 +213,7 @@ def test_more_spans_than_sentinels():
 
 @pytest.mark.parametrize("length", [0, 1, 18])
 def test_segments_that_are_too_short_or_too_long(length):
-    with pytest.raises(ValueError, match=f"a segment of {length} tokens .* it wants 2 to 17"):
+    with pytest.raises(ValueError, match=f"a segment of {length} tokens .* it must have 2 to 17"):
         corruption_of(16).corrupt(np.full(length, 2), np.random.default_rng(0))
 
 
@@ -242,10 +247,10 @@ def test_noise_depends_on_seed_epoch_and_index_alone():
         alone = corruption.corrupt(text, np.random.default_rng([1, 2, i]))
         assert inputs[i].tolist() == alone[0].tolist()
         assert targets[i].tolist() == alone[1].tolist()
-    # A segment's noise is not that of another text in its neighbourhood …
+    # The noise of a segment does not depend on the other segments …
     fewer, _ = corrupted(segments_of(*texts[:1]), corruption, seed=1, epoch=2)
     assert fewer[0].tolist() == inputs[0].tolist()
-    # … and is new in every epoch and with every seed.
+    # … and differs between epochs and between seeds.
     for seed, epoch in ((1, 3), (2, 2)):
         other, _ = corrupted(segments_of(*texts), corruption, seed=seed, epoch=epoch)
         assert other[0].tolist() != inputs[0].tolist()
@@ -259,7 +264,7 @@ def test_nothing_to_corrupt():
 
 @pytest.mark.parametrize(("seed", "epoch"), [(-1, 0), (0, -1)])
 def test_seeds_that_cannot_work(seed, epoch):
-    with pytest.raises(ValueError, match=f"0 or more, got {seed}, {epoch}"):
+    with pytest.raises(ValueError, match=f"seed={seed} and epoch={epoch} must be at least 0"):
         corrupted(segments_of([2, 3]), corruption_of(16), seed=seed, epoch=epoch)
 
 
@@ -321,17 +326,17 @@ def test_a_big_file_is_tokenised_in_batches_with_a_progress_bar(tmp_path, tokeni
 
 def test_files_that_cannot_be_read(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
-    with pytest.raises(FileNotFoundError, match=r"text\.txt: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"text\.txt does not exist"):
         read_segments(path, tokenizer, 8)
     with pytest.raises(ValueError, match="is a directory, not a file"):
         read_segments(tmp_path, tokenizer, 8)
     for content, message in [
-        (b"", r"text\.txt: is empty \(0 bytes\)"),
-        (b" \n\n\t", r"text\.txt: has no text, only white space"),
-        (b"w0 w1\n\xff w2", r"text\.txt: is not UTF-8 \(byte 0xff\); convert it to UTF-8"),
-        (b"w0 w1\n\xc3", r"text\.txt: is not UTF-8 \(byte 0xc3\)"),
-        (b"w0\n", r"text\.txt: has 1 tokens; span corruption needs 2 or more"),
-        (b"</s>\n", r"text\.txt: has 0 tokens"),
+        (b"", r"text\.txt is empty \(0 bytes\)"),
+        (b" \n\n\t", r"text\.txt has no text, only white space"),
+        (b"w0 w1\n\xff w2", r"text\.txt is not UTF-8 \(byte 0xff\); convert it to UTF-8"),
+        (b"w0 w1\n\xc3", r"text\.txt is not UTF-8 \(byte 0xc3\)"),
+        (b"w0\n", r"text\.txt has 1 tokens; span corruption needs 2 or more"),
+        (b"</s>\n", r"text\.txt has 0 tokens"),
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as caught:
@@ -342,7 +347,7 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
 def test_limits_that_cannot_work(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("w0 w1")
-    with pytest.raises(ValueError, match="segment_length=1; want 2 or more"):
+    with pytest.raises(ValueError, match="segment_length=1 must be at least 2"):
         read_segments(path, tokenizer, 1)
-    with pytest.raises(ValueError, match="max_characters_per_document=0; want 1 or more"):
+    with pytest.raises(ValueError, match="max_characters_per_document=0 must be at least 1"):
         read_segments(path, tokenizer, 8, max_characters_per_document=0)

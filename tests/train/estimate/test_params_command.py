@@ -1,4 +1,4 @@
-"""What `params --mesh` prints of a device is what a device really has, and needs no device."""
+"""Checks that `params --mesh` predicts the memory of a device without any device."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_t5_11b_on_four_chips(capsys):
     assert main([*command, "--backbone-dtype", "bfloat16", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     held = record["bytes_per_device"]
-    # All but layer norms and position biases is divided by four.
+    # Everything but layer norms and position biases is divided by four.
     np.testing.assert_allclose(held["frozen"], 2 * record["backbone_total"] / 4, rtol=1e-3)
     assert held["trained"] == 4 * record["trained"]
     assert main(command) == 0
@@ -61,7 +61,7 @@ def test_t5_11b_on_four_chips(capsys):
     ("flags", "message"),
     [
         (["--mesh", "4"], "--mesh '4' must give the devices along each axis"),
-        (["--mesh", "data=2", "--method", "all"], "--mesh is for one method"),
+        (["--mesh", "data=2", "--method", "all"], "--mesh works with one method"),
     ],
 )
 def test_meshes_that_cannot_be(flags, message, capsys):

@@ -13,7 +13,7 @@ MRPC = {"task": "mrpc", "batch_size": 100, "epochs": 20}
 
 
 def options(backbone, **changes):
-    """Of a tiny backbone, whose bottlenecks cannot be of width / 32."""
+    """Returns options for a tiny backbone, for which the default bottleneck would be too narrow."""
     method = MethodOptions(reduction_factor=2)
     return PlanOptions(backbone=str(backbone), **{**MRPC, "method_options": method, **changes})
 
@@ -22,7 +22,7 @@ def test_steps_and_programs(tiny_t5):
     one = plan.plan_of(options(tiny_t5, max_length=128))
     assert (one.train_examples, one.epochs, one.steps) == (3_668, 20, 20 * 37)
     assert one.input_lengths == (16, 32, 48, 64, 96, 128)
-    assert one.target_lengths == (4, 8)  # labels are short, whatever max_target_length says
+    assert one.target_lengths == (4, 8)  # labels are short, whatever max_target_length is
     assert one.programs == 12
     assert one.total_flops == 740 * one.cost.flops
     assert one.seconds is None
@@ -80,7 +80,7 @@ def test_what_saves_memory_and_what_costs_operations(tiny_t5, tmp_path):
         return plan.plan_of(options(deep, max_length=256, **changes)).cost
 
     plain = cost()
-    assert cost(remat="full").flops == plain.flops  # what is computed twice is no model FLOP
+    assert cost(remat="full").flops == plain.flops  # recomputation does not count as model FLOPs
     assert cost(remat="full").memory.activations < plain.memory.activations
     assert cost(dtype="bfloat16").memory.activations < plain.memory.activations
     assert cost(accumulation_steps=4).flops == pytest.approx(plain.flops, rel=0.01)
@@ -97,7 +97,8 @@ def test_frozen_weights_in_fewer_bits_and_over_a_mesh(tiny_t5):
     assert frozen(backbone_dtype="bfloat16") < 0.6 * whole
     assert frozen(backbone_dtype="int8") < 0.5 * whole
     assert frozen(mesh="data=1,model=1") == whole
-    assert whole / 4 < frozen(mesh="data=2,model=2") < whole / 3  # norms and biases are on each
+    # Every device has all norms and biases.
+    assert whole / 4 < frozen(mesh="data=2,model=2") < whole / 3
     divided = plan.plan_of(options(tiny_t5, mesh="data=2,model=2"))
     halved = plan.plan_of(options(tiny_t5, devices=2))
     assert divided.workload.rows == halved.workload.rows == 50
@@ -114,9 +115,12 @@ def test_time_from_a_peak(tiny_t5):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--task", "mine"], "how many training examples 'mine' has is not known"),
-        (["--task", "record", "--backbone", "bert-base-uncased"], "'record' has is not known"),
-        (["--device-kind", "abacus"], "the peak of 'abacus' in float32 is not known"),
+        (["--task", "mine"], "the number of training examples of 'mine' is not known"),
+        (
+            ["--task", "record", "--backbone", "bert-base-uncased"],
+            "training examples of 'record' is not known",
+        ),
+        (["--device-kind", "abacus"], "the peak FLOP/s of 'abacus' in float32 are not known"),
         (["--devices", "3"], "batch_size=32 must be a multiple of 3"),
         (["--utilisation", "1.5"], "utilisation=1.5 must be above 0, at most 1"),
         (["--backbone", "t5-huge"], "'t5-huge' is neither a config.json here nor a published size"),

@@ -1,4 +1,4 @@
-"""A tokenizer and a T5 that transformers and this library load alike."""
+"""Creates a tokenizer and a T5 that transformers and this library load in the same way."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ ORDINARY = (
 
 
 def words(count):
-    """Made-up words, the first of them the most frequent."""
+    """Returns made-up words; the first ones are the most frequent."""
     syllables = ("ka", "lo", "mi", "ter", "sun", "pre", "o", "é")
     made = ["".join(parts) for parts in itertools.product(syllables, repeat=3)][:count]
     return " ".join(word for i, word in enumerate(made) for _ in range(1 + 60 // (i + 1)))
@@ -85,7 +85,8 @@ def test_ordinary_text_comes_back_exactly(tokenizer, text):
 
 def test_frequent_words_are_few_tokens(tokenizer):
     assert len(tokenizer.tokenize("kakaka kakalo")) <= 4
-    assert len(tokenizer.tokenize("qqqqqq vvvvvv")) == 14  # not a pair of these is in the text
+    # The text contains no pair of these letters.
+    assert len(tokenizer.tokenize("qqqqqq vvvvvv")) == 14
 
 
 def test_characters_outside_of_the_vocabulary_become_bytes(tokenizer):
@@ -118,7 +119,7 @@ def test_the_vocabulary_has_the_size_asked_for_however_many_the_characters(tmp_p
     vocabulary = train_tokenizer([path], 600).get_vocab()
     assert len(vocabulary) == 600
     assert sorted(vocabulary.values()) == list(range(600))
-    # Half of 241 pieces have room for 120 characters, 95 of them in ASCII.
+    # Half of 241 pieces leave room for 120 characters, of which 95 are ASCII.
     others = sorted(token for token in vocabulary if len(token) == 1 and token > "\x7f")
     assert len(others) == 26
     assert {"▁", "é", "日"} < set(others)
@@ -126,7 +127,7 @@ def test_the_vocabulary_has_the_size_asked_for_however_many_the_characters(tmp_p
 
 def test_vocabularies_that_cannot_be_made(text_file, tmp_path):
     with pytest.raises(
-        ValueError, match=r"vocab_size=511 is too small: .* are 454 already; use 51"
+        ValueError, match=r"vocab_size=511 is too small: .* already take 454; use 51"
     ):
         train_tokenizer([text_file], 511)
     with pytest.raises(
@@ -136,7 +137,7 @@ def test_vocabularies_that_cannot_be_made(text_file, tmp_path):
     path = tmp_path / "text.txt"
     for text in ("a", "日" * 50):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="for 454 tokens only; use more text"):
+        with pytest.raises(ValueError, match="yields only 454 tokens; use more text"):
             train_tokenizer([path], 512)
 
 
@@ -152,7 +153,8 @@ def test_the_folder_is_a_backbone(folder):
     assert backbone.module.head == "conditional_generation"
     sizes = {name: getattr(backbone.config, name) for name in SIZES}
     assert sizes == SIZES
-    # One attention is 4 * 16 * 12, a network 2 * 16 * 24; 5 norms and 2 tables of 32 * 3 positions.
+    # An attention layer has 4 * 16 * 12 parameters and a feed-forward layer 2 * 16 * 24; there are
+    # 5 norms and 2 tables of 32 * 3 positions.
     count = sum(leaf.size for leaf in jax.tree.leaves(backbone.params))
     assert count == 512 * 16 + 3 * 768 + 2 * 768 + 7 * 16 + 2 * 96
     record = json.loads((folder / "create.json").read_text(encoding="utf-8"))
@@ -164,7 +166,7 @@ def test_what_was_made_is_printed(text_file, tmp_path, capsys):
     made = CreateOptions(text_files=(text_file,), output_dir=tmp_path / "t5", **SIZES)
     create_backbone(made)
     printed = capsys.readouterr()
-    assert printed.out == f"{tmp_path / 't5'}: a T5 of 12,336 parameters and 512 tokens\n"
+    assert printed.out == f"{tmp_path / 't5'}: a T5 with 12,336 parameters and 512 tokens\n"
     assert printed.err == ""
 
 
@@ -185,7 +187,8 @@ def test_the_size_by_default(tmp_path):
     module = exchange_create_backbone.new_module(made)[0]
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *module.dummy_inputs()))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    # Per layer 4 * 256 * 256 of attention (twice in the decoder) and 2 * 256 * 1024 of network.
+    # Each layer has 4 * 256 * 256 of attention (twice in the decoder), and 2 * 256 * 1024 of
+    # feed-forward.
     assert count == 8000 * 256 + 6 * (3 * 262_144 + 2 * 524_288) + 32 * 256 + 2 * 32 * 4
 
 
@@ -259,9 +262,9 @@ def test_text_that_cannot_be_read(text_file, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"ka \xff")
     for path, error, message in [
-        (tmp_path / "none.txt", FileNotFoundError, r"none\.txt: no such file"),
+        (tmp_path / "none.txt", FileNotFoundError, r"none\.txt does not exist"),
         (tmp_path, ValueError, "is a directory, not a file"),
-        (bad, ValueError, r"bad\.txt: is not UTF-8 \(byte 0xff\)"),
+        (bad, ValueError, r"bad\.txt is not UTF-8 \(byte 0xff\)"),
     ]:
         made = CreateOptions(text_files=(text_file, path), output_dir=tmp_path / "t5", **SIZES)
         with pytest.raises(error, match=message):
@@ -274,12 +277,14 @@ def test_only_what_the_command_wrote_is_replaced(text_file, tmp_path):
     made = CreateOptions(text_files=(text_file,), output_dir=output_dir, **SIZES)
     again = dataclasses.replace(made, overwrite=True, seed=1)
     output_dir.mkdir()
-    create_backbone(made)  # an empty folder is as good as none
+    create_backbone(made)  # an empty folder counts as none
     before = (output_dir / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"already holds a backbone; replace it with --overwrite"):
         create_backbone(made)
     (output_dir / "notes.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds more than this command wrote, for .* notes\.md;"):
+    with pytest.raises(
+        ValueError, match=r"holds files that this command did not write, for .* notes\.md;"
+    ):
         create_backbone(again)
     assert (output_dir / "model.safetensors").read_bytes() == before
     (output_dir / "notes.md").unlink()
@@ -287,10 +292,10 @@ def test_only_what_the_command_wrote_is_replaced(text_file, tmp_path):
     assert (output_dir / "model.safetensors").read_bytes() != before
     assert sorted(path.name for path in output_dir.iterdir()) == FILES
     (output_dir / "create.json").unlink()
-    with pytest.raises(ValueError, match="holds files, and no backbone of this command"):
+    with pytest.raises(ValueError, match="holds files, but no backbone that this command wrote"):
         create_backbone(again)
     assert [path.name for path in tmp_path.iterdir()] == ["t5"]
-    with pytest.raises(ValueError, match=r"text\.txt: is a file, not a folder"):
+    with pytest.raises(ValueError, match=r"text\.txt is a file, not a folder"):
         create_backbone(dataclasses.replace(made, output_dir=text_file))
 
 

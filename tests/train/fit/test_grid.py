@@ -1,4 +1,4 @@
-"""Several runs at once: each is what it is alone."""
+"""Runs that are trained together give the same results as alone."""
 
 import csv
 import dataclasses
@@ -40,7 +40,7 @@ def files(tmp_path_factory):
 
 
 def run_alone(runs):
-    """On one device, as every run of a grid is: dropout masks differ between devices."""
+    """Trains runs on one device, as a grid does, since dropout masks differ between devices."""
     one_device = {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **one_device}
     process = subprocess.run(
@@ -60,7 +60,7 @@ def losses_of(folder):
 
 
 def check_equal(folder, alone):
-    """Losses of every step, metrics of every evaluation, what was trained, and the end."""
+    """Checks the losses of every step, the metrics of every evaluation, and the final adapter."""
     found, wanted = losses_of(folder), losses_of(alone)
     assert len(found) == len(wanted)
     np.testing.assert_allclose(found[:50], wanted[:50], atol=1e-5)
@@ -91,7 +91,7 @@ def grid_flags(backbone, files, output, **flags):
 
 @pytest.fixture(scope="module")
 def trained(tiny_backbone, files, tmp_path_factory):
-    """The folder of a grid of two seeds and two sizes, on four devices."""
+    """Returns the folder of a grid of two seeds and two training sizes, on four devices."""
     output = tmp_path_factory.mktemp("grid") / "run"
     flags = grid_flags(tiny_backbone, files, output, **GRID)
     assert main(["fit", *flags]) == 0
@@ -118,7 +118,7 @@ def test_each_run_is_what_it_is_alone(trained, tiny_backbone, files, tmp_path):
 
 @pytest.mark.slow
 def test_five_runs_of_lora_on_one_device(tiny_backbone, files, tmp_path):
-    """Four devices do not divide five runs."""
+    """Five runs cannot be divided over four devices."""
     flags = {"epochs": 1, "method": "lora", "train-size": 60}
     seeds = {"seeds": "0,1,2,3,4"}
     given = grid_flags(tiny_backbone, files, tmp_path / "grid", **flags, **seeds)
@@ -154,7 +154,7 @@ def test_mean_and_spread_are_over_seeds(trained):
 
 
 def test_a_t5_with_frozen_rules_of_its_own_and_two_learning_rates(tiny_t5, files, tmp_path):
-    """The rule is not trained, and differs between seeds; targets differ in length."""
+    """The rule is frozen and differs between seeds; targets differ in length."""
     flags = {"epochs": 1, "max-length": 16, "learn-phm": "False", "train-size": 60}
     given = grid_flags(
         tiny_t5,
@@ -192,7 +192,7 @@ def test_a_terminated_grid_goes_on_to_the_same_end(
     flags = grid_flags(tiny_backbone, files, tmp_path / "run", **GRID)
     with monkeypatch.context() as patch:
         patch.setattr(grid.StackedRuns, "step", terminated_at_the_tenth)
-        assert main(["fit", *flags]) == 0  # terminated, as asked
+        assert main(["fit", *flags]) == 0  # terminated on request
     assert len(calls) == 10
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert main(["fit", *flags, "--resume"]) == 0
@@ -226,7 +226,7 @@ def test_a_run_that_diverges_leaves_the_others_alone(tiny_backbone, files, tmp_p
         ({"seeds": "1,2", "seed": 3}, "--seed and --seeds contradict each other"),
         ({"seeds": "-1,2"}, "seed=-1 must be from 0 to"),
         ({"train-sizes": "0,2"}, "train_size=0 must be at least 1"),
-        ({"seeds": "1,2", "mesh": "data=1"}, "--mesh is for one run, not for --seed"),
+        ({"seeds": "1,2", "mesh": "data=1"}, "--mesh works with one run, not with --seed"),
     ],
 )
 def test_bad_flags(flags, message, tiny_backbone, files, tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_a_single_run_is_not_overwritten(trained, tiny_backbone, files, capsys):
 
 
 def test_several_runs_are_not_overwritten(trained, tiny_backbone, files, tmp_path, capsys):
-    """By a single one, unless it is told to."""
+    """A single run replaces several runs only with --overwrite."""
     results = {name: (trained / name).read_bytes() for name in ("metrics.json", "report.md")}
     message = "holds the metrics.json of several runs"
     flags = grid_flags(tiny_backbone, files, trained)
@@ -274,7 +274,7 @@ def test_several_runs_are_not_overwritten(trained, tiny_backbone, files, tmp_pat
     check_run_folder(options)
     with pytest.raises(ValueError, match=message):
         check_run_folder(dataclasses.replace(options, overwrite=False))
-    (tmp_path / "metrics.json").write_text("{}")  # of somebody else
+    (tmp_path / "metrics.json").write_text("{}")  # somebody else's file
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         check_run_folder(options)
 

@@ -10,7 +10,7 @@ from train.fit import logs, profiler
 
 
 def record(folder, steps, **settings):
-    """A log of these steps, their loss a tenth of their number; returns what is in the folder."""
+    """Writes a log of steps whose loss is a tenth of their number; returns its two tables."""
     with logs.Log(folder, **settings) as log:
         for number in steps:
             log.step(number, loss=number / 10, learning_rate=1e-3, gradient_norm=2.0)
@@ -52,7 +52,7 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
         folder.mkdir()
     record(killed, range(1, 7))
     with (killed / logs.STEPS_NAME).open("a") as file:
-        file.write("7,0.")  # the kill came while this row was written
+        file.write("7,0.")  # the process was killed while it wrote this row
     assert record(killed, range(5, 9), resume_step=4) == record(whole, range(1, 9))
 
 
@@ -106,14 +106,14 @@ def test_tensorboard_reads_what_was_recorded(tmp_path):
     assert values["train/learning_rate", 1] == np.float32(1e-3)
     assert values["validation/accuracy", 2] == np.float32(0.02)
     assert not any(tag.endswith("utilisation") for tag, _ in values)
-    # TensorBoard drops what another file of the folder has from this step on.
+    # TensorBoard drops the events of other files in the folder from this step on.
     start = next(e for e in second if e.session_log.status == SessionLog.START)
     assert start.step == 3
     assert {e.step for e in second if e.summary.value} == {3, 4}
 
 
 def records_of(path):
-    """The payloads of a TFRecord file: length, its checksum, payload, its checksum."""
+    """Returns the payloads of a TFRecord file: length, its checksum, payload, its checksum."""
     content, records = path.read_bytes(), []
     while content:
         length = int.from_bytes(content[:8], "little")

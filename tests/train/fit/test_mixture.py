@@ -1,4 +1,4 @@
-"""Several tasks in one run: how often each comes, and what is trained by it."""
+"""Trains several tasks in one run: how often each task is drawn, and what it trains."""
 
 import functools
 import itertools
@@ -43,7 +43,7 @@ def test_rates(text, sizes, expected):
 def test_order_has_the_rates_and_depends_on_its_arguments_alone():
     mixture = Mixture(temperature=2)
     order = mixture.order([100, 400, 900], 6000, seed=3, epoch=1)
-    # Rates 1/6, 2/6, 3/6: four standard deviations of 6,000 draws are below 160.
+    # Rates 1/6, 2/6 and 3/6: four standard deviations of 6,000 draws are below 160.
     np.testing.assert_allclose(np.bincount(order), [1000, 2000, 3000], atol=160)
     again = mixture.order([100, 400, 900], 6000, seed=3, epoch=1)
     np.testing.assert_array_equal(order, again)
@@ -72,7 +72,7 @@ MIXED = {"train": 24, "validation": 8}
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Two tasks with two and with three labels."""
+    """Writes two tasks, one with two labels and one with three."""
     folder = tmp_path_factory.mktemp("data")
     hub_data.write(folder, "rte", **MIXED)
     return hub_data.write(folder, "cb", train=40, validation=8)
@@ -85,7 +85,7 @@ def flags_of(backbone, data_dir, output, **flags):
         "data-dir": data_dir,
         "output-dir": output,
         "reduction-factor": 2,
-        "max-length": 16,  # one bucket, and so one shape to compile
+        "max-length": 16,  # one bucket, and so only one shape to compile
         "batch-size": 8,
         "eval-batch-size": 8,
         "epochs": 2,
@@ -104,7 +104,7 @@ def prepared(flags):
 
 
 def trained(flags):
-    """The job, and what its learners end with, on the host."""
+    """Returns the job, and the final state of its learners on the host."""
     work = prepared(flags)
     with fit_trainer.Trainer(work, stopping.Stopping()) as trainer:
         trainer.run()
@@ -123,7 +123,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.slow
 def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, data_dir, tmp_path):
-    """Each step takes a batch of one task, and moves what both share and that task's head."""
+    """Each step takes a batch of one task and updates shared parameters and that task's head."""
     work, (shared,) = trained(flags_of(tiny_backbone, data_dir, tmp_path / "run"))
     order = work.order
     assert len(order) == 2 * (3 + 5)
@@ -156,14 +156,14 @@ def test_one_adapter_for_two_tasks_is_the_loop_written_by_hand(tiny_backbone, da
             slopes[task_run](params, dict(next(streams[task_run]))), state, params
         )
         params = optax.apply_updates(params, updates)
-    # Adam divides by the root of squares that may be tiny.
+    # Adam divides by square roots that may be tiny.
     assert_close(shared, params, 2e-5)
     with pytest.raises(AssertionError):
         assert_close(shared, cj.partition(learner.params, learner.labels)[0], 1e-3)
 
 
 def rows_of(task_run, size):
-    """A task's batches, epoch after epoch."""
+    """Yields the batches of a task, epoch after epoch."""
     for epoch in itertools.count():
         yield from batching.batches(
             task_run.encoded["train"], size, shuffle=True, seed=0, epoch=epoch
@@ -202,7 +202,8 @@ def test_a_mixture_that_is_stopped_ends_with_the_same_bytes(
             assert main(["fit", *flags[1], "--resume"]) == 0
         return capsys.readouterr().out
 
-    # In the evaluation of the second task, when that of the first is done; then within an epoch.
+    # First in the evaluation of the second task, after that of the first task; then within an
+    # epoch.
     assert "terminated at step 8;" in fit_until("scores", 2)
     assert "terminated at step 11;" in fit_until("_dispatch", 3)
     assert main(["fit", *flags[1], "--resume"]) == 0
@@ -220,7 +221,7 @@ def test_a_mixture_that_is_stopped_ends_with_the_same_bytes(
     assert list(result["tasks"]) == ["rte", "cb"]
     steps = [result["tasks"][name]["steps"] for name in ("rte", "cb")]
     assert sum(steps) == 16
-    # What was saved is what is evaluated, each with the head of its task.
+    # `evaluate` finds the saved results, each with the head of its task.
     command = ["evaluate", "--adapter", outputs[1] / "cb" / "adapter", "--task", "cb"]
     command += ["--data-dir", data_dir, "--split", "validation", "--output", tmp_path / "out.json"]
     assert main([str(part) for part in command]) == 0

@@ -1,4 +1,4 @@
-"""Pooling on the command line: fit, evaluate, predict, grids and banks; and runs too short."""
+"""Tests pooling on the command line: fit, evaluate, predict, grids and banks; and short runs."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from tests.train.cli.test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 from train.__main__ import main
 from train.data import tokens
 
-# Without dropout, whose masks would differ between one device and several.
+# Without dropout, whose masks differ between one device and several.
 SHORT = {"epochs": 1, "learning-rate": "1e-2", "backbone-dropout": 0.0}
 
 
@@ -25,7 +25,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mean_backbone(tiny_backbone, tmp_path_factory):
-    """The tiny backbone in a folder of sentence-transformers, to be read by the mean."""
+    """Copies the tiny backbone into a folder of sentence-transformers that uses mean pooling."""
     folder = tmp_path_factory.mktemp("mean") / "backbone"
     shutil.copytree(tiny_backbone, folder)
     (folder / "1_Pooling").mkdir()
@@ -36,7 +36,7 @@ def mean_backbone(tiny_backbone, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(mean_backbone, files, tmp_path_factory):
-    """Two seeds that are trained at once, as the backbone's folder says."""
+    """Trains two seeds together, with the pooling that the folder of the backbone states."""
     folder = tmp_path_factory.mktemp("runs")
     flags = fit_flags(mean_backbone, files, folder / "both", **SHORT, seeds="0,1")
     assert main(["fit", *flags]) == 0
@@ -54,7 +54,7 @@ def sentences(count, seed=0):
 
 
 def numpy_logits(backbone_folder, adapter_folder, texts):
-    """Mean over the tokens of each text by itself, which needs no mask, then the classifier."""
+    """Computes the mean over the tokens of each text alone, without a mask, then the classifier."""
     backbone = cj.load_backbone(
         backbone_folder, head="sequence_classification", num_labels=2, pooling="mean"
     )
@@ -62,7 +62,7 @@ def numpy_logits(backbone_folder, adapter_folder, texts):
     plain = cj.load_backbone(backbone_folder, head=None)
     states_model = cj.Adapted(plain.module, model.method)
     own = {name: leaf for name, leaf in params.items() if name != "classifier"}
-    own["pooler"] = plain.params["pooler"]  # which is not read
+    own["pooler"] = plain.params["pooler"]  # the pooler is not read
     tokenizer = tokens.load_tokenizer(
         str(backbone_folder), vocab_size=23, max_position_embeddings=64, max_length=16
     )
@@ -76,7 +76,7 @@ def numpy_logits(backbone_folder, adapter_folder, texts):
 
 
 def test_a_grid_reads_the_mean_as_the_folder_says(runs, mean_backbone, tmp_path):
-    """Its predictions are those of NumPy's means of each text alone."""
+    """A run of a grid predicts what NumPy computes from the means of each text alone."""
     texts, source = sentences(11), tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
     adapter = runs / "seed-1/adapter"
@@ -99,7 +99,7 @@ def test_a_grid_gives_what_a_run_gives_alone(runs, mean_backbone, files, tmp_pat
 
 
 def test_evaluate_reads_as_the_adapter_says(runs, files, capsys):
-    """Not as a folder without the file would have it."""
+    """`evaluate` uses the pooling of the adapter, not the default of the folder."""
     result = json.loads((runs / "seed-0/metrics.json").read_text())
     flags = ["--adapter", runs / "seed-0", "--test-file", files["test"]]
     assert main(["evaluate", *map(str, flags)]) == 0
@@ -131,11 +131,11 @@ def test_a_bank_of_one_pooling(runs, mean_backbone, files, tmp_path, capsys):
     told = refusal(
         capsys, "predict", "--adapter", other, "--input", source, "--output", tmp_path / "x.jsonl"
     )
-    assert "must share their pooling: seed-0 has 'mean', seed-1 has 'first'" in told
+    assert "must share their pooling: seed-0 has 'mean', but seed-1 has 'first'" in told
 
 
 def test_adapters_of_before_are_read_as_before(mean_backbone, tiny_backbone, files, tmp_path):
-    """One that says no pooling, on a folder that would now be read by the mean."""
+    """An adapter without pooling in its file is read as before, even if the folder says mean."""
     flags = fit_flags(tiny_backbone, files, tmp_path / "run", **SHORT)
     assert main(["fit", *flags]) == 0
     result = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -190,17 +190,17 @@ def test_a_run_that_is_too_short_is_told_once(tiny_backbone, files, tmp_path, ca
     assert main(["fit", *given]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "compacter++-short" in line]
     assert len(said) == 1
-    assert "the learning rates of all steps sum up to" in said[0]
+    assert "the learning rates of all steps sum to" in said[0]
     flags |= {"method": "compacter++-short"}
     assert main(["fit", *fit_flags(tiny_backbone, files, tmp_path / "other", **flags)]) == 0
-    assert "sum up to" not in capsys.readouterr().out
+    assert "sum to" not in capsys.readouterr().out
     flags = {"epochs": 1, "learning-rate": "3e-2"}
     assert main(["fit", *fit_flags(tiny_backbone, files, tmp_path / "longer", **flags)]) == 0
-    assert "sum up to" not in capsys.readouterr().out
+    assert "sum to" not in capsys.readouterr().out
 
 
 def test_the_start_of_a_run_is_the_backbone(tiny_backbone, tmp_path):
-    """With `compacter++-short` and the mean, bit for bit."""
+    """With `compacter++-short` and the mean, a run starts as the backbone, bit for bit."""
     backbone = cj.load_backbone(
         tiny_backbone, head="sequence_classification", num_labels=2, pooling="mean"
     )

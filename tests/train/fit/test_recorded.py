@@ -1,4 +1,4 @@
-"""A run that commit 9c9f700 began is resumed, and its adapter and its checkpoint load."""
+"""Resumes a run that commit 9c9f700 began; its adapter and its checkpoint can be loaded."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ FLAGS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """The run, stopped after the first of three epochs, with this machine's paths in its record."""
+    """Copies the run, which stopped after the first of three epochs, with paths of this machine."""
     shutil.copytree(RECORDED, tmp_path / "recorded")
     record = tmp_path / "recorded" / "stopped" / "run.json"
     text = record.read_text().replace('"recorded/', f'"{tmp_path}/recorded/')
@@ -40,7 +40,7 @@ def losses_of(folder):
 
 @pytest.mark.slow
 def test_a_run_of_before_goes_on_to_the_same_end(folder):
-    """The losses of all steps are those of the same run that was not stopped."""
+    """The resumed run has the losses of the same run without an interruption."""
     flags = [f"--{name}={value}" for name, value in FLAGS.items()]
     files = [f"--{split}-file={folder / split}.jsonl" for split in ("train", "validation")]
     places = [f"--backbone={folder / 'backbone'}", f"--output-dir={folder / 'stopped'}"]

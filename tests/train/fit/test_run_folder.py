@@ -1,4 +1,4 @@
-"""Output folders: the files of others stay, one run works in one folder, inputs stay the same."""
+"""Tests output folders: foreign files stay, a folder has one run at a time, inputs are fixed."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from train.folders import alone, new_folder
 
 @pytest.fixture
 def options(tmp_path):
-    """Of a run on files that are never parsed here."""
+    """Returns options of a run whose files are never parsed."""
     backbone = tmp_path / "backbone"
     backbone.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -42,7 +42,7 @@ def options(tmp_path):
 
 
 def contents(folder):
-    """Name -> content of all there is, links not followed."""
+    """Returns name -> content of all entries of a folder; links are not followed."""
     return {
         str(path.relative_to(folder)): path.readlink()
         if path.is_symlink()
@@ -62,7 +62,7 @@ def put(folder, *names):
 
 
 def told(error):
-    """The message of an error, which must be one short line."""
+    """Returns the message of an error, which must be one short line."""
     text = str(error.value)
     assert len(text) <= 500
     assert "\n" not in text
@@ -70,7 +70,7 @@ def told(error):
 
 
 def of_before(options):
-    """A run of before runs had ids, with everything that such a run wrote."""
+    """Creates a run of an earlier version, which had no run ids, with all the files it wrote."""
     folder = options.output_dir
     folder.mkdir()
     settings = run_record.run_settings(options)
@@ -86,7 +86,7 @@ FOREIGN = {
     "backbone": ["backbone/model.safetensors"],
     "checkpoints": ["checkpoints/other_project/step_1"],
     "home": ["Documents/a.txt", "adapter/x"],
-    # Not on the list of what was found.
+    # Not on the list of files that were found.
     "hidden": [".git/config"],
     "results": ["metrics.json"],
 }
@@ -107,12 +107,12 @@ def test_a_folder_of_others_is_refused_and_stays(name, flag, options):
     ("content", "message"),
     [
         ("[]", "a JSON object, not a list"),
-        ("[" * 100_000, "brackets are too deep"),
+        ("[" * 100_000, "brackets are nested more than 64 deep"),
         ('{"backbone": "', "not valid JSON"),
         ("\udce9", "not UTF-8"),
         ('{"project": "thesis"}', "it has no backbone"),
         ('{"format_version": true}', "it has no"),
-        (  # of another program
+        (  # written by another program
             '{"backbone": 1, "task": 1, "method": 1, "seed": 0, "epochs": 1, "batch_size": 8}',
             "it lacks most settings",
         ),
@@ -133,7 +133,7 @@ def test_a_record_that_is_damaged_or_of_others(content, message, flag, options):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format_version", 2, "is of format_version 2"),
+        ("format_version", 2, "has format_version 2"),
         ("format_version", True, "format_version=True must be a whole number"),
         ("writes", "log.csv", "writes='log.csv' must be a list"),
         ("inputs", {"--backbone": []}, "inputs="),
@@ -184,7 +184,7 @@ def test_a_run_of_before_is_resumed_and_stays_one(options):
     with RunFolder(resume) as run:
         run.open()
     assert contents(folder) == before
-    # A run of a version that lacked an option did what the option does by default.
+    # A run of a version that lacked an option behaves like one with the option's default.
     path = folder / "run.json"
     settings = json.loads(path.read_text())
     for name in ("score_step", "max_evaluations", "remat", "num_devices"):
@@ -197,7 +197,7 @@ def test_a_run_of_before_is_resumed_and_stays_one(options):
 
 
 def test_a_run_writes_over_nothing_that_it_did_not_write(options):
-    """Of a run with TensorBoard, or with several tasks, in the place of one without."""
+    """A run with TensorBoard or with several tasks replaces a run without, but no foreign files."""
     open_run(options)
     put(options.output_dir, "rte/report.md", "profile/photo.jpg")
     overwrite = dataclasses.replace(options, overwrite=True)
@@ -215,13 +215,13 @@ def test_nothing_behind_a_link_is_removed(name, options, tmp_path):
     (folder / name).rename(elsewhere)
     (folder / name).symlink_to(elsewhere)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="is a link, and nothing behind a link") as error:
+    with pytest.raises(ValueError, match="is a symbolic link, and its target is never") as error:
         check_run_folder(dataclasses.replace(options, overwrite=True))
     assert str(folder / name) in told(error)
-    with pytest.raises(ValueError, match="is a link"):
+    with pytest.raises(ValueError, match="is a symbolic link"):
         open_run(dataclasses.replace(options, overwrite=True))
     assert contents(tmp_path) == before
-    if name == "checkpoints":  # on a larger disk: a run goes on there
+    if name == "checkpoints":  # on a larger disk, where a run continues
         check_run_folder(dataclasses.replace(options, resume=True))
 
 
@@ -244,7 +244,7 @@ def test_a_file_for_a_folder_is_found_before_training(name, kind, flag, options)
 
 
 def test_what_cannot_be_removed_is_an_error(options, monkeypatch):
-    """Root, who runs the tests in many places, has all rights: the system's answer is made up."""
+    """The system's error is simulated, since root, who often runs the tests, may do anything."""
     folder = of_before(options)
 
     def refuse(path, *_, **__):
@@ -301,7 +301,10 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(folders.fcntl, "flock", refuse)
     with alone(tmp_path):
-        assert "has no locks: let no other run work there" in capsys.readouterr().out
+        assert (
+            "does not support locks; make sure that no other run works there"
+            in capsys.readouterr().out
+        )
 
 
 def test_a_second_run_in_a_folder_is_refused(options, capsys):
@@ -311,7 +314,7 @@ def test_a_second_run_in_a_folder_is_refused(options, capsys):
     with RunFolder(options) as first, RunFolder(options) as second:
         first.open()
         with pytest.raises(ValueError, match="another process works in"):
-            second.open()  # both found it empty
+            second.open()  # both have found it empty
         for flag in ("--resume", "--overwrite"):
             assert main(["fit", *flags, flag]) == 2
             error = capsys.readouterr().err
@@ -327,7 +330,7 @@ def test_a_second_run_in_a_folder_is_refused(options, capsys):
 def test_folders_of_several_runs(tmp_path):
     names = ["seed-0", "seed-1"]
     check_grid_folder(tmp_path / "none", names)
-    put(tmp_path, "seed-0/fit.log", "seed-1/flags.json")  # as `compare` begins
+    put(tmp_path, "seed-0/fit.log", "seed-1/flags.json")  # like the start of `compare`
     check_grid_folder(tmp_path, names)
     put(tmp_path, "report.md")
     with pytest.raises(ValueError, match="is not empty and holds no runs of fit"):
@@ -336,7 +339,7 @@ def test_folders_of_several_runs(tmp_path):
     check_grid_folder(tmp_path, names)
     (tmp_path / "grid.json").unlink()
     results = {"runs": {}, "summary": [], "failed": {}}
-    (tmp_path / "metrics.json").write_text(json.dumps(results))  # of before there was a record
+    (tmp_path / "metrics.json").write_text(json.dumps(results))  # written before runs had a record
     check_grid_folder(tmp_path, names)
 
 
@@ -352,7 +355,8 @@ def test_a_comparison_in_a_folder_of_others(names, options, tmp_path, capsys):
     with pytest.raises(ValueError, match="is not empty and holds no comparison") as error:
         runs._check_folder(given)
     told(error)
-    put(given.output_dir, "runs/custom/all/lora/seed-0/flags.json")  # of before it had a record
+    # Written before runs had a record.
+    put(given.output_dir, "runs/custom/all/lora/seed-0/flags.json")
     runs._check_folder(given)
     data = given.output_dir / "runs" / "train.csv"
     put(given.output_dir, "runs/train.csv")
@@ -395,7 +399,7 @@ def test_inputs_that_changed_are_named(options, tmp_path):
         check_run_folder(resume)
         with open(path, "a") as file:
             file.write("x")
-        with pytest.raises(ValueError, match=r"was begun with other data, or another") as error:
+        with pytest.raises(ValueError, match=r"was started with other data or another") as error:
             check_run_folder(resume)
         assert message in told(error)
 
@@ -462,9 +466,9 @@ def test_no_room_is_found_before_training(options, monkeypatch):
     job = dataclasses.replace(job, learners=(learner,))
     usage = type(shutil.disk_usage(options.backbone))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 3 * 10**6))
-    with pytest.raises(OSError, match=r"has 3.0 MB free, and .* takes 4.0 MB; make room"):
+    with pytest.raises(OSError, match=r"has 3.0 MB free, but .* takes 4.0 MB; make room"):
         fit_run.check_room([job])
-    # What is replaced makes room.
+    # The space of replaced files counts as free.
     folder = of_before(options)
     with (folder / "checkpoints" / "8" / "state" / "x").open("wb") as file:
         file.truncate(10**6)

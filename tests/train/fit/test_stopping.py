@@ -1,4 +1,4 @@
-"""Signals while something is read, checkpoints that cannot be taken, logs that lack steps."""
+"""Tests signals while files are read, checkpoints that cannot be read, and incomplete logs."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ SIGNALS = [(signal.SIGTERM, PreemptedRunError, 0), (signal.SIGINT, InterruptedRu
 
 
 def sending(original, number, *, wrapped=False):
-    """A function that gets a signal first; it may be one that takes everything for a failure."""
+    """Wraps a function that first gets a signal; the wrapper may convert every exception."""
 
     def function(*arguments, **keywords):
         try:
@@ -54,7 +54,7 @@ def test_a_signal_is_no_exception():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Checkpoints of three steps of a run."""
+    """Saves checkpoints of three steps of a run."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with Checkpoints(folder, keep=3, run_id="one") as checkpoints:
         for step in (1, 2, 3):
@@ -63,7 +63,7 @@ def saved(tmp_path_factory):
 
 
 def restored(folder, run_id="one", notes=None, progress_of=dict):
-    """What is restored, and what orbax has ended with."""
+    """Restores the newest checkpoint of a folder; orbax is closed on return."""
     with Checkpoints(folder, keep=3, run_id=run_id) as checkpoints:
         note = (notes if notes is not None else []).append
         return checkpoints.restore(STATE, note, progress_of)
@@ -97,7 +97,7 @@ def test_a_signal_while_a_tokenizer_is_read(
 
 
 def test_a_failure_after_a_signal_that_waited_is_told():
-    """Of a checkpoint that could not be written, for instance."""
+    """The failure is reported, such as that of a checkpoint that could not be written."""
 
     def run():
         with stopping.handled() as stop, stop.delayed():
@@ -129,7 +129,7 @@ def test_a_signal_while_a_configuration_is_read(
 
 @pytest.mark.parametrize(("number", "kind", "code"), SIGNALS)
 def test_a_signal_to_one_of_several_processes(number, kind, code, monkeypatch):
-    """JAX sets a handler of its own where Python does not see it."""
+    """JAX installs its own handler, which Python does not see."""
 
     def join(*_):
         ignore = ctypes.c_void_p(1)
@@ -156,9 +156,9 @@ def test_a_failure_of_the_first_process_ends_the_others(monkeypatch):
     with pytest.raises(ValueError, match="holds a run"):
         distributed.of_first(refuse)
     monkeypatch.setattr(distributed, "is_first", lambda: False)
-    distributed.of_first(refuse)  # not called
+    distributed.of_first(refuse)  # must not be called
     monkeypatch.setattr(distributed, "any_of", lambda _: True)
-    with pytest.raises(ValueError, match="the first process does not begin the run"):
+    with pytest.raises(ValueError, match="the first process did not begin the run"):
         distributed.of_first(refuse)
 
 
@@ -167,7 +167,7 @@ def test_a_failure_of_the_first_process_ends_the_others(monkeypatch):
 
 def test_checkpoints_of_another_run_are_not_taken(saved):
     for run_id in ("other", None):
-        with pytest.raises(ValueError, match=r"3 is a checkpoint of another run") as error:
+        with pytest.raises(ValueError, match=r"3 is not a checkpoint of the run") as error:
             restored(saved, run_id)
         assert len(str(error.value)) <= 500
     assert names(saved) == ["1", "2", "3"]
@@ -185,9 +185,9 @@ def test_what_cannot_be_read_is_set_aside(tmp_path):
     assert names(tmp_path) == ["1", "2.unreadable-0", "3.unreadable-0", "4.unreadable-0"]
     assert "its progress: epoch='xx" in notes[0]
     assert "its progress has new, which this version of the package does not know" in notes[1]
-    assert "brackets are too deep" in notes[2]
+    assert "brackets are nested more than 64 deep" in notes[2]
     assert max(map(len, notes)) <= 500
-    with Checkpoints(tmp_path, keep=4) as checkpoints:  # which goes on beside them
+    with Checkpoints(tmp_path, keep=4) as checkpoints:  # the next run continues next to them
         assert checkpoints.restore(STATE, notes.append).step == 1
         checkpoints.save(2, STATE, {"epoch": 2})
     assert restored(tmp_path, None).step == 2
@@ -200,7 +200,7 @@ ROW = {"loss": 0.5, "learning_rate": 1e-3, "gradient_norm": 1.0}
 
 @pytest.fixture
 def recorded(tmp_path):
-    """A folder with the log of three steps and two evaluations."""
+    """Writes the log of three steps and two evaluations; returns its folder."""
     with Log(tmp_path) as log:
         for step in (1, 2, 3):
             log.step(step, **ROW)
@@ -212,7 +212,7 @@ def recorded(tmp_path):
 def test_a_log_goes_on_where_the_checkpoint_is(recorded):
     before = (recorded / "log.csv").read_text().splitlines()
     with (recorded / "log.csv").open("a") as file:
-        file.write("4,0.5\n5,")  # what a kill left behind the checkpoint
+        file.write("4,0.5\n5,")  # rows after the checkpoint, left by a kill
     with Log(recorded, resume_step=3, evaluations=2) as log:
         log.step(4, **ROW)
     after = (recorded / "log.csv").read_text().splitlines()
@@ -225,7 +225,7 @@ def without(path, text):
 
 
 DAMAGES = {
-    "removed": ("log.csv", lambda path: path.unlink(), "step 1 is not where it should be"),
+    "removed": ("log.csv", lambda path: path.unlink(), "step 1 is not in its place"),
     "begins late": ("log.csv", lambda path: without(path, "1,0.5,0.001,1.0,,\n"), "step 1 is"),
     "lacks a step": ("log.csv", lambda path: without(path, "2,0.5,0.001,1.0,,\n"), "step 2 is"),
     "a step twice": (

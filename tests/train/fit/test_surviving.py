@@ -1,4 +1,4 @@
-"""Runs that are killed, terminated, out of room or left with a damaged checkpoint."""
+"""Tests runs that are killed, terminated, out of disk space, or have a damaged checkpoint."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def files(tmp_path_factory):
 
 
 def flags_of(backbone, files, **flags):
-    """Without a folder for the output: 15 steps an epoch."""
+    """Returns flags without an output folder; an epoch has 15 steps."""
     flags = {"epochs": 4, "checkpoint-steps": 1, "backbone-dropout": 0.1, **flags}
     given = fit_flags(backbone, files, "none", **flags)
     at = given.index("--output-dir")
@@ -33,18 +33,18 @@ def flags_of(backbone, files, **flags):
 
 @pytest.mark.slow
 def test_a_run_killed_where_it_hurts_ends_with_the_same_bytes(tiny_backbone, files, tmp_path):
-    """In a step, in an evaluation, and while a checkpoint is written."""
+    """The kills hit a step, an evaluation, and the writing of a checkpoint."""
     flags = flags_of(tiny_backbone, files, epochs=2)
     aims = ("step", "evaluation", "writing")
     kills = survive(flags, tmp_path / "runs", kills=3, seed=0, aims=aims)
     assert tuple(kill.aimed for kill in kills) == aims
     step, evaluation, writing = kills
-    # The last may still have been on its way to the disk.
+    # The last checkpoint may not have reached the disk yet.
     assert 7 <= step.step <= 8
     assert 13 <= evaluation.step <= 14
     assert writing.step >= 15
     assert writing.writing
-    assert all((kill.resumed or 0) >= kill.step for kill in kills)  # what was written is not lost
+    assert all((kill.resumed or 0) >= kill.step for kill in kills)  # no written checkpoint is lost
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_two_processes_killed_end_with_the_same_bytes(tiny_backbone, files, tmp_
 
 @pytest.fixture(scope="module")
 def whole(tiny_backbone, files, tmp_path_factory):
-    """The folder of a run that nothing stopped."""
+    """Returns the folder of a run without an interruption."""
     output = tmp_path_factory.mktemp("whole") / "run"
     flags = flags_of(tiny_backbone, files, **{"epochs": 3, "checkpoint-steps": 4})
     assert main(["fit", *flags, "--output-dir", str(output)]) == 0
@@ -67,7 +67,7 @@ def whole(tiny_backbone, files, tmp_path_factory):
 
 
 def fit_until(monkeypatch, place, number, sent, flags, output):
-    """A run that gets a signal at the n-th call of a method of the trainer; its exit code."""
+    """Runs fit with a signal at the n-th call of a method of the trainer; returns the exit code."""
     original, calls = getattr(fit_trainer.Trainer, place), []
 
     def method(trainer, *arguments, **keywords):
@@ -92,7 +92,7 @@ def test_termination_writes_a_checkpoint_and_is_no_failure(
     run = lambda *where: fit_until(monkeypatch, *where, flags, output)  # noqa: E731
     assert run("_dispatch", 6, signal.SIGTERM) == 0
     assert "terminated at step 6; the training state is in" in capsys.readouterr().out
-    # In the evaluation that ends the first epoch: what is trained is kept, not what is evaluated.
+    # In the evaluation after the first epoch: the training state is kept, the evaluation is not.
     assert run("scores", 1, signal.SIGTERM) == 0
     assert "terminated at step 15;" in capsys.readouterr().out
     assert not (output / "adapter").exists()
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 def damage(checkpoint):
-    """Flips a bit in the middle of every file of the state's arrays."""
+    """Flips a bit in the middle of every file of the arrays in a checkpoint."""
     files = [path for path in checkpoint.glob("state/**/d/*") if path.is_file()]
     assert files
     for path in files:
@@ -158,7 +158,7 @@ def test_no_checkpoint_that_can_be_read(tmp_path):
         assert restored.step == 3
         assert restored.progress == {"epoch": 3}
         assert restored.state["one"]["w"].tolist() == [[1.5, -2.0]]
-        # The best stays, however many come after it, in this process or in another.
+        # The best checkpoint stays, whether later ones come from this process or from another.
         checkpoints.save(4, STATE, {"epoch": 4})
         checkpoints.finish()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
@@ -174,7 +174,7 @@ def test_no_checkpoint_that_can_be_read(tmp_path):
 
 
 def fit_with_small_files(flags, largest, send):
-    """`fit` where no file can be larger; sends its exit code and its words."""
+    """Runs `fit` with a limit on the size of files; sends its exit code and its output."""
     with io.StringIO() as output, redirect_stdout(output), redirect_stderr(output):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         send.put((main(["fit", *flags]), output.getvalue()))
@@ -191,7 +191,7 @@ def fit_with_small_files(flags, largest, send):
 def test_no_room_is_one_line_and_loses_nothing(
     tiny_backbone, files, tmp_path, every, largest, message
 ):
-    """As on a full disk, but that only large files do not find room."""
+    """Simulates a full disk by a limit on the size of files."""
     output = tmp_path / "run"
     flags = flags_of(tiny_backbone, files, **{"checkpoint-steps": every, "epochs": 2})
     flags += ["--output-dir", str(output)]

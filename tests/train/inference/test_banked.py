@@ -1,4 +1,4 @@
-"""`predict` with a file whose rows name their adapters."""
+"""Tests `predict` with a file whose rows name their adapters."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ def files(tmp_path_factory):
 
 
 def three_labels(folder):
-    """Files of a task with three labels, named."""
+    """Writes the files of a task with three named labels."""
     generator = np.random.default_rng(9)
     paths = {}
     for split, rows in {"train": 60, "validation": 20}.items():
@@ -38,7 +38,7 @@ def three_labels(folder):
 
 @pytest.fixture(scope="module")
 def adapters(tiny_backbone, files, tmp_path_factory):
-    """A folder of three adapters: two seeds of one task, and one of a task with three labels."""
+    """Returns a folder of three adapters: two seeds of one task, and one for three labels."""
     folder = tmp_path_factory.mktemp("adapters")
     both = fit_flags(tiny_backbone, files, folder, epochs=1)
     assert main(["fit", *both, "--seeds", "0,1"]) == 0
@@ -75,7 +75,7 @@ def predict(adapter, source, target, *flags):
 
 
 def check_as_alone(folder, rows, tmp_path, capsys, *flags):
-    """Predictions of the rows, each that of its adapter alone."""
+    """Checks that each row gets the prediction of its adapter alone."""
     flags = ["--eval-batch-size", "16", *flags]
     found = predict(
         folder, write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", *flags
@@ -106,7 +106,7 @@ def test_every_row_has_the_prediction_of_its_adapter(adapters, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_tasks_with_columns_of_their_own(adapters, tiny_backbone, tmp_path, capsys):
-    """Rows of a benchmark of pairs among those of sentences."""
+    """The rows of a benchmark with sentence pairs are mixed with single sentences."""
     folder = tmp_path / "adapters"
     shutil.copytree(adapters / "three", folder / "three")
     hub_data.write(tmp_path / "data", "mnli")
@@ -140,7 +140,7 @@ def test_parts_of_texts_in_several_windows(tiny_backbone, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_labels_of_a_t5(tiny_t5, files, tmp_path, capsys):
-    """Labels are likelihoods of text, of one task with two and of one with three."""
+    """Labels are scored by the likelihood of their text; one task has two, the other three."""
     folder, flags = tmp_path / "adapters", {"epochs": 1, "max-length": 16}
     own = fit_flags(tiny_t5, files, folder / "movie", task="movie", **flags)
     assert main(["fit", *own]) == 0
@@ -167,7 +167,7 @@ def test_texts_that_a_t5_writes(tiny_t5, tmp_path, capsys):
     capsys.readouterr()
     source = tmp_path / "in.jsonl"
     flags = ["--adapter", folder, "--input", source, "--output", tmp_path / "o.csv", "--logits"]
-    assert "generated text, which has none" in refusal(capsys, "predict", *flags)
+    assert "--logits needs a task with labels" in refusal(capsys, "predict", *flags)
 
 
 def test_a_csv_keeps_its_columns(adapters, tmp_path):
@@ -186,7 +186,7 @@ def test_a_csv_keeps_its_columns(adapters, tmp_path):
     [
         (
             [{"adapter": "none", "sentence": "good"}, {"adapter": "seed-7", "sentence": "good"}],
-            "names adapters that there are not: none, seed-7; there are seed-0, seed-1, three",
+            "names adapters that do not exist: none, seed-7; use seed-0, seed-1, three",
         ),
         ([{"sentence": "good"}], "no column 'adapter'"),
         ([], "is empty (0 bytes)"),
@@ -258,12 +258,12 @@ def test_adapters_that_do_not_go_together(adapters, tmp_path, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     flags = ["--adapter", folder, "--input", source, "--output", tmp_path / "out.jsonl"]
     before = settings["max_length"]
-    message = f"must share their max_length: seed-0 has {before}, three has 32"
+    message = f"must share their max_length: seed-0 has {before}, but three has 32"
     assert message in refusal(capsys, "predict", *flags)
 
 
 def test_one_adapter_is_no_bank(adapters, tmp_path):
     assert banked.members_of(adapters / "three" / "adapter") == {}
-    assert banked.members_of(adapters / "three") == {}  # the folder of a run
+    assert banked.members_of(adapters / "three") == {}  # this is the folder of a single run
     assert banked.members_of(tmp_path / "nothing") == {}
     assert list(banked.members_of(adapters)) == ["seed-0", "seed-1", "three"]

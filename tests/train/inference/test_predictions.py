@@ -1,4 +1,4 @@
-"""train.inference.prediction_files: rows come back as they were, or the output is not touched."""
+"""Tests train.inference.prediction_files: rows are kept as they are, or nothing is written."""
 
 import csv
 import datetime
@@ -18,7 +18,7 @@ NAMES = ("negative", "positive")
 
 
 def predict(columns):
-    """Logits [0, number of characters - 4]: exact in any precision."""
+    """Returns logits [0, number of characters - 4], which are exact in any precision."""
     lengths = [len(sentence) for sentence in columns["sentence"]]
     if "sentence2" in columns:
         pairs = zip(lengths, columns["sentence2"], strict=True)
@@ -152,7 +152,7 @@ def test_a_line_break_is_not_written_to_a_tsv(tmp_path, broken):
         "cannot; write .csv or .jsonl instead"
     )
     assert target.read_text() == "kept"
-    # Both formats that the message names hold it.
+    # Both formats that the message names can store it.
     for suffix in (".csv", ".jsonl"):
         predict_file(source, target.with_suffix(suffix), predict, label_names=NAMES)
         again = [row for rows in read_rows(target.with_suffix(suffix)) for row in rows]
@@ -160,7 +160,7 @@ def test_a_line_break_is_not_written_to_a_tsv(tmp_path, broken):
     source.write_text(json.dumps({"sentence": "good", broken: "a"}))
     with pytest.raises(ValueError, match=r"out\.tsv: the header holds a line break in the column"):
         predict_file(source, target, predict, label_names=NAMES)
-    # A text that a model wrote is none of the input, but of the same row.
+    # The message names the row even if the text is a prediction and not part of the input.
     source.write_text(json.dumps({"sentence": "good"}))
     with pytest.raises(ValueError, match=r"row 1 of the input holds .* the column 'prediction'"):
         predict_file(source, target, lambda columns: [broken], label_names=())
@@ -241,12 +241,17 @@ def test_values_of_other_types_in_csv(tmp_path):
 def test_records_that_a_table_would_change_are_refused(tmp_path):
     parquet, text = tmp_path / "out.parquet", tmp_path / "out.csv"
     for path, first, second, problem in [
-        (parquet, {"n": 1}, {"n": "one"}, "do not fit in parquet: Table schema does not match"),
-        (parquet, {"n": 1}, {"n": 1.5}, "do not fit in parquet: Table schema does not match"),
-        (parquet, {"n": {"a": 1}}, {"n": {"b": 1}}, "do not fit in parquet: Table schema"),
-        (parquet, {"n": 1}, {"n": 2**70}, "do not fit in parquet: "),
-        (parquet, {"n": 1}, {"m": 1}, "column 'm' is not in the first rows; write .jsonl instead"),
-        (text, {"n": 1}, {"m": 1}, "column 'm' is not in the first rows; write .jsonl instead"),
+        (
+            parquet,
+            {"n": 1},
+            {"n": "one"},
+            "cannot be stored as parquet: Table schema does not match",
+        ),
+        (parquet, {"n": 1}, {"n": 1.5}, "cannot be stored as parquet: Table schema does not match"),
+        (parquet, {"n": {"a": 1}}, {"n": {"b": 1}}, "cannot be stored as parquet: Table schema"),
+        (parquet, {"n": 1}, {"n": 2**70}, "cannot be stored as parquet: "),
+        (parquet, {"n": 1}, {"m": 1}, "the first rows have no column 'm'; write .jsonl instead"),
+        (text, {"n": 1}, {"m": 1}, "the first rows have no column 'm'; write .jsonl instead"),
     ]:
         with pytest.raises(ValueError, match=problem):
             write_all(path, [[first], [second]])
@@ -280,7 +285,7 @@ def test_many_rows_stream(tmp_path, suffix):
     assert count == sum(sizes) == 50_000
     assert max(sizes) == 1024
     assert sizes == steps
-    assert partial[40] > partial[20] > 0  # rows are on disk long before the last is read
+    assert partial[40] > partial[20] > 0  # rows reach the disk long before the last one is read
     assert not list(tmp_path.glob(".*"))
     if suffix == ".parquet":
         result = pq.read_table(target)
@@ -302,7 +307,7 @@ def source(tmp_path):
 
 
 def refusal(source, target, function=predict, **keywords):
-    """The message that predict_file refuses with; no file beside `target` has changed."""
+    """Returns the error message of predict_file; no file next to `target` may change."""
     before = {path: path.read_bytes() for path in target.parent.glob("*") if path.is_file()}
     with pytest.raises((ValueError, OSError)) as caught:
         predict_file(source, target, function, label_names=NAMES, **keywords)
@@ -330,7 +335,9 @@ def test_columns_that_exist_already(tmp_path, name):
     if name == "logits":
         assert predict_file(source, tmp_path / "fine.csv", predict, label_names=NAMES) == 1
     message = refusal(source, tmp_path / "out.csv", never, write_logits=True)
-    assert message.startswith(f"{source}: already has a column {name!r}, which predictions need")
+    assert message.startswith(
+        f"{source} already has a column {name!r}, which is reserved for predictions"
+    )
 
 
 def test_output_that_cannot_be_written(source, tmp_path):
@@ -339,7 +346,7 @@ def test_output_that_cannot_be_written(source, tmp_path):
     assert "unsupported file type '.txt'" in refusal(source, tmp_path / "out.txt", never)
     folder = tmp_path / "folder.csv"
     folder.mkdir()
-    assert refusal(source, folder, never) == f"{folder}: is a directory, not a file"
+    assert refusal(source, folder, never) == f"{folder} is a directory, not a file"
 
 
 def test_output_folder_without_permission(source, tmp_path, monkeypatch):
@@ -348,9 +355,7 @@ def test_output_folder_without_permission(source, tmp_path, monkeypatch):
 
     target = tmp_path / "out.csv"
     monkeypatch.setattr(type(target), "open", refuse)
-    with pytest.raises(
-        ValueError, match=r"out\.csv: cannot write to its folder: Permission denied"
-    ):
+    with pytest.raises(ValueError, match=r"out\.csv cannot be written: Permission denied"):
         predict_file(source, target, never, label_names=NAMES)
 
 
@@ -363,8 +368,11 @@ def test_bad_rows_leave_the_old_output(tmp_path):
         ('{"text": "x"}', "row 3: sentence is missing (null)"),
         ('{"sentence": 3}', "row 3: sentence is int, not text"),
         ('{"sentence": "12345678"}', "row 3: sentence has 8 characters, over the limit of 7"),
-        ('{"sentence": "a"', "line 3: not JSON"),
-        ('{"sentence": "a", "sentence2": "b"}', "a sentence2 after row 2, but none before"),
+        ('{"sentence": "a"', "line 3 is not valid JSON"),
+        (
+            '{"sentence": "a", "sentence2": "b"}',
+            "the rows after row 2 have a sentence2, but the rows before have none",
+        ),
         ('{"sentence": "a", "prediction": "b"}', "already has a column 'prediction'"),
     ]:
         source.write_text(good + good + bad + "\n")
@@ -376,16 +384,16 @@ def test_bad_rows_leave_the_old_output(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     target = tmp_path / "out.csv"
-    assert refusal(tmp_path / "none.csv", target, never).endswith("none.csv: no such file")
+    assert refusal(tmp_path / "none.csv", target, never).endswith("none.csv does not exist")
     for content, problem in [
         (b"", "is empty (0 bytes)"),
         (b"sentence\n", "has no rows"),
-        (b"text,id\na,1\n", "no column 'sentence'; its columns are text, id"),
+        (b"text,id\na,1\n", "has no column 'sentence'; its columns are text, id"),
         (b"sentence\ncaf\xe9\n", "is not UTF-8 (byte 0xe9); convert it to UTF-8"),
     ]:
         source = tmp_path / "in.csv"
         source.write_bytes(content)
-        assert refusal(source, target, never) == f"{source}: {problem}"
+        assert refusal(source, target, never) == f"{source} {problem}"
 
 
 def test_logits_are_checked(source, tmp_path):

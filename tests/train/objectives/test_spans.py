@@ -1,4 +1,4 @@
-"""train.objectives.spans: windows that lose no character, and the best span against all of them."""
+"""Tests train.objectives.spans: windows cover every character, and the best span is found."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ def tokenizer(tiny_backbone):
 
 
 def rows(*answers, question=" what was it "):
-    """The same context for each answer."""
+    """Returns rows with the same context for each answer."""
     return {
         "question": [question] * len(answers),
         "context": [CONTEXT] * len(answers),
@@ -47,7 +47,7 @@ def test_windows_hold_the_question_and_every_word_of_the_context(tokenizer):
     for window in np.flatnonzero(of_first):
         tokens = slice(*encoded.offsets[window : window + 2])
         ids, places = encoded.input_ids[tokens], encoded.spans[tokens]
-        # [CLS] question [SEP] context [SEP], types and places accordingly.
+        # [CLS] question [SEP] context [SEP], with token types and places to match.
         assert ids[:4].tolist() == tokenizer("what was it")["input_ids"][:4]
         inside = places[:, 0] >= 0
         np.testing.assert_array_equal(inside, np.r_[[False] * 5, [True] * (len(ids) - 6), False])
@@ -92,7 +92,7 @@ def test_answers_are_cut_from_the_context_over_all_windows(tokenizer):
         for end, token in enumerate(targets):
             logits[window, token, end] = 5 if token else 0.5
     assert spans.answers(logits, encoded) == ["fine", "Very good"]
-    # What is not of the context is never an answer, however likely.
+    # Tokens outside the context are never an answer, however likely they are.
     logits[:, :5] = 99
     assert spans.answers(logits, encoded) == ["fine", "Very good"]
 

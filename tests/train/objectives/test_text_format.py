@@ -1,4 +1,4 @@
-"""Rows cast as text, scores as multiples of a step, labels that can be told apart."""
+"""Tests rows cast as text, scores rounded to a step, and labels that tokenizers can distinguish."""
 
 import math
 import re
@@ -64,7 +64,7 @@ def test_scores_are_cast_as_multiples():
         (-0.3, 0.2, "-0.4"),
         (-0.5, 0.2, "-0.4"),
         (2.7, 0.2, "2.8"),
-        (float(np.float32(2.7)), 0.2, "2.8"),  # as GLUE has STS-B
+        (float(np.float32(2.7)), 0.2, "2.8"),  # as in GLUE's STS-B
         (float(np.float32(2.3)), 0.2, "2.4"),
         (np.nextafter(2.7, 0), 0.2, "2.6"),
         (5.0, 0.2, "5.0"),
@@ -142,10 +142,10 @@ def test_label_tokens_end_with_the_end(tokenizer):
             ("映画", "音楽"),
             "cannot tell the labels '映画' and '音楽' apart: their tokens are [27, 2, 1]",
         ),
-        (("good", "good  "), "the labels 'good' and 'good  ' differ in white space alone"),
+        (("good", "good  "), "the labels 'good' and 'good  ' differ only in white space"),
         (("good", "good</s> film"), "tokens are [13, 1] and [13, 1, "),
         (("good", "a very very very good film"), "1 labels are longer than max_target_length=4"),
-        (("good", ""), "row 2: the tokenizer makes no tokens of the label ''"),
+        (("good", ""), "row 2: the tokenizer returns no tokens for the label ''"),
     ],
 )
 def test_labels_that_do_not_do(tokenizer, names, message):
@@ -154,7 +154,7 @@ def test_labels_that_do_not_do(tokenizer, names, message):
 
 
 def test_decoding_leaves_out_special_tokens(tokenizer):
-    # Start, "▁not", "▁good", end, what a beam search leaves behind; a token of the padding alone.
+    # Start, "▁not", "▁good", end, and leftovers of beam search; one token from the padding only.
     ids = np.array([[0, 10, 13, 1, 1, 1], [0, 27, 28, 1, 0, 0], [0, 1, 0, 0, 0, 95]])
     assert text_format.decode(ids, tokenizer) == ["not good", "0", ""]
 
@@ -170,12 +170,14 @@ def test_tokenize_texts_ends_cuts_and_counts(tokenizer):
     assert encoded.offsets.tolist() == [0, 3, 7, 9]
     assert (encoded.num_truncated, encoded.max_length) == (1, 4)
     assert encoded.ids.dtype == np.int32
-    # As the tokenizer itself ends a text.
+    # The same end as in a text from the tokenizer.
     assert tokenizer("good film")["input_ids"] == [good, film, 1]
 
 
 def test_texts_without_tokens_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="row 2: the tokenizer makes no tokens of the input ''"):
+    with pytest.raises(ValueError, match="row 2: the tokenizer returns no tokens for the input ''"):
         data_tokens.tokenize_texts(["good", ""], tokenizer, 4, what="input")
-    with pytest.raises(ValueError, match="a longest target of 1 tokens holds no word; use 2"):
+    with pytest.raises(
+        ValueError, match="a maximum target length of 1 tokens leaves no room for a word; use 2"
+    ):
         data_tokens.tokenize_texts(["good"], tokenizer, 1, what="target")

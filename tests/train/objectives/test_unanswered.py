@@ -1,4 +1,4 @@
-"""Rows without an answer: SQuAD v2 by its official rules, others refused by row number."""
+"""Tests rows without an answer: SQuAD v2 by its official rules; other tasks refuse such rows."""
 
 import collections
 import re
@@ -35,7 +35,7 @@ def squad_rows(*answers):
 
 
 def official(predictions, answers):
-    """Exact match and F1 as evaluate-v2.0.py of SQuAD has them, written out once more."""
+    """Computes exact match and F1 like SQuAD's evaluate-v2.0.py, in a second implementation."""
 
     def words(text):
         text = "".join(c for c in text.lower() if c not in set(string.punctuation))
@@ -69,9 +69,10 @@ def official(predictions, answers):
 @pytest.mark.parametrize(
     ("predictions", "answers"),
     [
-        (["", "good", "the"], [[], [], []]),  # no answer, another than none, nothing but an article
+        # No answer, an answer where there is none, and only an article.
+        (["", "good", "the"], [[], [], []]),
         (["film", "", "A!"], [["film"], ["film"], []]),
-        (["a", "the film"], [["the", "film"], []]),  # an answer of which nothing is left
+        (["a", "the film"], [["the", "film"], []]),  # nothing is left of one answer
         (["good film", "bad"], [["very good film", "plot"], []]),
     ],
 )
@@ -98,7 +99,7 @@ def test_random_answers_by_the_official_rules():
 
 
 def test_where_every_question_has_an_answer_the_rules_are_those_of_version_1():
-    # evaluate-v1.1.py finds no common word between nothing and nothing.
+    # evaluate-v1.1.py finds no common word between two empty answers.
     assert metrics.answer_metrics(["A"], [["the"]]) == {"exact_match": 1.0, "f1": 0.0}
     assert metrics.answer_metrics(["A", ""], [["the"], []])["f1"] == 1.0
 
@@ -115,7 +116,7 @@ def test_questions_with_and_without_an_answer_are_reported_apart():
             "NoAns_f1": 0.5,
         }
     )
-    # As the official script, only of kinds that there are.
+    # Like the official script, but only for the kinds of questions that occur.
     assert metrics.answer_metrics([""], [[]]) == {
         "exact_match": 1.0,
         "f1": 1.0,
@@ -138,7 +139,7 @@ def test_without_an_answer_every_window_points_at_cls(tokenizer, none):
     assert (encoded.targets[encoded.groups == 0] == 0).all()
     assert (encoded.groups == 0).sum() > 1
     assert encoded.targets[encoded.groups == 1].any()
-    assert encoded.targets[encoded.groups == 2].any()  # the first that is one
+    assert encoded.targets[encoded.groups == 2].any()  # the first window that contains it
     assert BENCHMARKS["squad"].unanswered(rows) == 1
     decoded = BENCHMARKS["squad"].for_decoder(rows)
     assert decoded["target"] == ["", "very good", "dull"]
@@ -150,13 +151,13 @@ def test_no_answer_is_found_where_all_windows_say_so(tokenizer):
     logits = np.zeros((len(encoded), 16, 2), np.float32)
     for window, row in enumerate(encoded.groups):
         token = np.flatnonzero(encoded.spans[encoded.offsets[window] :][:16, 0] >= 0)[0]
-        logits[window, token] = 1.0  # of 2 together, the best of the window
+        logits[window, token] = 1.0  # the sum of both is 2, the best in its window
         logits[window, 0] = (2.0, 0.5, 1.0)[row]
-    # In the third, one window's [CLS] is as likely as its part, and the answer stays.
+    # In the third question, [CLS] of one window is as likely as its span, and the answer stays.
     assert [bool(text) for text in spans.answers(logits, encoded)] == [True, True, True]
     answers = spans.answers(logits, encoded, may_be_none=True)
     assert [bool(text) for text in answers] == [False, True, True]
-    # One window that says there is an answer is enough.
+    # A single window with an answer is enough.
     logits[np.flatnonzero(encoded.groups == 0)[-1], 0] = 0.0
     assert spans.answers(logits, encoded, may_be_none=True)[0]
 
@@ -177,14 +178,14 @@ def test_an_empty_target_is_the_end_alone(tiny_t5):
     encoded = tokens.tokenize_texts(texts, tokenizer, 8, what="target", may_be_empty=True)
     assert encoded.offsets.tolist() == [0, 1, 3]
     assert encoded.ids[0] == tokenizer.eos_token_id
-    with pytest.raises(ValueError, match="row 1: the tokenizer makes no tokens of the target"):
+    with pytest.raises(ValueError, match="row 1: the tokenizer returns no tokens for the target"):
         tokens.tokenize_texts(texts, tokenizer, 8, what="target")
-    with pytest.raises(ValueError, match="row 1: the tokenizer makes no tokens of the target"):
+    with pytest.raises(ValueError, match="row 1: the tokenizer returns no tokens for the target"):
         tokens.tokenize_texts(["\u200b"], tokenizer, 8, what="target", may_be_empty=True)
 
 
 def write(folder, name, split, rows):
-    """One split of a benchmark, of changed rows."""
+    """Writes one split of a benchmark with the given rows."""
     made = datasets.Dataset.from_list(rows, features=datasets.Features(hub_data.FEATURES[name]))
     table = made.with_format("arrow")[:].replace_schema_metadata(
         made.features.arrow_schema.metadata
@@ -193,7 +194,7 @@ def write(folder, name, split, rows):
 
 
 def changed(folder, name, change, *, split="train", row=2):
-    """A benchmark one row of which, counted from 1, is changed by a function of it."""
+    """Writes a benchmark with one row, counted from 1, changed by a function."""
     hub_data.write(folder, name)
     for path in (folder / hub_data.CONFIGURATIONS.get(name, name)).glob(f"{split}-*"):
         path.unlink()
@@ -228,7 +229,7 @@ REFUSED = {
     "an answer without a place": (
         "squad",
         text_of("answers", {"text": ["it"], "answer_start": []}),
-        "squad, train, row 2 of squad: 1 answers and 0 places (answer_start)",
+        "squad, train, row 2 of squad: 1 answers, but 0 positions in answer_start",
     ),
     "a question that is null": ("squad", text_of("question", None), "row 2: question is missing"),
     "a context that is null": ("squad", text_of("context", None), "row 2: context is missing"),
@@ -293,7 +294,9 @@ def test_sides_of_a_translation_that_are_null_or_blank_are_left_out(tmp_path, ca
         assert "1 of 6 rows have an empty text and are left out" in capsys.readouterr().out
     task = find("wmt16-ro-en")
     some = {"translation": [{"ro": "a", "en": "b"}, {"ro": "c", "en": ""}]}
-    with pytest.raises(ValueError, match="row 2 of wmt16-ro-en has nothing in 'en', and others"):
+    with pytest.raises(
+        ValueError, match="row 2 of wmt16-ro-en has no text in 'en', but other rows"
+    ):
         task.for_decoder(some)
     table = pa.table({"translation": [{"de": "a", "en": "b"}]})
     with pytest.raises(ValueError, match="row 1 of wmt16-ro-en has no 'ro'; it has de, en"):
@@ -304,5 +307,5 @@ def test_a_split_with_nothing_to_halve_is_said(tmp_path):
     hub_data.write(tmp_path, "rte", validation=1)
     with pytest.raises(ValueError, match="rte has 1 rows or questions, too few for --split-prot"):
         load_task("rte", data_dir=tmp_path, split_protocol="paper")
-    with pytest.raises(ValueError, match="no split of rte was asked for; there are train, valid"):
+    with pytest.raises(ValueError, match="no split of rte was selected; use one of train, valid"):
         load_task("rte", data_dir=tmp_path, splits=[])

@@ -1,4 +1,4 @@
-"""Every benchmark from files in the hub's schema to scores, on an encoder and on a T5."""
+"""Tests every benchmark from files in the hub's schema to scores, on an encoder and on a T5."""
 
 import functools
 
@@ -33,7 +33,7 @@ MEANS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All benchmarks, each in the folder of its name."""
+    """Writes all benchmarks, each in the folder of its name."""
     root = tmp_path_factory.mktemp("hub")
     for name in NAMES:
         hub_data.write(root, name)
@@ -49,13 +49,13 @@ def options_of(backbone, folder, name, **changes):
 
 @functools.cache
 def adapted(backbone, **head):
-    """The backbone with nothing inserted, and its parameters."""
+    """Returns the backbone, and the model without inserted adapters."""
     made = cj.load_backbone(backbone, **head)
     return made, cj.Adapted(made.module, cj.preset("full"))
 
 
 def prepared(backbone, folder, name, **changes):
-    """Task, objective and parameters of a run that has not begun."""
+    """Returns the task, objective and parameters of a run before its start."""
     options = options_of(backbone, folder, name, **changes)
     task = tasks.load_task(name, data_dir=folder)
     objectives.check_options(task, options)
@@ -66,11 +66,11 @@ def prepared(backbone, folder, name, **changes):
 
 
 def right_outputs(made, encoded):
-    """Outputs of a model that knows everything: from the examples themselves."""
+    """Returns perfect outputs, which are derived from the examples themselves."""
     targets = encoded.targets
     if isinstance(made, ExtractiveQA):
         logits = np.zeros((len(encoded), made.max_length, 2), np.float32)
-        # A window without the answer is not sure of anything.
+        # A window without the answer gets low logits.
         sure = np.where(targets[:, 0] > 0, 9.0, 0.1)
         for end in (0, 1):
             logits[np.arange(len(encoded)), targets[:, end], end] = sure
@@ -95,11 +95,11 @@ def test_every_benchmark_is_scored(name, family, folder, tiny_backbone, tiny_t5)
         with pytest.raises(ValueError, match=f"task '{name}' .* needs an encoder-decoder such as"):
             prepared(backbone, folder, name)
         return
-    # As short as the answers, which are generated token by token.
+    # Short targets, since answers are generated token by token.
     changes = {} if family == "bert" else {"max_target_length": 20}
     task, made, params = prepared(backbone, folder, name, **changes)
     encoded = made.encode_all(task.splits)["validation"]
-    # All lengths in one batch: there is one program to compile.
+    # All lengths are in one batch, so only one program is compiled.
     (batch,) = batching.batches(encoded, len(encoded), shuffle=True, seed=0)
     outputs = jax.device_get(jax.jit(made.outputs)(params, batch))
     outputs = jax.tree.map(lambda leaf: leaf[np.argsort(batch["indices"])], outputs)
@@ -108,14 +108,14 @@ def test_every_benchmark_is_scored(name, family, folder, tiny_backbone, tiny_t5)
     assert scores["loss"] > 0
     means = MEANS.get(name, (task.metric,))
     assert scores[task.metric] == pytest.approx(np.mean([scores[one] for one in means]))
-    # The right answers get full marks, and those of other rows do not.
+    # The right answers get full scores, and the answers of other rows do not.
     right = right_outputs(made, encoded)
     full = 100 if name.startswith("wmt") else 1
     rounding = 0.02 if (name, family) == ("stsb", "t5") else 1e-6  # to multiples of 0.2
     assert made.scores(right, encoded)[task.metric] == pytest.approx(full, rel=rounding)
     wrong = jax.tree.map(lambda leaf: np.roll(leaf, 1, axis=0), right)
     assert made.scores(wrong, encoded)[task.metric] < 0.97 * full
-    # Without what is to be predicted, there are predictions for every row.
+    # Rows without labels get predictions as well.
     columns = {column: task.splits["validation"][column][:] for column in made.benchmark.columns}
     unlabelled = made.encode(columns)
     assert unlabelled.targets is None or name.startswith("wmt")
@@ -132,7 +132,7 @@ def test_every_benchmark_is_scored(name, family, folder, tiny_backbone, tiny_t5)
 def test_the_loss_of_a_split_is_that_of_its_batches(
     name, family, max_length, folder, tiny_backbone, tiny_t5
 ):
-    """With every row padded to its own length, and with all in one batch."""
+    """The loss is the same with rows padded to their own length, and with all in one batch."""
     backbone = tiny_backbone if family == "bert" else tiny_t5
     _, made, params = prepared(backbone, folder, name, max_length=max_length)
     encoded = made.encode_all({"train": hub_data.rows(name, 5)})["train"]
@@ -162,7 +162,7 @@ def test_official_splits(name, folder):
     expected = tuple(label.names) if isinstance(label, datasets.ClassLabel) else ()
     assert task.label_names == expected
     assert task.metric == "_and_".join(MEANS.get(name, (task.metric,)))
-    original = hub_data.rows(name, 6, seed=1)  # written second
+    original = hub_data.rows(name, 6, seed=1)  # these rows were written second
     for column in task.benchmark.columns:
         assert task.splits["validation"][column][:] == original[column][:]
 
@@ -310,7 +310,7 @@ def test_inputs_of_record():
         "row": [0, 0],
         "label": [0, 1],
     }
-    # An example for every name that is right.
+    # The question gets an example for each correct name.
     two = {name: values * 2 for name, values in RECORD.items()}
     two["answers"] = [["Ann"], ["the film", "Ann"]]
     columns = record.for_decoder(two)
@@ -341,7 +341,7 @@ def test_inputs_of_squad_and_translation():
     sentences = {"sentence": ["the film"]}
     assert translation.named(sentences) is sentences
     assert inputs_of(translation, sentences) == ["translate English to Romanian: the film"]
-    with pytest.raises(ValueError, match="row 1 of wmt16-en-ro has nothing in 'en'"):
+    with pytest.raises(ValueError, match="row 1 of wmt16-en-ro has no text in 'en'"):
         translation.for_decoder({"translation": [{"ro": "filmul"}]})
 
 
@@ -350,7 +350,7 @@ def test_inputs_of_squad_and_translation():
     [
         ("the city councilmen", 0, "*The city councilmen* refused them"),
         ("them", 4, "The city councilmen refused *them*"),
-        ("the citys councilmen", 0, "*The city councilmen* refused them"),  # not as it is written
+        ("the citys councilmen", 0, "*The city councilmen* refused them"),  # spelled differently
     ],
 )
 def test_spans_are_marked_where_their_words_are(span, index, marked):
@@ -368,7 +368,7 @@ def test_questions_of_multirc_are_right_when_all_answers_are():
     multirc = benchmarks.find("multirc")
     assert multirc.scores([1, 0, 1, 0], rows) == {"exact_match": 0.5}
     assert multirc.scores([0, 1, 1, 1], rows) == {"exact_match": 0.5}
-    assert multirc.scores([1, 0, 1, -1], rows) == {"exact_match": 0.5}  # no label is wrong
+    assert multirc.scores([1, 0, 1, -1], rows) == {"exact_match": 0.5}  # a missing label is wrong
     assert multirc.metric == "exact_match_and_f1"
     values = multirc.with_mean({"f1": 0.8, "exact_match": 0.5})
     assert values["exact_match_and_f1"] == pytest.approx(0.65)
@@ -386,7 +386,9 @@ def test_prompts_start_from_the_inputs_of_a_benchmark(folder):
 def test_an_adapter_of_an_unknown_benchmark(tiny_backbone):
     _, model = adapted(tiny_backbone)
     settings = {"kind": "classification", "max_length": 8, "benchmark": {"name": "anli"}}
-    with pytest.raises(ValueError, match="was trained on 'anli', of which this version knows"):
+    with pytest.raises(
+        ValueError, match="was trained on 'anli', which this version of the package does not have"
+    ):
         objectives.from_settings(settings, model, None)
 
 
@@ -397,7 +399,7 @@ def test_labels_that_are_generated(folder, tiny_t5):
     right = right_outputs(made, encoded)
     scores = made.scores(right, encoded)
     assert (scores["accuracy"], scores["invalid"]) == (1, 0)
-    right["ids"][1] = 0  # no text is no label
+    right["ids"][1] = 0  # generated text that is no label
     scores = made.scores(right, encoded)
     assert (scores["accuracy"], scores["invalid"]) == (5 / 6, 1)
 
@@ -410,10 +412,10 @@ def test_columns_that_a_benchmark_cannot_read():
         (
             "mnli",
             {"sentence": ["a"]},
-            "rows of mnli need premise, hypothesis, and have no 'premise'",
+            "rows of mnli need premise, hypothesis, but have no 'premise'",
         ),
-        ("wic", pair, "rows of wic need sentence1, sentence2, word, and have no 'sentence1'"),
-        ("squad", {"question": ["a"]}, "rows of squad need question, context, and have no 'cont"),
+        ("wic", pair, "rows of wic need sentence1, sentence2, word, but have no 'sentence1'"),
+        ("squad", {"question": ["a"]}, "rows of squad need question, context, but have no 'cont"),
     ]:
         with pytest.raises(ValueError, match=missing):
             benchmarks.find(name).named(rows)

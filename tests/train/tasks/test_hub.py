@@ -1,4 +1,4 @@
-"""train.tasks.hub: where benchmarks are read from, how they are divided, and what is refused."""
+"""Tests train.tasks.hub: sources of benchmarks, their splits, and refused data."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ def texts(task, split, column="sentence"):
 
 
 def rewrite(folder, name, change, split="validation"):
-    """Puts `change(table)` in the place of a split's table."""
+    """Replaces the table of a split by `change(table)`."""
     path = folder / name / f"{split}-00000-of-00001.parquet"
     pq.write_table(change(pq.read_table(path)), path)
     return path
@@ -54,7 +54,7 @@ def test_paper_protocol_holds_out_training_examples_of_large_sets(tmp_path, monk
     held_out, rest = texts(paper, "validation"), texts(paper, "train")
     assert (len(held_out), len(rest)) == (2, 7)
     assert sorted(held_out + rest) == sorted(texts(official, "train"))
-    assert rest == [x for x in texts(official, "train") if x in rest]  # in their order
+    assert rest == [x for x in texts(official, "train") if x in rest]  # in their original order
 
 
 def test_paper_protocol_of_mnli(tmp_path):
@@ -66,7 +66,7 @@ def test_paper_protocol_of_mnli(tmp_path):
 
 
 def test_paper_protocol_keeps_the_answers_of_a_question_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_LARGE", 5)  # 4 questions with 8 answers are below
+    monkeypatch.setattr(hub, "_LARGE", 5)  # counts the 4 questions, not the 8 answers
     hub_data.write(tmp_path, "multirc", train=8, validation=12)
     task = load("multirc", tmp_path, split_protocol="paper")
     questions = [set(texts(task, split, "paragraph")) for split in ("validation", "test")]
@@ -112,7 +112,7 @@ def test_files_of_all_layouts_that_the_hub_has_had(tmp_path):
 
 @pytest.mark.contract
 def test_the_hub_is_read_by_id_and_configuration(tmp_path, monkeypatch):
-    """A folder with the card of a repository stands for the hub."""
+    """A folder with a repository's card replaces the hub."""
     hub_data.write(tmp_path / "glue", "cola")
     parts = "".join(
         f"  - split: {split}\n    path: cola/{split}-*\n"
@@ -141,7 +141,7 @@ def test_the_hub_is_read_by_id_and_configuration(tmp_path, monkeypatch):
 def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(ValueError, match=r"^cannot load nyu-mll/glue") as caught:
-        tasks.load_task("mnli")  # the tests are offline
+        tasks.load_task("mnli")  # tests have no network
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(
@@ -180,24 +180,25 @@ def test_names_that_do_not_go_together(tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("sentence,label\na,0\n")
     assert refusal("mnli", tmp_path, train_file=path) == (
-        "mnli is the name of a benchmark; give your own files another --task name"
+        "mnli is the name of a benchmark; use another --task name for your own files"
     )
     assert refusal("mnli", tmp_path, regression=True) == (
-        "mnli is a task of kind classification, and cannot be another"
+        "mnli is a task of kind classification, not regression; choose another task"
     )
     assert refusal("films", tmp_path, train_file=path) == (
-        "--data-dir is for benchmarks such as mnli, not for your own files"
+        "--data-dir works only with benchmarks such as mnli, not with your own files"
     )
     assert "unknown language 'xx'; use cs, de, en" in refusal("wmt16-xx-en", tmp_path)
     hub_data.write(tmp_path, "rte")
     assert refusal("rte", tmp_path, label_names=["positive", "negative"]) == (
-        "the labels of rte are entailment, not_entailment, and the adapter's positive, negative"
+        "the labels of rte are entailment, not_entailment, but those of the adapter are positive, "
+        "negative"
     )
 
 
 def test_folders_without_the_data(tmp_path):
     assert refusal("wsc", tmp_path).startswith(
-        f"{tmp_path / 'wsc.fixed'} holds no parquet files; --data-dir wants a folder laid out as "
+        f"{tmp_path / 'wsc.fixed'} holds no parquet files; --data-dir must be a folder laid out as "
         "https://huggingface.co/datasets/aps/super_glue: wsc.fixed/ with train-*.parquet, valid"
     )
     hub_data.write(tmp_path, "wsc")
@@ -206,7 +207,7 @@ def test_folders_without_the_data(tmp_path):
         message = refusal("wsc", tmp_path, split_protocol=protocol)
         assert message.startswith("wsc has no split 'validation' whose answers are published")
     (tmp_path / "wsc.fixed" / "train-00000-of-00001.parquet").write_bytes(b"no parquet")
-    assert "train-00000-of-00001.parquet: not a readable parquet file" in refusal("wsc", tmp_path)
+    assert "train-00000-of-00001.parquet is not a readable parquet file" in refusal("wsc", tmp_path)
 
 
 def test_columns_and_types_that_do_not_fit(tmp_path):
@@ -215,7 +216,8 @@ def test_columns_and_types_that_do_not_fit(tmp_path):
         tmp_path, "qnli", lambda table: table.rename_columns(["q", *table.column_names[1:]])
     )
     assert refusal("qnli", tmp_path) == (
-        f"{path}: no column 'question'; qnli wants question, sentence, label, and there are "
+        f"{path} has no column 'question'; qnli needs question, sentence, label, but the columns "
+        f"are "
         "q, sentence, label, idx"
     )
     hub_data.write(tmp_path, "qnli")
@@ -223,18 +225,19 @@ def test_columns_and_types_that_do_not_fit(tmp_path):
     assert refusal("qnli", tmp_path) == f"{path}: column 'sentence' holds int, not str"
     hub_data.write(tmp_path, "qnli")
     rewrite(tmp_path, "qnli", lambda table: table.slice(0, 0))
-    assert refusal("qnli", tmp_path) == f"{path}: has no rows"
+    assert refusal("qnli", tmp_path) == f"{path} has no rows"
     hub_data.write(tmp_path, "qnli")
     rewrite(tmp_path, "qnli", lambda table: table.replace_schema_metadata(None))
     assert refusal("qnli", tmp_path) == (
-        f"{path}: column 'label' is int64, not a ClassLabel, which has the labels' names; "
-        "copy the hub's own files, or write yours with `datasets`"
+        f"{path}: column 'label' has the type int64, but must be a ClassLabel, which stores the "
+        f"names of the labels; "
+        "copy the files of the hub, or write yours with `datasets`"
     )
     hub_data.write(tmp_path, "stsb")
     path = rewrite(
         tmp_path, "stsb", lambda table: table.set_column(2, "label", pa.array(["a"] * 6))
     )
-    assert refusal("stsb", tmp_path) == f"{path}: column 'label' is string, not float32"
+    assert refusal("stsb", tmp_path) == f"{path}: column 'label' has the type string, not float32"
 
 
 def test_labels_that_are_missing_or_others(tmp_path):
@@ -252,7 +255,8 @@ def test_labels_that_are_missing_or_others(tmp_path):
     source = tmp_path / "wnli" / "validation-00000-of-00001.parquet"
     shutil.copy(source, tmp_path / "rte" / "validation-00000-of-00001.parquet")
     assert refusal("rte", tmp_path) == (
-        "rte: the labels of validation are not_entailment, entailment, of others entailment, "
+        "rte: the labels of validation are not_entailment, entailment, but those of the other "
+        "splits are entailment, "
         "not_entailment"
     )
 

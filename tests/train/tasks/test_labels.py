@@ -1,4 +1,4 @@
-"""Labels of files: which there are, which look like missing ones, and what integers stand for."""
+"""Tests labels of files: their names, labels that look like missing ones, and integer labels."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
 
 
 def file_of(path, values, **columns):
-    """A file of any format with these labels."""
+    """Writes a file of any format with these labels."""
     columns = {"sentence": [f"film {i}" for i in range(len(values))], "label": values, **columns}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     with write_rows(path) as write:
@@ -29,7 +29,7 @@ def file_of(path, values, **columns):
 
 
 def refused(**keywords):
-    """The one line that `load_task` refuses with."""
+    """Returns the one-line error message of `load_task`."""
     with pytest.raises(ValueError, match=r".") as caught:
         tasks.load_task(**keywords)
     message = str(caught.value)
@@ -39,21 +39,39 @@ def refused(**keywords):
 
 
 MISSING = {
-    "SNLI's integers": ([0, 1, 2, -1] * 2, "-1 (2) beside 0, 1, 2 looks like rows without a label"),
-    "PyTorch's index that is ignored": ([1, -100, 0], "-100 (1) beside 1, 0 looks like"),
-    "one integer beside names": (["yes", "no", "-1"], "-1 (1) beside yes, no looks like"),
-    "SNLI's text": (["yes", "-", "no", "maybe"], "- (1) beside yes, no, maybe looks like"),
-    "a long dash": (["yes", "no", "\u2014"], "\u2014 (1) beside yes, no looks like"),
-    "a blank at the end": (["pos", "neg", "pos "], "labels 'pos', 'pos ' differ in case, white"),
+    "SNLI's integers": (
+        [0, 1, 2, -1] * 2,
+        "-1 (2) next to 0, 1, 2 looks like rows without a label",
+    ),
+    "PyTorch's index that is ignored": ([1, -100, 0], "-100 (1) next to 1, 0 looks like"),
+    "one integer beside names": (["yes", "no", "-1"], "-1 (1) next to yes, no looks like"),
+    "SNLI's text": (["yes", "-", "no", "maybe"], "- (1) next to yes, no, maybe looks like"),
+    "a long dash": (["yes", "no", "\u2014"], "\u2014 (1) next to yes, no looks like"),
+    "a blank at the end": (
+        ["pos", "neg", "pos "],
+        "labels 'pos', 'pos ' differ only in case, white",
+    ),
     "a blank that is not seen": (
         ["pos", "neg", "pos\u00a0"],
-        "differ in case, white space or form",
+        "differ only in case, white space or Unicode form",
     ),
-    "nothing that is seen": (["pos", "neg", "neg\u200b"], "differ in case, white space or form"),
-    "capitals": (["Positive", "neg", "positive"], "labels 'Positive', 'positive' differ in case"),
-    "two forms of an accent": (["caf\u00e9", "cafe\u0301", "x"], "differ in case, white space"),
-    "two ways to write a number": (["1", "1.0", "0"], "labels '1', '1.0' differ in case"),
-    "pandas' numbers": (["0.0", "1.0", "-1.0"], "-1.0 (1) beside 0.0, 1.0 looks like rows without"),
+    "nothing that is seen": (
+        ["pos", "neg", "neg\u200b"],
+        "differ only in case, white space or Unicode form",
+    ),
+    "capitals": (
+        ["Positive", "neg", "positive"],
+        "labels 'Positive', 'positive' differ only in case",
+    ),
+    "two forms of an accent": (
+        ["caf\u00e9", "cafe\u0301", "x"],
+        "differ only in case, white space",
+    ),
+    "two ways to write a number": (["1", "1.0", "0"], "labels '1', '1.0' differ only in case"),
+    "pandas' numbers": (
+        ["0.0", "1.0", "-1.0"],
+        "-1.0 (1) next to 0.0, 1.0 looks like rows without",
+    ),
 }
 
 
@@ -65,8 +83,8 @@ def test_labels_that_look_like_missing_ones_are_refused(tmp_path, suffix, case):
     message = refused(train_file=path)
     assert message.startswith(f"{path}: ")
     assert problem in message
-    assert "state with --label-names" in message
-    # Who states them has them, in the order stated.
+    assert "in --label-names" in message
+    # Stated names are kept in their order.
     stated = list(dict.fromkeys(map(str, values)))[::-1]
     assert tasks.load_task(train_file=path, stated_names=stated).label_names == tuple(stated)
 
@@ -81,7 +99,7 @@ def test_empty_labels_are_missing(tmp_path, suffix, value):
 def test_a_class_label_made_of_such_labels_is_no_better(tmp_path):
     made = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "label": ["-", "no", "yes"]})
     made.class_encode_column("label").to_parquet(tmp_path / "t.parquet")
-    assert "- (1) beside no, yes looks like" in refused(train_file=tmp_path / "t.parquet")
+    assert "- (1) next to no, yes looks like" in refused(train_file=tmp_path / "t.parquet")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +116,7 @@ def test_words_for_none_are_told_of(tmp_path):
     path = file_of(tmp_path / "t.csv", ["NA", "yes", "no", "NA", "None"])
     (note,) = tasks.load_task(train_file=path).notes
     assert note == (
-        f"{path} has labels that often mean that a row has none: NA (2), None (1); if they do "
+        f"{path} has labels that often stand for a missing label: NA (2), None (1); if they do "
         "here, remove these rows"
     )
 
@@ -134,7 +152,9 @@ HUB = ("entailment", "neutral", "contradiction")
 def test_integers_are_read_in_a_stated_order_alone(tmp_path, suffix):
     path = file_of(tmp_path / f"t{suffix}", [0, 1, 2, 0])
     message = refused(test_file=path, label_names=NAMES)
-    assert message.startswith(f"{path}, row 1: label 0 is a number, the labels have names, and ")
+    assert message.startswith(
+        f"{path}, row 1: label 0 is a number, but the labels have names, whose order is unknown; "
+    )
     assert "give --label-names" in message
     assert message.endswith("contradiction, entailment, neutral")
     task = tasks.load_task(test_file=path, label_names=NAMES, stated_names=HUB)
@@ -163,15 +183,15 @@ def test_orders_that_data_state(tmp_path):
     rows = {"sentence": ["a", "b", "c"], "label": [0, 1, 2]}
     path = tmp_path / "named.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-    # By the file's own names, whatever the adapter's order.
+    # The names in the file decide, whatever the order in the adapter.
     task = tasks.load_task(test_file=path, label_names=NAMES)
     assert task.splits["test"]["label"][:] == [1, 2, 0]
-    # A training file's names state it for the others.
+    # The names in a training file also apply to the other files.
     validation = file_of(tmp_path / "v.csv", [2, "neutral"])
     task = tasks.load_task(train_file=path, validation_file=validation)
     assert task.splits["validation"]["label"][:] == [2, 1]
     assert task.notes == (f"labels 2 of {validation} are read as contradiction",)
-    # So does a built-in task, or a benchmark that the adapter was trained on.
+    # The names of a built-in task or of the adapter's benchmark apply as well.
     numbers = file_of(tmp_path / "n.csv", [2, 0])
     task = tasks.load_task(test_file=numbers, label_names=HUB, are_numbered=True)
     assert task.splits["test"]["label"][:] == [2, 0]
@@ -198,10 +218,10 @@ def test_names_for_an_adapter_of_integers(tmp_path):
 def test_orders_that_cannot_be(tmp_path):
     path = file_of(tmp_path / "t.csv", [0, 1, 2, 3])
     given = {"test_file": path, "label_names": NAMES}
-    assert "--label-names: none is none of the adapter's labels, which are contradiction, " in (
+    assert "--label-names: none is not one of the adapter's labels, which are contradiction, " in (
         refused(**given, stated_names=["neutral", "none"])
     )
-    assert "--label-names: neutral stands there twice" in refused(
+    assert "--label-names: neutral occurs twice" in refused(
         **given, stated_names=["neutral", "neutral"]
     )
     assert "--label-names: name 2 is empty" in refused(**given, stated_names=["neutral", " "])
@@ -212,7 +232,7 @@ def test_orders_that_cannot_be(tmp_path):
     assert "span_corruption has no labels; leave --label-names out" in refused(
         name="span_corruption", train_file=path, stated_names=HUB
     )
-    assert "--label-names are for labels" in refused(
+    assert "--label-names needs a task with labels" in refused(
         train_file=scores, regression=True, stated_names=HUB
     )
 
@@ -230,7 +250,7 @@ def test_one_class_is_said_of_the_training_file(tmp_path):
     validation = file_of(tmp_path / "v.csv", ["negative", "positive"])
     message = f"{train}: every label is 'positive'; training needs at least two classes"
     assert refused(train_file=train, validation_file=validation) == message
-    both = file_of(tmp_path / "b.csv", ["positive", "1"])  # two ways to write one class
+    both = file_of(tmp_path / "b.csv", ["positive", "1"])  # one class in two spellings
     assert "every label is 'positive'" in refused(name="movie", train_file=both)
 
 
@@ -243,7 +263,7 @@ HEAD = "sequence_classification"
         (["a"], {}, "num_labels=2 must be 1"),
         (["a", "b", "c"], {}, "num_labels=2 must be 3"),
         ([], {}, "must be names for kind='classification'"),
-        (["a", "a"], {}, "label_names: a stands there twice"),
+        (["a", "a"], {}, "label_names: a occurs twice"),
         (["a", " "], {}, "label_names: name 2 is empty"),
         (["a", "\u200b"], {}, "label_names: name 2 is empty"),
         (
@@ -273,7 +293,7 @@ def test_what_is_predicted_is_counted_by_label():
 
 
 def test_names_given_to_convert_are_names():
-    for names, problem in [(("a", "a"), "a stands there twice"), (("a", " "), "name 2 is empty")]:
+    for names, problem in [(("a", "a"), "a occurs twice"), (("a", " "), "name 2 is empty")]:
         with pytest.raises(ValueError, match=f"--label-names: {problem}"):
             convert._check_names(names, 2)
     convert._check_names(("a", "b"), 2)
@@ -289,7 +309,7 @@ def tokenizers(tiny_backbone, tiny_t5):
 
 
 def test_unknown_tokens_are_counted_and_told_of_from_one_percent_on(tokenizers):
-    """[CLS], [SEP] and </s> are no tokens of the text."""
+    """[CLS], [SEP] and </s> do not count as tokens of the text."""
     for texts, told in [
         (["the film"] * 49 + ["the film film", "映"], False),  # 1 of 102
         (["the film"] * 49 + ["film", "映"], True),  # 1 of 100
@@ -313,7 +333,7 @@ def test_unknown_tokens_of_inputs_and_of_targets_are_told_apart(tokenizers):
     tokenizer = tokenizers["t5"]
     inputs = tokens.tokenize_texts(["good", "映画"], tokenizer, 8, what="input")
     targets = tokens.tokenize_texts(["dull", "画 a"], tokenizer, 8, what="target")
-    # Unknown characters in a row are one token: ▁good ▁ <unk>; ▁dull ▁ <unk> ▁a.
+    # Successive unknown characters are one token: ▁good ▁ <unk>; ▁dull ▁ <unk> ▁a.
     assert (inputs.unknown, targets.unknown) == (tokens.Unknown(1, 3, 1), tokens.Unknown(1, 4, 1))
     encoded = tokens.Encoded(
         inputs.ids, None, inputs.offsets, None, 8, 0, 0, targets, unknown=inputs.unknown
@@ -335,7 +355,7 @@ def test_a_tokenizer_without_an_unknown_token_has_none():
 
 
 def test_a_run_from_before_the_flag_has_the_settings_of_now():
-    """What its run.json does not say is None; so is the flag that is not given."""
+    """A field that run.json lacks and a flag that is not given are both None."""
     for made in (fit_options.FitOptions, inference_options.EvaluateOptions):
         assert {field.name: field.default for field in dataclasses.fields(made)}[
             "label_names"

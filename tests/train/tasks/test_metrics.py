@@ -1,4 +1,4 @@
-"""train.tasks.metrics against formulas written out in NumPy and values computed by hand."""
+"""Compares train.tasks.metrics with formulas in NumPy and with values computed by hand."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def one_hot(predictions, num_labels):
 
 
 def test_two_classes_by_hand():
-    # Of label 1: 2 true positives, 1 false positive, 1 false negative, 2 true negatives.
+    # For label 1: 2 true positives, 1 false positive, 1 false negative, 2 true negatives.
     values = compute_metrics(
         "classification", one_hot([1, 1, 1, 0, 0, 0], 2), np.array([1, 1, 0, 1, 0, 0])
     )
@@ -128,7 +128,7 @@ def test_shapes_and_nothing_to_evaluate():
 
 def test_generated_labels_that_are_none_are_wrong():
     values = label_metrics(np.array([1, 1, -1, 0, 0, -1]), np.array([1, 0, 1, 0, 0, 0]), 2)
-    # Of label 1: 1 true positive, 1 false positive, 1 false negative; of label 0: 2, 0 and 2.
+    # For label 1: 1 true positive, 1 false positive, 1 false negative; for label 0: 2, 0 and 2.
     assert values == pytest.approx(
         {
             "accuracy": 3 / 6,
@@ -138,7 +138,7 @@ def test_generated_labels_that_are_none_are_wrong():
             "invalid": 2,
         }
     )
-    # Three classes on the side of the predictions, by the formula of the confusion matrix.
+    # The predictions have three classes; the formula is that of the confusion matrix.
     assert values["matthews_correlation"] == pytest.approx((3 * 6 - 12) / np.sqrt(24 * 16))
     assert isinstance(values["invalid"], int)
     nothing = label_metrics(np.array([-1, -1]), np.array([0, 1]), 2)
@@ -168,14 +168,14 @@ def test_exact_match_ignores_white_space_alone():
 @pytest.mark.parametrize(
     ("prediction", "answers", "exact", "f1"),
     [
-        ("the Plot!", ["plot"], 1, 1),  # case, marks and articles do not count
+        ("the Plot!", ["plot"], 1, 1),  # case, punctuation and articles do not count
         ("an  awful film", ["awful film"], 1, 1),
-        ("a very good film", ["the good film", "dull"], 0, 4 / 5),  # of 3 and 2 words 2 are shared
-        ("good good film", ["good plot"], 0, 2 / 5),  # a word as often as in both
-        ("film", ["plot", "film", "the film was"], 1, 1),  # the best of several
+        ("a very good film", ["the good film", "dull"], 0, 4 / 5),  # 2 of 3 and 2 words are shared
+        ("good good film", ["good plot"], 0, 2 / 5),  # a word counts as often as it is in both
+        ("film", ["plot", "film", "the film was"], 1, 1),  # the best of several answers
         ("", ["film"], 0, 0),
-        ("well-known", ["well known"], 0, 0),  # a mark is left out, not replaced
-        ("theatre", ["atre"], 0, 0),  # articles are words
+        ("well-known", ["well known"], 0, 0),  # punctuation is removed, not replaced
+        ("theatre", ["atre"], 0, 0),  # articles are whole words
     ],
 )
 def test_answers_by_hand(prediction, answers, exact, f1):
@@ -211,16 +211,16 @@ def test_a_group_counts_when_all_of_it_is_right():
 
 
 def test_bleu_by_hand():
-    # Shared with the target: 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples.
+    # The target shares 5 of 6 words, 3 of 5 pairs, 2 of 4 triples and 1 of 3 quadruples.
     predictions = ["we loved the plot not film"]
     targets = ["we loved the plot and film"]
     precisions = [5 / 6, 3 / 5, 2 / 4, 1 / 3]
     assert bleu(predictions, targets) == pytest.approx(100 * np.prod(precisions) ** (1 / 4))
-    # Shorter than the target: all is shared, and there is a penalty.
+    # Shorter than the target: everything is shared, but there is a brevity penalty.
     assert bleu(["we loved the plot"], ["we loved the plot not"]) == pytest.approx(
         100 * np.exp(1 - 5 / 4)
     )
-    # Counted over the whole corpus, not sentence by sentence.
+    # Counts are summed over the corpus, not averaged over sentences.
     both = bleu([*predictions, "it was good it"], [*targets, "it was good it"])
     summed = [(5 + 4) / (6 + 4), (3 + 3) / (5 + 3), (2 + 2) / (4 + 2), (1 + 1) / (3 + 1)]
     assert both == pytest.approx(100 * np.prod(summed) ** (1 / 4))

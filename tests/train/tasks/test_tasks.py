@@ -1,4 +1,4 @@
-"""train.tasks and the reader below it: what is loaded, and what is refused with which message."""
+"""Tests train.tasks and its reader of files: loaded tasks and the messages of refused ones."""
 
 import json
 
@@ -14,7 +14,7 @@ GOOD = [("a fine film", "pos"), ("a dull film", "neg"), ("fine", "pos")]
 
 
 def write(path, columns):
-    """Columns of Python values as a file of the format its suffix names."""
+    """Writes columns of Python values in the format of the file's suffix."""
     names = list(columns)
     records = list(zip(*columns.values(), strict=True))
     if path.suffix == ".parquet":
@@ -121,7 +121,7 @@ def test_text_columns_stay_text(tmp_path, suffix):
     [
         ([10, 9, -1], ("-1", "9", "10")),
         (["b", "10", "9"], ("10", "9", "b")),
-        ([1.0, 0.0, 1.0], ("0", "1")),  # pandas' integers where some were once missing
+        ([1.0, 0.0, 1.0], ("0", "1")),  # integers in pandas, if some were once missing
         ([True, False, True], ("False", "True")),
     ],
 )
@@ -194,10 +194,10 @@ def test_blank_lines_bom_and_crlf(tmp_path):
 
 
 def load_error(**keywords):
-    """The message that load_task refuses with: one line."""
+    """Returns the one-line error message of load_task."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         tasks.load_task(**keywords)
-    assert type(caught.value) in (ValueError, FileNotFoundError)  # none of pyarrow's
+    assert type(caught.value) in (ValueError, FileNotFoundError)  # not an error of pyarrow
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -211,12 +211,12 @@ def test_unknown_task_and_splits(train_file):
         "speech) cannot be learned"
     )
     assert load_error(name="moive").startswith("unknown task 'moive' (did you mean 'movie'?); use ")
-    for name in (None, "custom"):  # which the user did not write
+    for name in (None, "custom"):  # a name that the user did not give
         error = load_error(name=name)
         assert error.startswith("no examples were given; for --task use movie, product, tweet, ")
         assert error.endswith(" or your own with --train-file, --validation-file or --test-file")
     assert load_error(train_file=train_file, splits=["dev"]) == (
-        "no file for the split 'dev'; there are train"
+        "there is no file for the split 'dev'; use one of train"
     )
     assert load_error(test_file=train_file) == (
         "without a training file the label names are unknown; give train_file or label_names"
@@ -225,13 +225,13 @@ def test_unknown_task_and_splits(train_file):
 
 def test_missing_file_directory_and_suffix(tmp_path, train_file):
     missing = tmp_path / "none.csv"
-    with pytest.raises(FileNotFoundError, match=r"none\.csv: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv does not exist"):
         tasks.load_task(train_file=missing)
-    assert load_error(train_file=tmp_path) == f"{tmp_path}: is a directory, not a file"
+    assert load_error(train_file=tmp_path) == f"{tmp_path} is a directory, not a file"
     text = tmp_path / "t.txt"
     text.write_text("sentence\n")
     assert load_error(train_file=text) == (
-        f"{text}: unsupported file type '.txt'; use .parquet, .jsonl, .csv, .tsv"
+        f"{text} has the unsupported file type '.txt'; use .parquet, .jsonl, .csv, .tsv"
     )
     array = tmp_path / "t.json"
     array.write_text("[]")
@@ -242,7 +242,7 @@ def test_missing_file_directory_and_suffix(tmp_path, train_file):
 def test_empty_files(tmp_path, suffix):
     path = tmp_path / f"t{suffix}"
     path.touch()
-    assert load_error(train_file=path) == f"{path}: is empty (0 bytes)"
+    assert load_error(train_file=path) == f"{path} is empty (0 bytes)"
 
 
 def test_files_without_rows(tmp_path):
@@ -251,18 +251,18 @@ def test_files_without_rows(tmp_path):
     lines.write_text("\n\n")
     pq.write_table(pa.table({"sentence": pa.array([], pa.string())}), table)
     for path in (header, lines, table):
-        assert load_error(train_file=path) == f"{path}: has no rows"
+        assert load_error(train_file=path) == f"{path} has no rows"
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv", ".tsv"])
 def test_missing_columns_are_listed(tmp_path, suffix):
     path = write(tmp_path / f"t{suffix}", {"text": ["a"], "label": [1]})
     assert load_error(train_file=path) == (
-        f"{path}: no column 'sentence'; its columns are text, label"
+        f"{path} has no column 'sentence'; its columns are text, label"
     )
     write(path, {"sentence": ["a"], "class": [1]})
     assert load_error(train_file=path) == (
-        f"{path}: no column 'label'; its columns are sentence, class"
+        f"{path} has no column 'label'; its columns are sentence, class"
     )
     assert "no column 'score'" in load_error(train_file=path, regression=True)
 
@@ -322,7 +322,7 @@ def test_long_sentence(tmp_path):
         ("", "sentence is empty; remove or fill the row"),
         (" \t\n", "sentence is empty; remove or fill the row"),
         (7, "sentence is int, not text"),
-        ("half \ud83d", "sentence holds half a surrogate pair, which is no character"),
+        ("half \ud83d", "sentence holds half a surrogate pair, which is not a valid character"),
     ],
 )
 def test_sentences_that_are_no_text(tmp_path, sentence, problem):
@@ -340,7 +340,7 @@ def test_pairs_in_one_split_only(tmp_path, train_file):
     columns = {"sentence": ["a"], "sentence2": ["b"], "label": ["pos"]}
     path = write(tmp_path / "v.csv", columns)
     assert load_error(train_file=train_file, validation_file=path) == (
-        f"{path} has a column 'sentence2' and {train_file} has none"
+        f"{path} has a column 'sentence2', but {train_file} has none"
     )
 
 
@@ -348,18 +348,18 @@ def test_pairs_in_one_split_only(tmp_path, train_file):
 def test_text_that_is_not_utf8(tmp_path, suffix):
     path = tmp_path / f"t{suffix}"
     path.write_bytes("sentence\nun café\n".encode("latin-1"))
-    assert load_error(train_file=path) == f"{path}: is not UTF-8 (byte 0xe9); convert it to UTF-8"
+    assert load_error(train_file=path) == f"{path} is not UTF-8 (byte 0xe9); convert it to UTF-8"
 
 
 def test_damaged_parquet(tmp_path):
     path = tmp_path / "t.parquet"
     path.write_bytes(b"PAR1 this is none PAR1")
-    assert load_error(train_file=path).startswith(f"{path}: not a readable parquet file: ")
+    assert load_error(train_file=path).startswith(f"{path} is not a readable parquet file: ")
     pq.write_table(pa.table({"sentence": ["abc" * 1000 + str(i) for i in range(99)]}), path)
     data = bytearray(path.read_bytes())
     data[4:200] = bytes(196)
     path.write_bytes(data)
-    assert load_error(train_file=path).startswith(f"{path}: not a readable parquet file: ")
+    assert load_error(train_file=path).startswith(f"{path} is not a readable parquet file: ")
     latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"]).buffers())
     pq.write_table(pa.table({"sentence": latin}), path)
     assert "Invalid UTF8" in load_error(train_file=path)
@@ -369,23 +369,23 @@ def test_broken_json_line(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"sentence": "a", "label": 0}\n\n{"sentence": "b", "label": 1\n')
     message = load_error(train_file=path)
-    assert message.startswith(f"{path}, line 3: not JSON: Expecting ',' delimiter")
+    assert message.startswith(f"{path}, line 3 is not valid JSON: Expecting ',' delimiter")
     path.write_text('["a", 0]\n')
-    assert load_error(train_file=path) == f'{path}, line 1: not an object: ["a", 0]'
+    assert load_error(train_file=path) == f'{path}, line 1 is not a JSON object: ["a", 0]'
 
 
 def test_broken_csv(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("sentence,label\na,0\nb, c,1\n")
     assert load_error(train_file=path) == (
-        f"{path}, row 2: 3 fields, but 2 in the header; quote fields that hold the delimiter"
+        f"{path}, row 2 has 3 fields, but the header has 2; quote fields that contain the delimiter"
     )
     path.write_text('sentence,label\na,0\n"b,1\nc,0\n')
     assert load_error(train_file=path).startswith(f"{path}, line 3: unexpected end of data; ")
     path.write_text('sentence,label\n"good" it said,0\n')
     assert load_error(train_file=path).startswith(f"{path}, line 2: ',' expected after '\"'; ")
     path.write_text("sentence,label,label\na,0,1\n")
-    assert "two columns of the header have one name" in load_error(train_file=path)
+    assert "two columns of the header have the same name" in load_error(train_file=path)
 
 
 def test_one_class_in_training(tmp_path):
@@ -405,7 +405,7 @@ def test_subsample():
     assert small != tasks.subsample(dataset, 10, seed=4)["sentence"][:]
     assert tasks.subsample(dataset, 100, seed=0)["sentence"][:] == dataset["sentence"][:]
     for size in (0, -1, 101):
-        with pytest.raises(ValueError, match=f"cannot draw {size} examples of 100; use 1 to 100"):
+        with pytest.raises(ValueError, match=f"cannot draw {size} of 100 examples; use 1 to 100"):
             tasks.subsample(dataset, size, seed=0)
 
 
@@ -433,7 +433,7 @@ def test_targets_that_are_no_text(tmp_path, target, problem):
 
 def test_span_corruption_has_paths(tmp_path):
     path = tmp_path / "corpus.txt"
-    with pytest.raises(FileNotFoundError, match=r"corpus\.txt: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"corpus\.txt does not exist"):
         tasks.load_task("span_corruption", train_file=path)
     path.write_text("a film")
     task = tasks.load_task("span_corruption", train_file=path)

@@ -1,4 +1,4 @@
-"""Generated text against labels and targets as a tokenizer writes them; BLEU by language; .tsv."""
+"""Compares generated text with labels and targets as a tokenizer writes them; BLEU; .tsv files."""
 
 # ruff: noqa: RUF001 - full-width marks are what some of it is about
 
@@ -28,7 +28,7 @@ WAYS = {
 
 
 def tokenizer_of(way):
-    """A tokenizer by characters, without `<`, braces and capitals, that normalises as T5's does."""
+    """Returns a character tokenizer without `<`, braces and capitals, with T5's normalisation."""
     vocabulary = ["<pad>", "</s>", "<unk>", *LETTERS.replace("，", "")]
     made = Tokenizer(
         models.Unigram([(token, -1.0) for token in vocabulary], unk_id=2, byte_fallback=False)
@@ -42,7 +42,7 @@ def tokenizer_of(way):
 
 
 def said(tokenizer, texts):
-    """What a decoder says that says the very tokens of the texts, start and end token included."""
+    """Returns the output of a decoder that generates the texts, with start and end tokens."""
     ids = data_tokens.tokenize_texts(texts, tokenizer, 64, what="target")
     rows = np.zeros((len(texts), 65), np.int32)
     for row, tokens in zip(rows, np.split(ids.ids, ids.offsets[1:-1]), strict=True):
@@ -64,7 +64,7 @@ PAIRS = [
 def test_the_right_tokens_are_right_by_every_metric(way, texts):
     tokenizer = tokenizer_of(way)
     spoken = said(tokenizer, texts)
-    assert list(spoken) != texts  # the raw text would be wrong
+    assert list(spoken) != texts  # a comparison with the raw text would fail
     fmt = text_format.TextFormat(kind="classification", prefix="", label_names=tuple(texts))
     assert fmt.read(spoken).tolist() == [0, 1]
     wrong = fmt.read(spoken[::-1])
@@ -77,7 +77,7 @@ def test_the_right_tokens_are_right_by_every_metric(way, texts):
     assert BENCHMARKS["record"].scores(read, {"answers": [[x, "other"] for x in texts]}) == one
     answers = [{"text": [x], "answer_start": [0]} for x in texts]
     assert BENCHMARKS["squad"].scores(read, {"answers": answers}) == one
-    # BLEU of fewer than four words is 0.
+    # The BLEU of fewer than four words is 0.
     longer = [" ".join([x] * 6) for x in texts]
     rows = {"translation": [{"ro": "x", "en": x} for x in longer]}
     assert find("wmt16-ro-en").scores(said(tokenizer, longer), rows)["bleu"] == pytest.approx(100)
@@ -97,7 +97,7 @@ def test_what_is_written_ends_where_a_decoder_ends():
         "a b",
     ]
     assert text_format.written([], tokenizer) == []
-    (long,) = text_format.written(["x " * 500], tokenizer)  # never cut
+    (long,) = text_format.written(["x " * 500], tokenizer)  # never truncated
     assert long.split() == ["x"] * 500
 
 
@@ -134,9 +134,9 @@ def test_labels_with_unknown_characters_are_told_of():
 
 
 def test_scores_that_the_tokenizer_cannot_write_are_refused():
-    tokenizer = tokenizer_of("T5")  # it has no sign
+    tokenizer = tokenizer_of("T5")  # the tokenizer has no minus sign
     text_format.check_scores(["0.4", "12", "0.4"], tokenizer)
-    with pytest.raises(ValueError, match=r"writes the score '-0\.4' as '0\.4', so that no decoder"):
+    with pytest.raises(ValueError, match=r"writes the score '-0\.4' as '0\.4', so no decoder"):
         text_format.check_scores(["0.4", "-0.4"], tokenizer)
 
 
@@ -157,7 +157,7 @@ def test_bleu_of_chinese_is_sacrebleu_s_own():
     rows = {"translation": [{"en": "x", "zh": x} for x in right]}
     value = find("wmt17-en-zh").scores(spoken, rows)["bleu"]
     assert value == sacrebleu.corpus_bleu(spoken, [right], tokenize="zh").score > 20
-    # The other direction, and languages with blanks, stay with 13a.
+    # The other direction, and languages with spaces between words, keep the tokenizer 13a.
     english, other = ["it is a good film, we loved it"], ["it is a good film; we loved it"]
     for name, code in [("wmt17-zh-en", "en"), ("wmt16-en-ro", "ro"), ("wmt14-en-hi", "hi")]:
         rows = {"translation": [{"en": "x", name.split("-")[1]: "x", code: english[0]}]}
@@ -213,7 +213,8 @@ def test_a_field_of_a_tsv_with_a_line_break_is_refused_with_its_line(tmp_path, n
         load_task(train_file=path)
     assert str(caught.value).startswith(f"{path}, line {line}: ")
     assert len(str(caught.value)) < 500
-    # As .csv, where fields are quoted, such a field is one; as .jsonl it needs no quotation marks.
+    # In .csv, where fields are quoted, such a field is valid; in .jsonl it needs no quotation
+    # marks.
     if name == "a field of two lines":
         path.with_suffix(".csv").write_text('sentence,label\nfine,0\n"two\nlines",1\n')
         task = load_task(train_file=path.with_suffix(".csv"))
