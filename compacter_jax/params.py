@@ -115,7 +115,7 @@ def _check_pairs(rules: Sequence[tuple[str, str]]) -> None:
 def _matches(pattern: str, path: str) -> bool:
     """Returns True if a rule's pattern matches; raises ValueError for a broken or slow pattern."""
     if not isinstance(pattern, str):
-        raise ValueError(f"rules: {quote(pattern)} is no regular expression")
+        raise ValueError(f"rules: {quote(pattern)} is not a regular expression")
     with about("rules"):
         return compiled(pattern).fullmatch(path) is not None
 

@@ -87,7 +87,7 @@ def check_groups(groups: Groups | None) -> None:
                 f"groups has no {quote(name)}; its names are {', '.join(NAMED_GROUPS)}"
             )
         if not isinstance(pattern, str):
-            raise ValueError(f"groups[{name!r}]={quote(pattern)} is no regular expression")
+            raise ValueError(f"groups[{name!r}]={quote(pattern)} is not a regular expression")
         with about(f"groups[{name!r}]"):
             compiled(pattern)
 

@@ -351,7 +351,7 @@ def test_weights_of_a_backbone_are_finite(tmp_path):
     ("changes", "message"),
     [
         ({"num_hidden_layers": 20_000}, "num_hidden_layers=20000 is too large"),
-        ({"num_hidden_layers": 400}, "num_hidden_layers=400, but the weights are of 1 layers"),
+        ({"num_hidden_layers": 400}, "num_hidden_layers=400, but there are weights of 1 layers"),
         ({"hidden_size": 10**12}, "hidden_size=1000000000000 is too large"),
         ({"hidden_size": "8"}, "hidden_size='8' must be a whole number"),
         ({"num_attention_heads": True}, "num_attention_heads=True must be a whole number"),
@@ -461,7 +461,7 @@ def test_rules_have_the_limits_of_other_patterns(monkeypatch, pattern):
     params = {"classifier": {"kernel": 0.0}, PATH: {"kernel": 0.0}}
     message = refused(cj.label_params, params, cj.preset("full"), [(pattern, "train")])
     assert message.startswith("rules: ")
-    assert re.search("takes too long to match|is (not a valid|no) regular expression", message)
+    assert re.search("takes too long to match|is not a valid regular expression", message)
 
 
 def test_a_pattern_matches_as_res_do():

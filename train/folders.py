@@ -94,7 +94,7 @@ def _lock(descriptor: int, folder: Path, waiting: str | None) -> None:
     except BlockingIOError:
         if waiting is None:
             raise ValueError(
-                f"another process works in {folder}; wait for its end, or choose another "
+                f"another process works in {folder}; wait until it ends, or choose another "
                 "--output-dir"
             ) from None
         print(waiting, flush=True)

@@ -163,8 +163,8 @@ def check_depths(where: str, config: Any, family: Family, paths: Iterable[str]) 
         said = getattr(config, field)
         if found and said > max(found) + 1:
             raise ValueError(
-                f"{where}: {field}={said}, but the weights are of {max(found) + 1} layers; weights "
-                "are missing in the checkpoint, or config.json is of another model"
+                f"{where}: {field}={said}, but there are weights of {max(found) + 1} layers; "
+                "weights are missing in the checkpoint, or config.json is of another model"
             )
 
 

@@ -125,7 +125,7 @@ def test_a_norm_within_a_head_is_the_heads():
     [
         ({"norms": ".*"}, "groups has no 'norms'; its names are head, layer_norms, pooler"),
         ({"head": "("}, r"groups\['head'\]: '\(' is not a valid regular expression"),
-        ({"head": 5}, "is no regular expression"),
+        ({"head": 5}, "is not a regular expression"),
         (["head"], "must be a mapping"),
         ({"head": "skore"}, r"groups\['head'\]='skore' matches no parameter"),
     ],

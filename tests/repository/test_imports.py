@@ -61,7 +61,7 @@ def files_of(*folders):
 
 MODULES = files_of(*ARROWS)
 # Files whose docstrings are checked, too.
-OTHERS = [p for p in files_of("tests", "benchmarks") if p.parent != Path("tests/train/compare")]
+OTHERS = files_of("tests", "benchmarks")
 # Classes of methods are named only in their own files, in the presets, in the exchange with other
 # libraries, and in the list of public names.
 NAMES_METHODS = ("methods", "exchange", "catalogue.py", "public.py")

@@ -120,7 +120,7 @@ def test_the_clock_leaves_out_steps_in_which_something_was_compiled(monkeypatch)
 
 
 def test_the_peak_of_memory_is_the_process_s_own():
-    """Not that of the process which started it, as Linux has it in `ru_maxrss`."""
+    """`ru_maxrss` of Linux would be that of the process which started it."""
     held = np.ones(2**27, np.uint8)  # 128 MiB
     script = "from train.fit.timing import peak_memory; print(peak_memory())"
     script = f"import numpy; {script}; x = numpy.ones(2**26); print(peak_memory())"
@@ -429,7 +429,7 @@ def test_a_second_comparison_is_refused(pretended, files, tmp_path, capsys):
     output.mkdir()
     with alone(output):
         error = refusal(capsys, *compare_flags(files, output, methods="full", seeds=1))
-    assert error.startswith(f"error: another process works in {output}; wait for its end")
+    assert error.startswith(f"error: another process works in {output}; wait until it ends")
     assert pretended() == []
 
 
@@ -452,7 +452,7 @@ sys.exit(main(arguments))
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_comparison_that_was_killed_goes_on(sent, pretended, files, tmp_path, capsys):
-    """What it was running then runs on after SIGKILL, is waited for, and is not run twice."""
+    """After SIGKILL its run goes on, is waited for, and is not started a second time."""
     output = tmp_path / "out"
     flags = compare_flags(files, output, methods="full,lora,bitfit", seeds=1)
     environment = {**os.environ, "HANGS": "lora", "PYTHONPATH": str(Path(__file__).parents[3])}
