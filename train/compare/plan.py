@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import numpy as np
 
 from compacter_jax.catalogue import PRESETS, preset, presets
 from compacter_jax.files import parse_json, read_json
+from compacter_jax.messages import quote
+from compacter_jax.methods.base import MethodConfig
 from train import tasks
 from train.cli.config_files import flag
-from train.cli.method_flags import ALL, given_options, options_of, variant
+from train.cli.method_flags import ALL, given_options, is_composition, options_of, variant
 from train.cli.options import TrainingOptions
 from train.compare.bootstrap import Scored
 from train.compare.options import CompareOptions
@@ -34,6 +37,8 @@ from train.objectives.learning_rates import CLASSIFIER, TEXT_TO_TEXT
 
 # The meaning of a flag's numbers, if fit's flag of the same name has another meaning.
 _MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
+# A method's text names a folder of its runs.
+_NAME_OF_FOLDER = re.compile(r"[\w.+:=-]+", re.ASCII)
 # Factor between neighbouring learning rates of a grid.
 RATE_FACTOR = 3.0
 
@@ -240,10 +245,15 @@ def points(each: Sequence[CompareOptions]) -> list[Point]:
       each: the options of each task.
 
     Raises:
-      ValueError: for an unknown method, a task named twice, a list that is not of numbers, or lists
-        of different lengths; and as `train.tasks.load_task`.
+      ValueError: for an unknown method, a task named twice, a name that is no name of a folder, a
+        list that is not of numbers, or lists of different lengths; and as `train.tasks.load_task`.
     """
-    names_of(joined(each).task)
+    for task in names_of(joined(each).task):
+        if {"/", "\\"} & set(task) or task in (".", ".."):
+            raise ValueError(
+                f"--task {quote(task, 100)} names a folder of the comparison; give your files a "
+                "name without / and \\"
+            )
     return [point for options in each for point in _points(options)]
 
 
@@ -252,6 +262,8 @@ def _points(options: CompareOptions) -> list[Point]:
     writes_text = is_text_to_text(options.backbone)
     methods = _methods(options, writes_text)
     sizes = [None] if options.train_size is None else _numbers("train-size", options.train_size)
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"--train-size {options.train_size!r} must be different numbers")
     seeds = _each("seeds", options.seeds, sizes)
     steps = _each("steps", options.steps, sizes) if options.steps else [None] * len(sizes)
     examples = _num_examples(options)
@@ -270,13 +282,16 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
     """Returns the presets to compare; all of them means those that the backbone can be trained by.
 
     Raises:
-      ValueError: for an unknown preset or an invalid value, or if the reference is not compared.
+      ValueError: for an unknown preset or an invalid value, for two names of one method, or if the
+        reference is not compared.
     """
+    if is_composition(options.methods):
+        raise ValueError(
+            f"--methods {quote(options.methods, 100)} must be presets or variants of them; fit "
+            "trains compositions"
+        )
     methods = list(presets()) if options.methods == ALL else names_of(options.methods)
-    for method in methods:
-        name, changes = variant(method)
-        given = given_options(options_of(name, options.method_options))
-        preset(name, **(given | changes))  # raises for what the method does not have
+    _check_methods(methods, options)
     if options.methods == ALL and writes_text:
         methods = [name for name in methods if PRESETS[name].method.own_groups]
     if options.reference is not None and options.reference not in methods:
@@ -285,6 +300,22 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
             f"{', '.join(methods)}"
         )
     return methods
+
+
+def _check_methods(methods: Sequence[str], options: CompareOptions) -> None:
+    """Raises ValueError for a method that cannot be trained, or that has two names."""
+    known: dict[tuple[str, MethodConfig], str] = {}
+    for method in methods:
+        name, changes = variant(method)
+        given = given_options(options_of(name, options.method_options))
+        config = preset(name, **(given | changes))  # raises for what the method does not have
+        if not _NAME_OF_FOLDER.fullmatch(method):
+            raise ValueError(
+                f"method {quote(method, 100)} names a folder; write its values with letters, "
+                "digits and . _ + - alone"
+            )
+        if (first := known.setdefault((name, config), method)) != method:
+            raise ValueError(f"{method!r} and {first!r} are the same method; name it once")
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
