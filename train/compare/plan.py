@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ from train.objectives.learning_rates import CLASSIFIER, TEXT_TO_TEXT
 
 # The meaning of a flag's numbers, if fit's flag of the same name has another meaning.
 _MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
+# Fields of metrics.json that are compared.
+_OF_RESULT = {
+    **{"metric": str, "learning_rate": float, "train_examples": int, "steps": int},
+    **dict.fromkeys(("trained_parameters", "total_parameters", "adapter_bytes"), int),
+    **{
+        "best_epoch": int,
+        "validation": dict[str, float],
+        "test": dict[str, float],
+        "measured": dict[str, Any],
+    },
+}
+_OPTIONAL = {"label_names": list[str]}
 # A method's text names a folder of its runs.
 _NAME_OF_FOLDER = re.compile(r"[\w.+:=-]+", re.ASCII)
 # Factor between neighbouring learning rates of a grid.
@@ -94,8 +106,8 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
-        """Returns the fields of `metrics.json` that are compared."""
-        result = json.loads((self.folder / "metrics.json").read_text("utf-8"))
+        """Returns the fields of `metrics.json` that are compared; raises ValueError as `result`."""
+        result = self.result()
         kept = ["metric", "learning_rate", "train_examples", "steps", "best_epoch"]
         kept += ["trained_parameters", "total_parameters", "adapter_bytes"]
         return {
@@ -109,31 +121,66 @@ class Run:
             **_shares(result["measured"]),
         }
 
-    def label_names(self) -> list[str]:
-        """Returns the names of the labels in their order, none for other tasks."""
-        return read_json(self.folder / "metrics.json").get("label_names") or []
+    def result(self) -> dict[str, Any]:
+        """Returns the content of `metrics.json`.
+
+        Raises:
+          ValueError: if the file is damaged; the message tells how to train the run again.
+        """
+        path = self.folder / "metrics.json"
+        with self._again():
+            found = read_json(
+                path, _OF_RESULT | _OPTIONAL, required=_OF_RESULT, what="the result of a run"
+            )
+            parts = {"measured": ("step_seconds", "seconds", "peak_memory_bytes")}
+            parts |= dict.fromkeys(("validation", "test"), (found["metric"],))
+            for part, names in parts.items():
+                if missing := [name for name in names if name not in found[part]]:
+                    raise ValueError(f"{path}: {part} has no {missing[0]}")
+        return found
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns the predictions on the test split and the targets, None if there are none."""
-        path = self.folder / PREDICTIONS_NAME
+        """Returns the predictions on the test split and the targets, None if there are none.
+
+        Raises:
+          ValueError: if the file is damaged; the message tells how to train the run again.
+        """
+        path, names = self.folder / PREDICTIONS_NAME, ("prediction", "target")
         if not path.exists():
             return None
-        rows = [row for chunk in read_chunks(path, 4096) for row in chunk]
-        predictions, targets = (
-            np.array([row[name] for row in rows]) for name in ("prediction", "target")
-        )
+        with self._again():
+            rows = [row for chunk in read_chunks(path, 4096) for row in chunk]
+            for number, row in enumerate(rows, 1):
+                if any(isinstance(row.get(name, []), dict | list) for name in names):
+                    raise ValueError(f"{path}, row {number}: no prediction or no target")
+        predictions, targets = (np.array([row[name] for row in rows]) for name in names)
         return predictions, targets
+
+    @contextlib.contextmanager
+    def _again(self) -> Iterator[None]:
+        """Adds to a ValueError of the block how to train the run again."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; remove {self.folder} and give the same command to train the run again"
+            ) from None
 
 
 def scored(runs: Sequence[Run], metric: str) -> Scored:
-    """Returns the finished runs of a point with their predictions."""
+    """Returns the finished runs of a point, with those predictions that have the same targets."""
     finished = {run.seed: run for run in runs if run.finished()}
     found = {seed: run.predictions() for seed, run in finished.items()}
     known = {seed: pair for seed, pair in found.items() if pair is not None}
+    first = next((targets for _, targets in known.values()), None)
     return Scored(
         scores={seed: run.record()["test"][metric] for seed, run in finished.items()},
-        predictions={seed: predictions for seed, (predictions, _) in known.items()},
-        targets=next((targets for _, targets in known.values()), None),
+        predictions={
+            seed: predictions
+            for seed, (predictions, targets) in known.items()
+            if np.array_equal(targets, first)
+        },
+        targets=first,
     )
 
 

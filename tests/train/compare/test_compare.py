@@ -272,6 +272,7 @@ for seed in seeds.split(","):
     result["test"] = {"accuracy": 0.5 + 0.1 * int(seed)}
     if "PREDICTS" in os.environ:
         right = 5 + int(seed) + (method == "lora")
+        result["test"]["accuracy"] = right / 10
         rows = [{"prediction": "yes" if i < right else "no", "target": "yes"} for i in range(10)]
         lines = "".join(json.dumps(row) + "\\n" for row in rows)
         (run / "test_predictions.jsonl").write_text(lines)
