@@ -230,11 +230,6 @@ class Point:
             for power in range(-(count // 2), count // 2 + 1)
         )
 
-    @property
-    def own_rate(self) -> float | None:
-        """The rate in the middle of the grid, which is the method's own."""
-        return self.rates[len(self.rates) // 2] if self.rates else None
-
     def tried(self) -> list[Run]:
         """Returns the runs that choose the learning rate."""
         seeds = range(min(self.options.tuning_seeds, self.num_seeds))
@@ -338,9 +333,9 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
             "trains compositions"
         )
     methods = list(presets()) if options.methods == ALL else names_of(options.methods)
-    _check_methods(methods, options)
     if options.methods == ALL and writes_text:
         methods = [name for name in methods if PRESETS[name].method.own_groups]
+    _check_methods(methods, options, writes_text)
     if options.reference is not None and options.reference not in methods:
         raise ValueError(
             f"--reference {options.reference!r} must be one of the methods that are compared: "
@@ -349,13 +344,18 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
     return methods
 
 
-def _check_methods(methods: Sequence[str], options: CompareOptions) -> None:
+def _check_methods(methods: Sequence[str], options: CompareOptions, writes_text: bool) -> None:
     """Raises ValueError for a method that cannot be trained, or that has two names."""
     known: dict[tuple[str, MethodConfig], str] = {}
     for method in methods:
         name, changes = variant(method)
         given = given_options(options_of(name, options.method_options))
         config = preset(name, **(given | changes))  # raises for what the method does not have
+        if writes_text and not config.trained_groups() - {"head", "pooler"}:
+            raise ValueError(
+                f"{method!r} trains nothing of {options.backbone}, which has no head of the task; "
+                "leave it out"
+            )
         if not _NAME_OF_FOLDER.fullmatch(method):
             raise ValueError(
                 f"method {quote(method, 100)} names a folder; write its values with letters, "

@@ -69,7 +69,8 @@ def compare(each: Sequence[CompareOptions]) -> None:
         _write(options, runs_of, choices, failures)
     if failures:
         listed = "; ".join(f"{run.name}: {reason}" for run, reason in failures.items())
-        raise FailedRunsError(f"{len(failures)} of {len(runs)} runs failed: {listed}")
+        of = len({*runs, *failures})
+        raise FailedRunsError(f"{len(failures)} of {of} runs failed: {listed}")
 
 
 def _possible(point: Point) -> list[Run]:

@@ -513,6 +513,9 @@ def test_every_tuning_seed_counts_and_the_nearest_rate_wins_a_tie(
     rates = ("0.001", "0.003", "0.009")
     tried = [f"lora {seed} at {rate}" for seed in range(2) for rate in rates]
     assert pretended() == [*tried, "lora 2 at 0.003"]
+    monkeypatch.setenv("FAILS_AT", "0.003")
+    assert main(compare_flags(files, tmp_path / "other", **flags)) == 0
+    assert pretended() == [*tried, "lora 2 at 0.001"]  # the smaller of two as near
 
 
 def test_a_rate_that_fails_is_not_taken(pretended, files, tmp_path, monkeypatch, capsys):
@@ -524,7 +527,9 @@ def test_a_rate_that_fails_is_not_taken(pretended, files, tmp_path, monkeypatch,
     assert "| `lora` | 0.001: failed | **0.003: 0.4451** | 0.009: 0.3901 |" in report
     monkeypatch.setenv("FAILS", "lora")  # at every rate
     assert main(compare_flags(files, tmp_path / "other", **flags)) == 1
-    assert "own, lora, learning rate 0.003, seed 0: it cannot work" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "own, lora, learning rate 0.003, seed 0: it cannot work" in error
+    assert "3 of 3 runs failed" in error
 
 
 def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def test_whole_results(finished):
 )
 def test_a_damaged_file_is_named_with_what_to_do(name, text, message, finished):
     (finished[1].folder / name).write_text(text)
-    with pytest.raises(ValueError, match="to train the run again$") as error:
+    with pytest.raises(ValueError, match=r"to train the run again$") as error:
         scored(finished, "accuracy")
     told = str(error.value)
     assert message in told

@@ -75,6 +75,17 @@ def test_what_is_refused(flags, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_that_trains_nothing_of_a_t5(tmp_path, capsys):
+    (tmp_path / "DIR" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    given = ["--backbone", "DIR", "--output-dir", tmp_path / "out", "--methods", "lora,head-only"]
+    error = refusal(capsys, "compare", *given)
+    assert "'head-only' trains nothing of DIR, which has no head of the task" in error
+    assert not (tmp_path / "out").exists()
+    methods = "head-only:train_layer_norms=True,full,bitfit"
+    options = CompareOptions(backbone="DIR", output_dir=tmp_path, methods=methods)
+    assert [point.method for point in points([options])] == methods.split(",")
+
+
 def test_presets_that_differ_in_the_name_are_different_methods(tmp_path):
     """Each has a learning rate of its own."""
     names = ["compacter++", "compacter:sites=feed_forward", "lora:rank=8", "lora:rank=4"]
