@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         if len(by_size) > 1:
             path = folder / f"sizes-{task}.png"
             save(size_figure(of_task, backbone), path)
-            sections += [f"## {task}", f"![score by training size]({path.name})"]
+            sections += [
+                f"## {task}",
+                f"![score by training size]({urllib.parse.quote(path.name)})",
+            ]
             sections.append(size_table(of_task))
         for size, of_size in sorted(by_size.items()):
             path = folder / f"comparison-{task}-{size}.png"
             save(comparison_figure(of_size, backbone), path)
             sections += [f"## {task}, {size:,} training examples"]
-            sections += [f"![score by trained parameters]({path.name})", method_table(of_size)]
+            link = urllib.parse.quote(path.name)
+            sections += [f"![score by trained parameters]({link})", method_table(of_size)]
             # None is the size of all examples.
             of_point = [task, [size, None]]
             sections += _difference_sections(_of_point(results["differences"], *of_point))

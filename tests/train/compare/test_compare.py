@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections import Counter
 from pathlib import Path
 
@@ -684,19 +685,59 @@ def test_the_figure_of_sizes_has_a_line_of_means_for_each_method():
     plt.close(figure)
 
 
+def test_shares_within_a_power_of_ten_have_labels_in_percent():
+    for most, labelled in ((2_000_000, True), (20_000_000, False)):
+        runs = records({"full": (0.6,), "lora": (0.5,)}, trained={"full": most, "lora": 1_500_000})
+        figure = figures.comparison_figure(summaries(runs), "DIR")
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        low, high = axes.get_xlim()
+        places = [*axes.get_xticks(), *axes.get_xticks(minor=True)]
+        labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+        shown = zip(places, (label.get_text() for label in labels), strict=True)
+        told = [text for place, text in shown if low <= place <= high and text]
+        assert len(told) >= (2 if labelled else 1)
+        assert all(re.fullmatch(r"[\d.]+ %", text) for text in told)
+        plt.close(figure)
+
+
+def test_the_legend_of_all_methods_hides_and_loses_nothing():
+    names = [*cj.presets(), "lora:rank=1", "lora:rank=2", "lora:rank=4"]
+    runs = [run for size in (100, 200) for run in records(dict.fromkeys(names, (0.5,)), size=size)]
+    figure = figures.size_figure(summaries(runs), "DIR")
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    assert all(figure.bbox.contains(*corner) for corner in legend.corners())
+    assert not legend.overlaps(axes.bbox)
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_linestyle())
+        for line, *_ in axes.containers
+        if str(line.get_linestyle()) != "None"
+    }
+    assert len(looks) == len(names)
+    # The methods of one size stay apart from those of the next.
+    places = np.array([container[0].get_xdata(orig=False) for container in axes.containers])
+    assert places[:, 0].max() < 150 < places[:, 1].min()
+    plt.close(figure)
+
+
 def test_what_is_written(tmp_path):
     runs = records({"full": (0.6, 0.7), "lora": (0.5, 0.6)}, size=1000)
     runs += records({"full": (0.6,)}, size=100)
-    runs += records({"full": (0.6,)}, size=100, task="product")
+    runs += records({"full": (0.6,)}, size=100, task="my files")
     settings = {"backbone": "DIR", "steps": None, "epochs": 3, "batch_size": 32, "dtype": "float32"}
     settings |= {"heads": "alike", "tune_learning_rates": 1, "tuning_seeds": 1, "processes": 1}
-    results = {"runs": runs, "settings": settings, "failed": [], "differences": [], "tried": []}
+    results = {"runs": runs, "settings": settings, "differences": [], "tried": []}
+    results["failed"] = [{"run": "movie, lora, seed 0", "reason": "a | b"}]
     compare_report.write(results, tmp_path)
-    names = ["comparison-movie-100", "comparison-movie-1000", "comparison-product-100"]
+    names = ["comparison-movie-100", "comparison-movie-1000", "comparison-my files-100"]
     names = [f"{name}.png" for name in [*names, "sizes-movie"]]
     assert {path.name for path in tmp_path.iterdir()} == {*names, "report.md"}
     report = (tmp_path / "report.md").read_text()
-    assert re.findall(r"\((.*\.png)\)", report) == [names[3], *names[:3]]
+    links = re.findall(r"\((\S*\.png)\)", report)
+    assert list(map(urllib.parse.unquote, links)) == [names[3], *names[:3]]
+    assert "| movie, lora, seed 0 | a \\| b |" in report
     assert "Backbone `DIR`; epochs: 3; batch size: 32." in report
     for name in names:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
