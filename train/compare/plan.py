@@ -14,7 +14,7 @@ import numpy as np
 
 from compacter_jax.catalogue import PRESETS, preset, presets
 from compacter_jax.files import parse_json, read_json
-from compacter_jax.messages import quote
+from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import MethodConfig
 from train import tasks
 from train.cli.config_files import flag
@@ -51,6 +51,11 @@ _OF_RESULT = {
 _OPTIONAL = {"label_names": list[str]}
 # A method's text names a folder of its runs.
 _NAME_OF_FOLDER = re.compile(r"[\w.+:=-]+", re.ASCII)
+# Options of the comparison as a whole, which a configuration cannot vary by task.
+_OF_ALL_TASKS = (
+    *("backbone", "output_dir", "heads", "tune_learning_rates", "tuning_seeds", "reference"),
+    *("at_once", "processes", "keep_adapters", "overwrite"),
+)
 # Factor between neighbouring learning rates of a grid.
 RATE_FACTOR = 3.0
 
@@ -371,7 +376,18 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def joined(each: Sequence[CompareOptions]) -> CompareOptions:
-    """Returns the options of all tasks, without values that a configuration gives for one task."""
+    """Returns the options of the comparison as a whole; those of the first task for the rest.
+
+    Raises:
+      ValueError: if an option of the whole has several values.
+    """
+    for name in _OF_ALL_TASKS:
+        values = [getattr(options, name) for options in each]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{name} is one for all tasks, and the configuration has "
+                f"{listing(map(str, values))}"
+            )
     return dataclasses.replace(each[0], task=",".join(options.task for options in each))
 
 

@@ -45,7 +45,9 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         sections.append(table(["run", "reason"], [list(f.values()) for f in results["failed"]]))
     shown = {key: value for key, value in settings.items() if value is not None}
     sections.append("## Settings")
-    sections.append(table(["setting", "value"], [[k, f"`{v}`"] for k, v in shown.items()]))
+    told = {key: _told(value) for key, value in shown.items() if key != "method_options"}
+    told |= {"method_options": str(shown["method_options"])}
+    sections.append(table(["setting", "value"], [[k, f"`{v}`"] for k, v in told.items()]))
     with replace_file(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
@@ -131,13 +133,22 @@ def _explanation(settings: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"Backbone `{settings['backbone']}`; {length}: {settings[length]}; batch size: "
-        f"{settings['batch_size']}. {heads}{tuned} Each "
+        f"Backbone `{settings['backbone']}`; {length}: {_told(settings[length])}; batch size: "
+        f"{_told(settings['batch_size'])}. {heads}{tuned} Each "
         "score is of the test split, with the adapter of the epoch that had the best validation "
         "score; mean and sample standard deviation over the seeds, whose number stands in "
         "parentheses. Parameters trained are in percent of all, adapter and head included. Step: "
         f"median, without those that compiled. Memory: largest of the process.{at_once}"
     )
+
+
+def _told(value: Any) -> str:
+    """Formats a setting; one that differs between tasks as `20 (cola), 3 (sst2)`."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{'-' if each is None else each} ({task})" for task, each in value.items()
+        )
+    return str(value)
 
 
 def method_table(found: Sequence[Summary]) -> str:

@@ -558,6 +558,23 @@ def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, cap
     )
 
 
+def test_settings_that_a_configuration_varies_by_task(pretended, files, tmp_path, capsys):
+    config = tmp_path / "a.toml"
+    config.write_text("epochs = 3\n[tasks.one]\nepochs = 20\ntrain_size = '20'\n")
+    flags = {"task": "one,two", "methods": "full", "seeds": 1, "config": config}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["epochs"] == {"one": 20, "two": 3}
+    assert results["settings"]["train_size"] == {"one": "20", "two": None}
+    assert (results["settings"]["task"], results["settings"]["seeds"]) == ("one,two", "1")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "epochs: 20 (one), 3 (two); batch size: 32." in report
+    assert "| train_size | `20 (one), - (two)` |" in report
+    config.write_text("[tasks.one]\nheads = 'as_published'\n")
+    error = refusal(capsys, *compare_flags(files, tmp_path / "b", **flags))
+    assert "heads is one for all tasks, and the configuration has as_published, alike" in error
+
+
 # --- tables and figures -------------------------------------------------------------------------
 
 
@@ -729,6 +746,7 @@ def test_what_is_written(tmp_path):
     settings = {"backbone": "DIR", "steps": None, "epochs": 3, "batch_size": 32, "dtype": "float32"}
     settings |= {"heads": "alike", "tune_learning_rates": 1, "tuning_seeds": 1, "processes": 1}
     results = {"runs": runs, "settings": settings, "differences": [], "tried": []}
+    settings["method_options"] = {"rank": 4}
     results["failed"] = [{"run": "movie, lora, seed 0", "reason": "a | b"}]
     compare_report.write(results, tmp_path)
     names = ["comparison-movie-100", "comparison-movie-1000", "comparison-my files-100"]
@@ -737,6 +755,7 @@ def test_what_is_written(tmp_path):
     report = (tmp_path / "report.md").read_text()
     links = re.findall(r"\((\S*\.png)\)", report)
     assert list(map(urllib.parse.unquote, links)) == [names[3], *names[:3]]
+    assert "| method_options | `{'rank': 4}` |" in report
     assert "| movie, lora, seed 0 | a \\| b |" in report
     assert "Backbone `DIR`; epochs: 3; batch size: 32." in report
     for name in names:
