@@ -62,11 +62,11 @@ def _of_point(
 def _difference_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
-    over = (
-        "the seeds and the test examples"
-        if all(row["over_examples"] for row in rows)
-        else "the seeds, and the test examples where the metric allows it"
-    )
+    alone = [f"`{row['method']}`" for row in rows if not row["over_examples"]]
+    over = "the seeds and the test examples"
+    if alone:
+        # The metric cannot be resampled, or predictions are missing or have another score.
+        over += f" (the seeds alone for {', '.join(alone)})"
     return [
         f"Differences in mean test {rows[0]['metric']} to `{rows[0]['reference']}`, with 95 % "
         f"intervals of a paired bootstrap over {over}. On par: the interval includes 0.",

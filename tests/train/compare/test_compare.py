@@ -548,6 +548,10 @@ def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, cap
     report = (tmp_path / "out" / "report.md").read_text()
     assert "paired bootstrap over the seeds and the test examples" in report
     assert "| `ia3` | +0.0000 | +0.0000 to +0.0000 | 2 | on par |" in report
+    (tmp_path / "out/runs/own/all/ia3/seed-1/test_predictions.jsonl").unlink()
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "the seeds and the test examples (the seeds alone for `ia3`)" in report
     flags |= {"reference": "lora"}
     assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
