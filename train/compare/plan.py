@@ -101,7 +101,8 @@ class Run:
     def same_flags(self) -> bool:
         """Returns True if the run was last started with these flags."""
         path = self.folder / FLAGS_NAME
-        return path.exists() and parse_json(path.read_bytes(), str(path)) == list(self.flags)
+        with self._again():
+            return path.exists() and parse_json(path.read_bytes(), str(path)) == list(self.flags)
 
     def clear(self) -> None:
         """Removes the outputs of an earlier start of the run, and nothing else."""

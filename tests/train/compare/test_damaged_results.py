@@ -73,6 +73,15 @@ def test_a_damaged_file_is_named_with_what_to_do(name, text, message, finished):
     assert f"remove {finished[1].folder} and give the same command" in told
 
 
+def test_damaged_flags(finished):
+    run = finished[0]
+    (run.folder / "flags.json").write_text("[")
+    with pytest.raises(ValueError, match=r"flags\.json is not valid JSON.*train the run again$"):
+        run.same_flags()
+    (run.folder / "flags.json").write_text("[]")
+    assert run.same_flags()
+
+
 def test_predictions_on_other_rows_are_left_out(finished):
     (finished[1].folder / "test_predictions.jsonl").write_text(lines("yes"))
     found = scored(finished, "accuracy")
