@@ -101,9 +101,9 @@ def difference(
     plain = np.array([method.scores[seed] - reference.scores[seed] for seed in seeds])
     generator = np.random.default_rng(0)
     drawn = generator.integers(len(seeds), size=(resamples, len(seeds)))
-    over_examples = all(
+    over_examples = _on_the_same_rows(method, reference) and all(
         _reproduced(each, seeds, metric, label_names) for each in (method, reference)
-    ) and np.array_equal(method.targets, reference.targets)
+    )
     if over_examples:
         assert method.targets is not None
         each = np.concatenate(
@@ -125,6 +125,13 @@ def _weights(examples: int, resamples: int, generator: np.random.Generator) -> A
     for start in range(0, resamples, _CHUNK):
         chunk = min(_CHUNK, resamples - start)
         yield generator.multinomial(examples, np.full(examples, 1 / examples), size=chunk)
+
+
+def _on_the_same_rows(method: Scored, reference: Scored) -> bool:
+    """Returns True if both have recorded targets, and the same."""
+    if method.targets is None or reference.targets is None:
+        return False
+    return np.array_equal(method.targets, reference.targets)
 
 
 def _reproduced(

@@ -138,6 +138,7 @@ class Run:
             found = read_json(
                 path, _OF_RESULT | _OPTIONAL, required=_OF_RESULT, what="the result of a run"
             )
+            parts: dict[str, tuple[str, ...]]
             parts = {"measured": ("step_seconds", "seconds", "peak_memory_bytes")}
             parts |= dict.fromkeys(("validation", "test"), (found["metric"],))
             for part, names in parts.items():
@@ -178,7 +179,7 @@ def scored(runs: Sequence[Run], metric: str) -> Scored:
     finished = {run.seed: run for run in runs if run.finished()}
     found = {seed: run.predictions() for seed, run in finished.items()}
     known = {seed: pair for seed, pair in found.items() if pair is not None}
-    first = next((targets for _, targets in known.values()), None)
+    first: Any = next((targets for _, targets in known.values()), None)
     return Scored(
         scores={seed: run.record()["test"][metric] for seed, run in finished.items()},
         predictions={
