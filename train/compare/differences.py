@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.compare.bootstrap import difference
-from train.compare.plan import Point, Run, scored
+from train.compare.plan import Point
+from train.compare.single_run import Run, scored
 
 
 def differences(

@@ -18,7 +18,8 @@ from train.cli.method_flags import given_options
 from train.compare import report
 from train.compare.differences import differences
 from train.compare.options import CompareOptions
-from train.compare.plan import Point, Run, in_order, joined, points
+from train.compare.plan import Point, in_order, joined, points
+from train.compare.single_run import Run
 from train.compare.tuning import Choice, choose
 from train.compare.workers import side_by_side
 from train.errors import FailedRunsError, InterruptedRunError

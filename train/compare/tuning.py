@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from train.compare.plan import Point, Run
+from train.compare.plan import Point
+from train.compare.single_run import Run
 
 
 @dataclasses.dataclass(frozen=True)

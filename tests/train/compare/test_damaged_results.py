@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from train.compare.plan import Run, scored
+from train.compare.single_run import Run, scored
 
 RESULT = {
     "metric": "accuracy",

@@ -7,7 +7,7 @@ import pytest
 
 from tests.train.tasks.test_written import tokenizer_of
 from train.compare.bootstrap import weighted
-from train.compare.plan import Run
+from train.compare.single_run import Run
 from train.data import tokens as data_tokens
 from train.fit.run import write_predictions
 from train.objectives.classification import Classifier
