@@ -58,7 +58,7 @@ def test_whole_results(finished):
         ("metrics.json", json.dumps({**RESULT, "test": {}}), "test has no accuracy"),
         ("metrics.json", json.dumps({**RESULT, "test": {"accuracy": "0.5"}}), "must be"),
         ("metrics.json", json.dumps({**RESULT, "measured": {}}), "measured has no step_seconds"),
-        ("test_predictions.jsonl", lines("yes", "no")[:-9], "line 2: not JSON"),
+        ("test_predictions.jsonl", lines("yes", "no")[:-9], "test_predictions.jsonl, line 2"),
         ("test_predictions.jsonl", '{"prediction": "yes"}', "row 1: no prediction or no target"),
         ("test_predictions.jsonl", lines("no", [1]), "row 2: no prediction or no target"),
     ],
