@@ -57,6 +57,7 @@ def parameter_table(count: Count, method: MethodConfig) -> str:
 
 
 def table(header: list[str], rows: Any) -> str:
-    """Returns a table in Markdown."""
+    """Returns a table in Markdown, in whose cells `|` is no border."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)

@@ -158,13 +158,17 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """Returns the value of a field; raises ValueError if the text is of another type."""
+    """Returns the value of a field; raises ValueError if the text is empty or of another type."""
+    if not text:
+        raise ValueError(text)
     if typing.get_origin(hint) is tuple:
         return tuple(_from_text(part, typing.get_args(hint)[0]) for part in text.split("+"))
-    if hint is bool:
-        if text not in ("True", "False"):
+    choices = (True, False) if hint is bool else typing.get_args(hint)
+    if choices:
+        named = {str(choice): choice for choice in choices}
+        if text not in named:
             raise ValueError(text)
-        return text == "True"
+        return named[text]
     return hint(text) if hint in (int, float) else text
 
 

@@ -13,6 +13,8 @@ RESAMPLES = 2000
 _CHUNK = 250
 # Largest number of labels of the confusion matrices, whose size grows with its square.
 _MOST_LABELS = 64
+# A prediction that is no label. No label has this name.
+_NO_LABEL = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ def difference(
       method: runs of the method.
       reference: runs of the method that it is compared with.
       metric: name of the metric, as `train.tasks.metrics` has it, or several joined by `_and_`,
-        whose mean counts. Seeds alone are resampled for a metric that is not known here.
+        whose mean counts. Seeds alone are resampled for a metric that is not known here, and where
+        the predictions do not have the scores.
       label_names: names of the labels in their order; the F1 of two labels is that of the second.
       resamples: number of resamples.
 
@@ -98,7 +101,9 @@ def difference(
     plain = np.array([method.scores[seed] - reference.scores[seed] for seed in seeds])
     generator = np.random.default_rng(0)
     drawn = generator.integers(len(seeds), size=(resamples, len(seeds)))
-    over_examples = _resampled(method, reference, seeds, metric)
+    over_examples = _on_the_same_rows(method, reference) and all(
+        _reproduced(each, seeds, metric, label_names) for each in (method, reference)
+    )
     if over_examples:
         assert method.targets is not None
         each = np.concatenate(
@@ -122,19 +127,49 @@ def _weights(examples: int, resamples: int, generator: np.random.Generator) -> A
         yield generator.multinomial(examples, np.full(examples, 1 / examples), size=chunk)
 
 
-def _resampled(method: Scored, reference: Scored, seeds: list[int], metric: str) -> bool:
-    """Returns True if the predictions are there, on the same rows, and the metric is known."""
+def _on_the_same_rows(method: Scored, reference: Scored) -> bool:
+    """Returns True if both have recorded targets, and the same."""
     if method.targets is None or reference.targets is None:
         return False
-    if not np.array_equal(method.targets, reference.targets):
+    return np.array_equal(method.targets, reference.targets)
+
+
+def _reproduced(
+    runs: Scored, seeds: Sequence[int], metric: str, label_names: Sequence[str]
+) -> bool:
+    """Returns True if the predictions of these seeds have their scores, by the metrics known here.
+
+    A metric over groups of examples, as that of MultiRC, has another score here.
+    """
+    if runs.targets is None or not set(seeds) <= runs.predictions.keys():
         return False
-    if not all(seed in side.predictions for side in (method, reference) for seed in seeds):
+    once = np.ones((1, len(runs.targets)), int)
+    for seed in seeds:
+        predictions = runs.predictions[seed]
+        if not _is_known(metric, predictions, runs.targets, label_names):
+            return False
+        (found,) = weighted(metric, predictions, runs.targets, once, label_names)
+        if not np.isclose(found, runs.scores[seed], rtol=0, atol=1e-6):
+            return False
+    return True
+
+
+def _is_known(
+    metric: str, predictions: np.ndarray, targets: np.ndarray, label_names: Sequence[str]
+) -> bool:
+    """Returns True if these predictions and targets can be resampled for a metric."""
+    names = set(metric.split("_and_"))
+    if not names <= _METRICS.keys() or predictions.shape != targets.shape or not len(targets):
         return False
-    names = metric.split("_and_")
-    if not set(names) <= _METRICS.keys():
+    kinds = {predictions.dtype.kind, targets.dtype.kind}
+    if names & _OF_NUMBERS.keys() and not kinds <= set("iuf"):
         return False
-    of_labels = any(name in _OF_LABELS for name in names)
-    return not of_labels or len(np.unique(method.targets.astype(str))) <= _MOST_LABELS
+    if "exact_match" in names and kinds != {"U"}:
+        return False
+    if "f1" in names and len(label_names) != 2:
+        return False
+    labels = set(_texts(predictions)) | set(_texts(targets)) if names & _OF_LABELS.keys() else ()
+    return len(labels) <= _MOST_LABELS
 
 
 def _differences(
@@ -200,10 +235,30 @@ def _confusions(
     predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
     """Returns `[resamples, labels, labels]` counts by target and prediction, and the labels."""
-    names = np.unique(np.concatenate([predictions.astype(str), targets.astype(str)]))
-    found, wanted = (np.searchsorted(names, each.astype(str)) for each in (predictions, targets))
-    cells = np.eye(len(names) ** 2)[wanted * len(names) + found]
-    return (weights @ cells).reshape(-1, len(names), len(names)), names.tolist()
+    texts = _texts(predictions), _texts(targets)
+    names = np.unique(np.concatenate(texts))
+    found, wanted = (np.searchsorted(names, each) for each in texts)
+    cells, group = np.unique(wanted * len(names) + found, return_inverse=True)
+    counts = np.zeros((len(weights), len(names) ** 2))
+    counts[:, cells] = _sums(weights, group)
+    return counts.reshape(-1, len(names), len(names)), names.tolist()
+
+
+def _texts(labels: np.ndarray) -> np.ndarray:
+    """Returns `[examples]` names of labels."""
+    return np.array([_NO_LABEL if label is None else str(label) for label in labels.tolist()])
+
+
+def _sums(weights: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Returns `[resamples, groups]` sums of the weights of each group.
+
+    Args:
+      weights: `[resamples, examples]`.
+      group: `[examples]` numbers from 0 on, all of which occur.
+    """
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(group.max() + 1))
+    return np.add.reduceat(weights[:, order], starts, axis=1)
 
 
 def _matthews(
@@ -237,8 +292,9 @@ def _f1(
 def _macro_f1(
     predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, _: Sequence[str]
 ) -> np.ndarray:
-    counts, _names = _confusions(predictions, targets, weights)
-    return np.nanmean(_f1s(counts), axis=1)
+    counts, names = _confusions(predictions, targets, weights)
+    labels = [i for i, name in enumerate(names) if name != _NO_LABEL]
+    return np.nanmean(_f1s(counts)[:, labels], axis=1)
 
 
 def _pearson(
@@ -257,16 +313,22 @@ def _spearman(
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Returns `[resamples, examples]` ranks within each resample, the mean rank for ties."""
     _, group = np.unique(values, return_inverse=True)
-    sizes = weights @ np.eye(group.max() + 1)[group]
+    sizes = _sums(weights, group)
     return (sizes.cumsum(1) - (sizes - 1) / 2)[:, group]
 
 
 def _correlation(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Returns `[resamples]` weighted correlations of `[resamples, examples]` numbers."""
-    total = weights.sum(1, keepdims=True)
-    a, b = (each - (weights * each).sum(1, keepdims=True) / total for each in (a, b))
+    a, b = (_deviations(each, weights) for each in (a, b))
     covariance, *spreads = ((weights * x * y).sum(1) for x, y in ((a, b), (a, a), (b, b)))
     return _ratio(covariance, np.sqrt(spreads[0] * spreads[1]))
+
+
+def _deviations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns deviations from the weighted means, 0 where values are constant up to rounding."""
+    deviations = values - (weights * values).sum(1, keepdims=True) / weights.sum(1, keepdims=True)
+    largest = (np.abs(deviations) * (weights > 0)).max(1, keepdims=True)
+    return np.where(largest > 1e-12 * np.abs(values).max(), deviations, 0.0)
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -275,10 +337,6 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 _OF_LABELS = {"matthews_correlation": _matthews, "f1": _f1, "macro_f1": _macro_f1}
+_OF_NUMBERS = {"pearson": _pearson, "spearman": _spearman}
 # F1 is not here for texts: that of SQuAD is over words, and no run records what it needs.
-_METRICS = _OF_LABELS | {
-    "accuracy": _accuracy,
-    "exact_match": _exact_match,
-    "pearson": _pearson,
-    "spearman": _spearman,
-}
+_METRICS = _OF_LABELS | _OF_NUMBERS | {"accuracy": _accuracy, "exact_match": _exact_match}

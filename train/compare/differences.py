@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.compare.bootstrap import difference
-from train.compare.plan import Point, Run, scored
+from train.compare.plan import Point
+from train.compare.single_run import Run, scored
 
 
 def differences(
@@ -43,7 +44,7 @@ def _of_group(methods: Mapping[str, Sequence[Run]], reference: str | None) -> li
             return []
         wanted = next(iter(methods))
     first = next(run for run in methods[wanted] if run.finished())
-    metric, labels = first.record()["metric"], first.label_names()
+    metric, labels = first.record()["metric"], first.result().get("label_names", [])
     each = {method: scored(runs, metric) for method, runs in methods.items()}
     rows = []
     for method, of_method in each.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from train.figures import colour_of, marker_of, new_figure
 # Candidate positions of a label: direction from its data point and distance in points, near first.
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 _DISTANCES = (7, 14, 24, 36, 50, 66)
+# Line styles of methods of one colour and marker, which are variants of one preset.
+_LINES: Any = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 4)))
 
 
 def comparison_figure(found: Sequence[Summary], backbone: str) -> Any:
@@ -39,7 +42,10 @@ def comparison_figure(found: Sequence[Summary], backbone: str) -> Any:
             capsize=3,
         )
     axes.set_xscale("log")
+    shares = [s.percent for s in found]
     axes.xaxis.set_major_formatter("{x:g} %")
+    # Within one power of ten there may be no major tick.
+    axes.xaxis.set_minor_formatter("{x:g} %" if max(shares) < 10 * min(shares) else "")
     axes.margins(x=0.12, y=0.12)
     first = found[0]
     axes.set(
@@ -60,12 +66,20 @@ def size_figure(found: Sequence[Summary], backbone: str) -> Any:
       found: the methods on one task with several training set sizes.
       backbone: folder or id of the backbone, for the title.
     """
-    figure, axes = new_figure((8, 5))
     methods = grouped(found, lambda s: s.method)
+    sizes = sorted({s.size for s in found})
+    # The legend is beside the axes.
+    figure, axes = new_figure((8 + 0.08 * max(map(len, methods)), max(5, 1 + 0.22 * len(methods))))
+    looks: Counter[tuple[str, str]] = Counter()
+    nearest = min((b / a for a, b in itertools.pairwise(sizes)), default=2.0)
+    step = min(1.03, nearest ** (0.4 / len(methods)))
     for i, (method, of_method) in enumerate(methods.items()):
         in_order = sorted(of_method, key=lambda s: s.size)
         # Shifted sideways, so that no error bar hides another.
-        shift = 1.03 ** (i - (len(methods) - 1) / 2)
+        shift = step ** (i - (len(methods) - 1) / 2)
+        look = colour_of(method), marker_of(method)
+        line = _LINES[looks[look] % len(_LINES)]
+        looks[look] += 1
         places, colour = [shift * s.size for s in in_order], colour_of(method)
         for place, s in zip(places, in_order, strict=True):
             axes.plot([place] * len(s.scores), s.scores, ".", color=colour, alpha=0.45)
@@ -73,12 +87,12 @@ def size_figure(found: Sequence[Summary], backbone: str) -> Any:
             places,
             [s.mean for s in in_order],
             yerr=[s.deviation for s in in_order],
-            fmt=f"{marker_of(method)}-",
+            marker=marker_of(method),
+            linestyle=line,
             color=colour,
             capsize=3,
             label=method,
         )
-    sizes = sorted({s.size for s in found})
     axes.set_xscale("log")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
     axes.set_xticks([], minor=True)
@@ -88,7 +102,7 @@ def size_figure(found: Sequence[Summary], backbone: str) -> Any:
         ylabel=f"test {first.metric}",
         title=f"{first.task}, {_told(found, backbone)}",
     )
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -97,7 +111,7 @@ def _told(found: Sequence[Summary], backbone: str) -> str:
     numbers = sorted({len(s.scores) for s in found})
     seeds = "1 seed" if numbers == [1] else f"{'-'.join(map(str, numbers))} seeds"
     bars = "" if numbers == [1] else "; bars: mean ± standard deviation"
-    return f"{Path(backbone).name}\n{seeds}{bars}; small points: runs"
+    return f"{Path(backbone).resolve().name}\n{seeds}{bars}; small points: runs"
 
 
 def place_labels(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:

@@ -4,139 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compacter_jax.catalogue import PRESETS, preset, presets
-from compacter_jax.files import parse_json, read_json
+from compacter_jax.messages import listing, quote
+from compacter_jax.methods.base import MethodConfig
 from train import tasks
 from train.cli.config_files import flag
-from train.cli.method_flags import ALL, given_options, options_of, variant
+from train.cli.method_flags import ALL, given_options, is_composition, options_of, variant
 from train.cli.options import TrainingOptions
-from train.compare.bootstrap import Scored
 from train.compare.options import CompareOptions
-from train.data.files import read_chunks
+from train.compare.single_run import Run
 from train.fit.options import FitOptions
-from train.fit.run_folder import clear
-from train.fit.run_record import (
-    FLAGS_NAME,
-    OUTPUT_NAME,
-    PREDICTIONS_NAME,
-    RUN_NAME,
-    possibly_written,
-)
 from train.objectives import is_text_to_text
 from train.objectives.learning_rates import CLASSIFIER, TEXT_TO_TEXT
 
 # The meaning of a flag's numbers, if fit's flag of the same name has another meaning.
 _MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
+# A method's text names a folder of its runs.
+_NAME_OF_FOLDER = re.compile(r"[\w.+:=-]+", re.ASCII)
+# Options of the comparison as a whole, which a configuration cannot vary by task.
+_OF_ALL_TASKS = (
+    *("backbone", "output_dir", "heads", "tune_learning_rates", "tuning_seeds", "reference"),
+    *("at_once", "processes", "keep_adapters", "overwrite"),
+)
 # Factor between neighbouring learning rates of a grid.
 RATE_FACTOR = 3.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One run of `fit`.
-
-    Attributes:
-      task: the task to learn.
-      size: the number of training examples; None is all.
-      method: the preset or variant.
-      seed: the seed of the run.
-      folder: its `--output-dir`.
-      flags: its other flags.
-      rate: learning rate of a grid; None for the method's own.
-    """
-
-    task: str
-    size: int | None
-    method: str
-    seed: int
-    folder: Path
-    flags: tuple[str, ...]
-    rate: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the run in messages."""
-        size = "" if self.size is None else f", {self.size:,} examples"
-        rate = "" if self.rate is None else f", learning rate {self.rate:g}"
-        return f"{self.task}{size}, {self.method}{rate}, seed {self.seed}"
-
-    @property
-    def point(self) -> tuple[Any, ...]:
-        """Everything but the seed."""
-        return self.task, self.size, self.method, self.rate
-
-    def finished(self) -> bool:
-        """Returns True if the result exists, with any flags."""
-        return (self.folder / "metrics.json").exists()
-
-    def same_flags(self) -> bool:
-        """Returns True if the run was last started with these flags."""
-        path = self.folder / FLAGS_NAME
-        return path.exists() and parse_json(path.read_bytes(), str(path)) == list(self.flags)
-
-    def clear(self) -> None:
-        """Removes the outputs of an earlier start of the run, and nothing else."""
-        settings = {"task": self.task, "method": self.method}
-        clear(self.folder, possibly_written(settings))
-        for name in (RUN_NAME, FLAGS_NAME, OUTPUT_NAME):
-            (self.folder / name).unlink(missing_ok=True)
-
-    def record(self) -> dict[str, Any]:
-        """Returns the fields of `metrics.json` that are compared."""
-        result = json.loads((self.folder / "metrics.json").read_text("utf-8"))
-        kept = ["metric", "learning_rate", "train_examples", "steps", "best_epoch"]
-        kept += ["trained_parameters", "total_parameters", "adapter_bytes"]
-        return {
-            "task": self.task,
-            "train_size": self.size,
-            "method": self.method,
-            "seed": self.seed,
-            **{name: result[name] for name in kept},
-            "validation": result["validation"],
-            "test": result["test"],
-            **_shares(result["measured"]),
-        }
-
-    def label_names(self) -> list[str]:
-        """Returns the names of the labels in their order, none for other tasks."""
-        return read_json(self.folder / "metrics.json").get("label_names") or []
-
-    def predictions(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns the predictions on the test split and the targets, None if there are none."""
-        path = self.folder / PREDICTIONS_NAME
-        if not path.exists():
-            return None
-        rows = [row for chunk in read_chunks(path, 4096) for row in chunk]
-        predictions, targets = (
-            np.array([row[name] for row in rows]) for name in ("prediction", "target")
-        )
-        return predictions, targets
-
-
-def scored(runs: Sequence[Run], metric: str) -> Scored:
-    """Returns the finished runs of a point with their predictions."""
-    finished = {run.seed: run for run in runs if run.finished()}
-    found = {seed: run.predictions() for seed, run in finished.items()}
-    known = {seed: pair for seed, pair in found.items() if pair is not None}
-    return Scored(
-        scores={seed: run.record()["test"][metric] for seed, run in finished.items()},
-        predictions={seed: predictions for seed, (predictions, _) in known.items()},
-        targets=next((targets for _, targets in known.values()), None),
-    )
-
-
-def _shares(measured: dict[str, Any]) -> dict[str, Any]:
-    """Returns the measurements of a process with its times divided by its number of runs."""
-    runs = measured.get("runs_at_once", 1)
-    times = {name: measured[name] for name in ("step_seconds", "seconds")}
-    return measured | {name: value and value / runs for name, value in times.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +72,6 @@ class Point:
             float(f"{middle * RATE_FACTOR**power:.3g}")
             for power in range(-(count // 2), count // 2 + 1)
         )
-
-    @property
-    def own_rate(self) -> float | None:
-        """The rate in the middle of the grid, which is the method's own."""
-        return self.rates[len(self.rates) // 2] if self.rates else None
 
     def tried(self) -> list[Run]:
         """Returns the runs that choose the learning rate."""
@@ -240,10 +130,15 @@ def points(each: Sequence[CompareOptions]) -> list[Point]:
       each: the options of each task.
 
     Raises:
-      ValueError: for an unknown method, a task named twice, a list that is not of numbers, or lists
-        of different lengths; and as `train.tasks.load_task`.
+      ValueError: for an unknown method, a task named twice, a name that is no name of a folder, a
+        list that is not of numbers, or lists of different lengths; and as `train.tasks.load_task`.
     """
-    names_of(joined(each).task)
+    for task in names_of(joined(each).task):
+        if {"/", "\\"} & set(task) or task in (".", ".."):
+            raise ValueError(
+                f"--task {quote(task, 100)} names a folder of the comparison; give your files a "
+                "name without / and \\"
+            )
     return [point for options in each for point in _points(options)]
 
 
@@ -252,6 +147,8 @@ def _points(options: CompareOptions) -> list[Point]:
     writes_text = is_text_to_text(options.backbone)
     methods = _methods(options, writes_text)
     sizes = [None] if options.train_size is None else _numbers("train-size", options.train_size)
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"--train-size {options.train_size!r} must be different numbers")
     seeds = _each("seeds", options.seeds, sizes)
     steps = _each("steps", options.steps, sizes) if options.steps else [None] * len(sizes)
     examples = _num_examples(options)
@@ -270,15 +167,18 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
     """Returns the presets to compare; all of them means those that the backbone can be trained by.
 
     Raises:
-      ValueError: for an unknown preset or an invalid value, or if the reference is not compared.
+      ValueError: for an unknown preset or an invalid value, for two names of one method, or if the
+        reference is not compared.
     """
+    if is_composition(options.methods):
+        raise ValueError(
+            f"--methods {quote(options.methods, 100)} must be presets or variants of them; fit "
+            "trains compositions"
+        )
     methods = list(presets()) if options.methods == ALL else names_of(options.methods)
-    for method in methods:
-        name, changes = variant(method)
-        given = given_options(options_of(name, options.method_options))
-        preset(name, **(given | changes))  # raises for what the method does not have
     if options.methods == ALL and writes_text:
         methods = [name for name in methods if PRESETS[name].method.own_groups]
+    _check_methods(methods, options, writes_text)
     if options.reference is not None and options.reference not in methods:
         raise ValueError(
             f"--reference {options.reference!r} must be one of the methods that are compared: "
@@ -287,13 +187,45 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
     return methods
 
 
+def _check_methods(methods: Sequence[str], options: CompareOptions, writes_text: bool) -> None:
+    """Raises ValueError for a method that cannot be trained, or that has two names."""
+    known: dict[tuple[str, MethodConfig], str] = {}
+    for method in methods:
+        name, changes = variant(method)
+        given = given_options(options_of(name, options.method_options))
+        config = preset(name, **(given | changes))  # raises for what the method does not have
+        if writes_text and not config.trained_groups() - {"head", "pooler"}:
+            raise ValueError(
+                f"{method!r} trains nothing of {options.backbone}, which has no head of the task; "
+                "leave it out"
+            )
+        if not _NAME_OF_FOLDER.fullmatch(method):
+            raise ValueError(
+                f"method {quote(method, 100)} names a folder; write its values with letters, "
+                "digits and . _ + - alone"
+            )
+        if (first := known.setdefault((name, config), method)) != method:
+            raise ValueError(f"{method!r} and {first!r} are the same method; name it once")
+
+
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """Returns runs by seed, so that the first seed of all methods comes before the second."""
     return sorted(runs, key=lambda run: run.seed)  # stable
 
 
 def joined(each: Sequence[CompareOptions]) -> CompareOptions:
-    """Returns the options of all tasks, without values that a configuration gives for one task."""
+    """Returns the options of the comparison as a whole; those of the first task for the rest.
+
+    Raises:
+      ValueError: if an option of the whole has several values.
+    """
+    for name in _OF_ALL_TASKS:
+        values = [getattr(options, name) for options in each]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{name} is one for all tasks, and the configuration has "
+                f"{listing(map(str, values))}"
+            )
     return dataclasses.replace(each[0], task=",".join(options.task for options in each))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         if len(by_size) > 1:
             path = folder / f"sizes-{task}.png"
             save(size_figure(of_task, backbone), path)
-            sections += [f"## {task}", f"![score by training size]({path.name})"]
+            sections += [
+                f"## {task}",
+                f"![score by training size]({urllib.parse.quote(path.name)})",
+            ]
             sections.append(size_table(of_task))
         for size, of_size in sorted(by_size.items()):
             path = folder / f"comparison-{task}-{size}.png"
             save(comparison_figure(of_size, backbone), path)
             sections += [f"## {task}, {size:,} training examples"]
-            sections += [f"![score by trained parameters]({path.name})", method_table(of_size)]
+            link = urllib.parse.quote(path.name)
+            sections += [f"![score by trained parameters]({link})", method_table(of_size)]
             # None is the size of all examples.
             of_point = [task, [size, None]]
             sections += _difference_sections(_of_point(results["differences"], *of_point))
@@ -40,7 +45,9 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         sections.append(table(["run", "reason"], [list(f.values()) for f in results["failed"]]))
     shown = {key: value for key, value in settings.items() if value is not None}
     sections.append("## Settings")
-    sections.append(table(["setting", "value"], [[k, f"`{v}`"] for k, v in shown.items()]))
+    told = {key: _told(value) for key, value in shown.items() if key != "method_options"}
+    told |= {"method_options": str(shown["method_options"])}
+    sections.append(table(["setting", "value"], [[k, f"`{v}`"] for k, v in told.items()]))
     with replace_file(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
@@ -55,11 +62,11 @@ def _of_point(
 def _difference_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
-    over = (
-        "the seeds and the test examples"
-        if all(row["over_examples"] for row in rows)
-        else "the seeds, and the test examples where the metric allows it"
-    )
+    alone = [f"`{row['method']}`" for row in rows if not row["over_examples"]]
+    over = "the seeds and the test examples"
+    if alone:
+        # The metric cannot be resampled, or predictions are missing or have another score.
+        over += f" (the seeds alone for {', '.join(alone)})"
     return [
         f"Differences in mean test {rows[0]['metric']} to `{rows[0]['reference']}`, with 95 % "
         f"intervals of a paired bootstrap over {over}. On par: the interval includes 0.",
@@ -126,13 +133,22 @@ def _explanation(settings: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"Backbone `{settings['backbone']}`; {length}: {settings[length]}; batch size: "
-        f"{settings['batch_size']}. {heads}{tuned} Each "
+        f"Backbone `{settings['backbone']}`; {length}: {_told(settings[length])}; batch size: "
+        f"{_told(settings['batch_size'])}. {heads}{tuned} Each "
         "score is of the test split, with the adapter of the epoch that had the best validation "
         "score; mean and sample standard deviation over the seeds, whose number stands in "
         "parentheses. Parameters trained are in percent of all, adapter and head included. Step: "
         f"median, without those that compiled. Memory: largest of the process.{at_once}"
     )
+
+
+def _told(value: Any) -> str:
+    """Formats a setting; one that differs between tasks as `20 (cola), 3 (sst2)`."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{'-' if each is None else each} ({task})" for task, each in value.items()
+        )
+    return str(value)
 
 
 def method_table(found: Sequence[Summary]) -> str:

@@ -18,7 +18,8 @@ from train.cli.method_flags import given_options
 from train.compare import report
 from train.compare.differences import differences
 from train.compare.options import CompareOptions
-from train.compare.plan import Point, Run, in_order, joined, points
+from train.compare.plan import Point, in_order, joined, points
+from train.compare.single_run import Run
 from train.compare.tuning import Choice, choose
 from train.compare.workers import side_by_side
 from train.errors import FailedRunsError, InterruptedRunError
@@ -66,10 +67,11 @@ def compare(each: Sequence[CompareOptions]) -> None:
         }
         runs = in_order(run for runs in runs_of.values() for run in runs)
         failures |= _run_all(runs, options, lock)
-        _write(options, runs_of, choices, failures)
+        _write(each, runs_of, choices, failures)
     if failures:
         listed = "; ".join(f"{run.name}: {reason}" for run, reason in failures.items())
-        raise FailedRunsError(f"{len(failures)} of {len(runs)} runs failed: {listed}")
+        of = len({*runs, *failures})
+        raise FailedRunsError(f"{len(failures)} of {of} runs failed: {listed}")
 
 
 def _possible(point: Point) -> list[Run]:
@@ -99,7 +101,7 @@ def _tuned(
 
 
 def _write(
-    options: CompareOptions,
+    each: Sequence[CompareOptions],
     runs_of: Mapping[Point, Sequence[Run]],
     choices: Mapping[Point, Choice],
     failures: Mapping[Run, str],
@@ -109,8 +111,9 @@ def _write(
     records = [run.record() for run in runs if run.finished()]
     if not records:
         return
+    options = joined(each)
     results = {
-        "settings": _settings(options),
+        "settings": _settings(each),
         "runs": records,
         "differences": differences(runs_of, options.reference),
         "tried": [row for choice in choices.values() for row in choice.records()],
@@ -279,7 +282,20 @@ def _duration(seconds: float | None) -> str:
     return f"about {minutes // 60} h {minutes % 60:02d} min left"
 
 
-def _settings(options: CompareOptions) -> dict[str, Any]:
+def _settings(each: Sequence[CompareOptions]) -> dict[str, Any]:
+    """Returns the settings, JSON-ready; one that differs between tasks is `{task: value}`."""
+    by_task = {options.task: _of_task(options) for options in each}
+    first, *others = by_task.values()
+    settings = {
+        name: value
+        if all(other[name] == value for other in others)
+        else {task: values[name] for task, values in by_task.items()}
+        for name, value in first.items()
+    }
+    return settings | {"task": joined(each).task}
+
+
+def _of_task(options: CompareOptions) -> dict[str, Any]:
     values = dataclasses.asdict(options)
     values["method_options"] = given_options(options.method_options)
     return json.loads(json.dumps(values, default=str))

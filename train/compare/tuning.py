@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from train.compare.plan import Point, Run
+from train.compare.plan import Point
+from train.compare.single_run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Choice:
     def rate(self) -> float | None:
         """The rate of the best score, of equal ones the nearest to the method's own.
 
-        None if every rate failed.
+        Of two equally near it is the smaller. None if every rate failed.
         """
-        own = self.point.own_rate
-        known = [(score, rate) for rate, score in self.scores.items() if score is not None]
-        if own is None or not known:
+        rates, middle = list(self.scores), len(self.scores) // 2
+        known = [(score, i) for i, score in enumerate(self.scores.values()) if score is not None]
+        if not known:
             return None
-        return max(known, key=lambda pair: (pair[0], -abs(math.log(pair[1] / own))))[1]
+        return rates[max(known, key=lambda pair: (pair[0], -abs(pair[1] - middle), -pair[1]))[1]]
 
     @property
     def at_edge(self) -> bool:

@@ -38,12 +38,15 @@ done
 [[ -n $backbone ]] || fail 'give --backbone, a folder or an id of the hub'
 [[ -n $output ]] || fail 'give --output-dir'
 
-configs=$(cd "$(dirname "${BASH_SOURCE[0]}")/../configs" && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+configs=$root/train/configs
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # so that any folder will do
 failed=()
 
-# compare NAME FOLDER FLAGS...: runs one comparison; another follows even if some of its runs fail.
+# compare NAME FOLDER FLAGS...: runs one comparison. Another follows even if some of its runs fail,
+# which is exit code 1, but not after bad input or an interrupt.
 compare() {
-  local name=$1 folder=$output/$2
+  local name=$1 folder=$output/$2 code=0
   shift 2
   local command=(
     "$python" -m train compare --config "$configs/claim_$name.toml" --backbone "$backbone"
@@ -52,8 +55,10 @@ compare() {
   printf '%q ' "${command[@]}"
   echo
   if ! $dry_run; then
-    "${command[@]}" || failed+=("$folder")
+    "${command[@]}" || code=$?
   fi
+  ((code <= 1)) || exit "$code"
+  ((code == 0)) || failed+=("$folder")
 }
 
 compare low_resource low_resource "$@"

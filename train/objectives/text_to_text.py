@@ -190,6 +190,8 @@ class TextToText(Seq2Seq):
         read = self.format.read(text_format.decode(outputs["ids"], self.tokenizer))
         if self.format.kind == "regression":
             read = np.where(np.isnan(read), self.format.score_mean, read)
+        if self.format.kind == "text":
+            targets = np.array(text_format.as_said(read, targets), object)
         return read, targets
 
     def user_messages(self) -> list[str]:

@@ -126,6 +126,22 @@ def test_a_comparison_of_the_claim_that_fails_does_not_keep_the_others(tmp_path)
     assert started == ["low_resource", "smallest"]
 
 
+@pytest.mark.parametrize("code", [2, 130, 143])
+def test_no_comparison_of_the_claim_follows_bad_input_or_an_interrupt(code, tmp_path):
+    stub(tmp_path, "python3", f"exit {code}")
+    result = launch("claim.sh", "--backbone", "B", "--output-dir", "out", stubs=tmp_path)
+    assert result.returncode == code
+    assert len(calls(tmp_path)) == 1
+    assert "the same command tries them again" not in result.stderr
+
+
+def test_the_claim_is_tested_from_any_folder(tmp_path):
+    stub(tmp_path, "python3", 'echo "path: $PYTHONPATH"')
+    result = launch("claim.sh", "--backbone", "B", "--output-dir", "out", stubs=tmp_path)
+    told = [line for line in result.stdout.splitlines() if line.startswith("path: ")]
+    assert [line.split()[1].split(os.pathsep)[0] for line in told] == [str(FOLDER.parents[1])] * 2
+
+
 def unquoted(line):
     return line.replace("\\ ", " ")
 

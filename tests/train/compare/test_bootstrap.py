@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from train.compare.bootstrap import Scored, difference, weighted
-from train.tasks.metrics import compute_metrics
+from train.tasks.metrics import compute_metrics, label_metrics
 
 NAMES = np.array(["no", "perhaps", "yes", "never drawn"])
 
@@ -63,6 +63,36 @@ def test_constants_and_absent_labels_count_nothing():
     texts = np.array(["a  b", "c", "d"])
     match = weighted("exact_match", texts, np.array(["a b", "d", "d"]), weights)
     np.testing.assert_allclose(match, [2 / 3, 1])
+
+
+def test_a_prediction_that_is_no_label_is_wrong_and_no_label():
+    """As text that a decoder generates; `macro_f1` has no label for it."""
+    generator = np.random.default_rng(3)
+    targets, found = generator.integers(3, size=30), generator.integers(-1, 3, size=30)
+    rows, weights = drawn(generator, 30, 9)
+    texts = np.array([None if label < 0 else NAMES[label] for label in found])
+    for metric in OF_LABELS:
+        wanted = [label_metrics(found[i], targets[i], 3)[metric] for i in rows]
+        values = weighted(metric, texts, NAMES[targets], weights, NAMES[:3])
+        np.testing.assert_allclose(values, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman"])
+def test_a_constant_is_one_up_to_rounding(metric):
+    """The mean of equal numbers is not always that number."""
+    _, weights = drawn(np.random.default_rng(0), 30, 50)
+    targets = np.random.default_rng(1).normal(size=30)
+    assert not weighted(metric, np.full(30, 0.1), targets, weights).any()
+    near = 0.1 + 1e-6 * targets
+    np.testing.assert_allclose(weighted(metric, near, targets, weights), 1, rtol=1e-6)
+
+
+def test_the_ranks_of_many_examples_need_little_memory():
+    """A table of examples by examples would have 7 GB."""
+    generator = np.random.default_rng(0)
+    targets, found = generator.normal(size=(2, 30_000))
+    (value,) = weighted("spearman", found, targets, np.ones((1, 30_000), int))
+    assert value == pytest.approx(stats.spearmanr(found, targets).statistic)
 
 
 def side(rates, *, examples=400, seed=0, known=True):
@@ -133,6 +163,52 @@ def test_seeds_alone_are_drawn_where_examples_cannot_be():
     assert not difference(one, shorter, "accuracy").over_examples
     alone = difference(side([0.8], known=False), other, "accuracy")
     assert not alone.known
+
+
+NUMBERS = np.arange(400) / 7
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "labels"),
+    [
+        ("accuracy", lambda p: np.roll(p, 1), ()),  # not those of the score
+        ("accuracy", lambda p: p[:-1], ()),
+        ("accuracy", lambda p: p[:0], ()),
+        ("f1", lambda p: p, ()),  # whose second label is unknown
+        ("pearson", lambda p: p, ()),
+        ("exact_match", lambda p: NUMBERS, ()),
+    ],
+)
+def test_predictions_that_do_not_have_the_score_are_left_out(metric, predictions, labels):
+    other, one = side([0.7] * 3, seed=1), side([0.8, 0.6, 0.7])
+    known = difference(one, other, "accuracy")
+    assert known.over_examples
+    found = {**one.predictions, 1: predictions(one.predictions[1])}
+    changed = Scored(one.scores, found, one.targets)
+    assert not difference(changed, other, metric, labels).over_examples
+
+
+@pytest.mark.parametrize(("labels", "over_examples"), [(50, True), (100, False)])
+def test_examples_are_not_drawn_for_very_many_labels(labels, over_examples):
+    """The table of labels by labels grows with their square."""
+    generator = np.random.default_rng(0)
+    targets, found = generator.integers(labels, size=(2, 1000))
+    score = label_metrics(found, targets, labels)["macro_f1"]
+    runs = Scored({0: score}, {0: found.astype(str)}, targets.astype(str))
+    assert difference(runs, runs, "macro_f1").over_examples == over_examples
+
+
+def test_a_metric_over_groups_of_examples_is_left_out():
+    """MultiRC's `exact_match` counts questions; its predictions are of the answers."""
+    one, other = side([0.8] * 2), side([0.7] * 2, seed=1)
+    halves = [
+        Scored(
+            {seed: score / 2 for seed, score in each.scores.items()}, each.predictions, each.targets
+        )
+        for each in (one, other)
+    ]
+    assert difference(one, other, "exact_match").over_examples
+    assert not difference(*halves, "exact_match").over_examples
 
 
 def test_only_seeds_in_common_count():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections import Counter
 from pathlib import Path
 
@@ -272,6 +273,7 @@ for seed in seeds.split(","):
     result["test"] = {"accuracy": 0.5 + 0.1 * int(seed)}
     if "PREDICTS" in os.environ:
         right = 5 + int(seed) + (method == "lora")
+        result["test"]["accuracy"] = right / 10
         rows = [{"prediction": "yes" if i < right else "no", "target": "yes"} for i in range(10)]
         lines = "".join(json.dumps(row) + "\\n" for row in rows)
         (run / "test_predictions.jsonl").write_text(lines)
@@ -512,6 +514,9 @@ def test_every_tuning_seed_counts_and_the_nearest_rate_wins_a_tie(
     rates = ("0.001", "0.003", "0.009")
     tried = [f"lora {seed} at {rate}" for seed in range(2) for rate in rates]
     assert pretended() == [*tried, "lora 2 at 0.003"]
+    monkeypatch.setenv("FAILS_AT", "0.003")
+    assert main(compare_flags(files, tmp_path / "other", **flags)) == 0
+    assert pretended() == [*tried, "lora 2 at 0.001"]  # the smaller of two as near
 
 
 def test_a_rate_that_fails_is_not_taken(pretended, files, tmp_path, monkeypatch, capsys):
@@ -523,7 +528,9 @@ def test_a_rate_that_fails_is_not_taken(pretended, files, tmp_path, monkeypatch,
     assert "| `lora` | 0.001: failed | **0.003: 0.4451** | 0.009: 0.3901 |" in report
     monkeypatch.setenv("FAILS", "lora")  # at every rate
     assert main(compare_flags(files, tmp_path / "other", **flags)) == 1
-    assert "own, lora, learning rate 0.003, seed 0: it cannot work" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "own, lora, learning rate 0.003, seed 0: it cannot work" in error
+    assert "3 of 3 runs failed" in error
 
 
 def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, capsys):
@@ -541,6 +548,10 @@ def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, cap
     report = (tmp_path / "out" / "report.md").read_text()
     assert "paired bootstrap over the seeds and the test examples" in report
     assert "| `ia3` | +0.0000 | +0.0000 to +0.0000 | 2 | on par |" in report
+    (tmp_path / "out/runs/own/all/ia3/seed-1/test_predictions.jsonl").unlink()
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "the seeds and the test examples (the seeds alone for `ia3`)" in report
     flags |= {"reference": "lora"}
     assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -549,6 +560,23 @@ def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, cap
     assert (
         "--reference 'phm' must be one of the methods that are compared: ia3, lora, full" in error
     )
+
+
+def test_settings_that_a_configuration_varies_by_task(pretended, files, tmp_path, capsys):
+    config = tmp_path / "a.toml"
+    config.write_text("epochs = 3\n[tasks.one]\nepochs = 20\ntrain_size = '20'\n")
+    flags = {"task": "one,two", "methods": "full", "seeds": 1, "config": config}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["epochs"] == {"one": 20, "two": 3}
+    assert results["settings"]["train_size"] == {"one": "20", "two": None}
+    assert (results["settings"]["task"], results["settings"]["seeds"]) == ("one,two", "1")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "epochs: 20 (one), 3 (two); batch size: 32." in report
+    assert "| train_size | `20 (one), - (two)` |" in report
+    config.write_text("[tasks.one]\nheads = 'as_published'\n")
+    error = refusal(capsys, *compare_flags(files, tmp_path / "b", **flags))
+    assert "heads is one for all tasks, and the configuration has as_published, alike" in error
 
 
 # --- tables and figures -------------------------------------------------------------------------
@@ -678,19 +706,61 @@ def test_the_figure_of_sizes_has_a_line_of_means_for_each_method():
     plt.close(figure)
 
 
+def test_shares_within_a_power_of_ten_have_labels_in_percent():
+    for most, labelled in ((2_000_000, True), (20_000_000, False)):
+        runs = records({"full": (0.6,), "lora": (0.5,)}, trained={"full": most, "lora": 1_500_000})
+        figure = figures.comparison_figure(summaries(runs), "DIR")
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        low, high = axes.get_xlim()
+        places = [*axes.get_xticks(), *axes.get_xticks(minor=True)]
+        labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+        shown = zip(places, (label.get_text() for label in labels), strict=True)
+        told = [text for place, text in shown if low <= place <= high and text]
+        assert len(told) >= (2 if labelled else 1)
+        assert all(re.fullmatch(r"[\d.]+ %", text) for text in told)
+        plt.close(figure)
+
+
+def test_the_legend_of_all_methods_hides_and_loses_nothing():
+    names = [*cj.presets(), "lora:rank=1", "lora:rank=2", "lora:rank=4"]
+    runs = [run for size in (100, 200) for run in records(dict.fromkeys(names, (0.5,)), size=size)]
+    figure = figures.size_figure(summaries(runs), "DIR")
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    assert all(figure.bbox.contains(*corner) for corner in legend.corners())
+    assert not legend.overlaps(axes.bbox)
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_linestyle())
+        for line, *_ in axes.containers
+        if str(line.get_linestyle()) != "None"
+    }
+    assert len(looks) == len(names)
+    # The methods of one size stay apart from those of the next.
+    places = np.array([container[0].get_xdata(orig=False) for container in axes.containers])
+    assert places[:, 0].max() < 150 < places[:, 1].min()
+    plt.close(figure)
+
+
 def test_what_is_written(tmp_path):
     runs = records({"full": (0.6, 0.7), "lora": (0.5, 0.6)}, size=1000)
     runs += records({"full": (0.6,)}, size=100)
-    runs += records({"full": (0.6,)}, size=100, task="product")
+    runs += records({"full": (0.6,)}, size=100, task="my files")
     settings = {"backbone": "DIR", "steps": None, "epochs": 3, "batch_size": 32, "dtype": "float32"}
     settings |= {"heads": "alike", "tune_learning_rates": 1, "tuning_seeds": 1, "processes": 1}
-    results = {"runs": runs, "settings": settings, "failed": [], "differences": [], "tried": []}
+    results = {"runs": runs, "settings": settings, "differences": [], "tried": []}
+    settings["method_options"] = {"rank": 4}
+    results["failed"] = [{"run": "movie, lora, seed 0", "reason": "a | b"}]
     compare_report.write(results, tmp_path)
-    names = ["comparison-movie-100", "comparison-movie-1000", "comparison-product-100"]
+    names = ["comparison-movie-100", "comparison-movie-1000", "comparison-my files-100"]
     names = [f"{name}.png" for name in [*names, "sizes-movie"]]
     assert {path.name for path in tmp_path.iterdir()} == {*names, "report.md"}
     report = (tmp_path / "report.md").read_text()
-    assert re.findall(r"\((.*\.png)\)", report) == [names[3], *names[:3]]
+    links = re.findall(r"\((\S*\.png)\)", report)
+    assert list(map(urllib.parse.unquote, links)) == [names[3], *names[:3]]
+    assert "| method_options | `{'rank': 4}` |" in report
+    assert "| movie, lora, seed 0 | a \\| b |" in report
     assert "Backbone `DIR`; epochs: 3; batch size: 32." in report
     for name in names:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -725,13 +795,14 @@ def test_end_to_end(tiny_backbone, files, tmp_path, monkeypatch, capsys):
         rate = learning_rates.CLASSIFIER[run["method"]]
         assert run["learning_rate"] == rate
         assert run["test"]["accuracy"] * 16 == pytest.approx(round(run["test"]["accuracy"] * 16))
-    # Two layers: rule 64, adapters 216, norms 240, head 50; see test_cli.
-    assert runs["compacter++", 0]["trained_parameters"] == 64 + 216 + 240 + 50
+    # Two layers: rule 64, adapters 216, norms 240, head 50; see test_cli. The pooler, 24 x 24 + 24,
+    # is part of the head that all methods train.
+    assert runs["compacter++", 0]["trained_parameters"] == 64 + 216 + 240 + 50 + 600
     log = output / "runs" / "own" / "20" / "adapterdrop" / "seed-0" / "fit.log"
     assert "leave_out has [2, 3, 4]" in log.read_text()
     assert any((output / "compiled").iterdir())
     report = (output / "report.md").read_text()
-    assert "| `compacter++` | 570 |" in report
+    assert "| `compacter++` | 1,170 |" in report
     assert (output / "comparison-own-20.png").read_bytes().startswith(b"\x89PNG")
 
     flags |= {"methods": "compacter++", "seeds": 3, "at-once": 2}
