@@ -61,9 +61,7 @@ EXAMPLES, STEPS = (64, 4) if SMALL else (4000, 250)
 # `…/adapter/…`.
 
 # %%
-backbone = cj.load_backbone(
-    bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0, pooling="first"
-)
+backbone = cj.load_backbone(bert(), head="sequence_classification", num_labels=2, dropout_rate=0.0)
 tokenizer = AutoTokenizer.from_pretrained(bert(), trust_remote_code=False)
 method = cj.preset("compacter++")
 model = cj.Adapted(backbone.module, method)
