@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     capsys.readouterr()
     assert main(["fit", *flags, "--output-dir", str(output), "--resume"]) == 0
     captured = capsys.readouterr()
-    assert "the checkpoint of step 22: " in captured.out + captured.err
+    assert "the checkpoint of step 22 cannot be read: " in captured.out + captured.err
     assert "resumed at step 20, epoch 2" in captured.out
     assert adapter_bytes(output) == adapter_bytes(whole)
 
