@@ -96,7 +96,7 @@ def test_round_trip_of_every_field_changed(kind):
             {},
             r"unknown method preset 'compactr' \(did you mean 'compacter'\?\); use one of",
         ),
-        ("x", {}, "unknown method preset 'x'; use one of full, houlsby, pfeiffer-attention, pf"),
+        ("x", {}, "unknown method preset 'x'; use one of full, head-only, houlsby, pfeiffer-att"),
         (
             "compacter",
             {"reduction_facto": 16},
@@ -234,7 +234,7 @@ def test_floats_must_be_finite(field, value):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "unknown kind of method None; use one of full, bottleneck, low_rank_bottleneck"),
+        ({}, "unknown kind of method None; use one of full, head_only, bottleneck, low_rank"),
         ({"kind": "compacter"}, "unknown kind of method 'compacter'"),
         ("full", "a method must be a mapping of its fields, not 'full'"),
         ({"kind": "lora", "rnak": 4}, r"no field 'rnak' \(did you mean 'rank'\?\)"),
