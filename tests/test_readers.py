@@ -461,7 +461,7 @@ def test_rules_have_the_limits_of_other_patterns(monkeypatch, pattern):
     params = {"classifier": {"kernel": 0.0}, PATH: {"kernel": 0.0}}
     message = refused(cj.label_params, params, cj.preset("full"), [(pattern, "train")])
     assert message.startswith("rules: ")
-    assert re.search("takes too long to match|is not a valid regular expression", message)
+    assert re.search("takes too long to match|is not a (valid )?regular expression", message)
 
 
 def test_a_pattern_matches_as_res_do():

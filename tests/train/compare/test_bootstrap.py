@@ -66,7 +66,7 @@ def test_constants_and_absent_labels_count_nothing():
 
 
 def test_a_prediction_that_is_no_label_is_wrong_and_no_label():
-    """As text that a decoder generates; `macro_f1` has no label for it."""
+    """A decoder generates texts; `macro_f1` has no label for it."""
     generator = np.random.default_rng(3)
     targets, found = generator.integers(3, size=30), generator.integers(-1, 3, size=30)
     rows, weights = drawn(generator, 30, 9)
@@ -190,7 +190,7 @@ def test_predictions_that_do_not_have_the_score_are_left_out(metric, predictions
 
 @pytest.mark.parametrize(("labels", "over_examples"), [(50, True), (100, False)])
 def test_examples_are_not_drawn_for_very_many_labels(labels, over_examples):
-    """The table of labels by labels grows with their square."""
+    """A table of labels by labels grows with the square of their number."""
     generator = np.random.default_rng(0)
     targets, found = generator.integers(labels, size=(2, 1000))
     score = label_metrics(found, targets, labels)["macro_f1"]
