@@ -94,7 +94,9 @@ def test_gelu_and_its_derivatives_are_those_of_the_error_function():
     np.testing.assert_allclose(second, (2 - x**2) * density, atol=2e-6)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about XLA on a CPU")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the bound is on the buffers of XLA on a CPU"
+)
 def test_of_a_feed_forward_layer_one_array_is_kept():
     rows, width, inner, layers = 256, 16, 512, 6
     down, up = RNG.standard_normal((2, layers, width, inner)) / 16

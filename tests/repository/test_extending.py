@@ -101,7 +101,9 @@ def blocks(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the edits")
+@pytest.mark.skipif(
+    shutil.which("git") is None, reason="the page gives its edits to git apply, and git is missing"
+)
 def test_edits_of_the_page_add_a_method_and_a_task(tiny_backbone, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     from datasets import ClassLabel, Dataset, Features, Value

@@ -119,8 +119,8 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
         encoded = task_run.encoded[split].of_epoch(0)
         scores[split] = task_run.objective.scores(outputs, encoded)
         if split == "test" and distributed.is_first():
-            judged = task_run.objective.judged(outputs, encoded)
-            write_predictions(judged, task_run, job.folder(task_run))
+            compared = task_run.objective.predictions_and_targets(outputs, encoded)
+            write_predictions(compared, task_run, job.folder(task_run))
     return {
         "task": task_run.name,
         "kind": task_run.task.kind,
@@ -144,17 +144,16 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
 
 
 def write_predictions(
-    judged: tuple[np.ndarray, np.ndarray] | None, task_run: TaskRun, folder: Path
+    compared: tuple[np.ndarray, np.ndarray] | None, task_run: TaskRun, folder: Path
 ) -> None:
     """Writes what the test metrics compare, one row for each row of the split.
 
     Args:
-      judged: predictions and targets, as `Objective.judged` returns them; nothing is written for
-        None.
+      compared: the result of `Objective.predictions_and_targets`; nothing is written for None.
       task_run: the task; its labels are written by their names.
       folder: folder of the task's results.
     """
-    if judged is None:
+    if compared is None:
         return
     names = task_run.task.label_names
 
@@ -163,7 +162,7 @@ def write_predictions(
             return [str(value) if values.dtype == object else value for value in values.tolist()]
         return [names[label] if label >= 0 else None for label in values.tolist()]
 
-    rows = zip(*map(readable, judged), strict=True)
+    rows = zip(*map(readable, compared), strict=True)
     with write_rows(folder / PREDICTIONS_NAME) as write:
         write([{"prediction": found, "target": target} for found, target in rows])
 

@@ -70,7 +70,9 @@ class Objective(abc.ABC):
     def predictions(self, outputs: Any, encoded: tokens.Encoded) -> Predictions:
         """Returns the predictions that `predict_file` writes, one for each row."""
 
-    def judged(self, outputs: Any, encoded: tokens.Encoded) -> tuple[np.ndarray, np.ndarray] | None:
+    def predictions_and_targets(
+        self, outputs: Any, encoded: tokens.Encoded
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns what the metrics compare, row by row, from the outputs of a split.
 
         Returns:

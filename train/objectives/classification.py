@@ -66,7 +66,9 @@ class Classifier(Objective):
         """Returns the logits."""
         return outputs
 
-    def judged(self, outputs: Any, encoded: tokens.Encoded) -> tuple[np.ndarray, np.ndarray] | None:
+    def predictions_and_targets(
+        self, outputs: Any, encoded: tokens.Encoded
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns labels or scores, and those of the rows."""
         found = outputs[:, 0] if self.kind == "regression" else outputs.argmax(-1)
         return found, targets_of(encoded)
@@ -112,7 +114,7 @@ class ParallelClassifier(Classifier):
         """Returns name -> logits."""
         return dict(zip(self.names, outputs, strict=True))
 
-    def judged(self, outputs: Any, encoded: tokens.Encoded) -> None:
+    def predictions_and_targets(self, outputs: Any, encoded: tokens.Encoded) -> None:
         """Returns None: a row has a prediction of each classifier."""
         del outputs, encoded
 
@@ -148,7 +150,9 @@ class MultipleChoice(Classifier):
         pairs = zip(self.benchmark.candidates(encoded.rows), chances, strict=True)
         return [names[chance.argmax()] for names, chance in pairs]
 
-    def judged(self, outputs: Any, encoded: tokens.Encoded) -> tuple[np.ndarray, np.ndarray] | None:
+    def predictions_and_targets(
+        self, outputs: Any, encoded: tokens.Encoded
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns labels and those of the rows; None where the candidates are no labels."""
         chosen = self.predictions(outputs, encoded)
         if not isinstance(chosen, np.ndarray):

@@ -178,7 +178,7 @@ class TextToText(Seq2Seq):
             return [None if np.isnan(score) else float(score) for score in read]
         return list(map(str, read))
 
-    def judged(
+    def predictions_and_targets(
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns labels, scores or texts, and those of the rows."""

@@ -17,7 +17,9 @@ with open(path, "w") as file:
 time.sleep(float(seconds))
 sys.exit(int(code))
 """
-linux = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="nothing can be pinned")
+linux = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="the system, such as macOS, cannot pin processes"
+)
 
 
 def starter(folder):

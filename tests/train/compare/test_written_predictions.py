@@ -30,8 +30,8 @@ def read_back(folder, objective, outputs, targets, label_names=()):
     """The predictions and targets of a run, written and read."""
     encoded = types.SimpleNamespace(targets=targets, groups=None)
     task = types.SimpleNamespace(kind=objective_kind(objective), label_names=label_names)
-    judged = objective.judged(outputs, encoded)
-    write_predictions(judged, types.SimpleNamespace(task=task), folder)
+    predictions_and_targets = objective.predictions_and_targets(outputs, encoded)
+    write_predictions(predictions_and_targets, types.SimpleNamespace(task=task), folder)
     return Run("own", None, "lora", 0, folder, ()).predictions()
 
 
