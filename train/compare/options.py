@@ -34,6 +34,8 @@ class CompareOptions(TrainingOptions):
       tune_learning_rates: number of learning rates to try for every method, task and size: its own
         and others a factor of 3 apart on both sides. That of the best validation score is taken
         for all seeds. 1 tries none; a number must be odd.
+      tune_beyond: number of further learning rates to try, one by one, while the best rate is the
+        smallest or the largest that was tried.
       tuning_seeds: number of seeds that try every learning rate; their mean score decides.
       reference: method that the others are compared with, by a paired bootstrap over seeds and test
         examples; by default full, or without it the first method.
@@ -59,6 +61,7 @@ class CompareOptions(TrainingOptions):
     seeds: str = "3"
     heads: Literal["alike", "as_published"] = "alike"
     tune_learning_rates: int = 1
+    tune_beyond: int = 0
     tuning_seeds: int = 1
     reference: str | None = None
     at_once: int = 1
@@ -79,6 +82,10 @@ class CompareOptions(TrainingOptions):
             "at_once": (self.at_once >= 1, "at least 1"),
             "processes": (self.processes >= 1, "at least 1"),
             "tune_learning_rates": (count >= 1 and count % 2 == 1, "an odd number, 1 or 3 or 5"),
+            "tune_beyond": (
+                self.tune_beyond == 0 or (self.tune_beyond > 0 and count > 1),
+                "at least 0, and 0 without --tune-learning-rates of at least 3",
+            ),
             "tuning_seeds": (self.tuning_seeds >= 1, "at least 1"),
         }
         check(self, wanted)

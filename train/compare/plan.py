@@ -27,8 +27,8 @@ _MEANINGS = {"seeds": ": how many seeds, which are then 0, 1, and so on"}
 _NAME_OF_FOLDER = re.compile(r"[\w.+:=-]+", re.ASCII)
 # Options of the comparison as a whole, which a configuration cannot vary by task.
 _OF_ALL_TASKS = (
-    *("backbone", "output_dir", "heads", "tune_learning_rates", "tuning_seeds", "reference"),
-    *("at_once", "processes", "keep_adapters", "overwrite"),
+    *("backbone", "output_dir", "heads", "tune_learning_rates", "tune_beyond"),
+    *("tuning_seeds", "reference", "at_once", "processes", "keep_adapters", "overwrite"),
 )
 # Factor between neighbouring learning rates of a grid.
 RATE_FACTOR = 3.0
@@ -65,18 +65,26 @@ class Point:
         count = self.options.tune_learning_rates
         if count == 1:
             return ()
+        return self._grid(count // 2)
+
+    @property
+    def reachable_rates(self) -> tuple[float, ...]:
+        """`rates` and those beyond both ends that `tune_beyond` may reach."""
+        return self.rates and self._grid(len(self.rates) // 2 + self.options.tune_beyond)
+
+    def _grid(self, side: int) -> tuple[float, ...]:
+        """Returns the method's own rate and `side` others on each side, in ascending order."""
         defaults = TEXT_TO_TEXT if self.writes_text else CLASSIFIER
         middle = self.options.learning_rate or defaults[self.preset]
         # Three digits, so that folders and reports have short names.
         return tuple(
-            float(f"{middle * RATE_FACTOR**power:.3g}")
-            for power in range(-(count // 2), count // 2 + 1)
+            float(f"{middle * RATE_FACTOR**power:.3g}") for power in range(-side, side + 1)
         )
 
-    def tried(self) -> list[Run]:
-        """Returns the runs that choose the learning rate."""
+    def tried(self, rates: Iterable[float]) -> list[Run]:
+        """Returns the runs that try some learning rates."""
         seeds = range(min(self.options.tuning_seeds, self.num_seeds))
-        return [self.run(seed, rate) for seed in seeds for rate in self.rates]
+        return [self.run(seed, rate) for seed in seeds for rate in sorted(rates)]
 
     def runs(self, rate: float | None) -> list[Run]:
         """Returns the runs of all seeds at one learning rate."""

@@ -121,9 +121,11 @@ def _explanation(settings: Mapping[str, Any]) -> str:
         "alike": "Every method trains the same head, its pooler included where it has one.",
         "as_published": "Each method trains the head; the pooler as its preset does.",
     }[settings["heads"]]
+    beyond = settings.get("tune_beyond", 0)  # earlier results have none
     tuned = (
-        f" The learning rate is the best of {settings['tune_learning_rates']} by the validation "
-        f"score of {settings['tuning_seeds']} seed(s)."
+        f" The learning rate is the best of {settings['tune_learning_rates']}"
+        f"{f' and up to {beyond} beyond their ends' if beyond else ''} by the validation score of "
+        f"{settings['tuning_seeds']} seed(s)."
         if settings["tune_learning_rates"] > 1
         else ""
     )

@@ -20,7 +20,7 @@ from train.compare.differences import differences
 from train.compare.options import CompareOptions
 from train.compare.plan import Point, in_order, joined, points
 from train.compare.single_run import Run
-from train.compare.tuning import Choice, choose
+from train.compare.tuning import Choice, tune
 from train.compare.workers import side_by_side
 from train.errors import FailedRunsError, InterruptedRunError
 from train.fingerprints import files_read
@@ -59,7 +59,10 @@ def compare(each: Sequence[CompareOptions]) -> None:
     with alone(folder), alone(folder, _RUNS_LOCK_NAME, waiting=left) as lock:
         _check_folder(options)
         write_json(folder / _RECORD_NAME, {"format_version": FORMAT_VERSION})
-        choices, failures = _tuned(found, options, lock)
+        choices, failures = tune(
+            [point for point in found if point.rates],
+            lambda runs: _run_all(runs, options, lock),
+        )
         runs_of = {
             point: point.runs(choices[point].rate if point in choices else None)
             for point in found
@@ -76,28 +79,7 @@ def compare(each: Sequence[CompareOptions]) -> None:
 
 def _possible(point: Point) -> list[Run]:
     """Returns the runs of a point at every learning rate."""
-    return [run for rate in point.rates or (None,) for run in point.runs(rate)]
-
-
-def _tuned(
-    found: Sequence[Point], options: CompareOptions, lock: int
-) -> tuple[dict[Point, Choice], dict[Run, str]]:
-    """Tries the learning rates of every point.
-
-    A rate that fails is not taken, so that its failure is none of the comparison.
-
-    Returns:
-      The choices, and the failed runs of points at which every rate failed.
-    """
-    tuned = [point for point in found if point.rates]
-    tried = in_order(run for point in tuned for run in point.tried())
-    if not tried:
-        return {}, {}
-    print(f"{len(tried)} runs choose the learning rates")
-    failures = _run_all(tried, options, lock)
-    choices = {point: choose(point) for point in tuned}
-    lost = {run for point, choice in choices.items() if not choice.rate for run in point.tried()}
-    return choices, {run: reason for run, reason in failures.items() if run in lost}
+    return [run for rate in point.reachable_rates or (None,) for run in point.runs(rate)]
 
 
 def _write(

@@ -519,6 +519,45 @@ def test_every_tuning_seed_counts_and_the_nearest_rate_wins_a_tie(
     assert pretended() == [*tried, "lora 2 at 0.001"]  # the smaller of two as near
 
 
+def test_rates_beyond_the_end_are_tried_while_it_is_the_best(pretended, files, tmp_path, capsys):
+    output = tmp_path / "out"
+    flags = {"methods": "full,lora", "seeds": 2, "tune-learning-rates": 3}
+    assert main(compare_flags(files, output, **flags)) == 0
+    assert len(pretended()) == 8
+    further = flags | {"tune-beyond": 2}
+    assert main(compare_flags(files, output, **further)) == 0
+    # full improves up to its second further rate; lora gets worse below 0.001, which is kept.
+    tried = ["full 0 at 0.00045", "lora 0 at 0.000333", "full 0 at 0.00135"]
+    assert pretended() == [*tried, "full 1 at 0.00135"]
+    assert "2 further runs choose the learning rates" in capsys.readouterr().out
+    report = (output / "report.md").read_text()
+    assert "the best of 3 and up to 2 beyond their ends by the validation score" in report
+    assert "0.00045: 0.4601 | **0.00135: 0.4850**\\* |" in report
+    assert (
+        "| `lora` | 0.000333: 0.4450 | **0.001: 0.5000** | 0.003: 0.4451 | 0.009: 0.3901 |"
+        in report
+    )
+    assert main(compare_flags(files, output, **further)) == 0
+    assert pretended() == []
+    # A finished run at a rate that only --tune-beyond reaches is not replaced unasked.
+    assert main(compare_flags(files, output, **further | {"batch-size": 7})) == 2
+    assert "and 11 more hold finished runs with other settings" in capsys.readouterr().err
+
+
+def test_a_rate_beyond_the_end_that_fails_ends_the_search(
+    pretended, files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("FAILS_AT", "0.00045")
+    flags = {"methods": "full", "seeds": 1, "tune-learning-rates": 3, "tune-beyond": 3}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    assert pretended()[-1] == "full 0 at 0.00045"
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| **0.00015: 0.4051** | 0.00045: failed |" in report
+    alone = flags | {"tune-learning-rates": 1}
+    assert main(compare_flags(files, tmp_path / "other", **alone)) == 2
+    assert "tune_beyond=3 must be at least 0, and 0 without" in capsys.readouterr().err
+
+
 def test_a_rate_that_fails_is_not_taken(pretended, files, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAILS_AT", "0.001")
     flags = {"methods": "lora", "seeds": 1, "tune-learning-rates": 3}
