@@ -9,6 +9,7 @@ TESTS ?= not slow
 # More than two processors: some tests wait for processes of their own.
 WORKERS ?= 3
 DEMO_ARGS ?=
+ACCELERATOR_ARGS ?=
 
 MAIN := .venv
 NEWEST := .venv-newest
@@ -40,7 +41,7 @@ find = $(shell for v in $(1); do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs notebooks test-main newest test-newest test-oldest test-wheel clean
+.PHONY: help demo test lint docs notebooks accelerator test-main newest test-newest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         set up, then fine-tune a small BERT on film reviews; see train/configs/demo.toml"
@@ -48,6 +49,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation, in build/docs; a warning is an error"
 	@echo "make notebooks    run the notebooks at full size, and write them with their outputs"
+	@echo "make accelerator  check and time the package on a GPU or TPU that $(PYTHON) has JAX for; see benchmarks/accelerator.md"
 	@echo "make test-wheel   build wheel and sdist, use the wheel in an empty environment, type-check a user"
 	@echo "make test-newest  the fast tests on the newest Python, JAX and transformers found"
 	@echo "make test-main    every test"
@@ -80,6 +82,10 @@ docs: $(MAIN)/test.stamp
 notebooks: $(MAIN)/test.stamp
 	@echo "== running the notebooks at full size"
 	@$(MAIN)/bin/python notebooks/run.py
+
+# In the environment of the device, which is not made here.
+accelerator:
+	@$(PYTHON) -m benchmarks.accelerator --json runs/accelerator.json $(ACCELERATOR_ARGS)
 
 test-main: $(MAIN)/test.stamp
 	@echo "== every test, in $(MAIN)"

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from benchmarks.contest import write
+from benchmarks.jax_worker import random_members
 from benchmarks.turns import alternate, processor, seconds_of, spread
 from train.data import batching
 from train.fit import grid, stopping
@@ -68,16 +68,10 @@ def bank(options: argparse.Namespace) -> dict[str, Any]:
     one = cj.Adapted(backbone.module, method)
     params = cj.init_adapters(one, backbone, jax.random.key(0))
     many, banked = cj.stack_adapters([(one, params)], backbone, capacity=options.members)
-    # Every position holds a member with its own values.
-    flat = flatten_dict(banked, sep="/")
-    stored = {path for path in flat if path not in flatten_dict(backbone.params, sep="/")}
+    banked = random_members(banked, backbone.params)
+    of_backbone = flatten_dict(backbone.params)
+    stored = [leaf for path, leaf in flatten_dict(banked).items() if path not in of_backbone]
     generator = np.random.default_rng(0)
-    for path in stored:
-        leaf = flat[path]
-        whole = leaf.dtype == bool
-        drawn = generator.normal(0, 0.02, leaf.shape).astype(leaf.dtype)
-        flat[path] = jnp.ones_like(leaf) if whole else jnp.asarray(drawn)
-    banked = unflatten_dict(flat, sep="/")
     rows, length = options.rows, options.length
     ids = generator.integers(5, backbone.module.config.vocab_size, (rows, length))
     mask = np.ones((rows, length), np.int32)
@@ -103,7 +97,7 @@ def bank(options: argparse.Namespace) -> dict[str, Any]:
         "ratio": spread(np.divide(seconds["bank"], seconds["one_adapter"])),
         # One byte per position says whether it is taken.
         "bytes_predicted": options.members * (of_one + 1),
-        "bytes": sum(flat[path].nbytes for path in stored),
+        "bytes": sum(leaf.nbytes for leaf in stored),
     }
 
 

@@ -73,6 +73,7 @@ class Task:
       dtype: the dtype of the computation, "float32" or "bfloat16".
       shortest: the length of the shortest row as a fraction of the longest; 1.0 leaves no padding.
       compiled: whether PyTorch uses `torch.compile`.
+      generated: the number of generated tokens.
     """
 
     size: Size
@@ -83,6 +84,7 @@ class Task:
     dtype: str = "float32"
     shortest: float = 1.0
     compiled: bool = False
+    generated: int = GENERATED
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Task:

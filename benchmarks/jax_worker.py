@@ -49,11 +49,36 @@ def method_of(name: str, **changes: Any) -> cj.MethodConfig:
 
 def random_backbone(size: Size) -> Backbone:
     """Returns random weights, and a module without dropout."""
+    module = module_of(size)
+    init = jax.jit(lambda key: module.init(key, *module.dummy_inputs())["params"])
+    return Backbone(module, init(jax.random.key(0)), module.config, size.name)
+
+
+def module_of(size: Size) -> Any:
+    """Returns the module of a size, without dropout."""
     module_class, config_class, _, head = _FAMILIES[size.family]
     config = config_class(**{**size.config, **_NO_DROPOUT[size.family]})
-    module: Any = module_class(config, head=head)
-    init = jax.jit(lambda key: module.init(key, *module.dummy_inputs())["params"])
-    return Backbone(module, init(jax.random.key(0)), config, size.name)
+    return module_class(config, head=head)
+
+
+def random_members(stacked: Any, backbone: Any) -> Any:
+    """Returns the parameters of a bank in which every place holds a member with its own values.
+
+    Args:
+      stacked: the parameters of `cj.stack_adapters`.
+      backbone: the parameters of the backbone, which stay as they are.
+    """
+    of_backbone, rng = flatten_dict(backbone, sep="/"), np.random.default_rng(0)
+
+    def drawn(path: str, leaf: Any) -> Any:
+        if path in of_backbone:
+            return leaf
+        if leaf.dtype == bool:  # whether a place is taken
+            return jnp.ones_like(leaf)
+        return jnp.asarray(rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype))
+
+    flat = flatten_dict(stacked, sep="/")
+    return unflatten_dict({path: drawn(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
 def write_backbone(size: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -113,7 +138,7 @@ def prepare(task: dict[str, Any]) -> Work:
         def value(logits: Any) -> float:
             return cross_entropy(np.asarray(logits, np.float32), targets)
     else:
-        run = greedy(model, params, batch)
+        run = greedy(model, params, batch, made.generated)
 
         def value(ids: Any) -> list[list[int]]:
             return np.asarray(ids).tolist()
@@ -179,13 +204,13 @@ def forward(model: Any, params: Any, batch: Any, size: Size) -> Callable[[], Arr
     return lambda: compiled(*arguments)
 
 
-def greedy(model: Any, params: Any, batch: Any) -> Callable[[], Array]:
+def greedy(model: Any, params: Any, batch: Any, tokens: int = GENERATED) -> Callable[[], Array]:
     """Returns a function that runs greedy search without early ends."""
     params = jax.device_put(params, jax.local_devices()[0])
     prompt = (batch["input_ids"], batch["attention_mask"])
 
     def run() -> Array:
-        return cj.generate(model, params, *prompt, max_new_tokens=GENERATED, eos_token_id=())
+        return cj.generate(model, params, *prompt, max_new_tokens=tokens, eos_token_id=())
 
     return run
 

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plot_peers
-from benchmarks.contest import Size, Task, choose, command, write
+from benchmarks.contest import GENERATED, Size, Task, choose, command, write
 from benchmarks.turns import Worker, WorkerError, noise, processor, spread, take_turns
 
 OURS = "compacter_jax"
@@ -74,6 +74,9 @@ class Settings:
       dtypes: the dtypes of the computation.
       compiled: whether to measure compiled peers, too; None does on a GPU.
       shortest: the fraction of `benchmarks.contest.Task.shortest`.
+      generated: the number of generated tokens.
+      beside: whether to measure the peers.
+      alone: whether to measure this package where the peer cannot be measured, instead of failing.
       method_changes: method -> changed fields of its preset.
     """
 
@@ -82,6 +85,9 @@ class Settings:
     dtypes: tuple[str, ...] | None = None
     compiled: bool | None = None
     shortest: float = 1.0
+    generated: int = GENERATED
+    beside: bool = True
+    alone: bool = False
     method_changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -149,7 +155,10 @@ def measure(
             dtypes = settings.dtypes or (("float32", "bfloat16") if on_gpu else ("float32",))
             ours, theirs = _adapters_of(method, backbone, settings)
             for dtype in dtypes:
-                task = Task(size, method, work, str(backbone), ours, dtype, settings.shortest)
+                task = Task(
+                    *(size, method, work, str(backbone), ours, dtype, settings.shortest),
+                    generated=settings.generated,
+                )
                 compiled = on_gpu if settings.compiled is None else settings.compiled
                 yield _compare(task, theirs, settings, compiled)
 
@@ -190,8 +199,10 @@ def _compare(
     """Returns the result of one case, JSON-ready: times and memory of each side, and the ratios."""
     peer = _PEERS.get(task.method, "adapters")
     of_peer = dataclasses.replace(task, adapter=peers_adapter)
-    tasks = {OURS: task, peer: of_peer}
-    if compiled:
+    tasks = {OURS: task}
+    if settings.beside:
+        tasks[peer] = of_peer
+    if settings.beside and compiled:
         tasks[f"{peer}, {COMPILED}"] = dataclasses.replace(of_peer, compiled=True)
     sides: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
@@ -202,7 +213,7 @@ def _compare(
             try:
                 sides[name] = _prepared(worker, of_side)
             except WorkerError as error:
-                if not of_side.compiled:
+                if name == OURS or not (of_side.compiled or settings.alone):
                     raise
                 failures[name] = str(error)  # a failure of torch.compile is a result, too
                 continue

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.contest import ADAPTER, GENERATED, WEIGHT_DECAY, Task, batch_of, cross_entropy
+from benchmarks.contest import ADAPTER, WEIGHT_DECAY, Task, batch_of, cross_entropy
 from benchmarks.turns import Work, serve
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
@@ -123,7 +123,7 @@ def _generate(task: Task, model: Any, batch: dict[str, torch.Tensor]) -> Any:
 
     @torch.inference_mode()
     def run() -> Any:
-        return model.generate(**prompt, max_new_tokens=GENERATED, do_sample=False, num_beams=1)
+        return model.generate(**prompt, max_new_tokens=task.generated, do_sample=False, num_beams=1)
 
     return run, lambda ids: np.asarray(ids.cpu()).tolist()
 

@@ -82,6 +82,7 @@ def make_compute(
     accumulation_steps: int = 1,
     devices: Sequence[jax.Device] | None = None,
     mesh: str | None = None,
+    by_pmap: bool | None = None,
 ) -> Compute:
     """Compiles `loss_and_update` and the outputs of a split for the given devices.
 
@@ -95,13 +96,16 @@ def make_compute(
       devices: the devices, which share the rows of a batch; by default all of every host.
       mesh: the layout of each host's devices, as `train.compute.mesh.parse` accepts it, to divide
         the frozen half over them; by default every device has a whole copy.
+      by_pmap: whether to compile by pmap rather than jit, without a mesh; by default for several
+        devices.
 
     Raises:
       ValueError: as `train.compute.mesh.make_mesh`.
     """
     devices = list(devices or jax.devices())
     laid_out = None if mesh is None else make_mesh(mesh, devices)
-    axis_name = AXIS if len(devices) > 1 and mesh is None else None
+    by_pmap = len(devices) > 1 if by_pmap is None else by_pmap
+    axis_name = AXIS if by_pmap and mesh is None else None
 
     # Seed and numbers are arguments, not constants: runs that differ only in them share the
     # compiled program.

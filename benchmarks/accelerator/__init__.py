@@ -1,0 +1,1 @@
+"""One command that checks, times and explains this package on an accelerator."""
