@@ -15,6 +15,7 @@ import optax
 
 import compacter_jax as cj
 from benchmarks import limits, peers
+from benchmarks.accelerator import replaced
 from benchmarks.accelerator.programs import METHOD, in_dtype
 from benchmarks.accelerator.scale import Scale
 from benchmarks.accelerator.section import Checks
@@ -47,7 +48,7 @@ def checks(scale: Scale) -> Checks:
     add(first, METHOD, "forward")
     for rows in scale.generating_rows:
         add(dataclasses.replace(scale.generating, rows=rows), METHOD, "generate")
-    return found
+    return {**found, **replaced.checks(scale)}
 
 
 def timed(
