@@ -191,7 +191,7 @@ class BottleneckConfig(InsertedConfig):
 
     kind: ClassVar[str] = "bottleneck"
     heading: ClassVar[str] = "for bottleneck adapters, Compacter among them"
-    roles: ClassVar[tuple[Role, ...]] = ("output", "parallel", "join")
+    roles: ClassVar[tuple[Role, ...]] = ("output", "parallel", "join", "embedded")
     has_dense_equivalent: ClassVar[bool] = True
     linear: ClassVar[str] = "dense"
 
@@ -268,12 +268,22 @@ class BottleneckConfig(InsertedConfig):
         is_parallel = site.role == "parallel" or name.startswith("parallel_")
         if is_parallel and not self.parallel:
             raise ValueError(f"site {name!r} is for parallel adapters; set parallel=True")
+        if site.role == "embedded" and self.parallel:
+            raise ValueError(
+                f"parallel=True at site {name!r}: embeddings are no sub-layer whose input an "
+                "adapter could read; use parallel=False there"
+            )
         if site.role == "output" and self.parallel:
             raise ValueError(
                 f"at site {name!r} an adapter sees only the output of the sub-layer; for parallel "
                 f"adapters use 'parallel_{name}'"
             )
         moved = self.original_ln_before or not (self.original_ln_after and self.residual_before_ln)
+        if site.role == "embedded" and moved:
+            raise ValueError(
+                "original_ln_before, original_ln_after and residual_before_ln are about the "
+                f"residual of a sub-layer, which site {name!r} does not have; leave them out there"
+            )
         if site.role != "join" and moved:
             raise ValueError(
                 "original_ln_before, original_ln_after and residual_before_ln need the residual; "
@@ -282,7 +292,7 @@ class BottleneckConfig(InsertedConfig):
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:
         """Runs the adapter on the inputs that its fields and the role of the site select."""
-        if call.site.role == "output":
+        if call.site.role in ("output", "embedded"):
             return self._adapt(call, x, None, x)
         if call.site.role == "parallel":
             return self._adapt(call, context, x, x)

@@ -331,7 +331,7 @@ def written_head(
     own = {path: leaf for path, leaf in flat.items() if _top(path) in tops}
     if not own:
         return None
-    tensors = _family(module).to_hugging_face(unflatten_dict(own, sep="/"))
+    tensors = _family(module).to_hugging_face(unflatten_dict(own, sep="/"), module.head)
     if "cls.predictions.bias" in tensors:
         tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
     labels = getattr(module, "num_labels", 2)
