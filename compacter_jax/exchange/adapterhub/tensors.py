@@ -212,6 +212,8 @@ class PartsAt(Generic[Own]):
     def __call__(self, host: str) -> Own:
         for pattern, leave_out, part in self._places:
             match = pattern.fullmatch(host)
-            if match and int(match["layer"]) not in leave_out:
+            # Embeddings are outside of the layers.
+            layer = match.groupdict().get("layer") if match else None
+            if match and (layer is None or int(layer) not in leave_out):
                 return part
         raise ValueError(f"no part of the method acts at {host}")
