@@ -25,7 +25,7 @@ def tiny(model_type, **changes):
         "encoder_layers": 1,
         "encoder_attention_heads": 2,
         "encoder_ffn_dim": 14,
-        "decoder_layers": 2,
+        "decoder_layers": 1,
         "decoder_attention_heads": 3,
         "decoder_ffn_dim": 10,
         "pad_token_id": PAD[model_type],

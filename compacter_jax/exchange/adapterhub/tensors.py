@@ -63,7 +63,7 @@ class Naming(NamedTuple):
 
     def of_host(self, host: str, kind: str) -> str:
         """Returns the prefix of the names of a host's tensors; `kind` is `adapters` or `loras`."""
-        return f"{host.replace('/', '.')}.{kind}.{self.name}"
+        return f"{self.layout.name_of(host)}.{kind}.{self.name}"
 
     def of_prefixes(self, location: str) -> str:
         """Returns the prefix of the names of a location's prefixes."""

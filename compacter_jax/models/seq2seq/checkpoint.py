@@ -81,7 +81,8 @@ def seq2seq_to_hugging_face(
 
     Returns:
       Name -> C-contiguous array on the host with unchanged dtype. Copies of embeddings are not
-      repeated, and sinusoidal positions are left out.
+      repeated but where the head is not tied to them, for transformers makes no copies then;
+      sinusoidal positions are left out.
 
     Raises:
       ValueError: if `Seq2Seq` does not have one of the parameters.
@@ -95,10 +96,16 @@ def seq2seq_to_hugging_face(
     if "decoder_embed_tokens" in params:
         renamed["shared.weight"] = f"{prefix}encoder.embed_tokens.weight"
     tensors = to_tensors(params, names.SEQ2SEQ, "Seq2Seq")
+    copies = {}
+    if "lm_head" in params and "shared.weight" in tensors:
+        copies = {
+            f"{prefix}{stack}.embed_tokens.weight": tensors["shared.weight"]
+            for stack in ("encoder", "decoder")
+        }
     converted = {renamed.get(name, prefix + name): array for name, array in tensors.items()}
     if "final_logits_bias" in converted:
         converted["final_logits_bias"] = converted["final_logits_bias"][None]
-    return converted
+    return copies | converted
 
 
 def _parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
@@ -165,6 +172,8 @@ def _module(
     }
     for name in ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         values[name] = _first(values.get(name))
+    if values.get("share_encoder_decoder_embeddings", True):
+        values["decoder_vocab_size"] = None  # transformers repeats `vocab_size` there
     if dropout_rate is not None:
         values |= dict.fromkeys(RATES, dropout_rate)
     return Seq2Seq(Seq2SeqConfig(**values), head=head, **attributes)
@@ -212,8 +221,6 @@ def _family(model_type: str, prefix: str) -> Family:
 
 FAMILIES: Mapping[str, Family] = {
     model_type: _family(model_type, prefix)
-    for model_type, prefix in zip(
-        MODEL_TYPES, ("M2M100", "MBart", "Bart", "Marian"), strict=True
-    )
+    for model_type, prefix in zip(MODEL_TYPES, ("M2M100", "MBart", "Bart", "Marian"), strict=True)
 }
 """`model_type` -> its family."""

@@ -90,7 +90,8 @@ class Seq2SeqAttention(_Seq2SeqModule):
           `[batch, queries, d_model]`, and keys and values.
         """
         config = self.config
-        heads = config.decoder_attention_heads if self.is_decoder else config.encoder_attention_heads
+        of_encoder, of_decoder = config.encoder_attention_heads, config.decoder_attention_heads
+        heads = of_decoder if self.is_decoder else of_encoder
 
         def project(name: str, source: Array) -> Array:
             return split_heads(self.dense(config.d_model, name)(source), heads)

@@ -150,4 +150,3 @@ class T5(EncoderDecoder):
             kernel_init=initializers.normal(config.initializer_factor),
             name="lm_head",
         )(x)
-
