@@ -152,6 +152,7 @@ class Reference:
         positions = np.concatenate([first, positions + count], 1)
         x = x + table["token_type"][types] + table["position"][positions]
         x = self._layer_norm("embeddings/LayerNorm", x)
+        x = x + self._update("embeddings", x)
         bias = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
         heads = config.num_attention_heads
         for i in range(config.num_hidden_layers):
@@ -195,6 +196,7 @@ class Reference:
     def _t5_stack(self, stack, x, mask, states=None, padding=None):
         config = self.config
         decoding = stack == "decoder"
+        x = x + self._update(stack, x)
         shift = self._shift(stack)
         relative = np.arange(shift + x.shape[1]) - np.arange(x.shape[1])[:, None]
         buckets = relative_position_bucket(

@@ -113,6 +113,7 @@ class Bottleneck(nn.Module):
             h = self._layer_norm("layer_norm_before")(h)
         h = self._projection(bottleneck, "down", h, rule, down_blocks)
         h = get_activation(config.non_linearity)(h)
+        h = Dropout(config.inner_dropout, name="inner_dropout")(h, deterministic=deterministic)
         h = self._projection(width, "up", h, rule, up_blocks)
         if config.layer_norm_after:
             h = self._layer_norm("layer_norm_after")(h)
@@ -168,6 +169,7 @@ class BottleneckConfig(InsertedConfig):
       w_init_range: standard deviation of `w_init="normal"`.
       scaling: factor of the adapter's output.
       dropout: dropout rate of the adapter's output, before it is added.
+      inner_dropout: dropout rate between the activation and the projection `up`.
       layer_norm_before: True for an own layer norm on the adapter's input.
       layer_norm_after: True for an own layer norm on the adapter's output, before the skip
         connection.
@@ -203,6 +205,7 @@ class BottleneckConfig(InsertedConfig):
     w_init_range: float = 1e-2
     scaling: float = 1.0
     dropout: float = 0.0
+    inner_dropout: float = 0.0
     layer_norm_before: bool = False
     layer_norm_after: bool = False
     parallel: bool = False
@@ -218,7 +221,9 @@ class BottleneckConfig(InsertedConfig):
                 "residual_before_ln='post_add' needs adapters that read the sum with the "
                 "residual; set original_ln_before=True"
             )
-        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
+        for name in ("dropout", "inner_dropout"):
+            rate = getattr(self, name)
+            require(0.0 <= rate < 1.0, name, rate, "in [0, 1)")
         require(self.w_init_range > 0, "w_init_range", self.w_init_range, "above 0")
         choose("w_init", self.w_init, self._weight_inits())
 

@@ -95,7 +95,7 @@ METHOD = cj.CombinedConfig(
             sites=("parallel_attention", "parallel_feed_forward"), reduction_factor=3, parallel=True
         ),
         cj.BottleneckConfig(sites=("residual_cross_attention",), reduction_factor=4),
-        cj.PrefixTuningConfig(prefix_length=2, flat=True),
+        cj.PrefixTuningConfig(sites=("cross_key_value",), prefix_length=2, flat=True),
         cj.LoRAConfig(rank=2),
     )
 )

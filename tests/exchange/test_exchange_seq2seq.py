@@ -155,7 +155,7 @@ def test_what_adapterhub_lacks_is_refused(tmp_path):
     method = cj.BottleneckConfig(sites=("encoder_embedding",), reduction_factor=2)
     model = cj.Adapted(ours.module, method)
     params = random_params(model, ours)
-    with pytest.raises(ValueError, match="AdapterHub cannot place .* it has no place at encoder"):
+    with pytest.raises(ValueError, match=r"AdapterHub cannot place .* it has no place at encoder"):
         cj.export_adapterhub(tmp_path / "exported", model, params)
 
 

@@ -145,6 +145,7 @@ BOTTLENECK_CHANGED = {
     "w_init_range": 0.5,
     "scaling": -0.25,
     "dropout": 0.1,
+    "inner_dropout": 0.2,
     "layer_norm_before": True,
     "layer_norm_after": True,
     "parallel": True,
