@@ -182,7 +182,6 @@ _RELATED: Mapping[str, str] = {
     **dict.fromkeys(("blenderbot", "blenderbot-small", "led", "mvp", "plbart"), "bart"),
     **dict.fromkeys(("nllb-moe", "seamless_m4t", "speech_to_text"), "m2m_100"),
     "fsmt": "marian",
-    "umt5": "mt5",
 }
 
 

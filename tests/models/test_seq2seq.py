@@ -152,7 +152,7 @@ def test_logits_and_gradients_equal_pytorch_in_float32(name):
 
 
 def test_positions_of_m2m_100_follow_the_definition():
-    """Token j of a row that is not padding has the position p + j, padding zeros, odd widths too."""
+    """Token j of a row that is not padding has the position p + j, and padding has zeros."""
     ids, pad, width = jnp.array([[1, 1, 7, 8, 1, 9], [5, 6, 7, 1, 1, 1]]), 1, 9
     actual = m2m_positions(ids, width, pad, None, None, jnp.float32)
     expected = np.zeros((2, 6, width))
@@ -186,7 +186,7 @@ def test_longer_inputs_than_positions_are_refused(name):
     """Learned positions and those of Marian end, in a call and in a cache; M2M-100's do not."""
     module, inputs = Seq2Seq(CONFIGS[name]), inputs_of(CONFIGS[name], 0, (20, 7))
     with pytest.raises(
-        ValueError, match="input_ids is 20 tokens long, .*max_position_embeddings=19"
+        ValueError, match=r"input_ids is 20 tokens long, .*max_position_embeddings=19"
     ):
         module.init(jax.random.key(0), *inputs)
     with pytest.raises(ValueError, match="a cache is 20 tokens long"):
