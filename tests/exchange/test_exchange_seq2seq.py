@@ -91,7 +91,6 @@ def bottleneck(**settings):
 
 HUB = {
     "compacter": lambda: adapters.CompacterConfig(**SMALL),
-    "seq_bn": lambda: adapters.SeqBnConfig(reduction_factor=5.0),
     "double_seq_bn, layers left out": lambda: adapters.DoubleSeqBnConfig(leave_out=[0, 2]),
     "par_bn": adapters.ParBnConfig,
     "LoRA": lambda: adapters.LoRAConfig(
@@ -103,9 +102,8 @@ HUB = {
 }
 OF_BART = {
     "skip from the sum": lambda: bottleneck(original_ln_before=True, residual_before_ln="post_add"),
-    "no second norm": lambda: bottleneck(original_ln_before=True, original_ln_after=False),
 }
-ON_MBART = ("compacter", "seq_bn", "par_bn", "LoRA", "prefix tuning", "after cross-attention")
+ON_MBART = ("par_bn", "prefix tuning", "after cross-attention")
 CASES = [("bart", name) for name in (*HUB, *OF_BART)] + [("mbart", name) for name in ON_MBART]
 
 

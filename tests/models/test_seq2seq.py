@@ -11,9 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
+from compacter_jax.models.names import SEQ2SEQ
 from compacter_jax.models.seq2seq.checkpoint import seq2seq_to_hugging_face
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.seq2seq.positions import m2m_positions, m2m_table, marian_table
+from compacter_jax.nn.quantize import is_quantized
+from compacter_jax.paths import group_of, own_names
 from tests.helpers import (
     IDS,
     MASK,
@@ -34,6 +37,7 @@ from tests.seq2seq_models import (
     torch_model,
     torch_outputs,
 )
+from train.compute import mesh
 
 
 def loss_and_gradient(module, params, *inputs):
@@ -338,3 +342,25 @@ def test_dropout_inside_of_a_bottleneck():
     np.testing.assert_array_equal(layer.apply({"params": params}, x), 2.0)
     with pytest.raises(ValueError, match=r"inner_dropout=1.0 must be in \[0, 1\)"):
         config.replace(inner_dropout=1.0)
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_variant_has_the_names_of_the_family(name):
+    """Norms, kernels and embeddings of all types are found, divided over a mesh and quantised."""
+    ours = small_backbone(CONFIGS[name])
+    flat = flatten_dict(ours.params, sep="/")
+    assert own_names(list(flat)) is SEQ2SEQ
+    for path in flat:
+        assert (group_of(path) == "layer norms") == ("norm" in path.split("/")[-2]), path
+    sizes = {"data": 2, "model": 2}
+    for path in (*SEQ2SEQ.more_embeddings, SEQ2SEQ.embeddings, "encoder/layers/0/fc1/kernel"):
+        if path in flat:
+            shape = (4096, 4096)
+            assert set(mesh.spec_of(path, shape, sizes)) == {mesh.DATA, mesh.MODEL}, path
+    small = flatten_dict(cj.cast_frozen(ours.params, "int8"), sep="/")
+    for path, leaf in small.items():
+        is_table = path in (*SEQ2SEQ.more_embeddings, SEQ2SEQ.embeddings)
+        assert is_quantized(leaf) == (is_table or path.endswith("kernel")), path
