@@ -153,8 +153,8 @@ def constrain(scores: Array, index: Array, settings: Settings) -> Array:
         ends = is_end(tokens, settings)
         scores = jnp.where(ends & (index < settings.min_new_tokens), -jnp.inf, scores)
     forced = ((settings.first, 0), (settings.last, settings.max_new_tokens - 1))
-    for token, place in forced:
-        if token is not None:
-            only = jnp.where(tokens == token, 0.0, -jnp.inf).astype(scores.dtype)
+    for only_token, place in forced:
+        if only_token is not None:
+            only = jnp.where(tokens == only_token, 0.0, -jnp.inf).astype(scores.dtype)
             scores = jnp.where(index == place, only, scores)
     return scores

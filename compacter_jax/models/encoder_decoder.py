@@ -126,7 +126,7 @@ class EncoderDecoder(nn.Module):
 
         Returns:
           For "conditional_generation" `[batch, target length, vocab]` in the dtype of the
-          computation; for None a `EncoderDecoderOutput`; for "encoder" `[batch, length, d_model]`.
+          computation; for None an `EncoderDecoderOutput`; for "encoder" `[batch, length, d_model]`.
 
         Raises:
           ValueError: if a shape does not fit, a mask is of a floating-point type,

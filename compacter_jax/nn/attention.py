@@ -145,7 +145,7 @@ def cached_key_value(
     if cached is not None and index is None:
         return cached
     key, value = project()
-    if cached is None:
+    if cached is None or index is None:
         return key, value
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
     old_key, old_value = cached

@@ -144,3 +144,23 @@ def test_cached_logits_equal_those_of_the_whole_decoder(name, method):
         bound = 1e-5 * np.abs(expected).max()
         np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=bound, rtol=0)
     assert jax.tree.leaves(cache)[0].shape[2] == targets.shape[1] + 2
+
+
+def test_adapted_greedy_tokens_are_the_most_probable_of_the_whole_decoder():
+    """With Compacter at embeddings, whose weights generation builds once, tokens stay the best."""
+    ours = backbone("m2m_100")
+    config = ours.module.config
+    sites = ("encoder_embedding", "decoder_embedding", "feed_forward")
+    model = cj.Adapted(
+        ours.module, cj.preset("compacter", sites=sites, reduction_factor=4, phm_dim=3)
+    )
+    drawn = flatten_dict(random_tree(adapted_shapes(model), seed=6))
+    params = unflatten_dict({**drawn, **flatten_dict(ours.params)})
+    ids, mask = inputs_of(config, 1)[:2]
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "forced_bos_token_id": 7, "eos_token_id": ()}
+    tokens = np.asarray(cj.generate(model, params, ids, mask, **settings))
+    assert (tokens[:, 1] == 7).all()
+    assert (tokens != config.pad_token_id).all()  # which would change the positions
+    logits = quick_jit(lambda p: model.apply({"params": p}, ids, mask, tokens[:, :-1]))(params)
+    np.testing.assert_array_equal(tokens[:, 2:], logits[:, 1:].argmax(-1))
+    assert len({tuple(row) for row in tokens}) > 1

@@ -200,7 +200,7 @@ class Seq2SeqConfig:
 
 
 def _sizes(d_model: int, layers: int, heads: int, inner: int, **more: Any) -> Seq2SeqConfig:
-    stacks = {
+    stacks: dict[str, Any] = {
         f"{stack}_{name}": value
         for stack in ("encoder", "decoder")
         for name, value in (("layers", layers), ("attention_heads", heads), ("ffn_dim", inner))

@@ -233,13 +233,13 @@ class Seq2SeqStack(_Seq2SeqModule):
         cache: DecoderCache | None,
         deterministic: bool,
     ) -> tuple[Array, list[Any]]:
-        x = self.embed(x, ids, inputs.query_index, None if cache is None else cache.room)
+        x = self.embedded(x, ids, inputs.query_index, None if cache is None else cache.room)
         x = self.dropout(x, self.config.dropout, deterministic)
         layers = self.child(Seq2SeqLayers, "layers", remat=self.remat, keep=self.keep)
         x, key_values = layers(x, inputs, cache, deterministic)
         return self.norm("layer_norm")(x) if self.config.last_norms else x, key_values
 
-    def embed(self, x: Array, ids: Array, index: Array | None, room: int | None) -> Array:
+    def embedded(self, x: Array, ids: Array, index: Array | None, room: int | None) -> Array:
         """Returns what the first layer reads, but for dropout: tokens and positions, normalised.
 
         Args:

@@ -83,8 +83,8 @@ class Seq2Seq(EncoderDecoder):
         "decoder_key_value": _attend(_DECODER_LAYER + "self_attn"),
         "cross_key_value": _attend(_DECODER_LAYER + "encoder_attn"),
         "embedding": Site(host="", method="embed_inputs", role="embedding"),
-        "encoder_embedding": Site(host="encoder", method="embed", role="embedded"),
-        "decoder_embedding": Site(host="decoder", method="embed", role="embedded"),
+        "encoder_embedding": Site(host="encoder", method="embedded", role="embedded"),
+        "decoder_embedding": Site(host="decoder", method="embedded", role="embedded"),
     }
     """Site name -> `Site`, or its `host` as a string."""
 

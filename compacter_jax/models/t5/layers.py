@@ -371,12 +371,12 @@ class T5Stack(_StackModule):
         blocks = self.child(
             T5Blocks, "block", is_decoder=self.is_decoder, remat=self.remat, keep=self.keep
         )
-        x = self.dropout(self.embed(x), deterministic, "dropout_in")
+        x = self.dropout(self.embedded(x), deterministic, "dropout_in")
         x, key_values = blocks(x, inputs, cache, deterministic)
         x = self.norm("final_layer_norm")(x)
         return self.dropout(x, deterministic, "dropout_out"), key_values
 
-    def embed(self, x: Array) -> Array:
+    def embedded(self, x: Array) -> Array:
         """Returns the embeddings that the first layer reads, which are those of the tokens."""
         return x
 
