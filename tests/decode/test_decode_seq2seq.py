@@ -147,7 +147,7 @@ def test_cached_logits_equal_those_of_the_whole_decoder(name, method):
 
 
 def test_adapted_greedy_tokens_are_the_most_probable_of_the_whole_decoder():
-    """With Compacter at embeddings, whose weights generation builds once, tokens stay the best."""
+    """Tokens stay the best with Compacter at embeddings, whose weights generation builds once."""
     ours = backbone("m2m_100")
     config = ours.module.config
     sites = ("encoder_embedding", "decoder_embedding", "feed_forward")

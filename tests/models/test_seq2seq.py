@@ -132,7 +132,7 @@ WIDER = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_equal_pytorch_in_float64(name):
-    """Of width 24, in float64, all logits and gradients are PyTorch's to 1e-10."""
+    """Logits and all gradients of width 24 are PyTorch's to 1e-10 in float64."""
     with jax.enable_x64(True):
         backbone = small_backbone(CONFIGS[name])
         backbone.module = backbone.module.clone(param_dtype=jnp.float64)
@@ -142,7 +142,7 @@ def test_logits_and_gradients_equal_pytorch_in_float64(name):
 
 @pytest.mark.parametrize("name", WIDER)
 def test_logits_and_gradients_equal_pytorch_in_float32(name):
-    """Of width 64, in float32, all logits or states and gradients are PyTorch's to 1e-5."""
+    """Logits or states and all gradients of width 64 are PyTorch's to 1e-5 in float32."""
     changes, head = WIDER[name]
     backbone = small_backbone(tiny(name, **WIDE, **changes), head, seed=2)
     # Random kernels of this width would make scores large, and their rounding with them.
@@ -289,7 +289,7 @@ def inputs_for(module):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_adapters_at_embeddings_and_beside_sub_layers_equal_numpy(name):
-    """In float64, the logits are those of the equations to 1e-12, of every backbone."""
+    """Logits of every backbone are those of the equations to 1e-12 in float64."""
     module = MODULES[name].clone(param_dtype=jnp.float64)
     sites = EMBEDDINGS[:1] if name == "bert" else EMBEDDINGS
     method = AT_EMBEDDINGS.replace(sites=sites)
