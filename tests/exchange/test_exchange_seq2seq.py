@@ -143,6 +143,23 @@ def test_a_bottleneck_at_a_projection_is_exported(tmp_path):
     assert_equal_logits(torch_logits(theirs, inputs), logits(model, params, inputs))
 
 
+def test_the_head_of_a_bart_has_a_bias(tmp_path):
+    """A folder of transformers' own class has the tied head and the bias of the logits."""
+    ours = for_peft("bart")
+    model = torch_model(ours)
+    adapters.init(model)
+    model.add_adapter("a", config=HUB["LoRA"]())
+    model.set_active_adapters("a")
+    model.train_adapter("a")
+    randomise(model)
+    model.save_adapter(str(tmp_path), "a")
+    stored = {p.name for p in tmp_path.iterdir()}
+    assert "head_config.json" in stored
+    inputs = inputs_of(ours.module.config, 3)
+    adapted, params = cj.import_adapterhub(tmp_path, ours)
+    assert_equal_logits(logits(adapted, params, inputs), torch_logits(model.eval(), inputs))
+
+
 def test_what_adapterhub_lacks_is_refused(tmp_path):
     """M2M-100 and Marian are in no class of AdapterHub, and it has no adapters at embeddings."""
     for name in ("m2m_100", "marian"):
