@@ -148,7 +148,7 @@ def test_cached_logits_equal_those_of_the_whole_decoder(name, method):
 
 def test_adapted_greedy_tokens_are_the_most_probable_of_the_whole_decoder():
     """Tokens stay the best with Compacter at embeddings, whose weights generation builds once."""
-    ours = backbone("m2m_100")
+    ours = backbone("bart")
     config = ours.module.config
     sites = ("encoder_embedding", "decoder_embedding", "feed_forward")
     model = cj.Adapted(
@@ -157,10 +157,10 @@ def test_adapted_greedy_tokens_are_the_most_probable_of_the_whole_decoder():
     drawn = flatten_dict(random_tree(adapted_shapes(model), seed=6))
     params = unflatten_dict({**drawn, **flatten_dict(ours.params)})
     ids, mask = inputs_of(config, 1)[:2]
-    settings = {"max_new_tokens": MAX_NEW_TOKENS, "forced_bos_token_id": 7, "eos_token_id": ()}
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "forced_bos_token_id": 7}
+    settings |= {"forced_eos_token_id": (), "eos_token_id": ()}
     tokens = np.asarray(cj.generate(model, params, ids, mask, **settings))
     assert (tokens[:, 1] == 7).all()
-    assert (tokens != config.pad_token_id).all()  # which would change the positions
     logits = quick_jit(lambda p: model.apply({"params": p}, ids, mask, tokens[:, :-1]))(params)
     np.testing.assert_array_equal(tokens[:, 2:], logits[:, 1:].argmax(-1))
     assert len({tuple(row) for row in tokens}) > 1
