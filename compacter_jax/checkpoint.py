@@ -325,7 +325,7 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     family = family_of(config)
     check_params(module, params, "saving a backbone")
     check_numbers(flatten_dict(params, sep="/"))
-    tensors = family.to_hugging_face(params)
+    tensors = family.to_hugging_face(params, getattr(module, "head", None))
     settings = json.loads(config.to_json_string(use_diff=False))
     head = getattr(module, "head", None)
     settings["architectures"] = [

@@ -297,7 +297,7 @@ def cast_frozen(frozen: Params, dtype: Any) -> Params:
             return leaf
         if own is None:
             return leaf.astype(dtype)
-        if joined == own.embeddings:
+        if joined in (own.embeddings, *own.more_embeddings):
             return quantize(leaf, axis=1)
         return quantize(leaf, axis=0) if path[-1] == "kernel" else leaf
 

@@ -35,6 +35,8 @@ from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.seq2seq.config import Seq2SeqConfig
+from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.config import T5Config
 from compacter_jax.models.t5.model import T5
 from compacter_jax.params import cast_frozen, count, label_params, merge, optimizer, partition
@@ -66,6 +68,8 @@ __all__ = [
     "Parallel",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "Seq2Seq",
+    "Seq2SeqConfig",
     "Site",
     "Stack",
     "T5Config",

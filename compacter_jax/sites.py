@@ -7,7 +7,9 @@ from typing import Literal, TypeAlias
 
 from compacter_jax.messages import quote
 
-Role: TypeAlias = Literal["output", "bias", "parallel", "join", "attend", "positions", "embedding"]
+Role: TypeAlias = Literal[
+    "output", "bias", "parallel", "join", "attend", "positions", "embedding", "embedded"
+]
 
 # Roles where a method acts on the arguments of the host -> the signature of the host.
 BEFORE: dict[Role, str] = {
@@ -32,7 +34,8 @@ class Site:
         in a tuple). `join(residual, output, …)` ends a sub-layer. `attend(query, key, value,
         biases, …)` is attention; each bias is an array `[…, keys]` or None. `positions(queries,
         keys, …)` returns the bias of relative positions for these numbers of queries and keys.
-        `embedding` returns `[batch, length, width]`.
+        `embedding` returns the embeddings of the tokens, `[batch, length, width]`, which prompts
+        replace; `embedded` returns what the first layer reads, positions included.
       length_axis: axis of keys and values that counts positions, for the role `attend`.
       output: index of the adapted array if the host returns a tuple; None if it returns an array.
         For a tuple of a `parallel` sub-layer, the default is the first item.

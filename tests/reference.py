@@ -1,4 +1,4 @@
-"""BERT and T5 with methods in float64 NumPy: each layer applies the adapter under its own path."""
+"""Backbones with methods in float64 NumPy: each layer applies the adapter under its own path."""
 
 import math
 
@@ -9,6 +9,7 @@ from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.layers import relative_position_bucket
 from tests.helpers import ACTIVATIONS, adapter_update
 
@@ -38,6 +39,8 @@ class Reference:
 
     def __call__(self, *inputs):
         """Returns the logits for the inputs of the module, including all masks."""
+        if isinstance(self.module, Seq2Seq):
+            return self._seq2seq(*inputs)
         return (self._bert if isinstance(self.module, Bert) else self._t5)(*inputs)
 
     # --- what a method does -------------------------------------------------------------------
@@ -130,8 +133,9 @@ class Reference:
     # --- BERT ---------------------------------------------------------------------------------
 
     def _layer_norm(self, path, x):
+        epsilon = getattr(self.config, "layer_norm_eps", 1e-5)
         centred = x - x.mean(-1, keepdims=True)
-        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + self.config.layer_norm_eps)
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
         return centred / deviation * self.params[f"{path}/scale"] + self.params[f"{path}/bias"]
 
     def _bert(self, ids, mask, token_types=None, positions=None):
@@ -148,6 +152,7 @@ class Reference:
         positions = np.concatenate([first, positions + count], 1)
         x = x + table["token_type"][types] + table["position"][positions]
         x = self._layer_norm("embeddings/LayerNorm", x)
+        x = x + self._update("embeddings", x)
         bias = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
         heads = config.num_attention_heads
         for i in range(config.num_hidden_layers):
@@ -191,6 +196,7 @@ class Reference:
     def _t5_stack(self, stack, x, mask, states=None, padding=None):
         config = self.config
         decoding = stack == "decoder"
+        x = x + self._update(stack, x)
         shift = self._shift(stack)
         relative = np.arange(shift + x.shape[1]) - np.arange(x.shape[1])[:, None]
         buckets = relative_position_bucket(
@@ -243,3 +249,80 @@ class Reference:
         return self._join(
             layer, x, self._dense(f"{host}/wo", y) + self._update(host, normal), np.add
         )
+
+    # --- the BART line ------------------------------------------------------------------------
+
+    def _seq2seq(self, ids, mask, decoder_ids):
+        config = self.config
+        table = self.params["shared/embedding"]
+        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        x, mask, count = self._prompted("", scale * table[ids], mask)
+        present = pad_left(ids != config.pad_token_id, count) | (np.arange(x.shape[1]) < count)
+        x = self._embedded("encoder", x, present)
+        padding = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
+        states = self._seq2seq_stack("encoder", x, padding)
+        x = scale * table[decoder_ids]
+        x = self._embedded("decoder", x, decoder_ids != config.pad_token_id)
+        later = np.triu(np.full((decoder_ids.shape[1],) * 2, HIDDEN), 1)
+        x = self._seq2seq_stack("decoder", x, later, states, padding)
+        y = x @ (table.T if config.tie_word_embeddings else self.params["lm_head/kernel"])
+        return y + self.params.get("final_logits_bias/bias", 0.0)
+
+    def _embedded(self, stack, x, present):
+        """Returns what the first layer reads; `present` are the tokens that are not padding."""
+        config, (_, length, width) = self.config, x.shape
+        if config.positions == "learned":
+            x = x + self.params[f"{stack}/embed_positions/embedding"][2 : 2 + length]
+        else:
+            assert config.positions == "m2m_100"
+            half = width // 2
+            step = math.log(10_000) / (half - 1)
+            places = config.pad_token_id + present.cumsum(1)
+            angles = places[..., None] * np.exp(-step * np.arange(half))
+            both = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+            x = x + np.where(present[..., None], both, 0)
+        if config.normalize_embedding:
+            x = self._layer_norm(f"{stack}/layernorm_embedding", x)
+        return x + self._update(stack, x)
+
+    def _seq2seq_stack(self, stack, x, mask, states=None, padding=None):
+        config = self.config
+        heads = getattr(config, f"{stack}_attention_heads")
+        activation = ACTIVATIONS[config.activation_function]
+        for i in range(getattr(config, f"{stack}_layers")):
+            layer = f"{stack}/layers/{i}"
+            attentions = [("self_attn", f"{stack}_key_value", None, mask)]
+            if states is not None:
+                attentions.append(("encoder_attn", "cross_key_value", states, padding))
+            for name, site, source, bias in attentions:
+
+                def attend(x, host=f"{layer}/{name}", site=site, source=source, bias=bias):
+                    sources = (x, *(2 * [x if source is None else source]))
+                    query, key, value = (
+                        self._dense(f"{host}/{p}_proj", s)
+                        for p, s in zip("qkv", sources, strict=True)
+                    )
+                    query = query / math.sqrt(config.d_model // heads)
+                    y = self._attend(host, site, heads, query, key, value, bias)
+                    return self._dense(f"{host}/out_proj", y) + self._update(host, x)
+
+                x = self._seq2seq_sublayer(
+                    f"{layer}/{name}", f"{layer}/{name}_layer_norm", x, attend
+                )
+
+            def feed_forward(x, layer=layer):
+                inner = activation(self._dense(f"{layer}/fc1", x))
+                return self._dense(f"{layer}/fc2", inner) + self._update(layer, x)
+
+            norm = f"{layer}/final_layer_norm"
+            x = self._seq2seq_sublayer(f"{layer}/feed_forward", norm, x, feed_forward)
+        return self._layer_norm(f"{stack}/layer_norm", x) if config.last_norms else x
+
+    def _seq2seq_sublayer(self, name, norm, x, run):
+        if self.config.normalize_before:
+            return self._join(f"{name}_residual", x, run(self._layer_norm(norm, x)), np.add)
+
+        def add(residual, output):
+            return self._layer_norm(norm, residual + output)
+
+        return self._join(f"{name}_residual", x, run(x), add)

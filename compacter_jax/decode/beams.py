@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compacter_jax.decode.settings import NO_TOKEN, Settings, Step, forbid_end, is_end
+from compacter_jax.decode.settings import NO_TOKEN, Settings, Step, constrain, is_end
 
 # The number that transformers adds to the score of a hypothesis that must not be chosen.
 _EXCLUDED = -1e9
@@ -90,7 +90,7 @@ def _candidates(beams: _Beams, logits: Array, settings: Settings) -> _Candidates
     """
     rows, n, _ = beams.running.shape
     vocab_size = logits.shape[-1]
-    scores = forbid_end(jax.nn.log_softmax(logits), beams.done, settings)
+    scores = constrain(jax.nn.log_softmax(logits), beams.done, settings)
     scores = scores.reshape(rows, n, vocab_size) + beams.running_scores[..., None]
     scores, flat = lax.top_k(
         scores.reshape(rows, n * vocab_size), max(2, 1 + len(settings.eos)) * n

@@ -41,6 +41,8 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     decoder_start_token_id: int | None = None,
+    forced_bos_token_id: int | tuple[()] | None = None,
+    forced_eos_token_id: int | tuple[()] | None = None,
     adapter_ids: Any = None,
     mix: Any = None,
 ) -> Array:
@@ -53,8 +55,8 @@ def generate(
     float32, in any dtype of the model.
 
     Args:
-      model: an encoder-decoder with logits, such as `T5` with `head="conditional_generation"`, or
-        `Adapted` around one.
+      model: an encoder-decoder with logits, such as `T5` or `Seq2Seq` with
+        `head="conditional_generation"`, or `Adapted` around one.
       params: parameters of the model.
       input_ids: `[batch, length]` integers, the tokens of the encoder.
       attention_mask: `[batch, length]` integers or booleans, zero at padding. None masks the tokens
@@ -77,9 +79,13 @@ def generate(
       key: key of `jax.random`, for sampling alone; the same key gives the same tokens.
       num_return_sequences: number of results per row: samples, or the best beams in their order.
       eos_token_id: one or several tokens that end a sequence; with () no sequence ends early. None
-        takes the token of the model's config, for this argument and the next two.
+        takes the token of the model's config, for this argument and the next four.
       pad_token_id: token after the end of a sequence; without one, the first of `eos_token_id`.
-      decoder_start_token_id: first token of every sequence.
+      decoder_start_token_id: start token of every sequence.
+      forced_bos_token_id: token that follows the start token, such as the target language of
+        M2M-100, NLLB-200 and mBART-50; () forces none.
+      forced_eos_token_id: token at the largest length, where a sequence has not ended before; ()
+        forces none.
       adapter_ids: adapter of each row, as in a call of a model with a bank of adapters.
       mix: weights of the adapters, as in a call of a model with a bank of adapters.
 
@@ -114,8 +120,11 @@ def generate(
         top_k=top_k,
         top_p=float(top_p),
         **_special_tokens(config, eos_token_id, pad_token_id, decoder_start_token_id),
+        first=_forced(config, "forced_bos_token_id", forced_bos_token_id),
+        last=_forced(config, "forced_eos_token_id", forced_eos_token_id),
+        never=getattr(config, "never_generated", ()),
     )
-    settings.check(config.vocab_size)
+    settings.check(getattr(config, "target_vocab_size", config.vocab_size))
     _check_inputs(input_ids, key, do_sample)
     check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
     input_ids = jnp.asarray(input_ids)
@@ -152,7 +161,8 @@ def _config(model: nn.Module) -> Any:
     name = type(backbone).__name__
     if not hasattr(backbone, "start_cache"):
         raise ValueError(
-            f'{name} cannot generate: it has no decoder; use T5 with head="conditional_generation"'
+            f"{name} cannot generate: it has no decoder; use T5 or Seq2Seq with "
+            'head="conditional_generation"'
         )
     head = getattr(backbone, "head", None)
     if head != "conditional_generation":
@@ -174,9 +184,16 @@ def _special_tokens(
     if start is None:
         raise ValueError(
             "the model's config has no decoder_start_token_id; pass one (T5 starts with its "
-            "pad_token_id, 0)"
+            "pad_token_id, 0; mBART with the token of the target language)"
         )
     return {"start": start, "pad": ends[0] if pad is None and ends else pad, "eos": ends}
+
+
+def _forced(config: Any, name: str, given: int | tuple[()] | None) -> int | None:
+    """Returns a forced token, of the argument or else of the config; None for none."""
+    if given is None:
+        return getattr(config, name, None)
+    return None if isinstance(given, tuple) else int(given)
 
 
 def _check_inputs(input_ids: Any, key: Array | None, do_sample: bool) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from compacter_jax.decode.settings import NO_TOKEN, Settings, Step, forbid_end, is_end
+from compacter_jax.decode.settings import NO_TOKEN, Settings, Step, constrain, is_end
 
 
 def one_by_one(
@@ -25,7 +25,7 @@ def one_by_one(
     def extend(state: Any) -> Any:
         index, ids, finished, cache = state
         logits, cache = step(ids[:, index], cache, index)
-        logits = forbid_end(logits, index, settings)
+        logits = constrain(logits, index, settings)
         if key is None:
             tokens = _most_probable(logits)
         else:

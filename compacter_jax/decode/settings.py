@@ -21,7 +21,16 @@ NO_TOKEN = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All static arguments of `generate`; equal settings have equal hashes and compile once."""
+    """All static arguments of `generate`; equal settings have equal hashes and compile once.
+
+    Attributes:
+      start: start token.
+      pad: token after the end of a sequence.
+      eos: tokens that end a sequence.
+      first: token that follows the start token, None for any.
+      last: token at the largest length, None for any.
+      never: tokens that are never generated.
+    """
 
     max_new_tokens: int
     min_new_tokens: int
@@ -36,6 +45,9 @@ class Settings:
     start: int
     pad: int | None
     eos: tuple[int, ...]
+    first: int | None = None
+    last: int | None = None
+    never: tuple[int, ...] = ()
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError for a value that is out of range or would have no effect."""
@@ -43,6 +55,8 @@ class Settings:
         for name, token in (
             ("decoder_start_token_id", self.start),
             ("pad_token_id", self.pad),
+            ("forced_bos_token_id", self.first),
+            ("forced_eos_token_id", self.last),
             *(("eos_token_id", token) for token in self.eos),
         ):
             if token is not None and not 0 <= token < vocab_size:
@@ -122,9 +136,25 @@ def is_end(tokens: Array, settings: Settings) -> Array:
     return (tokens[..., None] == jnp.asarray(settings.eos, jnp.int32)).any(-1)
 
 
-def forbid_end(scores: Array, index: Array, settings: Settings) -> Array:
-    """Sets the tokens that end sequences to -inf in `[rows, vocab]`, before `min_new_tokens`."""
-    if settings.min_new_tokens == 0:
-        return scores
-    ends = is_end(jnp.arange(scores.shape[-1]), settings)
-    return jnp.where(ends & (index < settings.min_new_tokens), -jnp.inf, scores)
+def constrain(scores: Array, index: Array, settings: Settings) -> Array:
+    """Sets the tokens that cannot come next to -inf in `[rows, vocab]`, in transformers' order.
+
+    A forced token has the score 0, so that it changes no hypothesis' score.
+
+    Args:
+      scores: logits or log probabilities, `[rows, vocab]`.
+      index: number of tokens before the next one, without the start token.
+      settings: the tokens that never come, that end a sequence, and that are forced.
+    """
+    tokens = jnp.arange(scores.shape[-1])
+    for token in settings.never:
+        scores = jnp.where(tokens == token, -jnp.inf, scores)
+    if settings.min_new_tokens > 0:
+        ends = is_end(tokens, settings)
+        scores = jnp.where(ends & (index < settings.min_new_tokens), -jnp.inf, scores)
+    forced = ((settings.first, 0), (settings.last, settings.max_new_tokens - 1))
+    for only_token, place in forced:
+        if only_token is not None:
+            only = jnp.where(tokens == only_token, 0.0, -jnp.inf).astype(scores.dtype)
+            scores = jnp.where(index == place, only, scores)
+    return scores

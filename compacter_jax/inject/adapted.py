@@ -287,16 +287,21 @@ class Adapted(nn.Module):
     @nn.nowrap
     def _check_dropout(self) -> None:
         """Raises ValueError if the method has dropout that no argument of the backbone turns on."""
-        rates = [getattr(part, "dropout", 0.0) for part in self.method.inserted()]
+        rates = [
+            (getattr(part, name, 0.0), name)
+            for part in self.method.inserted()
+            for name in ("dropout", "inner_dropout")
+        ]
+        rate, name = max(rates, default=(0.0, ""))
         parameters = inspect.signature(type(self.backbone).__call__).parameters.values()
         is_told = any(
             parameter.name in SWITCHES or parameter.kind is parameter.VAR_KEYWORD
             for parameter in parameters
         )
-        if any(rates) and not is_told:
+        if rate and not is_told:
             raise ValueError(
-                f"dropout={max(rates)} would never be applied: {type(self.backbone).__name__} "
-                f"takes none of the arguments {', '.join(SWITCHES)}; set dropout=0.0, or add one "
+                f"{name}={rate} would never be applied: {type(self.backbone).__name__} "
+                f"takes none of the arguments {', '.join(SWITCHES)}; set {name}=0.0, or add one "
                 "of them to its __call__"
             )
 

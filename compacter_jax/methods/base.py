@@ -294,7 +294,7 @@ class InsertedConfig(MethodConfig):
                 f"it acts at sites of the roles {', '.join(self.roles)}"
             )
         check_output(name, site)
-        in_layers = site.role not in ("embedding", "bias")
+        in_layers = site.role not in ("embedding", "embedded", "bias")
         if in_layers and "layer" not in compiled(site.host).groupindex:
             raise ValueError(
                 f"the pattern {site.host!r} of site {name!r} has no group for the layer index; "

@@ -113,6 +113,7 @@ class Bottleneck(nn.Module):
             h = self._layer_norm("layer_norm_before")(h)
         h = self._projection(bottleneck, "down", h, rule, down_blocks)
         h = get_activation(config.non_linearity)(h)
+        h = Dropout(config.inner_dropout, name="inner_dropout")(h, deterministic=deterministic)
         h = self._projection(width, "up", h, rule, up_blocks)
         if config.layer_norm_after:
             h = self._layer_norm("layer_norm_after")(h)
@@ -168,6 +169,7 @@ class BottleneckConfig(InsertedConfig):
       w_init_range: standard deviation of `w_init="normal"`.
       scaling: factor of the adapter's output.
       dropout: dropout rate of the adapter's output, before it is added.
+      inner_dropout: dropout rate between the activation and the projection `up`.
       layer_norm_before: True for an own layer norm on the adapter's input.
       layer_norm_after: True for an own layer norm on the adapter's output, before the skip
         connection.
@@ -191,7 +193,7 @@ class BottleneckConfig(InsertedConfig):
 
     kind: ClassVar[str] = "bottleneck"
     heading: ClassVar[str] = "for bottleneck adapters, Compacter among them"
-    roles: ClassVar[tuple[Role, ...]] = ("output", "parallel", "join")
+    roles: ClassVar[tuple[Role, ...]] = ("output", "parallel", "join", "embedded")
     has_dense_equivalent: ClassVar[bool] = True
     linear: ClassVar[str] = "dense"
 
@@ -203,6 +205,7 @@ class BottleneckConfig(InsertedConfig):
     w_init_range: float = 1e-2
     scaling: float = 1.0
     dropout: float = 0.0
+    inner_dropout: float = 0.0
     layer_norm_before: bool = False
     layer_norm_after: bool = False
     parallel: bool = False
@@ -218,7 +221,9 @@ class BottleneckConfig(InsertedConfig):
                 "residual_before_ln='post_add' needs adapters that read the sum with the "
                 "residual; set original_ln_before=True"
             )
-        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
+        for name in ("dropout", "inner_dropout"):
+            rate = getattr(self, name)
+            require(0.0 <= rate < 1.0, name, rate, "in [0, 1)")
         require(self.w_init_range > 0, "w_init_range", self.w_init_range, "above 0")
         choose("w_init", self.w_init, self._weight_inits())
 
@@ -268,12 +273,22 @@ class BottleneckConfig(InsertedConfig):
         is_parallel = site.role == "parallel" or name.startswith("parallel_")
         if is_parallel and not self.parallel:
             raise ValueError(f"site {name!r} is for parallel adapters; set parallel=True")
+        if site.role == "embedded" and self.parallel:
+            raise ValueError(
+                f"parallel=True at site {name!r}: embeddings are no sub-layer whose input an "
+                "adapter could read; use parallel=False there"
+            )
         if site.role == "output" and self.parallel:
             raise ValueError(
                 f"at site {name!r} an adapter sees only the output of the sub-layer; for parallel "
                 f"adapters use 'parallel_{name}'"
             )
         moved = self.original_ln_before or not (self.original_ln_after and self.residual_before_ln)
+        if site.role == "embedded" and moved:
+            raise ValueError(
+                "original_ln_before, original_ln_after and residual_before_ln are about the "
+                f"residual of a sub-layer, which site {name!r} does not have; leave them out there"
+            )
         if site.role != "join" and moved:
             raise ValueError(
                 "original_ln_before, original_ln_after and residual_before_ln need the residual; "
@@ -282,7 +297,7 @@ class BottleneckConfig(InsertedConfig):
 
     def act(self, call: SiteCall, x: Any, context: Any) -> Any:
         """Runs the adapter on the inputs that its fields and the role of the site select."""
-        if call.site.role == "output":
+        if call.site.role in ("output", "embedded"):
             return self._adapt(call, x, None, x)
         if call.site.role == "parallel":
             return self._adapt(call, context, x, x)

@@ -131,7 +131,7 @@ class PromptTuningConfig(InsertedConfig):
                 "attribute word_embeddings, the path of its embeddings; or use "
                 "prompt_init='random'"
             )
-        table = given[path]
+        table, scale = given[path], getattr(backbone, "embedding_scale", 1.0)
         ids = self.prompt_token_ids
         if not ids:
             raise ValueError(
@@ -144,7 +144,7 @@ class PromptTuningConfig(InsertedConfig):
             )
         chosen = np.resize(ids, self.prompt_length)
         return {
-            path: jnp.asarray(table)[chosen].astype(leaf.dtype)
+            path: (jnp.asarray(table)[chosen] * scale).astype(leaf.dtype)
             for path, leaf in new.items()
             if path.endswith(f"{ADAPTER}/prompt")
         }

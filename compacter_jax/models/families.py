@@ -17,6 +17,7 @@ from compacter_jax.models.bert.checkpoint import BERT
 from compacter_jax.models.family import Family
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
+from compacter_jax.models.seq2seq.checkpoint import FAMILIES as SEQ2SEQ
 from compacter_jax.models.t5.checkpoint import t5_family
 from compacter_jax.models.t5.config import PUBLISHED
 
@@ -27,8 +28,9 @@ def family_of_module(module: nn.Module) -> Family:
     Raises:
       ValueError: if the backbone is of another class.
     """
-    for family in FAMILIES.values():
-        if isinstance(module, family.module_class):
+    own_type = getattr(getattr(module, "config", None), "model_type", None)
+    for model_type, family in FAMILIES.items():
+        if isinstance(module, family.module_class) and own_type in (None, model_type):
             return family
     raise ValueError(
         f"{type(module).__name__} is a backbone that transformers has no names for; only "
@@ -67,7 +69,7 @@ def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str
     """Returns the names that transformers uses for the parameters of a backbone.
 
     Args:
-      module: backbone, a `Bert` or a `T5`.
+      module: backbone of this library.
       params: nested parameters of the backbone, or their shapes, without adapters.
 
     Returns:
@@ -79,7 +81,8 @@ def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str
     family = family_of_module(module)
     paths = list(flatten_dict(params, sep="/"))
     numbers = {path: np.asarray(i) for i, path in enumerate(paths)}
-    named = family.to_hugging_face(unflatten_dict(numbers, sep="/"))
+    head = getattr(module, "head", None)
+    named = family.to_hugging_face(unflatten_dict(numbers, sep="/"), head)
     return {paths[number.item()]: name for name, number in named.items()}
 
 
@@ -87,6 +90,7 @@ FAMILIES: Mapping[str, Family] = {
     "bert": BERT,
     "t5": t5_family("T5", PUBLISHED),
     "mt5": t5_family("MT5", {}),
+    **SEQ2SEQ,
 }
 """`model_type` of config.json -> its family."""
 
@@ -131,7 +135,11 @@ def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> N
     own = typing.get_type_hints(family.config_class)
     # transformers also accepts a list of end tokens, and null for as many layers as the encoder
     # has.
-    others = {"eos_token_id": int | list[int] | None, "num_decoder_layers": int | None}
+    tokens = ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    others = {
+        **dict.fromkeys(tokens, int | list[int] | None),
+        "num_decoder_layers": int | None,
+    }
     fields = {**own, **{name: others[name] for name in others.keys() & own.keys()}}
     check_fields(where, settings, {**_COMMON_FIELDS, **fields})
     for name in ("id2label", "label2id"):
@@ -168,11 +176,24 @@ def check_depths(where: str, config: Any, family: Family, paths: Iterable[str]) 
             )
 
 
+# Types that resemble one of `FAMILIES`, so that their weights might seem to fit.
+_RELATED: Mapping[str, str] = {
+    **dict.fromkeys(("pegasus", "pegasus_x", "bigbird_pegasus"), "bart"),
+    **dict.fromkeys(("blenderbot", "blenderbot-small", "led", "mvp", "plbart"), "bart"),
+    **dict.fromkeys(("nllb-moe", "seamless_m4t", "speech_to_text"), "m2m_100"),
+    "fsmt": "marian",
+}
+
+
+def unsupported(model_type: Any) -> str:
+    """Returns what to say of a `model_type` that is in no family."""
+    related = _RELATED.get(model_type) if isinstance(model_type, str) else None
+    hint = f" (it resembles {related!r}, but its layers compute something else)" if related else ""
+    return f"model_type={quote(model_type)}{hint}; supported: {', '.join(map(repr, FAMILIES))}"
+
+
 def family_of(config: Any) -> Family:
     """Returns the family of a transformers configuration; raises ValueError for an unknown one."""
     if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type={quote(config.model_type)} is not supported; supported: "
-            f"{', '.join(map(repr, FAMILIES))}"
-        )
+        raise ValueError(f"not a supported model: {unsupported(config.model_type)}")
     return FAMILIES[config.model_type]

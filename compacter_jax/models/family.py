@@ -31,7 +31,8 @@ class Family:
         in excess (these are left out), each as a whole: heads and poolers.
       ties: path -> path of the same values under another name, transposed if one is a kernel and
         the other an embedding. A checkpoint may hold this copy though the module does not have it.
-      to_hugging_face: inverse of `from_hugging_face`.
+      to_hugging_face: `(nested parameters, head) -> tensors`, inverse of `from_hugging_face`.
+      zeros: path prefixes that a checkpoint may lack, which are then zero.
       droppable: path prefixes that a checkpoint may have in excess, but not lack.
       copies_tied_head: True if a module with its own parameters of `ties` takes the values of the
         other name, where the checkpoint has only those and its configuration ties them.
@@ -60,7 +61,7 @@ class Family:
     from_hugging_face: Callable[[Mapping[str, np.ndarray]], Params]
     optional: tuple[str, ...]
     ties: Mapping[str, str]
-    to_hugging_face: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+    to_hugging_face: Callable[[Mapping[str, Any], str | None], dict[str, np.ndarray]]
     config_class: type[Any]
     depths: Mapping[str, str]
     module_class: type[nn.Module]
@@ -69,6 +70,7 @@ class Family:
     inputs: tuple[str, ...]
     dropout_fields: tuple[str, ...]
     droppable: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
     copies_tied_head: bool = False
     writes_text: bool = False
     tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)

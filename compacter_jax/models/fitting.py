@@ -36,12 +36,16 @@ def fit_tensors(
     wanted = jax.eval_shape(initial, key)
     found = leave_out(found, [p for p in family.optional if not _within(p, wanted)], folder)
     _settle_ties(found, wanted, module, family, folder)
+    for path, leaf in wanted.items():
+        if path not in found and any(_within(part, [path]) for part in family.zeros):
+            found[path] = np.zeros(leaf.shape, np.float32)
     found = leave_out(found, [p for p in family.droppable if not _within(p, wanted)], folder)
     for part in family.droppable:
         if _within(part, wanted) and not _within(part, found):
             raise ValueError(
                 f"{folder} has no {part}, which head={module.head!r} needs; load a checkpoint that "
-                "has one, or with another head: head='encoder' for an encoder alone"
+                "has one, or with another head"
+                + (": head='encoder' for an encoder alone" if "encoder" in family.heads else "")
             )
 
     absent = [part for part in family.optional if not _within(part, found)]

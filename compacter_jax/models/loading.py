@@ -22,6 +22,7 @@ from compacter_jax.models.families import (
     check_settings,
     family_of,
     pooling_attributes,
+    unsupported,
 )
 from compacter_jax.models.family import Family, Params
 from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
@@ -296,10 +297,7 @@ def _read_config(place: Path) -> Any:
         ) from None
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(
-            f"{file} says model_type={quote(model_type)}; supported: "
-            f"{', '.join(map(repr, FAMILIES))}"
-        )
+        raise ValueError(f"{file} says {unsupported(model_type)}")
     family = FAMILIES[model_type]
     check_settings(str(file), settings, family)
     try:

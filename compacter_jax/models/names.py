@@ -27,6 +27,7 @@ class Names:
         one of a sub-layer. Other layers are whole on every device.
       poolers: modules at the top between the backbone and a head.
       frozen_heads: modules at the top that belong to the pre-training; their norms stay frozen.
+      more_embeddings: further embeddings of a vocabulary, which some models have.
     """
 
     parameters: str
@@ -38,6 +39,7 @@ class Names:
     rows: tuple[str, ...]
     poolers: tuple[str, ...] = ()
     frozen_heads: tuple[str, ...] = ()
+    more_embeddings: tuple[str, ...] = ()
 
     def has(self, path: str) -> bool:
         """Returns True if a path is one of the family's."""
@@ -90,5 +92,31 @@ T5 = Names(
     rows=("o", "wo"),
 )
 
-NAMES: Mapping[str, Names] = {"Bert": BERT, "T5": T5}
+_SEQ2SEQ_LAYER = (
+    r"((self|encoder)_attn/(q|k|v|out)_proj|fc1|fc2)/(kernel|bias)"
+    r"|(self_attn_layer_norm|encoder_attn_layer_norm|final_layer_norm)/(scale|bias)"
+)
+
+SEQ2SEQ = Names(
+    parameters=(
+        r"(shared|decoder_embed_tokens)/embedding|lm_head/kernel|final_logits_bias/bias"
+        r"|(encoder|decoder)/(embed_positions/embedding"
+        rf"|(layernorm_embedding|layer_norm)/(scale|bias)|layers/\d+/({_SEQ2SEQ_LAYER}))"
+    ),
+    embeddings="shared/embedding",
+    more_embeddings=("decoder_embed_tokens/embedding",),
+    heads=(),
+    labelled=(),
+    norms=(
+        "layernorm_embedding",
+        "layer_norm",
+        "self_attn_layer_norm",
+        "encoder_attn_layer_norm",
+        "final_layer_norm",
+    ),
+    columns=("q_proj", "k_proj", "v_proj", "fc1", "lm_head"),
+    rows=("out_proj", "fc2"),
+)
+
+NAMES: Mapping[str, Names] = {"Bert": BERT, "T5": T5, "Seq2Seq": SEQ2SEQ}
 """Class of the modules -> the names of their parameters."""

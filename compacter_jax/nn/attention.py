@@ -117,6 +117,40 @@ class DecoderCache(NamedTuple):
     self_attention: tuple[KeyValue, ...]
     cross_attention: tuple[KeyValue, ...]
 
+    @property
+    def room(self) -> int:
+        """Largest number of tokens that the cache holds."""
+        return self.self_attention[0][0].shape[2]
+
+    def of_layer(self, index: int) -> tuple[KeyValue, KeyValue]:
+        """Returns the pairs of a layer's self-attention and cross-attention."""
+        return self.self_attention[index], self.cross_attention[index]
+
+
+def cached_key_value(
+    project: Callable[[], KeyValue], cached: KeyValue | None, index: Array | None
+) -> KeyValue:
+    """Returns the keys and values of an attention, from a cache or computed now.
+
+    Args:
+      project: function that computes keys and values of the present tokens or states.
+      cached: cached keys and values. With `index` they are those of self-attention, and the ones of
+        the present token are put in at that position; without it, they are those of the encoder's
+        states, and nothing is computed. None computes all.
+      index: position of the only query, an int32 scalar; None without a cache of self-attention.
+
+    Returns:
+      Keys and values, `[batch, heads, length, head size]` each.
+    """
+    if cached is not None and index is None:
+        return cached
+    key, value = project()
+    if cached is None or index is None:
+        return key, value
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
+    old_key, old_value = cached
+    return put(old_key, key.astype(old_key.dtype)), put(old_value, value.astype(old_value.dtype))
+
 
 def bias_where(allowed: Array, dtype: Dtype) -> Array:
     """Returns 0 where allowed, else the least finite number: -inf would turn full rows into NaN."""
@@ -138,7 +172,7 @@ def causal_bias(
 ) -> Array:
     """Returns the bias `[1 or batch, 1, length, keys]` that hides later tokens and padding."""
     if cache is not None and index is not None:
-        keys = cache.self_attention[0][0].shape[2]
+        keys = cache.room
         bias = bias_where(jnp.arange(keys)[None, None, None, :] <= index, dtype)
         return jnp.where((index >= 0) & (index < keys), bias, jnp.nan)
     positions = jnp.arange(length)

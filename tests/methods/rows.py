@@ -1,4 +1,4 @@
-"""A row for each preset: its expected behaviour on a BERT and on a T5."""
+"""A row for each preset: its expected behaviour on a BERT, a T5 and an M2M-100."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,6 +16,12 @@ T5_ATTENTIONS = (
     f"{DECODER}/0/SelfAttention",
     f"{DECODER}/1/EncDecAttention",
 )
+M2M_LAYERS = ("encoder/layers/0", "decoder/layers/0")
+M2M_ATTENTIONS = (
+    f"{M2M_LAYERS[0]}/self_attn",
+    f"{M2M_LAYERS[1]}/self_attn",
+    f"{M2M_LAYERS[1]}/encoder_attn",
+)
 T5_FEED_FORWARD = (f"{ENCODER}/1/DenseReluDense", f"{DECODER}/2/DenseReluDense")
 
 
@@ -27,27 +33,34 @@ SERIAL = {
     "attention": {
         "bert": {f"{LAYER}/attention/output/dense"},
         "t5": {f"{place}/o" for place in T5_ATTENTIONS[:2]},
+        "m2m": {f"{place}/out_proj" for place in M2M_ATTENTIONS[:2]},
     },
     "feed_forward": {
         "bert": {f"{LAYER}/output/dense"},
         "t5": {f"{place}/wo" for place in T5_FEED_FORWARD},
+        "m2m": {f"{layer}/fc2" for layer in M2M_LAYERS},
     },
 }
 BOTH = both(SERIAL["attention"], SERIAL["feed_forward"])
 
 
 def projections(names):
-    """Returns the paths of projections in attention, by their names in BERT and T5."""
+    """Returns the paths of projections in attention, by their names in BERT."""
     return {
         "bert": {f"{LAYER}/attention/self/{name}" for name in names},
         "t5": {f"{place}/{name[0]}" for place in T5_ATTENTIONS for name in names},
+        "m2m": {f"{place}/{name[0]}_proj" for place in M2M_ATTENTIONS for name in names},
     }
 
 
-PREFIXED = {"bert": {f"{LAYER}/attention/self"}, "t5": set(T5_ATTENTIONS)}
-PARALLEL = {"bert": {f"{LAYER}/output"}, "t5": set(T5_FEED_FORWARD)}
-NOWHERE = {"bert": set(), "t5": set()}
-PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}}
+PREFIXED = {
+    "bert": {f"{LAYER}/attention/self"},
+    "t5": set(T5_ATTENTIONS),
+    "m2m": set(M2M_ATTENTIONS),
+}
+PARALLEL = {"bert": {f"{LAYER}/output"}, "t5": set(T5_FEED_FORWARD), "m2m": set(M2M_LAYERS)}
+NOWHERE = {"bert": set(), "t5": set(), "m2m": set()}
+PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}, "m2m": {""}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +72,7 @@ class Row:
       values: the fields of the preset, as published.
       changed: another value for every field of the class, in the first row of each class.
       fields: settings that make it fit a width of 12.
-      places: for BERT and T5, the paths of the modules that have an adapter.
+      places: for BERT, T5 and M2M-100, the paths of the modules that have an adapter.
       start: the largest change of a logit by an untrained adapter, relative to the largest logit:
         from rounding alone, or from weights drawn with a small deviation; None where it is large,
         as for new tokens or weights of order one.
@@ -132,6 +145,7 @@ BOTTLENECK_CHANGED = {
     "w_init_range": 0.5,
     "scaling": -0.25,
     "dropout": 0.1,
+    "inner_dropout": 0.2,
     "layer_norm_before": True,
     "layer_norm_after": True,
     "parallel": True,
@@ -141,14 +155,16 @@ BOTTLENECK_CHANGED = {
 }
 
 ROUNDING = 1e-6
-# Only the second layer is adapted in BERT and in T5's encoder; T5's decoder has only one layer,
+# Only the second layer is adapted in BERT and in the encoders; the decoders have only one layer,
 # which is left out.
 WITHOUT_FIRST = {
     "bert": {path.replace("/0/", "/1/") for path in BOTH["bert"]},
     "t5": {f"encoder/block/1/layer/{p}" for p in ("0/SelfAttention/o", "1/DenseReluDense/wo")},
+    "m2m": {f"encoder/layers/1/{p}" for p in ("self_attn/out_proj", "fc2")},
 }
 WITHOUT_BIASES = {
     "bert": set(),
+    "m2m": set(),
     "t5": projections("qkvo")["t5"]
     | {f"{place}/{name}" for place in T5_FEED_FORWARD for name in ("wi", "wo")}
     | {f"{ENCODER}/{i}/layer_norm" for i in range(2)}
@@ -202,7 +218,7 @@ ROWS = {
         places=NOWHERE,
         start=ROUNDING,
         count=lambda s: s.everything - s.head,
-        no_gradient=r".*/self/key/bias",
+        no_gradient=r".*(/self/key|/k_proj)/bias",
     ),
     "head-only": Row(
         cls=cj.HeadOnlyConfig,
@@ -242,7 +258,11 @@ ROWS = {
             "residual_before_ln": True,
         },
         fields=HALF,
-        places={"bert": {f"{LAYER}/output"}, "t5": {f"{ENCODER}/1", f"{DECODER}/2"}},
+        places={
+            "bert": {f"{LAYER}/output"},
+            "t5": {f"{ENCODER}/1", f"{DECODER}/2"},
+            "m2m": {f"{layer}/feed_forward_residual" for layer in M2M_LAYERS},
+        },
         start=2e-2,
         count=lambda s: s.sublayers * bottleneck(s),
     ),
@@ -310,7 +330,7 @@ ROWS = {
         places=WITHOUT_BIASES,
         start=ROUNDING,
         count=lambda s: s.biases,
-        no_gradient=r".*(/self/key/bias|/k/adapter/bias)",
+        no_gradient=r".*(/self/key/bias|/k/adapter/bias|/k_proj/bias)",
     ),
     "prompt-tuning-random": dataclasses.replace(
         PROMPT,

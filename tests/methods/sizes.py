@@ -57,6 +57,34 @@ def t5_sizes(config, dropped=(1, 1), **method):
     )
 
 
+def m2m_sizes(config, dropped=(1, 1), **method):
+    """Returns the sizes of an M2M-100; AdapterDrop omits adapters in `dropped` layers."""
+    d, f = config.d_model, config.encoder_ffn_dim
+    assert config.decoder_ffn_dim == f
+    encoder, decoder = config.encoder_layers, config.decoder_layers
+    blocks, attentions = encoder + decoder, encoder + 2 * decoder
+    norms = 2 * encoder + 3 * decoder + 2
+    biases = attentions * 4 * d + blocks * (f + d) + norms * d
+    return types.SimpleNamespace(
+        d=d,
+        f=f,
+        inner=d,
+        sublayers=blocks,
+        kept=blocks - sum(dropped),
+        attentions=attentions,
+        prefix_sites=3,
+        norms=2 * norms * d,
+        head=0,
+        biases=biases,
+        everything=config.vocab_size * d
+        + attentions * 4 * d * d
+        + blocks * 2 * d * f
+        + norms * d
+        + biases,
+        **method,
+    )
+
+
 def bottleneck(s):
     return s.d * s.r + s.r + s.r * s.d + s.d
 
@@ -77,4 +105,6 @@ TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2
 def sizes_of(config, backbone):
     if backbone == "bert":
         return bert_sizes(config, 3, **TINY_METHOD)
+    if backbone == "m2m":
+        return m2m_sizes(config, **TINY_METHOD)
     return t5_sizes(config, **TINY_METHOD)

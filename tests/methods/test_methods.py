@@ -1,4 +1,4 @@
-"""Tests every preset on BERT and on T5 through the code that all methods share."""
+"""Tests every preset on BERT and T5, some on M2M-100, through the code that all methods share."""
 
 import dataclasses
 import functools
@@ -35,6 +35,18 @@ from tests.reference import Reference
 BACKBONES = {
     "bert": cj.Bert(ONE_LAYER, head="sequence_classification", num_labels=3),
     "t5": cj.T5(dataclasses.replace(TINY_T5, num_layers=1)),
+    "m2m": cj.Seq2Seq(
+        cj.Seq2SeqConfig(
+            vocab_size=19,
+            d_model=12,
+            encoder_layers=1,
+            encoder_attention_heads=3,
+            encoder_ffn_dim=14,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=14,
+        )
+    ),
     "gated t5": cj.T5(
         dataclasses.replace(
             TINY_T5, num_layers=1, feed_forward_proj="gated-gelu", tie_word_embeddings=False
@@ -54,9 +66,17 @@ TWINS = (
 ALIKE_ON_T5 = (
     *("full", "pfeiffer-feed-forward", "low-rank", "phm", "lora", "ia3", "scaled-parallel", "mam"),
 )
+# An M2M-100 has the code of T5 where methods act, so one preset of each kind is enough, and a step
+# is compiled of those that depend on what differs: embeddings, attention and the feed-forward
+# network.
+ON_M2M = (
+    *("bitfit", "adapterdrop", "pfeiffer-feed-forward", "compacter", "intrinsic", "lora", "ia3"),
+)
+COMPILED_ON_M2M = ("prompt-tuning-vocabulary", "prefix-tuning", "scaled-parallel")
 NOT_COMPILED = [
     *((name, "bert") for name in TWINS),
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),
+    *((name, "m2m") for name in ON_M2M),
 ]
 # Enough methods to show what a new version of JAX or Flax changes.
 FAST_ON_T5 = ("bitfit", "prompt-tuning-vocabulary", "prefix-tuning")
@@ -74,6 +94,7 @@ CASES = [
         if (name, "t5") not in NOT_COMPILED
     ),
     *(slow_unless(False, name, "gated t5") for name in GATED),
+    *(slow_unless(False, name, "m2m") for name in COMPILED_ON_M2M),
 ]
 every_case = pytest.mark.parametrize(("name", "backbone"), CASES)
 every_other = pytest.mark.parametrize(("name", "backbone"), NOT_COMPILED)
@@ -96,7 +117,8 @@ def module_of(name, backbone):
     module = BACKBONES[backbone]
     if name != "adapterdrop":
         return module
-    layers = "num_layers" if isinstance(module, cj.T5) else "num_hidden_layers"
+    names = {cj.T5: "num_layers", cj.Seq2Seq: "encoder_layers"}
+    layers = names.get(type(module), "num_hidden_layers")
     return module.clone(config=dataclasses.replace(module.config, **{layers: 2}))
 
 
@@ -190,8 +212,13 @@ def plain_logits(module):
 # --- where they go ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", ["bert", "t5"])
-@pytest.mark.parametrize("name", cj.presets())
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        *((name, backbone) for backbone in ("bert", "t5") for name in cj.presets()),
+        *((name, "m2m") for name in (*ON_M2M, *COMPILED_ON_M2M)),
+    ],
+)
 def test_the_modules_that_have_an_adapter(name, backbone):
     shapes = adapted_shapes(cj.Adapted(module_of(name, backbone), small(name)))
     paths = ["/" + path for path in flatten_dict(shapes, sep="/")]

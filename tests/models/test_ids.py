@@ -170,7 +170,7 @@ def test_a_row_whose_logits_are_nan_has_no_tokens(search):
     settings = dict.fromkeys(field.name for field in dataclasses.fields(decode_settings.Settings))
     settings |= {"max_new_tokens": 3, "min_new_tokens": 0, "num_beams": num_beams, "start": 0}
     settings |= {"num_return_sequences": num_beams, "length_penalty": 1.0, "early_stopping": False}
-    settings |= {"temperature": 1.0, "top_p": 0.9, "eos": (1,)}
+    settings |= {"temperature": 1.0, "top_p": 0.9, "eos": (1,), "never": ()}
     settings = decode_settings.Settings(**settings)
     logits = np.random.default_rng(0).standard_normal((2 * num_beams, 5)).astype(np.float32)
     logits[num_beams:] = np.nan

@@ -12,10 +12,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from compacter_jax.models.encoder_decoder import EncoderDecoderOutput
 from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
 from compacter_jax.models.t5.config import T5Config
 from compacter_jax.models.t5.layers import T5Attention, T5LayerFeedForward, relative_position_bucket
-from compacter_jax.models.t5.model import T5, T5Output
+from compacter_jax.models.t5.model import T5
 from compacter_jax.nn.attention import DecoderCache
 from tests.helpers import (
     TINY_T5,
@@ -542,7 +543,7 @@ def test_encode_and_decode_are_the_parts_of_a_call(tiny):
     # Without the mask, tokens that follow padding on the left would differ.
     assert np.abs(whole - logits).max() > 0.1
     output = apply(module.clone(head=None), params, ids, mask, decoder_ids)
-    assert isinstance(output, T5Output)
+    assert isinstance(output, EncoderDecoderOutput)
     np.testing.assert_allclose(output.encoder_last_hidden_state, states, atol=1e-6, rtol=0)
     projected = output.last_hidden_state @ params["lm_head"]["kernel"]
     np.testing.assert_allclose(projected, logits, atol=1e-5, rtol=0)

@@ -139,6 +139,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "span_corruption:",
             "--text-files corpus.txt --vocab-size 8000 --num-layers 4 --output-dir runs/t5-random",
         ),
+        (
+            "A small translation model of the kind of M2M-100, with a token for each language:",
+            "--model-type m2m_100 --languages en de --text-files en.txt de.txt --vocab-size 8000 "
+            "--output-dir runs/m2m-random",
+        ),
     ),
 }
 

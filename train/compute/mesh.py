@@ -42,7 +42,7 @@ def _rules_of(names: Names) -> tuple[Rule, ...]:
         # The first kernels of a sub-layer are divided by columns, the last one by rows.
         (rf"(.*/)?({columns})/kernel", (DATA, MODEL)),
         (rf"(.*/)?({rows})/kernel", (MODEL, DATA)),
-        (names.embeddings, (MODEL, DATA)),
+        *((path, (MODEL, DATA)) for path in (names.embeddings, *names.more_embeddings)),
         (names.parameters, ()),
     )
 

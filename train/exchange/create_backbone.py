@@ -1,4 +1,4 @@
-"""Command `create-backbone`: a tokenizer trained on text, and a random T5 to go with it."""
+"""Command `create-backbone`: a tokenizer trained on text, and a random model to go with it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax.files import expanded
@@ -54,25 +55,31 @@ def create_backbone(options: CreateOptions) -> None:
 
     References:
       Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
-      Transformer, JMLR 2020, arXiv:1910.10683.
+      Transformer, JMLR 2020, arXiv:1910.10683; Fan et al., Beyond English-Centric Multilingual
+      Machine Translation, JMLR 2021, arXiv:2010.11125.
     """
     options.check()
-    _check_vocab_size(options.vocab_size)
+    _check_vocab_size(options.vocab_size, len(options.languages))
     folder = expanded(options.output_dir).resolve()
     check_output_folder(folder, overwrite=options.overwrite)
     for path in options.text_files:
         check_text_file(path)
     with new_folder(folder, replace=True) as temporary:
-        write_tokenizer(train_tokenizer(options.text_files, options.vocab_size), temporary)
+        languages = tuple(f"<{language}>" for language in options.languages)
+        tokenizer = train_tokenizer(options.text_files, options.vocab_size, languages)
+        write_tokenizer(tokenizer, temporary, languages)
         num_parameters = _write_model(options, temporary)
         record = dataclasses.asdict(options) | {"parameters": num_parameters}
         _write_json(temporary / RECORD_NAME, record)
         # Checked again, since the folder may have changed while the tokenizer was trained.
         check_output_folder(folder, overwrite=options.overwrite)
-    print(f"{folder}: a T5 with {num_parameters:,} parameters and {options.vocab_size:,} tokens")
+    kind = "a T5" if options.model_type == "t5" else "an M2M-100"
+    print(f"{folder}: {kind} with {num_parameters:,} parameters and {options.vocab_size:,} tokens")
 
 
-def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    text_files: Sequence[str | Path], vocab_size: int, more: tuple[str, ...] = ()
+) -> Tokenizer:
     """Trains a Unigram tokenizer like T5's, of `vocab_size` tokens, which appends `</s>`.
 
     Text is normalised by NFKC; line breaks and runs of white space become one space, and those at
@@ -89,6 +96,7 @@ def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokeni
     Args:
       text_files: the UTF-8 files.
       vocab_size: the number of tokens.
+      more: further special tokens, such as those of languages; they have the highest ids.
 
     Raises:
       FileNotFoundError: if a file does not exist.
@@ -99,24 +107,30 @@ def train_tokenizer(text_files: Sequence[str | Path], vocab_size: int) -> Tokeni
       Kudo, Subword Regularization, ACL 2018, arXiv:1804.10959; Kudo and Richardson, SentencePiece,
       EMNLP 2018, arXiv:1808.06226.
     """
-    _check_vocab_size(vocab_size)
-    num_pieces = vocab_size - _RESERVED
+    _check_vocab_size(vocab_size, len(more))
+    reserved = _RESERVED + len(more)
+    num_pieces = vocab_size - reserved
     pieces = _train_pieces(text_files, num_pieces)
     if len(pieces) < num_pieces:
-        size = len(pieces) + _RESERVED
+        size = len(pieces) + reserved
         smaller = f"vocab_size={size} or less, or " if size >= _SMALLEST_VOCABULARY else ""
         raise ValueError(
             f"vocab_size={vocab_size} is too large: the text yields only {size} tokens; use "
             f"{smaller}more text"
         )
-    return _assemble(pieces)
+    return _assemble(pieces, more)
 
 
 def new_module(options: CreateOptions) -> tuple[nn.Module, Any]:
     """Returns the linen module that the options describe, and its configuration of transformers."""
+    config = (_t5_config if options.model_type == "t5" else _m2m_config)(options)
+    return loading.module_from_config(config, head="conditional_generation"), config
+
+
+def _t5_config(options: CreateOptions) -> Any:
     from transformers import T5Config  # noqa: PLC0415 - slow to import
 
-    config = T5Config(
+    return T5Config(
         architectures=["T5ForConditionalGeneration"],
         vocab_size=options.vocab_size,
         d_model=options.d_model,
@@ -128,17 +142,41 @@ def new_module(options: CreateOptions) -> tuple[nn.Module, Any]:
         tie_word_embeddings=options.tie_word_embeddings,
         decoder_start_token_id=0,
     )
-    return loading.module_from_config(config, head="conditional_generation"), config
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def _m2m_config(options: CreateOptions) -> Any:
+    from transformers import M2M100Config  # noqa: PLC0415 - slow to import
+
+    of_stack = {
+        "layers": options.num_layers,
+        "attention_heads": options.num_heads,
+        "ffn_dim": options.d_ff,
+        "layerdrop": 0.0,
+    }
+    stacks = ("encoder", "decoder")
+    return M2M100Config(
+        architectures=["M2M100ForConditionalGeneration"],
+        vocab_size=options.vocab_size,
+        d_model=options.d_model,
+        init_std=options.d_model**-0.5,
+        tie_word_embeddings=options.tie_word_embeddings,
+        # The ids of `SPECIAL_TOKENS`; the decoder starts with the end of a sequence.
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        **{f"{stack}_{name}": value for stack in stacks for name, value in of_stack.items()},
+    )
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, more: tuple[str, ...] = ()) -> None:
     """Writes tokenizer.json and the settings with which transformers 4 and 5 load it."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
         # T5's own class is different in transformers 5, and has no bytes.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **SPECIAL_TOKENS,
-        "additional_special_tokens": SENTINELS[::-1],
+        "additional_special_tokens": (*SENTINELS[::-1], *more),
         "model_input_names": ["input_ids", "attention_mask"],  # T5 has no token types
         "clean_up_tokenization_spaces": False,
     }
@@ -176,11 +214,12 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def _check_vocab_size(vocab_size: int) -> None:
-    if vocab_size < _SMALLEST_VOCABULARY:
+def _check_vocab_size(vocab_size: int, more: int) -> None:
+    if vocab_size < _SMALLEST_VOCABULARY + more:
         raise ValueError(
             f"vocab_size={vocab_size} is too small: special tokens, sentinels, bytes and ASCII "
-            f"already take {_RESERVED + len(_ALPHABET)}; use {_SMALLEST_VOCABULARY} or more"
+            f"already take {_RESERVED + more + len(_ALPHABET)}; use "
+            f"{_SMALLEST_VOCABULARY + more} or more"
         )
 
 
@@ -259,7 +298,7 @@ def _normalized(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
 
 
-def _assemble(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
+def _assemble(pieces: Sequence[tuple[str, float]], more: tuple[str, ...]) -> Tokenizer:
     from tokenizers import AddedToken, processors  # noqa: PLC0415
 
     reserved = [(token, _NEVER_CHOSEN) for token in (*SPECIAL_TOKENS.values(), *BYTES)]
@@ -267,7 +306,7 @@ def _assemble(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
     tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
-            for token in (*SPECIAL_TOKENS.values(), *SENTINELS)
+            for token in (*SPECIAL_TOKENS.values(), *SENTINELS, *more)
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -302,7 +341,10 @@ def _tokenizer_of(vocabulary: list[tuple[str, float]], **settings: Any) -> Token
 def _write_model(options: CreateOptions, folder: Path) -> int:
     """Writes configuration and random weights; returns the number of parameters."""
     module, config = new_module(options)
-    params = _random_params(module, jax.random.key(options.seed))
+    key = jax.random.key(options.seed)
+    params = _random_params(module, key)
+    if options.model_type == "m2m_100":
+        params = _with_glorot(params, key)
     cj.save_backbone(folder, module, params, config)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -310,6 +352,17 @@ def _write_model(options: CreateOptions, folder: Path) -> int:
 @functools.partial(jax.jit, static_argnums=0)
 def _random_params(module: nn.Module, key: jax.Array) -> Any:
     return module.init(key, *module.dummy_inputs())["params"]
+
+
+@jax.jit
+def _with_glorot(params: Any, key: jax.Array) -> Any:
+    """Returns the parameters with Glorot-uniform kernels."""
+    flat = flatten_dict(params, sep="/")
+    init = nn.initializers.glorot_uniform()
+    for i, path in enumerate(sorted(flat)):
+        if path.endswith("/kernel"):
+            flat[path] = init(jax.random.fold_in(key, i), flat[path].shape, flat[path].dtype)
+    return unflatten_dict(flat, sep="/")
 
 
 # --- files --------------------------------------------------------------------------------------

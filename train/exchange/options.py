@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -67,27 +68,32 @@ class MergeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CreateOptions:
-    """Create a T5 from scratch: a tokenizer trained on text files, and random weights.
+    """Create an encoder-decoder from scratch: a tokenizer trained on text, and random weights.
 
     Attributes:
-      text_files: UTF-8 text files to train the tokenizer on.
+      text_files: UTF-8 text files to train the tokenizer on, of all languages.
       output_dir: folder for config.json, model.safetensors and tokenizer.json, with their companion
         files.
+      model_type: t5, or m2m_100 for a translation model of the kind of M2M-100, with normal
+        embeddings of deviation d_model ** -0.5 and Glorot-uniform weights.
+      languages: for m2m_100, languages that get a token each, such as <de> for de.
       vocab_size: number of tokens, 359 of them special tokens, sentinels and bytes; at least 512.
       d_model: width of the hidden states.
-      d_kv: width of each attention head.
+      d_kv: width of each attention head of a T5; in an m2m_100 it is d_model / num_heads.
       d_ff: width of the feed-forward networks.
       num_layers: number of layers of the encoder, and of the decoder.
       num_heads: number of attention heads.
-      feed_forward: relu as in T5 v1.0, gated-gelu as in T5 v1.1, or gated-silu.
-      tie_word_embeddings: share the embedding with the output layer, as T5 v1.0 does and T5 v1.1
-        does not.
+      feed_forward: relu as in T5 v1.0, gated-gelu as in T5 v1.1, or gated-silu; relu for m2m_100.
+      tie_word_embeddings: share the embedding with the output layer, as T5 v1.0 and M2M-100 do and
+        T5 v1.1 does not.
       seed: seed of the random weights.
       overwrite: replace a backbone that this command created in output_dir.
     """
 
     text_files: tuple[Path, ...]
     output_dir: Path
+    model_type: Literal["t5", "m2m_100"] = "t5"
+    languages: tuple[str, ...] = ()
     vocab_size: int = 8000
     d_model: int = 256
     d_kv: int = 64
@@ -104,7 +110,27 @@ class CreateOptions:
         for name in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        self._check_type()
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
         if not self.text_files:
             raise ValueError("text_files is empty; give at least one file of text")
+
+    def _check_type(self) -> None:
+        """Raises ValueError for a field that the type of the model does not have."""
+        if self.model_type == "t5":
+            if self.languages:
+                raise ValueError("languages are for model_type=m2m_100; a T5 has no tokens of them")
+            return
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("d_kv", "feed_forward"):
+            if getattr(self, name) != default[name]:
+                raise ValueError(f"{name}={getattr(self, name)} is for model_type=t5; leave it out")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}")
+        for language in self.languages:
+            if not re.fullmatch(r"\w+([-_]\w+)*", language) or self.languages.count(language) > 1:
+                raise ValueError(
+                    f"languages: {language!r:.80} is given twice, or is no name of a language such "
+                    "as de or pt_BR"
+                )

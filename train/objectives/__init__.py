@@ -93,10 +93,12 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
     """Returns the objective of a run, chosen by its task and by whether the backbone has a decoder.
 
     Raises:
-      ValueError: if a T5 cannot write text, or if the labels or the special tokens are unsuitable.
+      ValueError: if an encoder-decoder cannot write text or cannot be trained, or if the labels or
+        the special tokens are unsuitable.
     """
     module = model.backbone
-    writes_text = family_of_module(module).writes_text
+    family = family_of_module(module)
+    writes_text = family.writes_text
     if writes_text and parallel_names(model.method):
         raise ValueError(
             "parallel adapters need an encoder such as BERT; on a "
@@ -108,11 +110,12 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
             made = _with_none(made)
         return made
     if module.head != "conditional_generation":
+        wanted = next(name for name, head in family.architectures.items() if head is not None)
         raise ValueError(
             f"{options.backbone} is a {type(module).__name__} with head={module.head!r}, which "
-            "cannot write text; fine-tuning needs the decoder and the head of a "
-            f"{type(module).__name__}ForConditionalGeneration"
+            f"cannot write text; fine-tuning needs the decoder and the head of a {wanted}"
         )
+    module.check_training()
     if task.kind == "span_corruption":
         noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}
         made = _span_corruption(model, tokenizer, module.config, options.max_length, noise)

@@ -56,7 +56,7 @@ def export_adapterhub(
     """Writes an adapter with which `adapters` computes the same logits.
 
     The file is safetensors, which `adapters` must be told: in a model with the same backbone, call
-    `torch_model.load_adapter(directory, use_safetensors=True, set_active=True)`. A tied head of T5
+    `torch_model.load_adapter(directory, use_safetensors=True, set_active=True)`. A tied head
     is not written, because it is the backbone's own; `add_seq2seq_lm_head` adds it to a
     `T5AdapterModel`.
 
@@ -145,18 +145,13 @@ def _check_expressible(model: adapted.Adapted) -> None:
         )
 
 
-# A bottleneck at the projection that ends a sub-layer equals one at the point where the sub-layer
-# joins the residual.
-_LAST = re.compile(r"(.+/output)/dense|(.+/layer/\d)/\w+/w?o")
-
-
 def _placed(
     flat: Mapping[str, Any], model: adapted.Adapted
 ) -> tuple[dict[str, np.ndarray], list[tuple[InsertedConfig, set[str]]]]:
     """Returns adapters' parameters under AdapterHub's hosts, and these hosts for each part."""
     adapters = [path for path in flat if group_of(path) in ("adapters", "rule")]
     parts = model.method.inserted()
-    part_at = PartsAt(model, range(len(parts)))
+    part_at, layout = PartsAt(model, range(len(parts))), layout_of(model.backbone)
     hosts: list[tuple[InsertedConfig, set[str]]] = [(part, set()) for part in parts]
     placed: dict[str, np.ndarray] = {}
     for host, leaves in leaves_by_host(adapters).items():
@@ -168,8 +163,7 @@ def _placed(
             array = np.asarray(flat[f"{host}/{ADAPTER}/{leaf}"], np.float32)
             new_host, new_leaf = host, leaf
             if isinstance(part, BottleneckConfig):
-                match = _LAST.fullmatch(host)
-                new_host = (match[1] or match[2]) if match else host
+                new_host = layout.join_of(host)
                 if leaf.startswith("layer_norm_after/"):
                     array = array * np.float32(part.scaling)
             elif leaf == "input_scale":

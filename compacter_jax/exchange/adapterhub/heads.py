@@ -223,13 +223,15 @@ def read_head(directory: Path, module: Any, own: Mapping[str, Any]) -> dict[str,
         layer, _, kind = name.rpartition(".")
         # A T5 saves its prefixes with its head.
         if not name.startswith("prefix_tuning."):
-            tensors[f"{head.layers.get(layer, layer)}.{kind}"] = array
+            tensors[f"{head.layers.get(layer, layer)}.{kind}" if layer else name] = array
     family = _family(module)
     with about(directory):
         found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     _check_ties(directory, found, own, family)
     parts = [layer.removeprefix("bert.").partition(".")[0] for layer in head.layers.values()]
     tops = {_TOPS[head.head], *parts}
+    # A bias of the logits is saved with the head, though it is the backbone's.
+    tops |= {path.partition("/")[0] for path in found} & set(family.zeros)
     check_leaves(directory, found, {p: leaf for p, leaf in own.items() if _top(p) in tops})
     return {
         path: jnp.asarray(converted(directory, path, array, own[path].dtype))
@@ -331,7 +333,7 @@ def written_head(
     own = {path: leaf for path, leaf in flat.items() if _top(path) in tops}
     if not own:
         return None
-    tensors = _family(module).to_hugging_face(unflatten_dict(own, sep="/"))
+    tensors = _family(module).to_hugging_face(unflatten_dict(own, sep="/"), module.head)
     if "cls.predictions.bias" in tensors:
         tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
     labels = getattr(module, "num_labels", 2)

@@ -1,12 +1,15 @@
-"""The layout of AdapterHub's adapters in BERT and T5."""
+"""The layouts of AdapterHub's adapters in the families that it has, too."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from compacter_jax.messages import quote
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.model import T5
 
 # The release whose behaviour this library reproduces; exported folders name it.
@@ -24,6 +27,8 @@ class Layout:
     there, a letter of `attn_matrices`, or the name of an attention's prefixes.
 
     Attributes:
+      module_class: class of the modules; where a class has several layouts, `config.model_type` is
+        one of `model_types`.
       model_types: names of the family in adapter_config.json; exports use the first.
       base: first part of the names of tensors in a model with a head.
       depths: module -> path of each stack of layers -> its number of layers. AdapterHub numbers the
@@ -31,13 +36,37 @@ class Layout:
       hosts: stack -> location -> hosts below the path of a layer. `{wi}` is the first projection of
         the feed-forward network; of two, the one without activation.
       sites: location -> site.
+      joins: pattern of a projection that ends a sub-layer -> the place where the sub-layer joins
+        the residual; a bottleneck computes the same at both.
+      renamed: last name in the path of a host -> AdapterHub's.
+      normalises_before: True if norms come before sub-layers, and none follows the sum with the
+        residual.
+      has_relative_positions: True if the self-attention that prefixes extend has biases of relative
+        positions.
     """
 
+    module_class: type[Any]
     model_types: tuple[str, ...]
     base: str
     depths: Callable[[Any], dict[str, int]]
     hosts: Mapping[str, Layer]
     sites: Mapping[str, str]
+    joins: Mapping[str, str]
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    normalises_before: bool = False
+    has_relative_positions: bool = False
+
+    def join_of(self, host: str) -> str:
+        """Returns where the sub-layer that ends with a host joins the residual, or the host."""
+        for pattern, place in self.joins.items():
+            if match := re.fullmatch(pattern, host):
+                return match.expand(place)
+        return host
+
+    def name_of(self, host: str) -> str:
+        """Returns AdapterHub's name for a host."""
+        *parents, last = host.split("/")
+        return ".".join([*parents, self.renamed.get(last, last)])
 
     def layers(self, module: Any) -> list[Layer]:
         """Returns the layers in the order of AdapterHub's numbers."""
@@ -70,6 +99,7 @@ _SITES = {
 }
 
 _BERT = Layout(
+    module_class=Bert,
     model_types=("bert",),
     base="bert",
     depths=lambda module: {"encoder/layer": module.config.num_hidden_layers},
@@ -86,9 +116,18 @@ _BERT = Layout(
         }
     },
     sites=_SITES | {"self_prefix": "encoder_key_value"},
+    joins={r"(.+/output)/dense": r"\1"},
 )
 
+_WITH_DECODER = _SITES | {
+    "cross_adapter": "residual_cross_attention",
+    "encoder_prefix": "encoder_key_value",
+    "self_prefix": "decoder_key_value",
+    "cross_prefix": "cross_key_value",
+}
+
 _T5 = Layout(
+    module_class=T5,
     model_types=("t5", "mt5"),
     base="transformer",
     depths=_t5_depths,
@@ -116,32 +155,69 @@ _T5 = Layout(
             "cross_prefix": ("layer/1/EncDecAttention",),
         },
     },
-    sites=_SITES
-    | {
-        "cross_adapter": "residual_cross_attention",
-        "encoder_prefix": "encoder_key_value",
-        "self_prefix": "decoder_key_value",
-        "cross_prefix": "cross_key_value",
+    sites=_WITH_DECODER,
+    joins={r"(.+/layer/\d)/\w+/w?o": r"\1"},
+    normalises_before=True,
+    has_relative_positions=True,
+)
+
+_BART = Layout(
+    module_class=Seq2Seq,
+    model_types=("bart",),
+    base="model",
+    depths=lambda module: {
+        "encoder/layers": module.config.encoder_layers,
+        "decoder/layers": module.config.decoder_layers,
+    },
+    hosts={
+        "encoder/layers": {
+            "mh_adapter": ("self_attn_residual",),
+            "output_adapter": ("feed_forward_residual",),
+            **{matrix: (f"self_attn/{matrix}_proj",) for matrix in "qkv"},
+            "intermediate_lora": ("fc1",),
+            "output_lora": ("fc2",),
+            "encoder_prefix": ("self_attn",),
+        },
+        "decoder/layers": {
+            "mh_adapter": ("self_attn_residual",),
+            "cross_adapter": ("encoder_attn_residual",),
+            "output_adapter": ("feed_forward_residual",),
+            **{m: (f"self_attn/{m}_proj", f"encoder_attn/{m}_proj") for m in "qkv"},
+            "intermediate_lora": ("fc1",),
+            "output_lora": ("fc2",),
+            "self_prefix": ("self_attn",),
+            "cross_prefix": ("encoder_attn",),
+        },
+    },
+    sites=_WITH_DECODER,
+    joins={
+        r"(.+/(self|encoder)_attn)/out_proj": r"\1_residual",
+        r"(.+)/fc2": r"\1/feed_forward_residual",
+    },
+    renamed={
+        "self_attn_residual": "attention_adapters",
+        "encoder_attn_residual": "cross_attention_adapters",
+        "feed_forward_residual": "output_adapters",
     },
 )
 
-_LAYOUTS = {Bert: _BERT, T5: _T5}
+_MBART = dataclasses.replace(_BART, model_types=("mbart",), normalises_before=True)
+
+_LAYOUTS = (_BERT, _T5, _BART, _MBART)
 
 
 def layout_of(module: Any) -> Layout:
     """Returns the layout of a backbone's family; raises ValueError if it is unknown."""
-    for cls, layout in _LAYOUTS.items():
-        if isinstance(module, cls):
+    own_type = getattr(getattr(module, "config", None), "model_type", None)
+    for layout in _LAYOUTS:
+        if isinstance(module, layout.module_class) and own_type in (None, *layout.model_types):
             return layout
+    which = type(module).__name__ + (f" of model_type={quote(own_type)}" if own_type else "")
+    known = dict.fromkeys(name for layout in _LAYOUTS for name in layout.model_types)
     raise ValueError(
-        f"adapters of AdapterHub are not supported for a {type(module).__name__}; use "
-        f"{' or '.join(cls.__name__ for cls in _LAYOUTS)}"
+        f"adapters of AdapterHub are not supported for a {which}; use a model of the types "
+        f"{', '.join(known)}"
     )
-
-
-def has_relative_positions(layout: Layout) -> bool:
-    """Returns True if the self-attention that prefixes extend has biases of relative positions."""
-    return layout is _T5
 
 
 def check_prefixed_layers(
@@ -152,7 +228,7 @@ def check_prefixed_layers(
     The first layer of a stack has the biases and passes them on. A layer gets zeros instead if it
     has prefixes and the one before does not, or the reverse.
     """
-    if not has_relative_positions(layout):
+    if not layout.has_relative_positions:
         return
     for location in {"encoder_prefix", "self_prefix"} & set(locations):
         having = {number for number, layer in enumerate(layers) if location in layer}

@@ -12,7 +12,6 @@ from compacter_jax.exchange.adapterhub.layout import (
     VERSION,
     Layout,
     check_prefixed_layers,
-    has_relative_positions,
 )
 from compacter_jax.exchange.adapterhub.schema import (
     BOTTLENECK,
@@ -128,17 +127,14 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
 
 def _check_sum(values: Mapping[str, Any], source: Source) -> None:
     """Raises ValueError if `adapters` has no sum where the skip connection could start."""
-    where = "on a T5" if normalises_before(source.layout) else "with original_ln_before=False"
-    if normalises_before(source.layout) or not values["original_ln_before"]:
+    layout = source.layout
+    on_a = f"on a {layout.module_class.__name__}"
+    where = on_a if layout.normalises_before else "with original_ln_before=False"
+    if layout.normalises_before or not values["original_ln_before"]:
         raise ValueError(
             f"residual_before_ln='post_add' {where} in {source.path} is not supported: {VERSION} "
             "itself fails there, because it computes the sum only if a norm follows"
         )
-
-
-def normalises_before(layout: Layout) -> bool:
-    """Returns True if norms come before sub-layers, and none follows the sum with the residual."""
-    return has_relative_positions(layout)
 
 
 def _check_shared_blocks(values: Mapping[str, Any], factor: Any) -> None:
@@ -219,7 +215,7 @@ def _read_prefix_tuning(config: Mapping[str, Any], source: Source) -> Part:
     placement, shunned = _placement(locations, values["leave_out"], source)
     same = {ours: values[theirs] for theirs, ours in PREFIX_TUNING.same.items()}
     same["non_linearity"] = _activation(values, source.path)
-    shift = has_relative_positions(source.layout)
+    shift = source.layout.has_relative_positions
     return Part(PrefixTuningConfig(shift_positions=shift, **placement, **same), shunned)
 
 

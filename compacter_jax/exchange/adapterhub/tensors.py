@@ -63,7 +63,7 @@ class Naming(NamedTuple):
 
     def of_host(self, host: str, kind: str) -> str:
         """Returns the prefix of the names of a host's tensors; `kind` is `adapters` or `loras`."""
-        return f"{host.replace('/', '.')}.{kind}.{self.name}"
+        return f"{self.layout.name_of(host)}.{kind}.{self.name}"
 
     def of_prefixes(self, location: str) -> str:
         """Returns the prefix of the names of a location's prefixes."""
@@ -212,6 +212,8 @@ class PartsAt(Generic[Own]):
     def __call__(self, host: str) -> Own:
         for pattern, leave_out, part in self._places:
             match = pattern.fullmatch(host)
-            if match and int(match["layer"]) not in leave_out:
+            # Embeddings are outside of the layers.
+            layer = match.groupdict().get("layer") if match else None
+            if match and (layer is None or int(layer) not in leave_out):
                 return part
         raise ValueError(f"no part of the method acts at {host}")

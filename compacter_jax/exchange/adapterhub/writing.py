@@ -11,9 +11,7 @@ from compacter_jax.exchange.adapterhub.layout import (
     Layer,
     Layout,
     check_prefixed_layers,
-    has_relative_positions,
 )
-from compacter_jax.exchange.adapterhub.reading import normalises_before
 from compacter_jax.exchange.adapterhub.schema import (
     BOTTLENECK,
     LORA,
@@ -67,7 +65,7 @@ def _written(part: Any, hosts: set[str], layout: Layout, layers: list[Layer]) ->
 
 def _bottleneck_fields(part: BottleneckConfig, layout: Layout) -> dict[str, Any]:
     own = {theirs: getattr(part, ours) for theirs, ours in BOTTLENECK.same.items()}
-    if own["residual_before_ln"] == "post_add" and normalises_before(layout):
+    if own["residual_before_ln"] == "post_add" and layout.normalises_before:
         own["residual_before_ln"] = False  # equal in such a backbone
     own |= {
         "reduction_factor": part.reduction_factor,
@@ -133,7 +131,7 @@ def _check_prefixes(
     layers: list[Layer],
 ) -> None:
     check_prefixed_layers(layout, layers, used, leave_out)
-    if has_relative_positions(layout) and not part.shift_positions:
+    if layout.has_relative_positions and not part.shift_positions:
         raise ValueError(
             f"AdapterHub cannot express shift_positions=False on T5: {VERSION} counts prefixes in "
             "the relative positions of keys, but not in those of queries; train with "

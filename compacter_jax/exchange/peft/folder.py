@@ -33,6 +33,7 @@ from compacter_jax.exchange.peft.settings import (
     TASKS,
     WRITERS,
     check_pooling,
+    check_prompts,
     check_task,
 )
 from compacter_jax.exchange.tensors import read_tensors
@@ -75,7 +76,8 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     own table of sites.
 
     With prompt tuning, a BERT of this library omits the outputs at the positions of the prompts,
-    which PEFT returns.
+    which PEFT returns. In an M2M-100, PEFT counts padding among the positions then, and the library
+    does not, so rows padded on the left differ.
 
     Args:
       directory: folder with adapter_config.json, and adapter_model.safetensors or
@@ -106,6 +108,8 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     names = hugging_face_names(module, backbone.params)
     check_task(path, settings, module.head)
     check_pooling(path, module)
+    if peft_type == "PROMPT_TUNING":
+        check_prompts(path, module)
     with about(path):
         method, sites = READERS[peft_type](path, settings, module, names)
     stored = read_tensors(directory, (WEIGHTS_STEM,))
@@ -152,7 +156,7 @@ def export_peft(
 
     Args:
       directory: folder to write, made if it does not exist.
-      model: adapted module, a BERT or T5 with LoRA, IA3 or prompt tuning.
+      model: adapted module of this library's backbones with LoRA, IA3 or prompt tuning.
       params: parameters of the model.
       base_model_name: value of PEFT's `base_model_name_or_path`.
 
@@ -168,6 +172,8 @@ def export_peft(
             f"method {method.kind!r} cannot be exported to PEFT; these methods can: {kinds}"
         )
     check_pooling(Path(directory), model.backbone)
+    if isinstance(method, PromptTuningConfig):
+        check_prompts(Path(directory), model.backbone)
     check_params(model, params, "exporting an adapter")
     flat = flatten_dict(params, sep="/")
     own = {path: leaf for path, leaf in flat.items() if _is_adapter(path)}

@@ -128,6 +128,20 @@ def check_pooling(place: Path, module: Any) -> None:
         )
 
 
+def check_prompts(place: Path, module: Any) -> None:
+    """Raises ValueError if PEFT's prompts would lie beside embeddings that are not scaled.
+
+    Marian scales embeddings outside of their module, so that PEFT, which embeds the tokens itself,
+    leaves the factor out.
+    """
+    config = module.config
+    if getattr(config, "model_type", None) == "marian" and config.scale_embedding:
+        raise ValueError(
+            f"{place}: PEFT does not scale the embeddings of a Marian beside prompts, so the model "
+            "would compute something else there; use LoRA or IA3"
+        )
+
+
 # A method, and the table of sites that it needs if it is not the backbone's.
 _Placed: TypeAlias = tuple[InsertedConfig, dict[str, str] | None]
 

@@ -93,6 +93,7 @@ class Bert(nn.Module):
             host=_LAYER + "attention/self", method="attend", role="attend", length_axis=2
         ),
         "embedding": Site(host="embeddings/word_embeddings", role="embedding"),
+        "encoder_embedding": Site(host="embeddings", role="embedded"),
     }
     """Site name -> `Site`, or its `host` as a string."""
 

@@ -143,7 +143,7 @@ def t5_family(prefix: str, published: Mapping[str, T5Config]) -> Family:
         # Percentages in papers are of the tokens without padding.
         tokens={32_128: 32_100},
         from_hugging_face=t5_from_hugging_face,
-        to_hugging_face=t5_to_hugging_face,
+        to_hugging_face=lambda params, head: t5_to_hugging_face(params),
         config_class=T5Config,
         depths={"num_layers": "encoder/block", "num_decoder_layers": "decoder/block"},
         optional=(),

@@ -95,6 +95,15 @@ class T5Config:
         return self.d_model
 
     @property
+    def target_vocab_size(self) -> int:
+        """Number of tokens that the decoder reads and writes."""
+        return self.vocab_size
+
+    @property
+    def max_positions(self) -> None:
+        """None, because relative positions do not limit the number of tokens."""
+
+    @property
     def is_gated(self) -> bool:
         """True if the feed-forward network multiplies two projections, as in v1.1 and later."""
         return self.feed_forward_proj.startswith("gated-")

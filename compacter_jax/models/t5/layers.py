@@ -6,14 +6,20 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import initializers
 from jax import Array
 
 from compacter_jax.models.t5.config import T5Config
-from compacter_jax.nn.attention import DecoderCache, KeyValue, StackInputs, attention, split_heads
+from compacter_jax.nn.attention import (
+    DecoderCache,
+    KeyValue,
+    StackInputs,
+    attention,
+    cached_key_value,
+    split_heads,
+)
 from compacter_jax.nn.dense import Dtype, Embed, dense
 from compacter_jax.nn.dropout import Dropout
 from compacter_jax.nn.norms import RMSNorm
@@ -123,17 +129,15 @@ class T5Attention(_T5Module):
             return split_heads(self.dense(inner, name, stddev)(source), config.num_heads)
 
         query = project("q", x, (config.d_model * config.d_kv) ** -0.5)
-        if cached is not None and index is None:
-            key, value = cached
-        else:
-            source = x if states is None else states
-            key = project("k", source, config.d_model**-0.5)
-            value = project("v", source, config.d_model**-0.5)
-            if cached is not None and index is not None:
-                key, value = (
-                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2)
-                    for old, new in zip(cached, (key, value), strict=True)
-                )
+        source = x if states is None else states
+        key, value = cached_key_value(
+            lambda: (
+                project("k", source, config.d_model**-0.5),
+                project("v", source, config.d_model**-0.5),
+            ),
+            cached,
+            index,
+        )
         if position_bias is None and self.has_position_bias:
             position_bias = self.relative_bias(query.shape[2], key.shape[2], index)
         y = self.attend(query, key, value, (position_bias, mask), deterministic)
@@ -343,9 +347,7 @@ class T5Blocks(_StackModule):
                 has_position_bias=i == 0,
                 keep=self.keep,
             )
-            cached: Any = (None, None)
-            if cache is not None:
-                cached = (cache.self_attention[i], cache.cross_attention[i])
+            cached: Any = (None, None) if cache is None else cache.of_layer(i)
             of_layer = inputs._replace(position_bias=position_bias, cached=cached)
             x, position_bias, key_value = layer(x, of_layer, deterministic)
             key_values.append(key_value)
@@ -369,10 +371,14 @@ class T5Stack(_StackModule):
         blocks = self.child(
             T5Blocks, "block", is_decoder=self.is_decoder, remat=self.remat, keep=self.keep
         )
-        x = self.dropout(x, deterministic, "dropout_in")
+        x = self.dropout(self.embedded(x), deterministic, "dropout_in")
         x, key_values = blocks(x, inputs, cache, deterministic)
         x = self.norm("final_layer_norm")(x)
         return self.dropout(x, deterministic, "dropout_out"), key_values
+
+    def embedded(self, x: Array) -> Array:
+        """Returns the embeddings that the first layer reads, which are those of the tokens."""
+        return x
 
 
 def relative_position_bucket(

@@ -315,3 +315,59 @@ def test_a_failure_leaves_what_was_there(text_file, folder, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["t5"]
     for name in FILES:
         assert (output_dir / name).read_bytes() == (folder / name).read_bytes()
+
+
+# --- M2M-100 ------------------------------------------------------------------------------------
+
+M2M = {"vocab_size": 520, "d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+
+
+def test_an_m2m_100_with_tokens_of_languages(text_file, tmp_path):
+    """Both libraries load it; languages have the last tokens, and weights their distributions."""
+    from transformers import AutoTokenizer
+
+    options = CreateOptions(
+        text_files=(text_file,),
+        output_dir=tmp_path / "m2m",
+        model_type="m2m_100",
+        languages=("en", "pt_BR"),
+        **M2M,
+    )
+    create_backbone(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.output_dir)
+    assert tokenizer.convert_tokens_to_ids(["<en>", "<pt_BR>"]) == [518, 519]
+    assert len(tokenizer) == 520
+    assert tokenizer("<en> ka")["input_ids"][0] == 518
+    backbone = cj.load_backbone(options.output_dir)
+    config = backbone.module.config
+    assert (config.model_type, config.encoder_layerdrop) == ("m2m_100", 0.0)
+    assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, 1, 1)
+    embedding = np.asarray(backbone.params["shared"]["embedding"])
+    np.testing.assert_array_equal(embedding[0], 0)
+    assert abs(embedding[1:].std() * np.sqrt(32) - 1) < 0.03  # of 16,608 numbers
+    kernel = np.asarray(backbone.params["encoder"]["layers"]["0"]["fc1"]["kernel"])
+    bound = np.sqrt(6 / (32 + 48))
+    assert 0.99 * bound < np.abs(kernel).max() <= bound
+    assert abs(kernel.std() * np.sqrt(3) / bound - 1) < 0.06  # of 1,536 numbers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "t5"}, "languages are for model_type=m2m_100; a T5 has no tokens of them"),
+        ({"d_kv": 8}, "d_kv=8 is for model_type=t5; leave it out"),
+        ({"feed_forward": "gated-gelu"}, "feed_forward=gated-gelu is for model_type=t5"),
+        ({"num_heads": 5}, "num_heads=5 does not divide d_model=32"),
+        (
+            {"languages": ("de", "de")},
+            "languages: 'de' is given twice, or is no name of a language",
+        ),
+        ({"languages": ("<de>",)}, "languages: '<de>' is given twice, or is no name of a language"),
+        ({"vocab_size": 513}, "vocab_size=513 is too small"),
+    ],
+)
+def test_an_m2m_100_that_cannot_be(changes, message, text_file, tmp_path):
+    """A field of the other type, languages that are none and sizes that do not fit are refused."""
+    settings = {"model_type": "m2m_100", "languages": ("en", "de"), **M2M, **changes}
+    with pytest.raises(ValueError, match=message):
+        create_backbone(CreateOptions(text_files=(text_file,), output_dir=tmp_path, **settings))
