@@ -20,7 +20,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -30,11 +30,11 @@ import compacter_jax as cj
 from benchmarks.contest import write
 from benchmarks.jax_worker import random_members
 from benchmarks.turns import alternate, processor, seconds_of, spread
-from train.data import batching
-from train.fit import grid, stopping
-from train.fit import trainer as fit_trainer
-from train.fit.job import Job, prepare
-from train.fit.options import FitOptions
+
+if TYPE_CHECKING:
+    from train.data import batching
+    from train.fit.job import Job
+    from train.fit.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,6 +119,8 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
       options: the options of the command line.
       batch_size: the batch size of every run.
     """
+    from train.fit import grid  # noqa: PLC0415 - the first part needs none of its packages
+
     jobs = _jobs(options, batch_size)
     batches = list(itertools.islice(zip(*map(_batches, jobs), strict=True), options.rounds))
     alone, stacked = _trainers(jobs), grid.StackedRuns(_trainers(jobs))
@@ -159,6 +161,9 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
 
 
 def _jobs(options: argparse.Namespace, batch_size: int) -> list[Job]:
+    from train.fit.job import prepare  # noqa: PLC0415
+    from train.fit.options import FitOptions  # noqa: PLC0415
+
     given = FitOptions(
         backbone=options.backbone,
         task=options.task,
@@ -174,18 +179,22 @@ def _jobs(options: argparse.Namespace, batch_size: int) -> list[Job]:
     return jobs
 
 
-def _trainers(jobs: Sequence[Job]) -> list[fit_trainer.Trainer]:
-    trainers: list[fit_trainer.Trainer] = []
+def _trainers(jobs: Sequence[Job]) -> list[Trainer]:
+    from train.fit import stopping, trainer  # noqa: PLC0415
+
+    trainers: list[Trainer] = []
     for job in jobs:
         like = trainers[0] if trainers else None
         trainers.append(
-            fit_trainer.Trainer(job, stopping.Stopping(), name=f"{job.options.seed}", like=like)
+            trainer.Trainer(job, stopping.Stopping(), name=f"{job.options.seed}", like=like)
         )
     return trainers
 
 
 def _batches(job: Job) -> Iterator[batching.Batch]:
     """Yields the batches of the first epoch, as `fit` draws them."""
+    from train.data import batching  # noqa: PLC0415
+
     options = job.options
     examples = job.task_runs[0].encoded["train"].of_epoch(0)
     return batching.batches(examples, options.batch_size, shuffle=True, seed=options.seed)

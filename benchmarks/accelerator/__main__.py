@@ -192,7 +192,10 @@ def _section(
                     continue
                 results["checks"][answer["name"]] = answer["result"]
                 yield answer["name"], answer["result"]
-            over, code = time.monotonic() >= deadline, process.poll()
+            over, code = time.monotonic() >= deadline, None
+            if not over:  # it has closed its output, and is about to end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=5)
         results["left_out"] = [check for check in announced if check not in results["checks"]]
         results["ended"] = None
         if over and not announced:

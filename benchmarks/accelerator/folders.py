@@ -18,14 +18,13 @@ _DEFAULT_VOCABULARY = 30522  # of `BertConfig`
 _ROWS = {"train": 40, "validation": 10, "test": 10}
 
 
-def classifier(folder: Path, size: Size) -> Path:
-    """Writes a BERT with random weights and a tokenizer of the words of `movie`; returns its path.
+def classifier(path: Path, size: Size) -> None:
+    """Writes a BERT with random weights, and a tokenizer of the words of `movie`.
 
     Args:
-      folder: the folder to write it into.
+      path: the folder to write.
       size: the size of the BERT.
     """
-    path = folder / "backbone"
     jax_worker.write_backbone(dataclasses.asdict(size), str(path))
     room = size.config.get("vocab_size", _DEFAULT_VOCABULARY) - len(_SPECIAL)
     words = collections.Counter(
@@ -35,7 +34,6 @@ def classifier(folder: Path, size: Size) -> Path:
     (path / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
     (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return path
 
 
 def task_flags(folder: Path, backbone: Path) -> list[str]:

