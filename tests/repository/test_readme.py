@@ -125,7 +125,9 @@ def test_scores_by_training_size(name, task, sizes):
     assert size_table(found) in page
 
 
-@pytest.mark.parametrize("name", ["comparison_same_head.json", "comparison_smallest.json"])
+@pytest.mark.parametrize(
+    "name", [f"comparison_{n}.json" for n in ("same_head", "tuned", "smallest")]
+)
 def test_scores_with_tuned_rates(name):
     """The page shows the measured scores, differences and learning rates."""
     path = ROOT / "benchmarks/results" / name
