@@ -207,8 +207,8 @@ def test_unknown_task_and_splits(train_file):
     assert load_error(name="films") == (
         "unknown task 'films'; use movie, product, tweet, editorial, cola, sst2, mrpc, qqp, stsb, "
         "mnli, qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, a translation "
-        "such as wmt16-ro-en, or give files of your own; labels of single tokens (NER, part of "
-        "speech) cannot be learned"
+        "such as wmt16-ro-en, or give files of your own, also of words with tags (NER, part of "
+        "speech)"
     )
     assert load_error(name="moive").startswith("unknown task 'moive' (did you mean 'movie'?); use ")
     for name in (None, "custom"):  # a name that the user did not give
