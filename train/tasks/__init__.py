@@ -130,7 +130,7 @@ def load_task(
     `score` (numbers) or `target` (text). The target column is the first of these that the files
     have, unless `regression`, `text` or `label_names` determines it. Files of words have the
     columns `tokens` and `tags` instead, lists of text, or are .conll or .txt files. The label names
-    are `stated_names`, or those of the training file's `datasets.ClassLabel`, or its labels, sorted.
+    are `stated_names`, those of the training file's `datasets.ClassLabel`, or its labels, sorted.
     Labels that look like missing values are refused unless they are stated. If no label name is an
     integer, integer labels are positions in a stated order: that of `stated_names`, of a
     `ClassLabel` of the file or of the training file, or of a built-in task or a benchmark. Without

@@ -50,9 +50,11 @@ def load(
     if not names:
         names = _names_of_training(files, columns)
     splits = {split: _dataset(files[split], columns[split], names) for split in wanted}
-    notes = (_told_of_inside(files[split], columns[split][TAGS]) for split in wanted)
-    told = tuple(note for note in notes if note) if entities.is_iob2(names) else ()
-    return names, splits, told
+    notes: list[str] = []
+    if entities.is_iob2(names):
+        for split in wanted:
+            notes += _told_of_inside(files[split], columns[split][TAGS])
+    return names, splits, tuple(dict.fromkeys(notes))
 
 
 def _read(path: Path, max_characters: int) -> dict[str, list[list[str]]]:
@@ -69,10 +71,8 @@ def _read(path: Path, max_characters: int) -> dict[str, list[list[str]]]:
                 f"{path}, row {row}: {len(words)} tokens, but {len(tags)} tags; give every token "
                 "one tag"
             )
-        if (
-            place := next((i for i, tag in enumerate(tags, 1) if not labels.key(tag)), None)
-        ) is not None:
-            raise ValueError(f"{path}, row {row}: tag {place} is empty; give every token a tag")
+        if empty := [place for place, tag in enumerate(tags, 1) if not labels.key(tag)]:
+            raise ValueError(f"{path}, row {row}: tag {empty[0]} is empty; give every token a tag")
     return columns
 
 
@@ -118,12 +118,12 @@ def _dataset(
     )
 
 
-def _told_of_inside(path: Path, tags: Sequence[Sequence[str]]) -> str:
+def _told_of_inside(path: Path, tags: Sequence[Sequence[str]]) -> list[str]:
     """Returns a line about entities that begin with I; empty if there are none."""
     number = sum(map(entities.opened_by_inside, tags))
     if not number:
-        return ""
-    return (
+        return []
+    return [
         f"{number:,} entities of {path} begin with I instead of B, which is not IOB2; they count "
         "as entities, as in conlleval"
-    )
+    ]
