@@ -63,17 +63,17 @@ def _loaded(options: EvaluateOptions) -> LoadedAdapter:
 
 def _of_several(adapter: LoadedAdapter, options: EvaluateOptions, report: Path) -> dict[str, Any]:
     """Returns the results of several test files, and writes and prints their report."""
-    results = {}
+    of_all = {"adapter": str(options.adapter), "task": options.task, "split": options.split}
+    results: dict[str, Any] = {}
     for name, path in files_of(options.test_files or "").items():
         print(f"{name}:")
         alone = dataclasses.replace(options, test_file=path, test_files=None)
         found = _evaluated(adapter, alone)
-        results[name] = {key: found[key] for key in found.keys() - {"adapter", "task", "split"}}
+        results[name] = {key: value for key, value in found.items() if key not in of_all}
     text = several_files.report(options.adapter, results)
     with replace_file(report) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"\n{text}\nwritten to {report}")
-    of_all = {"adapter": str(options.adapter), "task": options.task, "split": options.split}
     return {**of_all, "files": results}
 
 

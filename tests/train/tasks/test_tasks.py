@@ -228,10 +228,10 @@ def test_missing_file_directory_and_suffix(tmp_path, train_file):
     with pytest.raises(FileNotFoundError, match=r"none\.csv does not exist"):
         tasks.load_task(train_file=missing)
     assert load_error(train_file=tmp_path) == f"{tmp_path} is a directory, not a file"
-    text = tmp_path / "t.txt"
+    text = tmp_path / "t.xls"
     text.write_text("sentence\n")
     assert load_error(train_file=text) == (
-        f"{text} has the unsupported file type '.txt'; use .parquet, .jsonl, .csv, .tsv"
+        f"{text} has the unsupported file type '.xls'; use .parquet, .jsonl, .csv, .tsv, .conll, .txt"
     )
     array = tmp_path / "t.json"
     array.write_text("[]")
