@@ -231,7 +231,8 @@ def test_missing_file_directory_and_suffix(tmp_path, train_file):
     text = tmp_path / "t.xls"
     text.write_text("sentence\n")
     assert load_error(train_file=text) == (
-        f"{text} has the unsupported file type '.xls'; use .parquet, .jsonl, .csv, .tsv, .conll, .txt"
+        f"{text} has the unsupported file type '.xls'; use .parquet, .jsonl, .csv, .tsv, .conll, "
+        ".txt"
     )
     array = tmp_path / "t.json"
     array.write_text("[]")
