@@ -36,13 +36,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     output = options.output or _beside(options) / name
     # Opened first: a file that cannot be written is found before anything is computed.
     with replace_file(output) as temporary:
-        adapter = _loaded(options)
         if options.test_files is None:
-            result = _evaluated(adapter, options)
+            result = _evaluated(options)
             for name, value in result["metrics"].items():
                 print(f"{options.split} {name}: {number(value)}")
         else:
-            result = _of_several(adapter, options, output.with_suffix(".md"))
+            result = _of_several(options, output.with_suffix(".md"))
         temporary.write_text(as_json(result), encoding="utf-8")
     print(f"written to {output}")
     return result
@@ -61,14 +60,20 @@ def _loaded(options: EvaluateOptions) -> LoadedAdapter:
     return adapter
 
 
-def _of_several(adapter: LoadedAdapter, options: EvaluateOptions, report: Path) -> dict[str, Any]:
+def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
+    """Returns the result that `evaluate` writes for one split."""
+    return _result(_loaded(options), options)
+
+
+def _of_several(options: EvaluateOptions, report: Path) -> dict[str, Any]:
     """Returns the results of several test files, and writes and prints their report."""
+    adapter = _loaded(options)
     of_all = {"adapter": str(options.adapter), "task": options.task, "split": options.split}
     results: dict[str, Any] = {}
     for name, path in files_of(options.test_files or "").items():
         print(f"{name}:")
         alone = dataclasses.replace(options, test_file=path, test_files=None)
-        found = _evaluated(adapter, alone)
+        found = _result(adapter, alone)
         results[name] = {key: value for key, value in found.items() if key not in of_all}
     text = several_files.report(options.adapter, results)
     with replace_file(report) as temporary:
@@ -77,8 +82,8 @@ def _of_several(adapter: LoadedAdapter, options: EvaluateOptions, report: Path) 
     return {**of_all, "files": results}
 
 
-def _evaluated(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
-    """Returns the result that `evaluate` writes for one split."""
+def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
+    """Returns the result of an adapter on one split."""
     kind = adapter.settings["kind"]
     task = tasks.load_task(
         options.task,
