@@ -87,6 +87,11 @@ class EvaluateOptions(AdapterOptions):
                 "--test-files gives the files of --split test; leave --test-file and other splits "
                 "out"
             )
+        if self.output is not None and self.output.suffix == ".md":
+            raise ValueError(
+                f"--output {self.output} is a JSON file, beside which a report with .md is written; "
+                "give it another name"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -196,4 +196,6 @@ def test_bad_input_gives_one_line(fitted, files, tiny_backbone, tmp_path, capsys
     assert "--test-files gives the files of --split test" in refusal(
         capsys, "evaluate", *adapter, *both
     )
+    report = ("--test-files", f"a={bad}", "--output", tmp_path / "metrics.md")
+    assert "is a JSON file, beside which a report" in refusal(capsys, "evaluate", *adapter, *report)
     assert not (tmp_path / "run").exists()
