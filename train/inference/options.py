@@ -89,8 +89,8 @@ class EvaluateOptions(AdapterOptions):
             )
         if self.output is not None and self.output.suffix == ".md":
             raise ValueError(
-                f"--output {self.output} is a JSON file, beside which a report with .md is written; "
-                "give it another name"
+                f"--output {self.output} is a JSON file, beside which a report with .md is "
+                "written; give it another name"
             )
 
 
