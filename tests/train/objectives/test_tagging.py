@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.compute import step
 from train.data import batching, tokens
 from train.data.words import WordCounts
 from train.objectives.tagging import Tagger
@@ -170,4 +169,3 @@ def test_what_a_tagger_cannot_do_is_refused(tokenizer):
     encoded = objective.encode({"tokens": [["a"]]})
     with pytest.raises(ValueError, match="these sentences have no tags to compare with"):
         objective.scores({"tags": np.zeros((1, MAX_LENGTH), int), "loss": np.zeros(1)}, encoded)
-    assert isinstance(objective.loss, type(step.loss_function("tokens")))
