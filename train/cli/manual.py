@@ -30,6 +30,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--reduction-factor 8 --output-dir runs/own",
         ),
         (
+            "Tags of words, a word and its tag in each line:",
+            "--backbone DIR --train-file train.conll --validation-file valid.conll "
+            "--output-dir runs/tags",
+        ),
+        (
             "A benchmark on T5, from the settings of the paper; flags win over the file:",
             "--config train/configs/glue_compacter_pp.toml --backbone t5-base --task rte "
             "--epochs 3 --output-dir runs/rte",
@@ -57,6 +62,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         (
             "On another task with the same labels:",
             "--adapter runs/movie/adapter --task product --split validation",
+        ),
+        (
+            "On several files of your own, with a table:",
+            "--adapter runs/tags/adapter --test-files nn=nn.conll,fo=fo.conll "
+            "--output metrics.json",
         ),
         (
             "The backbone has moved since:",

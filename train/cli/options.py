@@ -55,7 +55,9 @@ class TaskOptions:
         T5, whose files are plain text.
       train_file: your own examples: .parquet, .jsonl, .csv or .tsv with a column sentence,
         optionally sentence2, and one of label, score or target; a target is text, which T5 learns
-        to write.
+        to write. For tags of words: .parquet or .jsonl with the columns tokens and tags, lists of
+        text, or .conll or .txt with a word, a tab or spaces and its tag in each line, and blank
+        lines between sentences.
       validation_file: validation examples in the same format; the best epoch is chosen on them.
         Without this file, span_corruption holds out a part of the training text.
       test_file: test examples in the same format; scored once, at the end.

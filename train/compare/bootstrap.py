@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from train.compare import tagged_rows
+
 RESAMPLES = 2000
 # Number of resamples whose counts are in memory at once.
 _CHUNK = 250
@@ -23,8 +25,8 @@ class Scored:
 
     Attributes:
       scores: seed -> score of the test split.
-      predictions: seed -> `[examples]` labels, scores or texts; a seed is missing where a run has
-        not recorded them.
+      predictions: seed -> `[examples]` labels, scores, texts or tuples of tags; a seed is missing
+        where a run has not recorded them.
       targets: `[examples]`; None if no run has recorded them.
     """
 
@@ -158,6 +160,8 @@ def _is_known(
     metric: str, predictions: np.ndarray, targets: np.ndarray, label_names: Sequence[str]
 ) -> bool:
     """Returns True if these predictions and targets can be resampled for a metric."""
+    if tagged_rows.are_tags(targets):
+        return tagged_rows.is_known(metric, predictions, targets)
     names = set(metric.split("_and_"))
     if not names <= _METRICS.keys() or predictions.shape != targets.shape or not len(targets):
         return False
@@ -213,6 +217,8 @@ def weighted(
     Returns:
       `[resamples]` float64.
     """
+    if tagged_rows.are_tags(targets):
+        return tagged_rows.weighted(metric, predictions, targets, weights)
     functions = [_METRICS[name] for name in metric.split("_and_")]
     values = [function(predictions, targets, weights, label_names) for function in functions]
     return np.mean(values, axis=0)

@@ -13,6 +13,7 @@ import numpy as np
 from compacter_jax.files import parse_json, read_json
 from train.compare.bootstrap import Scored
 from train.data.files import read_chunks
+from train.data.words import of_rows
 from train.fit.run_folder import clear
 from train.fit.run_record import (
     FLAGS_NAME,
@@ -133,10 +134,12 @@ class Run:
             return None
         with self._again():
             rows = [row for chunk in read_chunks(path, 4096) for row in chunk]
+            of_words = bool(rows) and isinstance(rows[0].get(names[0]), list)
             for number, row in enumerate(rows, 1):
-                if any(isinstance(row.get(name, []), dict | list) for name in names):
+                if any(not _is_valid(row.get(name, {}), of_words=of_words) for name in names):
                     raise ValueError(f"{path}, row {number}: no prediction or no target")
-        predictions, targets = (np.array([row[name] for row in rows]) for name in names)
+        made = of_rows if of_words else np.array
+        predictions, targets = (made([row[name] for row in rows]) for name in names)
         return predictions, targets
 
     @contextlib.contextmanager
@@ -148,6 +151,13 @@ class Run:
             raise ValueError(
                 f"{error}; remove {self.folder} and give the same command to train the run again"
             ) from None
+
+
+def _is_valid(value: Any, *, of_words: bool) -> bool:
+    """Returns True for a recorded label, score or text, or with `of_words` for a list of tags."""
+    if of_words:
+        return isinstance(value, list) and all(isinstance(tag, str) for tag in value)
+    return not isinstance(value, dict | list)
 
 
 def scored(runs: Sequence[Run], metric: str) -> Scored:

@@ -89,7 +89,9 @@ def batches(
       `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED` where there is none;
       `decoder_input_ids`, of the same shape, are the labels shifted to the right behind the start
       token; and the weight of a row is the number of its target tokens, so that the weighted mean
-      of the rows' mean losses is the mean over the batch's tokens.
+      of the rows' mean losses is the mean over the batch's tokens. With words, `labels` are the
+      tags of the words at their first tokens, `[batch_size, length]` int32, `IGNORED` elsewhere,
+      and the weight of a row is the number of these tags, at least 1.
 
     Raises:
       ValueError: if `shuffle` has no `seed`, or `start`, `batch_size` or `part` is out of range.
@@ -201,6 +203,16 @@ def _batch(
     if encoded.token_type_ids is not None:
         batch["token_type_ids"] = _pad(encoded.token_type_ids, encoded.offsets, positions, shape, 0)
     texts, targets = encoded.target_texts, encoded.targets
+    if encoded.words is not None:
+        tags = encoded.words.tags
+        none = np.full(shape, IGNORED, np.int32)
+        labels = none if tags is None else _pad(tags, encoded.offsets, positions, shape, IGNORED)
+        # A sentence whose words are all dropped still counts as one: a batch of weight 0 has no
+        # mean.
+        weights = np.maximum((labels != IGNORED).sum(1), 1)
+        batch["labels"] = labels
+        batch["weights"] = np.where(batch["indices"] >= 0, weights, 0).astype(np.float32)
+        return batch
     if texts is not None:
         labels = _pad(texts.ids, texts.offsets, positions, (batch_size, target_length), IGNORED)
         batch["labels"] = labels

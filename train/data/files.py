@@ -1,4 +1,4 @@
-"""Rows of .parquet, .jsonl, .csv and .tsv files, streamed."""
+"""Rows of .parquet, .jsonl, .csv, .tsv and two-column .conll and .txt files, streamed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ Rows: TypeAlias = pa.Table | list[dict[str, Any]]
 # Bounds the text after a quotation mark that is never closed.
 _LONGEST_FIELD = 16 * 2**20
 _LINE_BREAK = re.compile("[\r\n]")
+# Files of words, one a line.
+WORD_SUFFIXES = (".conll", ".txt")
 
 
 def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
-    """Streams a .parquet, .jsonl, .csv or .tsv file, at most `chunk_rows` rows at a time.
+    """Streams a file, at most `chunk_rows` rows at a time.
+
+    A .conll or .txt file has a word in each line, followed by a tab or spaces and its tag, if the
+    tags are known. Blank lines separate sentences, each of which is a row with the columns `tokens`
+    and, with tags, `tags`.
 
     Yields:
       A `pyarrow.Table` for parquet, a list of dicts for the other formats.
@@ -36,7 +42,8 @@ def read_chunks(path: Path, chunk_rows: int) -> Iterator[Rows]:
         if suffix == ".parquet":
             yield from _parquet_tables(path, chunk_rows)
             return
-        records = _json_records(path) if suffix == ".jsonl" else _csv_records(path)
+        of_words = dict.fromkeys(WORD_SUFFIXES, _word_records)
+        records = ({".jsonl": _json_records} | of_words).get(suffix, _csv_records)(path)
         while rows := list(itertools.islice(records, chunk_rows)):
             yield rows
     except UnicodeDecodeError as error:
@@ -73,6 +80,30 @@ def _json_records(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {line} is not a JSON object: {text.strip():.40}")
             yield record
+
+
+def _word_records(path: Path) -> Iterator[dict[str, list[str]]]:
+    rows: list[list[str]] = []
+    width = 0
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line, text in enumerate(itertools.chain(file, [""]), 1):
+            plain = text.strip(" \r\n")
+            if not plain.strip("\t"):
+                if rows:
+                    yield dict(
+                        zip(("tokens", "tags"), map(list, zip(*rows, strict=True)), strict=False)
+                    )
+                rows = []
+                continue
+            values = plain.split("\t") if "\t" in plain else re.split(" +", plain)
+            width = width or len(values)
+            if len(values) != width or width > 2:
+                raise ValueError(
+                    f"{path}, line {line} has {len(values)} columns; a {path.suffix} file has a "
+                    "word in each line, in all lines or in none followed by a tab or spaces and "
+                    "its tag, and blank lines between sentences"
+                )
+            rows.append(values)
 
 
 def _csv_records(path: Path) -> Iterator[dict[str, str]]:

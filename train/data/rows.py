@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from compacter_jax.messages import listing, quote
-from train.data.files import Rows, read_chunks
+from train.data.files import WORD_SUFFIXES, Rows, read_chunks
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+# The type of a column of sentences that are divided into words.
+WORDS = list[str]
 
 
 def check_files(input_path: Path, output_path: Path) -> None:
@@ -39,7 +41,7 @@ def read_rows(
     max_characters: int = 100_000,
     columns: Mapping[str, type] | None = None,
 ) -> Iterator[Rows]:
-    """Streams a .parquet, .jsonl, .csv or .tsv file and checks its sentences.
+    """Streams a .parquet, .jsonl, .csv, .tsv, .conll or .txt file and checks its sentences.
 
     Every value of a .csv or .tsv file is text, exactly as in the file. In both formats fields are
     quoted with `"`, doubled inside a field; a field of a .csv may contain line breaks, a field of a
@@ -49,7 +51,8 @@ def read_rows(
       path: the file; it needs a column `sentence`, and may have `sentence2`.
       chunk_rows: the maximum number of rows in memory.
       max_characters: the maximum length of a sentence.
-      columns: name -> type of the values, for columns that a file may have instead, all of them.
+      columns: name -> type of the values, for columns that a file may have instead, all of them;
+        `WORDS` for lists of words.
 
     Yields:
       At most `chunk_rows` rows: a `pyarrow.Table` for parquet, a list of dicts for the other
@@ -123,6 +126,9 @@ class ColumnReader:
             kind = self._columns.get(name, str)
             if kind is str:
                 check_texts(self._path, name, column, numbers, self._max_characters)
+            elif kind is WORDS:
+                for row, words in zip(numbers, column, strict=True):
+                    check_words(self._path, name, words, row, self._max_characters)
             else:
                 _check_values(self._path, name, column, numbers, kind)
         return values
@@ -182,6 +188,54 @@ def check_texts(
             raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
 
 
+def check_words(path: Path, name: str, words: Any, row: int, max_characters: int) -> None:
+    """Checks a sentence that is divided into words.
+
+    Args:
+      path: the file, for errors.
+      name: the column, for errors.
+      words: the value of the column.
+      row: the number of the row, counted from 1, for errors.
+      max_characters: the maximum length of a sentence.
+
+    Raises:
+      ValueError: if the value is no list, has no words, or is too long, or a word is not text.
+    """
+    where = f"{path}, row {row}: {name}"
+    if not isinstance(words, list):
+        raise ValueError(
+            f"{where} is {type(words).__name__}, not a list of words; use .jsonl or .parquet, or "
+            "a .conll with a word in each line"
+        )
+    if not words:
+        raise ValueError(f"{where} is a list without words; remove or fill the row")
+    for place, word in enumerate(words, 1):
+        if not isinstance(word, str):
+            raise ValueError(f"{where} has {word!r:.40} as word {place}, which is not text")
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise ValueError(
+                f"{where} holds half a surrogate pair in word {place}, which is not a valid "
+                "character"
+            )
+    if (length := sum(map(len, words))) > max_characters:
+        raise ValueError(
+            f"{where} has {length} characters, over the limit of {max_characters}; split it"
+        )
+
+
+def first_columns(path: Path) -> list[str]:
+    """Returns the names of the columns of a file's first rows.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_rows`, if the file cannot be read or has no rows.
+    """
+    _check_file(path)
+    rows = next(read_chunks(path, 1024), None)
+    if rows is None:
+        raise ValueError(f"{path} has no rows")
+    return column_names(rows)
+
+
 def _check_values(
     path: Path, name: str, values: list[Any], numbers: Sequence[int], kind: type
 ) -> None:
@@ -195,18 +249,22 @@ def _check_values(
             )
 
 
-def check_suffix(path: Path) -> str:
+def check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
     """Returns the suffix in lower case.
+
+    Args:
+      path: the file.
+      suffixes: the suffixes of supported formats.
 
     Raises:
       ValueError: if the suffix is of no supported format.
     """
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in suffixes:
         hint = "; write one JSON object per line, as .jsonl" if suffix == ".json" else ""
         raise ValueError(
             f"{path} has the unsupported file type {quote(suffix, 40)}; use "
-            f"{', '.join(SUFFIXES)}{hint}"
+            f"{', '.join(suffixes)}{hint}"
         )
     return suffix
 
@@ -216,6 +274,6 @@ def _check_file(path: Path) -> None:
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not a file")
-    check_suffix(path)
+    check_suffix(path, SUFFIXES + WORD_SUFFIXES)
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes)")

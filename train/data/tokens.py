@@ -12,6 +12,7 @@ import numpy as np
 
 from compacter_jax.files import is_there, read_json
 from compacter_jax.messages import quote, reason_of, shorten
+from train.data.words import WordCounts, Words
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -126,6 +127,7 @@ class Encoded:
       spans: `[tokens, 2]` int32, the first character of each token of the second sentence and the
         character after its last; -1 elsewhere.
       unknown: the counts of unknown tokens in the inputs.
+      words: the words of the examples, for tasks that predict tags of words.
     """
 
     input_ids: np.ndarray
@@ -141,9 +143,15 @@ class Encoded:
     groups: np.ndarray | None = None
     spans: np.ndarray | None = None
     unknown: Unknown = Unknown()
+    words: Words | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def word_counts(self) -> WordCounts:
+        """Counts of words that are not read; 0 for tasks without tags of words."""
+        return WordCounts() if self.words is None else self.words.counts
 
     def of_epoch(self, epoch: int) -> Encoded:
         """Returns the examples of an epoch, which are the same in every epoch."""
@@ -159,6 +167,7 @@ class Encoded:
                 f"{self.num_truncated} of {len(self)} {split} examples are cut to "
                 f"max_length={self.max_length} tokens"
             )
+        lines += self.word_counts.user_messages(f"{split} sentences", self.max_length)
         texts = self.target_texts
         if texts is not None and texts.num_truncated:
             lines.append(

@@ -159,12 +159,18 @@ def write_predictions(
 
     def readable(values: np.ndarray) -> list[Any]:
         if task_run.task.kind not in ("classification", "choice") or not names:
-            return [str(value) if values.dtype == object else value for value in values.tolist()]
+            is_text = values.dtype == object and not all(map(_is_tags, values))
+            return list(map(str, values)) if is_text else values.tolist()
         return [names[label] if label >= 0 else None for label in values.tolist()]
 
     rows = zip(*map(readable, compared), strict=True)
     with write_rows(folder / PREDICTIONS_NAME) as write:
         write([{"prediction": found, "target": target} for found, target in rows])
+
+
+def _is_tags(value: Any) -> bool:
+    """Returns True for the tags of a row, which are written as a list."""
+    return isinstance(value, tuple)
 
 
 def write_results(job: Job, results: dict[str, dict[str, Any]], cost: dict[str, Any]) -> None:

@@ -137,7 +137,9 @@ def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:
 
 
 def labels_of(adapter: LoadedAdapter) -> list[str] | dict[str, list[str]]:
-    """Returns the label names; with parallel adapters, name -> the label names of one."""
+    """Returns the names of the labels of rows; with parallel adapters, name -> those of one."""
+    if not adapter.objective.has_row_labels:
+        return []
     names = parallel_names(adapter.objective.model.method)
     own: list[str] = adapter.settings["label_names"]
     if not names:

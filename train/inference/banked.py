@@ -21,6 +21,7 @@ from train.compute import outputs as compute_outputs
 from train.data import rows as data_rows
 from train.data import tokens, writing
 from train.data.files import Rows, read_chunks
+from train.data.words import WordCounts
 from train.inference import adapter, commands, prediction_files, saved
 from train.inference.options import PredictOptions
 from train.objectives import Objective, base, from_settings
@@ -63,7 +64,7 @@ class _Bank:
 
     Attributes:
       index: name -> position.
-      label_names: the label names of each member.
+      label_names: the names of the labels that each member predicts for rows.
       groups: the groups of members with the same objective; every member is in one.
       max_length: the maximum input length in tokens.
     """
@@ -91,7 +92,7 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
     bank = _load(options, {name: members[name] for name in sorted(counted)})
     added = prediction_files.added_names(bank.label_names[0], options.logits)
     rows_done, cut, invalid = 0, 0, 0
-    unknown = tokens.Unknown()
+    unknown, words = tokens.Unknown(), WordCounts()
     names = list(bank.index)
     labels = commands.LabelCounts(dict(zip(names, bank.label_names, strict=True)))
     with writing.write_rows(options.output) as write, tqdm(desc="predict", unit="row") as bar:
@@ -107,6 +108,7 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
                     parts += _columns(bank, predicted, positions, ids[positions], added)
                     cut += encoded.num_truncated
                     unknown += encoded.unknown
+                    words += encoded.word_counts
             write(writing.add_columns(rows, _in_order(parts)))
             for positions, columns in parts:
                 if "label_id" in columns:
@@ -116,7 +118,8 @@ def predict(options: PredictOptions, members: Mapping[str, Path]) -> int:
             bar.update(len(rows))
     for name, count in counted.items():
         print(f"{name}: {count:,} rows")
-    for line in [*labels.lines(), *unknown.user_messages("inputs")]:
+    told_of_words = words.user_messages("inputs", bank.max_length)
+    for line in [*labels.lines(), *unknown.user_messages("inputs"), *told_of_words]:
         print(line)
     commands.say_predicted(options.output, rows_done, cut, bank.max_length, invalid)
     return rows_done
@@ -159,13 +162,15 @@ def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
     for place, each in enumerate(settings.values()):
         groups.setdefault(_way_of_computing(each), []).append(place)
     numbered = list(settings.values())
+    made = [
+        _group(options, places, numbered[places[0]], model, params, tokenizer)
+        for places in groups.values()
+    ]
+    of_rows = all(group.objective.has_row_labels for group in made)
     return _Bank(
         {name: place for place, name in enumerate(members)},
-        [each["label_names"] for each in numbered],
-        [
-            _group(options, places, numbered[places[0]], model, params, tokenizer)
-            for places in groups.values()
-        ],
+        [each["label_names"] if of_rows else [] for each in numbered],
+        made,
         first["max_length"],
     )
 
@@ -173,10 +178,11 @@ def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
 def _way_of_computing(settings: Mapping[str, Any]) -> str:
     """Returns a key of the settings that the adapters of a group share.
 
-    On a T5 they include the labels, which are text there.
+    On a T5 they include the labels, which are text there, and for tags of words the tags.
     """
     names = ["benchmark", "text_to_text"]
-    names += ["label_names"] if "text_to_text" in settings else []
+    if "text_to_text" in settings or settings["kind"] == "tagging":
+        names.append("label_names")
     return json.dumps([settings.get(name) for name in names], sort_keys=True)
 
 
@@ -197,9 +203,7 @@ def _group(
         members,
         objective,
         lambda batch: jax.device_get(compiled(params, batch)),
-        data_rows.ColumnReader(
-            options.input, objective.benchmark.columns if objective.benchmark is not None else {}
-        ),
+        data_rows.ColumnReader(options.input, objective.columns),
     )
 
 

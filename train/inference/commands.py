@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,44 +16,80 @@ from train.cli import compositions as cli_compositions
 from train.compute.outputs import split_outputs
 from train.data import rows as data_rows
 from train.data import tokens
+from train.data.words import WordCounts
 from train.inference import compositions as inference_compositions
-from train.inference import prediction_files
+from train.inference import prediction_files, several_files
 from train.inference.adapter import LoadedAdapter, labels_of, load
-from train.inference.options import EvaluateOptions, PredictOptions
+from train.inference.options import EvaluateOptions, PredictOptions, files_of
 from train.report import as_json, number
 from train.tasks.benchmarks import find as find_benchmark
 from train.tasks.labels import told
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Runs `evaluate`: prints the metrics of a split and writes them as JSON."""
+    """Runs `evaluate`: prints the metrics of a split, or of several files, and writes them as JSON.
+
+    For several files, a report with tables lies beside the JSON file.
+    """
+    options.check()
     name = f"evaluation_{options.task}_{options.split}.json".replace("/", "_")
     output = options.output or _beside(options) / name
     # Opened first: a file that cannot be written is found before anything is computed.
     with replace_file(output) as temporary:
-        result = _evaluated(options)
+        if options.test_files is None:
+            result = _evaluated(options)
+            for name, value in result["metrics"].items():
+                print(f"{options.split} {name}: {number(value)}")
+        else:
+            result = _of_several(options, output.with_suffix(".md"))
         temporary.write_text(as_json(result), encoding="utf-8")
-    for name, value in result["metrics"].items():
-        print(f"{options.split} {name}: {number(value)}")
     print(f"written to {output}")
     return result
 
 
-def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
-    """Returns the result that `evaluate` writes."""
+def _loaded(options: EvaluateOptions) -> LoadedAdapter:
+    """Loads the adapter of `evaluate`; raises ValueError if it cannot be evaluated on a task."""
     adapter = load(options, evaluate_by=options.evaluate_by)
     _check_task_named(options, adapter.settings.get("task"))
-    kind = adapter.settings["kind"]
     names = labels_of(adapter)
     if isinstance(names, dict) and len({tuple(each) for each in names.values()}) > 1:
         raise ValueError(
             f"the adapters of {options.adapter} have different labels, but a task has one set of "
             "labels; evaluate each adapter by itself"
         )
+    return adapter
+
+
+def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
+    """Returns the result that `evaluate` writes for one split."""
+    return _result(_loaded(options), options)
+
+
+def _of_several(options: EvaluateOptions, report: Path) -> dict[str, Any]:
+    """Returns the results of several test files, and writes and prints their report."""
+    adapter = _loaded(options)
+    of_all = {"adapter": str(options.adapter), "task": options.task, "split": options.split}
+    results: dict[str, Any] = {}
+    for name, path in files_of(options.test_files or "").items():
+        print(f"{name}:")
+        alone = dataclasses.replace(options, test_file=path, test_files=None)
+        found = _result(adapter, alone)
+        results[name] = {key: value for key, value in found.items() if key not in of_all}
+    text = several_files.report(options.adapter, results)
+    with replace_file(report) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwritten to {report}")
+    return {**of_all, "files": results}
+
+
+def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
+    """Returns the result of an adapter on one split."""
+    kind = adapter.settings["kind"]
     task = tasks.load_task(
         options.task,
         regression=kind == "regression",
         text=kind == "text",
+        tagging=kind == "tagging",
         **tasks.sources(options),
         splits=(options.split,),
         label_names=adapter.settings["label_names"] or None,
@@ -79,6 +116,9 @@ def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
     }
     if encoded.target_texts is not None:
         result["truncated_targets"] = encoded.target_texts.num_truncated
+    if encoded.words is not None:
+        counts = encoded.word_counts
+        result |= {"words": counts.words, "cut_words": counts.cut, "dropped_words": counts.dropped}
     return result
 
 
@@ -96,7 +136,7 @@ def _has_fixed_labels(task: str | None) -> bool:
 
 def _check_task_named(options: EvaluateOptions, trained_on: str | None) -> None:
     """Raises ValueError without task and files if the adapter's own task could be given."""
-    files = (options.train_file, options.validation_file, options.test_file)
+    files = (options.train_file, options.validation_file, options.test_file, options.test_files)
     if options.task == tasks.CUSTOM and _has_fixed_labels(trained_on) and not any(files):
         raise ValueError(
             f"no --task was given; the adapter in {options.adapter} was trained on {trained_on}; "
@@ -131,6 +171,7 @@ def predict(options: PredictOptions) -> int:
     def predict_chunk(columns: dict[str, list[Any]]) -> Any:
         encoded = objective.encode(columns)
         unknown.append(encoded.unknown)
+        words.append(encoded.word_counts)
         outputs = split_outputs(adapter.outputs, encoded, options.eval_batch_size, description=None)
         predicted = objective.predictions(outputs, encoded)
         truncated.append(encoded.num_truncated)
@@ -149,6 +190,7 @@ def predict(options: PredictOptions) -> int:
     truncated: list[int] = []
     invalid: list[int] = []
     unknown: list[tokens.Unknown] = []
+    words: list[WordCounts] = []
     counts = LabelCounts(labels)
     with tqdm(desc="predict", unit="row") as bar:
         rows = prediction_files.predict_file(
@@ -156,14 +198,15 @@ def predict(options: PredictOptions) -> int:
             options.output,
             predict_chunk,
             label_names=labels,
-            columns=objective.benchmark.columns if objective.benchmark is not None else {},
+            columns=objective.columns,
             write_logits=options.logits,
             progress=bar.update,
         )
+    limit = adapter.settings["max_length"]
     told_of_inputs = sum(unknown, tokens.Unknown()).user_messages("inputs")
+    told_of_inputs += sum(words, WordCounts()).user_messages("inputs", limit)
     for line in [*counts.lines(), *objective.user_messages(), *told_of_inputs]:
         print(line)
-    limit = adapter.settings["max_length"]
     say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))
     return rows
 

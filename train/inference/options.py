@@ -49,6 +49,8 @@ class EvaluateOptions(AdapterOptions):
       train_file: your own examples, with the same columns as for fit; for --split train.
       validation_file: your own examples for --split validation.
       test_file: your own examples for --split test.
+      test_files: several files for --split test, each with a name, as in nn=FILE,fo=FILE; the
+        metrics of all are in one JSON file, and in tables in the file of the same name with .md.
       data_dir: folder of a benchmark's data set, laid out like its repository on the hub; by
         default the hub is read.
       split_protocol: splits of benchmarks: official are the splits of the hub, paper those of the
@@ -67,11 +69,29 @@ class EvaluateOptions(AdapterOptions):
     train_file: Path | None = None
     validation_file: Path | None = None
     test_file: Path | None = None
+    test_files: str | None = None
     data_dir: Path | None = None
     split_protocol: SplitProtocol = "official"
     label_names: tuple[str, ...] | None = None
     evaluate_by: EvaluateBy | None = None
     output: Path | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for a number out of range, or for flags that exclude each other."""
+        super().check()
+        if self.test_files is None:
+            return
+        files_of(self.test_files)
+        if self.test_file is not None or self.split != "test":
+            raise ValueError(
+                "--test-files gives the files of --split test; leave --test-file and other splits "
+                "out"
+            )
+        if self.output is not None and self.output.suffix == ".md":
+            raise ValueError(
+                f"--output {self.output} is a JSON file, beside which a report with .md is "
+                "written; give it another name"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +104,33 @@ class PredictOptions(AdapterOptions):
         names the adapter of each row; the adapters have the same shapes, backbone and kind of task,
         but may differ in labels.
       input: .parquet, .jsonl, .csv or .tsv file with a column sentence, and sentence2 for pairs; or
-        with the columns of the adapter's benchmark on the hub.
-      output: file in one of these formats; it has the columns of the input, prediction and, for
-        labels, label_id and probability.
+        with the columns of the adapter's benchmark on the hub. For tags of words, a file with a
+        column tokens, lists of text, or a .conll or .txt file with a word in each line.
+      output: .parquet, .jsonl, .csv or .tsv file; it has the columns of the input, prediction and,
+        for labels, label_id and probability. The prediction for words is a list of a tag for each.
       logits: add a column logits.
     """
 
     input: Path
     output: Path
     logits: bool = False
+
+
+def files_of(text: str) -> dict[str, Path]:
+    """Returns name -> file from `nn=FILE,fo=FILE`.
+
+    Raises:
+      ValueError: if a part has no name or no file, or a name is given twice.
+    """
+    found: dict[str, Path] = {}
+    for part in text.split(","):
+        name, equals, path = (each.strip() for each in part.partition("="))
+        if not (name and equals and path):
+            raise ValueError(
+                f"--test-files: {part!r:.100} must be NAME=FILE; join several by commas, as "
+                "in nn=FILE,fo=FILE"
+            )
+        if name in found:
+            raise ValueError(f"--test-files names {name!r:.100} twice; use other names")
+        found[name] = Path(path)
+    return found

@@ -32,18 +32,18 @@ def predict_file(
     """Copies a file with predictions added, a chunk at a time.
 
     The input's columns are followed by `prediction` (the name of the label; for regression the
-    number; otherwise the text), `label_id` and `probability` (for labels only) and, if requested,
-    `logits`. With several models the columns are `prediction_NAME` and so on for each. The formats
-    of input and output may differ.
+    number; for words the list of their tags; otherwise the text), `label_id` and `probability` (for
+    labels of rows only) and, if requested, `logits`. With several models the columns are
+    `prediction_NAME` and so on for each. The formats of input and output may differ.
 
     Args:
-      input_path: a .parquet, .jsonl, .csv or .tsv file, as for `read_rows`.
-      output_path: a file of one of these formats; it appears, or is replaced, only when it is
-        complete.
-      predict_chunk: columns -> logits `[rows, num_labels]`, or a list of texts or numbers, None
-        where there is no prediction; with several models, name -> these. The columns are `sentence`
-        and, for pairs, `sentence2`, or `columns`.
-      label_names: one name per class; empty for regression, which has one logit, and for texts;
+      input_path: a .parquet, .jsonl, .csv, .tsv, .conll or .txt file, as for `read_rows`.
+      output_path: a .parquet, .jsonl, .csv or .tsv file; it appears, or is replaced, only when it
+        is complete.
+      predict_chunk: columns -> logits `[rows, num_labels]`, or a list of texts, numbers or lists of
+        tags, None where there is no prediction; with several models, name -> these. The columns are
+        `sentence` and, for pairs, `sentence2`, or `columns`.
+      label_names: one name per class; empty for regression, which has one logit, texts and tags;
         with several models, name -> these.
       columns: the alternative columns, as for `read_rows`.
       write_logits: whether to add the column `logits`; not for models without logits.
@@ -138,8 +138,7 @@ def added_columns(
 ) -> dict[str, pa.Array]:
     """Returns the columns `added`, from `[rows, num_labels]` float64 logits or predictions."""
     if isinstance(predicted, list):
-        of_text = any(isinstance(value, str) for value in predicted)
-        return {"prediction": pa.array(predicted, pa.string() if of_text else pa.float64())}
+        return {"prediction": pa.array(predicted, _type_of(predicted))}
     logits = predicted
     values = {"logits": pa.array(list(logits.astype(np.float32)), pa.list_(pa.float32()))}
     if label_names:
@@ -151,3 +150,11 @@ def added_columns(
     else:
         values["prediction"] = pa.array(logits[:, 0], pa.float64())
     return {name: values[name] for name in added}
+
+
+def _type_of(predicted: Sequence[Any]) -> pa.DataType:
+    """Returns the type of a column of texts, of lists of tags or of numbers; None may be among."""
+    first = next((value for value in predicted if value is not None), None)
+    if isinstance(first, list):
+        return pa.list_(pa.string())
+    return pa.string() if isinstance(first, str) else pa.float64()

@@ -46,8 +46,10 @@ _NOISE = {"noise_density": float, "mean_span_length": float}
 _KINDS: Mapping[str | None, tuple[Kind, ...]] = {
     "sequence_classification": ("classification", "regression", "choice"),
     "question_answering": ("span",),
-    "conditional_generation": typing.get_args(Kind),
+    "token_classification": ("tagging",),
+    "conditional_generation": tuple(set(typing.get_args(Kind)) - {"tagging"}),
 }
+_WITH_LABELS = ("classification", "tagging")
 # `fit` writes smaller numbers; larger ones would take memory before anything is generated.
 _MOST_TOKENS, _MOST_BEAMS = 2**16, 2**10
 
@@ -160,13 +162,13 @@ def _check_text_format(where: str, values: Mapping[str, Any]) -> None:
 def _check_labels(where: str, settings: Mapping[str, Any]) -> None:
     """Raises ValueError if the number of label names does not match the kind of task."""
     kind, names, num_labels = (settings[name] for name in ("kind", "label_names", "num_labels"))
-    if bool(names) != (kind == "classification"):
+    if bool(names) != (kind in _WITH_LABELS):
         raise ValueError(
             f"{where}: label_names={quote(names)} must be "
-            f"{'names' if kind == 'classification' else 'empty'} for kind={kind!r}"
+            f"{'names' if kind in _WITH_LABELS else 'empty'} for kind={kind!r}"
         )
     check_names(names, f"{where}: label_names")
-    if settings["head"] != "sequence_classification":
+    if settings["head"] not in ("sequence_classification", "token_classification"):
         return
     outputs = tasks.Task("", kind, tuple(names), {}).num_labels
     if num_labels != outputs:

@@ -1,14 +1,14 @@
 """Objectives: how a task is put to a backbone, trained and scored.
 
-`Classifier`, `MultipleChoice` and `ExtractiveQA` use a head on an encoder. `TextToText` formats a
-task as text for an encoder-decoder, and `SpanCorruption` is the pre-training of one. Training,
-evaluation and prediction only use the base class `Objective`.
+`Classifier`, `MultipleChoice`, `ExtractiveQA` and `Tagger` use a head on an encoder. `TextToText`
+formats a task as text for an encoder-decoder, and `SpanCorruption` is the pre-training of one.
+Training, evaluation and prediction only use the base class `Objective`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from train.objectives.base import Objective
 from train.objectives.classification import Classifier, MultipleChoice, ParallelClassifier
 from train.objectives.span_corruption import SpanCorruption
 from train.objectives.span_extraction import ExtractiveQA
+from train.objectives.tagging import Tagger
 from train.objectives.text_to_text import TextToText
 from train.tasks import text_format
 from train.tasks.benchmark import Benchmark, Choice, Kind
@@ -64,6 +65,8 @@ def head_arguments(
         return {"head": "auto", "pooling": pooling}
     if kind == "span":
         return {"head": "question_answering", "pooling": pooling}
+    if kind == "tagging":
+        return {"head": "token_classification", "num_labels": num_labels, "pooling": pooling}
     pooling = pooling or pooling_of(backbone)
     return {"head": "sequence_classification", "num_labels": num_labels, "pooling": pooling}
 
@@ -105,7 +108,9 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
             f"{type(module).__name__}, use each adapter by itself"
         )
     if not writes_text:
-        made = _of_encoder(model, tokenizer, task.kind, options.max_length, task.benchmark)
+        made = _of_encoder(
+            model, tokenizer, task.kind, options.max_length, task.benchmark, task.label_names
+        )
         if task.benchmark is not None and task.benchmark.unanswered(task.splits["train"]):
             made = _with_none(made)
         return made
@@ -154,7 +159,8 @@ def from_settings(
         return _span_corruption(model, tokenizer, config, max_length, settings[kind])
     benchmark = _benchmark_of(settings)
     if "text_to_text" not in settings:
-        made = _of_encoder(model, tokenizer, kind, max_length, benchmark)
+        names = settings["label_names"]
+        made = _of_encoder(model, tokenizer, kind, max_length, benchmark, names)
         return _with_none(made) if settings.get("benchmark", {}).get("may_be_none") else made
     names = settings["label_names"]
     fmt = text_format.from_json(settings["text_to_text"], _text_kind(kind), names)
@@ -187,6 +193,11 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             "from the vocabulary, as in prompt-tuning-vocabulary; leave it out"
         )
     if is_text_to_text(options.backbone):
+        if task.kind == "tagging":
+            raise ValueError(
+                f"task {task.name!r} has tags of words, which needs an encoder such as BERT, but "
+                f"{options.backbone} is an encoder-decoder"
+            )
         return
     check_length(read_config(options.backbone), options.method_config(), options.max_length)
     if task.kind in ("text", "span_corruption"):
@@ -236,7 +247,12 @@ def _benchmark_of(settings: Mapping[str, Any]) -> Benchmark | None:
 
 
 def _of_encoder(
-    model: Any, tokenizer: Any, kind: Kind, max_length: int, benchmark: Benchmark | None
+    model: Any,
+    tokenizer: Any,
+    kind: Kind,
+    max_length: int,
+    benchmark: Benchmark | None,
+    label_names: Sequence[str],
 ) -> Objective:
     """Returns the objective of an encoder for a task.
 
@@ -246,12 +262,14 @@ def _of_encoder(
     if names := parallel_names(model.method):
         if kind not in ("classification", "regression") or isinstance(benchmark, Choice):
             raise ValueError(
-                f"parallel adapters need a task with labels or scores, and a {kind} task has "
-                "none; use each adapter by itself"
+                f"parallel adapters need a task with a label or a score of each row, and a {kind} "
+                "task has none; use each adapter by itself"
             )
         return ParallelClassifier(model, tokenizer, kind, max_length, benchmark, names)
     if benchmark is not None and kind == "span":
         return ExtractiveQA(model, tokenizer, max_length, benchmark)
+    if kind == "tagging":
+        return Tagger(model, tokenizer, max_length, tuple(label_names))
     if isinstance(benchmark, Choice):
         return MultipleChoice(model, tokenizer, "classification", max_length, benchmark)
     return Classifier(model, tokenizer, kind, max_length, benchmark)

@@ -15,7 +15,7 @@ from train.data import batching, tokens
 from train.tasks.benchmark import Benchmark
 
 # Logits `[rows, num_labels]`, or the predictions themselves, None where there is no prediction.
-Predicted: TypeAlias = np.ndarray | list[str] | list[float | None]
+Predicted: TypeAlias = np.ndarray | list[str] | list[float | None] | list[list[str | None]]
 # Predictions of one model, or name -> predictions of several.
 Predictions: TypeAlias = Predicted | Mapping[str, Predicted]
 
@@ -27,10 +27,12 @@ class Objective(abc.ABC):
       learning_rates: preset -> default peak of the schedule.
       model: the adapted module.
       tokenizer: the tokenizer of the backbone.
+      has_row_labels: True if the labels, where the task has some, are those of rows.
       benchmark: how the rows of the task are put to a backbone; None for other tasks.
     """
 
     learning_rates: ClassVar[Mapping[str, float]]
+    has_row_labels: ClassVar[bool] = True
     model: Any
     tokenizer: Any
     benchmark: Benchmark | None = None
@@ -44,6 +46,11 @@ class Objective(abc.ABC):
     def inputs(self) -> tuple[str, ...]:
         """Keys of a batch that are the model's positional arguments."""
         return family_of_module(self.model.backbone).inputs
+
+    @property
+    def columns(self) -> Mapping[str, type]:
+        """Columns of a file of inputs, with the types of their values, for `read_rows`."""
+        return {} if self.benchmark is None else self.benchmark.columns
 
     @property
     def apply(self) -> step.ApplyFunction:
@@ -76,8 +83,8 @@ class Objective(abc.ABC):
         """Returns what the metrics compare, row by row, from the outputs of a split.
 
         Returns:
-          `[rows]` predictions and `[rows]` targets: labels, scores or texts; None where a row is
-          not compared with a single target.
+          `[rows]` predictions and `[rows]` targets: labels, scores, texts or tuples of tags; None
+          where a row is not compared with a single target.
         """
         del outputs, encoded
         return None

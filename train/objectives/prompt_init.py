@@ -68,6 +68,8 @@ def training_texts(task: Task) -> Iterator[str]:
         return
     if task.benchmark is not None:
         rows = task.benchmark.for_decoder(rows)
+    if "tokens" in columns_of(rows):
+        yield from map(" ".join, rows["tokens"][:])
     for column in ("text", "sentence", "sentence2"):
         if column in columns_of(rows):
             yield from rows[column][:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from compacter_jax.messages import quote
 from train.cli.options import SplitProtocol
 from train.data.corpus import check_text_file
-from train.tasks import hub, labels, own_files
+from train.tasks import entities, hub, labels, own_files
 from train.tasks.benchmark import Benchmark, Kind
 from train.tasks.benchmarks import BENCHMARKS, find
 from train.tasks.own_files import SENTIMENT, SENTIMENT_LABELS
@@ -39,9 +40,10 @@ class Task:
     Attributes:
       name: the name of the built-in task or benchmark, or the user's name for the files.
       kind: the kind of prediction.
-      label_names: one name per class; empty unless the kind is classification.
+      label_names: one name per class or tag; empty unless the kind is classification or tagging.
       splits: split name -> dataset with columns `sentence`, optionally `sentence2`, and `label`
-        (index into `label_names`), `score` (float64) or, for "text", `target`. For
+        (index into `label_names`), `score` (float64) or, for "text", `target`. For "tagging", lists
+        of words in `tokens`, and of as many indices into `label_names` in `tags`. For
         "span_corruption", the path of a text file. For a benchmark, its own columns.
       benchmark: how the rows are put to a backbone; None for other tasks.
       notes: lines about the reading of the files, for the user.
@@ -62,6 +64,8 @@ class Task:
     @property
     def metric(self) -> str:
         """Metric that selects the best epoch; larger is better."""
+        if self.kind == "tagging":
+            return entities.metric(self.label_names)
         return _METRICS[self.kind] if self.benchmark is None else self.benchmark.metric
 
     @property
@@ -73,22 +77,30 @@ class Task:
         """Returns lines that the user should read before anything is computed.
 
         They say how the files were read, which labels there are, in which order and on how many
-        rows of each split, and how many questions have no answer.
+        rows or words of each split, and how many questions have no answer.
         """
         lines = list(self.notes)
         splits = ", ".join(self.splits)
         if self.label_names:
+            of = "words" if self.kind == "tagging" else "rows"
             counts = [
-                np.bincount(rows["label"][:], minlength=len(self.label_names)).tolist()
+                np.bincount(_labels_of(rows), minlength=len(self.label_names)).tolist()
                 for rows in self.splits.values()
             ]
-            lines.append(labels.told(self.label_names, counts, f"{self.name}, rows of {splits}"))
+            lines.append(labels.told(self.label_names, counts, f"{self.name}, {of} of {splits}"))
         if self.benchmark is not None:
             rows_without = [self.benchmark.unanswered(rows) for rows in self.splits.values()]
             if any(rows_without):
                 lines.append(f"questions without an answer ({splits}): {_listed(rows_without)}")
             lines += self.benchmark.user_messages()
         return lines
+
+
+def _labels_of(rows: Any) -> list[int]:
+    """Returns the labels of rows, or the tags of all their words."""
+    if "tags" not in rows.column_names:
+        return list(rows["label"][:])
+    return list(itertools.chain.from_iterable(rows["tags"][:]))
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -100,6 +112,7 @@ def load_task(
     *,
     regression: bool = False,
     text: bool = False,
+    tagging: bool = False,
     train_file: str | Path | None = None,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
@@ -115,8 +128,9 @@ def load_task(
 
     A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text),
     `score` (numbers) or `target` (text). The target column is the first of these that the files
-    have, unless `regression`, `text` or `label_names` determines it. The label names are
-    `stated_names`, or those of the training file's `datasets.ClassLabel`, or its labels, sorted.
+    have, unless `regression`, `text` or `label_names` determines it. Files of words have the
+    columns `tokens` and `tags` instead, lists of text, or are .conll or .txt files. The label names
+    are `stated_names`, those of the training file's `datasets.ClassLabel`, or its labels, sorted.
     Labels that look like missing values are refused unless they are stated. If no label name is an
     integer, integer labels are positions in a stated order: that of `stated_names`, of a
     `ClassLabel` of the file or of the training file, or of a built-in task or a benchmark. Without
@@ -128,7 +142,8 @@ def load_task(
         `SPAN_CORRUPTION`, or any other name for the user's files (`CUSTOM` if None).
       regression: predict `score` instead of `label`.
       text: predict `target` instead of `label`.
-      train_file: a .parquet, .jsonl, .csv or .tsv file.
+      tagging: predict `tags`, without a look at the columns of the files.
+      train_file: a .parquet, .jsonl, .csv or .tsv file; or for words a .conll or .txt file.
       validation_file: a file of one of these formats.
       test_file: a file of one of these formats.
       data_dir: the folder of a benchmark's data set; by default it is read from the hub.
@@ -182,10 +197,11 @@ def load_task(
     built_in = SENTIMENT_LABELS if name in BUILT_IN else ()
     labels.check_stated(stated_names or (), label_names or ())
     names = tuple(label_names or stated_names or built_in)
-    target = "score" if regression else "target" if text else "label" if names else None
+    wanted_column = {"score": regression, "target": text, "tags": tagging}
+    target = next((column for column, is_wanted in wanted_column.items() if is_wanted), None)
     order = tuple(stated_names or (names if are_numbered else built_in))
     read = own_files.load(files, wanted, target, names, order, max_characters)
-    if stated_names and read.kind != "classification":
+    if stated_names and not read.label_names:
         raise ValueError(
             f"--label-names needs a task with labels, but {name or CUSTOM} has kind {read.kind}; "
             "leave it out"
@@ -252,6 +268,6 @@ def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Pa
     close = difflib.get_close_matches(str(name), [*BUILT_IN, *BENCHMARKS, SPAN_CORRUPTION], n=1)
     near = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(
-        f"unknown task {quote(name, 60)}{near}; {known}give files of your own; labels of single "
-        "tokens (NER, part of speech) cannot be learned"
+        f"unknown task {quote(name, 60)}{near}; {known}give files of your own, also of words with "
+        "tags (NER, part of speech)"
     )

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# "choice" predicts one of a row's own candidates, "span" a part of the context.
+# "choice" predicts one of a row's own candidates, "span" a part of the context, "tagging" a tag of
+# every word.
 Kind: TypeAlias = Literal[
-    "classification", "regression", "choice", "span", "text", "span_corruption"
+    "classification", "regression", "choice", "span", "tagging", "text", "span_corruption"
 ]
 
 

@@ -12,8 +12,15 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
-from train.data.rows import check_texts, column_names, column_values, read_rows, require_column
-from train.tasks import labels
+from train.data.rows import (
+    check_texts,
+    column_names,
+    column_values,
+    first_columns,
+    read_rows,
+    require_column,
+)
+from train.tasks import labels, tagged
 from train.tasks.benchmark import Kind
 
 _KINDS: dict[str, Kind] = {"label": "classification", "score": "regression", "target": "text"}
@@ -27,7 +34,7 @@ class Read:
 
     Attributes:
       kind: the kind of the task.
-      label_names: one name for each class; empty unless the kind is classification.
+      label_names: one name for each class or tag; empty for other kinds.
       splits: split -> rows.
       notes: lines about the reading of the files, for the user.
     """
@@ -51,15 +58,19 @@ def load(
     Args:
       files: split -> file.
       wanted: the splits to return.
-      target: the column to predict; None takes the first of label, score and target that exists.
-      names: the names of the labels; if empty, those of the training file.
+      target: the column to predict; None takes `tags` for files of words, and otherwise label if
+        there are `names`, or the first of label, score and target that exists.
+      names: the names of the labels or tags; if empty, those of the training file.
       order: the names that integer labels from 0 on stand for, if they are stated.
       max_characters: the maximum length of a sentence.
 
     Raises:
       FileNotFoundError, ValueError: as `train.tasks.load_task`.
     """
-    target = target or _target_column(next(iter(files.values())), max_characters)
+    first = files[wanted[0]] if names else next(iter(files.values()))
+    target = target or _target_column(first, names)
+    if target == tagged.TAGS:
+        return Read("tagging", *tagged.load(files, wanted, names, max_characters))
     # The training file is read even for an evaluation if the label names must come from it.
     needed = [s for s in files if s in wanted or (s == "train" and target == "label" and not names)]
     columns = {split: _read_split(files[split], target, max_characters) for split in needed}
@@ -81,9 +92,12 @@ def load(
     return Read(_KINDS[target], names, splits, tuple(dict.fromkeys(notes)))
 
 
-def _target_column(path: Path, max_characters: int) -> str:
-    names = column_names(next(read_rows(path, max_characters=max_characters)))
-    return next((column for column in _KINDS if column in names), "label")
+def _target_column(path: Path, names: Sequence[str]) -> str:
+    """Returns the column to predict, from the columns of a file and the names of the labels."""
+    columns = first_columns(path)
+    if tagged.TOKENS in columns and "sentence" not in columns:
+        return tagged.TAGS
+    return "label" if names else next((each for each in _KINDS if each in columns), "label")
 
 
 def _read_split(path: Path, target: str, max_characters: int) -> dict[str, list[Any]]:

@@ -207,8 +207,8 @@ def test_unknown_task_and_splits(train_file):
     assert load_error(name="films") == (
         "unknown task 'films'; use movie, product, tweet, editorial, cola, sst2, mrpc, qqp, stsb, "
         "mnli, qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, a translation "
-        "such as wmt16-ro-en, or give files of your own; labels of single tokens (NER, part of "
-        "speech) cannot be learned"
+        "such as wmt16-ro-en, or give files of your own, also of words with tags (NER, part of "
+        "speech)"
     )
     assert load_error(name="moive").startswith("unknown task 'moive' (did you mean 'movie'?); use ")
     for name in (None, "custom"):  # a name that the user did not give
@@ -228,10 +228,11 @@ def test_missing_file_directory_and_suffix(tmp_path, train_file):
     with pytest.raises(FileNotFoundError, match=r"none\.csv does not exist"):
         tasks.load_task(train_file=missing)
     assert load_error(train_file=tmp_path) == f"{tmp_path} is a directory, not a file"
-    text = tmp_path / "t.txt"
+    text = tmp_path / "t.xls"
     text.write_text("sentence\n")
     assert load_error(train_file=text) == (
-        f"{text} has the unsupported file type '.txt'; use .parquet, .jsonl, .csv, .tsv"
+        f"{text} has the unsupported file type '.xls'; use .parquet, .jsonl, .csv, .tsv, .conll, "
+        ".txt"
     )
     array = tmp_path / "t.json"
     array.write_text("[]")
