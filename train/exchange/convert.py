@@ -150,7 +150,7 @@ def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted)
     """Returns the metadata that `evaluate` and `predict` need, if there is something to predict."""
     metadata: dict[str, Any] = {"backbone": backbone.name, "dtype": options.dtype}
     head = getattr(model.backbone, "head", None)
-    if head not in ("sequence_classification", "conditional_generation"):
+    if head not in ("sequence_classification", "token_classification", "conditional_generation"):
         print(f"`evaluate` and `predict` cannot use this adapter, since it has head={head!r}")
         return metadata
     if head == "sequence_classification" and _is_multilabel(options, backbone):
@@ -161,7 +161,10 @@ def _metadata(options: ConvertOptions, backbone: cj.Backbone, model: cj.Adapted)
         return metadata
     writes = head == "conditional_generation"
     names = _label_names(options) or _names_of_folder(options) or _names_of(backbone.config)
-    if options.regression or (not writes and model.backbone.num_labels == 1):
+    if head == "token_classification":
+        kind = "tagging"
+        _check_names(names, model.backbone.num_labels)
+    elif options.regression or (not writes and model.backbone.num_labels == 1):
         kind, names = "regression", ()
     elif writes and not names:
         kind = "text"

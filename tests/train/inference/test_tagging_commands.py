@@ -199,3 +199,25 @@ def test_bad_input_gives_one_line(fitted, files, tiny_backbone, tmp_path, capsys
     report = ("--test-files", f"a={bad}", "--output", tmp_path / "metrics.md")
     assert "is a JSON file, beside which a report" in refusal(capsys, "evaluate", *adapter, *report)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tagger_goes_to_another_library_and_back(tiny_backbone, files, tmp_path):
+    ours, theirs, back = (tmp_path / name for name in ("ours", "theirs", "back"))
+    method = ["--method", "houlsby", "--train-layer-norms", "False"]
+    assert main(["fit", *fit_flags(tiny_backbone, files, ours, epochs=1), *method]) == 0
+
+    def convert(source, folder, to, *more):
+        flags = ["--from", source, folder, "--to", to, *more]
+        return main(["convert", *map(str, flags)])
+
+    assert convert("compacter_jax", ours / "adapter", theirs, "--to-format", "adapterhub") == 0
+    given = ["--backbone", tiny_backbone, "--max-length", "16"]
+    assert convert("adapterhub", theirs, back, *given) == 0
+    assert json.loads((back / "adapter_config.json").read_text())["kind"] == "tagging"
+    results = []
+    for adapter in (ours / "adapter", back):
+        flags = ["--adapter", adapter, "--test-file", files["test"]]
+        output = tmp_path / f"{adapter.name}.json"
+        assert main(list(map(str, ["evaluate", *flags, "--output", output]))) == 0
+        results.append(json.loads(output.read_text())["metrics"])
+    assert results[0] == results[1]
