@@ -136,6 +136,10 @@ class MethodConfig:
                 self, field.name, typed(field.name, getattr(self, field.name), hints[field.name])
             )
 
+    def replaceable(self) -> set[str]:
+        """Returns the names of the fields that `replace` accepts."""
+        return {field.name for field in dataclasses.fields(self)}
+
     def needs_token_ids(self) -> bool:
         """Returns True if the prompt starts from embeddings of tokens that are not named yet.
 
@@ -278,6 +282,10 @@ class InsertedConfig(MethodConfig):
         """Returns every site where the method acts."""
         return self.sites
 
+    def optional_sites(self) -> tuple[str, ...]:
+        """Returns the sites that are skipped in a backbone that lacks them."""
+        return type(self)().sites if self.skips_missing_sites else ()
+
     def check_site(self, name: str, site: Site) -> None:
         """Checks that the method can act at a site, with the values of its fields.
 
@@ -382,6 +390,23 @@ class InsertedConfig(MethodConfig):
         """
         raise no_answer(self, "merged", "methods with moves_kernels need")
 
+    def units_beside(self, width: int) -> int:
+        """Returns how many units merging adds to the feed-forward networks beside the adapters.
+
+        Args:
+          width: width of the backbone's hidden states.
+        """
+        del width
+        return 0
+
+    def network(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns `down` and `up`, each of `kernel` and `bias`, that equal one adapter.
+
+        Args:
+          own: parameters of the adapter.
+        """
+        raise no_answer(self, "network", "methods with units_beside need")
+
     @property
     def extra_tokens(self) -> int:
         """Number of input tokens that the method reserves in front of a sequence."""
@@ -403,9 +428,12 @@ class InsertedConfig(MethodConfig):
         return None
 
     @property
-    def owns_top_names(self) -> bool:
-        """True if the method's shared parameters have fixed names at the top of the tree."""
-        return False
+    def sharing(self) -> Any:
+        """Value in which parts must agree to share parameters with fixed names at the tree's top.
+
+        It is None for a method that has no such parameters.
+        """
+        return None
 
     def map_signature(self) -> Any:
         """Returns the value in which all members of an average of maps must agree."""
