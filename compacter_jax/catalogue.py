@@ -39,19 +39,19 @@ _PARALLEL = BottleneckConfig(
 )
 
 
-_EMBEDDINGS = {
+_EMBEDDINGS: dict[str, Any] = {
     "sites": ("encoder_embedding", "decoder_embedding"),
     "reduction_factor": 2,
     "non_linearity": "relu",
     "layer_norm_before": True,
 }
-_BESIDE = {
+_BESIDE: dict[str, Any] = {
     "sites": ("parallel_attention", "parallel_feed_forward"),
     "reduction_factor": 2,
     "non_linearity": "relu",
     "parallel": True,
 }
-_ZERO_UP = {"w_init": "glorot-uniform", "w_init_up": "zeros"}
+_ZERO_UP: dict[str, Any] = {"w_init": "glorot-uniform", "w_init_up": "zeros"}
 
 
 @dataclasses.dataclass(frozen=True)

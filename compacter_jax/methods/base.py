@@ -400,11 +400,7 @@ class InsertedConfig(MethodConfig):
         return 0
 
     def network(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `down` and `up`, each of `kernel` and `bias`, that equal one adapter.
-
-        Args:
-          own: parameters of the adapter.
-        """
+        """Returns dense `down` and `up` that equal the adapter of parameters `own`."""
         raise no_answer(self, "network", "methods with units_beside need")
 
     @property
@@ -429,10 +425,7 @@ class InsertedConfig(MethodConfig):
 
     @property
     def sharing(self) -> Any:
-        """Value in which parts must agree to share parameters with fixed names at the tree's top.
-
-        It is None for a method that has no such parameters.
-        """
+        """Value that parts need in common to share parameters with fixed names, None without."""
         return None
 
     def map_signature(self) -> Any:

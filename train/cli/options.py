@@ -169,7 +169,7 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
             "weight_decay": (0 <= self.weight_decay < float("inf"), "at least 0"),
             "clip_norm": (0 <= self.clip_norm < float("inf"), "at least 0"),
             "backbone_dropout": (
-                self.backbone_dropout in (None, "inside") or 0 <= self.backbone_dropout < 1,
+                not isinstance(self.backbone_dropout, float) or 0 <= self.backbone_dropout < 1,
                 "in [0, 1), or inside",
             ),
         }
