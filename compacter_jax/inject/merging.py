@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from compacter_jax.hosts import DENSE, Linear, met_in
 from compacter_jax.inject.arguments import example_inputs, is_own
-from compacter_jax.inject.widening import merge_networks
+from compacter_jax.inject.widening import with_networks, without_networks
 from compacter_jax.methods.base import InsertedConfig, SitesOf
 from compacter_jax.nn.quantize import check_float, is_quantized
 from compacter_jax.paths import ADAPTER
@@ -52,12 +52,12 @@ def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
         raise ValueError(f"method {method.kind!r} cannot be merged into the backbone: {reason}")
     if method.moves_backbone:
         return method.moved(params, model.groups)
-    params = merge_networks(method, model, params)
+    params, networks = without_networks(model, params)
     moving = [part for part in method.inserted() if part.moves_kernels]
-    if not moving:
-        return params
-    hosts = _linear_hosts(model, params, inputs)
-    return _merge_parts(moving, model.sites_of, params, hosts)
+    if moving:
+        hosts = _linear_hosts(model, params, inputs)
+        params = _merge_parts(moving, model.sites_of, params, hosts)
+    return with_networks(model, params, networks)
 
 
 def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]:

@@ -49,30 +49,28 @@ def widened(method: MethodConfig, backbone: Any) -> nn.Module:
     return backbone.widened(units)
 
 
-def merge_networks(method: MethodConfig, model: Adapted, params: Any) -> Any:
-    """Returns parameters with the bottlenecks beside feed-forward networks merged into these.
-
-    Of a network `fc2(act(fc1(x)))` and a bottleneck `up(act(down(x)))` beside it, `down` comes
-    beside `fc1` and `up` under `fc2`. Networks without a bottleneck get zeros, for all layers of a
-    backbone are equally wide.
+def without_networks(model: Adapted, params: Any) -> tuple[Any, dict[str, Any]]:
+    """Takes the bottlenecks beside feed-forward networks out of the parameters.
 
     Args:
-      method: method of the model.
       model: adapted module.
       params: its parameters.
+
+    Returns:
+      The other parameters; and, by path of their layers, the bottlenecks as networks `down` and
+      `up`, None in layers without one. There are none if merging makes no network wider.
 
     Raises:
       ValueError: as `widened`, or if the model has a table of sites of its own.
     """
-    backbone: Any = model.backbone
+    method, backbone = model.method, model.backbone
     if widened(method, backbone) is backbone:
-        return params
+        return params, {}
     if model.sites is not None:
         raise ValueError(
             "the model has a table of sites of its own, so the network beside a bottleneck is not "
             "known; keep the adapter, or leave out sites"
         )
-    units = _units(method, backbone)
     # Sums of Kronecker products become dense.
     method, params = method.precomputed(params, model.sites_of)
     placed = [
@@ -80,20 +78,50 @@ def merge_networks(method: MethodConfig, model: Adapted, params: Any) -> Any:
         for part in _parts(method, backbone)
         for site in model.sites_of(part).values()
     ]
+    networks: dict[str, Any] = {}
+
+    def take(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        kept = {
+            name: take(child, (*path, name)) if isinstance(child, Mapping) else child
+            for name, child in node.items()
+        }
+        layer = "/".join(path)
+        for pattern, part in placed:
+            if (match := pattern.fullmatch(layer)) is not None:
+                networks.setdefault(layer, None)
+                if int(match["layer"]) not in part.leave_out:
+                    networks[layer] = part.network(kept.pop(ADAPTER))
+        return kept
+
+    return take(params, ()), networks
+
+
+def with_networks(model: Adapted, params: Any, networks: Mapping[str, Any]) -> Any:
+    """Returns the parameters of the wider backbone, which does what the bottlenecks do.
+
+    Of a feed-forward network `fc2(act(fc1(x)))` and a bottleneck `up(act(down(x)))` beside it,
+    `down` comes beside `fc1` and `up` under `fc2`. Networks without a bottleneck get zeros, for
+    all layers of a backbone are equally wide.
+
+    Args:
+      model: adapted module.
+      params: parameters of the backbone.
+      networks: bottlenecks, as `without_networks` returns them.
+    """
+    if not networks:
+        return params
+    backbone: Any = model.backbone
     first, second = backbone.feed_forward_layers
+    units = _units(model.method, backbone)
 
     def merge(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         merged = {
             name: merge(child, (*path, name)) if isinstance(child, Mapping) else child
             for name, child in node.items()
         }
-        matches = [(pattern.fullmatch("/".join(path)), part) for pattern, part in placed]
-        here = [(int(match["layer"]), part) for match, part in matches if match]
-        if here:
-            own = merged.pop(ADAPTER, None)
-            acting = [part for layer, part in here if layer not in part.leave_out]
-            network = acting[0].network(own) if acting else None
-            merged |= _merged(merged[first], merged[second], network, units, (first, second))
+        if (layer := "/".join(path)) in networks:
+            both = _merged(merged[first], merged[second], networks[layer], units)
+            merged[first], merged[second] = both
         return merged
 
     return merge(params, ())
@@ -118,25 +146,26 @@ def _merged(
     second: Mapping[str, Array],
     network: Mapping[str, Any] | None,
     units: int,
-    names: tuple[str, str],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """Returns both layers of a network with `units` more inner units, in the dtypes they have."""
     width = first["kernel"].shape[0]
     if network is None:
-        like = first["kernel"].dtype
         network = {
-            "down": {"kernel": jnp.zeros((width, 0), like), "bias": jnp.zeros(0, like)},
-            "up": {"kernel": jnp.zeros((0, width), like), "bias": jnp.zeros(width, like)},
+            "down": {"kernel": jnp.zeros((width, 0)), "bias": jnp.zeros(0)},
+            "up": {"kernel": jnp.zeros((0, width)), "bias": jnp.zeros(width)},
         }
     down, up = network["down"], network["up"]
     missing = units - down["bias"].shape[0]
 
     def joined(own: Array, new: Array, axis: int) -> Array:
-        pads = [(0, missing if i == axis % own.ndim else 0) for i in range(own.ndim)]
+        pads = [(0, missing if i == axis else 0) for i in range(own.ndim)]
         return jnp.concatenate([own, jnp.pad(new, pads).astype(own.dtype)], axis)
 
-    wider = {name: joined(first[name], down[name], -1) for name in first}
-    bias = second["bias"].astype(jnp.float32) + up["bias"]
-    kernel = joined(second["kernel"], up["kernel"], 0)
-    last = {"kernel": kernel, "bias": bias.astype(second["bias"].dtype)}
-    return {names[0]: wider, names[1]: last}
+    bias = (second["bias"].astype(jnp.float32) + up["bias"]).astype(second["bias"].dtype)
+    return (
+        {
+            "kernel": joined(first["kernel"], down["kernel"], 1),
+            "bias": joined(first["bias"], down["bias"], 0),
+        },
+        {"kernel": joined(second["kernel"], up["kernel"], 0), "bias": bias},
+    )
