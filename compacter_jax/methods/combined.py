@@ -85,7 +85,7 @@ class CombinedConfig(MethodConfig):
         self, params: Mapping[str, Any], sites_of: SitesOf
     ) -> tuple[MethodConfig, Mapping[str, Any]]:
         """Computes values that depend on the parameters of each part alone once."""
-        parts, used_up = [], {}
+        parts, used_up = [], dict[str, Any]()
         for part in self.parts:
             # Parts may share what the first of them does not need any more.
             whole = {**params, **used_up} if used_up else params
