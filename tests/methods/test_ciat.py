@@ -16,7 +16,7 @@ from compacter_jax.models.seq2seq.model import Seq2Seq
 from tests.helpers import ONE_LAYER, TINY_T5, adapted_shapes, quick_jit, quick_key, random_tree
 from tests.reference import Reference
 from tests.seq2seq_models import CONFIGS, inputs_of, small_backbone, tiny, torch_config
-from train.__main__ import main
+from train.__main__ import _parsed, main
 
 NAMES = ("ciat", "compacter-ciat", "serial-ciat")
 RELU = tiny("m2m_100", encoder_layers=2, encoder_ffn_dim=14, decoder_ffn_dim=10)
@@ -46,7 +46,7 @@ def logits_of(model, params, inputs):
 # --- the presets --------------------------------------------------------------------------------
 
 
-def test_the_count_of_the_issue(tmp_path, capsys):
+def test_the_count_of_trained_parameters(tmp_path, capsys):
     """`params` prints 6,837,760 for a Transformer of width 512 with 6 + 6 layers."""
     stacks = {
         f"{stack}_{name}": value
@@ -66,8 +66,8 @@ def test_the_count_of_the_issue(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["ciat", "serial-ciat"])
 @pytest.mark.parametrize("model_type", ["m2m_100", "bart"])
-def test_the_start_is_the_first_stages_bit_for_bit(name, model_type):
-    """The logits of a fresh adapter are those of the model that the first stage left."""
+def test_the_start_is_the_frozen_model_bit_for_bit(name, model_type):
+    """A fresh adapter leaves every logit of the frozen model as it was."""
     backbone = small_backbone(CONFIGS[model_type])
     model = cj.Adapted(backbone.module, preset(name))
     params = cj.init_adapters(model, backbone, quick_key(1))
@@ -265,3 +265,8 @@ def test_dropout_within_attention_and_feed_forward_alone(tmp_path):
     bert = family_of_module(cj.Bert(ONE_LAYER)).with_dropout(cj.Bert(ONE_LAYER), "inside")
     expected = dataclasses.replace(ONE_LAYER, hidden_dropout_prob=0.0)
     assert bert.config == expected
+    flags = ["--backbone", "DIR", "--task", "movie", "--output-dir", "runs", "--backbone-dropout"]
+    assert _parsed("fit", [*flags, "inside"]).backbone_dropout == "inside"
+    assert _parsed("fit", [*flags, "0"]).backbone_dropout == 0.0
+    with pytest.raises(ValueError, match=r"backbone_dropout=1.0 must be in \[0, 1\), or inside"):
+        _parsed("fit", [*flags, "1"]).check()
