@@ -189,7 +189,7 @@ class Adapted(nn.Module):
         method = self.method
         moves_kernels = any(part.moves_kernels for part in method.inserted())
         is_merged = moves_kernels and method.unmergeable(self.sites_of) is None
-        is_merged = is_merged and not is_widened(method, self.backbone)
+        is_merged = is_merged and not is_widened(method)
         if is_merged and has_narrow_kernels(params):
             return self, params
         if is_merged or method.moves_backbone:

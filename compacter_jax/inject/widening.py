@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from compacter_jax.inject.adapted import Adapted
 
 
-def is_widened(method: MethodConfig, backbone: Any) -> bool:
-    """Returns True if merging a method makes feed-forward networks of a backbone wider."""
-    return _units(method, backbone) > 0
+def is_widened(method: MethodConfig) -> bool:
+    """Returns True if merging a method makes feed-forward networks wider."""
+    return bool(_parts(method))
 
 
 def widened(method: MethodConfig, backbone: Any) -> nn.Module:
@@ -30,8 +30,7 @@ def widened(method: MethodConfig, backbone: Any) -> nn.Module:
       ValueError: if its feed-forward networks cannot become wider, or have another activation than
         the bottlenecks beside them.
     """
-    units = _units(method, backbone)
-    if not units:
+    if not is_widened(method):
         return backbone
     if not hasattr(backbone, "widened"):
         raise ValueError(
@@ -39,14 +38,14 @@ def widened(method: MethodConfig, backbone: Any) -> nn.Module:
             "bottlenecks beside them, as those of Seq2Seq can; keep the adapter"
         )
     theirs = backbone.config.activation_function
-    for part in _parts(method, backbone):
+    for part in _parts(method):
         own = part.non_linearity  # type: ignore[attr-defined]
         if get_activation(own) is not get_activation(theirs):
             raise ValueError(
                 f"the bottlenecks have non_linearity={own!r}, but the feed-forward networks beside "
                 f"them {theirs!r}, so they cannot become one; keep the adapter"
             )
-    return backbone.widened(units)
+    return backbone.widened(_units(method, backbone))
 
 
 def without_networks(model: Adapted, params: Any) -> tuple[Any, dict[str, Any]]:
@@ -75,7 +74,7 @@ def without_networks(model: Adapted, params: Any) -> tuple[Any, dict[str, Any]]:
     method, params = method.precomputed(params, model.sites_of)
     placed = [
         (compiled(site.host), part)
-        for part in _parts(method, backbone)
+        for part in _parts(method)
         for site in model.sites_of(part).values()
     ]
     networks: dict[str, Any] = {}
@@ -127,18 +126,14 @@ def with_networks(model: Adapted, params: Any, networks: Mapping[str, Any]) -> A
     return merge(params, ())
 
 
-def _parts(method: MethodConfig, backbone: Any) -> list[InsertedConfig]:
+def _parts(method: MethodConfig) -> list[InsertedConfig]:
     """Returns the parts of a method that become parts of feed-forward networks."""
-    width = getattr(getattr(backbone, "config", None), "hidden_size", None)
-    if width is None:
-        return []
-    return [part for part in method.inserted() if part.units_beside(width)]
+    return [part for part in method.inserted() if part.joins_networks]
 
 
 def _units(method: MethodConfig, backbone: Any) -> int:
     """Returns the number of units that every network gets, that of the widest bottleneck."""
-    parts = _parts(method, backbone)
-    return max((part.units_beside(backbone.config.hidden_size) for part in parts), default=0)
+    return max(part.network_units(backbone.config.hidden_size) for part in _parts(method))
 
 
 def _merged(

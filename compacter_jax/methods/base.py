@@ -390,18 +390,18 @@ class InsertedConfig(MethodConfig):
         """
         raise no_answer(self, "merged", "methods with moves_kernels need")
 
-    def units_beside(self, width: int) -> int:
-        """Returns how many units merging adds to the feed-forward networks beside the adapters.
+    @property
+    def joins_networks(self) -> bool:
+        """True if merging makes the adapters a part of the feed-forward networks beside them."""
+        return False
 
-        Args:
-          width: width of the backbone's hidden states.
-        """
-        del width
-        return 0
+    def network_units(self, width: int) -> int:
+        """Returns the number of units that an adapter adds to a network of `width` outputs."""
+        raise no_answer(self, "network_units", "methods with joins_networks need")
 
     def network(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Returns dense `down` and `up` that equal the adapter of parameters `own`."""
-        raise no_answer(self, "network", "methods with units_beside need")
+        raise no_answer(self, "network", "methods with joins_networks need")
 
     @property
     def extra_tokens(self) -> int:

@@ -332,7 +332,7 @@ class BottleneckConfig(InsertedConfig):
     def unmergeable(self, sites_of: SitesOf) -> str | None:
         """Returns why weights of the backbone cannot express the method, or None if they can."""
         del sites_of
-        if self._is_beside_feed_forward:
+        if self.joins_networks:
             return None
         other = [name for name in self.sites if name != _BESIDE]
         where = f"at {', '.join(other)}" if other else "behind or before norms of their own"
@@ -344,13 +344,14 @@ class BottleneckConfig(InsertedConfig):
         )
 
     @property
-    def _is_beside_feed_forward(self) -> bool:
+    def joins_networks(self) -> bool:
+        """True at `parallel_feed_forward` alone, without norms of its own."""
         has_norm = self.layer_norm_before or self.layer_norm_after
         return self.sites == (_BESIDE,) and not has_norm
 
-    def units_beside(self, width: int) -> int:
-        """Returns the width of the bottleneck if it can become part of a feed-forward network."""
-        return self.bottleneck_width(width) if self._is_beside_feed_forward else 0
+    def network_units(self, width: int) -> int:
+        """Returns the width of the bottleneck."""
+        return self.bottleneck_width(width)
 
     def network(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the dense projections of an adapter, with the factor `scaling` in `up`."""
