@@ -39,6 +39,21 @@ _PARALLEL = BottleneckConfig(
 )
 
 
+_EMBEDDINGS: dict[str, Any] = {
+    "sites": ("encoder_embedding", "decoder_embedding"),
+    "reduction_factor": 2,
+    "non_linearity": "relu",
+    "layer_norm_before": True,
+}
+_BESIDE: dict[str, Any] = {
+    "sites": ("parallel_attention", "parallel_feed_forward"),
+    "reduction_factor": 2,
+    "non_linearity": "relu",
+    "parallel": True,
+}
+_ZERO_UP: dict[str, Any] = {"w_init": "glorot-uniform", "w_init_up": "zeros"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """A row of the table of presets.
@@ -232,6 +247,43 @@ _ROWS = (
         1e-4,
         "`scaled-parallel` with 30 prefixes, through a bottleneck of 800",
         "AdapterHub's `mam`; arXiv:2110.04366",
+    ),
+    Preset(
+        "ciat",
+        CombinedConfig(
+            parts=(
+                BottleneckConfig(**_EMBEDDINGS, **_ZERO_UP),
+                BottleneckConfig(**_BESIDE, **_ZERO_UP),
+            )
+        ),
+        3e-4,
+        "bottlenecks of `width // 2` behind the embeddings, beside self-attention and beside "
+        "feed-forward, ReLU, `up` zero at first",
+        "arXiv:2104.08154; the rate was chosen here",
+    ),
+    Preset(
+        "compacter-ciat",
+        CombinedConfig(parts=(PHMBottleneckConfig(**_EMBEDDINGS), PHMBottleneckConfig(**_BESIDE))),
+        3e-3,
+        "`ciat` with Compacter's projections, their start and one shared rule",
+        f"arXiv:2104.08154, {_COMPACTER}; the rate is that of `compacter`",
+    ),
+    Preset(
+        "serial-ciat",
+        BottleneckConfig(
+            sites=("residual_feed_forward",),
+            reduction_factor=2,
+            non_linearity="relu",
+            layer_norm_before=True,
+            original_ln_before=True,
+            original_ln_after=False,
+            residual_before_ln=False,
+            **_ZERO_UP,
+        ),
+        3e-4,
+        "a bottleneck of `width // 2` with a norm of its own on each layer's output, ReLU, `up` "
+        "zero at first",
+        "arXiv:1909.08478; the rate is that of `ciat`",
     ),
 )
 PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}

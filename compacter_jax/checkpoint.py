@@ -315,7 +315,7 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
       module: module of the backbone; its head decides which architecture config.json names.
       params: parameters of the module, without adapters.
       config: configuration of transformers, such as `Backbone.config`; the function does not change
-        it.
+        it. Widths that `Adapted.merged_module` may have changed are written as the module has them.
 
     Raises:
       ValueError: if the model is of no supported family, or if `params` are not those of the
@@ -333,6 +333,7 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     ][:1]
     if family.ties:
         settings["tie_word_embeddings"] = module.config.tie_word_embeddings
+    settings |= {name: getattr(module.config, name) for name in family.width_fields}
     if (num_labels := getattr(module, "num_labels", None)) is not None:
         names = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         if len(settings.get("id2label") or {}) != num_labels:

@@ -1,6 +1,7 @@
 """Backbones with methods in float64 NumPy: each layer applies the adapter under its own path."""
 
 import math
+import re
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -60,7 +61,18 @@ class Reference:
             for path, leaf in self.params.items()
             if path.startswith((f"{host}/adapter/", "phm_"))
         }
-        return adapter_update(self._part(BottleneckConfig), own, x)
+        return adapter_update(self._bottleneck(host), own, x)
+
+    def _bottleneck(self, host):
+        """Returns the part of the method whose bottleneck is under `host`."""
+        table = self.module.sites
+        hosts = {name: getattr(site, "host", site) for name, site in table.items()}
+        parts = [part for part in self.parts if isinstance(part, BottleneckConfig)]
+        return next(
+            part
+            for part in parts
+            if any(re.fullmatch(hosts[name], host) for name in part.sites if name in hosts)
+        )
 
     def _adapt_output(self, host, y):
         if (scale := self._own(host, "scale")) is not None:
@@ -83,7 +95,7 @@ class Reference:
         """Returns the end of a sub-layer, with adapters that read the residual as in AdapterHub."""
         if self._own(host, "down/bias") is None:
             return add(residual, output)
-        config = self._part(BottleneckConfig)
+        config = self._bottleneck(host)
         x = add(residual, output) if config.original_ln_before else output
         from_output = config.residual_before_ln or not config.original_ln_before
         skip = output if from_output else x

@@ -45,6 +45,7 @@ SIZES = {
     "prompt-tuning-vocabulary": PROMPTS,
     "intrinsic-said": {"dimension": 50},
     "intrinsic": {"dimension": 50},
+    "compacter-ciat": {"phm_dim": SMALL["phm_dim"]},
 }
 
 
@@ -81,6 +82,7 @@ TRAINED = {
     **dict.fromkeys(("houlsby", "pfeiffer-attention", "adapterdrop", "low-rank"), HOUSEHOLD),
     **dict.fromkeys(("phm", "compacter", "compacter++", "compacter++-short"), HOUSEHOLD),
     "bitfit": ("biases", "heads"),
+    "compacter-ciat": ("adapters", "rules", "heads"),
 }
 
 

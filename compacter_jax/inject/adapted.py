@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +29,7 @@ from compacter_jax.inject.arguments import (
 from compacter_jax.inject.host_call import Placement
 from compacter_jax.inject.interceptor import Interceptor
 from compacter_jax.inject.merging import has_narrow_kernels, merge_adapter
+from compacter_jax.inject.widening import is_widened, widened
 from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.nn.activations import get_activation
@@ -106,11 +107,7 @@ class Adapted(nn.Module):
         # nn.jit compares calls by these flags; without a new value it would reuse a call without
         # adapters.
         scope.flags = FrozenDict({**scope.flags, ADAPTER: _NeverEqual()})
-        self.shared = tuple(
-            self._shared(member, part)
-            for member in members_of(self.method)
-            for part in member.method.inserted()
-        )
+        self.shared = tuple(self._all_shared())
         for member in members_of(self.method):
             if (bank := member.bank) is not None:
                 slots = self._param_under((SHARED, *member.path))
@@ -192,12 +189,36 @@ class Adapted(nn.Module):
         method = self.method
         moves_kernels = any(part.moves_kernels for part in method.inserted())
         is_merged = moves_kernels and method.unmergeable(self.sites_of) is None
+        is_merged = is_merged and not is_widened(method)
         if is_merged and has_narrow_kernels(params):
             return self, params
         if is_merged or method.moves_backbone:
             return self.clone(method=method.without_adapters()), merge_adapter(self, params)
         method, params = method.precomputed(params, self.sites_of)
         return (self if method == self.method else self.clone(method=method)), params
+
+    @nn.nowrap
+    def merged_module(self) -> nn.Module:
+        """Returns the module whose parameters `merge_adapter` makes.
+
+        It is the backbone, or the backbone with wider feed-forward networks if bottlenecks beside
+        these become part of them.
+
+        Raises:
+          ValueError: if a feed-forward network cannot become wider.
+        """
+        return widened(self.method, self.backbone)
+
+    @nn.nowrap
+    def _all_shared(self) -> Iterator[Shared]:
+        """Creates the shared parameters of each part; parts of one member may share the same."""
+        made: dict[Any, Shared] = {}
+        for member in members_of(self.method):
+            for part in member.method.inserted():
+                key = (member.path, part.kind, part.sharing)
+                known = None if part.sharing is None else made.get(key)
+                made[key] = self._shared(member, part) if known is None else known
+                yield made[key]
 
     @nn.nowrap
     def _shared(self, member: Member, part: InsertedConfig) -> Shared:
@@ -355,7 +376,7 @@ class Adapted(nn.Module):
         table = self._table()
         absent = getattr(self.backbone, "absent_sites", ()) if self.sites is None else ()
         known = [name for name in table if name not in absent]
-        passed_over = type(part)().sites if part.skips_missing_sites else ()
+        passed_over = part.optional_sites()
         unknown = [name for name in part.all_sites() if name not in (*known, *passed_over)]
         present = {name: as_site(table[name]) for name in part.all_sites() if name in known}
         if part.needs_no_site and not present and not unknown:

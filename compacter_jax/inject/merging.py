@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from compacter_jax.hosts import DENSE, Linear, met_in
 from compacter_jax.inject.arguments import example_inputs, is_own
+from compacter_jax.inject.widening import with_networks, without_networks
 from compacter_jax.methods.base import InsertedConfig, SitesOf
 from compacter_jax.nn.quantize import check_float, is_quantized
 from compacter_jax.paths import ADAPTER
@@ -23,18 +24,20 @@ if TYPE_CHECKING:
 def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
     """Merges a weight-space method into the backbone's parameters.
 
-    `model.backbone` with the result computes the same as `model`, up to rounding, at no cost beyond
-    its own. `save_backbone` can write the result.
+    `model.merged_module()` with the result computes the same as `model`, up to rounding, and
+    `save_backbone` can write both. This module is `model.backbone`, unless bottlenecks beside
+    feed-forward networks become a part of these: then it is wider.
 
     Args:
-      model: adapted module: LoRA, IA3, BitFit on a backbone with its own biases, several of these
+      model: adapted module: LoRA, IA3, BitFit on a backbone with its own biases, a bottleneck at
+        `parallel_feed_forward` with the activation of that network in a `Seq2Seq`, several of these
         at once, intrinsic dimension, or full fine-tuning.
       params: parameters of the model; or all of them with one more axis, as after replicating for
         pmap, which the result then has too.
       *inputs: example arguments of a call; by default `model.backbone.dummy_inputs()`.
 
     Returns:
-      A nested dict of arrays, the parameters of `model.backbone`.
+      A nested dict of arrays, the parameters of `model.merged_module()`.
 
     Raises:
       ValueError: if weights of the backbone cannot express the method, and then the message says
@@ -49,11 +52,12 @@ def merge_adapter(model: Adapted, params: Any, *inputs: Any) -> Any:
         raise ValueError(f"method {method.kind!r} cannot be merged into the backbone: {reason}")
     if method.moves_backbone:
         return method.moved(params, model.groups)
+    params, networks = without_networks(model, params)
     moving = [part for part in method.inserted() if part.moves_kernels]
-    if not moving:
-        return params
-    hosts = _linear_hosts(model, params, inputs)
-    return _merge_parts(moving, model.sites_of, params, hosts)
+    if moving:
+        hosts = _linear_hosts(model, params, inputs)
+        params = _merge_parts(moving, model.sites_of, params, hosts)
+    return with_networks(model, params, networks)
 
 
 def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]:

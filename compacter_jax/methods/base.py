@@ -136,6 +136,10 @@ class MethodConfig:
                 self, field.name, typed(field.name, getattr(self, field.name), hints[field.name])
             )
 
+    def replaceable(self) -> set[str]:
+        """Returns the names of the fields that `replace` accepts."""
+        return {field.name for field in dataclasses.fields(self)}
+
     def needs_token_ids(self) -> bool:
         """Returns True if the prompt starts from embeddings of tokens that are not named yet.
 
@@ -278,6 +282,10 @@ class InsertedConfig(MethodConfig):
         """Returns every site where the method acts."""
         return self.sites
 
+    def optional_sites(self) -> tuple[str, ...]:
+        """Returns the sites that are skipped in a backbone that lacks them."""
+        return type(self)().sites if self.skips_missing_sites else ()
+
     def check_site(self, name: str, site: Site) -> None:
         """Checks that the method can act at a site, with the values of its fields.
 
@@ -383,6 +391,19 @@ class InsertedConfig(MethodConfig):
         raise no_answer(self, "merged", "methods with moves_kernels need")
 
     @property
+    def joins_networks(self) -> bool:
+        """True if merging makes the adapters a part of the feed-forward networks beside them."""
+        return False
+
+    def network_units(self, width: int) -> int:
+        """Returns the number of units that an adapter adds to a network of `width` outputs."""
+        raise no_answer(self, "network_units", "methods with joins_networks need")
+
+    def network(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns dense `down` and `up` that equal the adapter of parameters `own`."""
+        raise no_answer(self, "network", "methods with joins_networks need")
+
+    @property
     def extra_tokens(self) -> int:
         """Number of input tokens that the method reserves in front of a sequence."""
         return 0
@@ -403,9 +424,9 @@ class InsertedConfig(MethodConfig):
         return None
 
     @property
-    def owns_top_names(self) -> bool:
-        """True if the method's shared parameters have fixed names at the top of the tree."""
-        return False
+    def sharing(self) -> Any:
+        """Value that parts need in common to share parameters with fixed names, None without."""
+        return None
 
     def map_signature(self) -> Any:
         """Returns the value in which all members of an average of maps must agree."""

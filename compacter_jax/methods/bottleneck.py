@@ -21,6 +21,8 @@ from compacter_jax.sites import Role, Site
 
 WEIGHT_INITS = ("glorot-uniform", "glorot-normal", "normal", "lora")
 FACTOR_INITS = WEIGHT_INITS[:3]
+# The site of bottlenecks that merging makes a part of the network beside them.
+_BESIDE = "parallel_feed_forward"
 # Fields that do not affect the function of a trained bottleneck.
 _INITIAL = (
     *("w_init", "w_init_up", "w_init_range"),
@@ -323,10 +325,39 @@ class BottleneckConfig(InsertedConfig):
             deterministic=call.deterministic,
         )
 
+    def optional_sites(self) -> tuple[str, ...]:
+        """Returns `decoder_embedding`, which an encoder lacks, if the encoder's is named, too."""
+        return ("decoder_embedding",) if "encoder_embedding" in self.sites else ()
+
     def unmergeable(self, sites_of: SitesOf) -> str | None:
-        """Returns why weights of the backbone cannot express the method."""
+        """Returns why weights of the backbone cannot express the method, or None if they can."""
         del sites_of
-        return "its adapters have a non-linearity, which weights of the backbone cannot express"
+        if self.joins_networks:
+            return None
+        other = [name for name in self.sites if name != _BESIDE]
+        where = f"at {', '.join(other)}" if other else "behind or before norms of their own"
+        like = " as ciat has them" if {"encoder_embedding", "parallel_attention"} & {*other} else ""
+        return (
+            "its adapters have a non-linearity, which weights of the backbone cannot express "
+            f"{where}{like}; only bottlenecks at {_BESIDE!r} alone, without norms of their own, "
+            "can become part of a feed-forward network"
+        )
+
+    @property
+    def joins_networks(self) -> bool:
+        """True at `parallel_feed_forward` alone, without norms of its own."""
+        has_norm = self.layer_norm_before or self.layer_norm_after
+        return self.sites == (_BESIDE,) and not has_norm
+
+    def network_units(self, width: int) -> int:
+        """Returns the width of the bottleneck."""
+        return self.bottleneck_width(width)
+
+    def network(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the dense projections of an adapter, with the factor `scaling` in `up`."""
+        dense = self.dense_params(own, {})
+        up = {name: self.scaling * leaf for name, leaf in dense["up"].items()}
+        return {"down": dense["down"], "up": up}
 
     @property
     def replaces_residual(self) -> bool:

@@ -26,33 +26,45 @@ class CombinedConfig(MethodConfig):
         super().__post_init__()
         if not self.parts:
             raise ValueError("parts is empty; name at least one method")
-        sharing = [part for part in self.parts if part.owns_top_names]
-        if len(sharing) > 1:
+        sharing = [part.sharing for part in self.parts if part.sharing is not None]
+        if len(set(sharing)) > 1:
             raise ValueError(
-                f"{len(sharing)} of the parts share a rule or blocks under the same names; set "
+                f"{len(sharing)} of the parts share a rule or blocks under the same names, but "
+                "have other settings of it; give them the same ones, or set "
                 "shared_phm_rule=False and shared_W_phm=False in all but one"
             )
 
     def replace(self, **overrides: Any) -> Self:
-        """Returns a copy with overrides of its own fields, or of fields that only one part has."""
+        """Returns a copy with overrides of its own fields, or of fields of its parts.
+
+        A field of several parts is replaced in all of them if they are of one kind and have one
+        value of it.
+        """
         own = {field.name for field in dataclasses.fields(self)}
         hint = tuple[InsertedConfig, ...]
         parts = list(typed("parts", overrides.get("parts", self.parts), hint))
         for name in overrides.keys() - own:
-            having = [
-                i
-                for i, part in enumerate(parts)
-                if name in {field.name for field in dataclasses.fields(part)}
-            ]
-            if len(having) != 1:
+            having = [i for i, part in enumerate(parts) if _has(part, name)]
+            if not _is_one_value([parts[i] for i in having], name):
                 kinds = ", ".join(part.kind for part in parts)
                 raise ValueError(
                     f"{name!r} is a field of {len(having) or 'none'} of the parts {kinds}; "
                     "replace `parts` instead"
                 )
-            parts[having[0]] = parts[having[0]].replace(**{name: overrides[name]})
+            for i in having:
+                parts[i] = parts[i].replace(**{name: overrides[name]})
         kept = {name: value for name, value in overrides.items() if name in own}
         return super().replace(**{**kept, "parts": tuple(parts)})
+
+    def replaceable(self) -> set[str]:
+        """Returns the names of the fields that `replace` accepts."""
+        names = {field.name for part in self.parts for field in dataclasses.fields(part)}
+        of_parts = {
+            name
+            for name in names
+            if _is_one_value([part for part in self.parts if _has(part, name)], name)
+        }
+        return super().replaceable() | of_parts
 
     def inserted(self) -> tuple[InsertedConfig, ...]:
         """Returns the parts."""
@@ -73,8 +85,20 @@ class CombinedConfig(MethodConfig):
         self, params: Mapping[str, Any], sites_of: SitesOf
     ) -> tuple[MethodConfig, Mapping[str, Any]]:
         """Computes values that depend on the parameters of each part alone once."""
-        parts = []
+        parts, used_up = [], dict[str, Any]()
         for part in self.parts:
-            new, params = part.precomputed(params, sites_of)
+            # Parts may share what the first of them does not need any more.
+            whole = {**params, **used_up} if used_up else params
+            new, params = part.precomputed(whole, sites_of)
+            used_up |= {name: leaf for name, leaf in whole.items() if name not in params}
             parts.append(new)
         return self.replace(parts=tuple(parts)), params
+
+
+def _has(part: InsertedConfig, name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(part)}
+
+
+def _is_one_value(parts: list[InsertedConfig], name: str) -> bool:
+    """Returns True if parts with a field have one kind and one value of it."""
+    return len({(part.kind, getattr(part, name)) for part in parts}) == 1

@@ -18,6 +18,12 @@ from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import Pattern, compiled
 
 RULE_INITS = ("normal", "uniform", "glorot")
+# Fields on which a shared rule or shared blocks depend, their initial values included.
+_SHARED_BY = (
+    *("phm_dim", "phm_rank", "factorized_phm_W", "shared_phm_rule", "factorized_phm_rule"),
+    *("shared_W_phm", "learn_phm", "phm_c_init", "phm_init_range", "reduction_factor"),
+    *("w_init", "w_init_up"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +99,11 @@ class PHMBottleneckConfig(BottleneckConfig):
         return "shared" if self.shared_phm_rule else "own"
 
     @property
-    def owns_top_names(self) -> bool:
-        """True if the rule or the blocks are shared, under fixed names at the top of the tree."""
-        return self.shared_phm_rule or self.shared_W_phm
+    def sharing(self) -> Any:
+        """Values of the fields that a shared rule or shared blocks depend on, None without them."""
+        if not (self.shared_phm_rule or self.shared_W_phm):
+            return None
+        return tuple(getattr(self, name) for name in _SHARED_BY)
 
     def trained_inserted_groups(self) -> set[str]:
         """Returns the group of adapters and, if it is learned, that of the rule."""

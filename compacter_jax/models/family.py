@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import numpy as np
@@ -14,6 +14,7 @@ from compacter_jax.messages import listing, quote, shorten
 from compacter_jax.models.names import Names
 
 Params = dict[str, Any]
+DropoutRate: TypeAlias = float | Literal["inside"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Family:
       names: names of the parameters of its modules, a row of `compacter_jax.models.names`.
       architectures: name in config.json -> head.
       heads: all heads of its modules.
-      module: `(config of transformers, head, num_labels, dropout_rate, **module attributes)` ->
-        module.
+      module: `(config of transformers, head, num_labels, **module attributes)` -> module.
       from_hugging_face: tensors -> nested parameters.
       optional: path prefixes that a checkpoint may lack (these parameters are initialised) or have
         in excess (these are left out), each as a whole: heads and poolers.
@@ -50,6 +50,9 @@ class Family:
         head.
       inputs: keys of a batch of `train` that are the positional arguments of its modules.
       dropout_fields: fields of the configuration that are rates of dropout.
+      output_dropout_fields: those of them that are the rates of the outputs of sub-layers and of
+        embeddings; none if the configuration does not tell them from those within sub-layers.
+      width_fields: fields of the configuration that merging an adapter may change.
       writes_text: True for encoder-decoders, which are trained to write text.
       tokens: size of a vocabulary -> number of its entries without padding, where they differ.
     """
@@ -69,6 +72,8 @@ class Family:
     of_size: Callable[[Any, str | None, int | None], nn.Module]
     inputs: tuple[str, ...]
     dropout_fields: tuple[str, ...]
+    output_dropout_fields: tuple[str, ...] = ()
+    width_fields: tuple[str, ...] = ()
     droppable: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     copies_tied_head: bool = False
@@ -76,6 +81,29 @@ class Family:
     tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     shared_head_names: tuple[str, ...] = ()
     pooled_heads: tuple[str, ...] = ()
+
+    def with_dropout(self, module: nn.Module, dropout: DropoutRate) -> nn.Module:
+        """Returns the module with other rates of dropout.
+
+        Args:
+          module: a module of the family.
+          dropout: value for all rates; or "inside" to turn off dropout of the outputs of sub-layers
+            and of embeddings, and to keep it within attention and feed-forward networks.
+
+        Raises:
+          ValueError: for "inside", if the configuration does not tell these rates apart.
+        """
+        rates = dict.fromkeys(self.dropout_fields, dropout)
+        if dropout == "inside":
+            rates = dict.fromkeys(self.output_dropout_fields, 0.0)
+            if not rates:
+                raise ValueError(
+                    f"dropout 'inside' of sub-layers alone is not possible: "
+                    f"{type(module).__name__} has one rate for all dropout, "
+                    f"{', '.join(self.dropout_fields)}; give a number"
+                )
+        config = dataclasses.replace(module.config, **rates)  # type: ignore[attr-defined]
+        return module.clone(config=config)
 
 
 def add_parameter(

@@ -24,7 +24,7 @@ from compacter_jax.models.families import (
     pooling_attributes,
     unsupported,
 )
-from compacter_jax.models.family import Family, Params
+from compacter_jax.models.family import DropoutRate, Family, Params
 from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
 from compacter_jax.models.names import NAMES
 from compacter_jax.models.pooling import POOLING_FILE, Pooling, read_pooling
@@ -65,7 +65,7 @@ def load_backbone(
     *,
     head: str | None = "auto",
     num_labels: int | None = None,
-    dropout_rate: float | None = None,
+    dropout_rate: DropoutRate | None = None,
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
     remat: Remat = "off",
@@ -82,7 +82,9 @@ def load_backbone(
       head: "auto" for the head that config.json names in `architectures`; otherwise a head of the
         module, for BERT one of `compacter_jax.models.bert.config.HEADS` (None for hidden states).
       num_labels: width of a classification head; None takes that of config.json (2 if it has none).
-      dropout_rate: value for all dropout rates of config.json; None keeps them.
+      dropout_rate: value for all dropout rates of config.json; "inside" to turn off dropout of the
+        outputs of sub-layers and of embeddings, and to keep it within attention and feed-forward
+        networks; None keeps all.
       dtype: dtype of the computation; None promotes inputs and parameters as flax does.
       param_dtype: dtype of all parameters. Trained ones need float32; `cast_frozen` stores the
         others in fewer bits.
@@ -173,7 +175,7 @@ def module_from_config(
     *,
     head: str | None = "auto",
     num_labels: int | None = None,
-    dropout_rate: float | None = None,
+    dropout_rate: DropoutRate | None = None,
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
     remat: Remat = "off",
@@ -185,7 +187,8 @@ def module_from_config(
       config: configuration of transformers, for instance a `transformers.BertConfig`.
       head: "auto" for the head that `config.architectures` names; otherwise a head of the module.
       num_labels: width of a classification head; None takes that of the configuration.
-      dropout_rate: value for all dropout rates of the configuration; None keeps them.
+      dropout_rate: value for all dropout rates of the configuration, or "inside", as in
+        `load_backbone`; None keeps all.
       dtype: dtype of the computation; None promotes inputs and parameters as flax does.
       param_dtype: dtype of the parameters.
       remat: activations that the backward pass computes again, to save memory: "off" for none;
@@ -205,7 +208,8 @@ def module_from_config(
     head = _known_head(head, config, family)
     attributes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     attributes |= pooling_attributes(family, head, pooling, repr(config.model_type))
-    return family.module(config, head, num_labels, dropout_rate, **attributes)
+    module = family.module(config, head, num_labels, **attributes)
+    return module if dropout_rate is None else family.with_dropout(module, dropout_rate)
 
 
 def module_from_name(

@@ -103,7 +103,11 @@ METHOD = cj.CombinedConfig(
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("m2m_100", METHOD), ("mbart", None), ("bart", METHOD), ("unshared marian", None)],
+    [
+        *(("m2m_100", METHOD), ("mbart", None), ("bart", METHOD), ("unshared marian", None)),
+        *(("m2m_100", cj.preset("ciat")), ("bart", cj.preset("serial-ciat"))),
+        ("m2m_100", cj.preset("compacter-ciat")),
+    ],
 )
 def test_cached_logits_equal_those_of_the_whole_decoder(name, method):
     """Token by token, with and without adapters, the decoder computes what it does for all."""

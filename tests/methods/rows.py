@@ -59,6 +59,11 @@ PREFIXED = {
     "m2m": set(M2M_ATTENTIONS),
 }
 PARALLEL = {"bert": {f"{LAYER}/output"}, "t5": set(T5_FEED_FORWARD), "m2m": set(M2M_LAYERS)}
+AFTER_RESIDUAL = {
+    "bert": {f"{LAYER}/output"},
+    "t5": {f"{ENCODER}/1", f"{DECODER}/2"},
+    "m2m": {f"{layer}/feed_forward_residual" for layer in M2M_LAYERS},
+}
 NOWHERE = {"bert": set(), "t5": set(), "m2m": set()}
 PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}, "m2m": {""}}
 
@@ -207,6 +212,31 @@ BESIDE = Row(
     start=ROUNDING,
     count=lambda s: s.sublayers * bottleneck(s),
     still=r".*/adapter/down/.*",
+    unmerged=dict.fromkeys(("bert", "t5"), "cannot become wider by the bottlenecks beside them"),
+)
+STACKS = {"bert": {"embeddings"}, "t5": {"encoder", "decoder"}, "m2m": {"encoder", "decoder"}}
+BESIDE_ATTENTION = {
+    "bert": {f"{LAYER}/attention/output"},
+    "t5": set(T5_ATTENTIONS[:2]),
+    "m2m": set(M2M_ATTENTIONS[:2]),
+}
+RELU_HALF = {"reduction_factor": 2, "non_linearity": "relu"}
+ZERO_UP = {"w_init": "glorot-uniform", "w_init_up": "zeros"}
+CIAT_PARTS = (
+    {
+        "sites": ("encoder_embedding", "decoder_embedding"),
+        "layer_norm_before": True,
+        **RELU_HALF,
+    },
+    {"sites": ("parallel_attention", "parallel_feed_forward"), "parallel": True, **RELU_HALF},
+)
+CIAT = Row(
+    cls=cj.CombinedConfig,
+    values={"parts": tuple(cj.BottleneckConfig(**part, **ZERO_UP) for part in CIAT_PARTS)},
+    places=both(STACKS, both(BESIDE_ATTENTION, PARALLEL)),
+    start=ROUNDING,
+    count=lambda s: s.stacks * (2 * s.d + bottleneck(s)) + 2 * s.sublayers * bottleneck(s),
+    still=r".*/adapter/(down|layer_norm_before)/.*",
 )
 # Weights have a deviation of 0.01, or 0.02 in AdapterHub's presets; rules have 0.01 in PHM-Adapter
 # and 0.0001 in Compacter.
@@ -258,11 +288,7 @@ ROWS = {
             "residual_before_ln": True,
         },
         fields=HALF,
-        places={
-            "bert": {f"{LAYER}/output"},
-            "t5": {f"{ENCODER}/1", f"{DECODER}/2"},
-            "m2m": {f"{layer}/feed_forward_residual" for layer in M2M_LAYERS},
-        },
+        places=AFTER_RESIDUAL,
         start=2e-2,
         count=lambda s: s.sublayers * bottleneck(s),
     ),
@@ -427,6 +453,31 @@ ROWS = {
         start=None,
         count=lambda s: prefix(s) + s.sublayers * bottleneck(s),
         still=r".*/adapter/down/.*",
+    ),
+    "ciat": CIAT,
+    "compacter-ciat": Row(
+        cls=cj.CombinedConfig,
+        values={"parts": tuple(cj.PHMBottleneckConfig(**part) for part in CIAT_PARTS)},
+        fields={"phm_dim": 3},
+        places=CIAT.places,
+        start=1e-5,
+        count=lambda s: compacter(s, s.stacks + 2 * s.sublayers) + s.stacks * 2 * s.d,
+    ),
+    "serial-ciat": Row(
+        cls=cj.BottleneckConfig,
+        values={
+            "sites": ("residual_feed_forward",),
+            "layer_norm_before": True,
+            "original_ln_before": True,
+            "original_ln_after": False,
+            "residual_before_ln": False,
+            **RELU_HALF,
+            **ZERO_UP,
+        },
+        places=AFTER_RESIDUAL,
+        start=ROUNDING,
+        count=lambda s: s.sublayers * (2 * s.d + bottleneck(s)),
+        still=CIAT.still,
     ),
 }
 # Kind -> another value for every field.

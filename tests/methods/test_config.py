@@ -214,8 +214,8 @@ def test_round_trip_of_every_field_changed(kind):
         ("mam", {"prefix_length": 0}, "prefix_length=0 must be at least 1"),
         (
             "mam",
-            {"parts": (PHMBottleneckConfig(), PHMBottleneckConfig(sites=("residual_attention",)))},
-            "2 of the parts share a rule or blocks under the same names; set shared_phm_rule=False",
+            {"parts": (PHMBottleneckConfig(), PHMBottleneckConfig(phm_dim=2))},
+            "2 of the parts share a rule or blocks under the same names, but have other settings",
         ),
     ],
 )

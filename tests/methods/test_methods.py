@@ -58,21 +58,23 @@ GATED = ("bitfit", "ia3", "mam")
 # These presets differ from another one by a number, a site or a layer: no step is compiled.
 TWINS = (
     *("houlsby", "pfeiffer-attention", "adapterdrop", "compacter++", "prompt-tuning-random"),
-    *("compacter++-short", "intrinsic", "parallel"),
+    *("compacter++-short", "intrinsic", "parallel", "compacter-ciat", "serial-ciat"),
 )
 # Nor is a step of these compiled on T5, for which they have no code of their own: test_inject_t5.py
 # compares the gradients of bottlenecks with PyTorch, and test_method_variants.py tests which leaves
 # a step moves.
 ALIKE_ON_T5 = (
     *("full", "pfeiffer-feed-forward", "low-rank", "phm", "lora", "ia3", "scaled-parallel", "mam"),
+    "ciat",
 )
 # An M2M-100 has the code of T5 where methods act, so one preset of each kind is enough, and a step
 # is compiled of those that depend on what differs: embeddings, attention and the feed-forward
 # network.
 ON_M2M = (
     *("bitfit", "adapterdrop", "pfeiffer-feed-forward", "compacter", "intrinsic", "lora", "ia3"),
+    *("compacter-ciat", "serial-ciat"),
 )
-COMPILED_ON_M2M = ("prompt-tuning-vocabulary", "prefix-tuning", "scaled-parallel")
+COMPILED_ON_M2M = ("prompt-tuning-vocabulary", "prefix-tuning", "scaled-parallel", "ciat")
 NOT_COMPILED = [
     *((name, "bert") for name in TWINS),
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),

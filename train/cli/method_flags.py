@@ -184,10 +184,6 @@ def given_options(options: Any) -> dict[str, Any]:
 
 def options_of(name: str, options: Any) -> Any:
     """Returns the `MethodOptions` that apply to a preset, if several presets share them."""
-    method = preset(name)
-    known = {field.name for field in dataclasses.fields(method)}
-    # A combined method forwards the fields that only one of its parts has.
-    fields = [field.name for part in method.inserted() for field in dataclasses.fields(part)]
-    known |= {field for field in fields if fields.count(field) == 1}
+    known = preset(name).replaceable()
     given = {key: value for key, value in given_options(options).items() if key in known}
     return MethodOptions(**given)

@@ -126,7 +126,8 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
       warmup_fraction: fraction of the steps over which the learning rate rises from 0.
       weight_decay: weight decay of AdamW on every trained parameter.
       clip_norm: maximum norm of the gradient of the trained parameters; 0 disables clipping.
-      backbone_dropout: dropout rate of the backbone, instead of its configuration's.
+      backbone_dropout: dropout rate of the backbone, instead of its configuration's; or inside, for
+        dropout within attention and feed-forward networks alone, at the configuration's rates.
       remat: activations to recompute in the backward pass, to save memory: full recomputes each
         layer from its input; dots recomputes all but the products with weights.
     """
@@ -140,7 +141,7 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
     warmup_fraction: float = 0.1
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    backbone_dropout: float | None = None
+    backbone_dropout: float | Literal["inside"] | None = None
     remat: Literal["off", "full", "dots"] = "off"
 
     @property
@@ -170,8 +171,8 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
             "weight_decay": (0 <= self.weight_decay < float("inf"), "at least 0"),
             "clip_norm": (0 <= self.clip_norm < float("inf"), "at least 0"),
             "backbone_dropout": (
-                self.backbone_dropout is None or 0 <= self.backbone_dropout < 1,
-                "in [0, 1)",
+                not isinstance(self.backbone_dropout, float) or 0 <= self.backbone_dropout < 1,
+                "in [0, 1), or inside",
             ),
         }
         check(self, wanted)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import compacter_jax as cj
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.families import family_of_module
+from compacter_jax.models.family import DropoutRate
 from compacter_jax.models.loading import known_pooling, module_from_name
 from compacter_jax.models.pooling import Pooling
 from train import tasks
@@ -99,7 +100,7 @@ class Workload:
     remat: str
     mesh: tuple[tuple[str, int], ...]
     accumulation_steps: int
-    dropout_rate: float | None
+    dropout_rate: DropoutRate | None
     pooling: Pooling = "first"
 
 
@@ -324,8 +325,7 @@ def model_of(workload: Workload) -> cj.Adapted:
     if not family.writes_text:
         module = with_classifier(module, workload.num_labels, workload.pooling)
     if workload.dropout_rate is not None:
-        changed = dict.fromkeys(family.dropout_fields, workload.dropout_rate)
-        attributes["config"] = dataclasses.replace(module.config, **changed)
+        module = family.with_dropout(module, workload.dropout_rate)
     return cj.Adapted(module.clone(**attributes), workload.method)
 
 

@@ -29,6 +29,6 @@ def merge(options: MergeOptions) -> None:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
     with new_folder(options.to) as temporary:
-        cj.save_backbone(temporary, backbone.module, merged, config)
+        cj.save_backbone(temporary, model.merged_module(), merged, config)
         tokenizer.save_pretrained(temporary)
     print(f"the backbone with the merged {model.method.kind} adapter was written to {options.to}")

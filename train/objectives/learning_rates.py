@@ -36,4 +36,7 @@ CLASSIFIER = TEXT_TO_TEXT | {
     "parallel": 1e-3,
     "scaled-parallel": 3e-4,
     "mam": 3e-4,
+    "ciat": 1e-3,
+    "compacter-ciat": 3e-3,
+    "serial-ciat": 1e-3,
 }

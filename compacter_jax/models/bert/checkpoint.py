@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -98,9 +98,7 @@ def _bert_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
     return "/".join([*parents, "kernel"]), tensor.T
 
 
-def _bert_module(
-    config: Any, head: str | None, num_labels: int | None, dropout_rate: float | None, **attributes
-) -> Bert:
+def _bert_module(config: Any, head: str | None, num_labels: int | None, **attributes: Any) -> Bert:
     """Builds the module that a configuration of transformers describes, see `Family.module`.
 
     Raises:
@@ -119,13 +117,6 @@ def _bert_module(
                 f"{supported!r} is"
             )
     ours = BertConfig(**{f.name: getattr(config, f.name) for f in fields(BertConfig)})
-    if dropout_rate is not None:
-        ours = replace(
-            ours,
-            hidden_dropout_prob=dropout_rate,
-            attention_probs_dropout_prob=dropout_rate,
-            classifier_dropout=dropout_rate,
-        )
     if head in ("sequence_classification", "token_classification"):
         attributes["num_labels"] = config.num_labels if num_labels is None else num_labels
     elif num_labels is not None and head in HEADS:
@@ -160,7 +151,8 @@ BERT = Family(
     published=PUBLISHED,
     of_size=_of_size,
     inputs=("input_ids", "attention_mask", "token_type_ids"),
-    dropout_fields=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    dropout_fields=("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    output_dropout_fields=("hidden_dropout_prob",),
     depths={"num_hidden_layers": "encoder/layer"},
     optional=("pooler", "classifier", "qa_outputs", "cls/predictions", "cls/seq_relationship"),
     ties={"cls/predictions/decoder/kernel": "embeddings/word_embeddings/embedding"},

@@ -20,6 +20,7 @@ from compacter_jax.models.seq2seq.config import (
     MODEL_TYPES,
     PUBLISHED,
     RATES,
+    WIDTHS,
     Seq2SeqConfig,
 )
 from compacter_jax.models.seq2seq.model import Seq2Seq
@@ -160,9 +161,7 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _module(
-    config: Any, head: str | None, num_labels: int | None, dropout_rate: float | None, **attributes
-) -> Seq2Seq:
+def _module(config: Any, head: str | None, num_labels: int | None, **attributes: Any) -> Seq2Seq:
     """Builds the module that a configuration of transformers describes, see `Family.module`."""
     _check_labels(num_labels)
     values = {
@@ -174,8 +173,6 @@ def _module(
         values[name] = _first(values.get(name))
     if values.get("share_encoder_decoder_embeddings", True):
         values["decoder_vocab_size"] = None  # transformers repeats `vocab_size` there
-    if dropout_rate is not None:
-        values |= dict.fromkeys(RATES, dropout_rate)
     return Seq2Seq(Seq2SeqConfig(**values), head=head, **attributes)
 
 
@@ -207,6 +204,8 @@ def _family(model_type: str, prefix: str) -> Family:
         of_size=_of_size,
         inputs=("input_ids", "attention_mask", "decoder_input_ids"),
         dropout_fields=RATES,
+        output_dropout_fields=RATES[:1],
+        width_fields=WIDTHS,
         writes_text=True,
         from_hugging_face=functools.partial(seq2seq_from_hugging_face, model_type=model_type),
         to_hugging_face=seq2seq_to_hugging_face,

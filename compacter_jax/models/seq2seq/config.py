@@ -50,6 +50,8 @@ MODEL_TYPES = tuple(_VARIANTS)
 # Fields that follow from `model_type`; transformers ignores such names in an old config.json, too.
 DERIVED = tuple(_VARIANTS["bart"])
 RATES = ("dropout", "attention_dropout", "activation_dropout")
+# Inner widths of the feed-forward networks.
+WIDTHS = ("encoder_ffn_dim", "decoder_ffn_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from jax import Array
 
 from compacter_jax.models import names
 from compacter_jax.models.encoder_decoder import EncoderDecoder
-from compacter_jax.models.seq2seq.config import HEADS, Seq2SeqConfig
+from compacter_jax.models.seq2seq.config import HEADS, WIDTHS, Seq2SeqConfig
 from compacter_jax.models.seq2seq.layers import LogitsBias, Seq2SeqStack
 from compacter_jax.nn.attention import StackInputs
 from compacter_jax.nn.dense import Embed, dense
@@ -91,6 +92,9 @@ class Seq2Seq(EncoderDecoder):
     word_embeddings: ClassVar[str] = names.SEQ2SEQ.embeddings
     """Path of the vocabulary's embeddings, `[vocab, d_model]`."""
 
+    feed_forward_layers: ClassVar[tuple[str, str]] = ("fc1", "fc2")
+    """Names of the two linear layers at the site `parallel_feed_forward`."""
+
     def __post_init__(self):
         if self.head not in HEADS:
             raise ValueError(f"unknown head {self.head!r}; use one of {HEADS}")
@@ -100,6 +104,13 @@ class Seq2Seq(EncoderDecoder):
     def embedding_scale(self) -> float:
         """Factor of the embeddings where the encoder and the decoder read tokens."""
         return self.config.d_model**0.5 if self.config.scale_embedding else 1.0
+
+    @nn.nowrap
+    def widened(self, units: int) -> Seq2Seq:
+        """Returns the module with `units` more inner units in every feed-forward network."""
+        config = self.config
+        widths = {name: getattr(config, name) + units for name in WIDTHS}
+        return self.clone(config=dataclasses.replace(config, **widths))
 
     @nn.nowrap
     def check_training(self) -> None:

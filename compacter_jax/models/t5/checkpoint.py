@@ -84,9 +84,7 @@ def _t5_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
     return "/".join([*parents, "kernel"]), tensor.T
 
 
-def _t5_module(
-    config: Any, head: str | None, num_labels: int | None, dropout_rate: float | None, **attributes
-) -> T5:
+def _t5_module(config: Any, head: str | None, num_labels: int | None, **attributes: Any) -> T5:
     if num_labels is not None:
         raise ValueError(
             f"num_labels={num_labels} was given, but T5 has no classifier: it answers in text"
@@ -97,8 +95,6 @@ def _t5_module(
         values["eos_token_id"] = values["eos_token_id"][0]
     if values.get("decoder_start_token_id") is None:
         values["decoder_start_token_id"] = values["pad_token_id"]
-    if dropout_rate is not None:
-        values["dropout_rate"] = dropout_rate
     return T5(T5Config(**values), head=head, **attributes)
 
 
