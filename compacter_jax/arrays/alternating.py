@@ -29,6 +29,7 @@ from compacter_jax.arrays.checks import (
     check_windows,
 )
 from compacter_jax.arrays.least_squares import (
+    applied,
     constrained,
     identity,
     inner,
@@ -133,7 +134,7 @@ class SharedState(NamedTuple):
         weights = self.weights.conj()
         basis_inverse, _ = updated(self.basis_inverse, weights @ x, forgetting)
         aim = jnp.einsum("gd,dgi->gi", weights, self.steering)
-        basis, _ = unit(jnp.einsum("gij,gj->gi", basis_inverse, aim))
+        basis, _ = unit(applied(basis_inverse, aim))
         inverse, weights, spectrum = _auxiliary(
             self.inverse, basis, x[:, None], self.steering, forgetting
         )
@@ -149,7 +150,7 @@ def _auxiliary(
     """Returns Q_w, the auxiliary vector w and the spectrum, for a basis that stands still."""
     reduced, aim = inner(basis, x).T, inner(basis, a).T  # z and b, [G, D]
     inverse, _ = updated(inverse, reduced, forgetting)
-    return inverse, *constrained(jnp.einsum("gij,gj->gi", inverse, aim), aim)
+    return inverse, *constrained(applied(inverse, aim), aim)
 
 
 State = SetState | SharedState | covariance.SetState | covariance.SharedState

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +30,13 @@ def jio(
     `w^H T^H r`. Both are found in turn, from the abstract of Wang, de Lamare and Haardt
     (arXiv:1402.2710): with Q the inverse covariance of all sensors, the T of least output power and
     least norm is `g w^H / |w|^2` with Capon's filter `g = Q a / (a^H Q a)`; then `z = T^H r` and
-    `b = T^H a` take the place of r and a for w. Start: T picks the first D sensors, `w = b / |b|^2`.
+    `b = T^H a` take the place of r and a, and `w = Q_w b / (b^H Q_w b)`. Start: T picks the first D
+    sensors, `w = b / |b|^2`.
+
+    This T has rank one, so that z and b lie along w, and w never turns: the power
+    `1 / (b^H Q_w b)` is `forgetting^N loading / D + sum_l forgetting^{N-l} |g(l)^H r(l)|^2`, with
+    the filter g(l) of its time. It is computed in this form. With matrices, a rounding error across
+    w would grow from snapshot to snapshot.
 
     Args:
       snapshots: `[N, M]`, complex64 or complex128.
@@ -41,7 +46,7 @@ def jio(
       loading: the multiple of the identity that both covariances start from.
 
     Returns:
-      The spectrum `1 / (b^H Q_w b)`, `[G]`, real.
+      The spectrum `[G]`, real.
 
     Raises:
       ValueError: if grid, settings or snapshots do not fit.
@@ -57,32 +62,25 @@ def jio(
     return _scan(snapshots, responses, forgetting, loading, rank=rank)
 
 
-@partial(jax.jit, static_argnames="rank")
+@jax.jit
 def _scan(
     snapshots: jax.Array, responses: jax.Array, forgetting: Any, loading: Any, rank: int
 ) -> jax.Array:
     grid, sensors = responses.shape
-    dtype = responses.dtype
 
     def step(carry: Any, x: jax.Array) -> tuple[Any, None]:
-        whole, image, weights, inverse, _ = carry
-        whole, gain = updated(whole, x, forgetting)
+        inverse, image, power = carry
+        inverse, gain = updated(inverse, x, forgetting)
         # `Q a` follows the update of Q: O(M) operations for an angle.
         image = (image - inner(x, image)[:, None] * gain) / forgetting
         capon, _ = constrained(image, responses)
-        direction = weights / inner(weights, weights)[:, None]
-        reduced = direction * inner(capon, x)[:, None]
-        aim = direction * inner(capon, responses)[:, None]
-        inverse, _ = updated(inverse, reduced, forgetting)
-        weights, power = constrained(jnp.einsum("gij,gj->gi", inverse, aim), aim)
-        return (whole, image, weights, inverse, power), None
+        power = forgetting * power + jnp.abs(inner(capon, x)) ** 2
+        return (inverse, image, power), None
 
     start = (
-        identity(sensors, (), loading, dtype),
+        identity(sensors, (), loading, responses.dtype),
         responses / loading,
-        responses[:, :rank] / rank,
-        identity(rank, (grid,), loading, dtype),
-        jnp.zeros(grid, responses.real.dtype),
+        jnp.full(grid, loading / rank, responses.real.dtype),
     )
-    (*_, spectrum), _ = jax.lax.scan(step, start, snapshots)
+    (_, _, spectrum), _ = jax.lax.scan(step, start, snapshots)
     return spectrum

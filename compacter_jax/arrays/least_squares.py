@@ -28,10 +28,16 @@ def updated(inverse: jax.Array, vector: jax.Array, forgetting: Any) -> tuple[jax
     Returns:
       The new inverse `[..., n, n]`, Hermitian, and the gain k `[..., n]`.
     """
-    image = jnp.einsum("...ij,...j->...i", inverse, vector)
+    image = applied(inverse, vector)
     gain = image / (forgetting + inner(vector, image).real)[..., None]
     inverse = (inverse - gain[..., :, None] * image.conj()[..., None, :]) / forgetting
     return (inverse + jnp.swapaxes(inverse, -1, -2).conj()) / 2, gain
+
+
+def applied(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """Returns the products `[..., n]` of many small matrices `[..., n, n]` and vectors `[..., n]`."""
+    # On a CPU a batched product of complex matrices takes several times as long as this sum.
+    return jnp.sum(matrix * vector[..., None, :], axis=-1)
 
 
 def inner(left: jax.Array, right: jax.Array) -> jax.Array:

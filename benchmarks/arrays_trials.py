@@ -1,0 +1,270 @@
+"""Trials of `benchmarks.arrays`: cases, methods with the settings to choose from, and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compacter_jax import arrays
+
+# The first source lies up to this many separations beside broadside.
+_SPREAD = 1.0
+# Strong interferers lie outside the searched sector.
+_INTERFERERS = (35.0, 55.0, 125.0, 145.0)
+
+Setting = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sources and sensors of a case.
+
+    Attributes:
+      sensors: M, the number of sensors.
+      snapshots: N, the number of snapshots.
+      snr: power of each of the two sources over that of the noise, in decibels.
+      separation: degrees between the two sources.
+      correlation: correlation of the two sources.
+      interferers: number of uncorrelated sources outside the searched sector, at most 4.
+      interferer_snr: their power over that of the noise, in decibels.
+    """
+
+    sensors: int
+    snapshots: int
+    snr: float
+    separation: float
+    correlation: float
+    interferers: int = 0
+    interferer_snr: float = 30.0
+
+    @property
+    def sources(self) -> int:
+        """Number of all sources."""
+        return 2 + self.interferers
+
+
+Candidates = Callable[[Case, Sequence[float]], list[dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Method of the comparison.
+
+    Attributes:
+      candidates: function of the case and a list of loadings that returns the settings to choose from.
+      estimate: function of snapshots, grid, case and a setting that returns directions in degrees.
+      spectrum: function of the same that returns the spectrum; None if the method has none.
+    """
+
+    candidates: Candidates
+    estimate: Callable[..., jax.Array]
+    spectrum: Callable[..., jax.Array] | None = None
+
+
+def _memories(loadings: Sequence[float]) -> list[dict[str, float]]:
+    """Returns settings of forgetting and loading to choose from."""
+    settings = [{"forgetting": 0.998, "loading": loading} for loading in loadings]
+    return [*settings, {"forgetting": 0.95, "loading": loadings[0]}]
+
+
+def _recursive(shapes: Sequence[tuple[float, int]], **fixed: Any) -> Candidates:
+    """Returns a function that lists windows (as shares of all sensors), ranks and loadings."""
+    return lambda case, loadings: [
+        {"window": round(share * case.sensors), "rank": rank, **fixed, **memory}
+        for share, rank in shapes
+        for memory in _memories(loadings)
+    ]
+
+
+def _smoothing(case: Case, loadings: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """Returns windows of spatial smoothing: none, and parts of the line."""
+    return [{"window": None}, *({"window": round(share * case.sensors)} for share in (0.85, 0.65))]
+
+
+def _alrd(x: jax.Array, grid: jax.Array, case: Case, setting: Setting) -> jax.Array:
+    return arrays.alrd(x, grid, **setting)
+
+
+def _capon(x: jax.Array, grid: jax.Array, case: Case, setting: Setting) -> jax.Array:
+    return arrays.capon(x, grid, **setting)
+
+
+def _music(x: jax.Array, grid: jax.Array, case: Case, setting: Setting) -> jax.Array:
+    return arrays.music(x, grid, case.sources, **setting)
+
+
+def _jio(x: jax.Array, grid: jax.Array, case: Case, setting: Setting) -> jax.Array:
+    return arrays.jio(x, grid, **setting)
+
+
+def _esprit(x: jax.Array, grid: jax.Array, case: Case, setting: Setting) -> jax.Array:
+    return arrays.esprit(x, case.sources, **setting)
+
+
+def _highest(spectrum: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def estimate(x: jax.Array, grid: jax.Array, case: Case, setting: Setting) -> jax.Array:
+        return arrays.peaks(spectrum(x, grid, case, setting), grid, 2)
+
+    return estimate
+
+
+def _of(spectrum: Callable[..., jax.Array], candidates: Any) -> Method:
+    return Method(candidates, _highest(spectrum), spectrum)
+
+
+# The first two are after the abstract of Qiu, Cai, de Lamare and Zhao.
+METHODS = {
+    "ALRD-RLS": _of(_alrd, _recursive([(0.25, 4), (0.5, 4), (0.75, 4)])),
+    "MARLD-RLS": _of(_alrd, _recursive([(0.5, 5), (0.9, 5)], modified=True)),
+    "JIO-RLS": _of(
+        _jio, lambda case, loadings: [{"rank": 4, **each} for each in _memories(loadings)]
+    ),
+    "Capon": _of(
+        _capon,
+        lambda case, loadings: [
+            {**window, "loading": loading} for window in _smoothing(case) for loading in loadings
+        ],
+    ),
+    "MUSIC": _of(_music, _smoothing),
+    "ESPRIT": Method(_smoothing, _esprit),
+}
+# Settings that are arguments of the compiled program, so that it serves all their values.
+_TRACED = ("forgetting", "loading")
+
+
+def draw(case: Case, trials: int, seed: int) -> tuple[np.ndarray, jax.Array]:
+    """Returns the directions `[T, K]` of trials, and their snapshots `[T, N, M]`.
+
+    The first two of the directions are those that count.
+    """
+    generator = np.random.default_rng((seed, case.sensors, case.snapshots))
+    middle = 90 + case.separation * generator.uniform(-_SPREAD, _SPREAD, (trials, 1))
+    pair = middle + case.separation / 2 * np.array([-1.0, 1.0])
+    others = np.broadcast_to(_INTERFERERS[: case.interferers], (trials, case.interferers))
+    angles = np.concatenate([pair, others], axis=1)
+    keys = jax.random.split(jax.random.key(seed), trials)
+    shape = dataclasses.replace(case, snr=0, separation=0, correlation=0)
+    values = (jnp.asarray(value, float) for value in (case.snr, case.correlation))
+    return angles, _received(keys, jnp.asarray(angles), *values, case=shape)
+
+
+@functools.partial(jax.jit, static_argnames="case")
+def _received(keys: jax.Array, angles: jax.Array, snr: Any, correlation: Any, case: Case) -> Any:
+    def one(key: jax.Array, angles: jax.Array) -> jax.Array:
+        pair, others = jax.random.split(key)
+        x = arrays.simulate(pair, angles[:2], case.sensors, case.snapshots, snr, correlation)
+        if case.interferers:
+            responses = arrays.steering(angles[2:], case.sensors)
+            signals = jax.random.normal(others, (case.snapshots, case.interferers), x.dtype)
+            x += 10 ** (case.interferer_snr / 20) * signals @ responses
+        return x
+
+    return jax.vmap(one)(keys, angles)
+
+
+class Programs:
+    """Compiled programs that run trials, one for each method, shape of a case and fixed setting.
+
+    Args:
+      grid: angles in degrees at which spectra are computed.
+      chunk: number of trials that are computed at once.
+    """
+
+    def __init__(self, grid: np.ndarray, chunk: int):
+        self.grid = grid
+        self.chunk = chunk
+        self._programs: dict[Any, Any] = {}
+
+    def estimates(
+        self, method: str, case: Case, setting: Setting, x: jax.Array
+    ) -> tuple[np.ndarray, float]:
+        """Returns the directions found in trials, `[T, …]`, and the seconds of one trial.
+
+        Args:
+          method: a key of `METHODS`.
+          case: the case.
+          setting: one of the method's candidates.
+          x: the snapshots of all trials, `[T, N, M]`.
+        """
+        traced = {name: setting[name] for name in _TRACED if name in setting}
+        fixed = {name: value for name, value in setting.items() if name not in traced}
+        values = {name: jnp.asarray(value, float) for name, value in traced.items()}
+        key = (method, x.shape, case.sources, tuple(fixed.items()))
+        if key not in self._programs:
+
+            def run(x: jax.Array, values: Setting) -> jax.Array:
+                estimate = METHODS[method].estimate
+                one = functools.partial(estimate, grid=self.grid, case=case, setting=fixed | values)
+                return jax.lax.map(one, x, batch_size=self.chunk)
+
+            self._programs[key] = jax.jit(run).lower(x, values).compile()
+        start = time.perf_counter()
+        found = np.asarray(self._programs[key](x, values))
+        return found, (time.perf_counter() - start) / len(found)
+
+
+def score(found: np.ndarray, angles: np.ndarray, separation: float) -> dict[str, float]:
+    """Returns the share of trials that resolve both sources, and the error of these.
+
+    A trial resolves both sources if each has a found direction within half the separation.
+
+    Args:
+      found: directions found, `[T, …]`, NaN where there are none.
+      angles: true directions `[T, K]`; the first two count.
+      separation: degrees between the two.
+
+    Returns:
+      "resolved", the share of trials, and "rmse" in degrees, NaN if no trial resolves both.
+    """
+    distances = np.abs(found[:, None, :] - angles[:, :2, None])
+    errors = np.min(np.where(np.isnan(distances), np.inf, distances), axis=2)
+    resolved = (errors < separation / 2).all(axis=1)
+    rmse = float(np.sqrt(np.mean(errors[resolved] ** 2))) if resolved.any() else float("nan")
+    return {"resolved": float(resolved.mean()), "rmse": rmse}
+
+
+def choose(
+    programs: Programs, method: str, case: Case, loadings: Sequence[float], drawn: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns the candidate that resolves most trials, of equal ones that of the least error.
+
+    Args:
+      programs: the compiled programs.
+      method: a key of `METHODS`.
+      case: the case.
+      loadings: loadings to choose from.
+      drawn: the trials, which `draw` returned for another seed than that of the measured ones.
+
+    Returns:
+      The candidate, and all candidates with their scores.
+    """
+    angles, x = drawn
+    tried = []
+    for setting in METHODS[method].candidates(case, loadings):
+        found, _ = programs.estimates(method, case, setting, x)
+        tried.append({"setting": setting, **score(found, angles, case.separation)})
+    best = min(tried, key=lambda each: (-each["resolved"], np.nan_to_num(each["rmse"], nan=1e9)))
+    return best["setting"], tried
+
+
+def bound(case: Case, angles: np.ndarray) -> float:
+    """Returns the Cramer-Rao bound of the two sources in degrees, root mean square over trials.
+
+    Interferers are left out: the bound is that of the two sources alone.
+    """
+    pairs = jnp.asarray(angles[:, :2])
+    one = jax.jit(
+        jax.vmap(
+            lambda pair: arrays.cramer_rao(
+                pair, case.sensors, case.snapshots, case.snr, case.correlation
+            )
+        )
+    )
+    return float(jnp.sqrt(jnp.mean(one(pairs) ** 2)))
