@@ -162,7 +162,7 @@ def _grid(numbers: Sequence[float]) -> np.ndarray:
     if len(numbers) != 3 or not (0 <= numbers[0] < numbers[1] <= 180 and numbers[2] > 0):
         raise ValueError(
             f"--grid {','.join(f'{n:g}' for n in numbers)} should be FIRST,LAST,STEP in degrees, "
-            "such as 84,96,0.1"
+            "such as 84,96,0.15"
         )
     first, last, step = numbers
     return np.linspace(first, last, round((last - first) / step) + 1)
@@ -221,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--interferers", type=_numbers(int, 0, 4), default=[0], help="numbers of interferers")
     add("--interferer-snr", type=float, default=30.0, help="of each interferer, in decibels")
     add("--loadings", type=_numbers(float, 1e-9), default=[1.0, 10.0], help="to choose from")
-    add("--grid", type=_numbers(float, 0, 180), default=[84.0, 96.0, 0.1], help="first, last, step")
+    add(
+        "--grid", type=_numbers(float, 0, 180), default=[84.0, 96.0, 0.15], help="first, last, step"
+    )
     add("--methods", type=_methods, default=list(METHODS), help="names, commas between them")
     add("--trials", type=_number(1), default=200, help="measured trials of a case")
     add("--choosing-trials", type=_number(1), default=24, help="trials to choose settings on")

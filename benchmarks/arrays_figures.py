@@ -1,6 +1,6 @@
 """Figures of `benchmarks.arrays`: resolution and error against snapshots, and spectra of a trial.
 
-    python -m benchmarks.arrays_figures RESULTS.json DIR
+python -m benchmarks.arrays_figures RESULTS.json DIR
 """
 
 from __future__ import annotations

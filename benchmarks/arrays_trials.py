@@ -50,7 +50,9 @@ class Case:
         return 2 + self.interferers
 
 
-Candidates = Callable[[Case, Sequence[float]], list[dict[str, Any]]]
+Shapes = Callable[[Case], list[dict[str, Any]]]
+# Values to choose from; those of loading are an option of the command.
+_FORGETTING = (0.998, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,32 +60,26 @@ class Method:
     """Method of the comparison.
 
     Attributes:
-      candidates: function of the case and a list of loadings that returns the settings to choose from.
+      shapes: function of the case that returns windows and ranks to choose from.
       estimate: function of snapshots, grid, case and a setting that returns directions in degrees.
       spectrum: function of the same that returns the spectrum; None if the method has none.
+      memory: names among "forgetting" and "loading" of what else is chosen.
     """
 
-    candidates: Candidates
+    shapes: Shapes
     estimate: Callable[..., jax.Array]
     spectrum: Callable[..., jax.Array] | None = None
+    memory: tuple[str, ...] = ()
 
 
-def _memories(loadings: Sequence[float]) -> list[dict[str, float]]:
-    """Returns settings of forgetting and loading to choose from."""
-    settings = [{"forgetting": 0.998, "loading": loading} for loading in loadings]
-    return [*settings, {"forgetting": 0.95, "loading": loadings[0]}]
-
-
-def _recursive(shapes: Sequence[tuple[float, int]], **fixed: Any) -> Candidates:
-    """Returns a function that lists windows (as shares of all sensors), ranks and loadings."""
-    return lambda case, loadings: [
-        {"window": round(share * case.sensors), "rank": rank, **fixed, **memory}
-        for share, rank in shapes
-        for memory in _memories(loadings)
+def _recursive(shapes: Sequence[tuple[float, int]], **fixed: Any) -> Shapes:
+    """Returns a function that lists windows, given as shares of all sensors, and ranks."""
+    return lambda case: [
+        {"window": round(share * case.sensors), "rank": rank, **fixed} for share, rank in shapes
     ]
 
 
-def _smoothing(case: Case, loadings: Sequence[float] = ()) -> list[dict[str, Any]]:
+def _smoothing(case: Case) -> list[dict[str, Any]]:
     """Returns windows of spatial smoothing: none, and parts of the line."""
     return [{"window": None}, *({"window": round(share * case.sensors)} for share in (0.85, 0.65))]
 
@@ -115,23 +111,17 @@ def _highest(spectrum: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return estimate
 
 
-def _of(spectrum: Callable[..., jax.Array], candidates: Any) -> Method:
-    return Method(candidates, _highest(spectrum), spectrum)
+def _of(spectrum: Callable[..., jax.Array], shapes: Shapes, *memory: str) -> Method:
+    return Method(shapes, _highest(spectrum), spectrum, memory)
 
 
+_BOTH = ("forgetting", "loading")
 # The first two are after the abstract of Qiu, Cai, de Lamare and Zhao.
 METHODS = {
-    "ALRD-RLS": _of(_alrd, _recursive([(0.25, 4), (0.5, 4), (0.75, 4)])),
-    "MARLD-RLS": _of(_alrd, _recursive([(0.5, 5), (0.9, 5)], modified=True)),
-    "JIO-RLS": _of(
-        _jio, lambda case, loadings: [{"rank": 4, **each} for each in _memories(loadings)]
-    ),
-    "Capon": _of(
-        _capon,
-        lambda case, loadings: [
-            {**window, "loading": loading} for window in _smoothing(case) for loading in loadings
-        ],
-    ),
+    "ALRD-RLS": _of(_alrd, _recursive([(0.25, 4), (0.5, 4), (0.75, 4)]), *_BOTH),
+    "MARLD-RLS": _of(_alrd, _recursive([(0.5, 5), (0.9, 5)], modified=True), *_BOTH),
+    "JIO-RLS": _of(_jio, lambda case: [{"rank": 4}], *_BOTH),
+    "Capon": _of(_capon, _smoothing, "loading"),
     "MUSIC": _of(_music, _smoothing),
     "ESPRIT": Method(_smoothing, _esprit),
 }
@@ -196,18 +186,18 @@ class Programs:
         traced = {name: setting[name] for name in _TRACED if name in setting}
         fixed = {name: value for name, value in setting.items() if name not in traced}
         values = {name: jnp.asarray(value, float) for name, value in traced.items()}
-        key = (method, x.shape, case.sources, tuple(fixed.items()))
+        trials = len(x)
+        # One program for any number of trials, in parts of `chunk`; the last part is filled up.
+        x = x[jnp.arange(-(-trials // self.chunk) * self.chunk) % trials]
+        x = x.reshape(-1, self.chunk, *x.shape[1:])
+        key = (method, x.shape[1:], case.sources, tuple(fixed.items()))
         if key not in self._programs:
-
-            def run(x: jax.Array, values: Setting) -> jax.Array:
-                estimate = METHODS[method].estimate
-                one = functools.partial(estimate, grid=self.grid, case=case, setting=fixed | values)
-                return jax.lax.map(one, x, batch_size=self.chunk)
-
-            self._programs[key] = jax.jit(run).lower(x, values).compile()
+            estimate = functools.partial(METHODS[method].estimate, grid=self.grid, case=case)
+            run = jax.vmap(lambda x, values: estimate(x, setting=fixed | values), in_axes=(0, None))
+            self._programs[key] = jax.jit(run).lower(x[0], values).compile()
         start = time.perf_counter()
-        found = np.asarray(self._programs[key](x, values))
-        return found, (time.perf_counter() - start) / len(found)
+        found = [np.asarray(self._programs[key](part, values)) for part in x]
+        return np.concatenate(found)[:trials], (time.perf_counter() - start) / x[:, :, 0, 0].size
 
 
 def score(found: np.ndarray, angles: np.ndarray, separation: float) -> dict[str, float]:
@@ -233,7 +223,10 @@ def score(found: np.ndarray, angles: np.ndarray, separation: float) -> dict[str,
 def choose(
     programs: Programs, method: str, case: Case, loadings: Sequence[float], drawn: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns the candidate that resolves most trials, of equal ones that of the least error.
+    """Returns the setting that resolves most trials, of equal ones that of the least error.
+
+    Window and rank are chosen first, with the first loading and forgetting, then the other two one
+    after the other.
 
     Args:
       programs: the compiled programs.
@@ -243,15 +236,29 @@ def choose(
       drawn: the trials, which `draw` returned for another seed than that of the measured ones.
 
     Returns:
-      The candidate, and all candidates with their scores.
+      The setting, and all that were tried with their scores.
     """
     angles, x = drawn
-    tried = []
-    for setting in METHODS[method].candidates(case, loadings):
-        found, _ = programs.estimates(method, case, setting, x)
-        tried.append({"setting": setting, **score(found, angles, case.separation)})
-    best = min(tried, key=lambda each: (-each["resolved"], np.nan_to_num(each["rmse"], nan=1e9)))
-    return best["setting"], tried
+    tried: list[dict[str, Any]] = []
+
+    def best(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        for setting in settings:
+            if setting not in [each["setting"] for each in tried]:
+                found, _ = programs.estimates(method, case, setting, x)
+                tried.append({"setting": setting, **score(found, angles, case.separation)})
+        return min(tried, key=_rank)["setting"]
+
+    values = {"forgetting": _FORGETTING, "loading": loadings}
+    memory = METHODS[method].memory
+    first = {name: values[name][0] for name in memory}
+    chosen = best([{**shape, **first} for shape in METHODS[method].shapes(case)])
+    for name in memory:
+        chosen = best([{**chosen, name: value} for value in values[name]])
+    return chosen, tried
+
+
+def _rank(scored: Mapping[str, Any]) -> tuple[float, float]:
+    return -scored["resolved"], float(np.nan_to_num(scored["rmse"], nan=np.inf))
 
 
 def bound(case: Case, angles: np.ndarray) -> float:

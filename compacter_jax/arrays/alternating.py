@@ -31,6 +31,7 @@ from compacter_jax.arrays.checks import (
 from compacter_jax.arrays.least_squares import (
     applied,
     constrained,
+    followed,
     identity,
     inner,
     matched,
@@ -72,11 +73,10 @@ class SetState(NamedTuple):
         """Returns the state after a snapshot `[M]`, and the spectrum `[G]`."""
         x = windows(snapshot, self.starts, self.basis.shape[-1])  # [D, I]
         inverses, gains = updated(self.inverses, x, forgetting)
-        seen = inner(x[:, None], self.images)
-        images = (self.images - gains[:, None] * seen[..., None]) / forgetting
+        images = followed(self.images, x[:, None], gains[:, None], forgetting)
 
         def one(total: Any, given: Any) -> Any:
-            """Moves one basis vector; `total` is each one's part of the output and of the response."""
+            """Moves one basis vector; `total` has each one's part of output and response."""
             outputs, responses = total
             d, x, gain, a, image, crossed = given
             others = (jnp.arange(len(outputs)) != d)[:, None]
@@ -131,10 +131,12 @@ class SharedState(NamedTuple):
     def step(self, snapshot: jax.Array, forgetting: Any) -> tuple[SharedState, jax.Array]:
         """Returns the state after a snapshot `[M]`, and the spectrum `[G]`."""
         x = windows(snapshot, self.starts, self.basis.shape[-1])  # [D, I]
-        weights = self.weights.conj()
-        basis_inverse, _ = updated(self.basis_inverse, weights @ x, forgetting)
-        aim = jnp.einsum("gd,dgi->gi", weights, self.steering)
-        basis, _ = unit(applied(basis_inverse, aim))
+        weights = self.weights.T.conj()[..., None]  # [D, G, 1]
+        mixed, aim = (jnp.sum(weights * each, axis=0) for each in (x[:, None], self.steering))
+        basis_inverse, gain = updated(self.basis_inverse, mixed, forgetting)
+        # Of the old inverse: a product with the new one would make XLA compute that twice.
+        image = applied(self.basis_inverse, aim)
+        basis, _ = unit(followed(image, mixed, gain, forgetting))
         inverse, weights, spectrum = _auxiliary(
             self.inverse, basis, x[:, None], self.steering, forgetting
         )

@@ -101,7 +101,9 @@ def check_windows(sensors: int, window: int, rank: int, sources: int | None = No
     if rank < 1 or window < 1:
         raise ValueError(f"window={window} and rank={rank} should be at least 1")
     if window > sensors:
-        raise ValueError(f"window={window} is more than the {sensors} sensors; use {sensors} or less")
+        raise ValueError(
+            f"window={window} is more than the {sensors} sensors; use {sensors} or less"
+        )
     if rank == 1 and window < sensors:
         raise ValueError(
             f"rank=1 is one window, and window={window} of {sensors} sensors needs several; use "

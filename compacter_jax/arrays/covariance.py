@@ -52,7 +52,9 @@ class SetState(NamedTuple):
         own = selection[d]  # [I, M]
         a = self.steering[d]
         crossed = rest @ (own @ self.covariance).T  # p, [G, I]
-        free = 1 - jnp.einsum("gd,dgi,dgi->g", self.weights.conj(), self.basis.conj(), self.steering)
+        free = 1 - jnp.einsum(
+            "gd,dgi,dgi->g", self.weights.conj(), self.basis.conj(), self.steering
+        )
         free += self.weights[:, d].conj() * inner(self.basis[d], a)
         both = jnp.concatenate([crossed, a]).T
         solved = jnp.linalg.solve(own @ self.covariance @ own.T, both).T

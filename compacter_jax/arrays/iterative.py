@@ -12,7 +12,7 @@ from compacter_jax.arrays.checks import (
     check_memory_of_recursion,
     check_snapshots,
 )
-from compacter_jax.arrays.least_squares import constrained, identity, inner, updated
+from compacter_jax.arrays.least_squares import constrained, followed, identity, inner, updated
 from compacter_jax.arrays.model import steering
 
 
@@ -71,8 +71,7 @@ def _scan(
     def step(carry: Any, x: jax.Array) -> tuple[Any, None]:
         inverse, image, power = carry
         inverse, gain = updated(inverse, x, forgetting)
-        # `Q a` follows the update of Q: O(M) operations for an angle.
-        image = (image - inner(x, image)[:, None] * gain) / forgetting
+        image = followed(image, x, gain, forgetting)
         capon, _ = constrained(image, responses)
         power = forgetting * power + jnp.abs(inner(capon, x)) ** 2
         return (inverse, image, power), None

@@ -89,7 +89,9 @@ def _capon(
 def music(
     snapshots: jax.Array, angles: Any, sources: int, *, window: int | None = None
 ) -> jax.Array:
-    """Returns MUSIC's spectrum, one over the part of `a / |a|` in the noise subspace (Schmidt, 1986).
+    """Returns MUSIC's spectrum (Schmidt, 1986).
+
+    It is one over the squared length of the part of `a / |a|` that lies in the noise subspace.
 
     Args:
       snapshots: `[N, M]`, complex64 or complex128.

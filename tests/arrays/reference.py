@@ -64,7 +64,7 @@ def starts(sensors, window, rank):
 
 
 def alrd_set(received, a, window, rank, forgetting, loading):
-    """Returns the filters `[N, M]` and powers `[N]` of one angle, a basis vector for each window."""
+    """Returns the filters `[N, M]` and powers `[N]` of one angle, a vector for each window."""
     sensors = received.shape[1]
     cuts = [slice(mu, mu + window) for mu in starts(sensors, window, rank)]
     phi = [a[cut] / np.sqrt(window) for cut in cuts]

@@ -66,9 +66,7 @@ def test_formulas(form):
     filters, spectra = steps_of(values, loading=LOADING, **settings)
     oracle = reference.alrd_shared if settings["modified"] else reference.alrd_set
     for g, a in enumerate(reference.steering(GRID, SENSORS)):
-        expected = oracle(
-            values, a, settings["window"], settings["rank"], FORGETTING, LOADING
-        )
+        expected = oracle(values, a, settings["window"], settings["rank"], FORGETTING, LOADING)
         np.testing.assert_allclose(filters[:, g], expected[0], atol=1e-9)
         np.testing.assert_allclose(spectra[:, g], expected[1], rtol=1e-9)
 
@@ -103,7 +101,7 @@ def test_vmap_over_trials():
 
 
 def sweeps(values, count, sensors=SENSORS, loading=0.5, **settings):
-    """Returns the power after every sweep at the covariance of all snapshots, and the last state."""
+    """Returns the power after every sweep for one covariance, and the last state."""
     state = arrays.alrd_init(
         GRID, sensors, recursion="covariance", loading=1.0, dtype=jnp.complex128, **settings
     )
@@ -173,9 +171,7 @@ def test_one_window_of_all_sensors_is_capon(recursion):
         expected = np.stack([reference.capon_filter(matrix, a) for a in responses])
         np.testing.assert_allclose(filters[i], expected, atol=1e-10)
         if recursion == "covariance":
-            np.testing.assert_allclose(
-                spectra[i], reference.capon(matrix, responses), rtol=1e-10
-            )
+            np.testing.assert_allclose(spectra[i], reference.capon(matrix, responses), rtol=1e-10)
 
 
 def test_windows_over_the_whole_line_move_once():

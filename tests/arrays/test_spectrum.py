@@ -112,7 +112,7 @@ def test_smoothing_finds_coherent_sources():
 
 
 def test_joint_optimisation(values):
-    """The spectrum is that of matrix and vector found in turn, before their rounding errors grow."""
+    """The spectrum is that of matrix and vector in turn, before rounding errors grow."""
     values = values[:6]
     found = arrays.jio(values, GRID, rank=3, forgetting=0.97, loading=0.7)
     responses = reference.steering(GRID, 11)
