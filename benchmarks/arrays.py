@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the trials, prints a table for each case, and writes JSON and figures if requested.
+    """Runs the trials, prints tables, and writes JSON and figures if requested.
 
     Raises:
       SystemExit: with code 2 if a flag does not fit; the message is one line.
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report["cases"].append(case)
             print("\n".join(rows(case)), flush=True)
             write(options.json, report)
+        print("\n".join(["", *table(report["cases"])]))
         if options.figures is not None:
             for path in arrays_figures.plot(report, grid, Path(options.figures)):
                 print(path)
@@ -123,7 +124,7 @@ def rows(case: dict[str, Any]) -> list[str]:
         "",
         f"{case['sensors']} sensors, {case['snapshots']} snapshots, {case['snr']:g} dB, "
         f"{case['separation']:g} degrees, correlation {case['correlation']:g}{more}; "
-        f"Cramer-Rao bound {case['cramer_rao']:.3f}",
+        f"Cramer-Rao bound {_degrees(case['cramer_rao'])}",
         "",
         "| method | resolved | RMSE | ms | setting |",
         "| --- | --- | --- | --- | --- |",
@@ -131,20 +132,57 @@ def rows(case: dict[str, Any]) -> list[str]:
     for name, found in case["methods"].items():
         setting = ", ".join(f"{k} {v}" for k, v in found["setting"].items() if k != "modified")
         lines.append(
-            f"| {name} | {found['resolved']:.3f} | {found['rmse']:.3f} | "
+            f"| {name} | {found['resolved']:.3f} | {_degrees(found['rmse'])} | "
             f"{found['milliseconds']:.1f} | {setting} |"
         )
     return lines
 
 
+def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a Markdown table of all cases: the share resolved and the RMSE of every method.
+
+    Args:
+      cases: the cases of a report, all with the same methods.
+    """
+    names = list(cases[0]["methods"])
+    several = [name for name in _FIELDS if len({case[name] for case in cases}) > 1]
+    lines = [
+        f"| {' | '.join([*(_FIELDS[name] for name in several), *names, 'bound'])} |",
+        f"|{' --- |' * (len(several) + len(names) + 1)}",
+    ]
+    for case in cases:
+        found = [case["methods"][name] for name in names]
+        cells = [f"{case[name]:g}" for name in several]
+        cells += [f"{each['resolved']:.3f} ({_degrees(each['rmse'])})" for each in found]
+        lines.append(f"| {' | '.join([*cells, _degrees(case['cramer_rao'])])} |")
+    return lines
+
+
+# Fields of a case -> headings of the table.
+_FIELDS = {
+    "sensors": "sensors",
+    "interferers": "interferers",
+    "snr": "dB",
+    "correlation": "correlation",
+    "separation": "degrees",
+    "snapshots": "snapshots",
+}
+
+
+def _degrees(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _check(options: argparse.Namespace, grid: np.ndarray) -> None:
-    """Checks that the sources lie in the sector, and that all candidates fit the sensors."""
+    """Checks what flags have to do with each other, before the trials start."""
     widest = 1.5 * max(options.separation)
     if not grid[0] < 90 - widest <= 90 + widest < grid[-1]:
         raise ValueError(
             f"--grid {grid[0]:g},{grid[-1]:g},… should reach {widest:g} degrees to both sides of "
             f"90, since --separation has {max(options.separation):g}"
         )
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
     few = min(options.snapshots)
     if few < 2 + max(options.interferers):
         raise ValueError(

@@ -73,7 +73,7 @@ def plot_resolution(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
             look = {"color": colour, "marker": marker, "markersize": 5, "label": name}
             found = [case["methods"][name] for case in of_column]
             above.plot(counts, [each["resolved"] for each in found], **look)
-            below.plot(counts, [each["rmse"] for each in found], **look)
+            below.plot(counts, np.array([each["rmse"] for each in found], float), **look)
         bounds = [case["cramer_rao"] for case in of_column]
         below.plot(counts, bounds, color=GREY, linestyle="--", label="Cramer-Rao bound")
         above.set_title(f"correlation {correlation:g}")

@@ -200,7 +200,7 @@ class Programs:
         return np.concatenate(found)[:trials], (time.perf_counter() - start) / x[:, :, 0, 0].size
 
 
-def score(found: np.ndarray, angles: np.ndarray, separation: float) -> dict[str, float]:
+def score(found: np.ndarray, angles: np.ndarray, separation: float) -> dict[str, float | None]:
     """Returns the share of trials that resolve both sources, and the error of these.
 
     A trial resolves both sources if each has a found direction within half the separation.
@@ -211,12 +211,12 @@ def score(found: np.ndarray, angles: np.ndarray, separation: float) -> dict[str,
       separation: degrees between the two.
 
     Returns:
-      "resolved", the share of trials, and "rmse" in degrees, NaN if no trial resolves both.
+      "resolved", the share of trials, and "rmse" in degrees, None if no trial resolves both.
     """
     distances = np.abs(found[:, None, :] - angles[:, :2, None])
     errors = np.min(np.where(np.isnan(distances), np.inf, distances), axis=2)
     resolved = (errors < separation / 2).all(axis=1)
-    rmse = float(np.sqrt(np.mean(errors[resolved] ** 2))) if resolved.any() else float("nan")
+    rmse = float(np.sqrt(np.mean(errors[resolved] ** 2))) if resolved.any() else None
     return {"resolved": float(resolved.mean()), "rmse": rmse}
 
 
@@ -258,7 +258,7 @@ def choose(
 
 
 def _rank(scored: Mapping[str, Any]) -> tuple[float, float]:
-    return -scored["resolved"], float(np.nan_to_num(scored["rmse"], nan=np.inf))
+    return -scored["resolved"], np.inf if scored["rmse"] is None else scored["rmse"]
 
 
 def bound(case: Case, angles: np.ndarray) -> float:
