@@ -134,7 +134,7 @@ class SharedState(NamedTuple):
         weights = self.weights.T.conj()[..., None]  # [D, G, 1]
         mixed, aim = (jnp.sum(weights * each, axis=0) for each in (x[:, None], self.steering))
         basis_inverse, gain = updated(self.basis_inverse, mixed, forgetting)
-        # Of the old inverse: a product with the new one would make XLA compute that twice.
+        # A product with the new inverse takes a third longer.
         image = applied(self.basis_inverse, aim)
         basis, _ = unit(followed(image, mixed, gain, forgetting))
         inverse, weights, spectrum = _auxiliary(

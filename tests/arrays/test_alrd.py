@@ -191,7 +191,7 @@ def test_windows_over_the_whole_line_move_once():
 
 
 def test_a_shared_vector_is_convolved_with_the_weights():
-    """Where windows move by one sensor, the filter is the convolution of phi and w."""
+    """The filter is the convolution of phi and w if windows move by one sensor."""
     state = arrays.alrd_init(GRID, SENSORS, dtype=jnp.complex128, **FORMS["shared"])
     for value in received(11):
         state, _ = arrays.alrd_step(state, jnp.asarray(value))
