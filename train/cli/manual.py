@@ -263,7 +263,8 @@ def _plain(hint: Any) -> tuple[Any, Any]:
         hint, *rest = typing.get_args(hint)
         told = next((note for note in rest if hasattr(note, "metavar")), None)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        parts = tuple(part for part in typing.get_args(hint) if part is not type(None))
+        hint = parts[0] if len(parts) == 1 else typing.Union[parts]  # noqa: UP007
     return hint, told
 
 
@@ -273,6 +274,8 @@ def _metavar(hint: Any) -> str:
         return ""
     if typing.get_origin(hint) is typing.Literal:
         return f"{{{','.join(map(str, typing.get_args(hint)))}}}"
+    if typing.get_origin(hint) is typing.Union:
+        return "|".join(map(_metavar, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return f"{typing.get_args(hint)[0].__name__.upper()} [...]"
     return hint.__name__.upper()
