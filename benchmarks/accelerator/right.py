@@ -53,7 +53,7 @@ def checks(scale: Scale) -> Checks:
             found[name] = functools.partial(same_tokens, make)
         else:
             found[name] = functools.partial(like_a_cpu, make)
-    found["pmap"] = functools.partial(pmap_like_jit, scale.t5)
+    found["pmap"] = functools.partial(pmap_like_jit, scale.bert)
     found["kill and resume"] = functools.partial(killed_and_resumed, scale)
     found["demo"] = functools.partial(demo, scale)
     return found
