@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +29,7 @@ class EncoderDecoderOutput:
     encoder_last_hidden_state: Array
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(nn.Module, abc.ABC):
     """The base of the encoder-decoders, whose families add the layers.
 
     Attributes:
@@ -49,10 +50,11 @@ class EncoderDecoder(nn.Module):
 
     # --- what a family adds ---------------------------------------------------------------------
 
+    @abc.abstractmethod
     def tables(self) -> tuple[Embed, Embed]:
         """Creates the embeddings of tokens for the encoder and for the decoder, often the same."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stack(
         self, name: str, x: Array, ids: Array, inputs: StackInputs, cache: Any, **settings: Any
     ) -> tuple[Array, Any]:
@@ -69,11 +71,10 @@ class EncoderDecoder(nn.Module):
         Returns:
           States `[batch, length, d_model]`, and keys and values of each layer.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def logits(self, x: Array, table: Embed) -> Array:
         """Computes logits, `[batch, length, d_model] -> [batch, length, vocab]`."""
-        raise NotImplementedError
 
     def embed_tokens(self, ids: Array, table: Embed) -> Array:
         """Embeds tokens, `[batch, length] -> [batch, length, d_model]`."""
