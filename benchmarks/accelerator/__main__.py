@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.checks_of:
         _answer(options.checks_of, "toy" if options.rehearse else "full")
         return 0
+    if options.json is not None:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"rehearsal": options.rehearse, "minutes": options.minutes}
     report["sections"] = {}
     with _environment(options.wheels, options.rehearse) as (environment, installed):

@@ -200,7 +200,7 @@ ANSWER = """{"name": "a", "result": {"passed": true, "check_seconds": 1}}"""
 
 def test_what_a_section_has_no_time_for_is_named(pretended, tmp_path, capsys):
     pretended(f'echo \'{{"checks": ["a", "b"]}}\'; echo \'{ANSWER}\'; sleep 60')
-    report = tmp_path / "report.json"
+    report = tmp_path / "a folder that is not there" / "report.json"
     flags = ["--section", "right", "--minutes", "0.02", "--json", str(report)]
     assert accelerator.main(flags) == 1
     assert "right: b: left out, 1 s were over" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import compacter_jax as cj
 from benchmarks import contest, jax_worker
 from benchmarks.accelerator import switches
 from benchmarks.accelerator.scale import TOY
+from benchmarks.turns import ROOT
 from compacter_jax.nn.attention import attention, padding_bias
 
 SIZES = {"heads": 3, "size": 8}
@@ -61,6 +62,11 @@ def test_a_model_is_traced_with_it():
     # The encoder's attention, and both of the decoder; nothing beyond the context.
     assert by.call_count == 3
     np.testing.assert_allclose(found, own, atol=2e-5)
+
+
+def test_every_family_is_traced_with_it():
+    folders = {path.parent.name for path in (ROOT / "compacter_jax/models").glob("*/layers.py")}
+    assert {module.__name__.split(".")[-2] for module in switches._WITH_ATTENTION} == folders
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
