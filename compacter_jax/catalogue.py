@@ -21,6 +21,7 @@ from compacter_jax.methods.compacter import PHMBottleneckConfig
 from compacter_jax.methods.head_only import HeadOnlyConfig
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.intrinsic import IntrinsicConfig
+from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
@@ -285,12 +286,33 @@ _ROWS = (
         "zero at first",
         "arXiv:1909.08478; the rate is that of `ciat`",
     ),
+    Preset(
+        "mad-x",
+        CombinedConfig(
+            parts=(
+                BottleneckConfig(
+                    sites=("residual_feed_forward",),
+                    reduction_factor=2,
+                    non_linearity="gelu",
+                    w_init_range=0.02,
+                    original_ln_before=True,
+                ),
+                InvertibleConfig(),
+            )
+        ),
+        1e-4,
+        "a bottleneck of `width // 2` after feed-forward, GELU, and an invertible adapter behind "
+        "the embeddings of the encoder",
+        "arXiv:2005.00052",
+    ),
 )
 PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 
 
-# Every kind of method has a preset.
-METHODS: dict[str, type[MethodConfig]] = {row.method.kind: type(row.method) for row in _ROWS}
+# Every kind of method has a preset, or is a part of one.
+METHODS: dict[str, type[MethodConfig]] = {
+    method.kind: type(method) for row in _ROWS for method in (row.method, *row.method.inserted())
+}
 
 
 def table_of_presets() -> list[str]:

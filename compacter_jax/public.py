@@ -28,6 +28,7 @@ from compacter_jax.methods.compacter import PHMBottleneckConfig
 from compacter_jax.methods.head_only import HeadOnlyConfig
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.intrinsic import IntrinsicConfig
+from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.phm_linear import PHMLinear
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
@@ -60,6 +61,7 @@ __all__ = [
     "HeadOnlyConfig",
     "IA3Config",
     "IntrinsicConfig",
+    "InvertibleConfig",
     "LoRAConfig",
     "LowRankBottleneckConfig",
     "MethodConfig",

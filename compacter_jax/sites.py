@@ -8,7 +8,15 @@ from typing import Literal, TypeAlias
 from compacter_jax.messages import quote
 
 Role: TypeAlias = Literal[
-    "output", "bias", "parallel", "join", "attend", "positions", "embedding", "embedded"
+    "output",
+    "bias",
+    "parallel",
+    "join",
+    "attend",
+    "positions",
+    "embedding",
+    "embedded",
+    "vocabulary",
 ]
 
 # Roles where a method acts on the arguments of the host -> the signature of the host.
@@ -35,7 +43,8 @@ class Site:
         biases, …)` is attention; each bias is an array `[…, keys]` or None. `positions(queries,
         keys, …)` returns the bias of relative positions for these numbers of queries and keys.
         `embedding` returns the embeddings of the tokens, `[batch, length, width]`, which prompts
-        replace; `embedded` returns what the first layer reads, positions included.
+        replace; `embedded` returns what the first layer reads, positions included. `vocabulary`
+        returns the states that the embeddings of the tokens turn into logits.
       length_axis: axis of keys and values that counts positions, for the role `attend`.
       output: index of the adapted array if the host returns a tuple; None if it returns an array.
         For a tuple of a `parallel` sub-layer, the default is the first item.

@@ -7,6 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from compacter_jax.methods.bottleneck import BottleneckConfig
+from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.models.bert.model import Bert
@@ -73,6 +74,23 @@ class Reference:
             for part in parts
             if any(re.fullmatch(hosts[name], host) for name in part.sites if name in hosts)
         )
+
+    def _behind_embeddings(self, host, x):
+        """Returns adapted embeddings: by a bottleneck, or by an additive coupling of two halves."""
+        if self._own(host, "f/up/bias") is None:
+            return x + self._update(host, x)
+        first, second = np.split(x, 2, axis=-1)
+        first = first + self._half(host, "f", second)
+        return np.concatenate([first, second + self._half(host, "g", first)], axis=-1)
+
+    def _half(self, host, name, x):
+        layers = [
+            [self._own(host, f"{name}/{layer}/{leaf}") for leaf in ("kernel", "bias")]
+            for layer in ("down", "up")
+        ]
+        (down, first), (up, last) = layers
+        activation = ACTIVATIONS[self._part(InvertibleConfig).non_linearity]
+        return activation(x @ down + first) @ up + last
 
     def _adapt_output(self, host, y):
         if (scale := self._own(host, "scale")) is not None:
@@ -164,7 +182,7 @@ class Reference:
         positions = np.concatenate([first, positions + count], 1)
         x = x + table["token_type"][types] + table["position"][positions]
         x = self._layer_norm("embeddings/LayerNorm", x)
-        x = x + self._update("embeddings", x)
+        x = self._behind_embeddings("embeddings", x)
         bias = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
         heads = config.num_attention_heads
         for i in range(config.num_hidden_layers):
@@ -208,7 +226,7 @@ class Reference:
     def _t5_stack(self, stack, x, mask, states=None, padding=None):
         config = self.config
         decoding = stack == "decoder"
-        x = x + self._update(stack, x)
+        x = self._behind_embeddings(stack, x)
         shift = self._shift(stack)
         relative = np.arange(shift + x.shape[1]) - np.arange(x.shape[1])[:, None]
         buckets = relative_position_bucket(
@@ -295,7 +313,7 @@ class Reference:
             x = x + np.where(present[..., None], both, 0)
         if config.normalize_embedding:
             x = self._layer_norm(f"{stack}/layernorm_embedding", x)
-        return x + self._update(stack, x)
+        return self._behind_embeddings(stack, x)
 
     def _seq2seq_stack(self, stack, x, mask, states=None, padding=None):
         config = self.config

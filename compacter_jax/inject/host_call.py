@@ -63,6 +63,10 @@ def _call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer(*args, **kwargs)  # type: ignore[operator]
 
 
+def _run(layer: nn.Module, shared: Mapping[str, Any], call: LayerCall) -> Any:
+    return call.call_layer(layer, *call.inputs, **call.kwargs, **shared)
+
+
 @dataclasses.dataclass
 class HostCall:
     """One call of a host at which a layer of one member acts; it is a `SiteCall`.
@@ -138,11 +142,21 @@ class HostCall:
         create = functools.partial(cls, *args, **settings)
         return self._called(create, LayerCall(inputs, kwargs, plain, call_layer))
 
+    def again(
+        self, site: str, call_layer: Callable[..., Any], *, inputs: tuple[Any, ...], plain: Any
+    ) -> Any:
+        """Calls a layer of an earlier host once more, see `SiteCall.again`."""
+        run = self.interceptor.embedded[self.place.member.path, self.config, site]
+        return run(LayerCall(inputs, {}, plain, call_layer))
+
     def _called(self, create: functools.partial[nn.Module], call: LayerCall) -> Any:
         if self.place.member.bank is not None:
-            return self._banked(create, call)
-        shared = self.place.shared.common
-        return call.call_layer(self._module(create), *call.inputs, **call.kwargs, **shared)
+            run: Callable[[LayerCall], Any] = functools.partial(self._banked, create)
+        else:
+            run = functools.partial(_run, self._module(create), self.place.shared.common)
+        if self.site.role == "embedded":
+            self.interceptor.embedded[self.place.member.path, self.config, self.name] = run
+        return run(call)
 
     def _module(self, create: Callable[..., nn.Module]) -> nn.Module:
         host, pushed = self.host, self.interceptor.pushed

@@ -33,7 +33,7 @@ from compacter_jax.inject.host_call import (
     both_at,
     descend,
 )
-from compacter_jax.methods.base import MethodConfig
+from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.nn.dense import Dtype
 from compacter_jax.nn.quantize import is_quantized
 from compacter_jax.paths import ADAPTER, REPLACED, Groups
@@ -75,6 +75,8 @@ class Interceptor:
         self.pushed: dict[Any, nn.Module] = {}
         self.owners: dict[Any, Placement] = {}
         self.opened: set[Any] = set()
+        # The layers at hosts behind the embeddings, which a later host may call again.
+        self.embedded: dict[tuple[Path, InsertedConfig, str], Run] = {}
         self.running: set[tuple[str, str]] = set()
         self.called: dict[Any, nn.Module] = {}
         self.is_paused = False

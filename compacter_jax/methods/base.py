@@ -83,6 +83,18 @@ class SiteCall(Protocol):
           ValueError: if `like` is not an array, or the host already has the name of the adapters.
         """
 
+    def again(
+        self, site: str, call_layer: Callable[..., Any], *, inputs: tuple[Any, ...], plain: Any
+    ) -> Any:
+        """Calls the layer that the same part made at an earlier host outside of the layers.
+
+        Args:
+          site: name of the site of that host.
+          call_layer: `call_layer(layer, *inputs)`.
+          inputs: arrays `[rows, …]`.
+          plain: value of the result in rows without an adapter.
+        """
+
     def hiding(self, count: int, key: Array, axis: int) -> tuple[Array, ...]:
         """Returns biases of attention that hide the first `count` keys in rows without adapter."""
 
@@ -302,7 +314,7 @@ class InsertedConfig(MethodConfig):
                 f"it acts at sites of the roles {', '.join(self.roles)}"
             )
         check_output(name, site)
-        in_layers = site.role not in ("embedding", "embedded", "bias")
+        in_layers = site.role not in ("embedding", "embedded", "vocabulary", "bias")
         if in_layers and "layer" not in compiled(site.host).groupindex:
             raise ValueError(
                 f"the pattern {site.host!r} of site {name!r} has no group for the layer index; "

@@ -25,6 +25,7 @@ from compacter_jax.exchange.adapterhub import (
 from compacter_jax.inject.adapted import Adapted
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.combined import CombinedConfig
+from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.models.bert.checkpoint import bert_to_hugging_face
@@ -226,6 +227,9 @@ OF_BERT = {
     "IA3 everywhere, scaled": lambda: adapters.IA3Config(
         output_lora=True, attn_matrices=["q", "k", "v"], alpha=2
     ),
+    "invertible": lambda: adapters.SeqBnInvConfig(
+        reduction_factor=2, inv_adapter_reduction_factor=3
+    ),
     "flat prefixes of one layer": lambda: prefixes(flat=True, leave_out=[0]),
     "prefixes of one layer": lambda: prefixes(leave_out=[1], non_linearity="ReLU"),
     "union": lambda: union(
@@ -314,6 +318,13 @@ def loaded_logits(model, folder, inputs):
 # --- methods of ours, exported ------------------------------------------------------------------
 
 PLAIN = {"train_layer_norms": False}
+
+
+def language_adapter(non_linearity):
+    layers, behind = preset("mad-x").parts
+    return CombinedConfig(parts=(layers, behind.replace(non_linearity=non_linearity)))
+
+
 OURS = {
     "compacter": lambda: preset("compacter", **SMALL, **PLAIN),
     "houlsby, layer left out": lambda: preset(
@@ -336,6 +347,7 @@ OURS = {
     ),
     "mam": lambda: preset("mam", prefix_length=2, bottleneck_size=5),
     "rules not learned": lambda: preset("phm", **SMALL, learn_phm=False, **PLAIN),
+    "mad-x": lambda: language_adapter("gelu"),
     "skip from the sum": lambda: BottleneckConfig(
         sites=("residual_feed_forward",),
         reduction_factor=2,
@@ -352,6 +364,7 @@ OURS_ON = {
         "parallel",
         "mam",
         "rules not learned",
+        "mad-x",
     ),
     "t5": (
         *("compacter", "after cross-attention", "lora, stabilised", "flat prefixes"),
@@ -402,6 +415,17 @@ REFUSED_EXPORTS = {
         LoRAConfig(sites=("output_projection",)),
         "it has no place at encoder/layer/0/attention/output/dense",
     ),
+    "two activations": (preset("mad-x"), "these have 'gelu' and 'relu'; train both with one"),
+    "invertible alone": (InvertibleConfig(), "without a bottleneck of its own beside it"),
+    "not inverted": (
+        CombinedConfig(
+            parts=(
+                BottleneckConfig(reduction_factor=2, non_linearity="relu"),
+                InvertibleConfig(sites=("encoder_embedding",)),
+            )
+        ),
+        "cannot place method 'invertible' at encoder_embedding",
+    ),
     "two of a kind": (
         CombinedConfig(parts=(LoRAConfig(sites=("query",)), LoRAConfig(sites=("key",)))),
         "two parts of the kind 'lora'",
@@ -412,6 +436,7 @@ REFUSED_T5_EXPORTS = {
         BottleneckConfig(sites=("parallel_attention",), parallel=True, reduction_factor=2),
         "no place at decoder/block/0/layer/0/SelfAttention, encoder",
     ),
+    "invertible on a T5": (language_adapter("gelu"), "not supported for a t5"),
     "positions not shifted": (preset("prefix-tuning", prefix_length=2), "shift_positions=False"),
     "encoder's prefixes alone": (
         PrefixTuningConfig(
@@ -512,17 +537,26 @@ HEADS = {
         lambda model: model.add_masked_lm_head("a"),
         "heads.a.0",
     ),
+    # `adapters` inverts in heads of its own, but not in BertForMaskedLM.
+    "flexible words, invertible": (
+        "BertAdapterModel",
+        with_head("masked_lm"),
+        lambda model: model.add_masked_lm_head("a"),
+        "heads.a.0",
+        lambda: adapters.SeqBnInvConfig(reduction_factor=2),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads(name, tmp_path):
-    cls, backbone, add_head, own_names = HEADS[name]
+    cls, backbone, add_head, own_names, *configs = HEADS[name]
     model = hub_model(backbone, cls)
     if add_head:
         add_head(model)
         model.tie_weights()
-    add(model, adapters.SeqBnConfig(reduction_factor=2))
+    (config,) = configs or [lambda: adapters.SeqBnConfig(reduction_factor=2)]
+    add(model, config())
     randomise(model, 6, f".{own_names}.")
     model.save_adapter(str(tmp_path / "saved"), "a")
     module, inputs = backbone.module, inputs_of(backbone)
@@ -727,7 +761,12 @@ def test_gelu_of_the_first_releases_is_by_tanh(tmp_path):
 
 
 REFUSED = {
-    "invertible": (bottleneck(), {"inv_adapter": "nice"}, "inv_adapter='nice'"),
+    "invertible, glow": (bottleneck(), {"inv_adapter": "glow"}, "inv_adapter='glow'"),
+    "invertible, by no whole number": (
+        bottleneck(),
+        {"inv_adapter": "nice", "inv_adapter_reduction_factor": 1.5},
+        "inv_adapter_reduction_factor=1.5 in .* must be a whole number",
+    ),
     "gated": (bottleneck(), {"use_gating": True}, "use_gating=True"),
     "gated prefixes": (prefixes(), {"use_gating": True}, "use_gating=True"),
     "no sum to skip from": (

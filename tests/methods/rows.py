@@ -6,7 +6,7 @@ from typing import Any
 
 import compacter_jax as cj
 from tests.helpers import SMALL
-from tests.methods.sizes import bottleneck, compacter, prefix
+from tests.methods.sizes import bottleneck, compacter, invertible, prefix
 
 HALF = {"reduction_factor": 2}
 PREFIX = {"prefix_length": 2, "bottleneck_size": 5}
@@ -479,6 +479,34 @@ ROWS = {
         count=lambda s: s.sublayers * (2 * s.d + bottleneck(s)),
         still=CIAT.still,
     ),
+    "mad-x": Row(
+        cls=cj.CombinedConfig,
+        values={
+            "parts": (
+                cj.BottleneckConfig(
+                    sites=("residual_feed_forward",),
+                    reduction_factor=2,
+                    non_linearity="gelu",
+                    w_init_range=0.02,
+                    original_ln_before=True,
+                ),
+                cj.InvertibleConfig(),
+            )
+        },
+        places=both(
+            AFTER_RESIDUAL, {"bert": {"embeddings"}, "t5": {"encoder"}, "m2m": {"encoder"}}
+        ),
+        start=1e-2,
+        count=lambda s: s.sublayers * bottleneck(s) + invertible(s),
+    ),
 }
 # Kind -> another value for every field.
 CHANGED = {row.cls.kind: row.changed for row in ROWS.values() if row.changed is not None}
+# A part of presets alone; its coupling has one value.
+CHANGED["invertible"] = {
+    "sites": ("encoder_embedding",),
+    "leave_out": (1,),
+    "reduction_factor": 3,
+    "non_linearity": "gelu",
+    "w_init_range": 0.125,
+}

@@ -92,6 +92,11 @@ def bottleneck(s):
     return s.d * s.r + s.r + s.r * s.d + s.d
 
 
+def invertible(s):
+    half, inner = s.d // 2, s.d // 4
+    return 2 * (half * inner + inner + inner * half + half)
+
+
 def compacter(s, adapters):
     # `left`, `right` and bias of each projection, and one rule.
     return s.n**3 + adapters * ((s.d + s.r + s.r) + (s.r + s.d + s.d))

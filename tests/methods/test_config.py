@@ -17,7 +17,7 @@ from tests.methods.rows import BOTH_SITES, CHANGED, ROWS
 
 def test_presets_are_those_of_the_table():
     assert presets() == tuple(ROWS)
-    assert {row.cls.kind for row in ROWS.values()} == set(METHODS)
+    assert {row.cls.kind for row in ROWS.values()} | {"invertible"} == set(METHODS)
     assert {kind: cls.kind for kind, cls in METHODS.items()} == {kind: kind for kind in METHODS}
 
 
@@ -74,7 +74,7 @@ def test_round_trip_through_json(name):
 
 OF_ALL = {"train_layer_norms": True, "train_head": False, "train_pooler": True}
 # `shift_positions` does not allow `leave_out`.
-UNCHANGED = {"prefix_tuning": ["leave_out"]}
+UNCHANGED = {"prefix_tuning": ["leave_out"], "invertible": ["coupling"]}
 
 
 @pytest.mark.parametrize("kind", METHODS)

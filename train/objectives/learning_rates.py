@@ -39,4 +39,5 @@ CLASSIFIER = TEXT_TO_TEXT | {
     "ciat": 1e-3,
     "compacter-ciat": 3e-3,
     "serial-ciat": 1e-3,
+    "mad-x": 1e-3,
 }

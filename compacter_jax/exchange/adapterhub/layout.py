@@ -39,6 +39,8 @@ class Layout:
       joins: pattern of a projection that ends a sub-layer -> the place where the sub-layer joins
         the residual; a bottleneck computes the same at both.
       renamed: last name in the path of a host -> AdapterHub's.
+      embeddings: the host behind the embeddings where invertible adapters are; None if the family's
+        are elsewhere.
       normalises_before: True if norms come before sub-layers, and none follows the sum with the
         residual.
       has_relative_positions: True if the self-attention that prefixes extend has biases of relative
@@ -53,6 +55,7 @@ class Layout:
     sites: Mapping[str, str]
     joins: Mapping[str, str]
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    embeddings: str | None = None
     normalises_before: bool = False
     has_relative_positions: bool = False
 
@@ -62,6 +65,14 @@ class Layout:
             if match := re.fullmatch(pattern, host):
                 return match.expand(place)
         return host
+
+    def check_invertible(self) -> None:
+        """Raises ValueError if the family's invertible adapters are not supported."""
+        if self.embeddings is None:
+            raise ValueError(
+                f"invertible adapters of AdapterHub are not supported for a {self.model_types[0]}, "
+                "where they also act on the decoder's embeddings; only encoders' are"
+            )
 
     def name_of(self, host: str) -> str:
         """Returns AdapterHub's name for a host."""
@@ -117,6 +128,7 @@ _BERT = Layout(
     },
     sites=_SITES | {"self_prefix": "encoder_key_value"},
     joins={r"(.+/output)/dense": r"\1"},
+    embeddings="embeddings",
 )
 
 _WITH_DECODER = _SITES | {

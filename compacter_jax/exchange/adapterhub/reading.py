@@ -20,12 +20,13 @@ from compacter_jax.exchange.adapterhub.schema import (
     PHM_FIELDS,
     PREFIX_TUNING,
 )
-from compacter_jax.messages import quote
+from compacter_jax.messages import about, quote
 from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig
 from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.sites import Site
@@ -83,6 +84,8 @@ def read_parts(config: Any, source: Source) -> list[Part]:
                 f"{', '.join(known)}"
             )
         parts.append(_READERS[architecture](one, source))
+        if one.get("inv_adapter") is not None:
+            parts.append(_read_invertible(one, source))
     return parts
 
 
@@ -123,6 +126,22 @@ def _read_bottleneck(config: Mapping[str, Any], source: Source) -> Part:
         **{field: values[field] for field in fields},
     )
     return Part(method, shunned, factor, values["phm_bias"])
+
+
+def _read_invertible(config: Mapping[str, Any], source: Source) -> Part:
+    with about(source.path):
+        source.layout.check_invertible()
+    values = BOTTLENECK.read(config, source.path)
+    factor = values["inv_adapter_reduction_factor"]
+    if type(factor) is not int:
+        raise ValueError(
+            f"inv_adapter_reduction_factor={quote(factor, 100)} in {source.path} must be a whole "
+            "number"
+        )
+    method = InvertibleConfig(
+        reduction_factor=factor, non_linearity=_activation(values, source.path)
+    )
+    return Part(method)
 
 
 def _check_sum(values: Mapping[str, Any], source: Source) -> None:

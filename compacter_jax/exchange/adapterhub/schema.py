@@ -132,7 +132,7 @@ BOTTLENECK = _Architecture(
     },
     only={
         "use_gating": (False,),
-        "inv_adapter": (None,),
+        "inv_adapter": (None, "nice"),
         "residual_before_ln": (True, False, "post_add"),
         "stochastic_depth": (0.0, None),
     },

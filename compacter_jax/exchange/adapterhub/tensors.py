@@ -44,7 +44,7 @@ _PHM_NAMES = {
 
 # PyTorch's linear layers have weights `[out, in]`; the factors of LoRA are `[r, in]` and `[out,
 # r]`, those of IA3 `[out, 1]`.
-_TRANSPOSED = re.compile(rf".*/{ADAPTER}/((down|up)/kernel|left|right)|prefix_\w+_kernel")
+_TRANSPOSED = re.compile(rf".*/{ADAPTER}/(([fg]/)?(down|up)/kernel|left|right)|prefix_\w+_kernel")
 _COLUMN = re.compile(rf".*/{ADAPTER}/scale")
 
 
@@ -86,6 +86,9 @@ class Naming(NamedTuple):
             for leaf in leaves:
                 if not host:
                     named[leaf] = self.of_shared(leaf)
+                elif leaf.startswith(("f/", "g/")):
+                    own = _invertible_name(leaf)
+                    named[f"{host}/{ADAPTER}/{leaf}"] = f"invertible_adapters.{self.name}.{own}"
                 elif "/" in leaf:
                     own = _bottleneck_name(leaf, leaves)
                     named[f"{host}/{ADAPTER}/{leaf}"] = f"{self.of_host(host, 'adapters')}.{own}"
@@ -132,6 +135,13 @@ def _bottleneck_name(leaf: str, leaves: Collection[str]) -> str:
     }
     is_phm = owner in ("down", "up") and f"{owner}/kernel" not in leaves
     return f"{owners[owner]}.{(_PHM_NAMES if is_phm else _DENSE_NAMES)[kind]}"
+
+
+def _invertible_name(leaf: str) -> str:
+    """Returns the name of a tensor within an invertible adapter; an activation is number 1."""
+    half, layer, kind = leaf.split("/")
+    number = {"down": 0, "up": 2}[layer]
+    return f"{half.upper()}.{number}.{_DENSE_NAMES[kind]}"
 
 
 def to_tensors(flat: Mapping[str, np.ndarray], naming: Naming) -> Tensors:

@@ -24,6 +24,7 @@ from compacter_jax.methods.base import InsertedConfig
 from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.compacter import PHMBottleneckConfig
 from compacter_jax.methods.ia3 import IA3Config
+from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 
@@ -41,8 +42,12 @@ def write_config(
     Raises:
       ValueError: if AdapterHub has no counterpart.
     """
-    configs = [_written(part, there, layout, layers) for part, there in hosts]
+    behind = [part for part, _ in hosts if isinstance(part, InvertibleConfig)]
+    others = [(part, there) for part, there in hosts if part not in behind]
+    configs = [_written(part, there, layout, layers) for part, there in others]
     _check_union(configs)
+    for part in behind:
+        _add_invertible(part, configs, layout)
     return configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}
 
 
@@ -61,6 +66,30 @@ def _written(part: Any, hosts: set[str], layout: Layout, layers: list[Layer]) ->
         own["attn_matrices"] = [matrix for matrix in "qkv" if matrix in used]
         own["selfattn_lora"] = bool(own["attn_matrices"])
     return architecture.write({**own, "leave_out": leave_out}, used)
+
+
+def _add_invertible(part: InvertibleConfig, configs: list[dict[str, Any]], layout: Layout) -> None:
+    """Adds an invertible adapter to the configuration of the bottlenecks beside it."""
+    layout.check_invertible()
+    if part.leave_out or part.all_sites() != InvertibleConfig().all_sites():
+        raise ValueError(
+            f"AdapterHub cannot place method {part.kind!r} at {listing(part.all_sites())}; leave "
+            "its sites as they are"
+        )
+    for config in configs:
+        if "inv_adapter" in config and config["inv_adapter"] is None:
+            if config["non_linearity"] != part.non_linearity:
+                raise ValueError(
+                    "AdapterHub has one non_linearity for bottlenecks and the invertible adapter, "
+                    f"but these have {config['non_linearity']!r} and {part.non_linearity!r}; "
+                    "train both with one"
+                )
+            config["inv_adapter"] = part.coupling
+            config["inv_adapter_reduction_factor"] = part.reduction_factor
+            return
+    raise ValueError(
+        f"AdapterHub cannot express method {part.kind!r} without a bottleneck of its own beside it"
+    )
 
 
 def _bottleneck_fields(part: BottleneckConfig, layout: Layout) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class Bert(nn.Module):
         ),
         "embedding": Site(host="embeddings/word_embeddings", role="embedding"),
         "encoder_embedding": Site(host="embeddings", role="embedded"),
+        "vocabulary": Site(host="cls/predictions/transform", role="vocabulary"),
     }
     """Site name -> `Site`, or its `host` as a string."""
 
@@ -119,6 +120,11 @@ class Bert(nn.Module):
         return self.head is None or (
             self.head == "sequence_classification" and self.pooling == "first"
         )
+
+    @property
+    def absent_sites(self) -> tuple[str, ...]:
+        """Names of `sites` that a model with this head lacks."""
+        return () if self.head == "masked_lm" else ("vocabulary",)
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, Array]:
