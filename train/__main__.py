@@ -21,7 +21,12 @@ from train.errors import EndedRunError, InterruptedRunError, StoppedRunError
 if TYPE_CHECKING:
     from train.compare.options import CompareOptions
     from train.estimate.options import ParamsOptions, PlanOptions
-    from train.exchange.options import ConvertOptions, CreateOptions, MergeOptions
+    from train.exchange.options import (
+        ConvertOptions,
+        CreateOptions,
+        MergeOptions,
+        TrimOptions,
+    )
     from train.fit.options import FitOptions
     from train.inference.options import EvaluateOptions, PredictOptions
 
@@ -45,6 +50,7 @@ to exchange:
   convert          convert adapters from and to the formats of AdapterHub and PEFT
   merge            write a backbone with LoRA, IA3 and the like merged into its weights
   create-backbone  make a small random T5 with a tokenizer, to be pre-trained with fit
+  trim-vocabulary  write a backbone with the pieces of its vocabulary that some texts need
 
 `python -m train COMMAND --help` shows examples of a command and its options. To get started:
 
@@ -125,6 +131,13 @@ def create_backbone(arguments: CreateOptions) -> None:
     exchange_create_backbone.create_backbone(arguments)
 
 
+def trim_vocabulary(arguments: TrimOptions) -> None:
+    """Runs the command `trim-vocabulary`."""
+    from train.exchange import trim_vocabulary as exchange_trim_vocabulary  # noqa: PLC0415
+
+    exchange_trim_vocabulary.trim_vocabulary(arguments)
+
+
 # Command -> the function that runs it, and the class of its options, which is imported when needed:
 # neither the page of all commands nor the start of a process with huge pages waits for JAX.
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
@@ -137,6 +150,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "convert": (convert, "train.exchange.options:ConvertOptions"),
     "merge": (merge, "train.exchange.options:MergeOptions"),
     "create-backbone": (create_backbone, "train.exchange.options:CreateOptions"),
+    "trim-vocabulary": (trim_vocabulary, "train.exchange.options:TrimOptions"),
 }
 # Commands that read `--config FILE.toml`, and commands that receive the options of each task.
 _CONFIGURED, _OF_EACH_TASK = ("fit", "plan", "compare"), ("plan", "compare")

@@ -104,7 +104,7 @@ def load_backbone(
         model, or do not fit the requested head.
       OSError: if the hub does not answer or has no such repository.
     """
-    folder = _folder_of(path_or_hub_id)
+    folder = folder_of(path_or_hub_id)
     config = _read_config(folder)
     family = family_of(config)
     with about(folder / CONFIG_FILE):
@@ -122,7 +122,7 @@ def load_backbone(
             remat=remat,
             pooling=pooling,
         )
-    tensors = _read_tensors(folder)
+    tensors = read_checkpoint(folder)
     with about(folder):
         found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     check_depths(str(folder / CONFIG_FILE), module.config, family, found)
@@ -167,7 +167,7 @@ def known_pooling(name_or_path: str | Path) -> Pooling | None:
 def _file_or_folder(path_or_hub_id: str | Path) -> Path:
     path = expanded(path_or_hub_id)
     is_file = is_there(path) and path.is_file()
-    return path if is_file else _folder_of(path_or_hub_id)
+    return path if is_file else folder_of(path_or_hub_id)
 
 
 def module_from_config(
@@ -324,7 +324,13 @@ def _check_attributes(where: str, config: Any, family: Family) -> None:
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?")
 
 
-def _folder_of(path_or_hub_id: str | Path) -> Path:
+def folder_of(path_or_hub_id: str | Path) -> Path:
+    """Returns the folder of a checkpoint, which is downloaded if it is on the Hugging Face hub.
+
+    Raises:
+      ValueError: if the argument is neither a folder nor the id of a repository.
+      OSError: if the repository could not be had.
+    """
     folder = expanded(path_or_hub_id)
     if is_there(folder) and folder.is_dir():
         return folder
@@ -352,7 +358,12 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
         ) from error
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of a checkpoint, in one file or in shards, by Hugging Face's names.
+
+    Raises:
+      ValueError: if there is no such file, or one is damaged; the message names it.
+    """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
         return read_tensors(single, skip=_is_buffer)

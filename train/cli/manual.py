@@ -155,6 +155,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--output-dir runs/m2m-random",
         ),
     ),
+    "trim-vocabulary": (
+        (
+            "A multilingual backbone for a few languages:",
+            "--backbone DIR --text-files da.txt nb.txt --output-dir runs/small-vocabulary",
+        ),
+    ),
 }
 
 _REQUIRED, _OF_COMMAND = "required", "of this command"

@@ -96,11 +96,11 @@ def load_ours(folder: Path, name: str | None) -> tuple[cj.Backbone, cj.Adapted, 
     return backbone, *cj.load_adapter(folder, backbone)
 
 
-def check_new(path: Path) -> None:
-    """Raises ValueError if there is something at a path that is to be written."""
+def check_new(path: Path, flag: str = "--to") -> None:
+    """Raises ValueError if there is something at a path that a flag gives, to be written."""
     # A dangling link counts as existing.
     if (path.exists() or path.is_symlink()) and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} already exists; choose another --to")
+        raise ValueError(f"{path} already exists; choose another {flag}")
 
 
 def _check_not_ours(source: str, folder: Path) -> None:

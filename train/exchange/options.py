@@ -67,6 +67,24 @@ class MergeOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TrimOptions:
+    """Write a backbone without the pieces of its vocabulary that some texts do not need.
+
+    The pieces that occur, all single characters and the special tokens stay. The tokenizer divides
+    the texts as before, and the hidden states of their tokens stay the same.
+
+    Attributes:
+      backbone: folder of a Hugging Face checkpoint with tokenizer.json, or its id on the hub.
+      text_files: UTF-8 text files, all that the backbone is to read.
+      output_dir: folder to create.
+    """
+
+    backbone: str
+    text_files: tuple[Path, ...]
+    output_dir: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CreateOptions:
     """Create an encoder-decoder from scratch: a tokenizer trained on text, and random weights.
 
