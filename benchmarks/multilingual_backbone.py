@@ -7,7 +7,7 @@
 The folder holds a BERT of 12 layers and width 384 over 250,037 pieces, in float32, with a Unigram
 tokenizer, as `cj.load_backbone` and transformers read them. `--check` takes a table with a column
 of sentences for each language, `eng` among them, and measures how often the nearest of 200
-sentences is the translation. The command fails if this is below 0.85 for a language.
+English sentences is the translation. The command fails if this is below 0.85 for a language.
 
 The package and the weights have the MIT licence: Wang et al., Multilingual E5 Text Embeddings,
 arXiv:2402.05672.
@@ -263,7 +263,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def retrieval(folder: Path, table: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Returns how often the nearest of the translations of a sentence is its own, by language.
+    """Returns how often the nearest English sentence is a sentence's translation, by language.
 
     Sentences begin with "query: ", as this model was trained; a vector is the mean of the last
     states, of length one.
@@ -294,7 +294,7 @@ def retrieval(folder: Path, table: Mapping[str, Sequence[str]]) -> dict[str, flo
     english = vectors(table["eng"])
     return {
         language: float(
-            np.mean((english @ vectors(sentences).T).argmax(1) == np.arange(len(sentences)))
+            np.mean((vectors(sentences) @ english.T).argmax(1) == np.arange(len(sentences)))
         )
         for language, sentences in table.items()
         if language != "eng"
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for language, score in scores.items():
-        print(f"eng -> {language}: {score:.3f} of {_SENTENCES} nearest sentences are translations")
+        print(f"{language}: {score:.3f} of {_SENTENCES} nearest sentences are the translations")
     if low := [language for language, score in scores.items() if score < _LEAST]:
         print(f"error: below {_LEAST} for {', '.join(low)}", file=sys.stderr)
         return 1
