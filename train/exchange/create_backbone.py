@@ -46,7 +46,8 @@ _NEVER_CHOSEN = -1000.0
 def create_backbone(options: CreateOptions) -> None:
     """Writes a folder that `cj.load_backbone` and transformers can load, and prints a summary.
 
-    The folder appears, or is replaced, only when it is complete.
+    The folder appears, or is replaced, only when it is complete. transformers has no compressed
+    decoder, so that only `cj.load_backbone` can load one.
 
     Raises:
       FileNotFoundError: if a text file does not exist.
@@ -154,6 +155,7 @@ def _m2m_config(options: CreateOptions) -> Any:
         "layerdrop": 0.0,
     }
     stacks = ("encoder", "decoder")
+    fields = ("decoder_layer", "decoder_value_dim") if options.decoder_layer != "standard" else ()
     return M2M100Config(
         architectures=["M2M100ForConditionalGeneration"],
         vocab_size=options.vocab_size,
@@ -166,6 +168,7 @@ def _m2m_config(options: CreateOptions) -> Any:
         eos_token_id=1,
         decoder_start_token_id=1,
         **{f"{stack}_{name}": value for stack in stacks for name, value in of_stack.items()},
+        **{name: getattr(options, name) for name in fields},
     )
 
 
