@@ -344,16 +344,19 @@ def _tokenizer_of(vocabulary: list[tuple[str, float]], **settings: Any) -> Token
 def _write_model(options: CreateOptions, folder: Path) -> int:
     """Writes configuration and random weights; returns the number of parameters."""
     module, config = new_module(options)
-    key = jax.random.key(options.seed)
-    params = _random_params(module, key)
-    if options.model_type == "m2m_100":
-        params = _with_glorot(params, key)
+    params = random_params(module, jax.random.key(options.seed))
     cj.save_backbone(folder, module, params, config)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def random_params(module: nn.Module, key: jax.Array) -> Any:
+    """Returns random parameters; the kernels of an M2M-100 are Glorot-uniform."""
+    params = _initial_params(module, key)
+    return _with_glorot(params, key) if isinstance(module, cj.Seq2Seq) else params
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _random_params(module: nn.Module, key: jax.Array) -> Any:
+def _initial_params(module: Any, key: jax.Array) -> Any:
     return module.init(key, *module.dummy_inputs())["params"]
 
 
