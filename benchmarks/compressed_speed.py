@@ -6,14 +6,15 @@ import argparse
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import compacter_jax as cj
-from benchmarks.turns import alternate, seconds_of, spread
+from benchmarks.turns import alternate, spread
 from train.exchange.create_backbone import random_params
 
 # Of one core of a CPU, for the prediction alone: bytes a second that a product with few rows reads,
@@ -108,15 +109,17 @@ def predicted(decoder: Decoder, cell: Cell, tokens: int, vocabulary: int) -> flo
 def measured(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """Returns tokens per second of every decoder, and ratios to the first, JSON-ready.
 
-    Runs of all decoders alternate, and a ratio is between runs of one round.
+    Runs of all decoders alternate, and a ratio is between runs of one round. Processor time leaves
+    out what other programs on the machine take.
     """
     tested = decoders(options)
     runs = {
-        one.name: functools.partial(seconds_of, _generation(one, cell, options)) for one in tested
+        one.name: functools.partial(_seconds, _generation(one, cell, options)) for one in tested
     }
     for run in runs.values():  # compiles
         run()
-    seconds = alternate(runs, options.rounds)
+    rounds = alternate(runs, options.rounds)
+    seconds = {name: np.array(times) for name, times in rounds.items()}  # [rounds, 2]
     first = tested[0].name
     tokens = cell.batch * options.tokens
     guess = {one.name: predicted(one, cell, options.tokens, options.vocabulary) for one in tested}
@@ -124,13 +127,21 @@ def measured(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         **dataclasses.asdict(cell),
         "decoders": {
             name: {
-                "tokens_per_second": spread(tokens / np.asarray(times)),
-                "speed": spread(np.asarray(seconds[first]) / np.asarray(times)),
+                "tokens_per_second": spread(tokens / times[:, 0]),
+                "speed": spread(seconds[first][:, 0] / times[:, 0]),
+                "speed_by_processor_time": spread(seconds[first][:, 1] / times[:, 1]),
                 "predicted_speed": guess[first] / guess[name],
             }
             for name, times in seconds.items()
         },
     }
+
+
+def _seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """Returns the seconds of a call by the clock, and those that this process computed."""
+    start, computed = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - computed
 
 
 def _generation(decoder: Decoder, cell: Cell, options: argparse.Namespace) -> Any:
@@ -168,22 +179,25 @@ def module_of(decoder: Decoder, d: int, options: argparse.Namespace) -> cj.Seq2S
 
 
 def row(case: Mapping[str, Any]) -> str:
-    """Returns the row of a Markdown table: tokens per second, then speeds with quartiles."""
+    """Returns the row of a Markdown table: tokens per second, then speeds with quartiles.
+
+    A speed is in units of the first decoder's, by the clock, by processor time, and as predicted.
+    """
     first, *others = case["decoders"].values()
     cells = [case["d"], case["batch"], case["source"], case["beams"]]
     cells += [f"{first['tokens_per_second']['median']:.0f}"]
     for one in others:
-        s = one["speed"]
-        cells.append(
-            f"{s['median']:.2f} ({s['first_quartile']:.2f} to {s['third_quartile']:.2f}); "
-            f"{one['predicted_speed']:.2f}"
+        by_clock, computed = (
+            "{median:.2f} ({first_quartile:.2f} to {third_quartile:.2f})".format(**one[name])
+            for name in ("speed", "speed_by_processor_time")
         )
+        cells.append(f"{by_clock}; {computed}; {one['predicted_speed']:.2f}")
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def heading(tested: Sequence[Decoder]) -> list[str]:
-    """Returns the head of the table of `row`: speed in units of the first, then its prediction."""
+    """Returns the head of the table of `row`."""
     first, *others = tested
     names = ["d", "batch", "source", "beams", f"tokens/s of {first.name}"]
-    names += [f"speed of {one.name}; predicted" for one in others]
+    names += [f"{one.name}: by clock; by processor time; predicted" for one in others]
     return [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]

@@ -148,6 +148,7 @@ def test_speeds_are_measured_and_kept(tmp_path, capsys, monkeypatch):
     assert list(case["decoders"]) == [one.name for one in tested]
     for one in case["decoders"].values():
         assert one["tokens_per_second"]["median"] > 0
+        assert one["speed_by_processor_time"]["median"] > 0
     assert case["decoders"]["standard 1, F = 4d"]["speed"]["median"] == 1
     benchmark.main(flags)
     assert json.loads(file.read_text())["cells"] == [case]
