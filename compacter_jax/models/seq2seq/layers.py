@@ -141,7 +141,7 @@ _NORMS = {
 
 
 class _Layer(_Seq2SeqModule):
-    """What all layers of a stack have.
+    """The base of the layers of a stack.
 
     Attributes:
       keep: True to return keys and values too. If a layer is recomputed in the backward pass,
