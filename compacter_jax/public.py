@@ -36,6 +36,7 @@ from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.seq2seq.compressed import CompressedAttention
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.config import T5Config
@@ -57,6 +58,7 @@ __all__ = [
     "Bottleneck",
     "BottleneckConfig",
     "CombinedConfig",
+    "CompressedAttention",
     "FullFineTuningConfig",
     "HeadOnlyConfig",
     "IA3Config",

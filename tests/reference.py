@@ -126,14 +126,20 @@ class Reference:
         """Returns keys and values, `[prefix, inner]` each, or None."""
         if (key := self._own(host, "key")) is not None:
             return key, self._own(host, "value")
-        if (kernel := self._own(host, "kernel")) is None:
+        if f"prefix_{site}_embedding" not in self.params:
             return None
         embedding, first, bias = (
             self.params[f"prefix_{site}_{name}"] for name in ("embedding", "kernel", "bias")
         )
         activation = ACTIVATIONS[self._part(PrefixTuningConfig).non_linearity]
-        both = activation(embedding @ first + bias) @ kernel + self._own(host, "bias")
-        return np.split(both, 2, axis=1)
+        hidden = activation(embedding @ first + bias)
+
+        def projected(prefix):
+            return hidden @ self._own(host, f"{prefix}kernel") + self._own(host, f"{prefix}bias")
+
+        if self._own(host, "kernel") is None:  # keys and values of different widths
+            return projected("key_"), projected("value_")
+        return np.split(projected(""), 2, axis=1)
 
     def _attend(self, host, site, heads, query, key, value, bias):
         """Returns `[batch, queries, inner]` from projections `[batch, length, inner]`."""
@@ -321,6 +327,9 @@ class Reference:
         activation = ACTIVATIONS[config.activation_function]
         for i in range(getattr(config, f"{stack}_layers")):
             layer = f"{stack}/layers/{i}"
+            if states is not None and config.decoder_layer == "compressed":
+                x = self._compressed_layer(layer, x, mask, states, padding)
+                continue
             attentions = [("self_attn", f"{stack}_key_value", None, mask)]
             if states is not None:
                 attentions.append(("encoder_attn", "cross_key_value", states, padding))
@@ -347,6 +356,29 @@ class Reference:
             norm = f"{layer}/final_layer_norm"
             x = self._seq2seq_sublayer(f"{layer}/feed_forward", norm, x, feed_forward)
         return self._layer_norm(f"{stack}/layer_norm", x) if config.last_norms else x
+
+    def _compressed_layer(self, layer, x, mask, states, padding):
+        config, host = self.config, f"{layer}/encoder_attn"
+        heads = config.decoder_attention_heads
+        shape = (len(x), 1, x.shape[1])
+        bias = np.concatenate(
+            [np.broadcast_to(part, (*shape, part.shape[-1])) for part in (padding, mask)], -1
+        )
+
+        def update(y):
+            query = self._dense(f"{host}/q_proj", y) / math.sqrt(config.d_model // heads)
+            key, value = (
+                np.concatenate(
+                    [self._dense(f"{host}/encoder_{p}", states), self._dense(f"{host}/{p}", y)], 1
+                )
+                for p in ("k_proj", "v_proj")
+            )
+            context = self._attend(host, "decoder_key_value", heads, query, key, value, bias)
+            inner = context + self._dense(f"{host}/r_proj", y)
+            u = ACTIVATIONS[config.activation_function](inner)
+            return self._dense(f"{host}/out_proj", u) + self._update(layer, y)
+
+        return self._seq2seq_sublayer(f"{layer}/feed_forward", f"{host}_layer_norm", x, update)
 
     def _seq2seq_sublayer(self, name, norm, x, run):
         if self.config.normalize_before:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from compacter_jax.decode.settings import NO_TOKEN, Settings, Step, constrain, is_end
+from compacter_jax.nn.attention import Cache
 
 # The number that transformers adds to the score of a hypothesis that must not be chosen.
 _EXCLUDED = -1e9
@@ -27,7 +28,7 @@ class _Beams(NamedTuple):
     is_ended: Array  # [batch, n] bool, True if that place of `ended` is filled
     improvable: Array  # [batch, 1] bool, True if a running hypothesis may enter `ended`
     stuck: Array  # [] bool, True if nothing is left to extend
-    cache: Any  # cache of the self-attention, rows of `running` flattened
+    cache: Any  # what changes of the cache, rows of `running` flattened
 
 
 class _Candidates(NamedTuple):
@@ -39,7 +40,7 @@ class _Candidates(NamedTuple):
     ends: Array  # [batch, m] bool
 
 
-def beam_search(step: Step, cache: Any, rows: int, settings: Settings) -> tuple[Array, Array]:
+def beam_search(step: Step, cache: Cache, rows: int, settings: Settings) -> tuple[Array, Array]:
     """Runs a beam search with the same scores as transformers, so that the tokens agree."""
 
     def unfinished(beams: _Beams) -> Array:
@@ -48,13 +49,13 @@ def beam_search(step: Step, cache: Any, rows: int, settings: Settings) -> tuple[
 
     def extend(beams: _Beams) -> _Beams:
         tokens = beams.running[:, :, beams.done].reshape(-1)
-        logits, cache = step(tokens, beams.cache, beams.done)
+        logits, changed = step(tokens, beams.cache, beams.done)
         candidates = _candidates(beams, logits, settings)
         beams = _collect_ended(beams, candidates, settings)
-        beams = _keep_running(beams._replace(cache=cache), candidates)
+        beams = _keep_running(beams._replace(cache=changed), candidates, cache)
         return _look_ahead(beams, settings)
 
-    beams = lax.while_loop(unfinished, extend, _first_beams(cache, rows, settings))
+    beams = lax.while_loop(unfinished, extend, _first_beams(cache.changing, rows, settings))
     copies = settings.num_return_sequences
     ids = jnp.where(jnp.isnan(beams.ended_scores)[..., None], NO_TOKEN, beams.ended)
     ids = ids[:, :copies].reshape(rows * copies, -1)
@@ -125,7 +126,7 @@ def _collect_ended(beams: _Beams, candidates: _Candidates, settings: Settings) -
     )
 
 
-def _keep_running(beams: _Beams, candidates: _Candidates) -> _Beams:
+def _keep_running(beams: _Beams, candidates: _Candidates, cache: Cache) -> _Beams:
     """Keeps the best running hypotheses, each with the cache of its parent."""
     rows, n, _ = beams.running.shape
     scores, best = lax.top_k(candidates.scores + candidates.ends * _EXCLUDED, n)
@@ -135,7 +136,7 @@ def _keep_running(beams: _Beams, candidates: _Candidates) -> _Beams:
         running=rows_at(candidates.ids, best),
         running_scores=scores,
         stuck=candidates.ends.all(),
-        cache=jax.tree.map(lambda leaf: leaf.take(parents, 0, mode="clip"), beams.cache),
+        cache=cache.reordered(beams.cache, parents),
     )
 
 

@@ -228,7 +228,7 @@ def _generate(
     rows = input_ids.shape[0]
     if settings.num_beams > 1:
         return beam_search(step, cache, rows, settings)
-    return one_by_one(step, cache, rows * settings.num_return_sequences, settings, key)
+    return one_by_one(step, cache.changing, rows * settings.num_return_sequences, settings, key)
 
 
 def _default_mask(input_ids: Array, settings: Settings) -> Array:
@@ -245,7 +245,7 @@ def _start(
     attention_mask: Array,
     chosen: dict[str, Any],
 ) -> tuple[Step, Any]:
-    """Runs the encoder; returns a decoding step and its first self-attention cache.
+    """Runs the encoder; returns a decoding step and its first cache.
 
     Both are for `num_beams` or `num_return_sequences` adjacent copies of each row.
     """
@@ -273,12 +273,12 @@ def _start(
 
     chosen = jax.tree.map(repeat, chosen)
 
-    def step(tokens: Array, self_attention: Any, index: Array) -> tuple[Array, Any]:
-        # The cache of the cross-attention never changes, so the state of the loop does not have it.
-        now = cache._replace(self_attention=self_attention)
+    def step(tokens: Array, changing: Any, index: Array) -> tuple[Array, Any]:
+        # The state of the loop has nothing that never changes, such as the cross-attention's keys.
+        now = cache.with_changing(changing)
         logits, now = apply(
             "decode", tokens[:, None], attention_mask=mask, cache=now, index=index, **chosen
         )
-        return logits[:, 0].astype(jnp.float32), now.self_attention
+        return logits[:, 0].astype(jnp.float32), now.changing
 
-    return step, cache.self_attention
+    return step, cache

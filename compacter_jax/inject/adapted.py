@@ -384,6 +384,8 @@ class Adapted(nn.Module):
                 raise ValueError(f"{type(self.backbone).__name__} {part.needs_no_site}")
         elif unknown or not present:
             name = (*unknown, *part.all_sites())[0]
+            if isinstance(absent, Mapping) and name in absent:
+                raise ValueError(f"there is no site {name!r}: {absent[name]}")
             raise ValueError(
                 f"unknown site {quote(name, 100)}; {type(self.backbone).__name__} has "
                 f"{listing(known, most=20)}"

@@ -28,6 +28,7 @@ class PrefixKeyValue(nn.Module):
     Attributes:
       config: number and parameterisation of the prefixes.
       width: width of the keys, over all heads.
+      value_width: the same of the values, where it differs; None for `width`.
       dtype: dtype of the result.
       param_dtype: dtype of the parameters.
 
@@ -37,6 +38,7 @@ class PrefixKeyValue(nn.Module):
 
     config: PrefixTuningConfig
     width: int
+    value_width: int | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
@@ -44,7 +46,7 @@ class PrefixKeyValue(nn.Module):
     def __call__(
         self, batch: int, hidden: Array | None, deterministic: bool = True
     ) -> tuple[Array, Array]:
-        """Returns keys and values, `[batch, prefix_length, width]` each.
+        """Returns keys and values, `[batch, prefix_length, width or value_width]` each.
 
         Args:
           batch: number of rows, which differ only by dropout.
@@ -52,21 +54,31 @@ class PrefixKeyValue(nn.Module):
             prefixes.
           deterministic: True for no dropout.
         """
-        length = self.config.prefix_length
+        length, width = self.config.prefix_length, self.width
+        value_width = self.value_width or width
         if hidden is None:
-            shape, init = (length, self.width), nn.initializers.normal(1.0)
-            both = jnp.concatenate(
-                [self.param(name, init, shape, self.param_dtype) for name in ("key", "value")], -1
-            )
+            init = nn.initializers.normal(1.0)
+            pairs = (("key", width), ("value", value_width))
+            own = [self.param(name, init, (length, w), self.param_dtype) for name, w in pairs]
+            both = jnp.concatenate(own, -1)
+        elif value_width == width:
+            both = self._projected(hidden, "", 2 * width)
         else:
-            shape = (hidden.shape[-1], 2 * self.width)
-            kernel = self.param("kernel", linear_init, shape, self.param_dtype)
-            bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
-            hidden, kernel, bias = promote_dtype(hidden, kernel, bias, dtype=self.dtype)
-            both = hidden @ kernel + bias
+            parts = (
+                self._projected(hidden, "key_", width),
+                self._projected(hidden, "value_", value_width),
+            )
+            both = jnp.concatenate(parts, -1)
         both = jnp.broadcast_to(both.astype(self.dtype or both.dtype), (batch, *both.shape))
         both = Dropout(self.config.dropout, name="dropout")(both, deterministic)
-        return both[..., : self.width], both[..., self.width :]
+        return both[..., :width], both[..., width:]
+
+    def _projected(self, hidden: Array, prefix: str, width: int) -> Array:
+        shape = (hidden.shape[-1], width)
+        kernel = self.param(f"{prefix}kernel", linear_init, shape, self.param_dtype)
+        bias = self.param(f"{prefix}bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+        hidden, kernel, bias = promote_dtype(hidden, kernel, bias, dtype=self.dtype)
+        return hidden @ kernel + bias
 
 
 def prefix_hidden(
@@ -108,20 +120,23 @@ def flat_prefixes(
       hosts: site -> regular expression of its hosts' paths.
 
     Returns:
-      The parameters with `key` and `value` `[prefix_length, width]` in place of each host's
-      `kernel` and `bias`, and without those that the hosts of a site share.
+      The parameters with `key` and `value`, `[prefix_length, width]` of each, in place of each
+      host's kernels and biases, and without those that the hosts of a site share.
     """
     flat = flatten_dict(params, sep="/")
     built = {path: leaf for path, leaf in flat.items() if not path.startswith("prefix_")}
     for site, host in hosts.items():
-        kernels = compiled(f"({host})/{ADAPTER}/kernel")
+        kernels = compiled(f"({host})/{ADAPTER}/((key|value)_)?kernel")
         hidden = prefix_hidden(lambda name, *_: flat[name], config, site, 0, None)
         for path in flat:
             if not kernels.fullmatch(path):
                 continue
             prefix = path.removesuffix("kernel")
-            both = hidden @ built.pop(path) + built.pop(f"{prefix}bias")
-            built[f"{prefix}key"], built[f"{prefix}value"] = jnp.split(both, 2, axis=-1)
+            own = hidden @ built.pop(path) + built.pop(f"{prefix}bias")
+            if prefix.endswith("_"):  # keys and values have kernels of their own
+                built[prefix.removesuffix("_")] = own
+            else:
+                built[f"{prefix}key"], built[f"{prefix}value"] = jnp.split(own, 2, axis=-1)
     return unflatten_dict(built, sep="/")
 
 
@@ -213,12 +228,12 @@ class PrefixTuningConfig(InsertedConfig):
             return x + self.prefix_length
         key, value, biases = x
         length, heads = call.site.length_axis, 3 - call.site.length_axis
-        width = key.shape[heads] * key.shape[3]
+        widths = [array.shape[heads] * array.shape[3] for array in (key, value)]
         prefixes = call.layer(
             PrefixKeyValue,
             key,
             self,
-            width,
+            *widths,
             inputs=(key,),
             plain=None,
             call_layer=_prefixes_like,
@@ -226,7 +241,7 @@ class PrefixTuningConfig(InsertedConfig):
         )
 
         def extend(array: Any, prefix: Any) -> Any:
-            prefix = prefix.reshape(*prefix.shape[:2], key.shape[heads], key.shape[3])
+            prefix = prefix.reshape(*prefix.shape[:2], array.shape[heads], array.shape[3])
             prefix = jnp.moveaxis(prefix, 1, length)
             return jnp.concatenate([prefix, array], axis=length)
 

@@ -10,7 +10,13 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
-from compacter_jax.nn.attention import DecoderCache, StackInputs, causal_bias, padding_bias
+from compacter_jax.nn.attention import (
+    Cache,
+    DecoderCache,
+    StackInputs,
+    causal_bias,
+    padding_bias,
+)
 from compacter_jax.nn.dense import Dtype, Embed
 from compacter_jax.nn.inputs import check_ids, check_inputs, check_source
 from compacter_jax.nn.remat import Remat
@@ -83,6 +89,18 @@ class EncoderDecoder(nn.Module, abc.ABC):
     @nn.nowrap
     def check_training(self) -> None:
         """Raises ValueError if the model cannot be trained with its configuration."""
+
+    @nn.nowrap
+    def cache_of(self, key_values: Any, source_length: int, max_length: int) -> Cache:
+        """Returns a cache that has the encoder's states alone.
+
+        Args:
+          key_values: second result of `stack`, for these states and one token.
+          source_length: length of the states.
+          max_length: largest number of tokens.
+        """
+        del source_length
+        return DecoderCache.with_room(key_values, max_length)
 
     # --- what all have --------------------------------------------------------------------------
 
@@ -168,7 +186,7 @@ class EncoderDecoder(nn.Module, abc.ABC):
         attention_mask: Array | None = None,
         decoder_attention_mask: Array | None = None,
         *,
-        cache: DecoderCache | None = None,
+        cache: Cache | None = None,
         index: Array | None = None,
         deterministic: bool = True,
     ) -> Any:
@@ -216,7 +234,7 @@ class EncoderDecoder(nn.Module, abc.ABC):
             deterministic=deterministic,
         )
 
-    def start_cache(self, encoder_hidden_states: Array, max_length: int) -> DecoderCache:
+    def start_cache(self, encoder_hidden_states: Array, max_length: int) -> Cache:
         """Returns keys and values of the encoder's states, with room for those of decoded tokens.
 
         Args:
@@ -234,14 +252,7 @@ class EncoderDecoder(nn.Module, abc.ABC):
         key_values = self._run(
             None, None, states=encoder_hidden_states, decoder_input_ids=ids, keys_and_values=True
         )
-
-        def room(own: Array) -> Array:
-            return jnp.zeros((*own.shape[:2], max_length, own.shape[3]), own.dtype)
-
-        return DecoderCache(
-            tuple((room(key), room(value)) for (key, value), _ in key_values),
-            tuple(crossed for _, crossed in key_values),
-        )
+        return self.cache_of(key_values, encoder_hidden_states.shape[1], max_length)
 
     @nn.compact
     def _run(
@@ -252,7 +263,7 @@ class EncoderDecoder(nn.Module, abc.ABC):
         states: Array | None = None,
         decoder_input_ids: Array | None = None,
         decoder_attention_mask: Array | None = None,
-        cache: DecoderCache | None = None,
+        cache: Cache | None = None,
         index: Array | None = None,
         keys_and_values: bool = False,
         deterministic: bool = True,
@@ -306,7 +317,7 @@ class EncoderDecoder(nn.Module, abc.ABC):
             y = self.logits(x, decoding)
         if cache is None:
             return y
-        return y, cache._replace(self_attention=tuple(own for own, _ in key_values))
+        return y, cache.after_step(key_values)
 
     @nn.nowrap
     def _check_length(self, name: str, length: int) -> None:

@@ -110,6 +110,10 @@ _COMMON_FIELDS: Mapping[str, Any] = {
 }
 
 
+# Fields of the compressed decoder, which transformers keeps in any configuration.
+_OF_COMPRESSED = ("decoder_layer", "decoder_value_dim")
+
+
 # Limits above any published model, and low enough that a module of this size is described in
 # seconds.
 _MOST_LAYERS = 512
@@ -142,6 +146,12 @@ def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> N
     }
     fields = {**own, **{name: others[name] for name in others.keys() & own.keys()}}
     check_fields(where, settings, {**_COMMON_FIELDS, **fields})
+    for name in _OF_COMPRESSED:
+        if name not in own and settings.get(name) not in (None, "standard"):
+            raise ValueError(
+                f"{where}: {name}={quote(settings[name])}, but only the encoder-decoders of the "
+                f"types {', '.join(SEQ2SEQ)} have compressed layers; leave it out"
+            )
     for name in ("id2label", "label2id"):
         if len(settings.get(name) or ()) > _MOST_LABELS:
             raise ValueError(f"{where}: {name} has more than {_MOST_LABELS:,} labels")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
@@ -55,6 +55,8 @@ class Family:
       width_fields: fields of the configuration that merging an adapter may change.
       writes_text: True for encoder-decoders, which are trained to write text.
       tokens: size of a vocabulary -> number of its entries without padding, where they differ.
+      check_layers: `(configuration, paths of a checkpoint)`: raises ValueError if the layers are of
+        another kind than the configuration says.
     """
 
     names: Names
@@ -81,6 +83,7 @@ class Family:
     tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     shared_head_names: tuple[str, ...] = ()
     pooled_heads: tuple[str, ...] = ()
+    check_layers: Callable[[Any, Iterable[str]], None] = lambda config, paths: None
 
     def with_dropout(self, module: nn.Module, dropout: DropoutRate) -> nn.Module:
         """Returns the module with other rates of dropout.

@@ -126,6 +126,8 @@ def load_backbone(
     with about(folder):
         found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     check_depths(str(folder / CONFIG_FILE), module.config, family, found)
+    with about(folder):
+        family.check_layers(module.config, found)
     if _other_task(config, family, module):
         found = leave_out(found, family.shared_head_names, folder)
     params, new = fit_tensors(found, module, family, folder=folder, seed=seed)
@@ -314,9 +316,12 @@ def _read_config(place: Path) -> Any:
     return config
 
 
+_OF_EVERY_FAMILY = ("num_labels", "architectures", "decoder_layer", "decoder_value_dim")
+
+
 def _check_attributes(where: str, config: Any, family: Family) -> None:
     """Raises ValueError if an attribute that the module reads is not valid for the module."""
-    fields = [*typing.get_type_hints(family.config_class), "num_labels", "architectures"]
+    fields = [*typing.get_type_hints(family.config_class), *_OF_EVERY_FAMILY]
     own = {name: getattr(config, name) for name in fields if hasattr(config, name)}
     check_settings(where, own, family)
 

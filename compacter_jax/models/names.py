@@ -93,7 +93,8 @@ T5 = Names(
 )
 
 _SEQ2SEQ_LAYER = (
-    r"((self|encoder)_attn/(q|k|v|out)_proj|fc1|fc2)/(kernel|bias)"
+    r"((self|encoder)_attn/(q|k|v|out)_proj|encoder_attn/(encoder_k|encoder_v|r)_proj|fc1|fc2)"
+    r"/(kernel|bias)"
     r"|(self_attn_layer_norm|encoder_attn_layer_norm|final_layer_norm)/(scale|bias)"
 )
 
@@ -114,7 +115,10 @@ SEQ2SEQ = Names(
         "encoder_attn_layer_norm",
         "final_layer_norm",
     ),
-    columns=("q_proj", "k_proj", "v_proj", "fc1", "lm_head"),
+    columns=(
+        *("q_proj", "k_proj", "v_proj", "encoder_k_proj", "encoder_v_proj", "r_proj", "fc1"),
+        "lm_head",
+    ),
     rows=("out_proj", "fc2"),
 )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Self, TypeAlias
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -96,7 +98,7 @@ class StackInputs(NamedTuple):
       position_bias: bias of relative positions, `[1, heads, queries, keys]`, which the first layer
         makes for all; None before it has.
       cached: keys and values of a layer's self-attention and cross-attention, each None where
-        nothing is cached.
+        nothing is cached or there is no such attention.
     """
 
     masks: tuple[Array | None, Array | None]
@@ -117,14 +119,156 @@ class DecoderCache(NamedTuple):
     self_attention: tuple[KeyValue, ...]
     cross_attention: tuple[KeyValue, ...]
 
+    @classmethod
+    def with_room(cls, pairs: Iterable[tuple[KeyValue, KeyValue]], max_length: int) -> Self:
+        """Returns a cache for `max_length` tokens that has none of them yet.
+
+        Args:
+          pairs: keys and values of self-attention and of cross-attention, for each layer.
+          max_length: largest number of tokens.
+        """
+
+        def room(own: Array) -> Array:
+            return jnp.zeros((*own.shape[:2], max_length, own.shape[3]), own.dtype)
+
+        pairs = tuple(pairs)
+        return cls(
+            tuple((room(key), room(value)) for (key, value), _ in pairs),
+            tuple(crossed for _, crossed in pairs),
+        )
+
     @property
     def room(self) -> int:
         """Largest number of tokens that the cache holds."""
         return self.self_attention[0][0].shape[2]
 
+    @property
+    def source_shape(self) -> tuple[int, int]:
+        """Number of rows, and length of the encoder's states."""
+        rows, _, length, _ = self.cross_attention[0][0].shape
+        return rows, length
+
+    @property
+    def changing(self) -> tuple[KeyValue, ...]:
+        """Arrays that a step changes."""
+        return self.self_attention
+
     def of_layer(self, index: int) -> tuple[KeyValue, KeyValue]:
         """Returns the pairs of a layer's self-attention and cross-attention."""
         return self.self_attention[index], self.cross_attention[index]
+
+    def after_step(self, pairs: Iterable[tuple[KeyValue, KeyValue]]) -> Self:
+        """Returns the cache after a step that gave each layer these pairs."""
+        return self.with_changing(tuple(own for own, _ in pairs))
+
+    def with_changing(self, changing: tuple[KeyValue, ...]) -> Self:
+        """Returns the cache with other values of `changing`."""
+        return self._replace(self_attention=changing)
+
+    def reordered(self, changing: tuple[KeyValue, ...], parents: Array) -> tuple[KeyValue, ...]:
+        """Returns `changing` with its rows at `parents`, `[rows]` integers."""
+        return jax.tree.map(lambda leaf: leaf.take(parents, 0, mode="clip"), changing)
+
+
+@flax.struct.dataclass
+class JoinedCache:
+    """Keys and values of a decoder whose attention reads source and target at once.
+
+    Attributes:
+      layers: a pair per layer, `[batch, heads, source_length + max_length, size]`: those of the
+        encoder's states first, then those of the tokens so far, zero beyond.
+      source_length: length of the encoder's states.
+    """
+
+    layers: tuple[KeyValue, ...]
+    source_length: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def with_room(cls, pairs: Iterable[KeyValue], source_length: int, max_length: int) -> Self:
+        """Returns a cache for `max_length` tokens that has none of them yet.
+
+        Args:
+          pairs: keys and values of the encoder's states and of any tokens, for each layer.
+          source_length: length of the encoder's states.
+          max_length: largest number of tokens.
+        """
+
+        def room(joined: Array) -> Array:
+            axes = ((0, 0), (0, 0), (0, max_length), (0, 0))
+            return jnp.pad(joined[:, :, :source_length], axes)
+
+        return cls(tuple((room(key), room(value)) for key, value in pairs), source_length)
+
+    @property
+    def room(self) -> int:
+        """Largest number of tokens that the cache holds."""
+        return self.layers[0][0].shape[2] - self.source_length
+
+    @property
+    def source_shape(self) -> tuple[int, int]:
+        """Number of rows, and length of the encoder's states."""
+        return self.layers[0][0].shape[0], self.source_length
+
+    @property
+    def changing(self) -> tuple[KeyValue, ...]:
+        """Arrays that a step changes."""
+        return self.layers
+
+    def of_layer(self, index: int) -> tuple[KeyValue, None]:
+        """Returns the pair of a layer, and None in place of a second attention's."""
+        return self.layers[index], None
+
+    def after_step(self, pairs: Iterable[KeyValue]) -> Self:
+        """Returns the cache after a step that gave each layer these pairs."""
+        return self.with_changing(tuple(pairs))
+
+    def with_changing(self, changing: tuple[KeyValue, ...]) -> Self:
+        """Returns the cache with other values of `changing`."""
+        return dataclasses.replace(self, layers=changing)
+
+    def reordered(self, changing: tuple[KeyValue, ...], parents: Array) -> tuple[KeyValue, ...]:
+        """Returns `changing` with the target's part of its rows at `parents`, `[rows]` integers.
+
+        All hypotheses of a row have the same source, so its part stays where it is.
+        """
+        start = self.source_length
+
+        def reorder(leaf: Array) -> Array:
+            own = leaf[:, :, start:].take(parents, 0, mode="clip")
+            return jax.lax.dynamic_update_slice_in_dim(leaf, own, start, axis=2)
+
+        return jax.tree.map(reorder, changing)
+
+
+Cache: TypeAlias = DecoderCache | JoinedCache
+
+
+def join_inputs(inputs: StackInputs, cache: JoinedCache | None) -> StackInputs:
+    """Returns the inputs of layers whose attention reads source and target at once.
+
+    Args:
+      inputs: those of layers with two attentions.
+      cache: cache of the decoder, or None.
+
+    Returns:
+      The inputs with one bias, `[batch or 1, 1, queries, source + target]`, in front of None; with
+      zeros in place of the encoder's states at padding, so that nothing there has an effect; and
+      with the position of the only query among the joined keys.
+    """
+    (causal, padding), states, index = inputs.masks, inputs.states, inputs.query_index
+    assert causal is not None
+    if padding is not None and states is not None:
+        states = jnp.where(padding[:, 0, 0, :, None] == 0, states, 0)
+    if padding is None:
+        length = cache.source_length if states is None else states.shape[1]  # type: ignore[union-attr]
+        padding = jnp.zeros((1, 1, 1, length), causal.dtype)
+    rows, queries = max(causal.shape[0], padding.shape[0]), causal.shape[2]
+    parts = [jnp.broadcast_to(x, (rows, 1, queries, x.shape[3])) for x in (padding, causal)]
+    if cache is not None and index is not None:
+        index = index + cache.source_length
+    return inputs._replace(
+        masks=(jnp.concatenate(parts, -1), None), states=states, query_index=index
+    )
 
 
 def cached_key_value(
@@ -134,9 +278,9 @@ def cached_key_value(
 
     Args:
       project: function that computes keys and values of the present tokens or states.
-      cached: cached keys and values. With `index` they are those of self-attention, and the ones of
-        the present token are put in at that position; without it, they are those of the encoder's
-        states, and nothing is computed. None computes all.
+      cached: cached keys and values. With `index` they are those of self-attention, or of source
+        and target joined, and the ones of the present token are put in at that position; without
+        it, they are those of the encoder's states, and nothing is computed. None computes all.
       index: position of the only query, an int32 scalar; None without a cache of self-attention.
 
     Returns:
@@ -168,7 +312,7 @@ def padding_bias(mask: Array | None, dtype: Dtype) -> Array | None:
 
 
 def causal_bias(
-    length: int, mask: Array | None, cache: DecoderCache | None, index: Array | None, dtype: Dtype
+    length: int, mask: Array | None, cache: Cache | None, index: Array | None, dtype: Dtype
 ) -> Array:
     """Returns the bias `[1 or batch, 1, length, keys]` that hides later tokens and padding."""
     if cache is not None and index is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from compacter_jax.nn.attention import DecoderCache
+from compacter_jax.nn.attention import Cache
 
 
 def check_inputs(
@@ -27,7 +27,7 @@ def check_inputs(
 
 
 def check_source(
-    width: int, ids: Array, states: Array | None, mask: Array | None, cache: DecoderCache | None
+    width: int, ids: Array, states: Array | None, mask: Array | None, cache: Cache | None
 ) -> None:
     """Checks the mask and states (or cache) of the encoder that the decoder's `ids` attend to."""
     if states is not None:
@@ -38,7 +38,7 @@ def check_source(
             )
         rows, length, _ = states.shape
     elif cache is not None:
-        rows, _, length, _ = cache.cross_attention[0][0].shape
+        rows, length = cache.source_shape
     if ids.shape[0] != rows:
         raise ValueError(
             f"decoder_input_ids has {ids.shape[0]} rows, but the encoder's states have {rows}; "

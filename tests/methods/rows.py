@@ -1,4 +1,4 @@
-"""A row for each preset: its expected behaviour on a BERT, a T5 and an M2M-100."""
+"""A row for each preset: its expected behaviour on a BERT, a T5 and two M2M-100s."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,6 +22,8 @@ M2M_ATTENTIONS = (
     f"{M2M_LAYERS[1]}/self_attn",
     f"{M2M_LAYERS[1]}/encoder_attn",
 )
+# The only attention of a compressed decoder's layer.
+JOINED = f"{M2M_LAYERS[1]}/encoder_attn"
 T5_FEED_FORWARD = (f"{ENCODER}/1/DenseReluDense", f"{DECODER}/2/DenseReluDense")
 
 
@@ -34,11 +36,13 @@ SERIAL = {
         "bert": {f"{LAYER}/attention/output/dense"},
         "t5": {f"{place}/o" for place in T5_ATTENTIONS[:2]},
         "m2m": {f"{place}/out_proj" for place in M2M_ATTENTIONS[:2]},
+        "compressed": {f"{M2M_ATTENTIONS[0]}/out_proj"},
     },
     "feed_forward": {
         "bert": {f"{LAYER}/output/dense"},
         "t5": {f"{place}/wo" for place in T5_FEED_FORWARD},
         "m2m": {f"{layer}/fc2" for layer in M2M_LAYERS},
+        "compressed": {f"{M2M_LAYERS[0]}/fc2", f"{JOINED}/out_proj"},
     },
 }
 BOTH = both(SERIAL["attention"], SERIAL["feed_forward"])
@@ -50,6 +54,10 @@ def projections(names):
         "bert": {f"{LAYER}/attention/self/{name}" for name in names},
         "t5": {f"{place}/{name[0]}" for place in T5_ATTENTIONS for name in names},
         "m2m": {f"{place}/{name[0]}_proj" for place in M2M_ATTENTIONS for name in names},
+        "compressed": {
+            *(f"{place}/{n[0]}_proj" for place in (M2M_ATTENTIONS[0], JOINED) for n in names),
+            *(f"{JOINED}/encoder_{name[0]}_proj" for name in names if name != "query"),
+        },
     }
 
 
@@ -57,15 +65,27 @@ PREFIXED = {
     "bert": {f"{LAYER}/attention/self"},
     "t5": set(T5_ATTENTIONS),
     "m2m": set(M2M_ATTENTIONS),
+    "compressed": {M2M_ATTENTIONS[0], JOINED},
 }
-PARALLEL = {"bert": {f"{LAYER}/output"}, "t5": set(T5_FEED_FORWARD), "m2m": set(M2M_LAYERS)}
+PARALLEL = {
+    "bert": {f"{LAYER}/output"},
+    "t5": set(T5_FEED_FORWARD),
+    "m2m": set(M2M_LAYERS),
+    "compressed": set(M2M_LAYERS),
+}
 AFTER_RESIDUAL = {
     "bert": {f"{LAYER}/output"},
     "t5": {f"{ENCODER}/1", f"{DECODER}/2"},
     "m2m": {f"{layer}/feed_forward_residual" for layer in M2M_LAYERS},
+    "compressed": {f"{layer}/feed_forward_residual" for layer in M2M_LAYERS},
 }
-NOWHERE = {"bert": set(), "t5": set(), "m2m": set()}
-PROMPTED = {"bert": {"embeddings/word_embeddings"}, "t5": {""}, "m2m": {""}}
+NOWHERE = {"bert": set(), "t5": set(), "m2m": set(), "compressed": set()}
+PROMPTED = {
+    "bert": {"embeddings/word_embeddings"},
+    "t5": {""},
+    "m2m": {""},
+    "compressed": {""},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +97,7 @@ class Row:
       values: the fields of the preset, as published.
       changed: another value for every field of the class, in the first row of each class.
       fields: settings that make it fit a width of 12.
-      places: for BERT, T5 and M2M-100, the paths of the modules that have an adapter.
+      places: for BERT, T5 and both M2M-100s, the paths of the modules that have an adapter.
       start: the largest change of a logit by an untrained adapter, relative to the largest logit:
         from rounding alone, or from weights drawn with a small deviation; None where it is large,
         as for new tokens or weights of order one.
@@ -166,10 +186,12 @@ WITHOUT_FIRST = {
     "bert": {path.replace("/0/", "/1/") for path in BOTH["bert"]},
     "t5": {f"encoder/block/1/layer/{p}" for p in ("0/SelfAttention/o", "1/DenseReluDense/wo")},
     "m2m": {f"encoder/layers/1/{p}" for p in ("self_attn/out_proj", "fc2")},
+    "compressed": {f"encoder/layers/1/{p}" for p in ("self_attn/out_proj", "fc2")},
 }
 WITHOUT_BIASES = {
     "bert": set(),
     "m2m": set(),
+    "compressed": set(),
     "t5": projections("qkvo")["t5"]
     | {f"{place}/{name}" for place in T5_FEED_FORWARD for name in ("wi", "wo")}
     | {f"{ENCODER}/{i}/layer_norm" for i in range(2)}
@@ -214,11 +236,17 @@ BESIDE = Row(
     still=r".*/adapter/down/.*",
     unmerged=dict.fromkeys(("bert", "t5"), "cannot become wider by the bottlenecks beside them"),
 )
-STACKS = {"bert": {"embeddings"}, "t5": {"encoder", "decoder"}, "m2m": {"encoder", "decoder"}}
+STACKS = {
+    "bert": {"embeddings"},
+    "t5": {"encoder", "decoder"},
+    "m2m": {"encoder", "decoder"},
+    "compressed": {"encoder", "decoder"},
+}
 BESIDE_ATTENTION = {
     "bert": {f"{LAYER}/attention/output"},
     "t5": set(T5_ATTENTIONS[:2]),
     "m2m": set(M2M_ATTENTIONS[:2]),
+    "compressed": {M2M_ATTENTIONS[0]},
 }
 RELU_HALF = {"reduction_factor": 2, "non_linearity": "relu"}
 ZERO_UP = {"w_init": "glorot-uniform", "w_init_up": "zeros"}
@@ -235,7 +263,9 @@ CIAT = Row(
     values={"parts": tuple(cj.BottleneckConfig(**part, **ZERO_UP) for part in CIAT_PARTS)},
     places=both(STACKS, both(BESIDE_ATTENTION, PARALLEL)),
     start=ROUNDING,
-    count=lambda s: s.stacks * (2 * s.d + bottleneck(s)) + 2 * s.sublayers * bottleneck(s),
+    count=lambda s: (
+        s.stacks * (2 * s.d + bottleneck(s)) + (s.self_attentions + s.sublayers) * bottleneck(s)
+    ),
     still=r".*/adapter/(down|layer_norm_before)/.*",
 )
 # Weights have a deviation of 0.01, or 0.02 in AdapterHub's presets; rules have 0.01 in PHM-Adapter
@@ -265,7 +295,7 @@ ROWS = {
         fields=HALF,
         places=BOTH,
         start=1e-2,
-        count=lambda s: 2 * s.sublayers * bottleneck(s) + s.norms,
+        count=lambda s: (s.self_attentions + s.sublayers) * bottleneck(s) + s.norms,
     ),
     "pfeiffer-attention": Row(
         cls=cj.BottleneckConfig,
@@ -273,7 +303,7 @@ ROWS = {
         fields=HALF,
         places=SERIAL["attention"],
         start=1e-2,
-        count=lambda s: s.sublayers * bottleneck(s) + s.norms,
+        count=lambda s: s.self_attentions * bottleneck(s) + s.norms,
     ),
     "pfeiffer-feed-forward": Row(
         cls=cj.BottleneckConfig,
@@ -307,7 +337,7 @@ ROWS = {
         fields=HALF,
         places=BOTH,
         start=None,
-        count=lambda s: 2 * s.sublayers * (2 * (s.d + s.r) + s.r + s.d) + s.norms,
+        count=lambda s: (s.self_attentions + s.sublayers) * (2 * (s.d + s.r) + s.r + s.d) + s.norms,
     ),
     "phm": Row(
         cls=cj.PHMBottleneckConfig,
@@ -333,7 +363,10 @@ ROWS = {
         fields=SMALL,
         places=BOTH,
         start=1e-2,
-        count=lambda s: 2 * s.sublayers * (2 * (s.n**3 + s.d * s.r // s.n) + s.r + s.d) + s.norms,
+        count=lambda s: (
+            (s.self_attentions + s.sublayers) * (2 * (s.n**3 + s.d * s.r // s.n) + s.r + s.d)
+            + s.norms
+        ),
     ),
     "compacter": Row(
         cls=cj.PHMBottleneckConfig,
@@ -341,7 +374,7 @@ ROWS = {
         fields=SMALL,
         places=BOTH,
         start=1e-5,
-        count=lambda s: compacter(s, 2 * s.sublayers) + s.norms,
+        count=lambda s: compacter(s, s.self_attentions + s.sublayers) + s.norms,
     ),
     "compacter++": AFTER_FEED_FORWARD,
     "compacter++-short": dataclasses.replace(
@@ -396,7 +429,7 @@ ROWS = {
         fields={"rank": 2, "lora_alpha": 3.0},
         places=projections(("query", "value")),
         start=ROUNDING,
-        count=lambda s: 2 * s.attentions * s.k * (s.d + s.inner),
+        count=lambda s: s.k * s.query_value,
         still=r".*/adapter/left",
     ),
     "ia3": Row(
@@ -405,7 +438,7 @@ ROWS = {
         changed={"sites": ("query",), "input_sites": ("key", "value"), "leave_out": (2,)},
         places=both(projections(("key", "value")), SERIAL["feed_forward"]),
         start=ROUNDING,
-        count=lambda s: s.attentions * 2 * s.inner + s.sublayers * s.f,
+        count=lambda s: s.key_value + s.units,
     ),
     "prefix-tuning": Row(
         cls=cj.PrefixTuningConfig,
@@ -461,7 +494,9 @@ ROWS = {
         fields={"phm_dim": 3},
         places=CIAT.places,
         start=1e-5,
-        count=lambda s: compacter(s, s.stacks + 2 * s.sublayers) + s.stacks * 2 * s.d,
+        count=lambda s: (
+            compacter(s, s.stacks + s.self_attentions + s.sublayers) + s.stacks * 2 * s.d
+        ),
     ),
     "serial-ciat": Row(
         cls=cj.BottleneckConfig,

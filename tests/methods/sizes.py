@@ -12,9 +12,12 @@ def bert_sizes(config, num_labels, **method):
         f=f,
         inner=d,
         sublayers=layers,
+        self_attentions=layers,
         kept=layers - 1,
         stacks=1,
-        attentions=layers,
+        query_value=layers * 2 * 2 * d,
+        key_value=layers * 2 * d,
+        units=layers * f,
         prefix_sites=1,
         norms=2 * d * (2 * layers + 1),
         head=head,
@@ -42,9 +45,12 @@ def t5_sizes(config, dropped=(1, 1), **method):
         f=f,
         inner=inner,
         sublayers=blocks,
+        self_attentions=blocks,
         kept=blocks - sum(dropped),
         stacks=2,
-        attentions=attentions,
+        query_value=attentions * 2 * (d + inner),
+        key_value=attentions * 2 * inner,
+        units=blocks * f,
         prefix_sites=3,
         norms=norms * d,
         head=0,
@@ -72,9 +78,12 @@ def m2m_sizes(config, dropped=(1, 1), **method):
         f=f,
         inner=d,
         sublayers=blocks,
+        self_attentions=blocks,
         kept=blocks - sum(dropped),
         stacks=2,
-        attentions=attentions,
+        query_value=attentions * 2 * 2 * d,
+        key_value=attentions * 2 * d,
+        units=blocks * f,
         prefix_sites=3,
         norms=2 * norms * d,
         head=0,
@@ -82,6 +91,37 @@ def m2m_sizes(config, dropped=(1, 1), **method):
         everything=config.vocab_size * d
         + attentions * 4 * d * d
         + blocks * 2 * d * f
+        + norms * d
+        + biases,
+        **method,
+    )
+
+
+def compressed_sizes(config, dropped=(1, 1), **method):
+    """Returns the sizes of an M2M-100 with a compressed decoder."""
+    d, f, wide = config.d_model, config.encoder_ffn_dim, config.decoder_value_dim
+    encoder, decoder = config.encoder_layers, config.decoder_layers
+    norms = 2 * encoder + decoder + 2
+    biases = encoder * (5 * d + f) + decoder * (4 * d + 3 * wide) + norms * d
+    return types.SimpleNamespace(
+        d=d,
+        sublayers=encoder + decoder,
+        self_attentions=encoder,
+        kept=encoder + decoder - sum(dropped),
+        stacks=2,
+        # Keys and values have a projection for the source and one for the target.
+        query_value=encoder * 4 * d + decoder * (2 * d + 2 * (d + wide)),
+        key_value=encoder * 2 * d + decoder * 2 * (d + wide),
+        # Prefixes join keys and values of both.
+        prefixed=encoder * 2 * d + decoder * (d + wide),
+        units=encoder * f + decoder * wide,
+        prefix_sites=2,
+        norms=2 * norms * d,
+        head=0,
+        biases=biases,
+        everything=config.vocab_size * d
+        + encoder * (4 * d * d + 2 * d * f)
+        + decoder * (3 * d * d + 4 * d * wide)
         + norms * d
         + biases,
         **method,
@@ -104,7 +144,8 @@ def compacter(s, adapters):
 
 def prefix(s):
     shared = s.prefix * s.d + s.d * s.b + s.b
-    return s.prefix_sites * shared + s.attentions * (s.b * 2 * s.inner + 2 * s.inner)
+    prefixed = getattr(s, "prefixed", s.key_value)
+    return s.prefix_sites * shared + (s.b + 1) * prefixed
 
 
 TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2, "b": 5}
@@ -113,6 +154,7 @@ TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2
 def sizes_of(config, backbone):
     if backbone == "bert":
         return bert_sizes(config, 3, **TINY_METHOD)
-    if backbone == "m2m":
-        return m2m_sizes(config, **TINY_METHOD)
+    if backbone in ("m2m", "compressed"):
+        sizes = m2m_sizes if backbone == "m2m" else compressed_sizes
+        return sizes(config, **TINY_METHOD)
     return t5_sizes(config, **TINY_METHOD)

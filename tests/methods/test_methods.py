@@ -1,4 +1,4 @@
-"""Tests every preset on BERT and T5, some on M2M-100, through the code that all methods share."""
+"""Tests every preset on BERT, T5 and a compressed decoder, some on M2M-100, with shared code."""
 
 import dataclasses
 import functools
@@ -47,6 +47,20 @@ BACKBONES = {
             decoder_ffn_dim=14,
         )
     ),
+    # Values narrower than keys.
+    "compressed": cj.Seq2Seq(
+        cj.Seq2SeqConfig(
+            vocab_size=19,
+            d_model=12,
+            encoder_layers=1,
+            encoder_attention_heads=3,
+            encoder_ffn_dim=14,
+            decoder_layer="compressed",
+            decoder_value_dim=10,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+        )
+    ),
     "gated t5": cj.T5(
         dataclasses.replace(
             TINY_T5, num_layers=1, feed_forward_proj="gated-gelu", tie_word_embeddings=False
@@ -75,10 +89,13 @@ ON_M2M = (
     *("compacter-ciat", "serial-ciat"),
 )
 COMPILED_ON_M2M = ("prompt-tuning-vocabulary", "prefix-tuning", "scaled-parallel", "ciat")
+# A step on a compressed decoder is compiled of the method that acts on its joined keys.
+COMPILED_ON_COMPRESSED = ("prefix-tuning",)
 NOT_COMPILED = [
     *((name, "bert") for name in TWINS),
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),
     *((name, "m2m") for name in ON_M2M),
+    *((name, "compressed") for name in cj.presets() if name not in COMPILED_ON_COMPRESSED),
 ]
 # Enough methods to show what a new version of JAX or Flax changes.
 FAST_ON_T5 = ("bitfit", "prompt-tuning-vocabulary", "prefix-tuning")
@@ -97,9 +114,16 @@ CASES = [
     ),
     *(slow_unless(False, name, "gated t5") for name in GATED),
     *(slow_unless(False, name, "m2m") for name in COMPILED_ON_M2M),
+    *(slow_unless(False, name, "compressed") for name in COMPILED_ON_COMPRESSED),
 ]
 every_case = pytest.mark.parametrize(("name", "backbone"), CASES)
 every_other = pytest.mark.parametrize(("name", "backbone"), NOT_COMPILED)
+# Files know nothing of decoders, so some methods are enough for those of a compressed one.
+SAVED_OF_COMPRESSED = ("compacter", "bitfit", "lora", "ciat")
+every_saved = pytest.mark.parametrize(
+    ("name", "backbone"),
+    [case for case in NOT_COMPILED if case[1] != "compressed" or case[0] in SAVED_OF_COMPRESSED],
+)
 # One method of each kind that inserts parameters.
 KINDS = (
     *("pfeiffer-feed-forward", "low-rank", "phm", "compacter", "prompt-tuning-vocabulary"),
@@ -217,7 +241,7 @@ def plain_logits(module):
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [
-        *((name, backbone) for backbone in ("bert", "t5") for name in cj.presets()),
+        *((name, b) for b in ("bert", "t5", "compressed") for name in cj.presets()),
         *((name, "m2m") for name in (*ON_M2M, *COMPILED_ON_M2M)),
     ],
 )
@@ -387,7 +411,7 @@ def test_files_hold_what_was_trained_and_what_the_backbone_lacks(name, backbone,
 
 
 @pytest.mark.slow
-@every_other
+@every_saved
 def test_start_and_files_of_the_others(name, backbone, tmp_path):
     backbone = backbone_of(module_of(name, backbone))
     model = cj.Adapted(backbone.module, small(name))

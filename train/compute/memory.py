@@ -96,6 +96,29 @@ def size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def of_cache(model: Any, shapes: Any, rows: int, length: int, target_length: int) -> int:
+    """Returns the bytes of the keys and values of a decoder in generation, without beams.
+
+    Args:
+      model: an adapted encoder-decoder.
+      shapes: shapes of its parameters.
+      rows: number of rows.
+      length: length of the inputs in tokens.
+      target_length: largest number of tokens of the decoder; 0 without one, then the result is 0.
+    """
+    if not target_length:
+        return 0
+    backbone = model.backbone
+    length += sum(part.extra_tokens for part in model.method.inserted())
+    dtype = backbone.dtype or backbone.param_dtype
+    states = jax.ShapeDtypeStruct((rows, length, backbone.config.hidden_size), dtype)
+
+    def start(params: Any, states: Any) -> Any:
+        return backbone.apply({"params": params}, states, target_length, method="start_cache")
+
+    return size(jax.eval_shape(start, shapes, states))
+
+
 def at_peak(program: Program) -> tuple[int, int]:
     """Returns the bytes of live arrays at the peak of a program.
 

@@ -114,6 +114,7 @@ class Cost:
       adapter_bytes: the bytes of a saved adapter, without its names.
       flops: the floating-point operations.
       memory: the memory at its peak.
+      cache_bytes: the bytes of keys and values in generation; 0 without a decoder.
     """
 
     trained: int
@@ -121,6 +122,7 @@ class Cost:
     adapter_bytes: int
     flops: int
     memory: compute_memory.Memory
+    cache_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +316,9 @@ def cost_of(workload: Workload) -> Cost:
         * compute_flops.of_step(traced(unrepeated) if repeats else program)
         // dict(workload.mesh).get(compute_mesh.MODEL, 1),
         memory=parts,
+        cache_bytes=compute_memory.of_cache(
+            model, shapes, workload.rows, workload.length, workload.target_length
+        ),
     )
 
 
@@ -403,6 +408,11 @@ def _workload_lines(workload: Workload, plans: Sequence[Plan]) -> list[str]:
         f"  trained {cost.trained:,} of {cost.total:,} parameters "
         f"({100 * cost.trained / cost.total:.3f} %); the adapter takes about "
         f"{cost.adapter_bytes:,} bytes",
+        *(
+            [f"  keys and values in generation take {cost.cache_bytes:,} bytes for these rows"]
+            if cost.cache_bytes
+            else []
+        ),
         "  memory of a device, in MB"
         + (
             ", with activations counted as if `model` did not divide them:"

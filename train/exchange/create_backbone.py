@@ -46,7 +46,8 @@ _NEVER_CHOSEN = -1000.0
 def create_backbone(options: CreateOptions) -> None:
     """Writes a folder that `cj.load_backbone` and transformers can load, and prints a summary.
 
-    The folder appears, or is replaced, only when it is complete.
+    The folder appears, or is replaced, only when it is complete. transformers has no compressed
+    decoder, so that only `cj.load_backbone` can load one.
 
     Raises:
       FileNotFoundError: if a text file does not exist.
@@ -154,6 +155,7 @@ def _m2m_config(options: CreateOptions) -> Any:
         "layerdrop": 0.0,
     }
     stacks = ("encoder", "decoder")
+    fields = ("decoder_layer", "decoder_value_dim") if options.decoder_layer != "standard" else ()
     return M2M100Config(
         architectures=["M2M100ForConditionalGeneration"],
         vocab_size=options.vocab_size,
@@ -166,6 +168,7 @@ def _m2m_config(options: CreateOptions) -> Any:
         eos_token_id=1,
         decoder_start_token_id=1,
         **{f"{stack}_{name}": value for stack in stacks for name, value in of_stack.items()},
+        **{name: getattr(options, name) for name in fields},
     )
 
 
@@ -341,16 +344,19 @@ def _tokenizer_of(vocabulary: list[tuple[str, float]], **settings: Any) -> Token
 def _write_model(options: CreateOptions, folder: Path) -> int:
     """Writes configuration and random weights; returns the number of parameters."""
     module, config = new_module(options)
-    key = jax.random.key(options.seed)
-    params = _random_params(module, key)
-    if options.model_type == "m2m_100":
-        params = _with_glorot(params, key)
+    params = random_params(module, jax.random.key(options.seed))
     cj.save_backbone(folder, module, params, config)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def random_params(module: nn.Module, key: jax.Array) -> Any:
+    """Returns random parameters; the kernels of an M2M-100 are Glorot-uniform."""
+    params = _initial_params(module, key)
+    return _with_glorot(params, key) if isinstance(module, cj.Seq2Seq) else params
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _random_params(module: nn.Module, key: jax.Array) -> Any:
+def _initial_params(module: Any, key: jax.Array) -> Any:
     return module.init(key, *module.dummy_inputs())["params"]
 
 

@@ -99,6 +99,10 @@ class CreateOptions:
       d_model: width of the hidden states.
       d_kv: width of each attention head of a T5; in an m2m_100 it is d_model / num_heads.
       d_ff: width of the feed-forward networks.
+      decoder_layer: for m2m_100, standard, or compressed for a decoder whose layers are one
+        attention to source and target each, with the feed-forward network in it
+        (arXiv:2101.00542). transformers cannot load the latter.
+      decoder_value_dim: width of the values of a compressed decoder; by default d_ff.
       num_layers: number of layers of the encoder, and of the decoder.
       num_heads: number of attention heads.
       feed_forward: relu as in T5 v1.0, gated-gelu as in T5 v1.1, or gated-silu; relu for m2m_100.
@@ -116,6 +120,8 @@ class CreateOptions:
     d_model: int = 256
     d_kv: int = 64
     d_ff: int = 1024
+    decoder_layer: Literal["standard", "compressed"] = "standard"
+    decoder_value_dim: int | None = None
     num_layers: int = 6
     num_heads: int = 4
     feed_forward: Literal["relu", "gated-gelu", "gated-silu"] = "relu"
@@ -137,6 +143,11 @@ class CreateOptions:
     def _check_type(self) -> None:
         """Raises ValueError for a field that the type of the model does not have."""
         if self.model_type == "t5":
+            if self.decoder_layer != "standard" or self.decoder_value_dim is not None:
+                raise ValueError(
+                    "decoder_layer and decoder_value_dim are for model_type=m2m_100; a T5 has no "
+                    "compressed layers"
+                )
             if self.languages:
                 raise ValueError("languages are for model_type=m2m_100; a T5 has no tokens of them")
             return
@@ -146,9 +157,27 @@ class CreateOptions:
                 raise ValueError(f"{name}={getattr(self, name)} is for model_type=t5; leave it out")
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}")
+        self._check_decoder()
         for language in self.languages:
             if not re.fullmatch(r"\w+([-_]\w+)*", language) or self.languages.count(language) > 1:
                 raise ValueError(
                     f"languages: {language!r:.80} is given twice, or is no name of a language such "
                     "as de or pt_BR"
                 )
+
+    def _check_decoder(self) -> None:
+        """Raises ValueError for values that the kind of decoder does not have."""
+        width, name = self.decoder_value_dim, "decoder_value_dim"
+        if self.decoder_layer == "standard":
+            if width is not None:
+                raise ValueError(
+                    f"decoder_value_dim={width} is for decoder_layer=compressed; leave it out"
+                )
+            return
+        if width is None:
+            width, name = self.d_ff, "d_ff"
+        if width < 1 or width % self.num_heads:
+            raise ValueError(
+                f"{name}={width}, the width of a compressed decoder's values, must be a positive "
+                f"multiple of num_heads={self.num_heads}"
+            )

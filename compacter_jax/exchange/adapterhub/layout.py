@@ -220,7 +220,13 @@ _LAYOUTS = (_BERT, _T5, _BART, _MBART)
 
 def layout_of(module: Any) -> Layout:
     """Returns the layout of a backbone's family; raises ValueError if it is unknown."""
-    own_type = getattr(getattr(module, "config", None), "model_type", None)
+    config = getattr(module, "config", None)
+    own_type = getattr(config, "model_type", None)
+    if getattr(config, "is_compressed", False):
+        raise ValueError(
+            "adapters of AdapterHub are not supported for a compressed decoder, which transformers "
+            "lacks"
+        )
     for layout in _LAYOUTS:
         if isinstance(module, layout.module_class) and own_type in (None, *layout.model_types):
             return layout

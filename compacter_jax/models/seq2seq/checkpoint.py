@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -189,6 +189,28 @@ def _check_labels(num_labels: int | None) -> None:
         )
 
 
+# Layers that only one kind of decoder has.
+_OF_STANDARD = re.compile(r"decoder/layers/\d+/(self_attn|fc[12])/.*")
+_OF_COMPRESSED = re.compile(r"decoder/layers/\d+/encoder_attn/(encoder_[kv]|r)_proj/.*")
+
+
+def _check_layers(config: Seq2SeqConfig, paths: Iterable[str]) -> None:
+    """Raises ValueError if a checkpoint has the other kind of decoder."""
+    kinds = (("standard", _OF_STANDARD), ("compressed", _OF_COMPRESSED))
+    found = [kind for kind, own in kinds if any(map(own.fullmatch, paths))]
+    if not found or config.decoder_layer in found:
+        return
+    said = f"decoder_layer={config.decoder_layer!r}, but the weights are of a {found[0]} decoder"
+    if config.is_compressed:
+        raise ValueError(
+            f"{said}, which cannot be converted: a standard layer adds the results of two "
+            "softmaxes, and the one softmax of a compressed layer over source and target weighs "
+            "the two, g SelfAttention + (1 - g) CrossAttention with a g of its own for each token; "
+            "set decoder_layer to 'standard', or train a compressed decoder from scratch"
+        )
+    raise ValueError(f"{said}; set decoder_layer to 'compressed' in config.json")
+
+
 def _family(model_type: str, prefix: str) -> Family:
     with_logits = "MTModel" if model_type == "marian" else "ForConditionalGeneration"
     return Family(
@@ -215,6 +237,7 @@ def _family(model_type: str, prefix: str) -> Family:
         zeros=("final_logits_bias",),
         droppable=("lm_head", "final_logits_bias"),
         ties={_OF_DECODER: _SHARED, _HEAD: _SHARED},
+        check_layers=_check_layers,
     )
 
 

@@ -14,6 +14,9 @@ HEADS = ("conditional_generation", None)
 # The positions are learned, sinusoids of M2M-100 or sinusoids of Marian.
 Positions = Literal["learned", "m2m_100", "marian"]
 
+# The layers of the decoder have three sub-layers, or the one of `CompressedAttention`.
+DecoderLayer = Literal["standard", "compressed"]
+
 # `model_type` -> what its layers do, which config.json does not say.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "m2m_100": {
@@ -64,6 +67,9 @@ class Seq2SeqConfig:
       decoder_vocab_size: size of the decoder's vocabulary where encoder and decoder do not share
         their embeddings; None for `vocab_size`.
       max_position_embeddings: largest number of tokens; M2M-100 reads longer inputs, too.
+      decoder_layer: "standard" layers of self-attention, cross-attention and feed-forward network,
+        or "compressed" ones of one `CompressedAttention`, which transformers lacks.
+      decoder_value_dim: width of the values of a compressed decoder; None for `decoder_ffn_dim`.
       encoder_layerdrop: rate of dropped layers in training, which is not supported: a model with
         another rate than 0 only computes without dropout.
       decoder_layerdrop: the same in the decoder.
@@ -94,6 +100,8 @@ class Seq2SeqConfig:
     decoder_layers: int = 12
     decoder_attention_heads: int = 16
     decoder_ffn_dim: int = 4096
+    decoder_layer: DecoderLayer = "standard"
+    decoder_value_dim: int | None = None
     encoder_layerdrop: float = 0.0
     decoder_layerdrop: float = 0.0
     dropout: float = 0.1
@@ -124,6 +132,7 @@ class Seq2SeqConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check_sizes()
+        self._check_decoder()
         self._check_rates()
         self._check_tokens()
         self.activation()
@@ -132,6 +141,17 @@ class Seq2SeqConfig:
     def hidden_size(self) -> int:
         """Width of the hidden states, under the name that all backbones share."""
         return self.d_model
+
+    @property
+    def is_compressed(self) -> bool:
+        """True if a layer of the decoder is one `CompressedAttention`."""
+        return self.decoder_layer == "compressed"
+
+    @property
+    def value_features(self) -> int:
+        """Width of the values of a compressed decoder, over all heads."""
+        given = self.decoder_value_dim
+        return self.decoder_ffn_dim if given is None else given
 
     @property
     def target_vocab_size(self) -> int:
@@ -177,6 +197,27 @@ class Seq2SeqConfig:
         if self.positions == "m2m_100" and self.d_model < 4:
             raise ValueError(
                 f"d_model={self.d_model} is too small for the sinusoids of M2M-100; use 4 or more"
+            )
+
+    def _check_decoder(self) -> None:
+        if self.decoder_layer not in ("standard", "compressed"):
+            raise ValueError(
+                f"unknown decoder_layer={quote(self.decoder_layer)}; use 'standard' or 'compressed'"
+            )
+        if not self.is_compressed:
+            if self.decoder_value_dim is not None:
+                raise ValueError(
+                    f"decoder_value_dim={self.decoder_value_dim} is for "
+                    "decoder_layer='compressed'; leave it out"
+                )
+            return
+        name = "decoder_ffn_dim" if self.decoder_value_dim is None else "decoder_value_dim"
+        if self.value_features < 1:
+            raise ValueError(f"{name}={self.value_features} is not positive; use 1 or more")
+        if self.value_features % self.decoder_attention_heads:
+            raise ValueError(
+                f"decoder_attention_heads={self.decoder_attention_heads} does not divide "
+                f"{name}={self.value_features}, the width of a compressed decoder's values"
             )
 
     def _check_rates(self) -> None:

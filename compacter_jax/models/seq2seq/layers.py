@@ -10,14 +10,17 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jax import Array
 
+from compacter_jax.models.seq2seq.compressed import CompressedAttention
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.positions import m2m_positions, marian_positions
 from compacter_jax.nn.attention import (
-    DecoderCache,
+    Cache,
+    JoinedCache,
     KeyValue,
     StackInputs,
     attention,
     cached_key_value,
+    join_inputs,
     split_heads,
 )
 from compacter_jax.nn.dense import Dtype, Embed, dense
@@ -137,8 +140,8 @@ _NORMS = {
 }
 
 
-class Seq2SeqLayer(_Seq2SeqModule):
-    """One layer of a stack.
+class _Layer(_Seq2SeqModule):
+    """The base of the layers of a stack.
 
     Attributes:
       keep: True to return keys and values too. If a layer is recomputed in the backward pass,
@@ -146,6 +149,30 @@ class Seq2SeqLayer(_Seq2SeqModule):
     """
 
     keep: bool = False
+
+    def sublayer(
+        self, name: str, norm: str, x: Array, run: Callable[[Array], Any], deterministic: bool
+    ) -> tuple[Array, Any]:
+        """Runs a sub-layer with its norm, its dropout and its residual.
+
+        Args:
+          name: name of the sub-layer.
+          norm: name of its norm.
+          x: `[batch, length, d_model]`.
+          run: function of the input that returns a pair of the output and anything else.
+          deterministic: True for no dropout.
+
+        Returns:
+          `[batch, length, d_model]`, and the second result of `run`.
+        """
+        normalise, is_before = self.norm(norm), self.config.normalize_before
+        y, kept = run(normalise(x) if is_before else x)
+        y = self.dropout(y, self.config.dropout, deterministic, f"{name}_dropout")
+        return Residual(name=f"{name}_residual")(x, y, None if is_before else normalise), kept
+
+
+class Seq2SeqLayer(_Layer):
+    """One layer of a stack: self-attention, cross-attention in a decoder, and feed-forward."""
 
     @nn.compact
     def __call__(self, x: Array, inputs: StackInputs, deterministic: bool) -> tuple[Array, Any]:
@@ -155,38 +182,20 @@ class Seq2SeqLayer(_Seq2SeqModule):
             attention = self.child(Seq2SeqAttention, name)
             return lambda x: attention(x, states, *more, deterministic)
 
+        def run(name: str, x: Array, of_input: Callable[[Array], Any]) -> tuple[Array, Any]:
+            return self.sublayer(name, _NORMS[name], x, of_input, deterministic)
+
         own_attention = attend("self_attn", None, masks[0], cached[0], inputs.query_index)
-        x, own = self.sublayer("self_attn", x, own_attention, deterministic)
+        x, own = run("self_attn", x, own_attention)
         crossed = None
         if self.is_decoder:
             to_states = attend("encoder_attn", inputs.states, masks[1], cached[1], None)
-            x, crossed = self.sublayer("encoder_attn", x, to_states, deterministic)
-        x, _ = self.sublayer(
-            "feed_forward", x, lambda x: (self.feed_forward(x, deterministic), None), deterministic
-        )
+            x, crossed = run("encoder_attn", x, to_states)
+        x, _ = run("feed_forward", x, lambda x: (self.feed_forward(x, deterministic), None))
         if x.dtype == jnp.float16 and not self.is_decoder:  # as in transformers
             most = float(jnp.finfo(x.dtype).max) - 1000
             x = jnp.clip(x, -most, most)
         return x, (own, crossed) if self.keep else None
-
-    def sublayer(
-        self, name: str, x: Array, run: Callable[[Array], Any], deterministic: bool
-    ) -> tuple[Array, Any]:
-        """Runs a sub-layer with its norm, its dropout and its residual.
-
-        Args:
-          name: name of the sub-layer.
-          x: `[batch, length, d_model]`.
-          run: function of the input that returns a pair of the output and anything else.
-          deterministic: True for no dropout.
-
-        Returns:
-          `[batch, length, d_model]`, and the second result of `run`.
-        """
-        norm, is_before = self.norm(_NORMS[name]), self.config.normalize_before
-        y, kept = run(norm(x) if is_before else x)
-        y = self.dropout(y, self.config.dropout, deterministic, f"{name}_dropout")
-        return Residual(name=f"{name}_residual")(x, y, None if is_before else norm), kept
 
     def feed_forward(self, x: Array, deterministic: bool) -> Array:
         """Computes `fc2(dropout(act(fc1(x))))`."""
@@ -197,6 +206,39 @@ class Seq2SeqLayer(_Seq2SeqModule):
         return self.dense(config.d_model, "fc2")(y)
 
 
+class CompressedLayer(_Layer):
+    """One layer of a compressed decoder."""
+
+    @nn.compact
+    def __call__(self, x: Array, inputs: StackInputs, deterministic: bool) -> tuple[Array, Any]:
+        x, key_value = self.sublayer(
+            "feed_forward",
+            _NORMS["encoder_attn"],
+            x,
+            lambda y: self.feed_forward(y, inputs, deterministic),
+            deterministic,
+        )
+        return x, key_value if self.keep else None
+
+    def feed_forward(
+        self, y: Array, inputs: StackInputs, deterministic: bool
+    ) -> tuple[Array, KeyValue]:
+        """Computes the only sub-layer, see `CompressedAttention.update`."""
+        config = self.config
+        attention = CompressedAttention(
+            config.decoder_attention_heads,
+            config.value_features,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            activation_dropout=config.activation_dropout,
+            activation=config.activation(),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="encoder_attn",
+        )
+        return attention.update(y, inputs, inputs.cached[0], deterministic)
+
+
 class Seq2SeqLayers(_Seq2SeqModule):
     """The level `layers` in the names of parameters: the layers "0", "1", ..."""
 
@@ -205,11 +247,16 @@ class Seq2SeqLayers(_Seq2SeqModule):
 
     @nn.compact
     def __call__(
-        self, x: Array, inputs: StackInputs, cache: DecoderCache | None, deterministic: bool
+        self, x: Array, inputs: StackInputs, cache: Cache | None, deterministic: bool
     ) -> tuple[Array, list[Any]]:
         config, key_values = self.config, []
-        # `deterministic` is argument 3 of Seq2SeqLayer.__call__, self counted.
-        layer = rematted(Seq2SeqLayer, self.remat, static_argnums=(3,))
+        is_compressed = self.is_decoder and config.is_compressed
+        if is_compressed:
+            assert cache is None or isinstance(cache, JoinedCache)
+            inputs = join_inputs(inputs, cache)
+        # `deterministic` is argument 3 of the call of a layer, self counted.
+        cls = CompressedLayer if is_compressed else Seq2SeqLayer
+        layer = rematted(cls, self.remat, static_argnums=(3,))
         for i in range(config.decoder_layers if self.is_decoder else config.encoder_layers):
             cached: Any = (None, None) if cache is None else cache.of_layer(i)
             run = self.child(layer, str(i), keep=self.keep)
@@ -230,7 +277,7 @@ class Seq2SeqStack(_Seq2SeqModule):
         x: Array,
         ids: Array,
         inputs: StackInputs,
-        cache: DecoderCache | None,
+        cache: Cache | None,
         deterministic: bool,
     ) -> tuple[Array, list[Any]]:
         x = self.embedded(x, ids, inputs.query_index, None if cache is None else cache.room)

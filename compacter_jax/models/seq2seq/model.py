@@ -16,22 +16,9 @@ from compacter_jax.models import names
 from compacter_jax.models.encoder_decoder import EncoderDecoder
 from compacter_jax.models.seq2seq.config import HEADS, WIDTHS, Seq2SeqConfig
 from compacter_jax.models.seq2seq.layers import LogitsBias, Seq2SeqStack
-from compacter_jax.nn.attention import StackInputs
+from compacter_jax.models.seq2seq.sites import NOT_COMPRESSED, SitesOfDecoder
+from compacter_jax.nn.attention import Cache, JoinedCache, StackInputs
 from compacter_jax.nn.dense import Embed, dense
-from compacter_jax.sites import Site
-
-_LAYER = r"(encoder|decoder)/layers/(?P<layer>\d+)/"
-_ENCODER_LAYER = r"encoder/layers/(?P<layer>\d+)/"
-_DECODER_LAYER = r"decoder/layers/(?P<layer>\d+)/"
-_ATTENTION = _LAYER + "(self_attn|encoder_attn)"
-
-
-def _attend(host: str) -> Site:
-    return Site(host=host, method="attend", role="attend", length_axis=2)
-
-
-def _join(host: str) -> Site:
-    return Site(host=host, role="join")
 
 
 class Seq2Seq(EncoderDecoder):
@@ -58,35 +45,13 @@ class Seq2Seq(EncoderDecoder):
       Lewis et al., BART: Denoising Sequence-to-Sequence Pre-training for Natural Language
       Generation, Translation, and Comprehension, ACL 2020, arXiv:1910.13461; Liu et al., mBART,
       arXiv:2001.08210; Fan et al., M2M-100, arXiv:2010.11125; Junczys-Dowmunt et al., Marian,
-      ACL 2018, arXiv:1804.00344.
+      ACL 2018, arXiv:1804.00344; Li et al., An Efficient Transformer Decoder with Compressed
+      Sub-layers, AAAI 2021, arXiv:2101.00542.
     """
 
     config: Seq2SeqConfig
 
-    sites: ClassVar[Mapping[str, str | Site]] = {
-        "attention": _LAYER + "self_attn/out_proj",
-        "cross_attention": _DECODER_LAYER + "encoder_attn/out_proj",
-        "feed_forward": _LAYER + "fc2",
-        "parallel_attention": Site(host=_LAYER + "self_attn", role="parallel"),
-        "parallel_cross_attention": Site(host=_DECODER_LAYER + "encoder_attn", role="parallel"),
-        "parallel_feed_forward": Site(
-            host=_LAYER.removesuffix("/"), method="feed_forward", role="parallel"
-        ),
-        "residual_attention": _join(_LAYER + "self_attn_residual"),
-        "residual_cross_attention": _join(_DECODER_LAYER + "encoder_attn_residual"),
-        "residual_feed_forward": _join(_LAYER + "feed_forward_residual"),
-        "query": _ATTENTION + "/q_proj",
-        "key": _ATTENTION + "/k_proj",
-        "value": _ATTENTION + "/v_proj",
-        "output_projection": _ATTENTION + "/out_proj",
-        "intermediate": _LAYER + "fc1",
-        "encoder_key_value": _attend(_ENCODER_LAYER + "self_attn"),
-        "decoder_key_value": _attend(_DECODER_LAYER + "self_attn"),
-        "cross_key_value": _attend(_DECODER_LAYER + "encoder_attn"),
-        "embedding": Site(host="", method="embed_inputs", role="embedding"),
-        "encoder_embedding": Site(host="encoder", method="embedded", role="embedded"),
-        "decoder_embedding": Site(host="decoder", method="embedded", role="embedded"),
-    }
+    sites = SitesOfDecoder()
     """Site name -> `Site`, or its `host` as a string."""
 
     word_embeddings: ClassVar[str] = names.SEQ2SEQ.embeddings
@@ -94,6 +59,11 @@ class Seq2Seq(EncoderDecoder):
 
     feed_forward_layers: ClassVar[tuple[str, str]] = ("fc1", "fc2")
     """Names of the two linear layers at the site `parallel_feed_forward`."""
+
+    @property
+    def absent_sites(self) -> Mapping[str, str]:
+        """Names of sites that only another decoder has, and why."""
+        return NOT_COMPRESSED if self.config.is_compressed else {}
 
     def __post_init__(self):
         if self.head not in HEADS:
@@ -107,8 +77,17 @@ class Seq2Seq(EncoderDecoder):
 
     @nn.nowrap
     def widened(self, units: int) -> Seq2Seq:
-        """Returns the module with `units` more inner units in every feed-forward network."""
+        """Returns the module with `units` more inner units in every feed-forward network.
+
+        Raises:
+          ValueError: for a compressed decoder.
+        """
         config = self.config
+        if config.is_compressed:
+            raise ValueError(
+                "the inner units of a compressed decoder are values of its attention, too, so "
+                "bottlenecks beside it cannot become part of it; keep the adapter"
+            )
         widths = {name: getattr(config, name) + units for name in WIDTHS}
         return self.clone(config=dataclasses.replace(config, **widths))
 
@@ -168,6 +147,13 @@ class Seq2Seq(EncoderDecoder):
             name=name,
         )
         return stack(x, ids, inputs, cache, settings["deterministic"])
+
+    @nn.nowrap
+    def cache_of(self, key_values: Any, source_length: int, max_length: int) -> Cache:
+        """Returns a cache that has the encoder's states alone."""
+        if self.config.is_compressed:
+            return JoinedCache.with_room(key_values, source_length, max_length)
+        return super().cache_of(key_values, source_length, max_length)
 
     def logits(self, x: Array, table: Embed) -> Array:
         """Computes logits, `[batch, length, d_model] -> [batch, length, vocab]`."""

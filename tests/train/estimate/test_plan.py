@@ -52,6 +52,37 @@ def test_an_encoder_reads_one_choice_at_a_time(tiny_backbone):
     assert plan.train_examples(copa, text_to_text=False) == 2 * 400
 
 
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        ({}, 2 * 32),
+        ({"decoder_layer": "compressed", "decoder_value_dim": 40}, 32 + 40),
+        ({"decoder_layer": "compressed"}, 32 + 48),
+    ],
+)
+def test_bytes_of_the_cache(changes, numbers, tmp_path):
+    """Generation keeps 2 d numbers a layer and position, d + F with a compressed decoder."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "d_model": 32, "decoder_layers": 3, "encoder_layers": 1}
+    sizes |= {
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+        "decoder_ffn_dim": 48,
+        "decoder_attention_heads": 4,
+        "encoder_attention_heads": 4,
+    }
+    config = transformers.M2M100Config(
+        **sizes, **changes, architectures=["M2M100ForConditionalGeneration"]
+    )
+    config.save_pretrained(tmp_path)
+    lengths = {"max_length": 24, "max_target_length": 16, "task": "mine", "train_size": 100}
+    one = plan.plan_of(options(tmp_path, **lengths, batch_size=10))
+    assert one.cost.cache_bytes == 3 * 10 * (24 + 16) * numbers * 4
+    assert "keys and values in generation take" in "\n".join(
+        plan._workload_lines(one.workload, [one])
+    )
+
+
 @pytest.mark.contract
 def test_plan_of_an_encoder(tiny_backbone):
     one = plan.plan_of(options(tiny_backbone, task="mnli", max_length=64))
@@ -60,6 +91,7 @@ def test_plan_of_an_encoder(tiny_backbone):
     module = module_from_name(tiny_backbone).clone(head="sequence_classification", num_labels=3)
     assert one.cost.trained == 3 * 24 + 3 + trained_without_head(module)
     assert one.cost.adapter_bytes == one.cost.memory.trained == 4 * one.cost.trained
+    assert one.cost.cache_bytes == 0
 
 
 def trained_without_head(module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
+from train.__main__ import main
 from train.cli import method_flags
 from train.data.tokens import sentinel_ids
 from train.exchange import create_backbone as exchange_create_backbone
@@ -351,9 +352,37 @@ def test_an_m2m_100_with_tokens_of_languages(text_file, tmp_path):
     assert abs(kernel.std() * np.sqrt(3) / bound - 1) < 0.06  # of 1,536 numbers
 
 
+def test_an_m2m_100_with_a_compressed_decoder(text_file, tmp_path):
+    """Its layers have one attention with Glorot-uniform weights, and both fields are written."""
+    folder = tmp_path / "m2m"
+    flags = ["--decoder-layer", "compressed", "--decoder-value-dim", "40", "--vocab-size", "520"]
+    flags += ["--d-model", "32", "--d-ff", "48", "--num-layers", "1", "--num-heads", "4"]
+    places = ["--text-files", str(text_file), "--output-dir", str(folder)]
+    assert main(["create-backbone", *places, "--model-type", "m2m_100", *flags]) == 0
+    settings = json.loads((folder / "config.json").read_text())
+    assert (settings["decoder_layer"], settings["decoder_value_dim"]) == ("compressed", 40)
+    backbone = cj.load_backbone(folder)
+    (layer,) = backbone.params["decoder"]["layers"].values()
+    assert set(layer) == {"encoder_attn", "encoder_attn_layer_norm"}
+    kernel = np.asarray(layer["encoder_attn"]["encoder_v_proj"]["kernel"])
+    assert kernel.shape == (32, 40)
+    bound = np.sqrt(6 / (32 + 40))
+    assert 0.98 * bound < np.abs(kernel).max() <= bound
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"model_type": "t5", "languages": (), "decoder_layer": "compressed"},
+            "decoder_layer and decoder_value_dim are for model_type=m2m_100; a T5 has no compress",
+        ),
+        ({"decoder_value_dim": 8}, "decoder_value_dim=8 is for decoder_layer=compressed; leave it"),
+        (
+            {"decoder_layer": "compressed", "decoder_value_dim": 6},
+            "decoder_value_dim=6, the width of a compressed decoder's values, must be a positive",
+        ),
+        ({"decoder_layer": "compressed", "d_ff": 42}, "d_ff=42, the width of a compressed deco"),
         ({"model_type": "t5"}, "languages are for model_type=m2m_100; a T5 has no tokens of them"),
         ({"d_kv": 8}, "d_kv=8 is for model_type=t5; leave it out"),
         ({"feed_forward": "gated-gelu"}, "feed_forward=gated-gelu is for model_type=t5"),
