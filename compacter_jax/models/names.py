@@ -53,26 +53,31 @@ class Names:
 
 _BERT_DENSE = (
     r"encoder/layer/\d+/(attention/self/(query|key|value)|(attention/output|intermediate|output)"
-    r"/dense)|pooler/dense|classifier|qa_outputs|cls/predictions/transform/dense"
+    r"/dense)|pooler/dense|classifier(/dense|/out_proj)?|qa_outputs"
+    r"|(cls/predictions/transform|lm_head)/dense"
 )
 
 _BERT_NORM = (
     r"(embeddings|encoder/layer/\d+/(attention/)?output|cls/predictions/transform)/LayerNorm"
+    r"|lm_head/layer_norm"
 )
 
 BERT = Names(
     parameters=(
         rf"embeddings/(word|position|token_type)_embeddings/embedding|({_BERT_DENSE})/(kernel|bias)"
-        rf"|({_BERT_NORM})/(scale|bias)|cls/predictions/(decoder/kernel|bias)"
+        rf"|({_BERT_NORM})/(scale|bias)|(cls/predictions|lm_head)/(decoder/kernel|bias)"
     ),
     embeddings="embeddings/word_embeddings/embedding",
     heads=("classifier", "qa_outputs"),
-    labelled=("classifier",),
-    norms=("LayerNorm",),
-    columns=("query", "key", "value", "intermediate/dense", "predictions/decoder"),
+    labelled=("classifier", "classifier/out_proj"),
+    norms=("LayerNorm", "layer_norm"),
+    columns=(
+        *("query", "key", "value", "intermediate/dense"),
+        *("predictions/decoder", "lm_head/decoder"),
+    ),
     rows=("output/dense",),
     poolers=("pooler",),
-    frozen_heads=("cls",),
+    frozen_heads=("cls", "lm_head"),
 )
 
 _T5_ATTENTION = r"layer/0/SelfAttention|layer/1/EncDecAttention"

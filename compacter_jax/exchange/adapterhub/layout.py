@@ -119,6 +119,11 @@ _BERT = Layout(
     joins={r"(.+/output)/dense": r"\1"},
 )
 
+_ROBERTA, _XLM_ROBERTA = (
+    dataclasses.replace(_BERT, model_types=(model_type,), base="roberta")
+    for model_type in ("roberta", "xlm-roberta")
+)
+
 _WITH_DECODER = _SITES | {
     "cross_adapter": "residual_cross_attention",
     "encoder_prefix": "encoder_key_value",
@@ -203,7 +208,7 @@ _BART = Layout(
 
 _MBART = dataclasses.replace(_BART, model_types=("mbart",), normalises_before=True)
 
-_LAYOUTS = (_BERT, _T5, _BART, _MBART)
+_LAYOUTS = (_BERT, _ROBERTA, _XLM_ROBERTA, _T5, _BART, _MBART)
 
 
 def layout_of(module: Any) -> Layout:
