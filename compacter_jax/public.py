@@ -34,6 +34,8 @@ from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.distilbert.config import DistilBertConfig
+from compacter_jax.models.distilbert.model import DistilBert
 from compacter_jax.models.loading import Backbone, load_backbone
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
@@ -56,6 +58,8 @@ __all__ = [
     "Bottleneck",
     "BottleneckConfig",
     "CombinedConfig",
+    "DistilBert",
+    "DistilBertConfig",
     "FullFineTuningConfig",
     "HeadOnlyConfig",
     "IA3Config",

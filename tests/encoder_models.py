@@ -25,10 +25,27 @@ ROBERTA = SIZES | {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
 CONFIGS = {
     "roberta": cj.BertConfig(model_type="roberta", **(ROBERTA | {"hidden_act": "silu"})),
     "xlm-roberta": cj.BertConfig(model_type="xlm-roberta", **(ROBERTA | {"type_vocab_size": 2})),
+    "electra": cj.BertConfig(model_type="electra", embedding_size=8, **SIZES),
+    "distilbert": cj.DistilBertConfig(
+        vocab_size=23,
+        dim=12,
+        n_layers=1,
+        n_heads=3,
+        hidden_dim=14,
+        max_position_embeddings=15,
+        activation="gelu_new",
+        pad_token_id=1,
+    ),
     "camembert": cj.BertConfig(model_type="camembert", **(ROBERTA | {"pad_token_id": 3})),
 }
 # One of each set of modules: the others have the same ones under another name.
-SETS = ("roberta",)
+SETS = ("roberta", "electra", "distilbert")
+_OF_DISTILBERT = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+}
 HEADS = (
     None,
     "sequence_classification",
@@ -39,7 +56,9 @@ HEADS = (
 
 
 def module_of(name, head=None, **changes):
-    """Returns the module of a configuration, with other values of its fields."""
+    """Returns the module of a configuration, with other values of its fields, by BERT's names."""
+    if name == "distilbert":
+        changes = {_OF_DISTILBERT.get(field, field): value for field, value in changes.items()}
     config = dataclasses.replace(CONFIGS[name], **changes)
     return FAMILIES[name].module_class(config, head=head, num_labels=3)
 
@@ -73,7 +92,7 @@ def torch_config(module):
     transformers = pytest.importorskip("transformers")
     name = class_of(module, None).removesuffix("Model")
     fields = dataclasses.asdict(module.config)
-    del fields["model_type"]
+    fields.pop("model_type", None)
     labels = 2 if module.head == "question_answering" else module.num_labels
     cls = getattr(transformers, f"{name}Config")
     return cls(**fields, num_labels=labels, attn_implementation="eager")
@@ -97,8 +116,9 @@ def torch_model(backbone):
     )
     assert unexpected == []
     tied = module.head == "masked_lm" and module.config.tie_word_embeddings
-    copies = ("lm_head.decoder.bias", *(["lm_head.decoder.weight"] if tied else []))
-    assert set(missing) <= set(copies)
+    kernels = ("lm_head.decoder", "generator_lm_head", "vocab_projector")
+    copies = [f"{name}.weight" for name in kernels if tied]
+    assert set(missing) <= {"lm_head.decoder.bias", *copies}
     return model
 
 
@@ -151,9 +171,7 @@ def check_against_torch(backbone, inputs, tolerance, *, exact=False):
         scale = np.abs(named[name]).max()
         if "key.bias" in name or "k_lin.bias" in name:  # the softmax ignores it
             scale = largest
-        np.testing.assert_allclose(
-            leaf, named[name], atol=tolerance * scale, rtol=0, err_msg=name
-        )
+        np.testing.assert_allclose(leaf, named[name], atol=tolerance * scale, rtol=0, err_msg=name)
 
 
 def in_float64(backbone):

@@ -13,7 +13,7 @@ from jax import Array
 
 from compacter_jax.models.pooling import POOLINGS, Pooling, check_tokens, mean_of_tokens
 from compacter_jax.nn.attention import padding_bias
-from compacter_jax.nn.dense import Dtype, dense
+from compacter_jax.nn.dense import Dtype, LogitsBias, dense, tied_logits
 from compacter_jax.nn.dropout import Dropout
 from compacter_jax.nn.inputs import check_ids
 from compacter_jax.nn.quantize import QuantizedArray
@@ -196,6 +196,19 @@ class Encoder(nn.Module, abc.ABC):
         if rate is not None:
             x = Dropout(rate, name="dropout")(x, deterministic)
         return self.dense(width, name)(x)
+
+    def word_logits(self, x: Array, table: Array | QuantizedArray, name: str) -> Array:
+        """Projects transformed states to the vocabulary, `[..., width] -> [..., vocab]`.
+
+        Args:
+          x: the states.
+          table: word embeddings, which are the kernel if the two are tied.
+          name: name of the layer, which has the bias, and a kernel if it is not tied.
+        """
+        if not self.config.tie_word_embeddings:
+            return self.dense(self.config.vocab_size, name)(x)
+        logits = tied_logits(x, table, dtype=self.dtype)
+        return LogitsBias(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(logits)
 
     @nn.nowrap
     def part(self, module: type[nn.Module], name: str, **attributes: Any) -> Any:

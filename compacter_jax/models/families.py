@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from compacter_jax.files import check_fields
 from compacter_jax.messages import quote
 from compacter_jax.models.bert.checkpoint import FAMILIES as BERT
+from compacter_jax.models.distilbert.checkpoint import DISTILBERT
 from compacter_jax.models.family import Family
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
@@ -88,6 +89,7 @@ def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str
 
 FAMILIES: Mapping[str, Family] = {
     **BERT,
+    "distilbert": DISTILBERT,
     "t5": t5_family("T5", PUBLISHED),
     "mt5": t5_family("MT5", {}),
     **SEQ2SEQ,

@@ -1,4 +1,4 @@
-"""Compares RoBERTa and its relatives with transformers' PyTorch models."""
+"""Compares RoBERTa, ELECTRA and DistilBERT with transformers' PyTorch models."""
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,17 @@ BAD_INPUTS = {
             "contains 1 at .* model_type='roberta' with one token type does not tell",
         ),
         ({"position_ids": 15}, "position_ids contains 15"),
+    ),
+    "electra": (
+        ({"input_ids": (1, 16)}, "16 tokens long, .*=15; truncate to 15"),
+        (
+            {"token_type_ids": 2},
+            "token_type_ids contains 2 at .*; use 0 to type_vocab_size - 1 = 1",
+        ),
+    ),
+    "distilbert": (
+        ({"input_ids": (1, 16)}, "16 tokens long, .*=15; truncate to 15"),
+        ({"token_type_ids": 0}, "given, but a model of model_type='distilbert' has no token types"),
     ),
 }
 

@@ -60,6 +60,16 @@ _ROBERTA = _heads(
     (_classifier("tanh", "classifier.dense", "classifier.out_proj"),),
     _masked_lm("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
 )
+_ELECTRA = _heads(
+    (_classifier("gelu", "classifier.dense", "classifier.out_proj"),),
+    _masked_lm(
+        "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"
+    ),
+)
+_DISTILBERT = _heads(
+    (_classifier("relu", "pre_classifier", "classifier"),),
+    _masked_lm("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+)
 _SEQ2SEQ = {
     "seq2seq_lm": (
         FlexHead({"layers": 1, "bias": False}, "conditional_generation", {"0": "lm_head"}),
@@ -69,6 +79,8 @@ _OF_TYPES: Mapping[str, Mapping[str, tuple[FlexHead, ...]]] = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
+    "distilbert": _DISTILBERT,
+    "electra": _ELECTRA,
 }
 
 

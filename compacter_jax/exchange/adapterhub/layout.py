@@ -9,6 +9,7 @@ from typing import Any
 
 from compacter_jax.messages import quote
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.distilbert.model import DistilBert
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.model import T5
 
@@ -119,9 +120,34 @@ _BERT = Layout(
     joins={r"(.+/output)/dense": r"\1"},
 )
 
-_ROBERTA, _XLM_ROBERTA = (
-    dataclasses.replace(_BERT, model_types=(model_type,), base="roberta")
-    for model_type in ("roberta", "xlm-roberta")
+_ROBERTA, _XLM_ROBERTA, _ELECTRA = (
+    dataclasses.replace(_BERT, model_types=(model_type,), base=base)
+    for model_type, base in (
+        *(("roberta", "roberta"), ("xlm-roberta", "roberta"), ("electra", "electra")),
+    )
+)
+
+_DISTILBERT = Layout(
+    module_class=DistilBert,
+    model_types=("distilbert",),
+    base="distilbert",
+    depths=lambda module: {"transformer/layer": module.config.n_layers},
+    hosts={
+        "transformer/layer": {
+            "mh_adapter": ("attention_residual",),
+            "output_adapter": ("output_residual",),
+            **{matrix: (f"attention/{matrix}_lin",) for matrix in "qkv"},
+            "intermediate_lora": ("ffn/lin1",),
+            "output_lora": ("ffn/lin2",),
+            "self_prefix": ("attention",),
+        }
+    },
+    sites=_BERT.sites,
+    joins={
+        r"(.+)/attention/out_lin": r"\1/attention_residual",
+        r"(.+)/ffn/lin2": r"\1/output_residual",
+    },
+    renamed={"attention_residual": "attention_adapters", "output_residual": "output_adapters"},
 )
 
 _WITH_DECODER = _SITES | {
@@ -208,7 +234,7 @@ _BART = Layout(
 
 _MBART = dataclasses.replace(_BART, model_types=("mbart",), normalises_before=True)
 
-_LAYOUTS = (_BERT, _ROBERTA, _XLM_ROBERTA, _T5, _BART, _MBART)
+_LAYOUTS = (_BERT, _ROBERTA, _XLM_ROBERTA, _ELECTRA, _DISTILBERT, _T5, _BART, _MBART)
 
 
 def layout_of(module: Any) -> Layout:

@@ -31,8 +31,20 @@ ARCHITECTURES: Mapping[str, str | None] = {
     "ForSequenceClassification": "sequence_classification",
     "ForTokenClassification": "token_classification",
     "ForMaskedLM": "masked_lm",
-    "ForPreTraining": "masked_lm",
     "ForQuestionAnswering": "question_answering",
+}
+# The head of a checkpoint of the pre-training; an ELECTRA's detects replaced tokens, which is none
+# of these.
+_PRE_TRAINING = {"bert": "masked_lm", "electra": None}
+# Head for masked words -> parts of a checkpoint that belong to it or to other heads of the
+# pre-training, and the kernel that may be tied to the embeddings.
+_WORDS = {
+    "cls": (("cls/predictions", "cls/seq_relationship"), "cls/predictions/decoder/kernel"),
+    "lm_head": (("lm_head",), "lm_head/decoder/kernel"),
+    "generator_predictions": (
+        ("generator_predictions", "generator_lm_head", "discriminator_predictions"),
+        "generator_lm_head/kernel",
+    ),
 }
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Classes of tokenizers, without "Fast", where those of other families do not fit.
@@ -163,7 +175,10 @@ def _bert_module(config: Any, head: str | None, num_labels: int | None, **attrib
                 f"{name}={quote(value, 100)} in the configuration is not supported; only "
                 f"{supported!r} is"
             )
-    ours = BertConfig(**{f.name: getattr(config, f.name) for f in fields(BertConfig)})
+    named = {f.name for f in fields(BertConfig)}
+    if config.model_type != "electra":
+        named.remove("embedding_size")
+    ours = BertConfig(**{name: getattr(config, name) for name in named})
     return Bert(ours, head=head, **attributes, **labels_of(config, head, num_labels))
 
 
@@ -197,12 +212,10 @@ def _of_size(config: BertConfig, head: str | None, num_labels: int | None) -> Be
 
 def _family(model_type: str) -> Family:
     variant = VARIANTS[model_type]
-    words = {"cls": ("cls/predictions", "cls/seq_relationship"), "lm_head": ("lm_head",)}
-    architectures = {
-        f"{variant.architecture}{suffix}": head
-        for suffix, head in ARCHITECTURES.items()
-        if suffix != "ForPreTraining" or model_type == "bert"
-    }
+    words, kernel = _WORDS[variant.words]
+    architectures = {f"{variant.architecture}{suffix}": h for suffix, h in ARCHITECTURES.items()}
+    if model_type in _PRE_TRAINING:
+        architectures[f"{variant.architecture}ForPreTraining"] = _PRE_TRAINING[model_type]
     return Family(
         names=names.BERT,
         architectures=architectures,
@@ -219,8 +232,8 @@ def _family(model_type: str) -> Family:
         dropout_fields=RATES,
         output_dropout_fields=RATES[:1],
         depths={"num_hidden_layers": "encoder/layer"},
-        optional=("pooler", "classifier", "qa_outputs", *words[variant.words]),
-        ties={f"{words[variant.words][0]}/decoder/kernel": names.BERT.embeddings},
+        optional=("pooler", "classifier", "qa_outputs", *words),
+        ties={kernel: names.BERT.embeddings},
         shared_head_names=("classifier",),
         pooled_heads=("sequence_classification",),
         max_tokens=_max_tokens,

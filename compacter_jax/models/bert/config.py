@@ -48,6 +48,13 @@ VARIANTS: Mapping[str, Variant] = {
     "roberta": _ROBERTA,
     "xlm-roberta": dataclasses.replace(_ROBERTA, architecture="XLMRoberta"),
     "camembert": dataclasses.replace(_ROBERTA, architecture="Camembert"),
+    "electra": Variant(
+        architecture="Electra",
+        base="electra",
+        has_pooler=False,
+        classifier_act="gelu",
+        words="generator_predictions",
+    ),
 }
 """`model_type` -> what its model does."""
 
@@ -97,7 +104,9 @@ class BertConfig:
     """The configuration of `Bert`; names are those of transformers, defaults those of its BERT.
 
     Attributes:
-      model_type: "bert", "roberta", "xlm-roberta" or "camembert".
+      model_type: "bert", "roberta", "xlm-roberta", "camembert" or "electra".
+      embedding_size: width of the embeddings of an ELECTRA, which a linear layer projects to
+        `hidden_size` where the two differ; None, as in all other models, for `hidden_size`.
       max_position_embeddings: rows of the positions' embeddings. A RoBERTa reads `pad_token_id + 1`
         tokens less, 512 of 514.
       classifier_dropout: rate before classifiers; None for `hidden_dropout_prob`.
@@ -105,13 +114,14 @@ class BertConfig:
 
     Raises:
       ValueError: if a value is out of range, `model_type` or `hidden_act` is unknown,
-        `num_attention_heads` does not divide `hidden_size`, or a RoBERTa has no padding token or no
-        position for a token.
+        `num_attention_heads` does not divide `hidden_size`, a RoBERTa has no padding token or no
+        position for a token, or another model than an ELECTRA has an `embedding_size`.
     """
 
     model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
+    embedding_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
@@ -136,8 +146,19 @@ class BertConfig:
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} is not positive; use 1e-12")
         get_activation(self.hidden_act)
+        self._check_embedding_size()
         if self.variant.counts_from_padding:
             self._check_positions()
+
+    def _check_embedding_size(self) -> None:
+        size = self.embedding_size
+        if size is not None and self.model_type != "electra":
+            raise ValueError(
+                f"embedding_size={size} was given, but embeddings of model_type="
+                f"{self.model_type!r} are as wide as hidden_size; leave it out"
+            )
+        if size is not None and size < 1:
+            raise ValueError(f"embedding_size={size} is not positive; use 1 or more")
 
     def _check_positions(self) -> None:
         if self.pad_token_id is None:
@@ -171,7 +192,7 @@ class BertConfig:
     @property
     def embedding_width(self) -> int:
         """Width of the embeddings."""
-        return self.hidden_size
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     def is_frozen_position(self, position_ids: Array) -> Array | bool:
         """Returns True where the embedding of a position gets no gradient, as that of padding."""
@@ -203,6 +224,14 @@ _LARGE: dict[str, Any] = {
 }
 
 
+_SMALL: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
+_SMALL_OF_LARGE = _SMALL | {"num_hidden_layers": 24}
+
+
 def _roberta(model_type: str, vocab_size: int, **sizes: Any) -> BertConfig:
     return BertConfig(
         model_type=model_type,
@@ -213,6 +242,10 @@ def _roberta(model_type: str, vocab_size: int, **sizes: Any) -> BertConfig:
         pad_token_id=1,
         **sizes,
     )
+
+
+def _electra(embedding_size: int, **sizes: Any) -> BertConfig:
+    return BertConfig(model_type="electra", embedding_size=embedding_size, **sizes)
 
 
 PUBLISHED: Mapping[str, Mapping[str, BertConfig]] = {
@@ -232,10 +265,19 @@ PUBLISHED: Mapping[str, Mapping[str, BertConfig]] = {
         "xlm-roberta-large": _roberta("xlm-roberta", 250002, **_LARGE),
     },
     "camembert": {"camembert-base": _roberta("camembert", 32005)},
+    "electra": {
+        "google/electra-small-discriminator": _electra(128, **_SMALL),
+        "google/electra-small-generator": _electra(128, **_SMALL),
+        "google/electra-base-discriminator": _electra(768),
+        "google/electra-base-generator": _electra(768, **_SMALL),
+        "google/electra-large-discriminator": _electra(1024, **_LARGE),
+        "google/electra-large-generator": _electra(1024, **_SMALL_OF_LARGE),
+    },
 }
 """`model_type` -> hub id -> configuration of the published sizes.
 
 References:
   Devlin et al., arXiv:1810.04805; Liu et al., RoBERTa, arXiv:1907.11692; Conneau et al., XLM-R,
-  arXiv:1911.02116; Martin et al., CamemBERT, arXiv:1911.03894.
+  arXiv:1911.02116; Martin et al., CamemBERT, arXiv:1911.03894; Clark et al., ELECTRA,
+  arXiv:2003.10555.
 """

@@ -74,7 +74,18 @@ class BertEmbeddings(BertModule):
         token_type_ids: Array | None,
         position_ids: Array,
         deterministic: bool,
-    ) -> Array:  # [batch, length] each -> [batch, length, hidden]
+        project: nn.Dense | None = None,
+    ) -> Array:
+        """Embeds tokens, `[batch, length] -> [batch, length, hidden]`.
+
+        Args:
+          input_ids: the tokens.
+          token_type_ids: their types; None for 0.
+          position_ids: their positions.
+          deterministic: True for no dropout.
+          project: layer from the width of the embeddings to that of the hidden states. It runs
+            here, so that this module's result is what the first layer reads.
+        """
         config = self.config
         x = self.embed(config.vocab_size, "word_embeddings")(input_ids)
         if config.pad_token_id is not None:
@@ -86,7 +97,8 @@ class BertEmbeddings(BertModule):
         positions = self.embed(config.max_position_embeddings, "position_embeddings")(position_ids)
         x += _frozen_where(config.is_frozen_position(position_ids), positions)
         x = self.layer_norm()(x)
-        return Dropout(config.hidden_dropout_prob, name="dropout")(x, deterministic)
+        x = Dropout(config.hidden_dropout_prob, name="dropout")(x, deterministic)
+        return x if project is None else project(x)
 
     def word_table(self) -> Array | QuantizedArray:
         """Returns the word embeddings `[vocab, hidden]`, as they are stored."""
@@ -276,6 +288,15 @@ class RobertaWords(_Words):
         # transformers takes this activation, whatever `hidden_act` is.
         x = get_activation("gelu")(self.dense(self.config.hidden_size, "dense")(x))
         return self.to_vocabulary(self.layer_norm("layer_norm")(x), word_table)
+
+
+class ElectraWords(BertModule):
+    """The transform of an ELECTRA's head for masked words, to the width of the embeddings."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., hidden] -> [..., embedding]
+        x = get_activation("gelu")(self.dense(self.config.embedding_width, "dense")(x))
+        return self.layer_norm()(x)
 
 
 class BertTransform(BertModule):

@@ -1,6 +1,6 @@
-"""BERT and RoBERTa in Flax linen.
+"""BERT, RoBERTa and ELECTRA in Flax linen.
 
-Parameters have their Hugging Face names, without the prefix `bert.` or `roberta.`.
+Parameters have their Hugging Face names, without the prefix `bert.`, `roberta.` or `electra.`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from compacter_jax.models.bert.layers import (
     BertEncoder,
     BertMaskedLM,
     BertPooler,
+    ElectraWords,
     RobertaWords,
 )
 from compacter_jax.models.encoder import Encoder
@@ -30,10 +31,11 @@ _LAYER = r"encoder/layer/(?P<layer>\d+)/"
 
 
 class Bert(Encoder):
-    """BERT, RoBERTa, XLM-R or CamemBERT with one of five heads, None included.
+    """BERT, RoBERTa, XLM-R, CamemBERT or ELECTRA with one of five heads, None included.
 
     The pooler is present without a head, as in transformers, and in BERT for sequence
-    classification with the pooling "first". A RoBERTa has a classifier with a hidden layer instead.
+    classification with the pooling "first". The others have a classifier with a hidden layer
+    instead, and an ELECTRA has no pooler.
 
     Attributes:
       config: sizes, activation, dropout rates, and the `model_type`.
@@ -48,7 +50,7 @@ class Bert(Encoder):
       pooling: input of the classifier for sequence classification, before dropout: "first" for the
         first token's state through the pooler, a dense layer and tanh, as in transformers; "mean"
         for the mean of the states of the unmasked tokens; "cls" for the first token's state. The
-        last two are sentence-transformers' and have no pooler. The classifier of a RoBERTa reads
+        last two are sentence-transformers' and have no pooler. Classifiers with a hidden layer read
         the first token in "first" and "cls". Prompts of prompt tuning count as tokens.
 
     Raises:
@@ -112,8 +114,11 @@ class Bert(Encoder):
         deterministic: bool,
     ) -> tuple[Array, Array | QuantizedArray]:
         """Embeds tokens; returns the table of words, too."""
+        config, project = self.config, None
+        if config.embedding_width != config.hidden_size:
+            project = self.dense(config.hidden_size, "embeddings_project")
         embeddings = self.part(BertEmbeddings, "embeddings")
-        x = embeddings(input_ids, token_type_ids, position_ids, deterministic)
+        x = embeddings(input_ids, token_type_ids, position_ids, deterministic, project)
         return x, embeddings.word_table()
 
     def encode(self, x: Array, bias: Array | None, first_only: bool, deterministic: bool) -> Array:
@@ -137,5 +142,7 @@ class Bert(Encoder):
     def predict_words(self, x: Array, table: Array | QuantizedArray) -> Array:
         """Computes the logits of the masked language model."""
         name = self.config.variant.words
+        if name == "generator_predictions":
+            return self.word_logits(self.part(ElectraWords, name)(x), table, "generator_lm_head")
         words = {"cls": BertMaskedLM, "lm_head": RobertaWords}[name]
         return self.part(words, name)(x, table)
