@@ -93,6 +93,8 @@ def torch_config(module):
     name = class_of(module, None).removesuffix("Model")
     fields = dataclasses.asdict(module.config)
     fields.pop("model_type", None)
+    if fields.get("embedding_size") is None:
+        fields.pop("embedding_size", None)
     labels = 2 if module.head == "question_answering" else module.num_labels
     cls = getattr(transformers, f"{name}Config")
     return cls(**fields, num_labels=labels, attn_implementation="eager")

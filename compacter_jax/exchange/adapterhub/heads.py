@@ -208,11 +208,11 @@ def _check_head(directory: Path, head: _Head, module: Any) -> None:
     check_pooling(
         directory, module, "load the backbone with pooling='first', or leave out the head"
     )
-    hidden_act = getattr(module.config, "hidden_act", None)
-    if head.activation not in (None, hidden_act):
+    own = getattr(module.config, "words_act", None)
+    if head.activation not in (None, own):
         raise ValueError(
             f"the head in {directory} has activation_function={quote(head.activation)}, but the "
-            f"head of the backbone has hidden_act={hidden_act!r}; leave the head out with "
+            f"head of the backbone has {own!r}; leave the head out with "
             "with_head=False"
         )
 

@@ -39,7 +39,7 @@ class Layout:
       sites: location -> site.
       joins: pattern of a projection that ends a sub-layer -> the place where the sub-layer joins
         the residual; a bottleneck computes the same at both.
-      renamed: last name in the path of a host -> AdapterHub's.
+      renamed: last name in the path of a host, or location of prefixes -> AdapterHub's.
       normalises_before: True if norms come before sub-layers, and none follows the sum with the
         residual.
       has_relative_positions: True if the self-attention that prefixes extend has biases of relative
@@ -147,7 +147,11 @@ _DISTILBERT = Layout(
         r"(.+)/attention/out_lin": r"\1/attention_residual",
         r"(.+)/ffn/lin2": r"\1/output_residual",
     },
-    renamed={"attention_residual": "attention_adapters", "output_residual": "output_adapters"},
+    renamed={
+        "attention_residual": "attention_adapters",
+        "output_residual": "output_adapters",
+        "self_prefix": "self",
+    },
 )
 
 _WITH_DECODER = _SITES | {

@@ -198,6 +198,11 @@ class BertConfig:
         """Returns True where the embedding of a position gets no gradient, as that of padding."""
         return position_ids == self.pad_token_id if self.variant.counts_from_padding else False
 
+    @property
+    def words_act(self) -> str:
+        """Activation in the head for masked words, which is a gelu in all models but BERT."""
+        return self.hidden_act if self.variant.words == "cls" else "gelu"
+
     def rate_before(self, head: str | None) -> float | None:
         """Returns the rate of dropout before a linear head; None for none."""
         if head == "question_answering":

@@ -285,8 +285,7 @@ class RobertaWords(_Words):
 
     @nn.compact
     def __call__(self, x: Array, word_table: Array | QuantizedArray) -> Array:
-        # transformers takes this activation, whatever `hidden_act` is.
-        x = get_activation("gelu")(self.dense(self.config.hidden_size, "dense")(x))
+        x = get_activation(self.config.words_act)(self.dense(self.config.hidden_size, "dense")(x))
         return self.to_vocabulary(self.layer_norm("layer_norm")(x), word_table)
 
 
@@ -295,7 +294,9 @@ class ElectraWords(BertModule):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., hidden] -> [..., embedding]
-        x = get_activation("gelu")(self.dense(self.config.embedding_width, "dense")(x))
+        x = get_activation(self.config.words_act)(
+            self.dense(self.config.embedding_width, "dense")(x)
+        )
         return self.layer_norm()(x)
 
 
@@ -305,7 +306,7 @@ class BertTransform(BertModule):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = self.dense(self.config.hidden_size, "dense")(x)
-        return self.layer_norm()(get_activation(self.config.hidden_act)(x))
+        return self.layer_norm()(get_activation(self.config.words_act)(x))
 
 
 class BertPredictions(_Words):

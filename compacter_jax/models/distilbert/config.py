@@ -85,6 +85,11 @@ class DistilBertConfig:
         return self.attention_dropout
 
     @property
+    def words_act(self) -> str:
+        """Activation in the head for masked words."""
+        return self.activation
+
+    @property
     def max_positions(self) -> int:
         """Largest number of tokens."""
         return self.max_position_embeddings

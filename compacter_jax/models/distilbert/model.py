@@ -98,7 +98,7 @@ class DistilBert(Encoder):
     def predict_words(self, x: Array, table: Array | QuantizedArray) -> Array:
         """Computes the logits of the masked language model."""
         config = self.config
-        x = get_activation(config.activation)(self.dense(config.dim, "vocab_transform")(x))
+        x = get_activation(config.words_act)(self.dense(config.dim, "vocab_transform")(x))
         norm = LayerNorm(
             config.layer_norm_eps,
             dtype=self.dtype,
