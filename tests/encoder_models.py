@@ -1,11 +1,13 @@
 """Small encoders of each family, and transformers' PyTorch models with the same weights."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import WORDS
 
 import compacter_jax as cj
 from compacter_jax.models.families import FAMILIES, family_of_module
@@ -181,3 +183,31 @@ def in_float64(backbone):
     backbone.module = backbone.module.clone(param_dtype=jnp.float64)
     backbone.params = jax.tree.map(lambda x: np.asarray(x, np.float64), backbone.params)
     return backbone
+
+
+def write_encoder(folder, name, **changes):
+    """Writes a random encoder without a head as a checkpoint, with a tokenizer of `WORDS`.
+
+    Pairs have the token type 1 in the second sentence, which RoBERTa and DistilBERT must not see.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    backbone = small_encoder(name, max_position_embeddings=66, **changes)
+    module = backbone.module
+    cj.save_backbone(folder, module, backbone.params, torch_config(module))
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *WORDS]
+    tokenizer = Tokenizer(
+        models.WordPiece({word: i for i, word in enumerate(tokens)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
+    settings = {f"{kind}_token": token for kind, token in special.items()}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
