@@ -1,10 +1,12 @@
 """Compares RoBERTa, ELECTRA and DistilBERT with transformers' PyTorch models."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import compacter_jax as cj
 from tests.encoder_models import (
     CONFIGS,
     HEADS,
@@ -14,7 +16,10 @@ from tests.encoder_models import (
     inputs_of,
     module_of,
     small_encoder,
+    torch_model,
+    torch_outputs,
 )
+from tests.helpers import adapted_shapes
 
 CASES = [(name, head) for name in SETS for head in HEADS]
 # The relatives have the same modules: one head of each shows what their configurations change.
@@ -100,3 +105,72 @@ def test_the_longest_input_is_what_is_left_after_the_padding():
     module = module_of("roberta")
     jax.eval_shape(module.init, jax.random.key(0), np.ones((1, 13), int))
     assert module.config.max_positions == 13
+
+
+# --- training -----------------------------------------------------------------------------------
+
+RATES = {
+    "roberta": {
+        "hidden_dropout_prob": 0.25,
+        "attention_probs_dropout_prob": 0.5,
+        "classifier_dropout": 0.125,
+    },
+    "distilbert": {
+        "dropout": 0.25,
+        "attention_dropout": 0.5,
+        "qa_dropout": 0.125,
+        "seq_classif_dropout": 0.0625,
+    },
+}
+RATES["electra"] = RATES["roberta"]
+
+
+@pytest.mark.parametrize("head", ["sequence_classification", "question_answering"])
+@pytest.mark.parametrize("name", SETS)
+def test_dropout_is_where_transformers_has_it(name, head, monkeypatch):
+    """Rates of all dropouts, and their shapes where all states are computed, are PyTorch's."""
+    torch = pytest.importorskip("torch")
+    backbone = small_encoder(name, head, **RATES[name])
+    module, inputs = backbone.module, inputs_of(CONFIGS[name], 0)
+    model, theirs, ours = torch_model(backbone).train(), [], []
+
+    def counted(x, p=0.5, training=True, inplace=False):
+        theirs.append((tuple(x.shape), p))
+        return x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", counted)
+    torch_outputs(model, inputs)
+
+    def watch(next_fun, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+            ours.append((args[0].shape, context.module.rate))
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(
+            lambda p: module.apply(
+                {"params": p}, *inputs, deterministic=False, rngs={"dropout": jax.random.key(0)}
+            ),
+            backbone.params,
+        )
+    if head == "sequence_classification":  # the last layer computes the first token's state alone
+        theirs, ours = ([rate for _, rate in each] for each in (theirs, ours))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_remat_finds_the_same_sites(name):
+    """Adapters in recomputed layers, and on the embeddings, have the same parameters."""
+    method = cj.CombinedConfig(
+        parts=(
+            cj.PrefixTuningConfig(prefix_length=2, bottleneck_size=3),
+            cj.BottleneckConfig(
+                sites=("residual_feed_forward", "encoder_embedding"), reduction_factor=2
+            ),
+        )
+    )
+    module = module_of(name)
+    plain = adapted_shapes(cj.Adapted(module, method))
+    again = adapted_shapes(cj.Adapted(module.clone(remat="full"), method))
+    assert jax.tree.structure(plain) == jax.tree.structure(again)
+    assert plain["embeddings"]["adapter"]["down"]["kernel"].shape == (12, 6)
