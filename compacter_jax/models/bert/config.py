@@ -14,7 +14,7 @@ from compacter_jax.nn.activations import get_activation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What the model of a `model_type` does, which config.json does not say.
+    """The facts about the models of a `model_type` that config.json does not have.
 
     Attributes:
       architecture: first part of the names of transformers' classes.
@@ -56,7 +56,7 @@ VARIANTS: Mapping[str, Variant] = {
         words="generator_predictions",
     ),
 }
-"""`model_type` -> what its model does."""
+"""`model_type` -> the facts about its models."""
 
 
 def check_encoder_sizes(config: Any, sizes: Iterable[str], width: str, heads: str) -> None:
@@ -175,7 +175,7 @@ class BertConfig:
 
     @property
     def variant(self) -> Variant:
-        """What the model of this `model_type` does."""
+        """The facts about the models of this `model_type`."""
         return VARIANTS[self.model_type]
 
     @property
