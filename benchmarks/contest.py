@@ -31,7 +31,8 @@ class Size:
 
     Attributes:
       name: the name of the size.
-      family: "bert", with a classifier of two labels, or "t5", with its vocabulary as labels.
+      family: "bert" or "roberta", with a classifier of two labels, or "t5", with its vocabulary as
+        labels.
       config: the differences from the defaults of `BertConfig` or `T5Config`.
       rows: the number of rows of the batch.
       length: the length of the inputs in tokens.
@@ -47,12 +48,21 @@ class Size:
 
 
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+_ROBERTA = {
+    "model_type": "roberta",
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+}
 _T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 SIZES = {
     size.name: size
     for size in (
         Size("minilm", "bert", _MINILM, rows=32, length=64),
         Size("bert-base", "bert", {}, rows=8, length=128),
+        Size("roberta-base", "roberta", _ROBERTA, rows=8, length=128),
         Size("t5-small", "t5", {}, rows=8, length=128, target_length=8),
         Size("t5-base", "t5", _T5_BASE, rows=8, length=128, target_length=8),
     )
@@ -171,7 +181,8 @@ def batch_of(size: Size, vocabulary: int, shortest: float = 1.0) -> dict[str, np
     lengths = np.linspace(shortest, 1.0, size.rows) * size.length
     mask = (np.arange(size.length) < np.ceil(lengths)[:, None]).astype(np.int32)
     ids = rng.integers(2, vocabulary, shape, np.int32)
-    batch = {"input_ids": np.where(mask, ids, 0).astype(np.int32), "attention_mask": mask}
+    padding = size.config.get("pad_token_id", 0)
+    batch = {"input_ids": np.where(mask, ids, padding).astype(np.int32), "attention_mask": mask}
     batch["weights"] = np.ones(size.rows, np.float32)
     if not size.target_length:
         batch["token_type_ids"] = np.zeros(shape, np.int32)

@@ -19,9 +19,8 @@ from jax import Array
 import compacter_jax as cj
 from benchmarks.contest import ADAPTER, GENERATED, WEIGHT_DECAY, Size, Task, batch_of, cross_entropy
 from benchmarks.turns import Work, serve
-from compacter_jax.models.bert.checkpoint import bert_to_hugging_face
+from compacter_jax.models.families import family_of_module
 from compacter_jax.models.loading import Backbone
-from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
 from compacter_jax.params import group_of
 from train.compute import compute, step
 
@@ -29,15 +28,21 @@ from train.compute import compute, step
 _NOISE = 0.05
 _FAMILIES = {
     "bert": (cj.Bert, cj.BertConfig, "BertForSequenceClassification", "sequence_classification"),
+    "roberta": (
+        *(cj.Bert, cj.BertConfig),
+        *("RobertaForSequenceClassification", "sequence_classification"),
+    ),
     "t5": (cj.T5, cj.T5Config, "T5ForConditionalGeneration", "conditional_generation"),
 }
 # Inputs of a model in a batch.
 INPUTS = {
     "bert": ("input_ids", "attention_mask", "token_type_ids"),
+    "roberta": ("input_ids", "attention_mask"),
     "t5": ("input_ids", "attention_mask", "decoder_input_ids"),
 }
 _NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "t5": {"dropout_rate": 0.0},
 }
 
@@ -85,10 +90,10 @@ def write_backbone(size: dict[str, Any], folder: str) -> dict[str, Any]:
     """Writes random weights of a size as transformers saves them; returns the platform of JAX."""
     made = Size(**size)
     backbone = random_backbone(made)
-    to_hugging_face = bert_to_hugging_face if made.family == "bert" else t5_to_hugging_face
+    family = family_of_module(backbone.module)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = to_hugging_face(backbone.params)
+    tensors = family.to_hugging_face(backbone.params, backbone.module.head)
     file = target / "model.safetensors"
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     settings = {"model_type": made.family, "architectures": [_FAMILIES[made.family][2]]}

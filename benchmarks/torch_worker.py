@@ -17,6 +17,11 @@ import transformers
 from benchmarks.contest import ADAPTER, WEIGHT_DECAY, Task, batch_of, cross_entropy
 from benchmarks.turns import Work, serve
 
+_ARCHITECTURES = {
+    "bert": "BertForSequenceClassification",
+    "roberta": "RobertaForSequenceClassification",
+    "t5": "T5ForConditionalGeneration",
+}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
@@ -52,8 +57,7 @@ def prepare(task: dict[str, Any]) -> Work:
 
 def _model(task: Task) -> Any:
     """Returns the model with its adapter, with trained parameters marked."""
-    of_t5 = task.size.family == "t5"
-    architecture = "T5ForConditionalGeneration" if of_t5 else "BertForSequenceClassification"
+    architecture = _ARCHITECTURES[task.size.family]
     model = getattr(transformers, architecture).from_pretrained(
         task.folder, trust_remote_code=False
     )
@@ -69,7 +73,7 @@ def _model(task: Task) -> Any:
         adapters.init(model)
         model.load_adapter(task.adapter, load_as=ADAPTER, use_safetensors=True, set_active=True)
         model.train_adapter(ADAPTER)
-        if not of_t5:
+        if task.size.family != "t5":
             model.classifier.requires_grad_(True)
     return model
 

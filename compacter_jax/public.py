@@ -35,6 +35,8 @@ from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.distilbert.config import DistilBertConfig
+from compacter_jax.models.distilbert.model import DistilBert
 from compacter_jax.models.loading import Backbone, load_backbone
 from compacter_jax.models.seq2seq.compressed import CompressedAttention
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
@@ -59,6 +61,8 @@ __all__ = [
     "BottleneckConfig",
     "CombinedConfig",
     "CompressedAttention",
+    "DistilBert",
+    "DistilBertConfig",
     "FullFineTuningConfig",
     "HeadOnlyConfig",
     "IA3Config",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -10,13 +11,53 @@ from compacter_jax.methods.bottleneck import BottleneckConfig
 from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
-from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.encoder import Encoder
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.layers import relative_position_bucket
 from tests.helpers import ACTIVATIONS, adapter_update
 
 # A bias on scores that excludes a key completely.
 HIDDEN = -1e30
+
+
+class _Names(NamedTuple):
+    """The names in the layers of an encoder; after a sub-layer: linear layer, norm and place."""
+
+    stack: str
+    attention: str
+    projections: tuple
+    after_attention: tuple
+    inner: str
+    after_inner: tuple
+
+
+_BERT = _Names(
+    "encoder/layer",
+    "attention/self",
+    ("query", "key", "value"),
+    ("attention/output/dense", "attention/output/LayerNorm", "attention/output"),
+    "intermediate/dense",
+    ("output/dense", "output/LayerNorm", "output"),
+)
+_DISTILBERT = _Names(
+    "transformer/layer",
+    "attention",
+    ("q_lin", "k_lin", "v_lin"),
+    ("attention/out_lin", "sa_layer_norm", "attention_residual"),
+    "ffn/lin1",
+    ("ffn/lin2", "output_layer_norm", "output_residual"),
+)
+# `model_type` -> both layers of the classifier, and the activation between them.
+_CLASSIFIERS = {
+    "bert": ("pooler/dense", "classifier", "tanh"),
+    "roberta": ("classifier/dense", "classifier/out_proj", "tanh"),
+    "electra": ("classifier/dense", "classifier/out_proj", "gelu"),
+    "distilbert": ("pre_classifier", "classifier", "relu"),
+}
+
+
+def _is_distilbert(config):
+    return config.model_type == "distilbert"
 
 
 def softmax(scores):
@@ -43,7 +84,7 @@ class Reference:
         """Returns the logits for the inputs of the module, including all masks."""
         if isinstance(self.module, Seq2Seq):
             return self._seq2seq(*inputs)
-        return (self._bert if isinstance(self.module, Bert) else self._t5)(*inputs)
+        return (self._encoder if isinstance(self.module, Encoder) else self._t5)(*inputs)
 
     # --- what a method does -------------------------------------------------------------------
 
@@ -174,40 +215,57 @@ class Reference:
         deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
         return centred / deviation * self.params[f"{path}/scale"] + self.params[f"{path}/bias"]
 
-    def _bert(self, ids, mask, token_types=None, positions=None):
+    def _encoder(self, ids, mask, token_types=None, positions=None):
         config = self.config
+        kind, names = config.model_type, _DISTILBERT if _is_distilbert(config) else _BERT
         table = {
-            kind: self.params[f"embeddings/{kind}_embeddings/embedding"]
-            for kind in ("word", "token_type", "position")
+            path.split("/")[1].removesuffix("_embeddings"): leaf
+            for path, leaf in self.params.items()
+            if path.startswith("embeddings/") and path.endswith("_embeddings/embedding")
         }
         x, mask, count = self._prompted("embeddings/word_embeddings", table["word"][ids], mask)
-        types = np.zeros(ids.shape, int) if token_types is None else token_types
-        positions = np.arange(ids.shape[1])[None] if positions is None else positions
-        types = pad_left(types, count)
-        first = np.arange(count)[None].repeat(len(positions), 0)
-        positions = np.concatenate([first, positions + count], 1)
-        x = x + table["token_type"][types] + table["position"][positions]
+        x = x + table["position"][self._positions(ids, positions, count)]
+        if "token_type" in table:
+            types = np.zeros(ids.shape, int) if token_types is None else token_types
+            x = x + table["token_type"][pad_left(types, count)]
         x = self._layer_norm("embeddings/LayerNorm", x)
+        if "embeddings_project/kernel" in self.params:
+            x = self._dense("embeddings_project", x)
         x = self._behind_embeddings("embeddings", x)
         bias = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
         heads = config.num_attention_heads
+        activation = config.activation if _is_distilbert(config) else config.hidden_act
         for i in range(config.num_hidden_layers):
-            layer = f"encoder/layer/{i}"
-            host = f"{layer}/attention/self"
-            query, key, value = (self._dense(f"{host}/{p}", x) for p in ("query", "key", "value"))
+            layer = f"{names.stack}/{i}"
+            host = f"{layer}/{names.attention}"
+            query, key, value = (self._dense(f"{host}/{p}", x) for p in names.projections)
             query = query / math.sqrt(config.hidden_size // heads)
             y = self._attend(host, "encoder_key_value", heads, query, key, value, bias)
-            x = self._bert_residual(f"{layer}/attention/output", y, x)
-            inner = ACTIVATIONS[config.hidden_act](self._dense(f"{layer}/intermediate/dense", x))
-            x = self._bert_residual(f"{layer}/output", inner, x)
-        pooled = np.tanh(self._dense("pooler/dense", x[:, 0]))
-        return self._dense("classifier", pooled)
+            x = self._bert_residual(layer, names.after_attention, y, x)
+            inner = ACTIVATIONS[activation](self._dense(f"{layer}/{names.inner}", x))
+            x = self._bert_residual(layer, names.after_inner, inner, x)
+        hidden, last, act = _CLASSIFIERS[kind]
+        return self._dense(last, ACTIVATIONS[act](self._dense(hidden, x[:, 0])))
 
-    def _bert_residual(self, host, x, residual):
+    def _positions(self, ids, positions, count):
+        """Returns the positions of the prompts and of the tokens; RoBERTa passes over padding."""
+        if positions is None and self.config.model_type == "roberta":
+            pad = self.config.pad_token_id
+            numbers = (ids != pad).cumsum(1) + count
+            tokens, first = np.where(ids == pad, pad, pad + numbers), pad + 1
+        else:
+            tokens = np.arange(ids.shape[1])[None] if positions is None else positions
+            tokens, first = tokens + count, 0
+        prompts = first + np.arange(count)[None].repeat(len(tokens), 0)
+        return np.concatenate([prompts, tokens], 1)
+
+    def _bert_residual(self, layer, names, x, residual):
+        dense, norm, host = (f"{layer}/{name}" for name in names)
+
         def add(residual, output):
-            return self._layer_norm(f"{host}/LayerNorm", output + residual)
+            return self._layer_norm(norm, output + residual)
 
-        return self._join(host, residual, self._dense(f"{host}/dense", x), add)
+        return self._join(host, residual, self._dense(dense, x), add)
 
     # --- T5 -----------------------------------------------------------------------------------
 

@@ -20,8 +20,9 @@ from compacter_jax.adapter_files import CONFIG_NAME, read_adapter_config
 from compacter_jax.catalogue import preset
 from compacter_jax.checkpoint import hash_params, load_adapter, save_adapter
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.encoder import HEADS
 from compacter_jax.params import label_params
 from tests.helpers import (
     ONE_LAYER,

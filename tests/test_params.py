@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.catalogue import preset, presets
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.encoder import HEADS
 from compacter_jax.params import count, label_params, merge, optimizer, partition
 from tests.helpers import (
     IDS,

@@ -117,11 +117,13 @@ def make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
     """Pads a call's arguments by `count` tokens in front, whose embeddings are replaced later."""
     ids = arguments.get("input_ids")
     if ids is not None:
-        limit = getattr(config, "max_position_embeddings", None)
+        rows = getattr(config, "max_position_embeddings", None)
+        limit = getattr(config, "max_positions", rows)
         if limit is not None and count + ids.shape[1] > limit:
             raise ValueError(
                 f"prompt_length={count} and {ids.shape[1]} tokens together exceed the backbone's "
-                f"max_position_embeddings={limit}; truncate to {max(0, limit - count)} tokens"
+                f"{limit} positions, with max_position_embeddings={rows}; truncate to "
+                f"{max(0, limit - count)} tokens"
             )
     # The filler may be any token but padding, because BERT sends no gradient through its embedding.
     token = 1 if getattr(config, "pad_token_id", None) == 0 else 0
@@ -129,7 +131,8 @@ def make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
         if (array := arguments.get(name)) is not None:
             arguments[name] = jnp.pad(array, ((0, 0), (count, 0)), constant_values=filler)
     if (positions := arguments.get("position_ids")) is not None:
-        first = jnp.broadcast_to(jnp.arange(count), (positions.shape[0], count))
+        start = getattr(config, "first_position", 0)
+        first = jnp.broadcast_to(start + jnp.arange(count), (positions.shape[0], count))
         arguments["position_ids"] = jnp.concatenate([first, positions + count], axis=1)
 
 

@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.files import check_fields
 from compacter_jax.messages import quote
-from compacter_jax.models.bert.checkpoint import BERT
+from compacter_jax.models.bert.checkpoint import FAMILIES as BERT
+from compacter_jax.models.distilbert.checkpoint import DISTILBERT
 from compacter_jax.models.family import Family
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
@@ -87,7 +88,8 @@ def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str
 
 
 FAMILIES: Mapping[str, Family] = {
-    "bert": BERT,
+    **BERT,
+    "distilbert": DISTILBERT,
     "t5": t5_family("T5", PUBLISHED),
     "mt5": t5_family("MT5", {}),
     **SEQ2SEQ,
@@ -188,6 +190,12 @@ def check_depths(where: str, config: Any, family: Family, paths: Iterable[str]) 
 
 # Types that resemble one of `FAMILIES`, so that their weights might seem to fit.
 _RELATED: Mapping[str, str] = {
+    **dict.fromkeys(("deberta", "deberta-v2", "mpnet", "longformer", "big_bird"), "roberta"),
+    **dict.fromkeys(("roberta-prelayernorm", "xmod", "ibert", "data2vec-text"), "roberta"),
+    **dict.fromkeys(("xlm-roberta-xl", "xlm"), "xlm-roberta"),
+    "flaubert": "camembert",
+    **dict.fromkeys(("albert", "mobilebert", "squeezebert", "convbert", "nomic_bert"), "bert"),
+    **dict.fromkeys(("nezha", "megatron-bert", "roformer", "ernie"), "bert"),
     **dict.fromkeys(("pegasus", "pegasus_x", "bigbird_pegasus"), "bart"),
     **dict.fromkeys(("blenderbot", "blenderbot-small", "led", "mvp", "plbart"), "bart"),
     **dict.fromkeys(("nllb-moe", "seamless_m4t", "speech_to_text"), "m2m_100"),
@@ -200,6 +208,18 @@ def unsupported(model_type: Any) -> str:
     related = _RELATED.get(model_type) if isinstance(model_type, str) else None
     hint = f" (it resembles {related!r}, but its layers compute something else)" if related else ""
     return f"model_type={quote(model_type)}{hint}; supported: {', '.join(map(repr, FAMILIES))}"
+
+
+def max_tokens_of(config: Any) -> int | None:
+    """Returns the largest number of tokens that a model reads; None if there is no limit.
+
+    Args:
+      config: configuration of transformers.
+
+    Raises:
+      ValueError: if it is not of a supported model.
+    """
+    return family_of(config).max_tokens(config)
 
 
 def family_of(config: Any) -> Family:

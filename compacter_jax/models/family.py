@@ -17,6 +17,11 @@ Params = dict[str, Any]
 DropoutRate: TypeAlias = float | Literal["inside"]
 
 
+def max_position_embeddings(config: Any) -> int | None:
+    """Returns this field of a configuration; None where positions are relative."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """The description of one `model_type`: everything but its modules.
@@ -54,6 +59,10 @@ class Family:
         embeddings; none if the configuration does not tell them from those within sub-layers.
       width_fields: fields of the configuration that merging an adapter may change.
       writes_text: True for encoder-decoders, which are trained to write text.
+      max_tokens: configuration of transformers, or of the module -> largest number of tokens; None
+        if there is no limit.
+      tokenizers: names of transformers' classes of tokenizers, without "Fast", if those of other
+        families do not fit.
       tokens: size of a vocabulary -> number of its entries without padding, where they differ.
       check_layers: `(configuration, paths of a checkpoint)`: raises ValueError if the layers are of
         another kind than the configuration says.
@@ -82,6 +91,8 @@ class Family:
     writes_text: bool = False
     tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     shared_head_names: tuple[str, ...] = ()
+    max_tokens: Callable[[Any], int | None] = max_position_embeddings
+    tokenizers: tuple[str, ...] = ()
     pooled_heads: tuple[str, ...] = ()
     check_layers: Callable[[Any, Iterable[str]], None] = lambda config, paths: None
 

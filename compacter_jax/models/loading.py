@@ -80,7 +80,7 @@ def load_backbone(
     Args:
       path_or_hub_id: a folder, or the id of a repository on the Hugging Face hub.
       head: "auto" for the head that config.json names in `architectures`; otherwise a head of the
-        module, for BERT one of `compacter_jax.models.bert.config.HEADS` (None for hidden states).
+        module, for BERT one of `compacter_jax.models.encoder.HEADS` (None for hidden states).
       num_labels: width of a classification head; None takes that of config.json (2 if it has none).
       dropout_rate: value for all dropout rates of config.json; "inside" to turn off dropout of the
         outputs of sub-layers and of embeddings, and to keep it within attention and feed-forward

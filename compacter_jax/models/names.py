@@ -53,26 +53,52 @@ class Names:
 
 _BERT_DENSE = (
     r"encoder/layer/\d+/(attention/self/(query|key|value)|(attention/output|intermediate|output)"
-    r"/dense)|pooler/dense|classifier|qa_outputs|cls/predictions/transform/dense"
+    r"/dense)|pooler/dense|classifier(/dense|/out_proj)?|qa_outputs"
+    r"|(cls/predictions/transform|lm_head|generator_predictions)/dense|embeddings_project"
+    r"|generator_lm_head"
 )
 
 _BERT_NORM = (
     r"(embeddings|encoder/layer/\d+/(attention/)?output|cls/predictions/transform)/LayerNorm"
+    r"|lm_head/layer_norm|generator_predictions/LayerNorm"
 )
 
 BERT = Names(
     parameters=(
         rf"embeddings/(word|position|token_type)_embeddings/embedding|({_BERT_DENSE})/(kernel|bias)"
-        rf"|({_BERT_NORM})/(scale|bias)|cls/predictions/(decoder/kernel|bias)"
+        rf"|({_BERT_NORM})/(scale|bias)|(cls/predictions|lm_head)/(decoder/kernel|bias)"
     ),
     embeddings="embeddings/word_embeddings/embedding",
     heads=("classifier", "qa_outputs"),
-    labelled=("classifier",),
-    norms=("LayerNorm",),
-    columns=("query", "key", "value", "intermediate/dense", "predictions/decoder"),
+    labelled=("classifier", "classifier/out_proj"),
+    norms=("LayerNorm", "layer_norm"),
+    columns=(
+        *("query", "key", "value", "intermediate/dense"),
+        *("predictions/decoder", "lm_head/decoder", "generator_lm_head"),
+    ),
     rows=("output/dense",),
     poolers=("pooler",),
-    frozen_heads=("cls",),
+    frozen_heads=("cls", "lm_head", "generator_predictions", "generator_lm_head"),
+)
+
+_DISTILBERT_LAYER = (
+    r"(attention/(q|k|v|out)_lin|ffn/lin[12])/(kernel|bias)"
+    r"|(sa_layer_norm|output_layer_norm)/(scale|bias)"
+)
+
+DISTILBERT = Names(
+    parameters=(
+        r"embeddings/((word|position)_embeddings/embedding|LayerNorm/(scale|bias))"
+        rf"|transformer/layer/\d+/({_DISTILBERT_LAYER})|vocab_layer_norm/(scale|bias)"
+        r"|(pre_classifier|classifier|qa_outputs|vocab_transform|vocab_projector)/(kernel|bias)"
+    ),
+    embeddings="embeddings/word_embeddings/embedding",
+    heads=("pre_classifier", "classifier", "qa_outputs"),
+    labelled=("classifier",),
+    norms=("LayerNorm", "sa_layer_norm", "output_layer_norm", "vocab_layer_norm"),
+    columns=("q_lin", "k_lin", "v_lin", "lin1", "vocab_projector"),
+    rows=("out_lin", "lin2"),
+    frozen_heads=("vocab_transform", "vocab_layer_norm", "vocab_projector"),
 )
 
 _T5_ATTENTION = r"layer/0/SelfAttention|layer/1/EncDecAttention"
@@ -122,5 +148,10 @@ SEQ2SEQ = Names(
     rows=("out_proj", "fc2"),
 )
 
-NAMES: Mapping[str, Names] = {"Bert": BERT, "T5": T5, "Seq2Seq": SEQ2SEQ}
+NAMES: Mapping[str, Names] = {
+    "Bert": BERT,
+    "DistilBert": DISTILBERT,
+    "T5": T5,
+    "Seq2Seq": SEQ2SEQ,
+}
 """Class of the modules -> the names of their parameters."""

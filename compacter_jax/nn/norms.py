@@ -1,4 +1,4 @@
-"""Layer norms that compute in float32 at least."""
+"""Layer norms that compute in float32 at least, and the residuals that they normalise."""
 
 from __future__ import annotations
 
@@ -59,6 +59,15 @@ class RMSNorm(_Norm):
     def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]
         dtype = canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
         return self._scaled(_at_least_float32(x)).astype(dtype)
+
+
+class Residual(nn.Module):
+    """The end of a sub-layer, without parameters: the sum with the residual, and a norm of it."""
+
+    @nn.compact
+    def __call__(self, residual: Array, output: Array, norm: LayerNorm | None) -> Array:
+        x = residual + output
+        return x if norm is None else norm(x)
 
 
 def _at_least_float32(x: Array) -> Array:

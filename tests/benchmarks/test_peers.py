@@ -28,7 +28,9 @@ BERT = {
     "initializer_range": 0.2,
 }
 T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+ROBERTA = BERT | {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1}
 SIZES = {
+    "roberta": contest.Size("tiny-roberta", "roberta", ROBERTA, rows=3, length=6),
     "bert": contest.Size("tiny-bert", "bert", BERT, rows=3, length=6),
     "t5": contest.Size("tiny-t5", "t5", T5, rows=3, length=6, target_length=4),
 }
@@ -78,6 +80,7 @@ def outcome(worker, task, runs=3):
     [
         ("bert", "compacter", "step"),
         ("bert", "lora", "step"),
+        ("roberta", "compacter++", "step"),
         ("bert", "houlsby", "forward"),
         ("t5", "compacter++", "step"),
         ("t5", "full", "step"),

@@ -1115,7 +1115,7 @@ def test_masked_head_must_have_the_activation_of_the_backbone(tmp_path):
     model = hub_model(backbone, cls)
     model.add_masked_lm_head("a", activation_function="relu")
     add(model, bottleneck()).save_adapter(str(tmp_path), "a")
-    with pytest.raises(ValueError, match=r"activation_function='relu', .* hidden_act='gelu'"):
+    with pytest.raises(ValueError, match=r"activation_function='relu', .* backbone has 'gelu'"):
         import_adapterhub(tmp_path, backbone)
 
 

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from compacter_jax.checkpoint import save_backbone
 from compacter_jax.exchange.tensors import read_tensors
-from compacter_jax.models.bert.config import HEADS as BERT_HEADS
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.encoder import HEADS as BERT_HEADS
 from compacter_jax.models.families import hugging_face_names
 from compacter_jax.models.t5.config import HEADS as T5_HEADS
 from compacter_jax.models.t5.model import T5

@@ -88,6 +88,19 @@ PROMPTED = {
 }
 
 
+# Path in a layer of BERT -> path in a layer of DistilBERT.
+IN_DISTILBERT = {
+    "attention/self": "attention",
+    "attention/self/query": "attention/q_lin",
+    "attention/self/key": "attention/k_lin",
+    "attention/self/value": "attention/v_lin",
+    "attention/output": "attention_residual",
+    "attention/output/dense": "attention/out_lin",
+    "output": "output_residual",
+    "output/dense": "ffn/lin2",
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """The expected behaviour of a preset.
@@ -119,6 +132,21 @@ class Row:
     still: str = ""
     no_gradient: str = ""
     unmerged: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def places_in(self, backbone: str) -> set[str]:
+        """Returns the places in a backbone; the encoders have those of BERT."""
+        if backbone in self.places:
+            return self.places[backbone]
+        if backbone != "distilbert":
+            return self.places["bert"]
+        return {_in_distilbert(path) for path in self.places["bert"]}
+
+
+def _in_distilbert(path: str) -> str:
+    if not path.startswith("encoder/layer/"):
+        return path
+    _, _, layer, rest = path.split("/", 3)
+    return f"transformer/layer/{layer}/{IN_DISTILBERT[rest]}"
 
 
 BOTH_SITES = ("attention", "feed_forward")
@@ -209,7 +237,7 @@ PROMPT = Row(
     fields={"prompt_length": 3},
     places=PROMPTED,
     start=None,
-    count=lambda s: s.prompt * s.d,
+    count=lambda s: s.prompt * s.e,
 )
 INTRINSIC = Row(
     cls=cj.IntrinsicConfig,
@@ -234,7 +262,9 @@ BESIDE = Row(
     start=ROUNDING,
     count=lambda s: s.sublayers * bottleneck(s),
     still=r".*/adapter/down/.*",
-    unmerged=dict.fromkeys(("bert", "t5"), "cannot become wider by the bottlenecks beside them"),
+    unmerged=dict.fromkeys(
+        ("bert", "t5", "distilbert"), "cannot become wider by the bottlenecks beside them"
+    ),
 )
 STACKS = {
     "bert": {"embeddings"},
@@ -278,7 +308,7 @@ ROWS = {
         places=NOWHERE,
         start=ROUNDING,
         count=lambda s: s.everything - s.head,
-        no_gradient=r".*(/self/key|/k_proj)/bias",
+        no_gradient=r".*(/self/key|/k_proj|/k_lin)/bias",
     ),
     "head-only": Row(
         cls=cj.HeadOnlyConfig,
@@ -389,7 +419,7 @@ ROWS = {
         places=WITHOUT_BIASES,
         start=ROUNDING,
         count=lambda s: s.biases,
-        no_gradient=r".*(/self/key/bias|/k/adapter/bias|/k_proj/bias)",
+        no_gradient=r".*(/self/key/bias|/k/adapter/bias|/k_proj/bias|/k_lin/bias)",
     ),
     "prompt-tuning-random": dataclasses.replace(
         PROMPT,

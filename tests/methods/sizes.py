@@ -3,12 +3,20 @@
 import types
 
 
-def bert_sizes(config, num_labels, **method):
-    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head = d * num_labels + num_labels
+def encoder_sizes(config, num_labels, **method):
+    """Returns the sizes of a BERT, RoBERTa, ELECTRA or DistilBERT with a classifier."""
+    of_distilbert = config.model_type == "distilbert"
+    d, layers = config.hidden_size, config.num_hidden_layers
+    f = config.hidden_dim if of_distilbert else config.intermediate_size
+    e = (config.embedding_size or d) if config.model_type == "electra" else d
+    projects = e != d
+    has_pooler = config.model_type == "bert"
+    # Where there is no pooler, the classifier has a layer of its size.
+    head = d * num_labels + num_labels + (0 if has_pooler else d * d + d)
     embedded = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
     return types.SimpleNamespace(
         d=d,
+        e=e,
         f=f,
         inner=d,
         sublayers=layers,
@@ -19,15 +27,16 @@ def bert_sizes(config, num_labels, **method):
         key_value=layers * 2 * d,
         units=layers * f,
         prefix_sites=1,
-        norms=2 * d * (2 * layers + 1),
+        norms=2 * e + 4 * d * layers,
         head=head,
-        # The biases of the norm of the embeddings; of four projections, two linear layers and two
-        # norms in each layer; and of the pooler.
-        biases=d + layers * (7 * d + f) + d,
-        everything=embedded * d
-        + 2 * d
+        # The biases of the norm and the projection of the embeddings; of four projections, two
+        # linear layers and two norms in each layer; and of the pooler.
+        biases=e + d * projects + layers * (7 * d + f) + d * has_pooler,
+        everything=embedded * e
+        + 2 * e
+        + (e * d + d) * projects
         + layers * (4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d)
-        + (d * d + d)
+        + (d * d + d) * has_pooler
         + head,
         **method,
     )
@@ -42,6 +51,7 @@ def t5_sizes(config, dropped=(1, 1), **method):
     into = 2 if config.is_gated else 1  # projections to the inner width
     return types.SimpleNamespace(
         d=d,
+        e=d,
         f=f,
         inner=inner,
         sublayers=blocks,
@@ -75,6 +85,7 @@ def m2m_sizes(config, dropped=(1, 1), **method):
     biases = attentions * 4 * d + blocks * (f + d) + norms * d
     return types.SimpleNamespace(
         d=d,
+        e=d,
         f=f,
         inner=d,
         sublayers=blocks,
@@ -152,8 +163,8 @@ TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2
 
 
 def sizes_of(config, backbone):
-    if backbone == "bert":
-        return bert_sizes(config, 3, **TINY_METHOD)
+    if backbone in ("bert", "roberta", "electra", "distilbert"):
+        return encoder_sizes(config, 3, **TINY_METHOD)
     if backbone in ("m2m", "compressed"):
         sizes = m2m_sizes if backbone == "m2m" else compressed_sizes
         return sizes(config, **TINY_METHOD)

@@ -1,4 +1,4 @@
-"""Tests every preset on BERT, T5 and a compressed decoder, some on M2M-100, with shared code."""
+"""Tests every preset on BERT, T5 and a compressed decoder, some on others, with shared code."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
+from compacter_jax.models.encoder import Encoder
 from compacter_jax.models.t5.config import PUBLISHED
 from tests.helpers import (
     IDS,
@@ -32,8 +33,29 @@ from tests.methods.rows import ROWS
 from tests.methods.sizes import sizes_of, t5_sizes
 from tests.reference import Reference
 
+CLASSIFIES = {"head": "sequence_classification", "num_labels": 3}
+# The inputs have no padding token, whose embedding would get no gradient.
+ROBERTA = {"pad_token_id": 8, "max_position_embeddings": 18, "type_vocab_size": 1}
 BACKBONES = {
-    "bert": cj.Bert(ONE_LAYER, head="sequence_classification", num_labels=3),
+    "bert": cj.Bert(ONE_LAYER, **CLASSIFIES),
+    "roberta": cj.Bert(
+        dataclasses.replace(ONE_LAYER, model_type="roberta", **ROBERTA), **CLASSIFIES
+    ),
+    "electra": cj.Bert(
+        dataclasses.replace(ONE_LAYER, model_type="electra", embedding_size=8), **CLASSIFIES
+    ),
+    "distilbert": cj.DistilBert(
+        cj.DistilBertConfig(
+            vocab_size=17,
+            dim=12,
+            n_layers=1,
+            n_heads=2,
+            hidden_dim=10,
+            max_position_embeddings=9,
+            initializer_range=0.3,
+        ),
+        **CLASSIFIES,
+    ),
     "t5": cj.T5(dataclasses.replace(TINY_T5, num_layers=1)),
     "m2m": cj.Seq2Seq(
         cj.Seq2SeqConfig(
@@ -91,7 +113,20 @@ ON_M2M = (
 COMPILED_ON_M2M = ("prompt-tuning-vocabulary", "prefix-tuning", "scaled-parallel", "ciat")
 # A step on a compressed decoder is compiled of the method that acts on its joined keys.
 COMPILED_ON_COMPRESSED = ("prefix-tuning",)
+# RoBERTa and ELECTRA have the layers of BERT, and other embeddings and heads. DistilBERT has other
+# names for all of them.
+ON_ENCODERS = {
+    "roberta": ("compacter", "prompt-tuning-random", "prefix-tuning"),
+    "electra": ("bitfit", "lora", "compacter-ciat"),
+    "distilbert": (
+        *("houlsby", "adapterdrop", "pfeiffer-feed-forward", "compacter", "bitfit", "intrinsic"),
+        *("lora", "ia3", "prompt-tuning-random", "scaled-parallel", "serial-ciat"),
+    ),
+}
+COMPILED_ON_ENCODERS = (("roberta", "full"), ("electra", "prompt-tuning-vocabulary"))
+COMPILED_ON_ENCODERS += (("distilbert", "mam"), ("distilbert", "ciat"))
 NOT_COMPILED = [
+    *((name, backbone) for backbone, names in ON_ENCODERS.items() for name in names),
     *((name, "bert") for name in TWINS),
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),
     *((name, "m2m") for name in ON_M2M),
@@ -115,6 +150,7 @@ CASES = [
     *(slow_unless(False, name, "gated t5") for name in GATED),
     *(slow_unless(False, name, "m2m") for name in COMPILED_ON_M2M),
     *(slow_unless(False, name, "compressed") for name in COMPILED_ON_COMPRESSED),
+    *(slow_unless(False, name, backbone) for backbone, name in COMPILED_ON_ENCODERS),
 ]
 every_case = pytest.mark.parametrize(("name", "backbone"), CASES)
 every_other = pytest.mark.parametrize(("name", "backbone"), NOT_COMPILED)
@@ -143,14 +179,14 @@ def module_of(name, backbone):
     module = BACKBONES[backbone]
     if name != "adapterdrop":
         return module
-    names = {cj.T5: "num_layers", cj.Seq2Seq: "encoder_layers"}
+    names = {cj.T5: "num_layers", cj.Seq2Seq: "encoder_layers", cj.DistilBert: "n_layers"}
     layers = names.get(type(module), "num_hidden_layers")
     return module.clone(config=dataclasses.replace(module.config, **{layers: 2}))
 
 
 def inputs_of(module, seed=0):
     """Returns ids and masks with padding on the left and on the right."""
-    if isinstance(module, cj.Bert):
+    if isinstance(module, Encoder):
         return IDS, MASK
     return tuple(t5_inputs(seed, module.config, length=7)[:3])
 
@@ -243,13 +279,15 @@ def plain_logits(module):
     [
         *((name, b) for b in ("bert", "t5", "compressed") for name in cj.presets()),
         *((name, "m2m") for name in (*ON_M2M, *COMPILED_ON_M2M)),
+        *((name, backbone) for name, backbone in NOT_COMPILED if backbone in ON_ENCODERS),
+        *((name, backbone) for backbone, name in COMPILED_ON_ENCODERS),
     ],
 )
 def test_the_modules_that_have_an_adapter(name, backbone):
     shapes = adapted_shapes(cj.Adapted(module_of(name, backbone), small(name)))
     paths = ["/" + path for path in flatten_dict(shapes, sep="/")]
     hosts = {path.split("/adapter/")[0][1:] for path in paths if "/adapter/" in path}
-    assert hosts == ROWS[name].places[backbone]
+    assert hosts == ROWS[name].places_in(backbone)
 
 
 # --- what a step moves --------------------------------------------------------------------------
@@ -357,8 +395,10 @@ def merges(name, backbone):
 
 MERGED = [
     (name, backbone)
-    for backbone in ("bert", "t5")
-    for name in cj.presets()
+    for name, backbone in (
+        *((name, backbone) for backbone in ("bert", "t5") for name in cj.presets()),
+        *((name, backbone) for name, backbone in NOT_COMPILED if backbone in ON_ENCODERS),
+    )
     if merges(name, backbone)
 ]
 

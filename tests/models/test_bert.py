@@ -12,8 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.models.bert.checkpoint import bert_from_hugging_face, bert_to_hugging_face
-from compacter_jax.models.bert.config import HEADS, BertConfig
-from compacter_jax.models.bert.model import Bert, BertOutput
+from compacter_jax.models.bert.config import BertConfig
+from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.encoder import HEADS, EncoderOutput
 from compacter_jax.nn.activations import ACTIVATIONS, get_activation
 
 TINY = BertConfig(
@@ -538,7 +539,7 @@ def test_without_a_head_hidden_states_and_pooler_output():
     module = Bert(TINY)
     params = random_params(module, 0)
     output = apply(module, params, IDS)
-    assert isinstance(output, BertOutput)
+    assert isinstance(output, EncoderOutput)
     dense = params["pooler"]["dense"]
     expected = np.tanh(output.last_hidden_state[:, 0] @ dense["kernel"] + dense["bias"])
     np.testing.assert_allclose(output.pooler_output, expected, atol=1e-6, rtol=0)

@@ -16,12 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from compacter_jax import checkpoint
 from compacter_jax.models.bert.checkpoint import (
-    BERT,
+    FAMILIES,
     bert_from_hugging_face,
     bert_to_hugging_face,
 )
-from compacter_jax.models.bert.config import HEADS, BertConfig
+from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.encoder import HEADS
 from compacter_jax.models.loading import Backbone, load_backbone, module_from_config
 
 SIZES = {
@@ -307,8 +308,8 @@ def test_a_family_without_ties_saves_what_config_json_says(tmp_path, monkeypatch
     module, params = Bert(BertConfig(**SIZES)), random_params()
     config = transformers.BertConfig(**SIZES, tie_word_embeddings=False)
     assert module.config.tie_word_embeddings
-    for ties, said in ((BERT.ties, True), ({}, False)):
-        family = dataclasses.replace(BERT, ties=ties)
+    for ties, said in ((FAMILIES["bert"].ties, True), ({}, False)):
+        family = dataclasses.replace(FAMILIES["bert"], ties=ties)
         monkeypatch.setattr(checkpoint, "family_of", lambda _, family=family: family)
         checkpoint.save_backbone(tmp_path, module, params, config)
         settings = json.loads((tmp_path / "config.json").read_text())

@@ -13,6 +13,8 @@ import compacter_jax as cj
 from compacter_jax.catalogue import from_dict
 from compacter_jax.compositions.base import parallel_names
 from compacter_jax.messages import quote
+from compacter_jax.models.families import family_of
+from compacter_jax.models.family import Family
 from compacter_jax.models.loading import module_from_config, read_config
 from train.cli import compositions as cli_compositions
 from train.compute.outputs import OutputsFunction
@@ -163,12 +165,37 @@ def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
     """Loads the tokenizer of a backbone.
 
     Raises:
-      ValueError: as `train.data.tokens.load_tokenizer`.
+      ValueError: as `train.data.tokens.load_tokenizer`; or if the tokenizer is one of another
+        family than the backbone.
     """
-    return tokens.load_tokenizer(
+    config, family = backbone.config, family_of(backbone.config)
+    tokenizer = tokens.load_tokenizer(
         name,
-        vocab_size=backbone.config.vocab_size,
-        # T5 has relative positions.
-        max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
+        vocab_size=config.vocab_size,
+        max_position_embeddings=family.max_tokens(config),
         max_length=max_length,
     )
+    if family.tokenizers:
+        _check_family(name, tokenizer, family, config)
+    return tokenizer
+
+
+def _check_family(name: str, tokenizer: Any, family: Family, config: Any) -> None:
+    """Raises ValueError if a tokenizer is not one of the backbone's family.
+
+    A tokenizer with as many tokens as the backbone has embeddings fits whatever its class is.
+    """
+    kind = type(tokenizer).__name__.removesuffix("Fast")
+    own = (*family.tokenizers, "PreTrainedTokenizer", "TokenizersBackend")
+    if kind not in own and len(tokenizer) != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {quote(name, 100)} is a {kind}, but the backbone of "
+            f"model_type={config.model_type!r} reads tokens of a {family.tokenizers[0]}; use the "
+            "backbone's own tokenizer"
+        )
+    if tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer of {quote(name, 100)} pads with token {tokenizer.pad_token_id}, but "
+            f"the backbone of model_type={config.model_type!r} counts positions from its "
+            f"pad_token_id={config.pad_token_id}; use the backbone's own tokenizer"
+        )

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compacter_jax.compositions.base import parallel_names
-from compacter_jax.models.families import family_of, family_of_module, pooling_attributes
+from compacter_jax.models.families import (
+    family_of,
+    family_of_module,
+    max_tokens_of,
+    pooling_attributes,
+)
 from compacter_jax.models.loading import pooling_of, read_config
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
@@ -216,8 +221,8 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
 def check_length(config: Any, method: Any, max_length: int) -> None:
     """Raises ValueError if inputs with a method's prompt exceed an encoder's absolute positions."""
     prompt_length = sum(part.extra_tokens for part in method.inserted())
-    positions = config.max_position_embeddings
-    if prompt_length and max_length + prompt_length > positions:
+    positions = max_tokens_of(config)
+    if positions is not None and prompt_length and max_length + prompt_length > positions:
         room = positions - prompt_length
         fix = (
             f"use a max_length of {room} or less, or a shorter prompt"

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from compacter_jax.limits import memory_of_machine
 from compacter_jax.methods.base import MethodConfig
+from compacter_jax.models.families import max_tokens_of
 from compacter_jax.params import group_of
 from train.data import tokens
 from train.objectives import check_length
@@ -44,10 +45,8 @@ def check_fit(module: Any, method: MethodConfig, config: Any, max_length: int) -
         for an unknown site or a width that does not fit; or if this machine lacks the memory for
         the method's parameters.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    tokens.check_max_length(max_length, positions)
-    if positions is not None:
-        check_length(config, method, max_length)
+    tokens.check_max_length(max_length, max_tokens_of(config))
+    check_length(config, method, max_length)
     shapes = shapes_of(cj.Adapted(module, method))
     added = sum(leaf.size for path, leaf in shapes.items() if group_of(path) in _ADDED)
     # Checked here, since XLA ends the process if it cannot allocate memory.

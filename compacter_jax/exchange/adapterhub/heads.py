@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.adapter_files import check_leaves
+from compacter_jax.exchange.adapterhub.flex_heads import WITH_POOLER, flex_heads
 from compacter_jax.exchange.adapterhub.layout import layout_of
 from compacter_jax.exchange.adapterhub.tensors import Tensors
 from compacter_jax.exchange.tensors import find_tensors, read_tensors
@@ -26,57 +27,9 @@ HEAD_CONFIG_NAME = "head_config.json"
 # Names of the file of tensors, without suffix: as safetensors, and as a pickle.
 HEAD_STEMS = ("model_head", "pytorch_model_head")
 
-# Head of this library -> the top level of its parameters.
-_TOPS = {
-    "sequence_classification": "classifier",
-    "token_classification": "classifier",
-    "question_answering": "qa_outputs",
-    "masked_lm": "cls",
-    "conditional_generation": "lm_head",
-}
-
-
-class _FlexHead(NamedTuple):
-    """A head of AdapterHub's own model classes that has a counterpart in this library.
-
-    Attributes:
-      settings: required fields of its configuration.
-      head: head of this library.
-      layers: number of one of its layers -> name of a module in transformers' model.
-    """
-
-    settings: Mapping[str, Any]
-    head: str
-    layers: Mapping[str, str]
-
-
-_OVER_STATES = _FlexHead(
-    {"layers": 2, "activation_function": "tanh", "use_pooler": False, "bias": True},
-    "sequence_classification",
-    {"1": "bert.pooler.dense", "4": "classifier"},
-)
-_OVER_POOLER = _FlexHead(
-    {"layers": 1, "use_pooler": True, "bias": True}, "sequence_classification", {"1": "classifier"}
-)
-_MASKED_LM = _FlexHead(
-    {"layers": 2, "layer_norm": True, "bias": True},
-    "masked_lm",
-    {
-        "0": "cls.predictions.transform.dense",
-        "2": "cls.predictions.transform.LayerNorm",
-        "3": "cls.predictions.decoder",
-    },
-)
-_FLEX_HEADS = {
-    "classification": (_OVER_STATES, _OVER_POOLER),
-    "multilabel_classification": (_OVER_STATES, _OVER_POOLER),
-    "tagging": (_FlexHead({"layers": 1}, "token_classification", {"1": "classifier"}),),
-    "question_answering": (_FlexHead({"layers": 1}, "question_answering", {"1": "qa_outputs"}),),
-    "masked_lm": (_MASKED_LM,),
-    "seq2seq_lm": (
-        _FlexHead({"layers": 1, "bias": False}, "conditional_generation", {"0": "lm_head"}),
-    ),
-}
+_LABELLED = ("sequence_classification", "token_classification")
+# Modules with a bias of the logits, which transformers has under a second name.
+_WITH_BIAS = ("cls.predictions", "lm_head")
 
 
 # Field of head_config.json -> its type, and the same for the `config` within.
@@ -84,6 +37,7 @@ _FIELDS: Mapping[str, Any] = {
     "config": dict[str, Any] | None,
     "name": str | None,
     "model_class": str | None,
+    "model_type": str | None,
     "num_labels": int | None,
 }
 _CONFIG_FIELDS: Mapping[str, Any] = {
@@ -154,13 +108,13 @@ def _head_of(path: Path) -> _Head:
     config = settings.get("config")
     if config is not None:
         check_fields(str(path), config, _CONFIG_FIELDS)
-        return _flex_head(config, settings.get("name"), path)
+        return _flex_head(config, settings, path)
     architectures: dict[Any, str | None] = {}
     for family in FAMILIES.values():
         architectures |= family.architectures
     model_class = settings.get("model_class")
     head = architectures.get(model_class)
-    if head not in _TOPS:
+    if head is None:
         raise ValueError(
             f"the head of a {quote(model_class)} in {path} has no counterpart here; leave it out "
             "with "
@@ -171,15 +125,15 @@ def _head_of(path: Path) -> _Head:
 
 def _num_labels(settings: Mapping[str, Any], head: str, path: Path) -> int | None:
     """Returns the number of labels of a classifier; None for other heads, or if it is not given."""
-    labels = settings.get("num_labels") if _TOPS[head] == "classifier" else None
+    labels = settings.get("num_labels") if head in _LABELLED else None
     if labels is not None and labels < 1:
         raise ValueError(f"num_labels={labels} in {path} must be a whole number of at least 1")
     return labels
 
 
-def _flex_head(config: Mapping[str, Any], name: Any, path: Path) -> _Head:
-    kind = config.get("head_type")
-    candidates = _FLEX_HEADS.get(str(kind), ())
+def _flex_head(config: Mapping[str, Any], whole: Mapping[str, Any], path: Path) -> _Head:
+    kind, name = config.get("head_type"), whole.get("name")
+    candidates = flex_heads(whole.get("model_type")).get(str(kind), ())
     for settings, head, modules in candidates:
         if all(config.get(field, value) == value for field, value in settings.items()):
             layers = {f"heads.{name}.{i}": module for i, module in modules.items()}
@@ -228,8 +182,9 @@ def read_head(directory: Path, module: Any, own: Mapping[str, Any]) -> dict[str,
     with about(directory):
         found = flatten_dict(family.from_hugging_face(tensors), sep="/")
     _check_ties(directory, found, own, family)
-    parts = [layer.removeprefix("bert.").partition(".")[0] for layer in head.layers.values()]
-    tops = {_TOPS[head.head], *parts}
+    base = layout_of(module).base
+    parts = [layer.removeprefix(f"{base}.").partition(".")[0] for layer in head.layers.values()]
+    tops = {*_tops_of(own, family), *parts}
     # A bias of the logits is saved with the head, though it is the backbone's.
     tops |= {path.partition("/")[0] for path in found} & set(family.zeros)
     check_leaves(directory, found, {p: leaf for p, leaf in own.items() if _top(p) in tops})
@@ -253,11 +208,11 @@ def _check_head(directory: Path, head: _Head, module: Any) -> None:
     check_pooling(
         directory, module, "load the backbone with pooling='first', or leave out the head"
     )
-    hidden_act = getattr(module.config, "hidden_act", None)
-    if head.activation not in (None, hidden_act):
+    own = getattr(module.config, "words_act", None)
+    if head.activation not in (None, own):
         raise ValueError(
             f"the head in {directory} has activation_function={quote(head.activation)}, but the "
-            f"head of the backbone has hidden_act={hidden_act!r}; leave the head out with "
+            f"head of the backbone has {own!r}; leave the head out with "
             "with_head=False"
         )
 
@@ -301,6 +256,12 @@ def _family(module: Any) -> Family:
     return FAMILIES[layout_of(module).model_types[0]]
 
 
+def _tops_of(paths: Iterable[str], family: Family) -> set[str]:
+    """Returns the top levels of a model's parameters that belong to its head."""
+    heads = {*family.names.heads, *family.names.frozen_heads, "lm_head"}
+    return heads & set(map(_top, paths))
+
+
 def _top(path: str) -> str:
     return path.partition("/")[0]
 
@@ -328,23 +289,25 @@ def written_head(
     Returns:
       None if there is no head, or if it is tied to the embeddings and has no other parameters.
     """
-    with_pooler = trained_pooler and module.head == "sequence_classification"
-    tops = {_TOPS.get(module.head)} | ({"pooler"} if with_pooler else set())
+    has_pooler = module.head == "sequence_classification" and "pooler" in set(map(_top, flat))
+    with_pooler = trained_pooler and has_pooler
+    tops = _tops_of(flat, _family(module)) | ({"pooler"} if with_pooler else set())
     own = {path: leaf for path, leaf in flat.items() if _top(path) in tops}
     if not own:
         return None
     tensors = _family(module).to_hugging_face(unflatten_dict(own, sep="/"), module.head)
-    if "cls.predictions.bias" in tensors:
-        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
+    for place in _WITH_BIAS:
+        if f"{place}.bias" in tensors:
+            tensors[f"{place}.decoder.bias"] = tensors[f"{place}.bias"]
     labels = getattr(module, "num_labels", 2)
     names = {f"LABEL_{i}": i for i in range(labels)}
     if not with_pooler:
         settings = {"config": None, "name": None, "num_labels": labels, "label2id": names}
         return {**settings, "model_class": model_class(module)}, tensors
-    config = {**_OVER_STATES.settings, "head_type": "classification", "num_labels": labels}
+    config = {**WITH_POOLER.settings, "head_type": "classification", "num_labels": labels}
     config |= {"label2id": names, "dropout_prob": None}
     renamed = {}
-    for i, layer in _OVER_STATES.layers.items():
+    for i, layer in WITH_POOLER.layers.items():
         for kind in ("weight", "bias"):
             renamed[f"heads.{name}.{i}.{kind}"] = tensors[f"{layer}.{kind}"]
     return {"config": config, "name": name, "model_class": "BertAdapterModel"}, renamed

@@ -52,8 +52,8 @@ def import_adapterhub(
     Args:
       directory: folder written by `save_adapter` of `adapters`, as safetensors or, if PyTorch is
         installed, in its default format.
-      backbone: object with `params` and `module`, a `Bert` or `T5` with the head that is in the
-        folder.
+      backbone: object with `params` and `module`, a `Bert`, `DistilBert`, `T5` or `Seq2Seq` with
+        the head that is in the folder.
       with_head: False to ignore a head in the folder.
 
     Returns:

@@ -9,6 +9,7 @@ from typing import Any
 
 from compacter_jax.messages import quote
 from compacter_jax.models.bert.model import Bert
+from compacter_jax.models.distilbert.model import DistilBert
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.model import T5
 
@@ -38,7 +39,7 @@ class Layout:
       sites: location -> site.
       joins: pattern of a projection that ends a sub-layer -> the place where the sub-layer joins
         the residual; a bottleneck computes the same at both.
-      renamed: last name in the path of a host -> AdapterHub's.
+      renamed: last name in the path of a host, or location of prefixes -> AdapterHub's.
       embeddings: the host behind the embeddings where invertible adapters are; None if the family's
         are elsewhere.
       normalises_before: True if norms come before sub-layers, and none follows the sum with the
@@ -71,7 +72,8 @@ class Layout:
         if self.embeddings is None:
             raise ValueError(
                 f"invertible adapters of AdapterHub are not supported for a {self.model_types[0]}, "
-                "where they also act on the decoder's embeddings; only encoders' are"
+                "where they act elsewhere: in ELECTRA before the projection of the embeddings, in "
+                "encoder-decoders on the decoder's embeddings, too"
             )
 
     def name_of(self, host: str) -> str:
@@ -128,6 +130,41 @@ _BERT = Layout(
     },
     sites=_SITES | {"self_prefix": "encoder_key_value"},
     joins={r"(.+/output)/dense": r"\1"},
+    embeddings="embeddings",
+)
+
+_ROBERTA, _XLM_ROBERTA = (
+    dataclasses.replace(_BERT, model_types=(model_type,), base="roberta")
+    for model_type in ("roberta", "xlm-roberta")
+)
+# There, AdapterHub's invertible adapters come before the projection of the embeddings.
+_ELECTRA = dataclasses.replace(_BERT, model_types=("electra",), base="electra", embeddings=None)
+
+_DISTILBERT = Layout(
+    module_class=DistilBert,
+    model_types=("distilbert",),
+    base="distilbert",
+    depths=lambda module: {"transformer/layer": module.config.n_layers},
+    hosts={
+        "transformer/layer": {
+            "mh_adapter": ("attention_residual",),
+            "output_adapter": ("output_residual",),
+            **{matrix: (f"attention/{matrix}_lin",) for matrix in "qkv"},
+            "intermediate_lora": ("ffn/lin1",),
+            "output_lora": ("ffn/lin2",),
+            "self_prefix": ("attention",),
+        }
+    },
+    sites=_BERT.sites,
+    joins={
+        r"(.+)/attention/out_lin": r"\1/attention_residual",
+        r"(.+)/ffn/lin2": r"\1/output_residual",
+    },
+    renamed={
+        "attention_residual": "attention_adapters",
+        "output_residual": "output_adapters",
+        "self_prefix": "self",
+    },
     embeddings="embeddings",
 )
 
@@ -215,7 +252,7 @@ _BART = Layout(
 
 _MBART = dataclasses.replace(_BART, model_types=("mbart",), normalises_before=True)
 
-_LAYOUTS = (_BERT, _T5, _BART, _MBART)
+_LAYOUTS = (_BERT, _ROBERTA, _XLM_ROBERTA, _ELECTRA, _DISTILBERT, _T5, _BART, _MBART)
 
 
 def layout_of(module: Any) -> Layout:

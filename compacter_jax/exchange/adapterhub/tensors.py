@@ -67,7 +67,8 @@ class Naming(NamedTuple):
 
     def of_prefixes(self, location: str) -> str:
         """Returns the prefix of the names of a location's prefixes."""
-        return f"prefix_tuning.prefix_tunings.{self.name}.{location}"
+        named = self.layout.renamed.get(location, location)
+        return f"prefix_tuning.prefix_tunings.{self.name}.{named}"
 
     def of_shared(self, path: str) -> str:
         """Returns the name of a top-level parameter; raises ValueError if AdapterHub has none."""

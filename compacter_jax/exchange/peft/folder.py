@@ -76,8 +76,8 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     own table of sites.
 
     With prompt tuning, a BERT of this library omits the outputs at the positions of the prompts,
-    which PEFT returns. In an M2M-100, PEFT counts padding among the positions then, and the library
-    does not, so rows padded on the left differ.
+    which PEFT returns. In an M2M-100 or a RoBERTa, PEFT counts padding among the positions then,
+    and the library does not, so rows padded on the left differ.
 
     Args:
       directory: folder with adapter_config.json, and adapter_model.safetensors or
@@ -188,8 +188,11 @@ def export_peft(
         )
         for path in [*own, *saved]
     }
+    heads = getattr(model.backbone.config, "num_attention_heads", None)
     settings = {
         "base_model_name_or_path": base_model_name,
+        # Beside prompts PEFT needs this number, and does not know DistilBERT's name of it.
+        **({"num_attention_heads": heads} if isinstance(method, PromptTuningConfig) else {}),
         "inference_mode": True,
         "modules_to_save": modules_to_save(saved, names) or None,
         "task_type": TASKS[model.backbone.head],

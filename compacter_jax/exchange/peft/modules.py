@@ -202,13 +202,21 @@ def _within(name: str, modules: set[str]) -> bool:
 
 def modules_to_save(saved: Iterable[str], names: Mapping[str, str]) -> list[str]:
     """Returns the shortest names by which PEFT finds exactly the modules of `saved`."""
-    wanted = {names[place].rpartition(".")[0] for place in saved}
+    wanted = {_saved_module(place, names[place]) for place in saved}
     modules = module_names(names)
 
     def fits(ends: list[str]) -> bool:
         return {module for module in modules if module.endswith(tuple(ends))} == wanted
 
     return shortest([wanted], fits)[0]
+
+
+def _saved_module(place: str, name: str) -> str:
+    """Returns the module that PEFT saves with a parameter; of a head with several layers, the head.
+
+    PEFT itself names the whole head of a task, and would save a layer within it twice.
+    """
+    return name.partition(".")[0] if group_of(place) == "head" else name.rpartition(".")[0]
 
 
 def shortest(groups: Sequence[set[str]], fits: Callable[..., bool]) -> list[list[str]]:

@@ -1,4 +1,7 @@
-"""BERT in Flax linen; parameters have their Hugging Face names, without the prefix `bert.`."""
+"""BERT, RoBERTa and ELECTRA in Flax linen.
+
+Parameters have their Hugging Face names, without the prefix `bert.`, `roberta.` or `electra.`.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +9,36 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
-from flax.linen import initializers
 from jax import Array
 
-from compacter_jax.models.bert.config import HEADS, BertConfig
-from compacter_jax.models.bert.layers import BertEmbeddings, BertEncoder, BertMaskedLM, BertPooler
+from compacter_jax.models.bert.config import BertConfig
+from compacter_jax.models.bert.layers import (
+    BertClassifier,
+    BertEmbeddings,
+    BertEncoder,
+    BertMaskedLM,
+    BertPooler,
+    ElectraWords,
+    RobertaWords,
+)
+from compacter_jax.models.encoder import Encoder
 from compacter_jax.models.names import BERT
-from compacter_jax.models.pooling import POOLINGS, Pooling, check_tokens, mean_of_tokens
-from compacter_jax.nn.attention import padding_bias
-from compacter_jax.nn.dense import Dtype, dense
-from compacter_jax.nn.dropout import Dropout
-from compacter_jax.nn.inputs import check_ids
-from compacter_jax.nn.remat import Remat
+from compacter_jax.nn.quantize import QuantizedArray
 from compacter_jax.sites import Site
 
 _LAYER = r"encoder/layer/(?P<layer>\d+)/"
 
 
-@flax.struct.dataclass
-class BertOutput:
-    """The result of `Bert` without a head.
+class Bert(Encoder):
+    """BERT, RoBERTa, XLM-R, CamemBERT or ELECTRA with one of five heads, None included.
+
+    The pooler is present without a head, as in transformers, and in BERT for sequence
+    classification with the pooling "first". The others have a classifier with a hidden layer
+    instead, and an ELECTRA has no pooler.
 
     Attributes:
-      last_hidden_state: `[batch, length, hidden]`.
-      pooler_output: `[batch, hidden]`, the first token's state after a dense layer and tanh.
-    """
-
-    last_hidden_state: Array
-    pooler_output: Array
-
-
-class Bert(nn.Module):
-    """BERT with one of five heads, None included.
-
-    The pooler is present without a head, as in transformers, and for sequence classification with
-    the pooling "first".
-
-    Attributes:
-      config: sizes, activation and dropout rates.
+      config: sizes, activation, dropout rates, and the `model_type`.
       head: None (hidden states), "sequence_classification" (regression is `num_labels=1`),
         "token_classification", "masked_lm" or "question_answering".
       num_labels: width of the two classifiers; other heads ignore it.
@@ -57,8 +50,8 @@ class Bert(nn.Module):
       pooling: input of the classifier for sequence classification, before dropout: "first" for the
         first token's state through the pooler, a dense layer and tanh, as in transformers; "mean"
         for the mean of the states of the unmasked tokens; "cls" for the first token's state. The
-        last two are sentence-transformers' and have no pooler. Prompts of prompt tuning count as
-        tokens.
+        last two are sentence-transformers' and have no pooler. Classifiers with a hidden layer read
+        the first token in "first" and "cls". Prompts of prompt tuning count as tokens.
 
     Raises:
       ValueError: if `head` or `pooling` is unknown; if `num_labels` is not positive; or if
@@ -66,16 +59,12 @@ class Bert(nn.Module):
 
     References:
       Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for Language
-      Understanding, NAACL 2019, arXiv:1810.04805.
+      Understanding, NAACL 2019, arXiv:1810.04805; Liu et al., RoBERTa, arXiv:1907.11692; Conneau
+      et al., Unsupervised Cross-lingual Representation Learning at Scale, ACL 2020,
+      arXiv:1911.02116.
     """
 
     config: BertConfig
-    head: str | None = None
-    num_labels: int = 2
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    remat: Remat = "off"
-    pooling: Pooling = "first"
 
     sites: ClassVar[Mapping[str, str | Site]] = {
         "attention": _LAYER + "attention/output/dense",
@@ -94,162 +83,74 @@ class Bert(nn.Module):
         ),
         "embedding": Site(host="embeddings/word_embeddings", role="embedding"),
         "encoder_embedding": Site(host="embeddings", role="embedded"),
-        "vocabulary": Site(host="cls/predictions/transform", role="vocabulary"),
+        "vocabulary": Site(host="cls/predictions/transform|lm_head/layer_norm", role="vocabulary"),
     }
     """Site name -> `Site`, or its `host` as a string."""
 
     word_embeddings: ClassVar[str] = BERT.embeddings
     """Path of the vocabulary's embeddings, `[vocab, hidden]`."""
 
-    def __post_init__(self):
-        if self.head not in HEADS:
-            raise ValueError(f"unknown head {self.head!r}; use one of {HEADS}")
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels={self.num_labels} is not positive; use 1 or more")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"unknown pooling {self.pooling!r}; use one of {POOLINGS}")
-        if self.pooling != "first" and self.head != "sequence_classification":
-            raise ValueError(
-                f"pooling={self.pooling!r} is for head='sequence_classification', not for "
-                f"head={self.head!r}; leave it out"
-            )
-        super().__post_init__()
-
     @property
     def has_pooler(self) -> bool:
-        return self.head is None or (
-            self.head == "sequence_classification" and self.pooling == "first"
+        """True if the model has the pooler."""
+        variant = self.config.variant
+        classifies = self.head == "sequence_classification" and variant.classifier_act is None
+        return variant.has_pooler and (
+            self.head is None or (classifies and self.pooling == "first")
         )
 
     @property
     def absent_sites(self) -> tuple[str, ...]:
         """Names of `sites` that a model with this head lacks."""
-        return () if self.head == "masked_lm" else ("vocabulary",)
+        # ELECTRA's logits come from states as wide as the embeddings before their projection.
+        projects = self.config.variant.words == "generator_predictions"
+        return () if self.head == "masked_lm" and not projects else ("vocabulary",)
 
     @nn.nowrap
-    def dummy_inputs(self) -> tuple[Array, Array]:
-        """Returns arguments for `init`: `input_ids` and `attention_mask`, `[1, 1]` int32 each."""
-        return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
+    def positions(self, input_ids: Array) -> Array:
+        """Returns positions from 0 on, or those of RoBERTa, which padding does not count in."""
+        if not self.config.variant.counts_from_padding:
+            return super().positions(input_ids)
+        present = input_ids != self.config.pad_token_id
+        return jnp.cumsum(present, axis=1) * present + (self.config.first_position - 1)
 
-    @nn.nowrap
-    def without_first(self, output: Array | BertOutput, count: int) -> Array | BertOutput:
-        """Returns the result of a call without the positions of the first `count` tokens."""
-        if isinstance(output, BertOutput):
-            return BertOutput(output.last_hidden_state[:, count:], output.pooler_output)
-        return output if self.head == "sequence_classification" else output[:, count:]
-
-    @nn.compact
-    def __call__(
+    def embed(
         self,
         input_ids: Array,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
-        position_ids: Array | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> Array | BertOutput:
-        """Returns the logits of the head, or hidden states without a head.
+        token_type_ids: Array | None,
+        position_ids: Array,
+        deterministic: bool,
+    ) -> tuple[Array, Array | QuantizedArray]:
+        """Embeds tokens; returns the table of words, too."""
+        config, project = self.config, None
+        if config.embedding_width != config.hidden_size:
+            project = self.dense(config.hidden_size, "embeddings_project")
+        embeddings = self.part(BertEmbeddings, "embeddings")
+        x = embeddings(input_ids, token_type_ids, position_ids, deterministic, project)
+        return x, embeddings.word_table()
 
-        Args:
-          input_ids: `[batch, length]` integers.
-          attention_mask: `[batch, length]` integers or booleans, zero at padding; None attends to
-            all positions. A row of padding alone attends to all its positions equally, and is an
-            error with `pooling="mean"`.
-          token_type_ids: `[batch, length]` integers; None means 0 everywhere.
-          position_ids: `[batch, length]` or `[1, length]` integers; None counts from 0.
-          deterministic: Python bool; False turns on dropout and needs `rngs={"dropout": key}`.
+    def encode(self, x: Array, bias: Array | None, first_only: bool, deterministic: bool) -> Array:
+        """Runs the layers."""
+        encoder = self.part(BertEncoder, "encoder", remat=self.remat, first_only=first_only)
+        return encoder(x, bias, deterministic)
 
-        Returns:
-          For "sequence_classification" `[batch, num_labels]`, for "token_classification"
-          `[batch, length, num_labels]`, for "masked_lm" `[batch, length, vocab]`, for
-          "question_answering" `[batch, length, 2]` (start, end), all in the dtype of the
-          computation; without a head a `BertOutput`.
+    def pooled(self, x: Array) -> Array | None:
+        """Applies the pooler, if there is one."""
+        return self.part(BertPooler, "pooler")(x) if self.has_pooler else None
 
-        Raises:
-          ValueError: if the sequence is longer than `max_position_embeddings`, a shape does not fit
-            `input_ids`, a mask is of a floating-point type, an id has no embedding, as negative
-            ids have none, or `pooling="mean"` meets a row of padding alone. If ids or the mask are
-            traced, this row is NaN.
-        """
-        config = self.config
-        batch_and_length = self._check_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids
-        )
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros(batch_and_length, jnp.int32)
-        if position_ids is None:
-            position_ids = jnp.arange(batch_and_length[1])[None]
+    def classify(self, x: Array, deterministic: bool) -> Array:
+        """Computes the logits of a classifier of sequences."""
+        if self.config.variant.classifier_act is not None:
+            head = self.part(BertClassifier, "classifier", num_labels=self.num_labels)
+            return head(x, deterministic)
+        pooled = self.pooled(x)
+        states = x if pooled is None else pooled
+        return self.linear_head(states, self.num_labels, "classifier", deterministic)
 
-        args = (config, self.dtype, self.param_dtype)
-        embeddings = BertEmbeddings(*args, name="embeddings")
-        x = embeddings(input_ids, token_type_ids, position_ids, deterministic)
-        # A classifier reads only the first token, unless it takes the mean of all.
-        first_only = self.head == "sequence_classification" and self.pooling != "mean"
-        encoder = BertEncoder(*args, remat=self.remat, first_only=first_only, name="encoder")
-        x = encoder(x, padding_bias(attention_mask, x.dtype), deterministic)
-
-        if self.head == "masked_lm":
-            return BertMaskedLM(*args, name="cls")(x, embeddings.word_table())
-        if self.has_pooler:
-            pooled = BertPooler(*args, name="pooler")(x)
-            if self.head is None:
-                return BertOutput(last_hidden_state=x, pooler_output=pooled)
-            x = pooled
-        elif self.head == "sequence_classification":
-            x = mean_of_tokens(x, attention_mask) if self.pooling == "mean" else x[:, 0]
-        if self.head == "question_answering":
-            name, width = "qa_outputs", 2
-        else:
-            name, width = "classifier", self.num_labels
-            rate = config.classifier_dropout
-            rate = config.hidden_dropout_prob if rate is None else rate
-            x = Dropout(rate, name="dropout")(x, deterministic)
-        return dense(
-            width,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=initializers.normal(config.initializer_range),
-            name=name,
-        )(x)
-
-    @nn.nowrap
-    def _check_inputs(self, input_ids, attention_mask, token_type_ids, position_ids):
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {input_ids.shape}; it must be [batch, length]")
-        batch, length = input_ids.shape
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids is {length} tokens long, and the model has "
-                f"max_position_embeddings={self.config.max_position_embeddings}; truncate to that"
-            )
-        for name, array in (
-            ("attention_mask", attention_mask),
-            ("token_type_ids", token_type_ids),
-        ):
-            if array is not None and array.shape != (batch, length):
-                raise ValueError(
-                    f"{name} has shape {array.shape}; it must be that of input_ids, "
-                    f"{(batch, length)}"
-                )
-        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
-            raise ValueError(
-                f"position_ids has shape {position_ids.shape}; it must be {(batch, length)} or "
-                f"{(1, length)}"
-            )
-        if attention_mask is not None and jnp.issubdtype(attention_mask.dtype, jnp.floating):
-            # A floating-point mask might be an additive one, with 0 to attend and -inf to ignore:
-            # the opposite.
-            raise ValueError(
-                f"attention_mask is {attention_mask.dtype}; it must be integers or booleans, "
-                "1 at tokens and 0 at padding"
-            )
-        if self.pooling == "mean":
-            check_tokens(attention_mask)
-        for name, ids, field in (
-            ("input_ids", input_ids, "vocab_size"),
-            ("token_type_ids", token_type_ids, "type_vocab_size"),
-            ("position_ids", position_ids, "max_position_embeddings"),
-        ):
-            if ids is not None:
-                check_ids(name, ids, getattr(self.config, field), field)
-        return batch, length
+    def predict_words(self, x: Array, table: Array | QuantizedArray) -> Array:
+        """Computes the logits of the masked language model."""
+        name = self.config.variant.words
+        if name == "generator_predictions":
+            return self.word_logits(self.part(ElectraWords, name)(x), table, "generator_lm_head")
+        words = {"cls": BertMaskedLM, "lm_head": RobertaWords}[name]
+        return self.part(words, name)(x, table)

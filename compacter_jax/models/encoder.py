@@ -1,0 +1,301 @@
+"""The base of encoders: a call, the heads that all have, and the checks of the inputs."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from flax.linen import initializers
+from jax import Array
+
+from compacter_jax.models.pooling import POOLINGS, Pooling, check_tokens, mean_of_tokens
+from compacter_jax.nn.attention import padding_bias
+from compacter_jax.nn.dense import Dtype, LogitsBias, dense, tied_logits
+from compacter_jax.nn.dropout import Dropout
+from compacter_jax.nn.inputs import check_ids
+from compacter_jax.nn.quantize import QuantizedArray
+from compacter_jax.nn.remat import Remat
+
+HEADS = (
+    None,
+    "sequence_classification",
+    "token_classification",
+    "masked_lm",
+    "question_answering",
+)
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """The result of an encoder without a head.
+
+    Attributes:
+      last_hidden_state: `[batch, length, hidden]`.
+      pooler_output: `[batch, hidden]`, the first token's state after a dense layer and tanh; None
+        in a family without a pooler.
+    """
+
+    last_hidden_state: Array
+    pooler_output: Array | None
+
+
+class Encoder(nn.Module, abc.ABC):
+    """The base of the encoders, whose families add embeddings, layers and heads.
+
+    Attributes:
+      config: configuration of the family, with `model_type`, `vocab_size`, `type_vocab_size` (0 for
+        none), `max_position_embeddings`, `max_positions` (the largest number of tokens),
+        `initializer_range`, and `rate_before(head)`, the rate of dropout before a linear head.
+      head: None (hidden states), "sequence_classification" (regression is `num_labels=1`),
+        "token_classification", "masked_lm" or "question_answering".
+      num_labels: width of the two classifiers; other heads ignore it.
+      dtype: dtype of the computation; None promotes inputs and parameters as flax does. The softmax
+        of the attention and the statistics of layer norms are computed in float32 at least.
+      param_dtype: dtype of the parameters.
+      remat: activations that the backward pass computes again; see the families.
+      pooling: input of the classifier for sequence classification; see the families.
+
+    Raises:
+      ValueError: if `head` or `pooling` is unknown; if `num_labels` is not positive; or if
+        `pooling` is not "first" for a head other than sequence classification.
+    """
+
+    config: Any
+    head: str | None = None
+    num_labels: int = 2
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    remat: Remat = "off"
+    pooling: Pooling = "first"
+
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"unknown head {self.head!r}; use one of {HEADS}")
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels={self.num_labels} is not positive; use 1 or more")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {self.pooling!r}; use one of {POOLINGS}")
+        if self.pooling != "first" and self.head != "sequence_classification":
+            raise ValueError(
+                f"pooling={self.pooling!r} is for head='sequence_classification', not for "
+                f"head={self.head!r}; leave it out"
+            )
+        super().__post_init__()
+
+    # --- what a family adds ---------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def embed(
+        self,
+        input_ids: Array,
+        token_type_ids: Array | None,
+        position_ids: Array,
+        deterministic: bool,
+    ) -> tuple[Array, Array | QuantizedArray]:
+        """Embeds tokens, `[batch, length] -> [batch, length, hidden]`.
+
+        Returns:
+          The first layer's input, and the word embeddings `[vocab, width]` as they are stored.
+        """
+
+    @abc.abstractmethod
+    def encode(self, x: Array, bias: Array | None, first_only: bool, deterministic: bool) -> Array:
+        """Runs the layers; with `first_only`, the result has only the first token's state."""
+
+    @abc.abstractmethod
+    def classify(self, x: Array, deterministic: bool) -> Array:
+        """Computes `[batch, num_labels]` logits from the pooled state `[batch, hidden]`."""
+
+    @abc.abstractmethod
+    def predict_words(self, x: Array, table: Array | QuantizedArray) -> Array:
+        """Computes logits, `[batch, length, hidden] -> [batch, length, vocab]`."""
+
+    def pooled(self, x: Array) -> Array | None:
+        """Returns the first state `[batch, hidden]` after the pooler; None without a pooler."""
+        del x
+        return None
+
+    @nn.nowrap
+    def positions(self, input_ids: Array) -> Array:
+        """Returns the positions of tokens whose positions are not given."""
+        return jnp.arange(input_ids.shape[1])[None]
+
+    # --- what all have --------------------------------------------------------------------------
+
+    @nn.nowrap
+    def dummy_inputs(self) -> tuple[Array, Array]:
+        """Returns arguments for `init`: `input_ids` and `attention_mask`, `[1, 1]` int32 each."""
+        return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
+
+    @nn.nowrap
+    def without_first(self, output: Array | EncoderOutput, count: int) -> Array | EncoderOutput:
+        """Returns the result of a call without the positions of the first `count` tokens."""
+        if isinstance(output, EncoderOutput):
+            return EncoderOutput(output.last_hidden_state[:, count:], output.pooler_output)
+        return output if self.head == "sequence_classification" else output[:, count:]
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Array | EncoderOutput:
+        """Returns the logits of the head, or hidden states without a head.
+
+        Args:
+          input_ids: `[batch, length]` integers.
+          attention_mask: `[batch, length]` integers or booleans, zero at padding; None attends to
+            all positions. A row of padding alone attends to all its positions equally, and is an
+            error with `pooling="mean"`.
+          token_type_ids: `[batch, length]` integers; None means 0 everywhere. DistilBERT has none.
+          position_ids: `[batch, length]` or `[1, length]` integers; None counts from 0, and in
+            RoBERTa from the padding token's id + 1, past padding.
+          deterministic: Python bool; False turns on dropout and needs `rngs={"dropout": key}`.
+
+        Returns:
+          For "sequence_classification" `[batch, num_labels]`, for "token_classification"
+          `[batch, length, num_labels]`, for "masked_lm" `[batch, length, vocab]`, for
+          "question_answering" `[batch, length, 2]` (start, end), all in the dtype of the
+          computation; without a head an `EncoderOutput`.
+
+        Raises:
+          ValueError: if the sequence is longer than the positions, a shape does not fit
+            `input_ids`, a mask is of a floating-point type, an id has no embedding, as negative
+            ids have none, the model has no token types, or `pooling="mean"` meets a row of padding
+            alone. If ids or the mask are traced, this row is NaN.
+        """
+        self._check_inputs(input_ids, attention_mask, token_type_ids, position_ids)
+        if position_ids is None:
+            position_ids = self.positions(input_ids)
+        x, table = self.embed(input_ids, token_type_ids, position_ids, deterministic)
+        # A classifier reads only the first token, unless it takes the mean of all.
+        of_sequences = self.head == "sequence_classification"
+        first_only = of_sequences and self.pooling != "mean"
+        x = self.encode(x, padding_bias(attention_mask, x.dtype), first_only, deterministic)
+        if self.head is None:
+            return EncoderOutput(last_hidden_state=x, pooler_output=self.pooled(x[:, 0]))
+        if self.head == "masked_lm":
+            return self.predict_words(x, table)
+        if of_sequences:
+            x = mean_of_tokens(x, attention_mask) if self.pooling == "mean" else x[:, 0]
+            return self.classify(x, deterministic)
+        if self.head == "question_answering":
+            return self.linear_head(x, 2, "qa_outputs", deterministic)
+        return self.linear_head(x, self.num_labels, "classifier", deterministic)
+
+    def linear_head(self, x: Array, width: int, name: str, deterministic: bool) -> Array:
+        """Computes logits by dropout and a linear layer, `[..., hidden] -> [..., width]`."""
+        rate = self.config.rate_before(self.head)
+        if rate is not None:
+            x = Dropout(rate, name="dropout")(x, deterministic)
+        return self.dense(width, name)(x)
+
+    def word_logits(self, x: Array, table: Array | QuantizedArray, name: str) -> Array:
+        """Projects transformed states to the vocabulary, `[..., width] -> [..., vocab]`.
+
+        Args:
+          x: the states.
+          table: word embeddings, which are the kernel if the two are tied.
+          name: name of the layer, which has the bias, and a kernel if it is not tied.
+        """
+        if not self.config.tie_word_embeddings:
+            return self.dense(self.config.vocab_size, name)(x)
+        logits = tied_logits(x, table, dtype=self.dtype)
+        return LogitsBias(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(logits)
+
+    @nn.nowrap
+    def part(self, module: type[nn.Module], name: str, **attributes: Any) -> Any:
+        """Creates a part of the model with its configuration and dtypes."""
+        values = {"dtype": self.dtype, "param_dtype": self.param_dtype, **attributes}
+        return module(config=self.config, name=name, **values)
+
+    @nn.nowrap
+    def dense(self, features: int, name: str) -> nn.Dense:
+        """Creates a linear layer at the top of the model."""
+        return dense(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializers.normal(self.config.initializer_range),
+            name=name,
+        )
+
+    @nn.nowrap
+    def _check_inputs(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None,
+        token_type_ids: Array | None,
+        position_ids: Array | None,
+    ) -> None:
+        config = self.config
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {input_ids.shape}; it must be [batch, length]")
+        batch, length = input_ids.shape
+        if length > config.max_positions:
+            raise ValueError(
+                f"input_ids is {length} tokens long, and the model has "
+                f"max_position_embeddings={config.max_position_embeddings}"
+                + _reserved(config)
+                + f"; truncate to {config.max_positions} tokens"
+            )
+        for name, array in (
+            ("attention_mask", attention_mask),
+            ("token_type_ids", token_type_ids),
+        ):
+            if array is not None and array.shape != (batch, length):
+                raise ValueError(
+                    f"{name} has shape {array.shape}; it must be that of input_ids, "
+                    f"{(batch, length)}"
+                )
+        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"position_ids has shape {position_ids.shape}; it must be {(batch, length)} or "
+                f"{(1, length)}"
+            )
+        if attention_mask is not None and jnp.issubdtype(attention_mask.dtype, jnp.floating):
+            # A floating-point mask might be an additive one, with 0 to attend and -inf to ignore:
+            # the opposite.
+            raise ValueError(
+                f"attention_mask is {attention_mask.dtype}; it must be integers or booleans, "
+                "1 at tokens and 0 at padding"
+            )
+        if self.pooling == "mean":
+            check_tokens(attention_mask)
+        check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
+        if position_ids is not None:
+            field = "max_position_embeddings"
+            check_ids("position_ids", position_ids, config.max_position_embeddings, field)
+        if token_type_ids is not None:
+            _check_token_types(token_type_ids, config)
+
+
+def _reserved(config: Any) -> str:
+    """Returns what to say of positions that no token has."""
+    unused = config.max_position_embeddings - config.max_positions
+    return f", of which the first {unused} are of no token" if unused else ""
+
+
+def _check_token_types(token_type_ids: Array, config: Any) -> None:
+    """Raises ValueError for token types that the model does not have."""
+    of_model = f"a model of model_type={config.model_type!r}"
+    if not config.type_vocab_size:
+        raise ValueError(
+            f"token_type_ids was given, but {of_model} has no token types; leave it out"
+        )
+    try:
+        check_ids("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
+    except ValueError as error:
+        if config.type_vocab_size > 1:
+            raise
+        raise ValueError(
+            f"{error}; {of_model} with one token type does not tell sentences apart: leave "
+            "token_type_ids out"
+        ) from None
