@@ -35,6 +35,8 @@ from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.modernbert.config import ModernBertConfig
+from compacter_jax.models.modernbert.model import ModernBert
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.config import T5Config
@@ -63,6 +65,8 @@ __all__ = [
     "LoRAConfig",
     "LowRankBottleneckConfig",
     "MethodConfig",
+    "ModernBert",
+    "ModernBertConfig",
     "PHMBottleneckConfig",
     "PHMLinear",
     "Parallel",

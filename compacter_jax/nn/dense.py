@@ -65,6 +65,19 @@ def tied_logits(x: Array, table: Any, *, dtype: Dtype | None) -> Array:
     return jnp.dot(x, table.T)
 
 
+class LogitsBias(nn.Module):
+    """A bias of the logits, initially zero."""
+
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., vocab] -> [..., vocab]
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        x, bias = promote_dtype(x, bias, dtype=self.dtype)
+        return x + bias
+
+
 # The bound method `nn.Module.param` of the module that owns a parameter.
 ParamFunction = Callable[..., Array]
 

@@ -24,6 +24,7 @@ from compacter_jax.nn.dense import Dtype, Embed, dense
 from compacter_jax.nn.dropout import Dropout
 from compacter_jax.nn.norms import LayerNorm
 from compacter_jax.nn.remat import Remat, rematted
+from compacter_jax.nn.residual import Residual
 
 # The first rows of learned positions belong to no position.
 LEARNED_OFFSET = 2
@@ -118,15 +119,6 @@ class Seq2SeqAttention(_Seq2SeqModule):
             return self.dropout(x, self.config.attention_dropout, deterministic)
 
         return attention(query, key, value, biases, scale=query.shape[-1] ** -0.5, dropout=dropout)
-
-
-class Residual(nn.Module):
-    """The end of a sub-layer, without parameters: the sum with the residual, and a norm of it."""
-
-    @nn.compact
-    def __call__(self, residual: Array, output: Array, norm: LayerNorm | None) -> Array:
-        x = residual + output
-        return x if norm is None else norm(x)
 
 
 # Sub-layer -> name of its norm.
@@ -264,16 +256,3 @@ class Seq2SeqStack(_Seq2SeqModule):
         else:
             x += m2m_positions(ids, config.d_model, config.pad_token_id, index, room, x.dtype)
         return self.norm("layernorm_embedding")(x) if config.normalize_embedding else x
-
-
-class LogitsBias(nn.Module):
-    """A bias of the logits, initially zero."""
-
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:  # [..., vocab] -> [..., vocab]
-        bias = self.param("bias", initializers.zeros, (x.shape[-1],), self.param_dtype)
-        x, bias = nn.dtypes.promote_dtype(x, bias, dtype=self.dtype)
-        return x + bias

@@ -15,9 +15,9 @@ from jax import Array
 from compacter_jax.models import names
 from compacter_jax.models.encoder_decoder import EncoderDecoder
 from compacter_jax.models.seq2seq.config import HEADS, WIDTHS, Seq2SeqConfig
-from compacter_jax.models.seq2seq.layers import LogitsBias, Seq2SeqStack
+from compacter_jax.models.seq2seq.layers import Seq2SeqStack
 from compacter_jax.nn.attention import StackInputs
-from compacter_jax.nn.dense import Embed, dense
+from compacter_jax.nn.dense import Embed, LogitsBias, dense
 from compacter_jax.sites import Site
 
 _LAYER = r"(encoder|decoder)/layers/(?P<layer>\d+)/"
