@@ -1,4 +1,4 @@
-"""Tests every preset on BERT and T5, some on M2M-100, through the code that all methods share."""
+"""Tests every preset on BERT and T5, some on others, through the code that all methods share."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax.models.t5.config import PUBLISHED
+from tests import modernbert_models
 from tests.helpers import (
     IDS,
     MASK,
@@ -34,6 +35,9 @@ from tests.reference import Reference
 
 BACKBONES = {
     "bert": cj.Bert(ONE_LAYER, head="sequence_classification", num_labels=3),
+    "modernbert": cj.ModernBert(
+        modernbert_models.tiny(), head="sequence_classification", num_labels=3
+    ),
     "t5": cj.T5(dataclasses.replace(TINY_T5, num_layers=1)),
     "m2m": cj.Seq2Seq(
         cj.Seq2SeqConfig(
@@ -74,11 +78,18 @@ ON_M2M = (
     *("bitfit", "adapterdrop", "pfeiffer-feed-forward", "compacter", "intrinsic", "lora", "ia3"),
     *("compacter-ciat", "serial-ciat"),
 )
+# A ModernBERT has its own places of adapters, and one step is compiled for every kind of them.
+ON_MODERNBERT = ("adapterdrop", "intrinsic", "ia3", "scaled-parallel", "full")
+COMPILED_ON_MODERNBERT = (
+    *("bitfit", "pfeiffer-feed-forward", "compacter", "prompt-tuning-vocabulary", "lora", "mam"),
+    "ciat",
+)
 COMPILED_ON_M2M = ("prompt-tuning-vocabulary", "prefix-tuning", "scaled-parallel", "ciat")
 NOT_COMPILED = [
     *((name, "bert") for name in TWINS),
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),
     *((name, "m2m") for name in ON_M2M),
+    *((name, "modernbert") for name in ON_MODERNBERT),
 ]
 # Enough methods to show what a new version of JAX or Flax changes.
 FAST_ON_T5 = ("bitfit", "prompt-tuning-vocabulary", "prefix-tuning")
@@ -97,6 +108,7 @@ CASES = [
     ),
     *(slow_unless(False, name, "gated t5") for name in GATED),
     *(slow_unless(False, name, "m2m") for name in COMPILED_ON_M2M),
+    *(slow_unless(name == "lora", name, "modernbert") for name in COMPILED_ON_MODERNBERT),
 ]
 every_case = pytest.mark.parametrize(("name", "backbone"), CASES)
 every_other = pytest.mark.parametrize(("name", "backbone"), NOT_COMPILED)
@@ -126,7 +138,7 @@ def module_of(name, backbone):
 
 def inputs_of(module, seed=0):
     """Returns ids and masks with padding on the left and on the right."""
-    if isinstance(module, cj.Bert):
+    if isinstance(module, cj.Bert | cj.ModernBert):
         return IDS, MASK
     return tuple(t5_inputs(seed, module.config, length=7)[:3])
 
@@ -217,7 +229,7 @@ def plain_logits(module):
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [
-        *((name, backbone) for backbone in ("bert", "t5") for name in cj.presets()),
+        *((name, one) for one in ("bert", "modernbert", "t5") for name in cj.presets()),
         *((name, "m2m") for name in (*ON_M2M, *COMPILED_ON_M2M)),
     ],
 )
@@ -333,8 +345,12 @@ def merges(name, backbone):
 
 MERGED = [
     (name, backbone)
-    for backbone in ("bert", "t5")
-    for name in cj.presets()
+    for backbone, names in {
+        "bert": cj.presets(),
+        "modernbert": (*ON_MODERNBERT, *COMPILED_ON_MODERNBERT),
+        "t5": cj.presets(),
+    }.items()
+    for name in names
     if merges(name, backbone)
 ]
 
