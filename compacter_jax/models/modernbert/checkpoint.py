@@ -78,7 +78,8 @@ def modernbert_to_hugging_face(params: Mapping[str, Any]) -> dict[str, np.ndarra
       ValueError: if `ModernBert` does not have one of the parameters.
     """
     prefix = "model." if any(top in params for top in _HEADS) else ""
-    tensors, fused = {}, {}
+    tensors: dict[str, np.ndarray] = {}
+    fused: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in to_tensors(params, names.MODERNBERT, "ModernBERT").items():
         own = name if name.partition(".")[0] in _HEADS else prefix + name
         module, _, leaf = own.rpartition(".")
