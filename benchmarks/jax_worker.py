@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from jax import Array
 import compacter_jax as cj
 from benchmarks.contest import ADAPTER, GENERATED, WEIGHT_DECAY, Size, Task, batch_of, cross_entropy
 from benchmarks.turns import Work, serve
-from compacter_jax.models.bert.checkpoint import bert_to_hugging_face
+from compacter_jax.models.families import FAMILIES
 from compacter_jax.models.loading import Backbone
-from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
 from compacter_jax.params import group_of
 from train.compute import compute, step
 
@@ -29,16 +28,26 @@ from train.compute import compute, step
 _NOISE = 0.05
 _FAMILIES = {
     "bert": (cj.Bert, cj.BertConfig, "BertForSequenceClassification", "sequence_classification"),
+    "modernbert": (
+        *(cj.ModernBert, cj.ModernBertConfig, "ModernBertForSequenceClassification"),
+        "sequence_classification",
+    ),
     "t5": (cj.T5, cj.T5Config, "T5ForConditionalGeneration", "conditional_generation"),
 }
 # Inputs of a model in a batch.
 INPUTS = {
     "bert": ("input_ids", "attention_mask", "token_type_ids"),
+    "modernbert": ("input_ids", "attention_mask"),
     "t5": ("input_ids", "attention_mask", "decoder_input_ids"),
 }
 _NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "modernbert": {},
     "t5": {"dropout_rate": 0.0},
+}
+# Family -> method -> changes of its preset, so that it acts where the peer's does.
+_CHANGES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "modernbert": {"lora": {"sites": ("query_key_value",)}},
 }
 
 
@@ -85,10 +94,9 @@ def write_backbone(size: dict[str, Any], folder: str) -> dict[str, Any]:
     """Writes random weights of a size as transformers saves them; returns the platform of JAX."""
     made = Size(**size)
     backbone = random_backbone(made)
-    to_hugging_face = bert_to_hugging_face if made.family == "bert" else t5_to_hugging_face
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = to_hugging_face(backbone.params)
+    tensors = FAMILIES[made.family].to_hugging_face(backbone.params, _FAMILIES[made.family][3])
     file = target / "model.safetensors"
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     settings = {"model_type": made.family, "architectures": [_FAMILIES[made.family][2]]}
@@ -102,6 +110,7 @@ def write_adapter(
 ) -> dict[str, Any]:
     """Writes a random adapter for the backbone in `folder`, in our format and the peer's."""
     backbone = cj.load_backbone(folder)
+    changes = {**_CHANGES.get(backbone.config.model_type, {}).get(method, {}), **changes}
     model = cj.Adapted(backbone.module, method_of(method, **changes))
     params = cj.init_adapters(model, backbone, jax.random.key(1))
     rng = np.random.default_rng(1)

@@ -17,6 +17,11 @@ import transformers
 from benchmarks.contest import ADAPTER, WEIGHT_DECAY, Task, batch_of, cross_entropy
 from benchmarks.turns import Work, serve
 
+_ARCHITECTURES = {
+    "bert": "BertForSequenceClassification",
+    "modernbert": "ModernBertForSequenceClassification",
+    "t5": "T5ForConditionalGeneration",
+}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
@@ -53,8 +58,7 @@ def prepare(task: dict[str, Any]) -> Work:
 def _model(task: Task) -> Any:
     """Returns the model with its adapter, with trained parameters marked."""
     of_t5 = task.size.family == "t5"
-    architecture = "T5ForConditionalGeneration" if of_t5 else "BertForSequenceClassification"
-    model = getattr(transformers, architecture).from_pretrained(
+    model = getattr(transformers, _ARCHITECTURES[task.size.family]).from_pretrained(
         task.folder, trust_remote_code=False
     )
     if task.method == "full":
