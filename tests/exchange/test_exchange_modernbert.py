@@ -161,7 +161,7 @@ def test_factors_of_the_input_of_a_single_projection_are_refused(tmp_path):
         cj.export_peft(tmp_path, model, params)
 
 
-def test_adapterhub_does_not_know_the_family(tmp_path):
+def test_adapterhub_is_refused_by_name(tmp_path):
     """Exporting to AdapterHub says which types of models it has."""
     model, params = adapted(cj.preset("pfeiffer-feed-forward", reduction_factor=2))
     with pytest.raises(ValueError, match=r"not supported for a ModernBert; use .*bert"):
