@@ -13,9 +13,8 @@ from compacter_jax.hosts import DENSE, Linear, met_in
 from compacter_jax.inject.arguments import example_inputs, is_own
 from compacter_jax.inject.widening import with_networks, without_networks
 from compacter_jax.methods.base import InsertedConfig, SitesOf
-from compacter_jax.models.names import fused_parts
 from compacter_jax.nn.quantize import check_float, is_quantized
-from compacter_jax.paths import ADAPTER
+from compacter_jax.paths import ADAPTER, fused_parts
 from compacter_jax.patterns import compiled
 from compacter_jax.trees import check_params
 

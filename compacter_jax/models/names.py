@@ -150,9 +150,3 @@ NAMES: Mapping[str, Names] = {
     "ModernBert": MODERNBERT,
 }
 """Class of the modules -> the names of their parameters."""
-
-
-def fused_parts(path: str) -> tuple[str, ...]:
-    """Returns the names of the linear layers that a module fuses, by its path; none of others."""
-    last = path.rpartition("/")[2]
-    return next((names.fused[last] for names in NAMES.values() if last in names.fused), ())

@@ -36,7 +36,7 @@ def tensors_in(folder):
 @pytest.mark.contract
 @pytest.mark.parametrize("head", HEADS)
 def test_checkpoints_there_and_back_are_equal_bit_for_bit(tmp_path, head):
-    """What transformers saved loads, computes the same and is written with the same bits."""
+    """A checkpoint of transformers loads, computes the same and is written with the same bits."""
     torch = pytest.importorskip("torch")
     config = random_config(31, tie_word_embeddings=head == "masked_lm", pad_token_id=0)
     model = torch_model(small_backbone(config, head, seed=5))

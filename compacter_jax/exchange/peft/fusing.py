@@ -11,8 +11,7 @@ import numpy as np
 from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.lora import LoRAConfig
-from compacter_jax.models.names import fused_parts
-from compacter_jax.paths import ADAPTER
+from compacter_jax.paths import ADAPTER, fused_parts
 
 
 def fuse(method: MethodConfig, own: Mapping[str, Any]) -> tuple[MethodConfig, dict[str, Any]]:

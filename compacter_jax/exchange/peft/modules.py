@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compacter_jax.messages import about, listing, quote
-from compacter_jax.models.names import fused_parts
 from compacter_jax.params import group_of
-from compacter_jax.paths import ADAPTER
+from compacter_jax.paths import ADAPTER, fused_parts
 from compacter_jax.patterns import compiled
 
 # Type of a task -> ends of the names of its head, which PEFT saves and reads beside the adapter.
