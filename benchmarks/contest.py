@@ -31,9 +31,9 @@ class Size:
 
     Attributes:
       name: the name of the size.
-      family: "bert" or "roberta", with a classifier of two labels, or "t5", with its vocabulary as
-        labels.
-      config: the differences from the defaults of `BertConfig` or `T5Config`.
+      family: "bert", "roberta" or "modernbert", with a classifier of two labels, or "t5", with its
+        vocabulary as labels.
+      config: the differences from the defaults of the family's configuration.
       rows: the number of rows of the batch.
       length: the length of the inputs in tokens.
       target_length: the length of the targets in tokens, for a T5.
@@ -56,6 +56,14 @@ _ROBERTA = {
     "layer_norm_eps": 1e-5,
     "pad_token_id": 1,
 }
+_MODERNBERT = {"classifier_pooling": "mean"}  # as the published checkpoints have it
+_MODERNBERT_SMALL = {
+    **_MODERNBERT,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "intermediate_size": 576,
+}
 _T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 SIZES = {
     size.name: size
@@ -63,11 +71,15 @@ SIZES = {
         Size("minilm", "bert", _MINILM, rows=32, length=64),
         Size("bert-base", "bert", {}, rows=8, length=128),
         Size("roberta-base", "roberta", _ROBERTA, rows=8, length=128),
+        Size("modernbert-small", "modernbert", _MODERNBERT_SMALL, rows=16, length=128),
+        Size("modernbert-base", "modernbert", _MODERNBERT, rows=8, length=128),
         Size("t5-small", "t5", {}, rows=8, length=128, target_length=8),
         Size("t5-base", "t5", _T5_BASE, rows=8, length=128, target_length=8),
     )
 }
 GENERATING = ("t5-small",)
+# Methods that the peers have for a family, where they do not have all.
+METHODS_OF = {"modernbert": ("full", "lora")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +138,7 @@ def choose(
         for work in works
         if work != "generate" or size.name in GENERATING
         for method in methods
+        if method in METHODS_OF.get(size.family, methods)
     }
     for pattern in patterns:
         if not fnmatch.filter(cases, pattern):
@@ -185,7 +198,8 @@ def batch_of(size: Size, vocabulary: int, shortest: float = 1.0) -> dict[str, np
     batch = {"input_ids": np.where(mask, ids, padding).astype(np.int32), "attention_mask": mask}
     batch["weights"] = np.ones(size.rows, np.float32)
     if not size.target_length:
-        batch["token_type_ids"] = np.zeros(shape, np.int32)
+        if size.family == "bert":
+            batch["token_type_ids"] = np.zeros(shape, np.int32)
         batch["labels"] = rng.integers(0, 2, size.rows, np.int32)
         return batch
     labels = rng.integers(2, vocabulary, (size.rows, size.target_length), np.int32)

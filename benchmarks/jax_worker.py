@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,28 @@ _FAMILIES = {
         *(cj.Bert, cj.BertConfig),
         *("RobertaForSequenceClassification", "sequence_classification"),
     ),
+    "modernbert": (
+        *(cj.ModernBert, cj.ModernBertConfig, "ModernBertForSequenceClassification"),
+        "sequence_classification",
+    ),
     "t5": (cj.T5, cj.T5Config, "T5ForConditionalGeneration", "conditional_generation"),
 }
 # Inputs of a model in a batch.
 INPUTS = {
     "bert": ("input_ids", "attention_mask", "token_type_ids"),
     "roberta": ("input_ids", "attention_mask"),
+    "modernbert": ("input_ids", "attention_mask"),
     "t5": ("input_ids", "attention_mask", "decoder_input_ids"),
 }
 _NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "modernbert": {},
     "t5": {"dropout_rate": 0.0},
+}
+# Family -> method -> changes of its preset, so that it acts where the peer's does.
+_CHANGES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "modernbert": {"lora": {"sites": ("query_key_value",)}},
 }
 
 
@@ -107,6 +117,7 @@ def write_adapter(
 ) -> dict[str, Any]:
     """Writes a random adapter for the backbone in `folder`, in our format and the peer's."""
     backbone = cj.load_backbone(folder)
+    changes = {**_CHANGES.get(backbone.config.model_type, {}).get(method, {}), **changes}
     model = cj.Adapted(backbone.module, method_of(method, **changes))
     params = cj.init_adapters(model, backbone, jax.random.key(1))
     rng = np.random.default_rng(1)

@@ -20,6 +20,7 @@ from benchmarks.turns import Work, serve
 _ARCHITECTURES = {
     "bert": "BertForSequenceClassification",
     "roberta": "RobertaForSequenceClassification",
+    "modernbert": "ModernBertForSequenceClassification",
     "t5": "T5ForConditionalGeneration",
 }
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")

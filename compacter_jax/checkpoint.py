@@ -305,9 +305,9 @@ class AdapterReader:
 def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, config: Any) -> None:
     """Writes a backbone as a Hugging Face checkpoint: config.json and model.safetensors.
 
-    `load_backbone` and transformers' PyTorch models can read it. Of a module with `pooling` "mean"
-    or "cls", transformers reads only the encoder, for it has no such classifier; `load_backbone`
-    finds the pooling in 1_Pooling/config.json. Each file is written to a temporary name, synced and
+    `load_backbone` and transformers' PyTorch models can read it. Of a BERT with `pooling` "mean" or
+    "cls", transformers reads only the encoder, for it has no such classifier; `load_backbone` finds
+    the pooling in 1_Pooling/config.json. Each file is written to a temporary name, synced and
     renamed.
 
     Args:
@@ -344,6 +344,8 @@ def save_backbone(directory: str | os.PathLike[str], module: Any, params: Any, c
     directory, pooling = Path(directory), pooling_of_module(module)
     if pooling is not None:
         check_written(directory, pooling)
+        if pooling != FIRST and "classifier_pooling" in settings:
+            settings["classifier_pooling"] = pooling  # transformers reads this field, too
     directory.mkdir(parents=True, exist_ok=True)
     if pooling is not None:
         write_pooling(directory, pooling, module.config.hidden_size)

@@ -136,4 +136,10 @@ def has_labels(path: str) -> bool:
     return any(names.has_labels(path) for names in NAMES.values())
 
 
+def fused_parts(path: str) -> tuple[str, ...]:
+    """Returns the names of the linear layers that a module fuses, by its path; none of others."""
+    last = path.rpartition("/")[2]
+    return next((own.fused[last] for own in NAMES.values() if last in own.fused), ())
+
+
 BIAS = re.compile("(.*/)?bias")

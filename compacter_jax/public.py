@@ -38,6 +38,8 @@ from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.distilbert.config import DistilBertConfig
 from compacter_jax.models.distilbert.model import DistilBert
 from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.modernbert.config import ModernBertConfig
+from compacter_jax.models.modernbert.model import ModernBert
 from compacter_jax.models.seq2seq.compressed import CompressedAttention
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
@@ -71,6 +73,8 @@ __all__ = [
     "LoRAConfig",
     "LowRankBottleneckConfig",
     "MethodConfig",
+    "ModernBert",
+    "ModernBertConfig",
     "PHMBottleneckConfig",
     "PHMLinear",
     "Parallel",

@@ -12,6 +12,8 @@ from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.models.encoder import Encoder
+from compacter_jax.models.modernbert.config import LOCAL
+from compacter_jax.models.modernbert.model import ModernBert
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.layers import relative_position_bucket
 from tests.helpers import ACTIVATIONS, adapter_update
@@ -84,6 +86,8 @@ class Reference:
         """Returns the logits for the inputs of the module, including all masks."""
         if isinstance(self.module, Seq2Seq):
             return self._seq2seq(*inputs)
+        if isinstance(self.module, ModernBert):
+            return self._modernbert(*inputs)
         return (self._encoder if isinstance(self.module, Encoder) else self._t5)(*inputs)
 
     # --- what a method does -------------------------------------------------------------------
@@ -213,7 +217,8 @@ class Reference:
         epsilon = getattr(self.config, "layer_norm_eps", 1e-5)
         centred = x - x.mean(-1, keepdims=True)
         deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-        return centred / deviation * self.params[f"{path}/scale"] + self.params[f"{path}/bias"]
+        normal = centred / deviation * self.params[f"{path}/scale"]
+        return self._adapt_output(path, normal + self.params.get(f"{path}/bias", 0.0))
 
     def _encoder(self, ids, mask, token_types=None, positions=None):
         config = self.config
@@ -266,6 +271,49 @@ class Reference:
             return self._layer_norm(norm, output + residual)
 
         return self._join(host, residual, self._dense(dense, x), add)
+
+    # --- ModernBERT ---------------------------------------------------------------------------
+
+    def _modernbert(self, ids, mask):
+        config, table = self.config, self.params["embeddings/tok_embeddings/embedding"]
+        x, mask, _ = self._prompted("embeddings/tok_embeddings", table[ids], mask)
+        x = self._layer_norm("embeddings/norm", x)
+        x = self._behind_embeddings("embeddings", x)
+        places = np.arange(x.shape[1])
+        far = np.abs(places[:, None] - places) > config.local_attention // 2
+        activation = ACTIVATIONS[config.hidden_activation]
+        for i, kind in enumerate(config.kinds):
+            layer = f"layers/{i}"
+            hidden = (mask == 0)[:, None, None, :] | (far & (kind == LOCAL))
+            normal = self._layer_norm(f"{layer}/attn_norm", x) if i else x
+            y = self._modernbert_attention(f"{layer}/attn", normal, kind, hidden)
+            x = self._join(f"{layer}/attn_residual", x, y, np.add)
+            normal = self._layer_norm(f"{layer}/mlp_norm", x)
+            inner, gate = np.split(self._dense(f"{layer}/mlp/Wi", normal), 2, axis=-1)
+            y = self._dense(f"{layer}/mlp/Wo", activation(inner) * gate)
+            y = y + self._update(f"{layer}/mlp", normal)
+            x = self._join(f"{layer}/mlp_residual", x, y, np.add)
+        pooled = self._dense("head/dense", self._layer_norm("final_norm", x)[:, 0])
+        pooled = self._layer_norm("head/norm", ACTIVATIONS[config.classifier_activation](pooled))
+        return self._dense("classifier", pooled)
+
+    def _modernbert_attention(self, host, x, kind, hidden):
+        config, heads = self.config, self.config.num_attention_heads
+        base = config.local_rope_theta if kind == LOCAL else config.global_rope_theta
+        size = config.hidden_size // heads
+        angles = np.arange(x.shape[1])[:, None] * base ** (-2 * np.arange(size // 2) / size)
+        turns = np.exp(1j * angles)[:, None]
+
+        def turned(y):
+            first, second = np.split(y.reshape(*y.shape[:2], heads, size), 2, axis=-1)
+            both = (first + 1j * second) * turns
+            return np.concatenate([both.real, both.imag], axis=-1).reshape(y.shape)
+
+        query, key, value = (self._dense(f"{host}/Wqkv/{p}", x) for p in ("query", "key", "value"))
+        bias = np.where(hidden, HIDDEN, 0.0)
+        query, key = turned(query) / math.sqrt(size), turned(key)
+        y = self._attend(host, "encoder_key_value", heads, query, key, value, bias)
+        return self._dense(f"{host}/Wo", y) + self._update(host, x)
 
     # --- T5 -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from compacter_jax.hosts import DENSE, Linear, met_in
@@ -13,7 +14,7 @@ from compacter_jax.inject.arguments import example_inputs, is_own
 from compacter_jax.inject.widening import with_networks, without_networks
 from compacter_jax.methods.base import InsertedConfig, SitesOf
 from compacter_jax.nn.quantize import check_float, is_quantized
-from compacter_jax.paths import ADAPTER
+from compacter_jax.paths import ADAPTER, fused_parts
 from compacter_jax.patterns import compiled
 from compacter_jax.trees import check_params
 
@@ -68,7 +69,8 @@ def _linear_hosts(model: Adapted, params: Any, inputs: Any) -> dict[str, Linear]
     """
     flat = flatten_dict(params, sep="/")
     paths = {path.partition(f"/{ADAPTER}/")[0] for path in flat if f"/{ADAPTER}/" in path}
-    if is_own(model.backbone) and all(f"{path}/kernel" in flat for path in paths):
+    kernels = [f"{path}/{part}" for path in paths for part in fused_parts(path) or ("",)]
+    if is_own(model.backbone) and all(f"{one.rstrip('/')}/kernel" in flat for one in kernels):
         return dict.fromkeys(paths, DENSE)  # no need to trace the model
     hosts = {}
     met = met_in(model, inputs or example_inputs(model.backbone))
@@ -107,10 +109,32 @@ def _merge_parts(
                 merged[name] = child
         if ADAPTER in node:
             host = "/".join(path)
-            merged |= part_at(host).merged(merged, node[ADAPTER], hosts[host], host)
+            parts = fused_parts(host)
+            whole = _fused(merged, parts)
+            changed = part_at(host).merged(whole, node[ADAPTER], hosts[host], host)
+            merged |= _divided(changed, merged, parts) if parts else changed
         return merged
 
     return merge(params, ())
+
+
+def _fused(node: Mapping[str, Any], parts: tuple[str, ...]) -> Mapping[str, Any]:
+    """Returns the leaves of linear layers side by side, those of the node itself without parts."""
+    if not parts:
+        return node
+    leaves = node[parts[0]]
+    return {leaf: jnp.concatenate([node[part][leaf] for part in parts], -1) for leaf in leaves}
+
+
+def _divided(
+    changed: Mapping[str, Any], node: Mapping[str, Any], parts: tuple[str, ...]
+) -> dict[str, Any]:
+    """Returns the linear layers `parts` of a node with the leaves that `_fused` put together."""
+    divided: dict[str, Any] = {part: dict(node[part]) for part in parts}
+    for leaf, whole in changed.items():
+        for part, own in zip(parts, jnp.split(whole, len(parts), axis=-1), strict=True):
+            divided[part][leaf] = own
+    return divided
 
 
 def has_narrow_kernels(params: Mapping[str, Any]) -> bool:

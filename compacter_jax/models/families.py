@@ -16,6 +16,7 @@ from compacter_jax.messages import quote
 from compacter_jax.models.bert.checkpoint import FAMILIES as BERT
 from compacter_jax.models.distilbert.checkpoint import DISTILBERT
 from compacter_jax.models.family import Family
+from compacter_jax.models.modernbert.checkpoint import MODERNBERT
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
 from compacter_jax.models.seq2seq.checkpoint import FAMILIES as SEQ2SEQ
@@ -75,21 +76,23 @@ def hugging_face_names(module: nn.Module, params: Mapping[str, Any]) -> dict[str
 
     Returns:
       `/`-joined path -> name, for instance `bert.pooler.dense.weight` for `pooler/dense/kernel`.
+      Kernels that a checkpoint holds as one matrix have the same name, in the order of its rows.
 
     Raises:
       ValueError: if the backbone is of another class, or does not have one of the parameters.
     """
     family = family_of_module(module)
     paths = list(flatten_dict(params, sep="/"))
-    numbers = {path: np.asarray(i) for i, path in enumerate(paths)}
+    numbers = {path: np.asarray([i]) for i, path in enumerate(paths)}
     head = getattr(module, "head", None)
     named = family.to_hugging_face(unflatten_dict(numbers, sep="/"), head)
-    return {paths[number.item()]: name for name, number in named.items()}
+    return {paths[number]: name for name, own in named.items() for number in own.flat}
 
 
 FAMILIES: Mapping[str, Family] = {
     **BERT,
     "distilbert": DISTILBERT,
+    "modernbert": MODERNBERT,
     "t5": t5_family("T5", PUBLISHED),
     "mt5": t5_family("MT5", {}),
     **SEQ2SEQ,
@@ -145,6 +148,7 @@ def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> N
     others = {
         **dict.fromkeys(tokens, int | list[int] | None),
         "num_decoder_layers": int | None,
+        "layer_types": list[str] | None,
     }
     fields = {**own, **{name: others[name] for name in others.keys() & own.keys()}}
     check_fields(where, settings, {**_COMMON_FIELDS, **fields})

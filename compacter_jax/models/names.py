@@ -28,6 +28,8 @@ class Names:
       poolers: modules at the top between the backbone and a head.
       frozen_heads: modules at the top that belong to the pre-training; their norms stay frozen.
       more_embeddings: further embeddings of a vocabulary, which some models have.
+      fused: module, by the last name in its path -> its linear layers, in the order in which a
+        checkpoint holds their weights as one matrix.
     """
 
     parameters: str
@@ -40,6 +42,7 @@ class Names:
     poolers: tuple[str, ...] = ()
     frozen_heads: tuple[str, ...] = ()
     more_embeddings: tuple[str, ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def has(self, path: str) -> bool:
         """Returns True if a path is one of the family's."""
@@ -148,9 +151,32 @@ SEQ2SEQ = Names(
     rows=("out_proj", "fc2"),
 )
 
+_MODERNBERT_DENSE = (
+    r"layers/\d+/(attn/(Wqkv/(query|key|value)|Wo)|mlp/(Wi|Wo))|head/dense|classifier|decoder"
+)
+
+_MODERNBERT_NORM = r"embeddings/norm|layers/\d+/(attn|mlp)_norm|final_norm|head/norm"
+
+MODERNBERT = Names(
+    parameters=(
+        rf"embeddings/tok_embeddings/embedding|({_MODERNBERT_DENSE})/(kernel|bias)"
+        rf"|({_MODERNBERT_NORM})/(scale|bias)"
+    ),
+    embeddings="embeddings/tok_embeddings/embedding",
+    heads=("classifier",),
+    labelled=("classifier",),
+    norms=("embeddings/norm", "attn_norm", "mlp_norm", "final_norm"),
+    columns=("query", "key", "value", "Wi", "decoder"),
+    rows=("Wo",),
+    # Every head has them, that of the pre-training, too, and checkpoints hold them trained.
+    poolers=("head/dense", "head/norm"),
+    fused={"Wqkv": ("query", "key", "value")},
+)
+
 NAMES: Mapping[str, Names] = {
     "Bert": BERT,
     "DistilBert": DISTILBERT,
+    "ModernBert": MODERNBERT,
     "T5": T5,
     "Seq2Seq": SEQ2SEQ,
 }

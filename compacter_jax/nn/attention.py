@@ -311,6 +311,29 @@ def padding_bias(mask: Array | None, dtype: Dtype) -> Array | None:
     return None if mask is None else bias_where(mask[:, None, None, :] != 0, dtype)
 
 
+def window_bias(length: int, mask: Array | None, window: int | None, dtype: Dtype) -> Array | None:
+    """Returns the bias that hides padding and keys far from the query.
+
+    One mask of both, for the sum of two least numbers would be -inf, and NaN in a row without keys.
+
+    Args:
+      length: number of queries and of keys.
+      mask: `[batch, length]`, zero at padding; None for no padding.
+      window: largest distance of a key that a query attends to; None for no limit.
+      dtype: dtype of the hidden states.
+
+    Returns:
+      `[batch or 1, 1, length or 1, length]`, or None if nothing is hidden.
+    """
+    if window is None or window >= length - 1:
+        return padding_bias(mask, dtype)
+    positions = jnp.arange(length)
+    allowed = (jnp.abs(positions[:, None] - positions) <= window)[None, None]
+    if mask is not None:
+        allowed = allowed & (mask[:, None, None, :] != 0)
+    return bias_where(allowed, dtype)
+
+
 def causal_bias(
     length: int, mask: Array | None, cache: Cache | None, index: Array | None, dtype: Dtype
 ) -> Array:

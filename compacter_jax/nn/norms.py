@@ -39,7 +39,13 @@ class _Norm(nn.Module):
 
 
 class LayerNorm(_Norm):
-    """Layer normalisation, `(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
+    """Layer normalisation, `(x - mean) / sqrt(variance + epsilon) * scale + bias`.
+
+    Attributes:
+      use_bias: True to add a bias.
+    """
+
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]
@@ -48,6 +54,8 @@ class LayerNorm(_Norm):
         # The variance is not computed as E[x^2] - E[x]^2, which cancels: states of BERT have a few
         # entries much larger than the rest.
         y = self._scaled(x - x.mean(-1, keepdims=True))
+        if not self.use_bias:
+            return y.astype(dtype)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         return (y + bias).astype(dtype)
 
@@ -65,7 +73,7 @@ class Residual(nn.Module):
     """The end of a sub-layer, without parameters: the sum with the residual, and a norm of it."""
 
     @nn.compact
-    def __call__(self, residual: Array, output: Array, norm: LayerNorm | None) -> Array:
+    def __call__(self, residual: Array, output: Array, norm: LayerNorm | None = None) -> Array:
         x = residual + output
         return x if norm is None else norm(x)
 

@@ -16,6 +16,8 @@ pytest.importorskip("peft")
 pytestmark = [
     # `adapters` calls the blocks of T5 in the way of transformers before 4.57.
     pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated"),
+    # PyTorch's own, while it imports what ModernBERT of transformers 4 compiles.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning"),
 ]
 
 BERT = {
@@ -27,11 +29,18 @@ BERT = {
     "max_position_embeddings": 16,
     "initializer_range": 0.2,
 }
+MODERNBERT = {
+    **BERT,
+    "pad_token_id": 0,
+    "local_attention": 4,
+    "classifier_pooling": "mean",
+}
 T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2}
 ROBERTA = BERT | {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1}
 SIZES = {
     "roberta": contest.Size("tiny-roberta", "roberta", ROBERTA, rows=3, length=6),
     "bert": contest.Size("tiny-bert", "bert", BERT, rows=3, length=6),
+    "modernbert": contest.Size("tiny-modernbert", "modernbert", MODERNBERT, rows=3, length=6),
     "t5": contest.Size("tiny-t5", "t5", T5, rows=3, length=6, target_length=4),
 }
 NARROW = {"reduction_factor": 8}
@@ -82,6 +91,7 @@ def outcome(worker, task, runs=3):
         ("bert", "lora", "step"),
         ("roberta", "compacter++", "step"),
         ("bert", "houlsby", "forward"),
+        ("modernbert", "lora", "step"),
         ("t5", "compacter++", "step"),
         ("t5", "full", "step"),
         ("t5", "lora", "generate"),

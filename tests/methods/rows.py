@@ -1,4 +1,4 @@
-"""A row for each preset: its expected behaviour on a BERT, a T5 and two M2M-100s."""
+"""A row for each preset: its behaviour on a BERT, a ModernBERT, a T5 and two M2M-100s."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,7 +24,13 @@ M2M_ATTENTIONS = (
 )
 # The only attention of a compressed decoder's layer.
 JOINED = f"{M2M_LAYERS[1]}/encoder_attn"
+MODERN_LAYERS = ("layers/0", "layers/1")
 T5_FEED_FORWARD = (f"{ENCODER}/1/DenseReluDense", f"{DECODER}/2/DenseReluDense")
+
+
+def of_modernbert(*places):
+    """Returns paths in both layers of the ModernBERT."""
+    return {f"{layer}/{place}" for layer in MODERN_LAYERS for place in places}
 
 
 def both(one, other):
@@ -34,12 +40,14 @@ def both(one, other):
 SERIAL = {
     "attention": {
         "bert": {f"{LAYER}/attention/output/dense"},
+        "modernbert": of_modernbert("attn/Wo"),
         "t5": {f"{place}/o" for place in T5_ATTENTIONS[:2]},
         "m2m": {f"{place}/out_proj" for place in M2M_ATTENTIONS[:2]},
         "compressed": {f"{M2M_ATTENTIONS[0]}/out_proj"},
     },
     "feed_forward": {
         "bert": {f"{LAYER}/output/dense"},
+        "modernbert": of_modernbert("mlp/Wo"),
         "t5": {f"{place}/wo" for place in T5_FEED_FORWARD},
         "m2m": {f"{layer}/fc2" for layer in M2M_LAYERS},
         "compressed": {f"{M2M_LAYERS[0]}/fc2", f"{JOINED}/out_proj"},
@@ -52,6 +60,7 @@ def projections(names):
     """Returns the paths of projections in attention, by their names in BERT."""
     return {
         "bert": {f"{LAYER}/attention/self/{name}" for name in names},
+        "modernbert": of_modernbert(*(f"attn/Wqkv/{name}" for name in names)),
         "t5": {f"{place}/{name[0]}" for place in T5_ATTENTIONS for name in names},
         "m2m": {f"{place}/{name[0]}_proj" for place in M2M_ATTENTIONS for name in names},
         "compressed": {
@@ -63,25 +72,29 @@ def projections(names):
 
 PREFIXED = {
     "bert": {f"{LAYER}/attention/self"},
+    "modernbert": of_modernbert("attn"),
     "t5": set(T5_ATTENTIONS),
     "m2m": set(M2M_ATTENTIONS),
     "compressed": {M2M_ATTENTIONS[0], JOINED},
 }
 PARALLEL = {
     "bert": {f"{LAYER}/output"},
+    "modernbert": of_modernbert("mlp"),
     "t5": set(T5_FEED_FORWARD),
     "m2m": set(M2M_LAYERS),
     "compressed": set(M2M_LAYERS),
 }
 AFTER_RESIDUAL = {
     "bert": {f"{LAYER}/output"},
+    "modernbert": of_modernbert("mlp_residual"),
     "t5": {f"{ENCODER}/1", f"{DECODER}/2"},
     "m2m": {f"{layer}/feed_forward_residual" for layer in M2M_LAYERS},
     "compressed": {f"{layer}/feed_forward_residual" for layer in M2M_LAYERS},
 }
-NOWHERE = {"bert": set(), "t5": set(), "m2m": set(), "compressed": set()}
+NOWHERE = {backbone: set() for backbone in PREFIXED}
 PROMPTED = {
     "bert": {"embeddings/word_embeddings"},
+    "modernbert": {"embeddings/tok_embeddings"},
     "t5": {""},
     "m2m": {""},
     "compressed": {""},
@@ -110,7 +123,8 @@ class Row:
       values: the fields of the preset, as published.
       changed: another value for every field of the class, in the first row of each class.
       fields: settings that make it fit a width of 12.
-      places: for BERT, T5 and both M2M-100s, the paths of the modules that have an adapter.
+      places: for BERT, ModernBERT, T5 and both M2M-100s, the paths of the modules that have an
+        adapter.
       start: the largest change of a logit by an untrained adapter, relative to the largest logit:
         from rounding alone, or from weights drawn with a small deviation; None where it is large,
         as for new tokens or weights of order one.
@@ -208,10 +222,11 @@ BOTTLENECK_CHANGED = {
 }
 
 ROUNDING = 1e-6
-# Only the second layer is adapted in BERT and in the encoders; the decoders have only one layer,
-# which is left out.
+# Only the second layer is adapted in BERT, ModernBERT and the encoders; the decoders have only one
+# layer, which is left out.
 WITHOUT_FIRST = {
     "bert": {path.replace("/0/", "/1/") for path in BOTH["bert"]},
+    "modernbert": {path.replace("/0/", "/1/") for path in BOTH["modernbert"]},
     "t5": {f"encoder/block/1/layer/{p}" for p in ("0/SelfAttention/o", "1/DenseReluDense/wo")},
     "m2m": {f"encoder/layers/1/{p}" for p in ("self_attn/out_proj", "fc2")},
     "compressed": {f"encoder/layers/1/{p}" for p in ("self_attn/out_proj", "fc2")},
@@ -220,6 +235,10 @@ WITHOUT_BIASES = {
     "bert": set(),
     "m2m": set(),
     "compressed": set(),
+    # The first layer has no norm before its attention.
+    "modernbert": projections(("query", "key", "value"))["modernbert"]
+    | of_modernbert("attn/Wo", "mlp_norm", "mlp/Wi", "mlp/Wo")
+    | {f"{MODERN_LAYERS[1]}/attn_norm"},
     "t5": projections("qkvo")["t5"]
     | {f"{place}/{name}" for place in T5_FEED_FORWARD for name in ("wi", "wo")}
     | {f"{ENCODER}/{i}/layer_norm" for i in range(2)}
@@ -263,17 +282,20 @@ BESIDE = Row(
     count=lambda s: s.sublayers * bottleneck(s),
     still=r".*/adapter/down/.*",
     unmerged=dict.fromkeys(
-        ("bert", "t5", "distilbert"), "cannot become wider by the bottlenecks beside them"
+        ("bert", "modernbert", "t5", "distilbert"),
+        "cannot become wider by the bottlenecks beside them",
     ),
 )
 STACKS = {
     "bert": {"embeddings"},
+    "modernbert": {"embeddings"},
     "t5": {"encoder", "decoder"},
     "m2m": {"encoder", "decoder"},
     "compressed": {"encoder", "decoder"},
 }
 BESIDE_ATTENTION = {
     "bert": {f"{LAYER}/attention/output"},
+    "modernbert": of_modernbert("attn"),
     "t5": set(T5_ATTENTIONS[:2]),
     "m2m": set(M2M_ATTENTIONS[:2]),
     "compressed": {M2M_ATTENTIONS[0]},
@@ -559,7 +581,8 @@ ROWS = {
             )
         },
         places=both(
-            AFTER_RESIDUAL, {"bert": {"embeddings"}, "t5": {"encoder"}, "m2m": {"encoder"}}
+            AFTER_RESIDUAL,
+            {name: hosts - {"decoder"} for name, hosts in STACKS.items()},
         ),
         start=1e-2,
         count=lambda s: s.sublayers * bottleneck(s) + invertible(s),

@@ -42,6 +42,33 @@ def encoder_sizes(config, num_labels, **method):
     )
 
 
+def modernbert_sizes(config, num_labels, **method):
+    """Returns the sizes of a ModernBERT without biases, whose first layer has one norm."""
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head = d * num_labels + num_labels
+    norms = 2 * layers + 1
+    return types.SimpleNamespace(
+        d=d,
+        f=f,
+        inner=d,
+        sublayers=layers,
+        kept=layers - 1,
+        stacks=1,
+        attentions=layers,
+        prefix_sites=1,
+        norms=norms * d,
+        head=head,
+        # New biases of all linear layers, and of the norms in the layers.
+        biases=layers * (5 * d + 2 * f) + (2 * layers - 1) * d,
+        everything=config.vocab_size * d
+        + layers * (4 * d * d + 3 * d * f)
+        + norms * d
+        + (d * d + d)
+        + head,
+        **method,
+    )
+
+
 def t5_sizes(config, dropped=(1, 1), **method):
     """Returns the sizes of a T5; AdapterDrop omits adapters in `dropped` layers of each stack."""
     d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
@@ -165,6 +192,8 @@ TINY_METHOD = {"r": 6, "n": 3, "prompt": 3, "dimension": 30, "k": 2, "prefix": 2
 def sizes_of(config, backbone):
     if backbone in ("bert", "roberta", "electra", "distilbert"):
         return encoder_sizes(config, 3, **TINY_METHOD)
+    if backbone == "modernbert":
+        return modernbert_sizes(config, 3, **TINY_METHOD)
     if backbone in ("m2m", "compressed"):
         sizes = m2m_sizes if backbone == "m2m" else compressed_sizes
         return sizes(config, **TINY_METHOD)

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import compacter_jax as cj
 from compacter_jax.models.encoder import Encoder
 from compacter_jax.models.t5.config import PUBLISHED
+from tests import modernbert_models
 from tests.helpers import (
     IDS,
     MASK,
@@ -56,6 +57,7 @@ BACKBONES = {
         ),
         **CLASSIFIES,
     ),
+    "modernbert": cj.ModernBert(modernbert_models.tiny(), **CLASSIFIES),
     "t5": cj.T5(dataclasses.replace(TINY_T5, num_layers=1)),
     "m2m": cj.Seq2Seq(
         cj.Seq2SeqConfig(
@@ -110,6 +112,12 @@ ON_M2M = (
     *("bitfit", "adapterdrop", "pfeiffer-feed-forward", "compacter", "intrinsic", "lora", "ia3"),
     *("compacter-ciat", "serial-ciat"),
 )
+# A ModernBERT has its own places of adapters, and one step is compiled for every kind of them.
+ON_MODERNBERT = ("adapterdrop", "intrinsic", "ia3", "scaled-parallel", "full")
+COMPILED_ON_MODERNBERT = (
+    *("bitfit", "pfeiffer-feed-forward", "compacter", "prompt-tuning-vocabulary", "lora", "mam"),
+    "ciat",
+)
 COMPILED_ON_M2M = ("prompt-tuning-vocabulary", "prefix-tuning", "scaled-parallel", "ciat")
 # A step on a compressed decoder is compiled of the method that acts on its joined keys.
 COMPILED_ON_COMPRESSED = ("prefix-tuning",)
@@ -131,6 +139,7 @@ NOT_COMPILED = [
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),
     *((name, "m2m") for name in ON_M2M),
     *((name, "compressed") for name in cj.presets() if name not in COMPILED_ON_COMPRESSED),
+    *((name, "modernbert") for name in ON_MODERNBERT),
 ]
 # Enough methods to show what a new version of JAX or Flax changes.
 FAST_ON_T5 = ("bitfit", "prompt-tuning-vocabulary", "prefix-tuning")
@@ -151,6 +160,7 @@ CASES = [
     *(slow_unless(False, name, "m2m") for name in COMPILED_ON_M2M),
     *(slow_unless(False, name, "compressed") for name in COMPILED_ON_COMPRESSED),
     *(slow_unless(False, name, backbone) for backbone, name in COMPILED_ON_ENCODERS),
+    *(slow_unless(name == "lora", name, "modernbert") for name in COMPILED_ON_MODERNBERT),
 ]
 every_case = pytest.mark.parametrize(("name", "backbone"), CASES)
 every_other = pytest.mark.parametrize(("name", "backbone"), NOT_COMPILED)
@@ -186,7 +196,7 @@ def module_of(name, backbone):
 
 def inputs_of(module, seed=0):
     """Returns ids and masks with padding on the left and on the right."""
-    if isinstance(module, Encoder):
+    if isinstance(module, Encoder | cj.ModernBert):
         return IDS, MASK
     return tuple(t5_inputs(seed, module.config, length=7)[:3])
 
@@ -277,7 +287,7 @@ def plain_logits(module):
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [
-        *((name, b) for b in ("bert", "t5", "compressed") for name in cj.presets()),
+        *((name, b) for b in ("bert", "modernbert", "t5", "compressed") for name in cj.presets()),
         *((name, "m2m") for name in (*ON_M2M, *COMPILED_ON_M2M)),
         *((name, backbone) for name, backbone in NOT_COMPILED if backbone in ON_ENCODERS),
         *((name, backbone) for backbone, name in COMPILED_ON_ENCODERS),
@@ -397,6 +407,7 @@ MERGED = [
     (name, backbone)
     for name, backbone in (
         *((name, backbone) for backbone in ("bert", "t5") for name in cj.presets()),
+        *((name, "modernbert") for name in (*ON_MODERNBERT, *COMPILED_ON_MODERNBERT)),
         *((name, backbone) for name, backbone in NOT_COMPILED if backbone in ON_ENCODERS),
     )
     if merges(name, backbone)

@@ -65,7 +65,7 @@ def test_the_names_are_those_of_the_modules(model_type, head):
     task_heads = {top for top in tops if group_of(f"{top}/kernel") == "head"}
     assert task_heads <= {*family.optional}  # a checkpoint for another task lacks them
     labelled = {path for path in shapes if has_labels(path)}
-    if labelled:
+    if labelled and head != "question_answering":  # whose two columns some call a classifier's
         wider = module_of(model_type, head).clone(num_labels=7)
         shape = jax.eval_shape(wider.init, jax.random.key(0), *wider.dummy_inputs())["params"]
         changed = flatten_dict(shape, sep="/")
@@ -74,9 +74,12 @@ def test_the_names_are_those_of_the_modules(model_type, head):
 
 @pytest.mark.parametrize(("model_type", "head"), HEADS)
 def test_norms_are_found_unless_they_are_of_the_pre_training(model_type, head):
+    family = FAMILIES[model_type]
     for path in shapes_of(model_type, head):
         if path.endswith("/scale"):
             wanted = "backbone" if FROZEN_HEAD.fullmatch(path) else "layer norms"
+            if path.startswith(family.names.poolers or "\0"):
+                wanted = "pooler"
             assert group_of(path) == wanted, path
 
 

@@ -272,7 +272,7 @@ def test_sites_of_the_table():
     for row in rows_of_tables(ROOT / "docs/methods.md"):
         if len(row) == 3:
             named |= set(re.findall(r"`([^`]+)`", row[0])) - {"sites"}
-    assert named == {*cj.Bert.sites, *cj.T5.sites}
+    assert named == {*cj.Bert.sites, *cj.ModernBert.sites, *cj.T5.sites}
 
 
 def test_picture_of_sites(tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ class BackboneOptions:
       pooling: input of an encoder's classifier: first, the first token through the pooler, as in
         transformers; mean, the mean of the tokens that are not padding; cls, the first token
         without a pooler. The default is that of 1_Pooling/config.json beside the weights, a file of
-        sentence-transformers, or else first.
+        sentence-transformers, or else first. For a ModernBERT, first is what config.json says, and
+        all have the same layers before the classifier.
     """
 
     backbone: str

@@ -333,12 +333,12 @@ def _say_new(backbone: cj.Backbone, labels: Any) -> None:
 def _say_pooling(backbone: cj.Backbone) -> None:
     """Prints what a classifier reads where that is not what transformers' reads."""
     pooling = pooling_of_module(backbone.module)
-    told = {
-        "mean": "the mean of the tokens, without a pooler",
-        "cls": "the first token, without a pooler",
-    }
+    told = {"mean": "the mean of the tokens", "cls": "the first token"}
+    # A ModernBERT has the same dense layer before the classifier whatever it reads.
+    has_same = hasattr(backbone.module.config, "classifier_pooling")
     if pooling in told:
-        say_all([f"the classifier reads {told[pooling]} (--pooling {pooling})"])
+        rest = "" if has_same else ", without a pooler"
+        say_all([f"the classifier reads {told[pooling]}{rest} (--pooling {pooling})"])
 
 
 def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConfig:

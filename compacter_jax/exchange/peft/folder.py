@@ -20,6 +20,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.adapter_files import check_leaves
+from compacter_jax.exchange.peft.fusing import fuse
 from compacter_jax.exchange.peft.modules import (
     LARGEST_SIZE,
     TRAINED_BESIDE,
@@ -152,7 +153,11 @@ def export_peft(
     """Writes a folder that PEFT's `PeftModel.from_pretrained` reads.
 
     The head is always written, as PEFT needs it; pooler and layer norms are written if the method
-    trains them. Each file is written to a temporary name, synced and renamed.
+    trains them. The queries, keys and values of a ModernBERT are one module `Wqkv` in PEFT: LoRA at
+    n of them becomes one of n times the rank with zeros in it, and IA3 gets factors of one for the
+    others. Both compute the same, but trained further in PEFT, zeros and ones change, too; an
+    adapter at `query_key_value` is the same in both. Each file is written to a temporary name,
+    synced and renamed.
 
     Args:
       directory: folder to write, made if it does not exist.
@@ -182,11 +187,10 @@ def export_peft(
     labels = flatten_dict(label_params(params, method), sep="/")
     saved = [path for path in rest if group_of(path) == "head" or labels[path] == TRAIN]
     check_numbers({path: flat[path] for path in [*own, *saved]})
+    method, own = fuse(method, own)
     tensors = {
-        _tensor_name(path, names, method): np.ascontiguousarray(
-            _to_torch(path, np.asarray(flat[path]))
-        )
-        for path in [*own, *saved]
+        _tensor_name(path, names, method): np.ascontiguousarray(_to_torch(path, np.asarray(leaf)))
+        for path, leaf in [*own.items(), *((path, flat[path]) for path in saved)]
     }
     heads = getattr(model.backbone.config, "num_attention_heads", None)
     settings = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from compacter_jax.messages import about, listing, quote
 from compacter_jax.params import group_of
-from compacter_jax.paths import ADAPTER
+from compacter_jax.paths import ADAPTER, fused_parts
 from compacter_jax.patterns import compiled
 
 # Type of a task -> ends of the names of its head, which PEFT saves and reads beside the adapter.
@@ -22,7 +22,10 @@ _HEADS = {
 
 
 # The sites of linear layers, with one name for each layer.
-_LINEAR_SITES = ("query", "key", "value", "output_projection", "intermediate", "feed_forward")
+_LINEAR_SITES = (
+    *("query", "key", "value", "query_key_value", "output_projection", "intermediate"),
+    "feed_forward",
+)
 
 
 # Group of the backbone's parameters that may be trained beside a method -> field of the method.
@@ -69,22 +72,24 @@ def module_names(names: Mapping[str, str]) -> set[str]:
 
 
 def _linear_layers(names: Mapping[str, str]) -> dict[str, str]:
-    """Returns name of a linear layer's module -> its path."""
-    end = "/kernel"
-    return {
-        name.removesuffix(".weight"): path.removesuffix(end)
-        for path, name in names.items()
-        if path.endswith(end)
-    }
+    """Returns name of a linear layer's module -> its path, or that of the module that fuses it."""
+    layers = {}
+    for path, name in names.items():
+        host, _, leaf = path.rpartition("/")
+        if leaf == "kernel":
+            parent = host.rpartition("/")[0]
+            layers[name.removesuffix(".weight")] = parent if fused_parts(parent) else host
+    return layers
 
 
 def module_of(host: str, names: Mapping[str, str]) -> str:
     """Returns PEFT's name of a linear layer; raises ValueError for another host."""
-    if f"{host}/kernel" not in names:
+    layer = "/".join([host, *fused_parts(host)[:1]])
+    if f"{layer}/kernel" not in names:
         raise ValueError(
             f"{host} is not a linear layer, and PEFT applies this method only to linear layers"
         )
-    return names[f"{host}/kernel"].removesuffix(".weight")
+    return names[f"{layer}/kernel"].removesuffix(".weight")
 
 
 def adapted_modules(params: Mapping[str, Any], leaf: str, names: Mapping[str, str]) -> set[str]:
@@ -240,6 +245,8 @@ def place_sites(
     """
     hosts: dict[str, dict[str, int]] = {}
     for site in _LINEAR_SITES:
+        if site not in module.sites:
+            continue
         matches = (
             re.fullmatch(module.sites[site], path) for path in _linear_layers(names).values()
         )

@@ -121,10 +121,14 @@ def check_task(path: Path, settings: Mapping[str, Any], head: str | None) -> Non
 def check_pooling(place: Path, module: Any) -> None:
     """Raises ValueError if the backbone's classifier is none of PEFT's, which use transformers'."""
     pooling = getattr(module, "pooling", "first")
-    if pooling != "first":
+    of_config = getattr(getattr(module, "config", None), "classifier_pooling", None)
+    if pooling not in ("first", of_config):
+        reads = "the first token through transformers' pooler"
+        if of_config is not None:
+            reads = f"what classifier_pooling={of_config!r} in config.json says"
         raise ValueError(
-            f"{place}: with task_type='SEQ_CLS' PEFT reads the first token through transformers' "
-            f"pooler, but the backbone has pooling={pooling!r}; use pooling='first'"
+            f"{place}: with task_type='SEQ_CLS' PEFT reads {reads}, but the backbone has "
+            f"pooling={pooling!r}; use pooling='first'"
         )
 
 
