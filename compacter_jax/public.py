@@ -11,6 +11,13 @@ from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.routing import mixing_sites
 from compacter_jax.compositions.stack import Stack
 from compacter_jax.decode.generate import generate
+from compacter_jax.embeddings import (
+    cosine_similarity_loss,
+    matryoshka_loss,
+    multiple_negatives_ranking_loss,
+    normalize,
+    triplet_loss,
+)
 from compacter_jax.exchange.adapterhub import (
     export_adapterhub,
     import_adapterhub,
@@ -35,6 +42,12 @@ from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.pooling import pool
+from compacter_jax.models.sentences import (
+    SentenceEmbedding,
+    read_sentence_embedding,
+    write_sentence_embedding,
+)
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
 from compacter_jax.models.t5.config import T5Config
@@ -68,12 +81,14 @@ __all__ = [
     "Parallel",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "SentenceEmbedding",
     "Seq2Seq",
     "Seq2SeqConfig",
     "Site",
     "Stack",
     "T5Config",
     "cast_frozen",
+    "cosine_similarity_loss",
     "count",
     "export_adapterhub",
     "export_peft",
@@ -87,19 +102,26 @@ __all__ = [
     "label_params",
     "load_adapter",
     "load_backbone",
+    "matryoshka_loss",
     "merge",
     "merge_adapter",
     "minimize_entropy",
     "mixing_sites",
+    "multiple_negatives_ranking_loss",
+    "normalize",
     "optimizer",
     "partition",
+    "pool",
     "preset",
     "presets",
     "read_adapter_config",
     "read_adapterhub_head",
+    "read_sentence_embedding",
     "save_adapter",
     "save_backbone",
     "set_member",
     "stack_adapters",
+    "triplet_loss",
     "unstack",
+    "write_sentence_embedding",
 ]

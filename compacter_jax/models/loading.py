@@ -27,7 +27,8 @@ from compacter_jax.models.families import (
 from compacter_jax.models.family import DropoutRate, Family, Params
 from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
 from compacter_jax.models.names import NAMES
-from compacter_jax.models.pooling import POOLING_FILE, Pooling, read_pooling
+from compacter_jax.models.pooling import SENTENCE_FILES, Pooling, read_pooling
+from compacter_jax.models.sentences import SentenceEmbedding, read_sentence_embedding
 from compacter_jax.nn.remat import Remat
 from compacter_jax.weights import read_tensors
 
@@ -157,6 +158,21 @@ def pooling_of(path_or_hub_id: str | Path) -> Pooling | None:
     """
     place = _file_or_folder(path_or_hub_id)
     return read_pooling(place if place.is_dir() else place.parent)
+
+
+def sentence_embedding_of(
+    path_or_hub_id: str | Path, pooling: Pooling | None = None
+) -> SentenceEmbedding:
+    """Returns how the hidden states of a checkpoint become embeddings of sentences.
+
+    Args:
+      path_or_hub_id: a folder, or the id of a repository on the Hugging Face hub.
+      pooling: pooling to take in place of that of the checkpoint.
+
+    Raises:
+      ValueError, OSError: as `read_sentence_embedding` and `load_backbone`.
+    """
+    return read_sentence_embedding(_folder_of(path_or_hub_id), pooling)
 
 
 def known_pooling(name_or_path: str | Path) -> Pooling | None:
@@ -340,7 +356,7 @@ def _folder_of(path_or_hub_id: str | Path) -> Path:
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, POOLING_FILE],
+                allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, *SENTENCE_FILES],
             )
         )
     except Exception as error:  # the classes of the hub's errors change between its versions

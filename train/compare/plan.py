@@ -271,6 +271,7 @@ def _num_examples(options: CompareOptions) -> int:
     task = tasks.load_task(
         options.task,
         regression=options.regression,
+        embedding=options.embedding_loss is not None,
         **tasks.sources(options),
     )
     if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
