@@ -183,6 +183,21 @@ class Embedder(Objective):
             return None
         return similarity.cosines(outputs[:, 0], outputs[:, 1]), np.asarray(encoded.targets)
 
+    def user_messages(self) -> list[str]:
+        """Returns a line about the embeddings and the loss that trains them."""
+        settings = self.settings_of_embedding
+        pooled = {"mean": "the mean of the tokens", "cls": "the first token"}[settings.pooling]
+        detail = {
+            "multiple-negatives": f" (scale {settings.scale:g})",
+            "triplet": f" (margin {settings.margin:g})",
+        }
+        widths = ", ".join(map(str, settings.dimensions))
+        return [
+            f"an embedding is {pooled}{', of norm 1' * settings.normalize}; trained by the loss "
+            f"{settings.loss}{detail.get(settings.loss, '')}"
+            + (f" of the first {widths} dimensions" if widths else "")
+        ]
+
     def check_predicts(self, *, logits: bool) -> None:
         """Raises ValueError for `logits`: an embedding has none."""
         if logits:
