@@ -41,11 +41,10 @@ from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
-from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.loading import Backbone, load_backbone, read_sentence_embedding
 from compacter_jax.models.pooling import pool
 from compacter_jax.models.sentences import (
     SentenceEmbedding,
-    read_sentence_embedding,
     write_sentence_embedding,
 )
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig

@@ -28,7 +28,7 @@ from compacter_jax.models.family import DropoutRate, Family, Params
 from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
 from compacter_jax.models.names import NAMES
 from compacter_jax.models.pooling import SENTENCE_FILES, Pooling, read_pooling
-from compacter_jax.models.sentences import SentenceEmbedding, read_sentence_embedding
+from compacter_jax.models.sentences import SentenceEmbedding, read_folder
 from compacter_jax.nn.remat import Remat
 from compacter_jax.weights import read_tensors
 
@@ -160,19 +160,24 @@ def pooling_of(path_or_hub_id: str | Path) -> Pooling | None:
     return read_pooling(place if place.is_dir() else place.parent)
 
 
-def sentence_embedding_of(
+def read_sentence_embedding(
     path_or_hub_id: str | Path, pooling: Pooling | None = None
 ) -> SentenceEmbedding:
-    """Returns how the hidden states of a checkpoint become embeddings of sentences.
+    """Reads from a checkpoint of sentence-transformers how hidden states become embeddings.
+
+    A checkpoint without `modules.json` has the pooling of its `1_Pooling/config.json`, or else the
+    mean of the tokens, as sentence-transformers does.
 
     Args:
       path_or_hub_id: a folder, or the id of a repository on the Hugging Face hub.
       pooling: pooling to take in place of that of the checkpoint.
 
     Raises:
-      ValueError, OSError: as `read_sentence_embedding` and `load_backbone`.
+      ValueError: if a file is broken, or if the checkpoint has a module, a pooling or a prompt that
+        is not supported; the message names the file and the module.
+      OSError: if the hub does not answer or has no such repository.
     """
-    return read_sentence_embedding(_folder_of(path_or_hub_id), pooling)
+    return read_folder(_folder_of(path_or_hub_id), pooling)
 
 
 def known_pooling(name_or_path: str | Path) -> Pooling | None:

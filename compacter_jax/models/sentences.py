@@ -77,23 +77,8 @@ class SentenceEmbedding:
         return normalized(pooled) if self.normalize else pooled
 
 
-def read_sentence_embedding(
-    directory: str | os.PathLike[str], pooling: Pooling | None = None
-) -> SentenceEmbedding:
-    """Reads from a folder of sentence-transformers how hidden states become embeddings.
-
-    A folder without `modules.json` has the pooling of its `1_Pooling/config.json`, or else the mean
-    of the tokens, as sentence-transformers does.
-
-    Args:
-      directory: the folder.
-      pooling: pooling to take in place of that of the folder.
-
-    Raises:
-      ValueError: if a file is broken, or if the folder has a module, a pooling or a prompt that is
-        not supported; the message names the file and the module.
-    """
-    folder = Path(directory)
+def read_folder(folder: Path, pooling: Pooling | None = None) -> SentenceEmbedding:
+    """Reads a folder as `compacter_jax.read_sentence_embedding` does."""
     _check_prompt(folder / PROMPTS_FILE)
     lower_case = _lower_case(folder / TOKENIZING_FILE)
     file, normalize = POOLING_FILE, False

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from compacter_jax.models.loading import sentence_embedding_of
 
 TYPES = {
     "old": "sentence_transformers.models.{}",
@@ -125,7 +124,6 @@ def test_what_is_written_is_read(pooling, normalize, tmp_path):
     embedding = cj.SentenceEmbedding(pooling, normalize, lower_case=normalize)
     cj.write_sentence_embedding(tmp_path, embedding, 24, 16)
     assert cj.read_sentence_embedding(tmp_path) == embedding
-    assert sentence_embedding_of(tmp_path) == embedding
     names = {path.name for path in tmp_path.iterdir()}
     assert ("2_Normalize" in names) == normalize
     settings = json.loads((tmp_path / "sentence_bert_config.json").read_text())

@@ -17,7 +17,7 @@ import numpy as np
 from compacter_jax.compositions.base import parallel_names
 from compacter_jax.embeddings import check_dimensions
 from compacter_jax.models.families import family_of, family_of_module, pooling_attributes
-from compacter_jax.models.loading import pooling_of, read_config, sentence_embedding_of
+from compacter_jax.models.loading import pooling_of, read_config, read_sentence_embedding
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
 from train import tasks
@@ -312,7 +312,7 @@ def _embedding_settings(task: tasks.Task, options: FitOptions) -> EmbeddingSetti
     Raises:
       ValueError: as `compacter_jax.read_sentence_embedding`.
     """
-    embedding = sentence_embedding_of(options.backbone, options.pooling)
+    embedding = read_sentence_embedding(options.backbone, options.pooling)
     return EmbeddingSettings(
         pooling=embedding.pooling,
         normalize=embedding.normalize,
