@@ -231,7 +231,7 @@ def _check_embedding(task: tasks.Task, options: FitOptions) -> None:
         check_rows(
             task,
             options.embedding_loss,
-            batch_size=options.batch_size,
+            batch_size=min(options.batch_size, options.train_size or options.batch_size),
             parts=options.accumulation_steps,
         )
         return

@@ -336,8 +336,9 @@ def check_rows(task: Task, loss: EmbeddingLoss | None, *, batch_size: int, parts
         )
     if found == "pairs" and min(batch_size, len(rows)) == 1:
         raise ValueError(
-            f"batch_size={batch_size} with {len(rows)} training rows leaves a pair alone in its "
-            "batch, where no other pair is a negative; give at least 2, or a column negative"
+            f"batches of {batch_size} of {len(rows)} training rows leave each pair alone in its "
+            "batch, where no other pair is a negative; give at least 2 rows, a --batch-size of at "
+            "least 2, or a column negative"
         )
 
 
