@@ -13,9 +13,6 @@ from jax import Array
 
 # The smallest norm that an embedding is divided by, as `torch.nn.functional.normalize` has it.
 _LEAST_NORM = 1e-12
-# PyTorch's `pairwise_distance` adds this to every difference; it also bounds the gradient at equal
-# embeddings.
-_ADDED_TO_DIFFERENCES = 1e-6
 
 
 def normalize(embeddings: Array) -> Array:
@@ -112,7 +109,7 @@ def triplet_loss(
     """Computes how much nearer than `margin` a negative is, compared with the positive.
 
     The loss is `max(|anchor - positive| - |anchor - negative| + margin, 0)` with Euclidean norms.
-    As in PyTorch's `pairwise_distance`, each component of a difference has 1e-6 added.
+    The gradient of a distance of 0 is 0.
 
     Args:
       anchors: `[rows, width]`.
@@ -172,8 +169,9 @@ def check_dimensions(dimensions: Sequence[int], width: int) -> None:
 
 def _distance(first: Array, second: Array) -> Array:
     """Returns `[rows]` Euclidean distances."""
-    difference = first - second + _ADDED_TO_DIFFERENCES
-    return jnp.sqrt(jnp.sum(jnp.square(difference), -1))
+    squared = jnp.sum(jnp.square(first - second), -1)
+    # The derivative of a square root at 0 is infinite, and a product with 0 would be NaN.
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
 
 def _at_least_float32(x: Array) -> Array:

@@ -40,7 +40,7 @@ def cosine(first, second, scores):
 
 
 def triplet(anchors, positives, negatives, margin=5.0):
-    near, far = (np.sqrt(((anchors - x + 1e-6) ** 2).sum(1)) for x in (positives, negatives))
+    near, far = (np.sqrt(((anchors - x) ** 2).sum(1)) for x in (positives, negatives))
     return np.maximum(near - far + margin, 0)
 
 
