@@ -182,7 +182,7 @@ def _padded_lengths(encoded: Encoded) -> np.ndarray:
     for column, (offsets, max_length, multiple) in enumerate(columns):
         lengths = np.array(bucket_lengths(max_length, multiple))
         # The texts of an example are padded to one length.
-        longest = np.diff(offsets).reshape(len(encoded), -1).max(1, initial=0)
+        longest = np.diff(offsets).reshape(-1, encoded.texts_of_example or 1).max(1)
         padded[:, column] = lengths[np.searchsorted(lengths, longest)]
     return padded
 

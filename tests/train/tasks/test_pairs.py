@@ -2,6 +2,7 @@
 
 import json
 
+import hub_data
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,6 +72,22 @@ def test_files_of_regression_become_pairs_where_embeddings_are_asked_for(tmp_pat
     task = tasks.load_task(train_file=path, embedding=True)
     assert task.kind == "embedding"
     assert task.splits["train"]["sentence1"][:] == ["a film", "we"]
+
+
+def test_stsb_has_scores_divided_by_their_highest(tmp_path):
+    hub_data.write(tmp_path, "stsb")
+    hub_data.write(tmp_path, "cola")
+    plain = tasks.load_task("stsb", data_dir=tmp_path)
+    task = tasks.load_task("stsb", data_dir=tmp_path, embedding=True)
+    assert (plain.kind, task.kind, task.metric) == ("regression", "embedding", "spearman")
+    assert task.benchmark is None
+    for split, rows in plain.splits.items():
+        found = task.splits[split]
+        assert found["sentence1"][:] == rows["sentence1"][:]
+        assert found["sentence2"][:] == rows["sentence2"][:]
+        assert found["score"][:] == pytest.approx([score / 5 for score in rows["score"][:]])
+    with pytest.raises(ValueError, match="cola has no pairs with scores of their similarity"):
+        tasks.load_task("cola", data_dir=tmp_path, embedding=True)
 
 
 @pytest.mark.parametrize(
