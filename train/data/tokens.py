@@ -114,9 +114,8 @@ class Encoded:
       token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones
         without token types.
       offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
-      targets: `[examples]` int32 labels, float32 scores or texts, or `[examples, 2]` int32 first
-        and last tokens, or `[examples, texts]` int32 numbers of equal texts, from 1 on; None where
-        unknown.
+      targets: `[examples]` int32 labels, float32 scores or texts; `[examples, 2]` int32 first and
+        last tokens; `[examples, texts]` int32 numbers of equal texts, from 1 on; or None.
       max_length: the length to which the examples were truncated.
       pad_token_id: the padding token.
       num_truncated: the number of truncated examples.
@@ -129,9 +128,8 @@ class Encoded:
         character after its last; -1 elsewhere.
       unknown: the counts of unknown tokens in the inputs.
       words: the words of the examples, for tasks that predict tags of words.
-      texts_of_example: the number of texts of every example, which are tokenised by themselves;
-        example `i` is then `offsets[i * n : (i + 1) * n + 1]` for `n` texts. None if an example is
-        one input of the backbone.
+      texts_of_example: the number of texts of every example, each with an offset of its own, for
+        tasks of embeddings; None if an example is one input of the backbone.
     """
 
     input_ids: np.ndarray
