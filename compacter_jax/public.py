@@ -11,6 +11,13 @@ from compacter_jax.compositions.parallel import Parallel
 from compacter_jax.compositions.routing import mixing_sites
 from compacter_jax.compositions.stack import Stack
 from compacter_jax.decode.generate import generate
+from compacter_jax.embeddings import (
+    cosine_similarity_loss,
+    matryoshka_loss,
+    multiple_negatives_ranking_loss,
+    normalize,
+    triplet_loss,
+)
 from compacter_jax.exchange.adapterhub import (
     export_adapterhub,
     import_adapterhub,
@@ -37,9 +44,14 @@ from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.distilbert.config import DistilBertConfig
 from compacter_jax.models.distilbert.model import DistilBert
-from compacter_jax.models.loading import Backbone, load_backbone
+from compacter_jax.models.loading import Backbone, load_backbone, read_sentence_embedding
 from compacter_jax.models.modernbert.config import ModernBertConfig
 from compacter_jax.models.modernbert.model import ModernBert
+from compacter_jax.models.pooling import pool
+from compacter_jax.models.sentences import (
+    SentenceEmbedding,
+    write_sentence_embedding,
+)
 from compacter_jax.models.seq2seq.compressed import CompressedAttention
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
@@ -80,12 +92,14 @@ __all__ = [
     "Parallel",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "SentenceEmbedding",
     "Seq2Seq",
     "Seq2SeqConfig",
     "Site",
     "Stack",
     "T5Config",
     "cast_frozen",
+    "cosine_similarity_loss",
     "count",
     "export_adapterhub",
     "export_peft",
@@ -99,19 +113,26 @@ __all__ = [
     "label_params",
     "load_adapter",
     "load_backbone",
+    "matryoshka_loss",
     "merge",
     "merge_adapter",
     "minimize_entropy",
     "mixing_sites",
+    "multiple_negatives_ranking_loss",
+    "normalize",
     "optimizer",
     "partition",
+    "pool",
     "preset",
     "presets",
     "read_adapter_config",
     "read_adapterhub_head",
+    "read_sentence_embedding",
     "save_adapter",
     "save_backbone",
     "set_member",
     "stack_adapters",
+    "triplet_loss",
     "unstack",
+    "write_sentence_embedding",
 ]

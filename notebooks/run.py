@@ -26,6 +26,7 @@ NAMES = (
     "low_resource",
     "adapterhub_interop",
     "tpu_pmap",
+    "embeddings",
 )
 # What would say on whose machine a notebook was run.
 _MACHINE = re.compile(r"(?<![\w:/.])/(home|root|work|tmp|Users|var|usr|opt)/[\w./-]+")

@@ -27,7 +27,8 @@ from compacter_jax.models.families import (
 from compacter_jax.models.family import DropoutRate, Family, Params
 from compacter_jax.models.fitting import CONFIG_FILE, fit_tensors, leave_out
 from compacter_jax.models.names import NAMES
-from compacter_jax.models.pooling import POOLING_FILE, Pooling, read_pooling
+from compacter_jax.models.pooling import SENTENCE_FILES, Pooling, read_pooling
+from compacter_jax.models.sentences import SentenceEmbedding, read_folder
 from compacter_jax.nn.remat import Remat
 from compacter_jax.weights import read_tensors
 
@@ -159,6 +160,26 @@ def pooling_of(path_or_hub_id: str | Path) -> Pooling | None:
     """
     place = _file_or_folder(path_or_hub_id)
     return read_pooling(place if place.is_dir() else place.parent)
+
+
+def read_sentence_embedding(
+    path_or_hub_id: str | Path, pooling: Pooling | None = None
+) -> SentenceEmbedding:
+    """Reads from a checkpoint of sentence-transformers how hidden states become embeddings.
+
+    A checkpoint without `modules.json` has the pooling of its `1_Pooling/config.json`, or else the
+    mean of the tokens, as sentence-transformers does.
+
+    Args:
+      path_or_hub_id: a folder, or the id of a repository on the Hugging Face hub.
+      pooling: pooling to take in place of that of the checkpoint.
+
+    Raises:
+      ValueError: if a file is broken, or if the checkpoint has a module, a pooling or a prompt that
+        is not supported; the message names the file and the module.
+      OSError: if the hub does not answer or has no such repository.
+    """
+    return read_folder(_folder_of(path_or_hub_id), pooling)
 
 
 def known_pooling(name_or_path: str | Path) -> Pooling | None:
@@ -351,7 +372,7 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, POOLING_FILE],
+                allow_patterns=["config.json", "model*.safetensors", INDEX_FILE, *SENTENCE_FILES],
             )
         )
     except Exception as error:  # the classes of the hub's errors change between its versions

@@ -21,6 +21,11 @@ the tokens, or the first token as it is."""
 POOLINGS: tuple[Pooling, ...] = typing.get_args(Pooling)
 DEFAULT: Pooling = "first"
 POOLING_FILE = "1_Pooling/config.json"
+# Other files of sentence-transformers, beside config.json.
+MODULES_FILE = "modules.json"
+PROMPTS_FILE = "config_sentence_transformers.json"
+TOKENIZING_FILE = "sentence_bert_config.json"
+SENTENCE_FILES = (POOLING_FILE, MODULES_FILE, PROMPTS_FILE, TOKENIZING_FILE)
 # Field of sentence-transformers' file -> the pooling that it turns on; others are not supported.
 _FIELDS: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 _NAMES: dict[str, Pooling] = {"mean": "mean", "cls": "cls"}
@@ -44,6 +49,28 @@ def mean_of_tokens(states: Array, attention_mask: Array | None) -> Array:
     return (total / kept.sum(1, keepdims=True, dtype=at_least_float32)).astype(states.dtype)
 
 
+def pool(states: Array, attention_mask: Array | None, pooling: Pooling) -> Array:
+    """Returns one vector for each sequence, without a layer of the backbone.
+
+    Args:
+      states: `[batch, length, hidden]`, the last hidden states.
+      attention_mask: `[batch, length]`, zero at padding; None for no padding.
+      pooling: "mean" for the mean of the unmasked tokens, or "cls" for the first token.
+
+    Returns:
+      `[batch, hidden]` in the dtype of `states`; NaN for the mean of nothing but padding.
+
+    Raises:
+      ValueError: for another pooling; "first" needs a layer of the backbone, its pooler.
+    """
+    if pooling not in ("mean", "cls"):
+        raise ValueError(
+            f"pooling={quote(pooling)} is not one of 'mean' and 'cls'; 'first' has a layer of its "
+            "own in the backbone, which embeddings do not"
+        )
+    return mean_of_tokens(states, attention_mask) if pooling == "mean" else states[:, 0]
+
+
 def check_tokens(attention_mask: Any) -> None:
     """Checks that every row has a token to take the mean of, as far as the values are known.
 
@@ -62,19 +89,20 @@ def check_tokens(attention_mask: Any) -> None:
         )
 
 
-def read_pooling(folder: Path) -> Pooling | None:
+def read_pooling(folder: Path, file: str = POOLING_FILE) -> Pooling | None:
     """Reads the pooling that a checkpoint was trained with from sentence-transformers' file.
 
     Args:
       folder: of the checkpoint.
+      file: path of the file in the folder.
 
     Returns:
-      None where there is no `1_Pooling/config.json`.
+      None where there is no such file.
 
     Raises:
       ValueError: if the file is no such configuration, or its pooling is not supported.
     """
-    path = folder / POOLING_FILE
+    path = folder / file
     if not path.is_file():
         return None
     settings = read_json(path, what="the pooling of a model of sentence-transformers")

@@ -18,7 +18,7 @@ ROOT = Path(compacter_jax.__file__).parents[1]
 # import each other.
 ARROWS = {
     "compacter_jax": (
-        {"messages", "limits", "fastfood", "phm", "hosts", "arrays"},
+        {"messages", "limits", "fastfood", "phm", "hosts", "arrays", "embeddings"},
         {"files", "patterns", "sites", "nn"},
         {"leftovers", "weights"},
         {"models"},

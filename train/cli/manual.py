@@ -35,6 +35,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--output-dir runs/tags",
         ),
         (
+            "Sentence embeddings, from a file of pairs with the columns anchor and positive:",
+            "--backbone DIR --train-file pairs.csv --validation-file valid.csv "
+            "--output-dir runs/embeddings",
+        ),
+        (
             "A benchmark on T5, from the settings of the paper; flags win over the file:",
             "--config train/configs/glue_compacter_pp.toml --backbone t5-base --task rte "
             "--epochs 3 --output-dir runs/rte",
@@ -85,6 +90,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         (
             "Predict every row with the adapter in a folder that its column adapter names:",
             "--adapter runs --input mixed.csv --output labelled.csv",
+        ),
+        (
+            "Embeddings of the texts in a column sentence, as an array of NumPy:",
+            "--adapter runs/embeddings --input texts.csv --output embeddings.npy",
         ),
         (
             "Use two adapters at once, with their outputs averaged in every layer:",
@@ -169,6 +178,7 @@ _HEADINGS: dict[type, str] = {
     options.BackboneOptions: "backbone",
     options.TaskOptions: "task and data",
     options.TextToTextOptions: "text to text, for T5",
+    options.EmbeddingOptions: "sentence embeddings",
     options.TrainingOptions: "training",
     options.HostOptions: "several processes",
 }

@@ -19,6 +19,9 @@ SplitProtocol: TypeAlias = Literal["official", "paper"]
 BackboneDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 
 
+EmbeddingLoss: TypeAlias = Literal["multiple-negatives", "cosine", "triplet"]
+
+
 # As in `compacter_jax.models.pooling`, which imports JAX.
 Pooling: TypeAlias = Literal["first", "mean", "cls"]
 
@@ -35,8 +38,9 @@ class BackboneOptions:
       pooling: input of an encoder's classifier: first, the first token through the pooler, as in
         transformers; mean, the mean of the tokens that are not padding; cls, the first token
         without a pooler. The default is that of 1_Pooling/config.json beside the weights, a file of
-        sentence-transformers, or else first. For a ModernBERT, first is what config.json says, and
-        all have the same layers before the classifier.
+        sentence-transformers, or else first. Sentence embeddings are mean, their default, or cls.
+        For a ModernBERT, first is what config.json says, and all have the same layers before the
+        classifier.
     """
 
     backbone: str
@@ -58,7 +62,8 @@ class TaskOptions:
         optionally sentence2, and one of label, score or target; a target is text, which T5 learns
         to write. For tags of words: .parquet or .jsonl with the columns tokens and tags, lists of
         text, or .conll or .txt with a word, a tab or spaces and its tag in each line, and blank
-        lines between sentences.
+        lines between sentences. For sentence embeddings: anchor and positive, perhaps negative; or
+        sentence1 and sentence2, perhaps score, from -1 to 1.
       validation_file: validation examples in the same format; the best epoch is chosen on them.
         Without this file, span_corruption holds out a part of the training text.
       test_file: test examples in the same format; scored once, at the end.
@@ -111,7 +116,42 @@ class TextToTextOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
+class EmbeddingOptions:
+    """Sentence embeddings, from an encoder.
+
+    Attributes:
+      embedding_loss: multiple-negatives takes the positives of the other rows of a batch, and any
+        column negative, as negatives; cosine compares the cosine of a pair with its score; triplet
+        compares the distances to positive and negative. By default cosine for files with scores,
+        otherwise multiple-negatives. Giving it makes embeddings of files with the columns sentence,
+        sentence2 and score, and of stsb, whose scores are divided by 5.
+      similarity_scale: factor of the cosines in multiple-negatives.
+      triplet_margin: how much nearer the positive must be, in Euclidean distance.
+      matryoshka_dimensions: numbers of first dimensions of an embedding that the loss is summed
+        over, such as 384 128 64.
+    """
+
+    embedding_loss: EmbeddingLoss | None = None
+    similarity_scale: float = 20.0
+    triplet_margin: float = 5.0
+    matryoshka_dimensions: tuple[int, ...] = ()
+
+    def check_embedding(self) -> None:
+        """Raises ValueError for a number out of range."""
+        dimensions = self.matryoshka_dimensions
+        wanted = {
+            "similarity_scale": (0 < self.similarity_scale < float("inf"), "above 0"),
+            "triplet_margin": (0 <= self.triplet_margin < float("inf"), "at least 0"),
+            "matryoshka_dimensions": (
+                all(each >= 1 for each in dimensions) and len(set(dimensions)) == len(dimensions),
+                "different numbers, each at least 1",
+            ),
+        }
+        check(self, wanted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(EmbeddingOptions, TextToTextOptions, TaskOptions, BackboneOptions):
     """Settings of training that do not depend on the method.
 
     Attributes:
@@ -152,6 +192,7 @@ class TrainingOptions(TextToTextOptions, TaskOptions, BackboneOptions):
 
     def check(self) -> None:
         """Raises ValueError for a number out of range."""
+        self.check_embedding()
         wanted = {
             "epochs": (self.epochs >= 1, "at least 1"),
             "max_evaluations": (

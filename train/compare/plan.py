@@ -44,7 +44,8 @@ class Point:
       method: the preset, or a variant of it as `train.cli.method_flags.variant` reads it.
       num_seeds: the number of seeds.
       steps: the number of updates; None for epochs.
-      writes_text: True for an encoder-decoder, which has no head of the task.
+      writes_text: True for an encoder-decoder.
+      has_head: False for an encoder-decoder and for embeddings, which have no head of the task.
     """
 
     options: CompareOptions
@@ -53,6 +54,7 @@ class Point:
     num_seeds: int
     steps: int | None
     writes_text: bool
+    has_head: bool
 
     @property
     def preset(self) -> str:
@@ -126,7 +128,7 @@ class Point:
         """Returns the changes to the preset; with `heads="alike"` all train the same head."""
         name, changes = variant(self.method)
         given = given_options(options_of(name, self.options.method_options)) | changes
-        if self.options.heads == "as_published" or self.writes_text:
+        if self.options.heads == "as_published" or not self.has_head:
             return given
         return {"train_head": True, "train_pooler": True} | given
 
@@ -153,25 +155,28 @@ def points(each: Sequence[CompareOptions]) -> list[Point]:
 def _points(options: CompareOptions) -> list[Point]:
     options.check()
     writes_text = is_text_to_text(options.backbone)
-    methods = _methods(options, writes_text)
+    task = _task(options)
+    has_head = not writes_text and task.kind != "embedding"
+    methods = _methods(options, has_head)
     sizes = [None] if options.train_size is None else _numbers("train-size", options.train_size)
     if len(set(sizes)) < len(sizes):
         raise ValueError(f"--train-size {options.train_size!r} must be different numbers")
     seeds = _each("seeds", options.seeds, sizes)
     steps = _each("steps", options.steps, sizes) if options.steps else [None] * len(sizes)
-    examples = _num_examples(options)
+    examples = len(task.splits["train"])
     found = []
     for size, num_seeds, num_steps in zip(sizes, seeds, steps, strict=True):
         if size is not None and size > examples:
             print(f"{options.task} has {examples:,} training examples: {size:,} are left out")
             continue
         found += [
-            Point(options, size, method, num_seeds, num_steps, writes_text) for method in methods
+            Point(options, size, method, num_seeds, num_steps, writes_text, has_head)
+            for method in methods
         ]
     return found
 
 
-def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
+def _methods(options: CompareOptions, has_head: bool) -> list[str]:
     """Returns the presets to compare; all of them means those that the backbone can be trained by.
 
     Raises:
@@ -184,9 +189,9 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
             "trains compositions"
         )
     methods = list(presets()) if options.methods == ALL else names_of(options.methods)
-    if options.methods == ALL and writes_text:
+    if options.methods == ALL and not has_head:
         methods = [name for name in methods if PRESETS[name].method.own_groups]
-    _check_methods(methods, options, writes_text)
+    _check_methods(methods, options, has_head)
     if options.reference is not None and options.reference not in methods:
         raise ValueError(
             f"--reference {options.reference!r} must be one of the methods that are compared: "
@@ -195,14 +200,14 @@ def _methods(options: CompareOptions, writes_text: bool) -> list[str]:
     return methods
 
 
-def _check_methods(methods: Sequence[str], options: CompareOptions, writes_text: bool) -> None:
+def _check_methods(methods: Sequence[str], options: CompareOptions, has_head: bool) -> None:
     """Raises ValueError for a method that cannot be trained, or that has two names."""
     known: dict[tuple[str, MethodConfig], str] = {}
     for method in methods:
         name, changes = variant(method)
         given = given_options(options_of(name, options.method_options))
         config = preset(name, **(given | changes))  # raises for what the method does not have
-        if writes_text and not config.trained_groups() - {"head", "pooler"}:
+        if not has_head and not config.trained_groups() - {"head", "pooler"}:
             raise ValueError(
                 f"{method!r} trains nothing of {options.backbone}, which has no head of the task; "
                 "leave it out"
@@ -266,11 +271,12 @@ def _each(name: str, text: str, sizes: Sequence[int | None]) -> list[int]:
     return numbers * len(sizes) if len(numbers) == 1 else numbers
 
 
-def _num_examples(options: CompareOptions) -> int:
-    """Returns the number of training examples of a task, which must have a test split."""
+def _task(options: CompareOptions) -> tasks.Task:
+    """Returns a task, which must have a test split."""
     task = tasks.load_task(
         options.task,
         regression=options.regression,
+        embedding=options.embedding_loss is not None,
         **tasks.sources(options),
     )
     if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
@@ -279,4 +285,4 @@ def _num_examples(options: CompareOptions) -> int:
             "compare needs a task with training, validation and test examples, and "
             f"{options.task!r} has {', '.join(task.splits)}{hint}"
         )
-    return len(task.splits["train"])
+    return task

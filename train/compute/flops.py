@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -65,7 +65,8 @@ class Meter:
 
     Args:
       model: the adapted module.
-      inputs: the keys of a batch that are the arguments of the module.
+      apply_of: model -> how it computes the arguments of the loss, as for
+        `train.compute.step.loss_and_update`.
       loss: the loss, as for `train.compute.step.loss_and_update`.
       params: the parameters of the model, or their shapes.
       labels: the labels of `compacter_jax.label_params`.
@@ -76,7 +77,7 @@ class Meter:
     def __init__(
         self,
         model: Any,
-        inputs: Sequence[str],
+        apply_of: Callable[[Any], step.ApplyFunction],
         loss: step.LossFunction,
         params: Any,
         labels: Any,
@@ -84,7 +85,7 @@ class Meter:
         peak: float | None,
         devices: int,
     ):
-        self._apply = step.apply_function(without_remat(model), inputs)
+        self._apply = apply_of(without_remat(model))
         self._loss = loss
         self._halves = cj.partition(jax.tree.map(_shape, params), labels)
         self._peak, self._devices = peak, devices

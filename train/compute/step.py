@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,32 @@ Batch = Mapping[str, Any]
 Params = Any
 # (parameters, batch, dropout key or None for none) -> logits
 ApplyFunction = Callable[[Params, Batch, Array | None], Array]
-# (logits, labels) -> [batch] losses
+# (logits, labels) -> [batch] losses; a `BatchLoss` if they depend on other rows
 LossFunction = Callable[[Array, Array], Array]
 # (parameters, batch) -> tree of [batch, …] arrays, from which a split is evaluated
 OutputsFunction = Callable[[Params, Batch], Any]
+
+
+class _FunctionOfBatch(Protocol):
+    def __call__(self, outputs: Array, labels: Array, /, *, axis_name: str | None) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLoss:
+    """A loss of rows that depends on the other rows of a batch, on all devices.
+
+    Attributes:
+      function: (outputs, labels, axis name) -> `[batch]` losses of this device's rows. With the
+        name of a pmap axis it gathers the rows of the other devices.
+      axis_name: the name of the pmap axis; None on one device or over a mesh, where the arrays are
+        those of the whole batch.
+    """
+
+    function: _FunctionOfBatch
+    axis_name: str | None = None
+
+    def __call__(self, outputs: Array, labels: Array) -> Array:
+        return self.function(outputs, labels, axis_name=self.axis_name)
 
 
 class TrainState(NamedTuple):
@@ -129,7 +152,8 @@ def loss_and_update(
     """Updates the trained half with one global batch.
 
     The loss is the weighted mean over the rows of the whole batch. It does not depend on how the
-    batch is divided: several devices and accumulated parts give the gradient of one large batch.
+    batch is divided: several devices and accumulated parts give the gradient of one large batch. (A
+    `BatchLoss` reads the rows of all devices, but of one accumulated part alone.)
     Gradients are taken with respect to the trained half, so that no gradient of a frozen weight is
     computed. Only gradients of trained leaves are averaged over devices.
 
@@ -150,6 +174,8 @@ def loss_and_update(
     Returns:
       The next state, and metrics that are equal on all devices.
     """
+    if isinstance(loss, BatchLoss):
+        loss = dataclasses.replace(loss, axis_name=axis_name)
     key = jax.random.fold_in(dropout_key, state.step)
     weight = jnp.sum(batch["weights"])
     if axis_name is not None:

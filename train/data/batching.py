@@ -91,7 +91,9 @@ def batches(
       token; and the weight of a row is the number of its target tokens, so that the weighted mean
       of the rows' mean losses is the mean over the batch's tokens. With words, `labels` are the
       tags of the words at their first tokens, `[batch_size, length]` int32, `IGNORED` elsewhere,
-      and the weight of a row is the number of these tags, at least 1.
+      and the weight of a row is the number of these tags, at least 1. If an example has several
+      texts, the inputs are `[batch_size, texts, length]`, and `labels` are the scores or
+      `[batch_size, texts]` int32, the numbers of equal texts, 0 in a filling row.
 
     Raises:
       ValueError: if `shuffle` has no `seed`, or `start`, `batch_size` or `part` is out of range.
@@ -179,7 +181,9 @@ def _padded_lengths(encoded: Encoded) -> np.ndarray:
         columns.append((texts.offsets, texts.max_length, 4))
     for column, (offsets, max_length, multiple) in enumerate(columns):
         lengths = np.array(bucket_lengths(max_length, multiple))
-        padded[:, column] = lengths[np.searchsorted(lengths, np.diff(offsets))]
+        # The texts of an example are padded to one length.
+        longest = np.diff(offsets).reshape(-1, encoded.texts_of_example or 1).max(1)
+        padded[:, column] = lengths[np.searchsorted(lengths, longest)]
     return padded
 
 
@@ -192,16 +196,10 @@ def _batch(
         return filled
 
     shape = (batch_size, length)
-    real_lengths = column(np.diff(encoded.offsets)[positions], np.int64, fill=1)
     batch: Batch = {
-        "input_ids": _pad(
-            encoded.input_ids, encoded.offsets, positions, shape, encoded.pad_token_id
-        ),
-        "attention_mask": (np.arange(length) < real_lengths[:, None]).astype(np.int32),
+        **_inputs(encoded, positions, shape),
         "indices": column(positions, np.int32, fill=-1),
     }
-    if encoded.token_type_ids is not None:
-        batch["token_type_ids"] = _pad(encoded.token_type_ids, encoded.offsets, positions, shape, 0)
     texts, targets = encoded.target_texts, encoded.targets
     if encoded.words is not None:
         tags = encoded.words.tags
@@ -226,6 +224,29 @@ def _batch(
         batch["labels"] = column(targets[positions], targets.dtype, fill=0)
     batch["weights"] = column(np.ones(len(positions)), np.float32, fill=0)
     return batch
+
+
+def _inputs(encoded: Encoded, positions: np.ndarray, shape: tuple[int, int]) -> Batch:
+    """Returns the arrays that the backbone reads, filled to `shape`, `[rows, length]`.
+
+    If examples have several texts, the arrays are `[rows, texts, length]`.
+    """
+    number = encoded.texts_of_example or 1
+    rows, (batch_size, length) = positions, shape
+    if number > 1:
+        rows = (positions[:, None] * number + np.arange(number)).ravel()
+    filled = (batch_size * number, length)
+    real_lengths = np.ones(batch_size * number, np.int64)
+    real_lengths[: len(rows)] = np.diff(encoded.offsets)[rows]
+    inputs = {
+        "input_ids": _pad(encoded.input_ids, encoded.offsets, rows, filled, encoded.pad_token_id),
+        "attention_mask": (np.arange(length) < real_lengths[:, None]).astype(np.int32),
+    }
+    if encoded.token_type_ids is not None:
+        inputs["token_type_ids"] = _pad(encoded.token_type_ids, encoded.offsets, rows, filled, 0)
+    if encoded.texts_of_example is None:
+        return inputs
+    return {name: array.reshape(batch_size, number, length) for name, array in inputs.items()}
 
 
 def _pad(

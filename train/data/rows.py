@@ -17,8 +17,13 @@ SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 WORDS = list[str]
 
 
-def check_files(input_path: Path, output_path: Path) -> None:
+def check_files(input_path: Path, output_path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Checks the names of input and output before anything slow happens.
+
+    Args:
+      input_path: the input.
+      output_path: the output.
+      suffixes: the suffixes of supported formats of the output.
 
     Raises:
       FileNotFoundError: if the input does not exist.
@@ -26,7 +31,7 @@ def check_files(input_path: Path, output_path: Path) -> None:
         same file, or there is no folder for the output.
     """
     _check_file(input_path)
-    check_suffix(output_path)
+    check_suffix(output_path, suffixes)
     if output_path.is_dir():
         raise ValueError(f"{output_path} is a directory, not a file")
     if output_path.exists() and output_path.samefile(input_path):

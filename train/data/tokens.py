@@ -114,8 +114,8 @@ class Encoded:
       token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones
         without token types.
       offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
-      targets: `[examples]` int32 labels, float32 scores or texts, or `[examples, 2]` int32 first
-        and last tokens; None where unknown.
+      targets: `[examples]` int32 labels, float32 scores or texts; `[examples, 2]` int32 first and
+        last tokens; `[examples, texts]` int32 numbers of equal texts, from 1 on; or None.
       max_length: the length to which the examples were truncated.
       pad_token_id: the padding token.
       num_truncated: the number of truncated examples.
@@ -128,6 +128,8 @@ class Encoded:
         character after its last; -1 elsewhere.
       unknown: the counts of unknown tokens in the inputs.
       words: the words of the examples, for tasks that predict tags of words.
+      texts_of_example: the number of texts of every example, each with an offset of its own, for
+        tasks of embeddings; None if an example is one input of the backbone.
     """
 
     input_ids: np.ndarray
@@ -144,9 +146,10 @@ class Encoded:
     spans: np.ndarray | None = None
     unknown: Unknown = Unknown()
     words: Words | None = None
+    texts_of_example: int | None = None
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return (len(self.offsets) - 1) // (self.texts_of_example or 1)
 
     @property
     def word_counts(self) -> WordCounts:
@@ -163,8 +166,9 @@ class Encoded:
         if self.target_texts is not None:
             lines += self.target_texts.unknown.user_messages(f"{split} targets")
         if self.num_truncated:
+            what = "examples" if self.texts_of_example is None else "texts"
             lines.append(
-                f"{self.num_truncated} of {len(self)} {split} examples are cut to "
+                f"{self.num_truncated} of {len(self.offsets) - 1} {split} {what} are cut to "
                 f"max_length={self.max_length} tokens"
             )
         lines += self.word_counts.user_messages(f"{split} sentences", self.max_length)

@@ -179,6 +179,11 @@ def plan(each: Sequence[PlanOptions]) -> None:
 def plan_of(options: PlanOptions) -> Plan:
     """Returns the plan of a run on one task; raises the errors of `plan`."""
     options.check()
+    if options.embedding_loss is not None:
+        raise ValueError(
+            "plan counts the steps of a classifier or of text to text, not those of embeddings; "
+            "leave --embedding-loss out"
+        )
     module = module_from_name(options.backbone)
     writes_text = family_of_module(module).writes_text
     workload = _workload(options, writes_text)

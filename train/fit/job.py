@@ -15,7 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
 from compacter_jax.methods.base import MethodConfig
+from compacter_jax.models.families import family_of
 from compacter_jax.models.loading import module_from_config, read_config
+from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import pooling_of_module
 from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import tasks
@@ -201,8 +203,10 @@ def prepare(options: FitOptions, *, like: Job | None = None, num_devices: int | 
 def _check_fit(options: FitOptions) -> None:
     """Raises ValueError if the method does not fit the backbone; reads neither data nor weights."""
     config = read_config(options.backbone)
-    # The result does not depend on the number of labels, which only the data says.
-    head = head_arguments(options.backbone, 2, pooling=options.pooling)
+    # The result does not depend on the number of labels, which only the data says, nor on the
+    # pooling of an encoder, which for embeddings is not that of a head.
+    pooling = options.pooling if family_of(config).writes_text else FIRST
+    head = head_arguments(options.backbone, 2, pooling=pooling)
     module = module_from_config(config, **head)
     shapes.check_fit(module, options.method_config(), config, options.max_length)
 
@@ -239,6 +243,7 @@ def _task_run(
     task = tasks.load_task(
         name,
         regression=options.regression,
+        embedding=options.embedding_loss is not None,
         **tasks.sources(options),
     )
     check_options(task, options)

@@ -427,11 +427,11 @@ class Trainer:
 
 def _meter(options: FitOptions, task_run: TaskRun) -> flops.Meter:
     """Builds the meter of model FLOP/s utilisation for the steps of a task."""
-    objective = task_run.objective
+    objective: Any = task_run.objective
     peak = options.peak_flops or flops.peak(jax.local_devices()[0].device_kind, options.dtype)
     return flops.Meter(
         task_run.model,
-        objective.inputs,
+        lambda model: dataclasses.replace(objective, model=model).apply,
         objective.loss,
         task_run.params,
         task_run.labels,

@@ -120,7 +120,7 @@ def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:
     """
     folders = inference_compositions.with_heads(expression)
     settings = {name: settings_of(folder) for name, folder in folders.items()}
-    check_shared(settings, (*SHARED, "text_to_text", "benchmark"))
+    check_shared(settings, (*SHARED, "embedding", "text_to_text", "benchmark"))
     joined = dict(next(iter(settings.values())))
     parallel = parallel_names(inference_compositions.of_all(expression))
     labels = {}

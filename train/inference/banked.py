@@ -180,7 +180,7 @@ def _way_of_computing(settings: Mapping[str, Any]) -> str:
 
     On a T5 they include the labels, which are text there, and for tags of words the tags.
     """
-    names = ["benchmark", "text_to_text"]
+    names = ["benchmark", "embedding", "text_to_text"]
     if "text_to_text" in settings or settings["kind"] == "tagging":
         names.append("label_names")
     return json.dumps([settings.get(name) for name in names], sort_keys=True)

@@ -18,7 +18,7 @@ from train.data import rows as data_rows
 from train.data import tokens
 from train.data.words import WordCounts
 from train.inference import compositions as inference_compositions
-from train.inference import prediction_files, several_files
+from train.inference import embedding_arrays, prediction_files, several_files
 from train.inference.adapter import LoadedAdapter, labels_of, load
 from train.inference.options import EvaluateOptions, PredictOptions, files_of
 from train.report import as_json, number
@@ -90,6 +90,7 @@ def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
         regression=kind == "regression",
         text=kind == "text",
         tagging=kind == "tagging",
+        embedding=kind == "embedding",
         **tasks.sources(options),
         splits=(options.split,),
         label_names=adapter.settings["label_names"] or None,
@@ -160,11 +161,21 @@ def _check_same_kind(folder: Path, adapter: LoadedAdapter, task: tasks.Task) -> 
 
 
 def predict(options: PredictOptions) -> int:
-    """Runs `predict`: streams a file and adds predictions to it; returns the number of rows."""
-    data_rows.check_files(options.input, options.output)
+    """Runs `predict`: streams a file and adds predictions to it; returns the number of rows.
+
+    For an output .npy it writes the embeddings alone.
+    """
+    as_array = options.output.suffix.lower() == embedding_arrays.SUFFIX
+    suffixes = (*data_rows.SUFFIXES, embedding_arrays.SUFFIX)
+    data_rows.check_files(options.input, options.output, suffixes)
     adapter = load(options, evaluate_by="scoring")
     objective = adapter.objective
     objective.check_predicts(logits=options.logits)
+    if as_array and adapter.settings["kind"] != "embedding":
+        raise ValueError(
+            f"{options.output} is an array of embeddings, but the adapter in {options.adapter} is "
+            f"for tasks of kind {adapter.settings['kind']}; use {', '.join(data_rows.SUFFIXES)}"
+        )
 
     labels: Any = labels_of(adapter)
 
@@ -193,15 +204,15 @@ def predict(options: PredictOptions) -> int:
     words: list[WordCounts] = []
     counts = LabelCounts(labels)
     with tqdm(desc="predict", unit="row") as bar:
-        rows = prediction_files.predict_file(
-            options.input,
-            options.output,
-            predict_chunk,
-            label_names=labels,
-            columns=objective.columns,
-            write_logits=options.logits,
-            progress=bar.update,
-        )
+        write: Any = prediction_files.predict_file
+        how: dict[str, Any] = {
+            "label_names": labels,
+            "columns": objective.columns,
+            "write_logits": options.logits,
+        }
+        if as_array:
+            write, how = embedding_arrays.write_array, {}
+        rows = write(options.input, options.output, predict_chunk, progress=bar.update, **how)
     limit = adapter.settings["max_length"]
     told_of_inputs = sum(unknown, tokens.Unknown()).user_messages("inputs")
     told_of_inputs += sum(words, WordCounts()).user_messages("inputs", limit)

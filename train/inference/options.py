@@ -105,9 +105,11 @@ class PredictOptions(AdapterOptions):
         but may differ in labels.
       input: .parquet, .jsonl, .csv or .tsv file with a column sentence, and sentence2 for pairs; or
         with the columns of the adapter's benchmark on the hub. For tags of words, a file with a
-        column tokens, lists of text, or a .conll or .txt file with a word in each line.
+        column tokens, lists of text, or a .conll or .txt file with a word in each line. For
+        embeddings, a column sentence, or sentence1 and sentence2 for the cosine of each pair.
       output: .parquet, .jsonl, .csv or .tsv file; it has the columns of the input, prediction and,
-        for labels, label_id and probability. The prediction for words is a list of a tag for each.
+        for labels, label_id and probability. The prediction for words is a list of a tag for each,
+        that of embeddings a list of numbers. Or a .npy file with the embeddings alone.
       logits: add a column logits.
     """
 

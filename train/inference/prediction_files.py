@@ -153,8 +153,9 @@ def added_columns(
 
 
 def _type_of(predicted: Sequence[Any]) -> pa.DataType:
-    """Returns the type of a column of texts, of lists of tags or of numbers; None may be among."""
+    """Returns the type of a column of texts, numbers, or lists of tags or of numbers, or None."""
     first = next((value for value in predicted if value is not None), None)
     if isinstance(first, list):
-        return pa.list_(pa.string())
+        of_numbers = any(isinstance(value, float) for value in first)
+        return pa.list_(pa.float32() if of_numbers else pa.string())
     return pa.string() if isinstance(first, str) else pa.float64()

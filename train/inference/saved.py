@@ -13,7 +13,7 @@ from compacter_jax.files import check_fields
 from compacter_jax.messages import listing, quote
 from compacter_jax.models.pooling import DEFAULT, Pooling
 from train import tasks
-from train.cli.options import BackboneDtype, EvaluateBy
+from train.cli.options import BackboneDtype, EmbeddingLoss, EvaluateBy
 from train.tasks import text_format
 from train.tasks.benchmark import Kind
 from train.tasks.labels import check_names
@@ -23,6 +23,7 @@ _FIELDS: Mapping[str, Any] = {
     "backbone_dtype": BackboneDtype,
     "benchmark": dict[str, Any],
     "dtype": Literal["float32", "bfloat16"],
+    "embedding": dict[str, Any],
     "head": str | None,
     "kind": Kind,
     "label_names": list[str],
@@ -41,13 +42,23 @@ _TEXT_FORMAT = {
     ).items()
     if name not in ("kind", "label_names")
 }
+_EMBEDDING = {
+    "pooling": Pooling,
+    "normalize": bool,
+    "lower_case": bool,
+    "loss": EmbeddingLoss,
+    "scale": float,
+    "margin": float,
+    "dimensions": list[int],
+}
 _NOISE = {"noise_density": float, "mean_span_length": float}
 # Head of the backbone -> kinds of tasks that it supports.
 _KINDS: Mapping[str | None, tuple[Kind, ...]] = {
     "sequence_classification": ("classification", "regression", "choice"),
     "question_answering": ("span",),
     "token_classification": ("tagging",),
-    "conditional_generation": tuple(set(typing.get_args(Kind)) - {"tagging"}),
+    None: ("embedding",),
+    "conditional_generation": tuple(set(typing.get_args(Kind)) - {"tagging", "embedding"}),
 }
 _WITH_LABELS = ("classification", "tagging")
 # `fit` writes smaller numbers; larger ones would take memory before anything is generated.
@@ -115,11 +126,14 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
     if kind == "span_corruption":
         wanted = "span_corruption"
         _check_inner(where, settings, wanted, _NOISE, required=tuple(_NOISE))
+    elif kind == "embedding":
+        wanted = kind
+        _check_inner(where, settings, wanted, _EMBEDDING, required=tuple(_EMBEDDING))
     elif head == "conditional_generation":
         wanted = "text_to_text"
         _check_inner(where, settings, wanted, _TEXT_FORMAT, required=("prefix",))
         _check_text_format(f"{where}: {wanted}", settings[wanted])
-    for name in {"span_corruption", "text_to_text"} - {wanted}:
+    for name in {"embedding", "span_corruption", "text_to_text"} - {wanted}:
         if name in settings:
             raise ValueError(
                 f"{where}: {name} cannot be combined with kind={kind!r} and head={head!r}"

@@ -1,8 +1,8 @@
 """Objectives: how a task is put to a backbone, trained and scored.
 
-`Classifier`, `MultipleChoice`, `ExtractiveQA` and `Tagger` use a head on an encoder. `TextToText`
-formats a task as text for an encoder-decoder, and `SpanCorruption` is the pre-training of one.
-Training, evaluation and prediction only use the base class `Objective`.
+`Classifier`, `MultipleChoice`, `ExtractiveQA` and `Tagger` use a head on an encoder; `Embedder`
+uses none. `TextToText` formats a task as text for an encoder-decoder, and `SpanCorruption` is the
+pre-training of one. Training, evaluation and prediction only use the base class `Objective`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compacter_jax.compositions.base import parallel_names
+from compacter_jax.embeddings import check_dimensions
 from compacter_jax.models.families import (
     family_of,
     family_of_module,
     max_tokens_of,
     pooling_attributes,
 )
-from compacter_jax.models.loading import pooling_of, read_config
+from compacter_jax.models.loading import pooling_of, read_config, read_sentence_embedding
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
 from train import tasks
-from train.cli.options import TextToTextOptions
+from train.cli.options import EmbeddingOptions, TextToTextOptions
 from train.data import tokens
 from train.objectives import noise as objectives_noise
 from train.objectives.base import Objective
 from train.objectives.classification import Classifier, MultipleChoice, ParallelClassifier
+from train.objectives.embedding import Embedder, EmbeddingSettings, check_rows, loss_for
 from train.objectives.span_corruption import SpanCorruption
 from train.objectives.span_extraction import ExtractiveQA
 from train.objectives.tagging import Tagger
@@ -70,6 +72,8 @@ def head_arguments(
         return {"head": "auto", "pooling": pooling}
     if kind == "span":
         return {"head": "question_answering", "pooling": pooling}
+    if kind == "embedding":
+        return {"head": None}
     if kind == "tagging":
         return {"head": "token_classification", "num_labels": num_labels, "pooling": pooling}
     pooling = pooling or pooling_of(backbone)
@@ -112,6 +116,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
             "parallel adapters need an encoder such as BERT; on a "
             f"{type(module).__name__}, use each adapter by itself"
         )
+    if task.kind == "embedding":
+        return _embedder(model, tokenizer, options.max_length, _embedding_settings(task, options))
     if not writes_text:
         made = _of_encoder(
             model, tokenizer, task.kind, options.max_length, task.benchmark, task.label_names
@@ -162,6 +168,9 @@ def from_settings(
     config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
     if kind == "span_corruption":
         return _span_corruption(model, tokenizer, config, max_length, settings[kind])
+    if kind == "embedding":
+        found = EmbeddingSettings(**settings[kind])
+        return _embedder(model, tokenizer, max_length, found)
     benchmark = _benchmark_of(settings)
     if "text_to_text" not in settings:
         names = settings["label_names"]
@@ -198,11 +207,14 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             "from the vocabulary, as in prompt-tuning-vocabulary; leave it out"
         )
     if is_text_to_text(options.backbone):
-        if task.kind == "tagging":
+        of_encoders = {"tagging": "tags of words", "embedding": "pairs of texts for embeddings"}
+        if task.kind in of_encoders:
             raise ValueError(
-                f"task {task.name!r} has tags of words, which needs an encoder such as BERT, but "
-                f"{options.backbone} is an encoder-decoder"
+                f"task {task.name!r} has {of_encoders[task.kind]}, which needs an encoder such as "
+                f"BERT, but {options.backbone} is an encoder-decoder"
             )
+    _check_embedding(task, options)
+    if is_text_to_text(options.backbone):
         return
     check_length(read_config(options.backbone), options.method_config(), options.max_length)
     if task.kind in ("text", "span_corruption"):
@@ -215,6 +227,25 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             raise ValueError(
                 f"--{field.name.replace('_', '-')} needs an encoder-decoder such as T5, but "
                 f"{options.backbone} is not one"
+            )
+
+
+def _check_embedding(task: tasks.Task, options: FitOptions) -> None:
+    """Raises ValueError if the options of embeddings do not fit the task."""
+    if task.kind == "embedding":
+        check_rows(
+            task,
+            options.embedding_loss,
+            batch_size=min(options.batch_size, options.train_size or options.batch_size),
+            parts=options.accumulation_steps,
+        )
+        return
+    for field in dataclasses.fields(EmbeddingOptions):
+        if getattr(options, field.name) != field.default:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is for sentence embeddings, from files with the "
+                f"columns anchor and positive or sentence1 and sentence2, but task {task.name!r} "
+                f"has kind {task.kind}"
             )
 
 
@@ -278,6 +309,39 @@ def _of_encoder(
     if isinstance(benchmark, Choice):
         return MultipleChoice(model, tokenizer, "classification", max_length, benchmark)
     return Classifier(model, tokenizer, kind, max_length, benchmark)
+
+
+def _embedding_settings(task: tasks.Task, options: FitOptions) -> EmbeddingSettings:
+    """Returns how a run embeds texts: as the checkpoint says, trained by the options' loss.
+
+    Raises:
+      ValueError: as `compacter_jax.read_sentence_embedding`.
+    """
+    embedding = read_sentence_embedding(options.backbone, options.pooling)
+    return EmbeddingSettings(
+        pooling=embedding.pooling,
+        normalize=embedding.normalize,
+        lower_case=embedding.lower_case,
+        loss=options.embedding_loss or loss_for(task.splits["train"]),
+        scale=options.similarity_scale,
+        margin=options.triplet_margin,
+        dimensions=options.matryoshka_dimensions,
+    )
+
+
+def _embedder(model: Any, tokenizer: Any, max_length: int, settings: EmbeddingSettings) -> Embedder:
+    """Returns the objective of embeddings.
+
+    Raises:
+      ValueError: if the method is a `Parallel`, or a Matryoshka dimension exceeds the width.
+    """
+    if parallel_names(model.method):
+        raise ValueError(
+            "parallel adapters need a task with a label or a score of each row, and an embedding "
+            "has none; use each adapter by itself"
+        )
+    check_dimensions(settings.dimensions, model.backbone.config.hidden_size)
+    return Embedder(model, tokenizer, max_length, settings)
 
 
 def _with_none(objective: Objective) -> Objective:

@@ -15,7 +15,7 @@ import numpy as np
 from compacter_jax.messages import quote
 from train.cli.options import SplitProtocol
 from train.data.corpus import check_text_file
-from train.tasks import entities, hub, labels, own_files
+from train.tasks import entities, hub, labels, own_files, pairs
 from train.tasks.benchmark import Benchmark, Kind
 from train.tasks.benchmarks import BENCHMARKS, find
 from train.tasks.own_files import SENTIMENT, SENTIMENT_LABELS
@@ -43,8 +43,9 @@ class Task:
       label_names: one name per class or tag; empty unless the kind is classification or tagging.
       splits: split name -> dataset with columns `sentence`, optionally `sentence2`, and `label`
         (index into `label_names`), `score` (float64) or, for "text", `target`. For "tagging", lists
-        of words in `tokens`, and of as many indices into `label_names` in `tags`. For
-        "span_corruption", the path of a text file. For a benchmark, its own columns.
+        of words in `tokens`, and of as many indices into `label_names` in `tags`. For "embedding",
+        `sentence1`, `sentence2` and perhaps `negative` or `score`. For "span_corruption", the path
+        of a text file. For a benchmark, its own columns.
       benchmark: how the rows are put to a backbone; None for other tasks.
       notes: lines about the reading of the files, for the user.
     """
@@ -66,6 +67,9 @@ class Task:
         """Metric that selects the best epoch; larger is better."""
         if self.kind == "tagging":
             return entities.metric(self.label_names)
+        if self.kind == "embedding":
+            rows = self.splits.get("validation", next(iter(self.splits.values())))
+            return "spearman" if pairs.class_of(rows) == "scored pairs" else "mrr"
         return _METRICS[self.kind] if self.benchmark is None else self.benchmark.metric
 
     @property
@@ -113,6 +117,7 @@ def load_task(
     regression: bool = False,
     text: bool = False,
     tagging: bool = False,
+    embedding: bool = False,
     train_file: str | Path | None = None,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
@@ -129,7 +134,9 @@ def load_task(
     A file has a column `sentence`, for pairs also `sentence2`, and `label` (integers or text),
     `score` (numbers) or `target` (text). The target column is the first of these that the files
     have, unless `regression`, `text` or `label_names` determines it. Files of words have the
-    columns `tokens` and `tags` instead, lists of text, or are .conll or .txt files. The label names
+    columns `tokens` and `tags` instead, lists of text, or are .conll or .txt files. Files for
+    embeddings have `anchor`, `positive` and perhaps `negative`, or `sentence1`, `sentence2` and
+    perhaps `score`. The label names
     are `stated_names`, those of the training file's `datasets.ClassLabel`, or its labels, sorted.
     Labels that look like missing values are refused unless they are stated. If no label name is an
     integer, integer labels are positions in a stated order: that of `stated_names`, of a
@@ -143,6 +150,7 @@ def load_task(
       regression: predict `score` instead of `label`.
       text: predict `target` instead of `label`.
       tagging: predict `tags`, without a look at the columns of the files.
+      embedding: read pairs of texts for embeddings, without a look at the columns of the files.
       train_file: a .parquet, .jsonl, .csv or .tsv file; or for words a .conll or .txt file.
       validation_file: a file of one of these formats.
       test_file: a file of one of these formats.
@@ -174,7 +182,8 @@ def load_task(
             )
         if stated_names:
             raise ValueError(f"the labels of {name} already have names; leave --label-names out")
-        return _of_benchmark(benchmark, data_dir, split_protocol, splits, label_names)
+        read = _pairs_of if embedding else _of_benchmark
+        return read(benchmark, data_dir, split_protocol, splits, label_names)
     if data_dir is not None and any(given):
         raise ValueError(
             "--data-dir works only with benchmarks such as mnli, not with your own files"
@@ -198,15 +207,16 @@ def load_task(
     labels.check_stated(stated_names or (), label_names or ())
     names = tuple(label_names or stated_names or built_in)
     wanted_column = {"score": regression, "target": text, "tags": tagging}
+    wanted_column[own_files.EMBEDDING] = embedding
     target = next((column for column, is_wanted in wanted_column.items() if is_wanted), None)
     order = tuple(stated_names or (names if are_numbered else built_in))
-    read = own_files.load(files, wanted, target, names, order, max_characters)
-    if stated_names and not read.label_names:
+    found = own_files.load(files, wanted, target, names, order, max_characters)
+    if stated_names and not found.label_names:
         raise ValueError(
-            f"--label-names needs a task with labels, but {name or CUSTOM} has kind {read.kind}; "
+            f"--label-names needs a task with labels, but {name or CUSTOM} has kind {found.kind}; "
             "leave it out"
         )
-    return Task(name or CUSTOM, read.kind, read.label_names, read.splits, notes=read.notes)
+    return Task(name or CUSTOM, found.kind, found.label_names, found.splits, notes=found.notes)
 
 
 def sources(options: Any) -> dict[str, Any]:
@@ -247,6 +257,29 @@ def _of_benchmark(
             f"{', '.join(label_names)}"
         )
     return Task(benchmark.name, benchmark.kind, names, rows, benchmark)
+
+
+def _pairs_of(
+    benchmark: Benchmark,
+    data_dir: Path | None,
+    split_protocol: SplitProtocol,
+    splits: Sequence[str] | None,
+    label_names: Sequence[str] | None,
+) -> Task:
+    """Returns the scored pairs of a benchmark, with scores from 0 to 1, as a task of embeddings."""
+    if benchmark.highest_score is None:
+        raise ValueError(
+            f"{benchmark.name} has no pairs with scores of their similarity, as embeddings need; "
+            "use stsb, or files of your own"
+        )
+    del label_names  # scores have none
+    rows, _ = hub.load(benchmark, data_dir, split_protocol, splits)
+    columns, highest = list(benchmark.columns), benchmark.highest_score
+    scaled = {
+        split: pairs.scaled(f"{benchmark.name}, {split}", of_split, columns, highest)
+        for split, of_split in rows.items()
+    }
+    return Task(benchmark.name, "embedding", (), scaled)
 
 
 def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Path]:

@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 
 
 # "choice" predicts one of a row's own candidates, "span" a part of the context, "tagging" a tag of
-# every word.
+# every word, "embedding" a vector for every text.
 Kind: TypeAlias = Literal[
-    "classification", "regression", "choice", "span", "tagging", "text", "span_corruption"
+    "classification",
+    "regression",
+    "choice",
+    "span",
+    "tagging",
+    "embedding",
+    "text",
+    "span_corruption",
 ]
 
 
@@ -40,6 +47,7 @@ class Benchmark:
       kind: the kind of prediction.
       metrics: the metrics whose mean selects the best epoch.
       validation: the names of the hub's validation splits; the first selects the best epoch.
+      highest_score: the highest score of similarity that a pair can have; None for other rows.
     """
 
     name: str
@@ -49,6 +57,7 @@ class Benchmark:
     kind: Kind = "classification"
     metrics: tuple[str, ...] = ("accuracy",)
     validation: tuple[str, ...] = ("validation",)
+    highest_score: float | None = None
 
     @property
     def wanted(self) -> str:

@@ -72,7 +72,13 @@ _ALL = (
     _glue("sst2", "sentence"),
     _glue("mrpc", *_SENTENCES, metrics=_ACCURACY_AND_F1),
     _glue("qqp", "question1", "question2", metrics=_ACCURACY_AND_F1),
-    _glue("stsb", *_SENTENCES, kind="regression", metrics=("pearson", "spearman")),
+    _glue(
+        "stsb",
+        *_SENTENCES,
+        kind="regression",
+        metrics=("pearson", "spearman"),
+        highest_score=5.0,
+    ),
     _glue(
         "mnli", "premise", "hypothesis", validation=("validation_matched", "validation_mismatched")
     ),

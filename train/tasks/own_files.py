@@ -20,10 +20,11 @@ from train.data.rows import (
     read_rows,
     require_column,
 )
-from train.tasks import labels, tagged
+from train.tasks import labels, pairs, tagged
 from train.tasks.benchmark import Kind
 
 _KINDS: dict[str, Kind] = {"label": "classification", "score": "regression", "target": "text"}
+EMBEDDING = "embedding"
 SENTIMENT = Path(__file__).parents[1] / "sentiment"
 SENTIMENT_LABELS = ("negative", "positive")
 
@@ -58,8 +59,9 @@ def load(
     Args:
       files: split -> file.
       wanted: the splits to return.
-      target: the column to predict; None takes `tags` for files of words, and otherwise label if
-        there are `names`, or the first of label, score and target that exists.
+      target: the column to predict, or "embedding" for pairs of texts; None takes `tags` for files
+        of words, "embedding" for pairs with the columns of `train.tasks.pairs`, and otherwise label
+        if there are `names`, or the first of label, score and target that exists.
       names: the names of the labels or tags; if empty, those of the training file.
       order: the names that integer labels from 0 on stand for, if they are stated.
       max_characters: the maximum length of a sentence.
@@ -71,6 +73,8 @@ def load(
     target = target or _target_column(first, names)
     if target == tagged.TAGS:
         return Read("tagging", *tagged.load(files, wanted, names, max_characters))
+    if target == EMBEDDING:
+        return Read("embedding", (), pairs.load(files, wanted, max_characters), ())
     # The training file is read even for an evaluation if the label names must come from it.
     needed = [s for s in files if s in wanted or (s == "train" and target == "label" and not names)]
     columns = {split: _read_split(files[split], target, max_characters) for split in needed}
@@ -97,6 +101,8 @@ def _target_column(path: Path, names: Sequence[str]) -> str:
     columns = first_columns(path)
     if tagged.TOKENS in columns and "sentence" not in columns:
         return tagged.TAGS
+    if pairs.has_pairs(columns):
+        return EMBEDDING
     return "label" if names else next((each for each in _KINDS if each in columns), "label")
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,12 +147,16 @@ def test_rounds_of_a_loop_count():
     assert flops.of_step(made) == 2 * 5 * (2 * 2 * 3 * 3)
 
 
+def apply_of(inputs):
+    return functools.partial(step.apply_function, inputs=inputs)
+
+
 def test_recomputation_is_not_counted_as_utilisation():
     found = {}
     for remat in ("off", "full"):
         model, inputs, loss, batch = bert_step(cj.preset("compacter++", reduction_factor=8))
         model = model.clone(backbone=model.backbone.clone(remat=remat))
-        meter = flops.Meter(model, inputs, loss, *halves(model), peak=1e9, devices=2)
+        meter = flops.Meter(model, apply_of(inputs), loss, *halves(model), peak=1e9, devices=2)
         found[remat] = meter.utilisation(batch, 0.5)
         assert flops.of_step(traced(model, inputs, loss, batch)) >= found[remat] * 1e9
     assert found["full"] == found["off"]
@@ -159,7 +165,7 @@ def test_recomputation_is_not_counted_as_utilisation():
 
 def test_utilisation_needs_a_peak():
     model, inputs, loss, batch = bert_step(cj.preset("compacter++", reduction_factor=8))
-    meter = flops.Meter(model, inputs, loss, *halves(model), peak=None, devices=1)
+    meter = flops.Meter(model, apply_of(inputs), loss, *halves(model), peak=None, devices=1)
     assert meter.utilisation(batch, 1.0) is None
 
 
