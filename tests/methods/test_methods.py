@@ -127,12 +127,12 @@ ON_ENCODERS = {
     "roberta": ("compacter", "prompt-tuning-random", "prefix-tuning"),
     "electra": ("bitfit", "lora", "compacter-ciat"),
     "distilbert": (
-        *("houlsby", "adapterdrop", "pfeiffer-feed-forward", "compacter", "bitfit", "intrinsic"),
-        *("lora", "ia3", "prompt-tuning-random", "scaled-parallel", "serial-ciat"),
+        *("adapterdrop", "pfeiffer-feed-forward", "compacter", "lora", "ia3"),
+        *("prompt-tuning-random", "ciat"),
     ),
 }
 COMPILED_ON_ENCODERS = (("roberta", "full"), ("electra", "prompt-tuning-vocabulary"))
-COMPILED_ON_ENCODERS += (("distilbert", "mam"), ("distilbert", "ciat"))
+COMPILED_ON_ENCODERS += (("distilbert", "mam"),)
 NOT_COMPILED = [
     *((name, backbone) for backbone, names in ON_ENCODERS.items() for name in names),
     *((name, "bert") for name in TWINS),

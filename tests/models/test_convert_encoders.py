@@ -222,17 +222,12 @@ def test_tensors_and_layers_that_are_not_the_models(tmp_path):
 PUBLISHED = {
     "roberta-base": 124_645_632,
     "roberta-large": 355_359_744,
-    "distilroberta-base": 82_118_400,
     "xlm-roberta-base": 278_043_648,
-    "xlm-roberta-large": 559_890_432,
     "camembert-base": 110_621_952,
     "distilbert-base-uncased": 66_362_880,
-    "distilbert-base-cased": 65_190_912,
     "distilbert-base-multilingual-cased": 134_734_080,
     "google/electra-small-discriminator": 13_548_800 - 65_792,
-    "google/electra-base-discriminator": 109_482_240 - 590_592,
     "google/electra-base-generator": 33_576_960 - 65_792,
-    "google/electra-large-discriminator": 335_141_888 - 1_049_600,
     "google/electra-large-generator": 51_065_344 - 65_792,
 }
 

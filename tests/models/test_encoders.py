@@ -24,7 +24,7 @@ from tests.helpers import adapted_shapes
 CASES = [(name, head) for name in SETS for head in HEADS]
 # The relatives have the same modules: one head of each shows what their configurations change.
 RELATIVES = [("xlm-roberta", "token_classification"), ("camembert", "masked_lm")]
-WIDE = {"hidden_size": 40, "num_attention_heads": 5, "num_hidden_layers": 2}
+WIDE = {"hidden_size": 40, "num_attention_heads": 5}
 
 
 @pytest.mark.parametrize(("name", "head"), CASES + RELATIVES)
@@ -37,7 +37,7 @@ def test_outputs_and_gradients_equal_pytorch_in_float64(name, head):
 
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_outputs_and_gradients_equal_pytorch_in_float32(name, head):
-    """Logits or states and all gradients of two layers are PyTorch's to 1e-5 in float32."""
+    """Logits or states and all gradients of width 40 are PyTorch's to 1e-5 in float32."""
     backbone = small_encoder(name, head, seed=2, **WIDE)
     check_against_torch(backbone, inputs_of(backbone.module.config, 2, 13), 1e-5)
 
