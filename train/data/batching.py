@@ -89,7 +89,8 @@ def batches(
       `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED` where there is none;
       `decoder_input_ids`, of the same shape, are the labels shifted to the right behind the start
       token; and the weight of a row is the number of its target tokens, so that the weighted mean
-      of the rows' mean losses is the mean over the batch's tokens. With words, `labels` are the
+      of the rows' mean losses is the mean over the batch's tokens. With routes, `adapter_ids` and
+      `first_tokens`: `[batch_size]` int32, as far as they are known. With words, `labels` are the
       tags of the words at their first tokens, `[batch_size, length]` int32, `IGNORED` elsewhere,
       and the weight of a row is the number of these tags, at least 1.
 
@@ -220,7 +221,9 @@ def _batch(
             labels, encoded.pad_token_id, encoded.decoder_start_token_id
         )
         batch["weights"] = (labels != IGNORED).sum(1).astype(np.float32)
-        return batch
+        of_rows = {} if encoded.routes is None else encoded.routes.columns()
+        # A filling row has no weight, so that its member is arbitrary.
+        return batch | {name: column(v[positions], np.int32, 0) for name, v in of_rows.items()}
     batch["labels"] = np.zeros(batch_size, np.int32)
     if targets is not None:
         batch["labels"] = column(targets[positions], targets.dtype, fill=0)

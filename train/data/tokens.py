@@ -12,6 +12,7 @@ import numpy as np
 
 from compacter_jax.files import is_there, read_json
 from compacter_jax.messages import quote, reason_of, shorten
+from train.data.routes import Routes
 from train.data.words import WordCounts, Words
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Encoded:
         character after its last; -1 elsewhere.
       unknown: the counts of unknown tokens in the inputs.
       words: the words of the examples, for tasks that predict tags of words.
+      routes: the members of a bank and the languages of the examples, for translation.
     """
 
     input_ids: np.ndarray
@@ -144,6 +146,7 @@ class Encoded:
     spans: np.ndarray | None = None
     unknown: Unknown = Unknown()
     words: Words | None = None
+    routes: Routes | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -30,6 +30,7 @@ _METRICS: dict[Kind, str] = {
     "regression": "pearson",
     "text": "exact_match",
     "span_corruption": "token_accuracy",
+    "translation": "token_accuracy",
 }
 
 
@@ -44,9 +45,11 @@ class Task:
       splits: split name -> dataset with columns `sentence`, optionally `sentence2`, and `label`
         (index into `label_names`), `score` (float64) or, for "text", `target`. For "tagging", lists
         of words in `tokens`, and of as many indices into `label_names` in `tags`. For
-        "span_corruption", the path of a text file. For a benchmark, its own columns.
+        "span_corruption", the path of a text file. For "translation", `source`, `target` and their
+        languages. For a benchmark, its own columns.
       benchmark: how the rows are put to a backbone; None for other tasks.
       notes: lines about the reading of the files, for the user.
+      directions: the directions of a translation.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Task:
     splits: dict[str, Any]
     benchmark: Benchmark | None = None
     notes: tuple[str, ...] = ()
+    directions: tuple[Any, ...] = ()
 
     @property
     def num_labels(self) -> int:

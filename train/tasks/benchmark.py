@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 # "choice" predicts one of a row's own candidates, "span" a part of the context, "tagging" a tag of
 # every word.
 Kind: TypeAlias = Literal[
-    "classification", "regression", "choice", "span", "tagging", "text", "span_corruption"
+    "classification",
+    "regression",
+    "choice",
+    "span",
+    "tagging",
+    "text",
+    "span_corruption",
+    "translation",
 ]
 
 
