@@ -13,14 +13,17 @@ _SYLLABLES = {"en": ("ba", "do", "ki", "lu", "me"), "de": ("sch", "ech", "ung", 
 _SYLLABLES["fr"] = ("eau", "oix", "tre", "que", "ais")
 
 
-def sentences(number, seed=0):
-    """Returns rows with a sentence in each language: the same words, spelled in its syllables."""
+def sentences(number, seed=0, longest=2):
+    """Returns rows with a sentence in each language: the same words, spelled in its syllables.
+
+    Words have up to `longest` syllables.
+    """
     generator = np.random.default_rng(seed)
     rows = []
     for _ in range(number):
         words = [
-            generator.integers(0, 5, generator.integers(1, 4))
-            for _ in range(generator.integers(1, 6))
+            generator.integers(0, 5, generator.integers(1, 1 + longest))
+            for _ in range(generator.integers(1, 4))
         ]
         rows.append(
             {
@@ -50,7 +53,7 @@ def write_model(folder, **changes):
     """Writes a model like M2M-100 with a tokenizer of the three languages; returns its folder."""
     text = folder / "corpus.txt"
     text.write_text(
-        "\n".join(text for row in sentences(300, seed=2) for text in row.values()), "utf-8"
+        "\n".join(text for row in sentences(400, 2, longest=4) for text in row.values()), "utf-8"
     )
     options = CreateOptions(
         text_files=(text,),
@@ -73,8 +76,9 @@ def fit_flags(backbone, tables, output, **flags):
         "epochs": 1,
         "max_evaluations": 1,
         "batch_size": 8,
-        "max_length": 32,
-        "max_target_length": 16,
+        # One bucket each, so that a step is compiled once.
+        "max_length": 16,
+        "max_target_length": 4,
         "learning_rate": "1e-2",
         "backbone_dropout": 0.0,
         "output_dir": output,

@@ -93,8 +93,8 @@ def train_tokenizer(
     characters that make up 99.95 % of the text and at most half of the pieces.
 
     Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`, followed by 256 bytes, the pieces of words by
-    probability, and further special tokens: `<extra_id_99>` to `<extra_id_0>` of T5. Training again gives the same tokenizer,
-    except where rounding decides between equally good pieces.
+    probability, and further special tokens, by default `<extra_id_99>` to `<extra_id_0>`. Training
+    again gives the same tokenizer, except where rounding decides between equally good pieces.
 
     Args:
       text_files: the UTF-8 files.
