@@ -201,6 +201,10 @@ def _batch(
         "attention_mask": (np.arange(length) < real_lengths[:, None]).astype(np.int32),
         "indices": column(positions, np.int32, fill=-1),
     }
+    if encoded.routes is not None:
+        for name, values in encoded.routes.columns().items():
+            # A filling row has no weight, so that its member is arbitrary.
+            batch[name] = column(values[positions], np.int32, fill=0)
     if encoded.token_type_ids is not None:
         batch["token_type_ids"] = _pad(encoded.token_type_ids, encoded.offsets, positions, shape, 0)
     texts, targets = encoded.target_texts, encoded.targets
@@ -221,9 +225,7 @@ def _batch(
             labels, encoded.pad_token_id, encoded.decoder_start_token_id
         )
         batch["weights"] = (labels != IGNORED).sum(1).astype(np.float32)
-        of_rows = {} if encoded.routes is None else encoded.routes.columns()
-        # A filling row has no weight, so that its member is arbitrary.
-        return batch | {name: column(v[positions], np.int32, 0) for name, v in of_rows.items()}
+        return batch
     batch["labels"] = np.zeros(batch_size, np.int32)
     if targets is not None:
         batch["labels"] = column(targets[positions], targets.dtype, fill=0)
