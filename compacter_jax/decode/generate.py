@@ -109,7 +109,7 @@ def generate(
       al., The Curious Case of Neural Text Degeneration, ICLR 2020, arXiv:1904.09751 (top-p).
     """
     config = _config(model)
-    by_row = isinstance(forced_bos_token_id, Array | np.ndarray)
+    by_row = isinstance(forced_bos_token_id, Array | np.ndarray) and forced_bos_token_id.ndim > 0
     settings = Settings(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -122,7 +122,7 @@ def generate(
         top_k=top_k,
         top_p=float(top_p),
         **_special_tokens(config, eos_token_id, pad_token_id, decoder_start_token_id),
-        first=None if by_row else _forced(config, "forced_bos_token_id", forced_bos_token_id),
+        first=_forced(config, "forced_bos_token_id", forced_bos_token_id),
         last=_forced(config, "forced_eos_token_id", forced_eos_token_id),
         never=getattr(config, "never_generated", ()),
     )
@@ -192,11 +192,11 @@ def _special_tokens(
     return {"start": start, "pad": ends[0] if pad is None and ends else pad, "eos": ends}
 
 
-def _forced(config: Any, name: str, given: int | tuple[()] | None) -> int | None:
-    """Returns a forced token, of the argument or else of the config; None for none."""
+def _forced(config: Any, name: str, given: int | tuple[()] | Array | None) -> int | None:
+    """Returns a token forced in all rows, of the argument or else of the config; None for none."""
     if given is None:
         return getattr(config, name, None)
-    return None if isinstance(given, tuple) else int(given)
+    return None if isinstance(given, tuple) or np.ndim(given) else int(given)
 
 
 def _first_tokens(tokens: Any, rows: int) -> Array:

@@ -178,9 +178,7 @@ def test_each_row_has_its_forced_first_token(num_beams):
     ids, mask = inputs_of(CONFIGS["m2m_100"], 1)[:2]
     ours = backbone("m2m_100")
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": num_beams}
-    found = cj.generate(
-        ours.module, ours.params, ids, mask, forced_bos_token_id=first, **settings
-    )
+    found = cj.generate(ours.module, ours.params, ids, mask, forced_bos_token_id=first, **settings)
     for row, token in enumerate(first):
         _, wanted = generated("m2m_100", 1, num_beams=num_beams, forced_bos_token_id=int(token))
         wanted = wanted[row][: found.shape[1]]
@@ -188,6 +186,4 @@ def test_each_row_has_its_forced_first_token(num_beams):
         assert found[row, 1] == token
     np.testing.assert_array_equal(found[0, : actual.shape[1]], actual[0, : found.shape[1]])
     with pytest.raises(ValueError, match=r"forced_bos_token_id has shape \(2,\)"):
-        cj.generate(
-            ours.module, ours.params, ids, mask, forced_bos_token_id=first[:2], **settings
-        )
+        cj.generate(ours.module, ours.params, ids, mask, forced_bos_token_id=first[:2], **settings)

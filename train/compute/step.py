@@ -273,7 +273,7 @@ def by_member(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         leaves = jax.tree.leaves(updates)
         # A gradient that is not a number counts, so that the run stops there.
-        moves = sum(jnp.any(leaf != 0, axis=range(1, leaf.ndim)) for leaf in leaves) > 0
+        moves = jnp.stack([jnp.any(leaf != 0, range(1, leaf.ndim)) for leaf in leaves]).any(0)
         new, new_state = jax.vmap(tx.update)(updates, state, params)
 
         def keep(new: Array, old: Any) -> Array:

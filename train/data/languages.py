@@ -21,9 +21,9 @@ class LanguageTokens:
 
     Attributes:
       ids: language -> token.
-      are_forced: False for the target's token before the source (`<de>`, of `create-backbone`); True
-        for the source's token before the source and the target's as the first of the target, which
-        a decoder is forced to write (`__de__` of M2M-100, `deu_Latn` of NLLB-200, `de_DE` of
+      are_forced: False for the target's token before the source (`<de>`, of `create-backbone`);
+        True for the source's token before the source and the target's as the first of the target,
+        which a decoder is forced to write (`__de__` of M2M-100, `deu_Latn` of NLLB-200, `de_DE` of
         mBART-50).
 
     References:
@@ -47,9 +47,7 @@ class LanguageTokens:
         return np.array([self.ids[language] for language in languages], np.int32)
 
 
-def language_tokens(
-    languages: Iterable[str], tokenizer: PreTrainedTokenizerBase
-) -> LanguageTokens:
+def language_tokens(languages: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> LanguageTokens:
     """Finds the tokens of languages among the special tokens of a tokenizer.
 
     Raises:
@@ -69,10 +67,10 @@ def language_tokens(
 
     lacking = [each for each in languages if not has_token(each)] or languages
     raise ValueError(
-        f"the tokenizer of the backbone has no token for the language {lacking[0]!r:.100}: neither "
-        f"<{lacking[0]:.100}> nor __{lacking[0]:.100}__ nor {lacking[0]:.100} is one of its special "
-        f"tokens {listing(sorted(known))}; name the languages as they do, or make a backbone with "
-        "`create-backbone --model-type m2m_100 --languages`"
+        f"the tokenizer of the backbone has no token for the language {lacking[0]!r:.100}: "
+        f"neither {' nor '.join(form.format(lacking[0])[:100] for form in forms)} is one of its "
+        f"special tokens {listing(sorted(known))}; name the languages as they do, or make a "
+        "backbone with `create-backbone --model-type m2m_100 --languages`"
     )
 
 

@@ -1,4 +1,4 @@
-"""Examples of several directions, of which an epoch draws small ones more often than their share."""
+"""Examples of several directions, of which small ones are drawn more often than their share."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def quotas(sizes: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def taken(encoded: Encoded, positions: np.ndarray) -> Encoded:
-    """Returns the examples of an encoder-decoder at `positions`, in this order, with repetitions."""
+    """Returns the examples of an encoder-decoder at `positions`, in this order."""
     targets, texts, routes = encoded.targets, encoded.target_texts, encoded.routes
     flat, offsets = _gathered(encoded.input_ids, encoded.offsets, positions)
     if texts is not None:

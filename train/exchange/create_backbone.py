@@ -173,9 +173,7 @@ def _m2m_config(options: CreateOptions) -> Any:
     )
 
 
-def write_tokenizer(
-    tokenizer: Tokenizer, folder: Path, more: tuple[str, ...] = SENTINELS
-) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, more: tuple[str, ...] = SENTINELS) -> None:
     """Writes tokenizer.json and the settings with which transformers 4 and 5 load it."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {

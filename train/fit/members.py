@@ -10,7 +10,6 @@ import compacter_jax as cj
 from compacter_jax.catalogue import to_dict
 from compacter_jax.compositions.bank import Bank
 from compacter_jax.methods.base import MethodConfig
-from train.cli.compositions import holds_adapter
 from train.inference.folders import members_of as members_in
 from train.tasks import Task, parallel
 
@@ -64,7 +63,7 @@ def _check_beside(
 
 
 def folders(job: Job, task_run: TaskRun) -> dict[str, Path]:
-    """Returns the name of each member -> the folder of its adapter; one without a name if shared."""
+    """Returns the name of each member -> the folder of its adapter; a shared one has no name."""
     names = parallel.members_of(task_run.task.directions, job.options.adapters)
     if names is None:
         return {"": job.folder(task_run) / "adapter"}

@@ -16,8 +16,8 @@ import compacter_jax as cj
 from train import report as train_report
 from train.compute import distributed, mesh
 from train.data.writing import write_rows
-from train.fit import report as fit_report
 from train.fit import members, stopping, timing
+from train.fit import report as fit_report
 from train.fit.job import Job, TaskRun, prepare, say_all
 from train.fit.learners import slow_start
 from train.fit.options import FitOptions

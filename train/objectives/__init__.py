@@ -322,9 +322,7 @@ def _span_corruption(
     return SpanCorruption(model, tokenizer, config, corruption)
 
 
-def _translation(
-    task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any
-) -> Translation:
+def _translation(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Translation:
     """Builds the objective of a run that translates."""
     config = model.backbone.config
     _check_special_tokens(tokenizer, config)
@@ -364,9 +362,7 @@ def _saved_translation(
     if num_beams is not None:
         own["num_beams"] = num_beams
     generates = evaluate_by != "scoring"
-    return Translation(
-        model, tokenizer, config, settings["max_length"], **own, generates=generates
-    )
+    return Translation(model, tokenizer, config, settings["max_length"], **own, generates=generates)
 
 
 def _check_special_tokens(tokenizer: Any, config: Any) -> None:

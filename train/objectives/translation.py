@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -95,9 +95,7 @@ class Translation(Seq2Seq):
                     f"{listing(self.directions)}"
                 )
             place.setdefault(name, len(place))
-        tokens = languages.language_tokens(
-            dict.fromkeys([*from_each, *to_each]), self.tokenizer
-        )
+        tokens = languages.language_tokens(dict.fromkeys([*from_each, *to_each]), self.tokenizer)
         directions = np.array([place[name] for name in names], np.int32)
         first = tokens.before_target(to_each)
         inputs = data_tokens.tokenize_texts(
@@ -175,7 +173,7 @@ class Translation(Seq2Seq):
         del encoded
         return list(map(str, self._texts(outputs)))
 
-    def _texts(self, outputs: Mapping[str, np.ndarray]) -> Sequence[text_format.Said]:
+    def _texts(self, outputs: Mapping[str, np.ndarray]) -> list[str]:
         return text_format.plain(text_format.decode(outputs["ids"], self.tokenizer))
 
     def predictions_and_targets(

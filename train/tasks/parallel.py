@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import datasets
 import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # Columns of a file with one pair of sentences in each row.
 PAIR = ("source", "target", "source_language", "target_language")
-KIND = "translation"
+KIND: Final = "translation"
 ALL = "all"
 # Files without null values, in which an empty field is one.
 _WITHOUT_NULL = (".csv", ".tsv")
@@ -233,18 +234,12 @@ def _task(
     splits: Mapping[str, datasets.Dataset],
     notes: tuple[str, ...] = (),
 ) -> tasks.Task:
+    counted = [Counter(_names(rows)) for rows in splits.values()]
     lines = [f"{name}: {len(directions)} directions; rows of {', '.join(splits)}:"]
-    counted = [
-        {name: column.count(name) for name in set(column)}
-        for column in (_names(rows) for rows in splits.values())
-    ]
-    lines += [
-        f"  {direction.name}: {', '.join(f'{counts.get(direction.name, 0):,}' for counts in counted)}"
-        for direction in directions
-    ]
-    return tasks.Task(
-        name, KIND, (), dict(splits), notes=(*notes, *lines), directions=directions
-    )
+    for direction in directions:
+        numbers = ", ".join(f"{counts[direction.name]:,}" for counts in counted)
+        lines.append(f"  {direction.name}: {numbers}")
+    return tasks.Task(name, KIND, (), dict(splits), notes=(*notes, *lines), directions=directions)
 
 
 def _names(rows: Any) -> list[str]:
