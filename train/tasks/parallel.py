@@ -181,7 +181,7 @@ def load_task(options: FitOptions) -> tasks.Task:
         wanted = _known(options.directions or "", _directions_of_pairs(files["train"]))
         splits = {split: _pairs(path, wanted) for split, path in files.items()}
         return _task(options.task, wanted, splits)
-    tables = {split: _table(path) for split, path in files.items()}
+    tables = {split: read_table(path) for split, path in files.items()}
     languages = {language for table in tables.values() for language in table}
     wanted = parse(options.directions or "", sorted(languages))
     notes: tuple[str, ...] = ()
@@ -224,7 +224,7 @@ def load_split(options: EvaluateOptions, known: Sequence[str]) -> tasks.Task:
             f"{path} has no row of the directions of the adapter, {listing(known)}; it has "
             f"{listing([each.name for each in there]) or 'none'}"
         )
-    rows = _from_table(path, _table(path), wanted) if is_table else _pairs(path, wanted)
+    rows = _from_table(path, read_table(path), wanted) if is_table else _pairs(path, wanted)
     return _task(options.task, wanted, {options.split: rows})
 
 
@@ -308,7 +308,7 @@ def _pairs(path: Path, directions: Sequence[Direction]) -> datasets.Dataset:
 # --- tables with a column for each language -------------------------------------------------------
 
 
-def _table(path: Path) -> dict[str, list[str | None]]:
+def read_table(path: Path) -> dict[str, list[str | None]]:
     """Returns column -> texts of a table, None where there is none; other values count as none."""
     data_rows.first_columns(path)
     columns: dict[str, list[Any]] = {}
@@ -327,7 +327,7 @@ def _table(path: Path) -> dict[str, list[str | None]]:
 
 def _directions_of_table(path: Path) -> tuple[Direction, ...]:
     """Returns all directions that a row has, between columns with names like those of languages."""
-    table = _table(path)
+    table = read_table(path)
     names = [name for name in table if _LANGUAGE.fullmatch(name)]
     there = {name: np.array([isinstance(x, str) for x in table[name]]) for name in names}
     return tuple(

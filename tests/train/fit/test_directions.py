@@ -248,7 +248,10 @@ def test_a_direction_that_the_folder_lacks(run, tables, tmp_path, capsys):
     flags = ["--adapter", run, "--input", source, "--output", tmp_path / "out.jsonl"]
     assert main(["predict", *map(str, flags)]) == 2
     told = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
-    assert "error: row 2: there is no adapter for 'fr-en'; there are those of de-en, en-de, en-fr" in told
+    assert (
+        "error: row 2: there is no adapter for 'fr-en'; there are those of de-en, en-de, en-fr"
+        in told
+    )
     flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "fr-en"]
     assert "there is no adapter for 'fr-en'" in refusal(capsys, "evaluate", *flags)
     flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "en-es"]
