@@ -1,4 +1,4 @@
-"""What the rows of a batch of several translation directions do not share."""
+"""Members of a bank and languages of the rows of a batch, which translation does not share."""
 
 from __future__ import annotations
 

@@ -187,6 +187,10 @@ def test_the_first_stage_writes_a_backbone(backbone, tables, tmp_path):
         ({"train_file": "x.jsonl"}, "--parallel-files and --train-file contradict each other"),
         ({"reduction_factor": 17}, "reduction_factor=17 leaves no bottleneck at a width of 16"),
         ({"task": "movie,product"}, "files are those of one task"),
+        (
+            {"method": "parallel", "sites": "encoder_embedding"},
+            "parallel=True at site 'encoder_embedding': embeddings are no sub-layer",
+        ),
     ],
 )
 def test_flags_that_cannot_be(flags, message, backbone, tables, tmp_path, capsys):
