@@ -11,6 +11,7 @@ from compacter_jax.catalogue import to_dict
 from compacter_jax.compositions.bank import Bank
 from compacter_jax.methods.base import MethodConfig
 from train.inference.folders import members_of as members_in
+from train.objectives.translation import Translation
 from train.tasks import Task, parallel
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ def banked(method: MethodConfig, task: Task, options: FitOptions) -> MethodConfi
     names = parallel.members_of(task.directions, options.adapters)
     if names is None:
         return method
+    there = set(parallel.names_of(task.splits["train"]))
+    if lacking := [each.name for each in task.directions if each.name not in there]:
+        raise ValueError(
+            f"no training row of {lacking[0]} is left; give a larger --train-size, or leave it out "
+            "of --directions"
+        )
     if options.add_to is not None:
         _check_beside(options.add_to, method, options, list(names))
     return Bank(method, size=len(names))
@@ -51,7 +58,7 @@ def _check_beside(
         "max_length": options.max_length,
         "dtype": options.dtype,
     }
-    for name, path in there.items():
+    for path in there.values():
         saved = cj.read_adapter_config(path)
         for key, value in wanted.items():
             if saved.get(key) != value:
@@ -59,7 +66,6 @@ def _check_beside(
                     f"adapters that are used together must share their {key}: {path} has "
                     f"{str(saved.get(key))!r:.200}, not {str(value)!r:.200}"
                 )
-        del name
 
 
 def folders(job: Job, task_run: TaskRun) -> dict[str, Path]:
@@ -85,7 +91,8 @@ def save(job: Job, task_run: TaskRun, params: Any) -> None:
         if names is not None:
             model, own = cj.get_member(model, params, i)
             served = tuple(direction.name for direction in names[name])
-            objective = dataclasses.replace(objective, directions=served, members=None)  # type: ignore[type-var]
+            assert isinstance(objective, Translation)
+            objective = dataclasses.replace(objective, directions=served, members=None)
         metadata = {
             "backbone": task_run.backbone.name,
             "dtype": job.options.dtype,

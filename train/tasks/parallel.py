@@ -234,7 +234,7 @@ def _task(
     splits: Mapping[str, datasets.Dataset],
     notes: tuple[str, ...] = (),
 ) -> tasks.Task:
-    counted = [Counter(_names(rows)) for rows in splits.values()]
+    counted = [Counter(names_of(rows)) for rows in splits.values()]
     lines = [f"{name}: {len(directions)} directions; rows of {', '.join(splits)}:"]
     for direction in directions:
         numbers = ", ".join(f"{counts[direction.name]:,}" for counts in counted)
@@ -242,7 +242,7 @@ def _task(
     return tasks.Task(name, KIND, (), dict(splits), notes=(*notes, *lines), directions=directions)
 
 
-def _names(rows: Any) -> list[str]:
+def names_of(rows: Any) -> list[str]:
     """Returns the name of each row's direction."""
     pairs = zip(rows["source_language"][:], rows["target_language"][:], strict=True)
     return [f"{source}-{target}" for source, target in pairs]

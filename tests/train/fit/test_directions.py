@@ -186,6 +186,7 @@ def test_the_first_stage_writes_a_backbone(backbone, tables, tmp_path):
         ({"add_to": "nothing"}, "--add-to nothing has no folders of adapters"),
         ({"train_file": "x.jsonl"}, "--parallel-files and --train-file contradict each other"),
         ({"reduction_factor": 17}, "reduction_factor=17 leaves no bottleneck at a width of 16"),
+        ({"train_size": 1}, " is left; give a larger --train-size"),
         ({"task": "movie,product"}, "files are those of one task"),
         (
             {"method": "parallel", "sites": "encoder_embedding"},
