@@ -115,7 +115,8 @@ def resolved(options: FitOptions) -> FitOptions:
         found = _directions_of_pairs(options.train_file)
     else:
         _check_alone(options)
-        found = _directions_of_table(options.parallel_files[0])
+        is_named = options.directions not in (None, ALL)
+        found = _directions_of_table(options.parallel_files[0], every=is_named)
     chosen = options.directions or ALL
     if chosen != ALL:
         languages = dict.fromkeys(language for direction in found for language in direction)
@@ -211,7 +212,7 @@ def load_split(options: EvaluateOptions, known: Sequence[str]) -> tasks.Task:
             f"--{options.split}-file with the columns {', '.join(PAIR)}"
         )
     is_table = options.parallel_files is not None
-    there = _directions_of_table(path) if is_table else _directions_of_pairs(path)
+    there = _directions_of_table(path, every=True) if is_table else _directions_of_pairs(path)
     if options.directions in (None, ALL):
         wanted = tuple(each for each in there if each.name in known)
     else:
@@ -325,10 +326,16 @@ def read_table(path: Path) -> dict[str, list[str | None]]:
     return columns
 
 
-def _directions_of_table(path: Path) -> tuple[Direction, ...]:
-    """Returns all directions that a row has, between columns with names like those of languages."""
+def _directions_of_table(path: Path, *, every: bool = False) -> tuple[Direction, ...]:
+    """Returns all directions that a row has.
+
+    Args:
+      path: the table.
+      every: True for directions between all columns, False for those between columns with names
+        like those of languages.
+    """
     table = read_table(path)
-    names = [name for name in table if _LANGUAGE.fullmatch(name)]
+    names = [name for name in table if every or _LANGUAGE.fullmatch(name)]
     there = {name: np.array([isinstance(x, str) for x in table[name]]) for name in names}
     return tuple(
         Direction(a, b) for a in names for b in names if a != b and (there[a] & there[b]).any()

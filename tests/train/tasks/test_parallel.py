@@ -35,6 +35,16 @@ def test_all_directions_of_a_table(tmp_path):
     assert parallel.resolved(options).directions == "en-de,en-fr,de-en,fr-en"
 
 
+def test_directions_that_are_named_may_have_any_columns(tmp_path):
+    """Columns with other names than those of languages count if a direction names them."""
+    rows = [{"english": "ba", "low-german": "sch"}, {"english": "ki", "low-german": "ung"}]
+    files = (table(tmp_path, rows),) * 2
+    options = options_of(tmp_path, parallel_files=files, directions="english-low-german")
+    task = parallel.load_task(parallel.resolved(options))
+    assert task.directions == (Direction("english", "low-german"),)
+    assert len(task.splits["train"]) == 2
+
+
 def test_each_row_gives_the_directions_that_it_has(tmp_path):
     """A row with three languages has six directions, one with null fewer."""
     rows = [*ROWS, {"id_": "4", "en": "lu", "de": "ein", "fr": "oix", "kind": "x"}]
