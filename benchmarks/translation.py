@@ -205,6 +205,8 @@ def _train(options: argparse.Namespace, run: Run) -> None:
     started = time.perf_counter()
     _command("fit", [*flags, "--output-dir", run.folder, "--resume"])
     seconds = time.perf_counter() - started
+    if not (run.folder / "metrics.json").exists():  # a signal ends `fit` without an error
+        raise RuntimeError(f"{run.folder} was stopped; run the same command to go on")
     write_json(run.folder.parent / f"{run.folder.name}.seconds.json", {"seconds": seconds})
 
 
