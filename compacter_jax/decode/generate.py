@@ -41,7 +41,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     decoder_start_token_id: int | None = None,
-    forced_bos_token_id: int | tuple[()] | None = None,
+    forced_bos_token_id: int | tuple[()] | Array | None = None,
     forced_eos_token_id: int | tuple[()] | None = None,
     adapter_ids: Any = None,
     mix: Any = None,
@@ -83,7 +83,8 @@ def generate(
       pad_token_id: token after the end of a sequence; without one, the first of `eos_token_id`.
       decoder_start_token_id: start token of every sequence.
       forced_bos_token_id: token that follows the start token, such as the target language of
-        M2M-100, NLLB-200 and mBART-50; () forces none.
+        M2M-100, NLLB-200 and mBART-50; () forces none. An array `[batch]` of integers forces a
+        token of its own in each row; it is not checked against the vocabulary.
       forced_eos_token_id: token at the largest length, where a sequence has not ended before; ()
         forces none.
       adapter_ids: adapter of each row, as in a call of a model with a bank of adapters.
@@ -108,6 +109,7 @@ def generate(
       al., The Curious Case of Neural Text Degeneration, ICLR 2020, arXiv:1904.09751 (top-p).
     """
     config = _config(model)
+    by_row = isinstance(forced_bos_token_id, Array | np.ndarray) and forced_bos_token_id.ndim > 0
     settings = Settings(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -140,8 +142,9 @@ def generate(
         routing.route(model.method, params, **{"adapter_ids": None, "mix": None, **chosen})
     elif chosen:
         raise ValueError(f"{' and '.join(chosen)} given, but the model has no bank of adapters")
+    first = _first_tokens(forced_bos_token_id, input_ids.shape[0]) if by_row else None
     ids, width = _generate(
-        hashable(model), settings, params, input_ids, attention_mask, key, chosen
+        hashable(model), settings, params, input_ids, attention_mask, key, chosen, first
     )
     if isinstance(width, jax.core.Tracer):
         return ids
@@ -189,11 +192,22 @@ def _special_tokens(
     return {"start": start, "pad": ends[0] if pad is None and ends else pad, "eos": ends}
 
 
-def _forced(config: Any, name: str, given: int | tuple[()] | None) -> int | None:
-    """Returns a forced token, of the argument or else of the config; None for none."""
+def _forced(config: Any, name: str, given: int | tuple[()] | Array | None) -> int | None:
+    """Returns a token forced in all rows, of the argument or else of the config; None for none."""
     if given is None:
         return getattr(config, name, None)
-    return None if isinstance(given, tuple) else int(given)
+    return None if isinstance(given, tuple) or np.ndim(given) else int(given)
+
+
+def _first_tokens(tokens: Any, rows: int) -> Array:
+    """Returns the token `[rows]` that is forced in each row."""
+    if np.shape(tokens) != (rows,) or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(
+            f"forced_bos_token_id has shape {np.shape(tokens)} and dtype "
+            f"{jnp.result_type(tokens)}; for a token of each row it must be integers of shape "
+            f"[batch], ({rows},)"
+        )
+    return jnp.asarray(tokens)
 
 
 def _check_inputs(input_ids: Any, key: Array | None, do_sample: bool) -> None:
@@ -220,21 +234,41 @@ def _generate(
     attention_mask: Array | None,
     key: Array | None,
     chosen: dict[str, Any],
+    first: Array | None,
 ) -> tuple[Array, Array]:
     """Returns ids `[rows, 1 + max_new_tokens]`, and the width to which transformers cuts them."""
     if attention_mask is None:
         attention_mask = _default_mask(input_ids, settings)
     step, cache = _start(model, settings, params, input_ids, attention_mask, chosen)
     rows = input_ids.shape[0]
+    if first is not None:
+        step = _forcing(step, jnp.repeat(first, _copies(settings)))
     if settings.num_beams > 1:
         return beam_search(step, cache, rows, settings)
     return one_by_one(step, cache.changing, rows * settings.num_return_sequences, settings, key)
+
+
+def _forcing(step: Step, first: Array) -> Step:
+    """Returns a decoding step after which only the token `[rows]` of each row can come first."""
+
+    def forced(tokens: Array, cache: Any, index: Array) -> tuple[Array, Any]:
+        logits, cache = step(tokens, cache, index)
+        others = jnp.arange(logits.shape[-1]) != first[:, None]
+        only = jnp.where(others, -jnp.inf, jnp.zeros_like(logits))
+        return jnp.where(index == 0, only, logits), cache
+
+    return forced
 
 
 def _default_mask(input_ids: Array, settings: Settings) -> Array:
     if settings.pad is None or settings.pad in settings.eos:
         return jnp.ones_like(input_ids)
     return input_ids != settings.pad
+
+
+def _copies(settings: Settings) -> int:
+    """Returns the number of adjacent copies of each row: beams or samples."""
+    return settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
 
 
 def _start(
@@ -259,7 +293,7 @@ def _start(
 
     states = apply("encode", input_ids, attention_mask, **chosen)
     cache = apply("start_cache", states, settings.max_new_tokens, **chosen)
-    copies = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
+    copies = _copies(settings)
     # The copies are made after the cross-attention's keys and values are computed.
     cache, mask = jax.tree.map(
         lambda leaf: jnp.repeat(leaf, copies, axis=0), (cache, attention_mask)

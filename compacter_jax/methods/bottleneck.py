@@ -160,6 +160,8 @@ class BottleneckConfig(InsertedConfig):
 
     Attributes:
       reduction_factor: divisor of the width; the bottleneck is `width // reduction_factor` wide.
+      expansion_factor: multiplier of the width before it is divided, to make one bottleneck as wide
+        as several together.
       non_linearity: the activation: gelu, gelu_10, gelu_accurate, gelu_fast, gelu_new, gelu_python,
         gelu_python_tanh, gelu_pytorch_tanh, leaky_relu, linear, mish, quick_gelu, relu, relu2,
         relu6, sigmoid, silu, swish or tanh.
@@ -201,6 +203,7 @@ class BottleneckConfig(InsertedConfig):
 
     sites: tuple[str, ...] = ("attention", "feed_forward")
     reduction_factor: int = 32
+    expansion_factor: int = 1
     non_linearity: str = "gelu_new"
     w_init: str = "normal"
     w_init_up: Literal["same", "zeros"] = "same"
@@ -217,7 +220,8 @@ class BottleneckConfig(InsertedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.reduction_factor >= 1, "reduction_factor", self.reduction_factor, "at least 1")
+        for name in ("reduction_factor", "expansion_factor"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.residual_before_ln == "post_add" and not self.original_ln_before:
             raise ValueError(
                 "residual_before_ln='post_add' needs adapters that read the sum with the "
@@ -242,7 +246,7 @@ class BottleneckConfig(InsertedConfig):
         Raises:
           ValueError: if it would be 0.
         """
-        bottleneck = width // self.reduction_factor
+        bottleneck = width * self.expansion_factor // self.reduction_factor
         if bottleneck < 1:
             raise ValueError(
                 f"reduction_factor={self.reduction_factor} leaves no bottleneck at a width of "

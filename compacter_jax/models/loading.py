@@ -179,7 +179,7 @@ def read_sentence_embedding(
         is not supported; the message names the file and the module.
       OSError: if the hub does not answer or has no such repository.
     """
-    return read_folder(_folder_of(path_or_hub_id), pooling)
+    return read_folder(folder_of(path_or_hub_id), pooling)
 
 
 def known_pooling(name_or_path: str | Path) -> Pooling | None:

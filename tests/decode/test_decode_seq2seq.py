@@ -168,3 +168,22 @@ def test_adapted_greedy_tokens_are_the_most_probable_of_the_whole_decoder():
     logits = quick_jit(lambda p: model.apply({"params": p}, ids, mask, tokens[:, :-1]))(params)
     np.testing.assert_array_equal(tokens[:, 2:], logits[:, 1:].argmax(-1))
     assert len({tuple(row) for row in tokens}) > 1
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_each_row_has_its_forced_first_token(num_beams):
+    """A token for each row gives each row what PyTorch gives it where all rows have its token."""
+    first = np.array([7, 3, 11])
+    actual, _ = generated("m2m_100", 1, num_beams=num_beams, forced_bos_token_id=7)
+    ids, mask = inputs_of(CONFIGS["m2m_100"], 1)[:2]
+    ours = backbone("m2m_100")
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": num_beams}
+    found = cj.generate(ours.module, ours.params, ids, mask, forced_bos_token_id=first, **settings)
+    for row, token in enumerate(first):
+        _, wanted = generated("m2m_100", 1, num_beams=num_beams, forced_bos_token_id=int(token))
+        wanted = wanted[row][: found.shape[1]]
+        np.testing.assert_array_equal(found[row, : len(wanted)], wanted)
+        assert found[row, 1] == token
+    np.testing.assert_array_equal(found[0, : actual.shape[1]], actual[0, : found.shape[1]])
+    with pytest.raises(ValueError, match=r"forced_bos_token_id has shape \(2,\)"):
+        cj.generate(ours.module, ours.params, ids, mask, forced_bos_token_id=first[:2], **settings)

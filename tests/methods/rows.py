@@ -206,6 +206,7 @@ BOTTLENECK_CHANGED = {
     "sites": ("residual_attention",),
     "leave_out": (0, 3),
     "reduction_factor": 8,
+    "expansion_factor": 3,
     "non_linearity": "relu",
     "w_init": "glorot-normal",
     "w_init_up": "zeros",

@@ -55,6 +55,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--output-dir runs/stack",
         ),
         (
+            "An adapter for each direction of a translation model, in one run:",
+            "--backbone DIR --method ciat --parallel-files train.parquet valid.parquet "
+            "--directions en-de,de-en --adapters per_direction --output-dir runs/ciat",
+        ),
+        (
             "Continue an interrupted run:",
             "--backbone DIR --task movie --method compacter++ --output-dir runs/movie --resume",
         ),
@@ -72,6 +77,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "On several files of your own, with a table:",
             "--adapter runs/tags/adapter --test-files nn=nn.conll,fo=fo.conll "
             "--output metrics.json",
+        ),
+        (
+            "Every direction of a translation, each by its adapter:",
+            "--adapter runs/ciat --parallel-files test.parquet",
         ),
         (
             "The backbone has moved since:",

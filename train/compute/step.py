@@ -263,15 +263,18 @@ def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -
     return lambda count: float(np.interp(count, steps, rates))
 
 
-def adamw(*, decays: bool, clips: bool) -> optax.GradientTransformationExtraArgs:
+def adamw(
+    *, decays: bool, clips: bool, members: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW, after clipping if `clips`, whose `update` takes `numbers`: `Hyperparameters`.
 
-    The state is that of `optax.adamw` with a schedule.
+    The state is that of `optax.adamw` with a schedule; with `members`, that of `by_member`.
     """
 
     def of(numbers: Hyperparameters) -> optax.GradientTransformation:
         decay = numbers.weight_decay if decays else 0.0
         tx = optax.adamw(lambda count: numbers.learning_rate, weight_decay=decay)
+        tx = by_member(tx) if members else tx
         return optax.chain(optax.clip_by_global_norm(numbers.clip_norm), tx) if clips else tx
 
     def update(
@@ -280,3 +283,28 @@ def adamw(*, decays: bool, clips: bool) -> optax.GradientTransformationExtraArgs
         return of(numbers).update(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(of(Hyperparameters(0.0, 0.0, 1.0)).init, update)
+
+
+def by_member(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `tx` with a state of its own for each member of a bank.
+
+    A member without rows in a batch has no gradient. Neither its parameters nor its moments and its
+    number of steps change then: Adam's momentum and weight decay would move it otherwise. A member
+    with rows is updated as if there were no others.
+
+    Args:
+      tx: the transformation; all leaves of its trees have a leading axis of members.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves = jax.tree.leaves(updates)
+        # A gradient that is not a number counts, so that the run stops there.
+        moves = jnp.stack([jnp.any(leaf != 0, range(1, leaf.ndim)) for leaf in leaves]).any(0)
+        new, new_state = jax.vmap(tx.update)(updates, state, params)
+
+        def keep(new: Array, old: Any) -> Array:
+            return jnp.where(moves.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(lambda leaf: keep(leaf, 0), new), jax.tree.map(keep, new_state, state)
+
+    return optax.GradientTransformation(jax.vmap(tx.init), update)

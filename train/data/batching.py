@@ -89,7 +89,8 @@ def batches(
       `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED` where there is none;
       `decoder_input_ids`, of the same shape, are the labels shifted to the right behind the start
       token; and the weight of a row is the number of its target tokens, so that the weighted mean
-      of the rows' mean losses is the mean over the batch's tokens. With words, `labels` are the
+      of the rows' mean losses is the mean over the batch's tokens. With routes, `adapter_ids` and
+      `first_tokens`: `[batch_size]` int32, as far as they are known. With words, `labels` are the
       tags of the words at their first tokens, `[batch_size, length]` int32, `IGNORED` elsewhere,
       and the weight of a row is the number of these tags, at least 1. If an example has several
       texts, the inputs are `[batch_size, texts, length]`, and `labels` are the scores or
@@ -200,6 +201,10 @@ def _batch(
         **_inputs(encoded, positions, shape),
         "indices": column(positions, np.int32, fill=-1),
     }
+    if encoded.routes is not None:
+        for name, values in encoded.routes.columns().items():
+            # A filling row has no weight, so that its member is arbitrary.
+            batch[name] = column(values[positions], np.int32, fill=0)
     texts, targets = encoded.target_texts, encoded.targets
     if encoded.words is not None:
         tags = encoded.words.tags

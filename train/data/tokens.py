@@ -12,6 +12,7 @@ import numpy as np
 
 from compacter_jax.files import is_there, read_json
 from compacter_jax.messages import quote, reason_of, shorten
+from train.data.routes import Routes
 from train.data.words import WordCounts, Words
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class Encoded:
       words: the words of the examples, for tasks that predict tags of words.
       texts_of_example: the number of texts of every example, each with an offset of its own, for
         tasks of embeddings; None if an example is one input of the backbone.
+      routes: the members of a bank and the languages of the examples, for translation.
     """
 
     input_ids: np.ndarray
@@ -147,6 +149,7 @@ class Encoded:
     unknown: Unknown = Unknown()
     words: Words | None = None
     texts_of_example: int | None = None
+    routes: Routes | None = None
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // (self.texts_of_example or 1)

@@ -44,6 +44,12 @@ class PlanOptions(FitOptions):
         if self.is_grid:
             flags = "--seeds, --learning-rates, --train-sizes"
             raise ValueError(f"plan estimates one run; leave {flags} out")
+        if self.parallel_files is not None or self.directions is not None or self.has_members:
+            raise ValueError(
+                "plan reads no data, and does not know the directions of a translation; leave "
+                "--parallel-files, --directions and --adapters out, or count with "
+                "`python -m benchmarks.translation --predict-only`"
+            )
         wanted = {
             "devices": (self.devices >= 1, "at least 1"),
             "utilisation": (0 < self.utilisation <= 1, "above 0, at most 1"),

@@ -34,8 +34,9 @@ SENTINELS = tuple(f"<extra_id_{i}>" for i in reversed(range(100)))
 RECORD_NAME = "create.json"
 _FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
-_RESERVED = len(SPECIAL_TOKENS) + len(BYTES) + len(SENTINELS)
-_SMALLEST_VOCABULARY = 512
+_RESERVED = len(SPECIAL_TOKENS) + len(BYTES)
+# Without further special tokens.
+_SMALLEST_VOCABULARY = 412
 _SPACE = "▁"  # in place of the space before a word, as in SentencePiece
 _ALPHABET = frozenset(string.digits + string.ascii_letters + string.punctuation + _SPACE)
 _CHARACTER_COVERAGE = 0.9995  # SentencePiece's default
@@ -60,15 +61,17 @@ def create_backbone(options: CreateOptions) -> None:
       Machine Translation, JMLR 2021, arXiv:2010.11125.
     """
     options.check()
-    _check_vocab_size(options.vocab_size, len(options.languages))
+    languages = tuple(f"<{language}>" for language in options.languages)
+    # Only the pre-training of a T5 needs sentinels.
+    more = SENTINELS if options.model_type == "t5" else languages
+    _check_vocab_size(options.vocab_size, len(more))
     folder = expanded(options.output_dir).resolve()
     check_output_folder(folder, overwrite=options.overwrite)
     for path in options.text_files:
         check_text_file(path)
     with new_folder(folder, replace=True) as temporary:
-        languages = tuple(f"<{language}>" for language in options.languages)
-        tokenizer = train_tokenizer(options.text_files, options.vocab_size, languages)
-        write_tokenizer(tokenizer, temporary, languages)
+        tokenizer = train_tokenizer(options.text_files, options.vocab_size, more)
+        write_tokenizer(tokenizer, temporary, more)
         num_parameters = _write_model(options, temporary)
         record = dataclasses.asdict(options) | {"parameters": num_parameters}
         _write_json(temporary / RECORD_NAME, record)
@@ -79,7 +82,7 @@ def create_backbone(options: CreateOptions) -> None:
 
 
 def train_tokenizer(
-    text_files: Sequence[str | Path], vocab_size: int, more: tuple[str, ...] = ()
+    text_files: Sequence[str | Path], vocab_size: int, more: tuple[str, ...] = SENTINELS
 ) -> Tokenizer:
     """Trains a Unigram tokenizer like T5's, of `vocab_size` tokens, which appends `</s>`.
 
@@ -91,18 +94,18 @@ def train_tokenizer(
     characters that make up 99.95 % of the text and at most half of the pieces.
 
     Ids 0, 1 and 2 are `<pad>`, `</s>` and `<unk>`, followed by 256 bytes, the pieces of words by
-    probability, and `<extra_id_99>` to `<extra_id_0>`. Training again gives the same tokenizer,
-    except where rounding decides between equally good pieces.
+    probability, and further special tokens, by default `<extra_id_99>` to `<extra_id_0>`. Training
+    again gives the same tokenizer, except where rounding decides between equally good pieces.
 
     Args:
       text_files: the UTF-8 files.
       vocab_size: the number of tokens.
-      more: further special tokens, such as those of languages; they have the highest ids.
+      more: further special tokens, sentinels or those of languages; they have the highest ids.
 
     Raises:
       FileNotFoundError: if a file does not exist.
-      ValueError: if a file cannot be read, or `vocab_size` is below 512 or exceeds the pieces that
-        the text gives.
+      ValueError: if a file cannot be read, or `vocab_size` is below 412 and the number of further
+        special tokens, or exceeds the pieces that the text gives.
 
     References:
       Kudo, Subword Regularization, ACL 2018, arXiv:1804.10959; Kudo and Richardson, SentencePiece,
@@ -114,7 +117,8 @@ def train_tokenizer(
     pieces = _train_pieces(text_files, num_pieces)
     if len(pieces) < num_pieces:
         size = len(pieces) + reserved
-        smaller = f"vocab_size={size} or less, or " if size >= _SMALLEST_VOCABULARY else ""
+        smallest = _SMALLEST_VOCABULARY + len(more)
+        smaller = f"vocab_size={size} or less, or " if size >= smallest else ""
         raise ValueError(
             f"vocab_size={vocab_size} is too large: the text yields only {size} tokens; use "
             f"{smaller}more text"
@@ -172,14 +176,14 @@ def _m2m_config(options: CreateOptions) -> Any:
     )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, more: tuple[str, ...] = ()) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, more: tuple[str, ...] = SENTINELS) -> None:
     """Writes tokenizer.json and the settings with which transformers 4 and 5 load it."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
         # T5's own class is different in transformers 5, and has no bytes.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **SPECIAL_TOKENS,
-        "additional_special_tokens": (*SENTINELS[::-1], *more),
+        "additional_special_tokens": more[::-1] if more == SENTINELS else more,
         "model_input_names": ["input_ids", "attention_mask"],  # T5 has no token types
         "clean_up_tokenization_spaces": False,
     }
@@ -220,7 +224,7 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
 def _check_vocab_size(vocab_size: int, more: int) -> None:
     if vocab_size < _SMALLEST_VOCABULARY + more:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: special tokens, sentinels, bytes and ASCII "
+            f"vocab_size={vocab_size} is too small: special tokens, bytes and ASCII "
             f"already take {_RESERVED + more + len(_ALPHABET)}; use "
             f"{_SMALLEST_VOCABULARY + more} or more"
         )
@@ -309,7 +313,7 @@ def _assemble(pieces: Sequence[tuple[str, float]], more: tuple[str, ...]) -> Tok
     tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
-            for token in (*SPECIAL_TOKENS.values(), *SENTINELS, *more)
+            for token in (*SPECIAL_TOKENS.values(), *more)
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from compacter_jax.files import read_json, replace_file
 from compacter_jax.models import loading
+from compacter_jax.models.pooling import SENTENCE_FILES
 from train.data.corpus import TOKENIZED_AT_ONCE, check_text_file, read_documents
 from train.exchange.convert import check_new
 from train.exchange.options import TrimOptions
@@ -25,10 +26,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER, _SETTINGS, _WORDS = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
 # Files that say nothing of the ids of tokens.
-_COPIED = (
-    *("special_tokens_map.json", "modules.json", "config_sentence_transformers.json"),
-    *("sentence_bert_config.json", loading.POOLING_FILE),
-)
+_COPIED = ("special_tokens_map.json", *SENTENCE_FILES)
 # Tensors with a row, or a column, for each piece, by the ends of their names.
 _WITH_PIECES = re.compile(
     r"(.*\.)?(word_embeddings|shared|embed_tokens|tok_embeddings)\.weight"

@@ -31,6 +31,7 @@ from train.fit.job import Job, prepare
 from train.fit.options import FitOptions
 from train.fit.run_folder import RunFolder
 from train.folders import alone
+from train.tasks import parallel
 
 _AXIS = "runs"
 # Padding value where a batch is narrower than those of other runs; 0 where none is given.
@@ -105,7 +106,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     """
     started = time.perf_counter()
     with stopping.handled() as stop, ExitStack() as held:
-        runs = runs_of(options)
+        runs = runs_of(parallel.resolved(options))
         check_grid_folder(options.output_dir, runs)
         for each in runs.values():
             each.check()

@@ -23,10 +23,11 @@ from compacter_jax.params import FREEZE, TRAIN, group_of
 from train import tasks
 from train.compute import distributed, mesh
 from train.data import batching
-from train.fit import mixture
+from train.fit import members, mixture
 from train.fit.options import FitOptions
 from train.inference import adapter, compositions
 from train.objectives import Objective, check_options, for_task, head_arguments, prompt_init, shapes
+from train.tasks import parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +223,7 @@ def task_names(options: FitOptions) -> list[str]:
         raise ValueError(
             f"--task {options.task!r} must be different names with commas between them"
         )
-    files = (options.train_file, options.validation_file, options.test_file)
+    files = (options.train_file, options.validation_file, options.test_file, options.directions)
     if len(names) > 1 and any(files):
         raise ValueError("files are those of one task; leave --train-file and the like out")
     return names
@@ -240,12 +241,15 @@ def _task_run(
 
     The arrays of `first`, and of the backbone `known`, are shared where they are given.
     """
-    task = tasks.load_task(
-        name,
-        regression=options.regression,
-        embedding=options.embedding_loss is not None,
-        **tasks.sources(options),
-    )
+    if options.directions is not None:
+        task = parallel.load_task(options)
+    else:
+        task = tasks.load_task(
+            name,
+            regression=options.regression,
+            embedding=options.embedding_loss is not None,
+            **tasks.sources(options),
+        )
     check_options(task, options)
     if options.train_size is not None:
         sample = tasks.subsample(task.splits["train"], options.train_size, options.seed)
@@ -276,6 +280,7 @@ def _loaded_task_run(
         backbone = dataclasses.replace(backbone, params=_shared(backbone.params, known.params))
     tokenizer = adapter.load_tokenizer(options.backbone, backbone, options.max_length)
     method = _method(options, task, tokenizer)
+    method = members.banked(method, task, options)
     model = cj.Adapted(backbone.module, method)
     objective = for_task(task, options, model, tokenizer)
     params = cj.init_adapters(model, backbone, jax.random.key(options.seed))

@@ -114,7 +114,9 @@ def slow_start(job: Job) -> str | None:
 
 def transformation(options: FitOptions) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of a run; each update takes its numbers from `Trainer.numbers`."""
-    return step.adamw(decays=options.weight_decay > 0, clips=options.clip_norm > 0)
+    return step.adamw(
+        decays=options.weight_decay > 0, clips=options.clip_norm > 0, members=options.has_members
+    )
 
 
 def apply_of(task_run: TaskRun, view: Any) -> step.ApplyFunction:

@@ -32,7 +32,17 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
       mixture: sampling rate of each of several tasks: temperature=1 is proportional to the number
         of examples, temperature=10 is almost uniform, limit=65536 caps the number that counts.
       adapters: with several tasks, one shared adapter or one adapter per task; heads are never
-        shared.
+        shared. In a translation one shared adapter, or one per direction or per target language.
+      parallel_files: tables with a column of texts for each language, null where there is none:
+        those of train, validation and test, in this order. Without the second, a part of the first
+        is held out. Files with the columns source, target, source_language and target_language are
+        given by train_file and the like.
+      directions: directions of a translation joined by commas, as in en-de,de-en; or all that the
+        training file has.
+      temperature: how often directions of different size are drawn: 1 is proportional to the number
+        of sentences, 5 is more uniform; the exponent is its inverse.
+      add_to: folder of a translation with an adapter for each direction, or for each target
+        language. The new adapters are written beside them, and the others stay untouched.
       max_steps: stop after this many updates, even within an epoch.
       checkpoint_steps: save the training state every N steps, in addition to every evaluation; 0
         saves at evaluations only.
@@ -64,7 +74,11 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
     learning_rates: str | None = None
     train_sizes: str | None = None
     mixture: str = "temperature=1"
-    adapters: Literal["shared", "per_task"] = "shared"
+    adapters: Literal["shared", "per_task", "per_direction", "per_target"] = "shared"
+    parallel_files: tuple[Path, ...] | None = None
+    directions: str | None = None
+    temperature: float = 1.0
+    add_to: Path | None = None
     max_steps: int | None = None
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
@@ -87,6 +101,7 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
             "max_steps": (self.max_steps is None or self.max_steps >= 1, "at least 1"),
             "checkpoint_steps": (self.checkpoint_steps >= 0, "at least 0"),
             "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
+            "temperature": (1 <= self.temperature < float("inf"), "at least 1"),
             "peak_flops": (
                 self.peak_flops is None or 0 < self.peak_flops < float("inf"),
                 "above 0",
@@ -95,9 +110,16 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
         check(self, wanted)
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other; give one")
+        if self.add_to is not None and not self.has_members:
+            raise ValueError("--add-to needs --adapters per_direction or per_target")
         self.check_members()
         if is_composition(self.method) and "," in self.task and self.adapters == "shared":
             raise ValueError("tasks cannot share a composition; give --adapters per_task")
+
+    @property
+    def has_members(self) -> bool:
+        """True if each direction, or each target language, has an adapter of its own."""
+        return self.adapters in ("per_direction", "per_target")
 
     @property
     def is_grid(self) -> bool:

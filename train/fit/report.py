@@ -34,12 +34,19 @@ def result_text(result: dict[str, Any], folder: Path) -> str:
             f"trained parameters: {result['trained_parameters']:,} of "
             f"{result['total_parameters']:,} "
             f"({100 * result['trained_parameters'] / result['total_parameters']:.3f} %)",
-            f"adapter: {folder / 'adapter'} ({result['adapter_bytes']:,} bytes)",
+            f"{_adapters(result, folder)} ({result['adapter_bytes']:,} bytes)",
             f"curves: {folder / 'curves.png'}",
             f"report: {folder / 'report.md'}",
             *([f"backbone: {folder / 'backbone'}"] if (folder / "backbone").exists() else []),
         ]
     )
+
+
+def _adapters(result: dict[str, Any], folder: Path) -> str:
+    """Returns the folder of the adapter, or the names of several and their folder."""
+    if "adapters" not in result:
+        return f"adapter: {folder / 'adapter'}"
+    return f"{len(result['adapters'])} adapters: {folder}"
 
 
 def _splits(result: dict[str, Any]) -> list[str]:
@@ -175,6 +182,8 @@ def write_report(
 
 
 def _next_command(result: dict[str, Any], folder: Path) -> str:
+    if "adapters" in result:
+        return f"predict --adapter {folder} --input FILE --output FILE"
     if result["kind"] != "span_corruption":
         return f"predict --adapter {folder / 'adapter'} --input FILE --output FILE"
     if (folder / "backbone").exists():

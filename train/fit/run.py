@@ -16,8 +16,8 @@ import compacter_jax as cj
 from train import report as train_report
 from train.compute import distributed, mesh
 from train.data.writing import write_rows
+from train.fit import members, stopping, timing
 from train.fit import report as fit_report
-from train.fit import stopping, timing
 from train.fit.job import Job, TaskRun, prepare, say_all
 from train.fit.learners import slow_start
 from train.fit.options import FitOptions
@@ -25,6 +25,7 @@ from train.fit.run_folder import RunFolder, bytes_removed, check_only_ours
 from train.fit.run_record import PREDICTIONS_NAME
 from train.fit.trainer import Trainer
 from train.folders import new_folder
+from train.tasks import parallel
 
 
 def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
@@ -44,6 +45,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     with stopping.handled() as stop, contextlib.ExitStack() as held:
         options.check()
+        options = parallel.resolved(options)
         distributed.start(options)
         if options.mesh is not None:
             mesh.make_mesh(options.mesh)  # raises before anything is written if it does not fit
@@ -108,8 +110,7 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
     """Evaluates the best adapter of a task, as it was written to disk."""
     job, task_run = trainer.job, trainer.job.task_runs[index]
     training, compute = trainer.of_task(index)
-    folder = job.folder(task_run) / "adapter"
-    _, params = cj.load_adapter(folder, task_run.backbone)
+    params = members.load(job, task_run)
     trained = compute.place(cj.partition(params, task_run.labels)[0])
     count = cj.count(task_run.params, task_run.labels)
     progress = trainer.progress
@@ -138,7 +139,8 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
         "trained_parameters": count.trained,
         "total_parameters": count.total,
         "trained_groups": {group: trained for group, (trained, _) in count.groups.items()},
-        "adapter_bytes": sum(f.stat().st_size for f in folder.iterdir()),
+        "adapter_bytes": members.bytes_on_disk(job, task_run),
+        **({"adapters": list(members.folders(job, task_run))} if job.options.has_members else {}),
         "history": progress.history[task_run.name],
     }
 
@@ -207,4 +209,4 @@ def write_backbone(task_run: TaskRun, folder: Path) -> None:
 
 def _makes_backbone(job: Job, task_run: TaskRun) -> bool:
     """Returns True if the run pre-trains the whole backbone for use in other tasks."""
-    return job.method.trains_backbone and task_run.task.kind == "span_corruption"
+    return job.method.trains_backbone and task_run.task.kind in ("span_corruption", parallel.KIND)

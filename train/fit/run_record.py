@@ -157,9 +157,23 @@ def write_record(folder: Path, record: Record) -> None:
 
 def _task_prefixes(settings: Mapping[str, Any]) -> list[str]:
     """Returns, for each task of a run, the prefix of the names of its outputs."""
+    if settings.get("adapters") in ("per_direction", "per_target"):
+        return ["", *(f"{name}/" for name in _member_names(settings))]
     names = [name.strip() for name in str(settings["task"]).split(",")]
     plain = [name for name in names if re.fullmatch(r"\w[\w.-]*", name)]
     return [f"{name}/" for name in plain] if len(names) > 1 else [""]
+
+
+def _member_names(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the folders of adapters, that of each target also for a direction."""
+    if settings.get("add_to") is not None:
+        return []
+    names = str(settings.get("directions") or "").split(",")
+    if settings["adapters"] == "per_target":
+        # A hyphen may be in the name of a language; the names that no run writes do no harm.
+        names = [name[i + 1 :] for name in names for i, c in enumerate(name) if c == "-"]
+    plain = (name for name in dict.fromkeys(names) if re.fullmatch(r"\w[\w.-]*", name))
+    return list(plain)
 
 
 def written(settings: Mapping[str, Any], options: FitOptions | None) -> tuple[str, ...]:
@@ -177,7 +191,8 @@ def written(settings: Mapping[str, Any], options: FitOptions | None) -> tuple[st
     if options is not None and options.profile:
         names.append("profile")
     of_task = ["adapter", "metrics.json", PREDICTIONS_NAME, "report.md", "curves.png"]
-    if settings["method"] == "full" and settings["task"] == SPAN_CORRUPTION:
+    makes_backbone = settings["task"] == SPAN_CORRUPTION or settings.get("directions")
+    if settings["method"] == "full" and makes_backbone:
         of_task.append("backbone")
     names += [f"{prefix}{name}" for prefix in prefixes for name in of_task]
     return tuple(dict.fromkeys(names))

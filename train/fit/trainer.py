@@ -22,7 +22,7 @@ from train.compute import outputs as compute_outputs
 from train.compute.compute import Compute
 from train.data import batching
 from train.errors import NonFiniteLossError, StoppedRunError
-from train.fit import logs, stopping, timing
+from train.fit import logs, members, stopping, timing
 from train.fit.checkpoints import Checkpoints
 from train.fit.job import Job, TaskRun
 from train.fit.learners import Training, trainings_of
@@ -379,22 +379,7 @@ class Trainer:
         _, frozen = cj.partition(learner.params, learner.labels)
         whole = jax.tree.map(jnp.asarray, cj.merge(trained, frozen))
         for i, view in zip(learner.task_indices, learner.views, strict=True):
-            task_run = self.job.task_runs[i]
-            cj.save_adapter(
-                self.job.folder(task_run) / "adapter",
-                task_run.model,
-                view(whole),
-                metadata={
-                    "backbone": task_run.backbone.name,
-                    "dtype": self.options.dtype,
-                    "backbone_dtype": self.options.backbone_dtype,
-                    "task": task_run.name,
-                    "kind": task_run.task.kind,
-                    "label_names": list(task_run.task.label_names),
-                    "max_length": self.options.max_length,
-                    **task_run.objective.settings,
-                },
-            )
+            members.save(self.job, self.job.task_runs[i], view(whole))
 
     def _save(self, *, best: bool = False) -> None:
         self._log.flush()

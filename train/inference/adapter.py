@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +21,11 @@ from train.cli import compositions as cli_compositions
 from train.compute.outputs import OutputsFunction
 from train.data import tokens
 from train.inference import compositions as inference_compositions
+from train.inference.folders import members_of
 from train.inference.options import AdapterOptions
 from train.inference.saved import head_of, settings_of
 from train.objectives import Objective, from_settings, shapes
+from train.tasks.parallel import KIND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
       FileNotFoundError, ValueError: as `compacter_jax.load_adapter`, or if `fit` did not write it.
     """
     options.check()
+    if members := translation_members(options.adapter):
+        return _of_members(options, members, **changes)
     expression = inference_compositions.of_saved(options.adapter)
     if expression is None:
         settings = settings_of(cli_compositions.folder_of(options.adapter))
@@ -72,6 +77,53 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
     jitted = jax.jit(objective.outputs)
     return LoadedAdapter(settings, objective, lambda batch: jax.device_get(jitted(params, batch)))
+
+
+def translation_members(folder: Path) -> dict[str, Path]:
+    """Returns name -> folder of the adapters of directions in a folder; empty if there are none."""
+    members = members_of(folder)
+    return members if any(map(_translates, members.values())) else {}
+
+
+def _translates(folder: Path) -> bool:
+    """Returns True for an adapter that translates; False also for one that cannot be read."""
+    try:
+        return cj.read_adapter_config(folder).get("kind") == KIND
+    except (ValueError, OSError):
+        return False
+
+
+def _of_members(
+    options: AdapterOptions, members: Mapping[str, Path], **changes: Any
+) -> LoadedAdapter:
+    """Loads the adapters of a folder, each for its directions, as a bank.
+
+    Raises:
+      ValueError: if the adapters cannot be computed together, or two serve the same direction.
+    """
+    settings = {name: settings_of(folder) for name, folder in members.items()}
+    check_shared(settings)
+    first = next(iter(settings.values()))
+    serving: dict[str, int] = {}
+    for place, (name, each) in enumerate(settings.items()):
+        for direction in each[KIND]["directions"]:
+            if direction in serving:
+                other = list(settings)[serving[direction]]
+                raise ValueError(
+                    f"both {other} and {name} in {options.adapter} translate {direction}; move one "
+                    "of them away"
+                )
+            serving[direction] = place
+    joined = {**first[KIND], "directions": list(serving), "members": list(serving.values())}
+    name = options.backbone or first["backbone"]
+    backbone = load_backbone(options, first)
+    model, params = cj.stack_adapters(list(members.values()), backbone)
+    params = stored(params, model.method, options, first)
+    tokenizer = load_tokenizer(name, backbone, first["max_length"])
+    whole = {**first, KIND: joined}
+    objective = from_settings(whole, model, tokenizer, num_beams=options.num_beams, **changes)
+    jitted = jax.jit(objective.outputs)
+    return LoadedAdapter(whole, objective, lambda batch: jax.device_get(jitted(params, batch)))
 
 
 def load_backbone(

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 import compacter_jax as cj
 from compacter_jax.messages import listing
-from train.cli import compositions
 from train.compute import outputs as compute_outputs
 from train.data import rows as data_rows
 from train.data import tokens, writing
@@ -27,18 +26,6 @@ from train.inference.options import PredictOptions
 from train.objectives import Objective, base, from_settings
 
 COLUMN = "adapter"
-
-
-def members_of(folder: Path) -> dict[str, Path]:
-    """Returns name -> folder of the adapters in a folder.
-
-    They are in `NAME/`, or in `NAME/adapter/` as `fit` writes them.
-    """
-    # An adapter, and the folder of a single run, are no banks.
-    if not folder.is_dir() or compositions.holds_adapter(folder):
-        return {}
-    inside = [path for path in sorted(folder.iterdir()) if compositions.holds_adapter(path)]
-    return {path.name: compositions.folder_of(path) for path in inside}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ from train.data import tokens
 from train.data.words import WordCounts
 from train.inference import compositions as inference_compositions
 from train.inference import embedding_arrays, prediction_files, several_files
-from train.inference.adapter import LoadedAdapter, labels_of, load
+from train.inference.adapter import LoadedAdapter, labels_of, load, translation_members
 from train.inference.options import EvaluateOptions, PredictOptions, files_of
 from train.report import as_json, number
+from train.tasks import parallel
 from train.tasks.benchmarks import find as find_benchmark
 from train.tasks.labels import told
 
@@ -84,18 +85,7 @@ def _of_several(options: EvaluateOptions, report: Path) -> dict[str, Any]:
 
 def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
     """Returns the result of an adapter on one split."""
-    kind = adapter.settings["kind"]
-    task = tasks.load_task(
-        options.task,
-        regression=kind == "regression",
-        text=kind == "text",
-        tagging=kind == "tagging",
-        embedding=kind == "embedding",
-        **tasks.sources(options),
-        splits=(options.split,),
-        label_names=adapter.settings["label_names"] or None,
-        are_numbered=_has_fixed_labels(adapter.settings.get("task")),
-    )
+    task = _task(adapter, options)
     _check_same_kind(options.adapter, adapter, task)
     encoded = adapter.objective.encode(task.splits[options.split])
     for line in [
@@ -123,10 +113,35 @@ def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
     return result
 
 
+def _task(adapter: LoadedAdapter, options: EvaluateOptions) -> tasks.Task:
+    """Reads the split that an adapter is evaluated on."""
+    kind = adapter.settings["kind"]
+    if kind == parallel.KIND:
+        return parallel.load_split(options, adapter.settings[kind]["directions"])
+    if options.parallel_files is not None or options.directions is not None:
+        raise ValueError(
+            f"--parallel-files and --directions are for adapters that translate, but the one in "
+            f"{options.adapter} is for tasks of kind {kind}"
+        )
+    return tasks.load_task(
+        options.task,
+        regression=kind == "regression",
+        text=kind == "text",
+        tagging=kind == "tagging",
+        embedding=kind == "embedding",
+        **tasks.sources(options),
+        splits=(options.split,),
+        label_names=adapter.settings["label_names"] or None,
+        are_numbered=_has_fixed_labels(adapter.settings.get("task")),
+    )
+
+
 def _beside(options: EvaluateOptions) -> Path:
     """Returns the default folder of results: the adapter's; for a composition, the current one."""
     if inference_compositions.of_saved(options.adapter):
         return Path()
+    if translation_members(options.adapter):
+        return options.adapter
     return cli_compositions.folder_of(options.adapter)
 
 

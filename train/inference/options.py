@@ -14,7 +14,8 @@ class AdapterOptions:
     """A saved adapter and its backbone.
 
     Attributes:
-      adapter: folder that `fit` wrote, or its subfolder adapter/; or a composition of such folders,
+      adapter: folder that `fit` wrote, or its subfolder adapter/; of a translation, also a folder
+        with an adapter for each direction or target; or a composition of such folders,
         such as 'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', or one with stack, parallel or
         average_maps.
       backbone: backbone that the adapter was trained with; by default the recorded one.
@@ -46,6 +47,10 @@ class EvaluateOptions(AdapterOptions):
       task: movie, product, tweet or editorial; a benchmark, such as mnli; or any other name for
         your own files.
       split: split to evaluate on; validation_mismatched exists for mnli only.
+      parallel_files: table with a column of texts for each language, for an adapter that
+        translates; or --test-file and the like with the columns of pairs.
+      directions: directions to evaluate, as in en-de,de-en; by default those of the adapters that
+        the file has.
       train_file: your own examples, with the same columns as for fit; for --split train.
       validation_file: your own examples for --split validation.
       test_file: your own examples for --split test.
@@ -66,6 +71,8 @@ class EvaluateOptions(AdapterOptions):
 
     task: str = "custom"
     split: Literal["train", "validation", "validation_mismatched", "test"] = "test"
+    parallel_files: Path | None = None
+    directions: str | None = None
     train_file: Path | None = None
     validation_file: Path | None = None
     test_file: Path | None = None
@@ -102,11 +109,12 @@ class PredictOptions(AdapterOptions):
       adapter: folder that `fit` wrote, or its subfolder adapter/; a composition of folders, as for
         `evaluate`; or a folder of such folders. In the last case the column adapter of the input
         names the adapter of each row; the adapters have the same shapes, backbone and kind of task,
-        but may differ in labels.
+        but may differ in labels. Adapters of a translation are chosen by the languages of a row.
       input: .parquet, .jsonl, .csv or .tsv file with a column sentence, and sentence2 for pairs; or
         with the columns of the adapter's benchmark on the hub. For tags of words, a file with a
         column tokens, lists of text, or a .conll or .txt file with a word in each line. For
         embeddings, a column sentence, or sentence1 and sentence2 for the cosine of each pair.
+        translation, the columns source, source_language and target_language.
       output: .parquet, .jsonl, .csv or .tsv file; it has the columns of the input, prediction and,
         for labels, label_id and probability. The prediction for words is a list of a tag for each,
         that of embeddings a list of numbers. Or a .npy file with the embeddings alone.

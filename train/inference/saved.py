@@ -33,6 +33,7 @@ _FIELDS: Mapping[str, Any] = {
     "span_corruption": dict[str, Any],
     "task": str | None,
     "text_to_text": dict[str, Any],
+    "translation": dict[str, Any],
 }
 _REQUIRED = ("backbone", "max_length", "kind", "label_names", "dtype")
 _TEXT_FORMAT = {
@@ -52,6 +53,12 @@ _EMBEDDING = {
     "dimensions": list[int],
 }
 _NOISE = {"noise_density": float, "mean_span_length": float}
+_TRANSLATION = {
+    "directions": list[str],
+    "is_open": bool,
+    "max_target_length": int,
+    "num_beams": int,
+}
 # Head of the backbone -> kinds of tasks that it supports.
 _KINDS: Mapping[str | None, tuple[Kind, ...]] = {
     "sequence_classification": ("classification", "regression", "choice"),
@@ -129,11 +136,15 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
     elif kind == "embedding":
         wanted = kind
         _check_inner(where, settings, wanted, _EMBEDDING, required=tuple(_EMBEDDING))
+    elif kind == "translation":
+        wanted = "translation"
+        _check_inner(where, settings, wanted, _TRANSLATION, required=tuple(_TRANSLATION))
+        _check_text_format(f"{where}: {wanted}", settings[wanted])
     elif head == "conditional_generation":
         wanted = "text_to_text"
         _check_inner(where, settings, wanted, _TEXT_FORMAT, required=("prefix",))
         _check_text_format(f"{where}: {wanted}", settings[wanted])
-    for name in {"embedding", "span_corruption", "text_to_text"} - {wanted}:
+    for name in {"embedding", "span_corruption", "text_to_text", "translation"} - {wanted}:
         if name in settings:
             raise ValueError(
                 f"{where}: {name} cannot be combined with kind={kind!r} and head={head!r}"

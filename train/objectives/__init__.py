@@ -1,8 +1,9 @@
 """Objectives: how a task is put to a backbone, trained and scored.
 
 `Classifier`, `MultipleChoice`, `ExtractiveQA` and `Tagger` use a head on an encoder; `Embedder`
-uses none. `TextToText` formats a task as text for an encoder-decoder, and `SpanCorruption` is the
-pre-training of one. Training, evaluation and prediction only use the base class `Objective`.
+uses none. `TextToText` formats a task as text for an encoder-decoder, `Translation` is for pairs of
+languages, and `SpanCorruption` is the pre-training of one. Training, evaluation and prediction only
+use the base class `Objective`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from train.objectives.span_corruption import SpanCorruption
 from train.objectives.span_extraction import ExtractiveQA
 from train.objectives.tagging import Tagger
 from train.objectives.text_to_text import TextToText
-from train.tasks import text_format
+from train.objectives.translation import Translation
+from train.tasks import parallel, text_format
 from train.tasks.benchmark import Benchmark, Choice, Kind
 from train.tasks.benchmarks import find
 
@@ -132,6 +134,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
             f"cannot write text; fine-tuning needs the decoder and the head of a {wanted}"
         )
     module.check_training()
+    if task.kind == parallel.KIND:
+        return _translation(task, options, model, tokenizer)
     if task.kind == "span_corruption":
         noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}
         made = _span_corruption(model, tokenizer, module.config, options.max_length, noise)
@@ -171,6 +175,8 @@ def from_settings(
     if kind == "embedding":
         found = EmbeddingSettings(**settings[kind])
         return _embedder(model, tokenizer, max_length, found)
+    if kind == parallel.KIND:
+        return _saved_translation(settings, model, tokenizer, **changes)
     benchmark = _benchmark_of(settings)
     if "text_to_text" not in settings:
         names = settings["label_names"]
@@ -217,7 +223,7 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
     if is_text_to_text(options.backbone):
         return
     check_length(read_config(options.backbone), options.method_config(), options.max_length)
-    if task.kind in ("text", "span_corruption"):
+    if task.kind in ("text", "span_corruption", parallel.KIND):
         raise ValueError(
             f"task {task.name!r} ({task.kind}) needs an encoder-decoder such as T5, but "
             f"{options.backbone} is not one"
@@ -383,6 +389,49 @@ def _span_corruption(
         sentinel_ids=tokens.sentinel_ids(tokenizer),
     )
     return SpanCorruption(model, tokenizer, config, corruption)
+
+
+def _translation(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Translation:
+    """Builds the objective of a run that translates."""
+    config = model.backbone.config
+    _check_special_tokens(tokenizer, config)
+    members = parallel.members_of(task.directions, options.adapters)
+    place = {
+        direction: i for i, served in enumerate((members or {}).values()) for direction in served
+    }
+    return Translation(
+        model,
+        tokenizer,
+        config,
+        options.max_length,
+        directions=tuple(direction.name for direction in task.directions),
+        members=None if members is None else tuple(place[each] for each in task.directions),
+        is_open=members is None,
+        max_target_length=options.max_target_length,
+        num_beams=options.num_beams,
+        generates=options.evaluate_by == "generation",
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+
+
+def _saved_translation(
+    settings: Mapping[str, Any],
+    model: Any,
+    tokenizer: Any,
+    num_beams: int | None = None,
+    evaluate_by: str | None = None,
+) -> Translation:
+    """Builds the objective of saved adapters; `members` of the settings are those of a bank."""
+    config = model.backbone.config
+    _check_special_tokens(tokenizer, config)
+    own = dict(settings[parallel.KIND])
+    for name in ("directions", "members"):
+        own[name] = None if own.get(name) is None else tuple(own[name])
+    if num_beams is not None:
+        own["num_beams"] = num_beams
+    generates = evaluate_by != "scoring"
+    return Translation(model, tokenizer, config, settings["max_length"], **own, generates=generates)
 
 
 def _check_special_tokens(tokenizer: Any, config: Any) -> None:

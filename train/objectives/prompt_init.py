@@ -70,6 +70,6 @@ def training_texts(task: Task) -> Iterator[str]:
         rows = task.benchmark.for_decoder(rows)
     if "tokens" in columns_of(rows):
         yield from map(" ".join, rows["tokens"][:])
-    for column in ("text", "sentence", "sentence1", "sentence2", "negative"):
+    for column in ("text", "sentence", "sentence1", "sentence2", "negative", "source"):
         if column in columns_of(rows):
             yield from rows[column][:]

@@ -30,6 +30,7 @@ _METRICS: dict[Kind, str] = {
     "regression": "pearson",
     "text": "exact_match",
     "span_corruption": "token_accuracy",
+    "translation": "token_accuracy",
 }
 
 
@@ -45,9 +46,11 @@ class Task:
         (index into `label_names`), `score` (float64) or, for "text", `target`. For "tagging", lists
         of words in `tokens`, and of as many indices into `label_names` in `tags`. For "embedding",
         `sentence1`, `sentence2` and perhaps `negative` or `score`. For "span_corruption", the path
-        of a text file. For a benchmark, its own columns.
+        of a text file. For "translation", `source`, `target` and their languages. For a benchmark,
+        its own columns.
       benchmark: how the rows are put to a backbone; None for other tasks.
       notes: lines about the reading of the files, for the user.
+      directions: the directions of a translation.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Task:
     splits: dict[str, Any]
     benchmark: Benchmark | None = None
     notes: tuple[str, ...] = ()
+    directions: tuple[Any, ...] = ()
 
     @property
     def num_labels(self) -> int:

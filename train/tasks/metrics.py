@@ -209,6 +209,44 @@ def bleu(predictions: Sequence[str], targets: Sequence[str], language: str = "en
     return sacrebleu.corpus_bleu(list(map(str, predictions)), [references], tokenize=tokenize).score
 
 
+def chrf(predictions: Sequence[str], targets: Sequence[str]) -> float:
+    """Returns corpus chrF2 from 0 to 100 with sacrebleu's defaults.
+
+    Args:
+      predictions: `[examples]` texts.
+      targets: `[examples]` texts, as for `bleu`.
+
+    Raises:
+      ValueError: if there are no examples.
+
+    References:
+      Popović, chrF: character n-gram F-score for automatic MT evaluation, WMT 2015, W15-3049.
+    """
+    import sacrebleu  # noqa: PLC0415 - slow to import
+
+    _check_some(predictions)
+    references = as_said(predictions, targets)
+    return sacrebleu.corpus_chrf(list(map(str, predictions)), [references]).score
+
+
+# Codes of ISO 639-3 -> those of ISO 639-1, of languages that BLEU divides in their own way.
+_SHORT_CODES = {
+    **{"zho": "zh", "yue": "zh", "jpn": "ja", "kor": "ko", "bod": "bo", "dzo": "dz"},
+    **{"khm": "km", "lao": "lo", "mya": "my", "tha": "th"},
+}
+
+
+def base_language(name: str) -> str:
+    """Returns the code of a language without region and script, for `bleu`.
+
+    Example:
+      >>> base_language("pt_BR"), base_language("zho_Hans")
+      ('pt', 'zh')
+    """
+    code = re.split("[-_]", name)[0]
+    return _SHORT_CODES.get(code, code)
+
+
 # Languages written without spaces, and Korean -> sacrebleu's tokenizers for them, by preference.
 _BLEU_TOKENIZERS = {
     "zh": ("zh",),

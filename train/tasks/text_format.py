@@ -135,11 +135,7 @@ class TextFormat:
             return np.array([index.get(_plain(text), -1) for text in texts], np.int64)
         if self.kind == "regression":
             return np.array([parse_score(text) for text in texts], np.float64)
-        plain = [
-            Said(_plain(text), text.write) if isinstance(text, Said) else _plain(text)
-            for text in texts
-        ]
-        return np.array(plain, object)
+        return np.array(plain(texts), object)
 
 
 def to_json(fmt: TextFormat) -> dict[str, Any]:
@@ -271,6 +267,13 @@ def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Said]:
     write = functools.partial(written, tokenizer=tokenizer)
     said = _decoded([row[row >= 0] for row in ids[:, 1:]], tokenizer)
     return [Said(text, write) for text in said]
+
+
+def plain(texts: Sequence[str]) -> list[str]:
+    """Returns texts with single spaces for white space, and none at the ends."""
+    return [
+        Said(_plain(text), text.write) if isinstance(text, Said) else _plain(text) for text in texts
+    ]
 
 
 def _decoded(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -96,6 +96,12 @@ def _bottleneck_fields(part: BottleneckConfig, layout: Layout) -> dict[str, Any]
     own = {theirs: getattr(part, ours) for theirs, ours in BOTTLENECK.same.items()}
     if own["residual_before_ln"] == "post_add" and layout.normalises_before:
         own["residual_before_ln"] = False  # equal in such a backbone
+    if part.expansion_factor != 1:
+        raise ValueError(
+            f"expansion_factor={part.expansion_factor} has no counterpart in AdapterHub, whose "
+            "fractions of reduction_factor are rounded in another way; only adapters with "
+            "expansion_factor=1 can be exported"
+        )
     own |= {
         "reduction_factor": part.reduction_factor,
         "non_linearity": part.non_linearity,

@@ -156,6 +156,7 @@ def test_time_from_a_peak(tiny_t5):
         (["--devices", "3"], "batch_size=32 must be a multiple of 3"),
         (["--utilisation", "1.5"], "utilisation=1.5 must be above 0, at most 1"),
         (["--backbone", "t5-huge"], "'t5-huge' is neither a config.json here nor a published size"),
+        (["--directions", "en-de"], "plan reads no data, and does not know the directions"),
     ],
 )
 def test_refusals(tiny_t5, capsys, flags, message):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.cli.test_cli import BAD, GOOD, fit_flags, refusal, write_splits
 from train.__main__ import main
-from train.inference import banked
+from train.inference import folders
 
 NAMES = ("bad", "fine", "good")
 
@@ -250,7 +250,7 @@ def test_adapters_that_do_not_go_together(adapters, tmp_path, capsys):
     folder = tmp_path / "adapters"
     for name in ("seed-0", "three"):
         shutil.copytree(adapters / name / "adapter", folder / name)
-    assert banked.members_of(folder) == {name: folder / name for name in ("seed-0", "three")}
+    assert folders.members_of(folder) == {name: folder / name for name in ("seed-0", "three")}
     config = folder / "three" / "adapter_config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"max_length": 32}))
@@ -263,7 +263,7 @@ def test_adapters_that_do_not_go_together(adapters, tmp_path, capsys):
 
 
 def test_one_adapter_is_no_bank(adapters, tmp_path):
-    assert banked.members_of(adapters / "three" / "adapter") == {}
-    assert banked.members_of(adapters / "three") == {}  # this is the folder of a single run
-    assert banked.members_of(tmp_path / "nothing") == {}
-    assert list(banked.members_of(adapters)) == ["seed-0", "seed-1", "three"]
+    assert folders.members_of(adapters / "three" / "adapter") == {}
+    assert folders.members_of(adapters / "three") == {}  # this is the folder of a single run
+    assert folders.members_of(tmp_path / "nothing") == {}
+    assert list(folders.members_of(adapters)) == ["seed-0", "seed-1", "three"]

@@ -1,0 +1,180 @@
+"""Tables and figure of `benchmarks.translation`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train import figures
+from train.report import table
+
+METRICS = ("bleu", "chrf")
+# A difference in BLEU that the paper counts as a clear one.
+CLEAR = 0.5
+COMPARED = "ciat"
+
+
+def predicted_text(predicted: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table of the predicted operations and minutes."""
+    rows = [
+        [
+            row["condition"],
+            str(row["runs"]),
+            f"{row['flops_per_step'] / 1e9:,.1f}",
+            f"{row['flops'] / 1e12:,.1f}",
+            f"{row['minutes']:,.1f}",
+        ]
+        for row in predicted
+    ]
+    minutes = sum(row["minutes"] for row in predicted)
+    head = ["condition", "runs", "GFLOP a step", "TFLOP", "minutes predicted"]
+    return f"{table(head, rows)}\n\n{minutes:,.1f} minutes predicted"
+
+
+def by_condition(report: Mapping[str, Any], metric: str) -> dict[str, np.ndarray]:
+    """Returns condition -> `[seeds, directions]` scores."""
+    seeds = sorted({run["seed"] for run in report["runs"]})
+    found = {}
+    for condition in dict.fromkeys(run["condition"] for run in report["runs"]):
+        of_it = [run for run in report["runs"] if run["condition"] == condition]
+        scores = {
+            (run["seed"], name): values[metric]
+            for run in of_it
+            for name, values in run["scores"].items()
+        }
+        found[condition] = np.array(
+            [[scores[seed, name] for name in report["directions"]] for seed in seeds]
+        )
+    return found
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> dict[str, int]:
+    """Counts the directions in which one condition is better than another, by the means of seeds.
+
+    Args:
+      ours: `[seeds, directions]` BLEU.
+      theirs: `[seeds, directions]` BLEU.
+
+    Returns:
+      `better`, `clearly_better` (by more than 0.5), `beyond_spread` (by more than the sum of both
+      standard deviations over seeds) and `directions`.
+    """
+    difference = ours.mean(0) - theirs.mean(0)
+    spread = _spread(ours) + _spread(theirs)
+    return {
+        "better": int((difference > 0).sum()),
+        "clearly_better": int((difference > CLEAR).sum()),
+        "beyond_spread": int((difference > spread).sum()),
+        "directions": difference.size,
+    }
+
+
+def _spread(scores: np.ndarray) -> np.ndarray:
+    """Returns the standard deviation over seeds, `[directions]`; 0 with a single seed."""
+    return scores.std(0, ddof=1) if len(scores) > 1 else np.zeros(scores.shape[1])
+
+
+def stands(report: Mapping[str, Any]) -> bool | None:
+    """Returns whether `ciat` beats longer training and the shared adapter in most directions.
+
+    More than the spread over seeds counts; None if one of the three was not run, or if there are
+    less than two seeds.
+    """
+    scores = by_condition(report, "bleu")
+    rivals = ("longer", "shared")
+    if not {COMPARED, *rivals} <= scores.keys() or len(scores[COMPARED]) < 2:
+        return None
+    counts = [wins(scores[COMPARED], scores[rival]) for rival in rivals]
+    return all(2 * count["beyond_spread"] > count["directions"] for count in counts)
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Returns the report in Markdown."""
+    parts = [_costs(found)]
+    for metric in METRICS:
+        scores = by_condition(found, metric)
+        first = [found["first"]["scores"][name][metric] for name in found["directions"]]
+        rows = [["first stage", *(f"{value:.1f}" for value in first), f"{np.mean(first):.2f}"]]
+        for condition, values in scores.items():
+            cells = [
+                f"{mean:.1f} ± {spread:.1f}"
+                for mean, spread in zip(values.mean(0), _spread(values), strict=True)
+            ]
+            rows.append([condition, *cells, f"{values.mean():.2f}"])
+        name = {"bleu": "BLEU", "chrf": "chrF"}[metric]
+        parts.append(f"## {name}\n\n{table(['', *found['directions'], 'mean'], rows)}")
+    scores = by_condition(found, "bleu")
+    if COMPARED in scores:
+        rows = []
+        for condition, values in scores.items():
+            if condition != COMPARED:
+                count = wins(scores[COMPARED], values)
+                of = count["directions"]
+                keys = ("better", "clearly_better", "beyond_spread")
+                rows.append([condition, *(f"{count[key]} of {of}" for key in keys)])
+        head = [f"`{COMPARED}` against", "better", f"by more than {CLEAR}", "beyond the spread"]
+        parts.append(f"## Wins\n\n{table(head, rows)}\n\n{_verdict(found)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    told = {
+        True: "`ciat` beats both `longer` and `shared` in most directions by more than the spread.",
+        False: "`ciat` does not beat both `longer` and `shared` in most directions by more than "
+        "the spread.",
+        None: "Nothing can be said of the claim: that needs `longer`, `shared` and `ciat` with two "
+        "seeds or more.",
+    }
+    return told[stands(found)]
+
+
+def _costs(found: Mapping[str, Any]) -> str:
+    predicted = {row["condition"]: row for row in found["predicted"]}
+    groups: dict[str, list[Mapping[str, Any]]] = {"first": [found["first"]]}
+    for run in found["runs"]:
+        groups.setdefault(run["condition"], []).append(run)
+    rows = []
+    for condition, runs in groups.items():
+        seeds = len({run["seed"] for run in runs})
+        rows.append(
+            [
+                condition,
+                f"{sum(run['trained_parameters'] for run in runs) // seeds:,}",
+                f"{sum(run['adapter_bytes'] for run in runs) // seeds:,}",
+                f"{predicted[condition]['minutes']:.1f}",
+                f"{sum(run['seconds'] for run in runs) / 60:.1f}",
+            ]
+        )
+    head = ["condition", "trained numbers", "bytes on disk", "minutes predicted", "measured"]
+    return f"# Translation\n\n{table(head, rows)}"
+
+
+def figure(found: Mapping[str, Any], path: Path) -> None:
+    """Draws the BLEU of every condition in every direction, with the spread, as a PNG file."""
+    scores = by_condition(found, "bleu")
+    directions = found["directions"]
+    drawn, axes = figures.new_figure((max(6, 0.9 * len(directions)), 4))
+    places, width = np.arange(len(directions)), 0.8 / max(len(scores), 1)
+    for i, (condition, values) in enumerate(scores.items()):
+        axes.bar(
+            places + (i - (len(scores) - 1) / 2) * width,
+            values.mean(0),
+            width,
+            yerr=_spread(values),
+            label=condition,
+            color=_COLOURS[i % len(_COLOURS)],
+        )
+    first = [found["first"]["scores"][name]["bleu"] for name in directions]
+    axes.plot(places, first, "_", color="black", markersize=18, label="first stage")
+    axes.set(xticks=places, xticklabels=directions, ylabel="BLEU", title="Translation")
+    axes.legend(ncols=3)
+    figures.save(drawn, path)
+
+
+_COLOURS = (
+    *(figures.ORANGE, figures.GREY, figures.BLUE, figures.TEAL),
+    *(figures.GREEN, figures.PURPLE, figures.PINK, figures.BROWN),
+)

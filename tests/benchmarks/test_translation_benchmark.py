@@ -1,0 +1,143 @@
+"""Runs the experiment on translation at a tiny size, and tests its counts."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import translation, translation_report
+from tests.parallel_data import sentences, write_jsonl
+
+
+def flags_of(folder, **changes):
+    """Returns the flags of a rehearsal with generated text in two languages."""
+    tables = {
+        name: write_jsonl(
+            folder / f"{name}.jsonl",
+            [{key: row[key] for key in ("en", "de")} for row in sentences(count, seed, longest=4)],
+        )
+        for seed, (name, count) in enumerate({"train": 300, "validation": 10}.items())
+    }
+    settings = {
+        **tables,
+        "d-model": 16,
+        "d-ff": 24,
+        "layers": 1,
+        "heads": 2,
+        "vocab-size": 416,
+        "first-steps": 3,
+        "steps": 4,
+        "batch-size": 8,
+        "eval-batch-size": 16,
+        "max-length": 16,
+        "max-evaluations": 1,
+        "flops-per-second": "1e9",
+        "output-dir": folder / "runs",
+        **changes,
+    }
+    listed = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [*listed, "--languages", "en", "de"]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_through(tmp_path, capsys):
+    """Every kind of condition trains and is evaluated; what is done is not repeated."""
+    flags = flags_of(tmp_path)
+    flags += ["--seeds", "0", "--conditions", "longer", "ciat", "bilingual"]
+    translation.main(flags)
+    report = json.loads((tmp_path / "runs/translation.json").read_text())
+    runs = {(run["condition"], *run["scores"]): run for run in report["runs"]}
+    assert set(runs) == {
+        ("longer", "en-de", "de-en"),
+        ("ciat", "en-de", "de-en"),
+        ("bilingual", "en-de"),
+        ("bilingual", "de-en"),
+    }
+    assert [row["condition"] for row in report["predicted"]] == [
+        "first",
+        "longer",
+        "ciat",
+        "bilingual",
+    ]
+    assert all(row["minutes"] > 0 for row in report["predicted"])
+    d, r, layers = 16, 8, 2
+    members = 2 * (2 * (2 * d + 2 * d * r + r + d) + 2 * layers * (2 * d * r + r + d))
+    assert runs["ciat", "en-de", "de-en"]["trained_parameters"] == members
+    text = (tmp_path / "runs/translation.md").read_text()
+    assert "| longer |" in text
+    assert "Nothing can be said of the claim" in text
+    assert (tmp_path / "runs/translation.png").exists()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
+    translation.main([*flags, "--json", str(tmp_path / "again.json")])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert json.loads((tmp_path / "again.json").read_text())["runs"] == report["runs"]
+    capsys.readouterr()
+
+
+def test_minutes_are_predicted_without_training(tmp_path, capsys):
+    """Each condition has its runs of all seeds, and nothing is trained."""
+    conditions = ("shared", "ciat", "full")
+    flags = [*flags_of(tmp_path), "--conditions", *conditions, "--seeds", "0", "1"]
+    translation.main([*flags, "--predict-only"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if "|" in line}
+    assert {*conditions, "first"} < {*rows}
+    assert rows["ciat"][1] == "2"  # seeds
+    assert rows["full"][1] == "4"  # seeds and directions
+    assert not (tmp_path / "runs/first").exists()
+
+
+def test_each_direction_gets_its_share_of_the_steps(tmp_path):
+    """Conditions with a model for each direction make as many steps in sum as the others."""
+    options = argparse.Namespace(
+        output_dir=tmp_path,
+        first_steps=90,
+        steps=60,
+        seeds=[0, 1],
+        conditions=["full", "bilingual"],
+    )
+    runs = list(translation.runs_of(options, ("en-de", "de-en", "en-fr"), tmp_path / "random"))
+    steps = {run.condition: run.steps for run in runs}
+    assert steps == {"first": 90, "full": 20, "bilingual": 50}
+    assert len(runs) == 1 + 2 * 2 * 3
+    assert {run.backbone.name for run in runs if run.condition == "bilingual"} == {"random"}
+
+
+def made(scores):
+    """Returns a report with BLEU `[seeds, directions]` of each condition."""
+    directions = [f"en-{i}" for i in range(np.shape(next(iter(scores.values())))[1])]
+    runs = [
+        {
+            "condition": condition,
+            "seed": seed,
+            "scores": {n: {"bleu": x} for n, x in zip(directions, row, strict=True)},
+        }
+        for condition, rows in scores.items()
+        for seed, row in enumerate(rows)
+    ]
+    return {"directions": directions, "runs": runs}
+
+
+def test_wins_are_counted_beyond_the_spread():
+    """Better in x of n, by more than 0.5 in y, and by more than both standard deviations in z."""
+    ours = np.array([[10.0, 10.0, 10.0, 10.0], [10.2, 10.2, 10.2, 14.0]])
+    theirs = np.array([[9.0, 9.8, 10.5, 11.0], [9.2, 10.0, 10.7, 9.0]])
+    assert translation_report.wins(ours, theirs) == {
+        "better": 3,
+        "clearly_better": 2,
+        "beyond_spread": 1,
+        "directions": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("shared", "wanted"), [([[8.0, 8.0, 11.0]] * 2, True), ([[8.0, 11.0, 11.0]] * 2, False)]
+)
+def test_the_claim_needs_most_directions_against_both(shared, wanted):
+    """`ciat` has to beat longer training and the shared adapter in most directions."""
+    ours, longer = [[10.0, 10.0, 10.0], [10.1, 10.1, 10.1]], [[9.0, 9.0, 9.0]] * 2
+    report = made({"ciat": ours, "longer": longer, "shared": shared})
+    assert translation_report.stands(report) is wanted
+    one_seed = made({"ciat": ours[:1], "longer": longer[:1], "shared": shared[:1]})
+    assert translation_report.stands(one_seed) is None
