@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from compacter_jax.models.bert.config import HEADS
+from compacter_jax.models.encoder import HEADS
 from compacter_jax.models.modernbert.checkpoint import modernbert_to_hugging_face
 from compacter_jax.models.modernbert.config import ModernBertConfig
 from compacter_jax.models.modernbert.model import ModernBert

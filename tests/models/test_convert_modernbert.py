@@ -9,7 +9,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
-from compacter_jax.models.bert.config import HEADS
+from compacter_jax.models.encoder import HEADS
 from compacter_jax.models.modernbert.checkpoint import (
     modernbert_from_hugging_face,
     modernbert_to_hugging_face,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from compacter_jax.models.bert.config import HEADS
+from compacter_jax.models.encoder import HEADS
 from compacter_jax.models.loading import module_from_name
 from compacter_jax.models.modernbert.checkpoint import modernbert_to_hugging_face
 from compacter_jax.models.modernbert.config import GLOBAL, LOCAL, ModernBertConfig
