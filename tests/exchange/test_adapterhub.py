@@ -75,6 +75,7 @@ def hub_model(backbone, cls):
     module = backbone.module
     of_bert = isinstance(module, Bert)
     settings = dataclasses.asdict(module.config)
+    settings.pop("embedding_size", None)  # of ELECTRA alone, so that BERT has no such field
     if getattr(module, "num_labels", None):
         settings["num_labels"] = module.num_labels
     config = (transformers.BertConfig if of_bert else transformers.T5Config)(**settings)
