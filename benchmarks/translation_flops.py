@@ -98,7 +98,7 @@ def _mean_length(options: argparse.Namespace, created: Path) -> int:
     """Returns the mean length of padded sentences, of up to 500 of each language."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
 
-    tokenizer = AutoTokenizer.from_pretrained(created)
+    tokenizer = AutoTokenizer.from_pretrained(created, trust_remote_code=False)
     table = parallel.read_table(options.train)
     texts = [
         text

@@ -86,14 +86,7 @@ class SiteCall(Protocol):
     def again(
         self, site: str, call_layer: Callable[..., Any], *, inputs: tuple[Any, ...], plain: Any
     ) -> Any:
-        """Calls the layer that the same part made at an earlier host outside of the layers.
-
-        Args:
-          site: name of the site of that host.
-          call_layer: `call_layer(layer, *inputs)`.
-          inputs: arrays `[rows, …]`.
-          plain: value of the result in rows without an adapter.
-        """
+        """Calls the layer that the part made at another site, outside of the layers, as `layer`."""
 
     def hiding(self, count: int, key: Array, axis: int) -> tuple[Array, ...]:
         """Returns biases of attention that hide the first `count` keys in rows without adapter."""
@@ -174,8 +167,7 @@ class MethodConfig:
             "head": self.train_head,
             "pooler": self.train_pooler,
         }
-        chosen = {group for group, is_chosen in choices.items() if is_chosen}
-        return self.trained_inserted_groups() | chosen
+        return self.trained_inserted_groups() | {group for group in choices if choices[group]}
 
     def trains_biases(self) -> bool:
         """Returns True if the method trains the backbone's own biases."""

@@ -241,9 +241,8 @@ def load_tokenizer(
     # transformers 5 substitutes another class for one that it may not run.
     _check_no_own_code(source, refused=False)
     vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) <= len(
-        tokenizer.all_special_tokens
-    ):  # transformers 5 returns this if there are no files
+    # transformers 5 returns this if there are no files.
+    if len(vocabulary) <= len(tokenizer.all_special_tokens):
         raise ValueError(
             f"the tokenizer of {source!r} has an empty vocabulary; it needs tokenizer.json or "
             "vocab.txt"
