@@ -56,8 +56,8 @@ class TaskOptions:
     Attributes:
       task: movie, product, tweet or editorial; a benchmark: cola, sst2, mrpc, qqp, stsb, mnli,
         qnli, rte, wnli, boolq, cb, copa, multirc, record, wic, wsc, squad, or a translation such as
-        wmt16-ro-en; any other name for your own files; or span_corruption, the pre-training task of
-        T5, whose files are plain text.
+        wmt16-ro-en; any other name for your own files; or span_corruption and masked_lm, the
+        pre-training tasks of T5 and BERT, whose files are plain text.
       train_file: your own examples: .parquet, .jsonl, .csv or .tsv with a column sentence,
         optionally sentence2, and one of label, score or target; a target is text, which T5 learns
         to write. For tags of words: .parquet or .jsonl with the columns tokens and tags, lists of
@@ -65,7 +65,7 @@ class TaskOptions:
         lines between sentences. For sentence embeddings: anchor and positive, perhaps negative; or
         sentence1 and sentence2, perhaps score, from -1 to 1.
       validation_file: validation examples in the same format; the best epoch is chosen on them.
-        Without this file, span_corruption holds out a part of the training text.
+        Without this file, span_corruption and masked_lm hold out a part of the training text.
       test_file: test examples in the same format; scored once, at the end.
       data_dir: folder of a benchmark's data set, laid out like its repository on the hub (for mnli
         mnli/train-*.parquet ...); by default the hub is read.
@@ -102,7 +102,7 @@ class TextToTextOptions:
       evaluate_by: prediction of labels: scoring compares the likelihoods of the labels' texts,
         generation generates text, which may be no label. Scores and texts are always generated.
       num_beams: number of beams for generation; 1 is greedy.
-      noise_density: fraction of the tokens that span_corruption masks.
+      noise_density: fraction of the tokens that span_corruption masks, or masked_lm predicts.
       mean_span_length: mean number of tokens per masked span of span_corruption.
     """
 

@@ -279,7 +279,7 @@ def _task(options: CompareOptions) -> tasks.Task:
         embedding=options.embedding_loss is not None,
         **tasks.sources(options),
     )
-    if task.kind == tasks.SPAN_CORRUPTION or set(tasks.SPLITS) - task.splits.keys():
+    if task.kind in tasks.ON_TEXT or set(tasks.SPLITS) - task.splits.keys():
         hint = "; --split-protocol paper makes a test split" if task.benchmark is not None else ""
         raise ValueError(
             "compare needs a task with training, validation and test examples, and "

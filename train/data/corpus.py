@@ -109,6 +109,7 @@ def read_segments(
     tokenizer: PreTrainedTokenizerBase,
     segment_length: int,
     *,
+    with_sentinels: bool = True,
     max_characters_per_document: int = 100_000,
 ) -> Segments:
     """Tokenises a text file and divides it into segments.
@@ -119,8 +120,9 @@ def read_segments(
 
     Args:
       path: a UTF-8 file, as for `read_documents`.
-      tokenizer: a fast tokenizer with sentinels.
+      tokenizer: a fast tokenizer.
       segment_length: the number of tokens of a segment; see `SpanCorruption.segment_length`.
+      with_sentinels: whether the tokenizer has sentinels.
       max_characters_per_document: as for `read_documents`; bounds the text in memory.
 
     Returns:
@@ -133,9 +135,8 @@ def read_segments(
     """
     if segment_length < 2:
         raise ValueError(f"segment_length={segment_length} must be at least 2")
-    reserved = np.array(
-        [*(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), *sentinel_ids(tokenizer)]
-    )
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    reserved = np.array([*special, *(sentinel_ids(tokenizer) if with_sentinels else ())])
     documents = read_documents(
         path,
         max_characters_per_document=max_characters_per_document,
@@ -154,7 +155,7 @@ def read_segments(
         parts.append(flat[~np.isin(flat, reserved)])
     tokens = np.concatenate(parts)
     if len(tokens) < 2:
-        raise ValueError(f"{path} has {len(tokens)} tokens; span corruption needs 2 or more")
+        raise ValueError(f"{path} has {len(tokens)} tokens; pre-training needs 2 or more")
     cuts = np.arange(0, len(tokens) - 1, segment_length)  # a last token alone makes no segment
     end = min(cuts[-1] + segment_length, len(tokens))
     return Segments(tokens[:end], np.append(cuts, end).astype(np.int64))

@@ -26,7 +26,15 @@ from train.data import batching
 from train.fit import members, mixture
 from train.fit.options import FitOptions
 from train.inference import adapter, compositions
-from train.objectives import Objective, check_options, for_task, head_arguments, prompt_init, shapes
+from train.objectives import (
+    Objective,
+    check_options,
+    for_task,
+    head_arguments,
+    masked_words,
+    prompt_init,
+    shapes,
+)
 from train.tasks import parallel
 
 
@@ -281,7 +289,7 @@ def _loaded_task_run(
     tokenizer = adapter.load_tokenizer(options.backbone, backbone, options.max_length)
     method = _method(options, task, tokenizer)
     method = members.banked(method, task, options)
-    model = cj.Adapted(backbone.module, method)
+    model = masked_words.adapted(task, backbone.module, method)
     objective = for_task(task, options, model, tokenizer)
     params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
     if options.composition is not None:
@@ -294,13 +302,14 @@ def _loaded_task_run(
     encoded = objective.encode_all(task.splits)
     for split, examples in encoded.items():
         say_all(examples.user_messages(split))
-    labels = cj.label_params(params, method)
+    labels = cj.label_params(params, method, groups=model.groups)
     if TRAIN not in flatten_dict(labels).values():
         raise ValueError(
             f"--method {options.method} trains no parameter of {backbone.name}, which has no head "
             "of the task; choose another method"
         )
     if frozen := _new_paths(backbone, labels, FREEZE):
+        masked_words.check_head(task, backbone.name, frozen)
         # Drawn again as a loader of the adapter draws them: these parameters are not saved, but
         # the hash by which an adapter recognises its backbone includes them.
         drawn = load().params

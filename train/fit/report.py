@@ -17,6 +17,7 @@ from compacter_jax.params import Count
 from train import figures
 from train.fit import logs
 from train.report import number, parameter_rows, table
+from train.tasks import ON_TEXT
 
 
 def result_text(result: dict[str, Any], folder: Path) -> str:
@@ -184,8 +185,8 @@ def write_report(
 def _next_command(result: dict[str, Any], folder: Path) -> str:
     if "adapters" in result:
         return f"predict --adapter {folder} --input FILE --output FILE"
-    if result["kind"] != "span_corruption":
+    if result["kind"] not in ON_TEXT:
         return f"predict --adapter {folder / 'adapter'} --input FILE --output FILE"
     if (folder / "backbone").exists():
         return f"fit --backbone {folder / 'backbone'} --task movie --output-dir FOLDER"
-    return f"evaluate --adapter {folder / 'adapter'} --task span_corruption --test-file FILE"
+    return f"evaluate --adapter {folder / 'adapter'} --task {result['kind']} --test-file FILE"

@@ -25,7 +25,8 @@ from train.fit.run_folder import RunFolder, bytes_removed, check_only_ours
 from train.fit.run_record import PREDICTIONS_NAME
 from train.fit.trainer import Trainer
 from train.folders import new_folder
-from train.tasks import parallel
+from train.objectives import masked_words
+from train.tasks import ON_TEXT, parallel
 
 
 def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
@@ -208,5 +209,7 @@ def write_backbone(task_run: TaskRun, folder: Path) -> None:
 
 
 def _makes_backbone(job: Job, task_run: TaskRun) -> bool:
-    """Returns True if the run pre-trains the whole backbone for use in other tasks."""
-    return job.method.trains_backbone and task_run.task.kind in ("span_corruption", parallel.KIND)
+    """Returns True if the run pre-trains a backbone, or its head of words, for other runs."""
+    pre_trains = task_run.task.kind in (*ON_TEXT, parallel.KIND)
+    whole = pre_trains and job.method.trains_backbone
+    return whole or masked_words.trains_head(task_run.task, job.method)

@@ -18,7 +18,7 @@ from train import report
 from train.fingerprints import Fingerprints
 from train.fit.options import FitOptions
 from train.folders import LOCK_NAME
-from train.tasks import SPAN_CORRUPTION
+from train.tasks import ON_TEXT
 
 RUN_NAME, GRID_NAME = "run.json", "grid.json"
 
@@ -191,8 +191,8 @@ def written(settings: Mapping[str, Any], options: FitOptions | None) -> tuple[st
     if options is not None and options.profile:
         names.append("profile")
     of_task = ["adapter", "metrics.json", PREDICTIONS_NAME, "report.md", "curves.png"]
-    makes_backbone = settings["task"] == SPAN_CORRUPTION or settings.get("directions")
-    if settings["method"] == "full" and makes_backbone:
+    makes_backbone = settings["task"] in ON_TEXT or settings.get("directions")
+    if settings["method"] in ("full", "head-only") and makes_backbone:
         of_task.append("backbone")
     names += [f"{prefix}{name}" for prefix in prefixes for name in of_task]
     return tuple(dict.fromkeys(names))

@@ -30,6 +30,7 @@ _FIELDS: Mapping[str, Any] = {
     "max_length": int,
     "num_labels": int | None,
     "pooling": Pooling | None,
+    "masked_lm": dict[str, Any],
     "span_corruption": dict[str, Any],
     "task": str | None,
     "text_to_text": dict[str, Any],
@@ -52,6 +53,7 @@ _EMBEDDING = {
     "margin": float,
     "dimensions": list[int],
 }
+_MASKING = {"noise_density": float}
 _NOISE = {"noise_density": float, "mean_span_length": float}
 _TRANSLATION = {
     "directions": list[str],
@@ -64,8 +66,11 @@ _KINDS: Mapping[str | None, tuple[Kind, ...]] = {
     "sequence_classification": ("classification", "regression", "choice"),
     "question_answering": ("span",),
     "token_classification": ("tagging",),
+    "masked_lm": ("masked_lm",),
     None: ("embedding",),
-    "conditional_generation": tuple(set(typing.get_args(Kind)) - {"tagging", "embedding"}),
+    "conditional_generation": tuple(
+        set(typing.get_args(Kind)) - {"tagging", "embedding", "masked_lm"}
+    ),
 }
 _WITH_LABELS = ("classification", "tagging")
 # `fit` writes smaller numbers; larger ones would take memory before anything is generated.
@@ -130,7 +135,10 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
     if kind not in _KINDS.get(head, ()):
         raise ValueError(f"{where}: kind={kind!r} cannot be combined with head={quote(head)}")
     wanted = None
-    if kind == "span_corruption":
+    if kind == "masked_lm":
+        wanted = kind
+        _check_inner(where, settings, wanted, _MASKING, required=tuple(_MASKING))
+    elif kind == "span_corruption":
         wanted = "span_corruption"
         _check_inner(where, settings, wanted, _NOISE, required=tuple(_NOISE))
     elif kind == "embedding":
@@ -144,7 +152,8 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
         wanted = "text_to_text"
         _check_inner(where, settings, wanted, _TEXT_FORMAT, required=("prefix",))
         _check_text_format(f"{where}: {wanted}", settings[wanted])
-    for name in {"embedding", "span_corruption", "text_to_text", "translation"} - {wanted}:
+    inner = {"embedding", "masked_lm", "span_corruption", "text_to_text", "translation"}
+    for name in inner - {wanted}:
         if name in settings:
             raise ValueError(
                 f"{where}: {name} cannot be combined with kind={kind!r} and head={head!r}"

@@ -2,8 +2,8 @@
 
 `Classifier`, `MultipleChoice`, `ExtractiveQA` and `Tagger` use a head on an encoder; `Embedder`
 uses none. `TextToText` formats a task as text for an encoder-decoder, `Translation` is for pairs of
-languages, and `SpanCorruption` is the pre-training of one. Training, evaluation and prediction only
-use the base class `Objective`.
+languages, and `SpanCorruption` is the pre-training of one; `MaskedWords` is that of an encoder.
+Training, evaluation and prediction only use the base class `Objective`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,18 @@ from compacter_jax.models.loading import pooling_of, read_config, read_sentence_
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
 from train import tasks
-from train.cli.options import EmbeddingOptions, TextToTextOptions
+from train.cli.options import TextToTextOptions
 from train.data import tokens
 from train.objectives import noise as objectives_noise
 from train.objectives.base import Objective
 from train.objectives.classification import Classifier, MultipleChoice, ParallelClassifier
-from train.objectives.embedding import Embedder, EmbeddingSettings, check_rows, loss_for
+from train.objectives.embedding import (
+    Embedder,
+    EmbeddingSettings,
+    check_embedding,
+    loss_for,
+)
+from train.objectives.masked_words import MaskedWords
 from train.objectives.span_corruption import SpanCorruption
 from train.objectives.span_extraction import ExtractiveQA
 from train.objectives.tagging import Tagger
@@ -76,6 +82,8 @@ def head_arguments(
         return {"head": "question_answering", "pooling": pooling}
     if kind == "embedding":
         return {"head": None}
+    if kind == "masked_lm":
+        return {"head": "masked_lm", "pooling": pooling}
     if kind == "tagging":
         return {"head": "token_classification", "num_labels": num_labels, "pooling": pooling}
     pooling = pooling or pooling_of(backbone)
@@ -120,6 +128,10 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
         )
     if task.kind == "embedding":
         return _embedder(model, tokenizer, options.max_length, _embedding_settings(task, options))
+    if task.kind == tasks.MASKED_LM:
+        return MaskedWords(
+            model, tokenizer, options.max_length, options.noise_density, options.seed
+        )
     if not writes_text:
         made = _of_encoder(
             model, tokenizer, task.kind, options.max_length, task.benchmark, task.label_names
@@ -172,6 +184,8 @@ def from_settings(
     config, kind, max_length = model.backbone.config, settings["kind"], settings["max_length"]
     if kind == "span_corruption":
         return _span_corruption(model, tokenizer, config, max_length, settings[kind])
+    if kind == tasks.MASKED_LM:
+        return MaskedWords(model, tokenizer, max_length, **settings[kind])
     if kind == "embedding":
         found = EmbeddingSettings(**settings[kind])
         return _embedder(model, tokenizer, max_length, found)
@@ -198,11 +212,11 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
       ValueError: if a split is missing; if the task needs a decoder, or an option for one is given,
         and the backbone has none; or if the task has no examples to sample from.
     """
-    needed = ("train",) if task.kind == "span_corruption" else ("train", "validation")
+    needed = ("train",) if task.kind in tasks.ON_TEXT else ("train", "validation")
     for split in needed:
         if split not in task.splits:
             raise ValueError(f"fit needs a {split} split; give --{split}-file")
-    if task.kind == "span_corruption" and options.train_size is not None:
+    if task.kind in tasks.ON_TEXT and options.train_size is not None:
         raise ValueError(
             f"--train-size limits the examples of a task, but {task.name} has none; give a "
             "shorter text, or --max-steps"
@@ -213,13 +227,17 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             "from the vocabulary, as in prompt-tuning-vocabulary; leave it out"
         )
     if is_text_to_text(options.backbone):
-        of_encoders = {"tagging": "tags of words", "embedding": "pairs of texts for embeddings"}
+        of_encoders = {
+            "tagging": "tags of words",
+            "embedding": "pairs of texts for embeddings",
+            tasks.MASKED_LM: "masked words",
+        }
         if task.kind in of_encoders:
             raise ValueError(
                 f"task {task.name!r} has {of_encoders[task.kind]}, which needs an encoder such as "
                 f"BERT, but {options.backbone} is an encoder-decoder"
             )
-    _check_embedding(task, options)
+    check_embedding(task, options)
     if is_text_to_text(options.backbone):
         return
     check_length(read_config(options.backbone), options.method_config(), options.max_length)
@@ -229,29 +247,12 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
             f"{options.backbone} is not one"
         )
     for field in dataclasses.fields(TextToTextOptions):
+        if task.kind == tasks.MASKED_LM and field.name == "noise_density":
+            continue
         if getattr(options, field.name) != field.default:
             raise ValueError(
                 f"--{field.name.replace('_', '-')} needs an encoder-decoder such as T5, but "
                 f"{options.backbone} is not one"
-            )
-
-
-def _check_embedding(task: tasks.Task, options: FitOptions) -> None:
-    """Raises ValueError if the options of embeddings do not fit the task."""
-    if task.kind == "embedding":
-        check_rows(
-            task,
-            options.embedding_loss,
-            batch_size=min(options.batch_size, options.train_size or options.batch_size),
-            parts=options.accumulation_steps,
-        )
-        return
-    for field in dataclasses.fields(EmbeddingOptions):
-        if getattr(options, field.name) != field.default:
-            raise ValueError(
-                f"--{field.name.replace('_', '-')} is for sentence embeddings, from files with the "
-                f"columns anchor and positive or sentence1 and sentence2, but task {task.name!r} "
-                f"has kind {task.kind}"
             )
 
 

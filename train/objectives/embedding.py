@@ -15,7 +15,7 @@ from compacter_jax import embeddings as losses
 from compacter_jax.messages import listing
 from compacter_jax.models.pooling import Pooling
 from compacter_jax.models.sentences import SentenceEmbedding
-from train.cli.options import EmbeddingLoss
+from train.cli.options import EmbeddingLoss, EmbeddingOptions
 from train.compute import step
 from train.data import tokens
 from train.objectives import learning_rates as objectives_learning_rates
@@ -23,6 +23,7 @@ from train.objectives.base import Objective
 from train.tasks import pairs, similarity
 
 if TYPE_CHECKING:
+    from train.fit.options import FitOptions
     from train.tasks import Task
 
 
@@ -374,3 +375,22 @@ def _numbers_of(texts: Sequence[Sequence[str]]) -> np.ndarray:
     known: dict[str, int] = {}
     numbers = [[known.setdefault(text, 1 + len(known)) for text in row] for row in texts]
     return np.array(numbers, np.int32)
+
+
+def check_embedding(task: Task, options: FitOptions) -> None:
+    """Raises ValueError if the options of embeddings do not fit the task."""
+    if task.kind == "embedding":
+        check_rows(
+            task,
+            options.embedding_loss,
+            batch_size=min(options.batch_size, options.train_size or options.batch_size),
+            parts=options.accumulation_steps,
+        )
+        return
+    for field in dataclasses.fields(EmbeddingOptions):
+        if getattr(options, field.name) != field.default:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is for sentence embeddings, from files with the "
+                f"columns anchor and positive or sentence1 and sentence2, but task {task.name!r} "
+                f"has kind {task.kind}"
+            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.data import corpus
 from train.data.tokens import columns_of
-from train.tasks import Task
+from train.tasks import ON_TEXT, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def most_common_tokens(
 def training_texts(task: Task) -> Iterator[str]:
     """Yields the texts of the training split: sentences, inputs of a benchmark, or documents."""
     rows = task.splits["train"]
-    if task.kind == "span_corruption":
+    if task.kind in ON_TEXT:
         yield from corpus.read_documents(rows)
         return
     if task.benchmark is not None:

@@ -21,7 +21,8 @@ from train.tasks.benchmarks import BENCHMARKS, find
 from train.tasks.own_files import SENTIMENT, SENTIMENT_LABELS
 
 BUILT_IN = ("movie", "product", "tweet", "editorial")
-SPAN_CORRUPTION = "span_corruption"
+SPAN_CORRUPTION, MASKED_LM = "span_corruption", "masked_lm"
+ON_TEXT = (SPAN_CORRUPTION, MASKED_LM)  # pre-training, whose splits are text files
 CUSTOM = "custom"  # name of the user's own files if there is no --task
 SPLITS = ("train", "validation", "test")
 
@@ -30,6 +31,7 @@ _METRICS: dict[Kind, str] = {
     "regression": "pearson",
     "text": "exact_match",
     "span_corruption": "token_accuracy",
+    "masked_lm": "token_accuracy",
     "translation": "token_accuracy",
 }
 
@@ -45,9 +47,9 @@ class Task:
       splits: split name -> dataset with columns `sentence`, optionally `sentence2`, and `label`
         (index into `label_names`), `score` (float64) or, for "text", `target`. For "tagging", lists
         of words in `tokens`, and of as many indices into `label_names` in `tags`. For "embedding",
-        `sentence1`, `sentence2` and perhaps `negative` or `score`. For "span_corruption", the path
-        of a text file. For "translation", `source`, `target` and their languages. For a benchmark,
-        its own columns.
+        `sentence1`, `sentence2` and perhaps `negative` or `score`. For "span_corruption" and
+        "masked_lm", the path of a text file. For "translation", `source`, `target` and their
+        languages. For a benchmark, its own columns.
       benchmark: how the rows are put to a backbone; None for other tasks.
       notes: lines about the reading of the files, for the user.
       directions: the directions of a translation.
@@ -145,12 +147,12 @@ def load_task(
     Labels that look like missing values are refused unless they are stated. If no label name is an
     integer, integer labels are positions in a stated order: that of `stated_names`, of a
     `ClassLabel` of the file or of the training file, or of a built-in task or a benchmark. Without
-    a stated order they are refused. The files of `SPAN_CORRUPTION` are plain text, and are not read
+    a stated order they are refused. The files of `ON_TEXT` are plain text, and are not read
     here.
 
     Args:
       name: one of `BUILT_IN`, of `BENCHMARKS`, a translation such as wmt16-ro-en,
-        `SPAN_CORRUPTION`, or any other name for the user's files (`CUSTOM` if None).
+        `ON_TEXT`, or any other name for the user's files (`CUSTOM` if None).
       regression: predict `score` instead of `label`.
       text: predict `target` instead of `label`.
       tagging: predict `tags`, without a look at the columns of the files.
@@ -199,14 +201,15 @@ def load_task(
             raise ValueError(
                 f"there is no file for the split {split!r}; use one of {', '.join(files)}"
             )
-    if name == SPAN_CORRUPTION:
+    if name in ON_TEXT:
         if regression or text:
             raise ValueError(f"{name} takes its targets from the text itself, not from a column")
         if stated_names:
             raise ValueError(f"{name} has no labels; leave --label-names out")
         for split in wanted:
             check_text_file(files[split])
-        return Task(name, "span_corruption", (), {split: files[split] for split in wanted})
+        kind: Kind = "masked_lm" if name == MASKED_LM else "span_corruption"
+        return Task(kind, kind, (), {split: files[split] for split in wanted})
     built_in = SENTIMENT_LABELS if name in BUILT_IN else ()
     labels.check_stated(stated_names or (), label_names or ())
     names = tuple(label_names or stated_names or built_in)
@@ -294,7 +297,7 @@ def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Pa
     files |= {split: Path(path) for split, path in zip(SPLITS, given, strict=True) if path}
     if files:
         return files
-    if name == SPAN_CORRUPTION:
+    if name in ON_TEXT:
         raise ValueError(f"{name} needs a text file; give --train-file")
     known = f"use {', '.join((*BUILT_IN, *BENCHMARKS))}, a translation such as wmt16-ro-en, or "
     if name in (None, CUSTOM):
@@ -302,7 +305,7 @@ def _files(name: str | None, given: Sequence[str | Path | None]) -> dict[str, Pa
             f"no examples were given; for --task {known}your own with --train-file, "
             "--validation-file or --test-file"
         )
-    close = difflib.get_close_matches(str(name), [*BUILT_IN, *BENCHMARKS, SPAN_CORRUPTION], n=1)
+    close = difflib.get_close_matches(str(name), [*BUILT_IN, *BENCHMARKS, *ON_TEXT], n=1)
     near = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(
         f"unknown task {quote(name, 60)}{near}; {known}give files of your own, also of words with "

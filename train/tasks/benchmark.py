@@ -25,6 +25,7 @@ Kind: TypeAlias = Literal[
     "embedding",
     "text",
     "span_corruption",
+    "masked_lm",
     "translation",
 ]
 
