@@ -24,6 +24,7 @@ from compacter_jax.models.pooling import (
     MODULES_FILE,
     POOLING_FILE,
     PROMPTS_FILE,
+    SENTENCE_FILES,
     TOKENIZING_FILE,
     Pooling,
     pool,
@@ -80,13 +81,30 @@ class SentenceEmbedding:
 def read_folder(folder: Path, pooling: Pooling | None = None) -> SentenceEmbedding:
     """Reads a folder as `compacter_jax.read_sentence_embedding` does."""
     _check_prompt(folder / PROMPTS_FILE)
-    lower_case = _lower_case(folder / TOKENIZING_FILE)
+    lower_case = lowers_case(folder)
     file, normalize = POOLING_FILE, False
     if (folder / MODULES_FILE).is_file():
         place, normalize = _modules(folder / MODULES_FILE)
         file = f"{place}/config.json"
+        if pooling is None and not (folder / file).is_file():
+            raise ValueError(
+                f"{folder / MODULES_FILE} names a pooling in {quote(file, 60)}, which is missing; "
+                "put the file there, or say which pooling it is"
+            )
     pooling = pooling or read_pooling(folder, file) or "mean"
     return SentenceEmbedding(pooling, normalize, lower_case)
+
+
+def sentence_files(folder: Path) -> list[str]:
+    """Returns the paths of the files of sentence-transformers that are in a folder.
+
+    Raises:
+      ValueError: if the folder has modules that are not supported.
+    """
+    names = [*SENTENCE_FILES, f"{_NORMALIZE}/config.json"]
+    if (folder / MODULES_FILE).is_file():
+        names.append(f"{_modules(folder / MODULES_FILE)[0]}/config.json")
+    return [name for name in dict.fromkeys(names) if (folder / name).is_file()]
 
 
 def write_sentence_embedding(
@@ -168,7 +186,9 @@ def _modules(path: Path) -> tuple[str, bool]:
     return place, "Normalize" in names
 
 
-def _lower_case(path: Path) -> bool:
+def lowers_case(folder: Path) -> bool:
+    """Returns True if sentence-transformers puts texts in lower case before the tokenizer."""
+    path = folder / TOKENIZING_FILE
     if not path.is_file():
         return False
     settings = read_json(path, {"do_lower_case": bool}, what="settings of sentence-transformers")

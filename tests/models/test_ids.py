@@ -179,7 +179,7 @@ def test_a_row_whose_logits_are_nan_has_no_tokens(search):
     def run(logits):
         step = lambda tokens, cache, index: (logits, cache)  # noqa: E731
         if search == "beams":
-            return beams.beam_search(step, (), 2, settings)
+            return beams.beam_search(step, DecoderCache((), ()), 2, settings)
         return sampling.one_by_one(
             step, (), 2, settings, quick_key(0) if search == "sampling" else None
         )

@@ -71,7 +71,9 @@ class TrimOptions:
     """Write a backbone without the pieces of its vocabulary that some texts do not need.
 
     The pieces that occur, all single characters and the special tokens stay. The tokenizer divides
-    the texts as before, and the hidden states of their tokens stay the same.
+    the texts as before, and the hidden states of their tokens stay the same. Tokenizers of the
+    kinds WordPiece (BERT) and Unigram (XLM-R, T5) can be trimmed; those of the kind BPE (RoBERTa,
+    ModernBERT) cannot, since they build longer pieces from shorter ones.
 
     Attributes:
       backbone: folder of a Hugging Face checkpoint with tokenizer.json, or its id on the hub.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import safetensors.numpy
 
 from compacter_jax.files import read_json, replace_file
 from compacter_jax.models import loading
-from compacter_jax.models.pooling import SENTENCE_FILES
+from compacter_jax.models.sentences import lowers_case, sentence_files
 from train.data.corpus import TOKENIZED_AT_ONCE, check_text_file, read_documents
 from train.exchange.convert import check_new
 from train.exchange.options import TrimOptions
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _TOKENIZER, _SETTINGS, _WORDS = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
-# Files that say nothing of the ids of tokens.
-_COPIED = ("special_tokens_map.json", *SENTENCE_FILES)
+# A file that names tokens without their ids.
+_SPECIAL = "special_tokens_map.json"
 # Tensors with a row, or a column, for each piece, by the ends of their names.
 _WITH_PIECES = re.compile(
     r"(.*\.)?(word_embeddings|shared|embed_tokens|tok_embeddings)\.weight"
@@ -59,10 +60,12 @@ def trim_vocabulary(options: TrimOptions) -> None:
     config = read_json(folder / "config.json", {"vocab_size": int})
     source = read_json(folder / _TOKENIZER, {"model": dict[str, Any]})
     tokenizer = _plain(source)
-    used = _used(tokenizer, options.text_files)
+    texts = functools.partial(_batches, options.text_files, lower=lowers_case(folder))
+    used = _used(tokenizer, texts("counting pieces of"))
     kept = _kept(source, used | _special_ids(folder, tokenizer), config["vocab_size"])
     trimmed = _trimmed(source, kept)
-    _check_same(tokenizer, _plain(trimmed), kept, options.text_files)
+    _check_same(tokenizer, _plain(trimmed), kept, texts("comparing pieces of"))
+    copied = [*sentence_files(folder), *([_SPECIAL] if (folder / _SPECIAL).is_file() else [])]
     tensors = loading.read_checkpoint(folder)
     smaller = _smaller(tensors, kept, config["vocab_size"])
     with new_folder(options.output_dir) as temporary:
@@ -70,8 +73,8 @@ def trim_vocabulary(options: TrimOptions) -> None:
             safetensors.numpy.save_file(smaller, file, metadata={"format": "pt"})
         _write_json(temporary / _TOKENIZER, trimmed)
         _write_settings(folder, temporary, kept)
-        for name in filter(lambda name: (folder / name).is_file(), _COPIED):
-            (temporary / name).parent.mkdir(exist_ok=True)
+        for name in copied:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, temporary / name)
     before, after = (sum(array.nbytes for array in each.values()) for each in (tensors, smaller))
     print(f"pieces: {config['vocab_size']:,} -> {len(kept):,}, {len(used):,} of them in the texts")
@@ -107,21 +110,24 @@ def _kind(source: Mapping[str, Any]) -> str:
     return str(model.get("type", "WordPiece" if "max_input_chars_per_word" in model else None))
 
 
-def _used(tokenizer: Tokenizer, text_files: Iterable[Path]) -> set[int]:
+def _used(tokenizer: Tokenizer, batches: Iterable[list[str]]) -> set[int]:
     """Returns the ids that occur in some texts."""
     found: set[int] = set()
-    for texts in _batches(text_files, "counting pieces of"):
+    for texts in batches:
         for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
             found.update(encoding.ids)
     return found
 
 
-def _batches(text_files: Iterable[Path], what: str) -> Iterator[list[str]]:
-    """Yields the documents of some files, about a million characters at once."""
+def _batches(text_files: Iterable[Path], what: str, *, lower: bool) -> Iterator[list[str]]:
+    """Yields the documents of some files, about a million characters at once.
+
+    With `lower`, each comes in lower case, too, as embeddings of it are computed.
+    """
     texts: list[str] = []
     for path in text_files:
         for document in read_documents(path, description=f"{what} {Path(path).name}"):
-            texts.append(document)
+            texts += [document, document.lower()] if lower else [document]
             if sum(map(len, texts)) >= TOKENIZED_AT_ONCE:
                 yield texts
                 texts = []
@@ -206,10 +212,10 @@ def _renumbered(processor: Any, kept: Mapping[int, int]) -> Any:
 
 
 def _check_same(
-    before: Tokenizer, after: Tokenizer, kept: Mapping[int, int], text_files: Iterable[Path]
+    before: Tokenizer, after: Tokenizer, kept: Mapping[int, int], batches: Iterable[list[str]]
 ) -> None:
     """Raises ValueError if the trimmed tokenizer divides a text in another way."""
-    for texts in _batches(text_files, "comparing pieces of"):
+    for texts in batches:
         both = (each.encode_batch(texts, add_special_tokens=False) for each in (before, after))
         for text, old, new in zip(texts, *both, strict=True):
             if [kept[i] for i in old.ids] != new.ids:

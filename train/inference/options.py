@@ -113,7 +113,7 @@ class PredictOptions(AdapterOptions):
       input: .parquet, .jsonl, .csv or .tsv file with a column sentence, and sentence2 for pairs; or
         with the columns of the adapter's benchmark on the hub. For tags of words, a file with a
         column tokens, lists of text, or a .conll or .txt file with a word in each line. For
-        embeddings, a column sentence, or sentence1 and sentence2 for the cosine of each pair.
+        embeddings, a column sentence, or sentence1 and sentence2 for the cosine of each pair. For a
         translation, the columns source, source_language and target_language.
       output: .parquet, .jsonl, .csv or .tsv file; it has the columns of the input, prediction and,
         for labels, label_id and probability. The prediction for words is a list of a tag for each,

@@ -144,3 +144,30 @@ def test_what_cannot_be_trimmed_is_refused(tiny_backbone, tmp_path, capsys):
     out.write_text("mine")
     assert "choose another --output-dir" in refusal(capsys, tiny_backbone, text, out)
     assert out.read_text() == "mine"
+
+
+def test_texts_of_embeddings_in_lower_case_and_their_pooling(tiny_backbone, tmp_path):
+    """Pieces of texts in lower case stay where they are read so; the pooling's folder is copied."""
+    folder, out = tmp_path / "sentences", tmp_path / "small"
+    shutil.copytree(tiny_backbone, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    kinds = {"": "Transformer", "pool": "Pooling"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "pool").mkdir()
+    (folder / "pool/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    assert trim(folder, WORDS[2].upper(), out) == 0
+    assert WORDS[2] in AutoTokenizer.from_pretrained(str(out)).get_vocab()
+    assert cj.read_sentence_embedding(out) == cj.read_sentence_embedding(folder)
+    assert cj.read_sentence_embedding(out).pooling == "cls"
+    (out / "pool/config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"names a pooling in 'pool/config.json', which is missing"
+    ):
+        cj.read_sentence_embedding(out)

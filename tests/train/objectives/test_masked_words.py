@@ -83,8 +83,7 @@ def test_loss_and_accuracy_are_those_of_pytorch(objective, text, tiny_backbone):
     config = transformers.AutoConfig.from_pretrained(str(tiny_backbone))
     model = transformers.BertForMaskedLM(config).eval()
     tensors = {
-        name: torch.tensor(np.array(t))
-        for name, t in bert_to_hugging_face(backbone.params).items()
+        name: torch.tensor(np.array(t)) for name, t in bert_to_hugging_face(backbone.params).items()
     }
     model.load_state_dict(tensors, strict=False)
     sums, right, outputs = 0.0, 0, {"loss": [], "correct": []}
