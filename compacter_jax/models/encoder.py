@@ -15,7 +15,7 @@ from compacter_jax.models.pooling import POOLINGS, Pooling, check_tokens, mean_o
 from compacter_jax.nn.attention import padding_bias
 from compacter_jax.nn.dense import Dtype, LogitsBias, dense, tied_logits
 from compacter_jax.nn.dropout import Dropout
-from compacter_jax.nn.inputs import check_ids
+from compacter_jax.nn.inputs import check_ids, check_inputs
 from compacter_jax.nn.quantize import QuantizedArray
 from compacter_jax.nn.remat import Remat
 
@@ -102,8 +102,15 @@ class Encoder(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def encode(self, x: Array, bias: Array | None, first_only: bool, deterministic: bool) -> Array:
-        """Runs the layers; with `first_only`, the result has only the first token's state."""
+    def encode(self, x: Array, inputs: Any, first_only: bool, deterministic: bool) -> Array:
+        """Runs the layers; with `first_only`, the result has only the first token's state.
+
+        Args:
+          x: `[batch, length, hidden]`, the first layer's input.
+          inputs: the result of `attention_inputs`.
+          first_only: True if the head reads the first token alone.
+          deterministic: True for no dropout.
+        """
 
     @abc.abstractmethod
     def classify(self, x: Array, deterministic: bool) -> Array:
@@ -117,6 +124,25 @@ class Encoder(nn.Module, abc.ABC):
         """Returns the first state `[batch, hidden]` after the pooler; None without a pooler."""
         del x
         return None
+
+    @property
+    def takes_mean(self) -> bool:
+        """True if the head reads the mean of the tokens."""
+        return self.pooling == "mean"
+
+    @nn.nowrap
+    def attention_inputs(
+        self, x: Array, attention_mask: Array | None, position_ids: Array | None
+    ) -> Any:
+        """Returns what the attention of the layers is told beside hidden states.
+
+        Args:
+          x: `[batch, length, hidden]`, the first layer's input.
+          attention_mask: that of the call.
+          position_ids: those of the call; None where they are not given.
+        """
+        del position_ids
+        return padding_bias(attention_mask, x.dtype)
 
     @nn.nowrap
     def positions(self, input_ids: Array) -> Array:
@@ -152,9 +178,10 @@ class Encoder(nn.Module, abc.ABC):
         Args:
           input_ids: `[batch, length]` integers.
           attention_mask: `[batch, length]` integers or booleans, zero at padding; None attends to
-            all positions. A row of padding alone attends to all its positions equally, and is an
-            error with `pooling="mean"`.
-          token_type_ids: `[batch, length]` integers; None means 0 everywhere. DistilBERT has none.
+            all positions. A query that may attend to nothing, as in a row of padding alone, attends
+            to all positions equally. Such a row is an error where the head reads the mean.
+          token_type_ids: `[batch, length]` integers; None means 0 everywhere. DistilBERT and
+            ModernBERT have none.
           position_ids: `[batch, length]` or `[1, length]` integers; None counts from 0, and in
             RoBERTa from the padding token's id + 1, past padding.
           deterministic: Python bool; False turns on dropout and needs `rngs={"dropout": key}`.
@@ -166,25 +193,25 @@ class Encoder(nn.Module, abc.ABC):
           computation; without a head an `EncoderOutput`.
 
         Raises:
-          ValueError: if the sequence is longer than the positions, a shape does not fit
+          ValueError: if the sequence is empty or longer than the positions, a shape does not fit
             `input_ids`, a mask is of a floating-point type, an id has no embedding, as negative
-            ids have none, the model has no token types, or `pooling="mean"` meets a row of padding
-            alone. If ids or the mask are traced, this row is NaN.
+            ids have none, the model has no token types, or the mean of a row of padding alone is
+            wanted. If ids or the mask are traced, this row is NaN.
         """
         self._check_inputs(input_ids, attention_mask, token_type_ids, position_ids)
-        if position_ids is None:
-            position_ids = self.positions(input_ids)
-        x, table = self.embed(input_ids, token_type_ids, position_ids, deterministic)
+        positions = self.positions(input_ids) if position_ids is None else position_ids
+        x, table = self.embed(input_ids, token_type_ids, positions, deterministic)
         # A classifier reads only the first token, unless it takes the mean of all.
         of_sequences = self.head == "sequence_classification"
-        first_only = of_sequences and self.pooling != "mean"
-        x = self.encode(x, padding_bias(attention_mask, x.dtype), first_only, deterministic)
+        first_only = of_sequences and not self.takes_mean
+        inputs = self.attention_inputs(x, attention_mask, position_ids)
+        x = self.encode(x, inputs, first_only, deterministic)
         if self.head is None:
             return EncoderOutput(last_hidden_state=x, pooler_output=self.pooled(x[:, 0]))
         if self.head == "masked_lm":
             return self.predict_words(x, table)
         if of_sequences:
-            x = mean_of_tokens(x, attention_mask) if self.pooling == "mean" else x[:, 0]
+            x = mean_of_tokens(x, attention_mask) if self.takes_mean else x[:, 0]
             return self.classify(x, deterministic)
         if self.head == "question_answering":
             return self.linear_head(x, 2, "qa_outputs", deterministic)
@@ -236,8 +263,7 @@ class Encoder(nn.Module, abc.ABC):
         position_ids: Array | None,
     ) -> None:
         config = self.config
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {input_ids.shape}; it must be [batch, length]")
+        check_inputs(config.vocab_size, "input_ids", input_ids, "attention_mask", attention_mask)
         batch, length = input_ids.shape
         if length > config.max_positions:
             raise ValueError(
@@ -246,35 +272,18 @@ class Encoder(nn.Module, abc.ABC):
                 + _reserved(config)
                 + f"; truncate to {config.max_positions} tokens"
             )
-        for name, array in (
-            ("attention_mask", attention_mask),
-            ("token_type_ids", token_type_ids),
-        ):
-            if array is not None and array.shape != (batch, length):
-                raise ValueError(
-                    f"{name} has shape {array.shape}; it must be that of input_ids, "
-                    f"{(batch, length)}"
-                )
-        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
-            raise ValueError(
-                f"position_ids has shape {position_ids.shape}; it must be {(batch, length)} or "
-                f"{(1, length)}"
-            )
-        if attention_mask is not None and jnp.issubdtype(attention_mask.dtype, jnp.floating):
-            # A floating-point mask might be an additive one, with 0 to attend and -inf to ignore:
-            # the opposite.
-            raise ValueError(
-                f"attention_mask is {attention_mask.dtype}; it must be integers or booleans, "
-                "1 at tokens and 0 at padding"
-            )
-        if self.pooling == "mean":
+        if self.takes_mean:
             check_tokens(attention_mask)
-        check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
         if position_ids is not None:
+            if position_ids.shape not in ((batch, length), (1, length)):
+                raise ValueError(
+                    f"position_ids has shape {position_ids.shape}; it must be {(batch, length)} or "
+                    f"{(1, length)}"
+                )
             field = "max_position_embeddings"
             check_ids("position_ids", position_ids, config.max_position_embeddings, field)
         if token_type_ids is not None:
-            _check_token_types(token_type_ids, config)
+            _check_token_types(token_type_ids, input_ids.shape, config)
 
 
 def _reserved(config: Any) -> str:
@@ -283,12 +292,17 @@ def _reserved(config: Any) -> str:
     return f", of which the first {unused} are of no token" if unused else ""
 
 
-def _check_token_types(token_type_ids: Array, config: Any) -> None:
+def _check_token_types(token_type_ids: Array, shape: tuple[int, ...], config: Any) -> None:
     """Raises ValueError for token types that the model does not have."""
     of_model = f"a model of model_type={config.model_type!r}"
     if not config.type_vocab_size:
         raise ValueError(
-            f"token_type_ids was given, but {of_model} has no token types; leave it out"
+            f"token_type_ids was given, but {of_model} has no token types; leave token_type_ids out"
+        )
+    if token_type_ids.shape != shape:
+        raise ValueError(
+            f"token_type_ids has shape {token_type_ids.shape}; it must have the shape of "
+            f"input_ids, {shape}"
         )
     try:
         check_ids("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")

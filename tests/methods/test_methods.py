@@ -196,7 +196,7 @@ def module_of(name, backbone):
 
 def inputs_of(module, seed=0):
     """Returns ids and masks with padding on the left and on the right."""
-    if isinstance(module, Encoder | cj.ModernBert):
+    if isinstance(module, Encoder):
         return IDS, MASK
     return tuple(t5_inputs(seed, module.config, length=7)[:3])
 

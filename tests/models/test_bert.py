@@ -579,7 +579,10 @@ def test_modules_that_cannot_be():
         ((IDS, MASK[:, :4]), r"attention_mask has shape \(2, 4\); .*\(2, 5\)"),
         ((IDS, MASK, MASK[:1]), r"token_type_ids has shape \(1, 5\); .*\(2, 5\)"),
         ((IDS, MASK, MASK, np.arange(5)), r"position_ids has shape \(5,\); .*\(1, 5\)"),
-        ((IDS, MASK.astype(np.float32)), r"attention_mask is float32; .*integers or booleans"),
+        (
+            (IDS, MASK.astype(np.float32)),
+            r"attention_mask has dtype float32; .*integers or booleans",
+        ),
     ],
 )
 def test_inputs_that_cannot_be(inputs, message):

@@ -267,7 +267,9 @@ def layout_of(module: Any) -> Layout:
     for layout in _LAYOUTS:
         if isinstance(module, layout.module_class) and own_type in (None, *layout.model_types):
             return layout
-    which = type(module).__name__ + (f" of model_type={quote(own_type)}" if own_type else "")
+    which = type(module).__name__
+    if own_type and any(isinstance(module, layout.module_class) for layout in _LAYOUTS):
+        which += f" of model_type={quote(own_type)}"
     known = dict.fromkeys(name for layout in _LAYOUTS for name in layout.model_types)
     raise ValueError(
         f"adapters of AdapterHub are not supported for a {which}; use a model of the types "

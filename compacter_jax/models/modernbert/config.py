@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -112,6 +113,10 @@ class ModernBertConfig:
             if name not in (GLOBAL, LOCAL):
                 raise ValueError(f"layer_types has {quote(name, 60)}; use {GLOBAL!r} or {LOCAL!r}")
 
+    # The names that `compacter_jax.models.encoder` reads.
+    model_type = "modernbert"
+    type_vocab_size = 0
+
     @property
     def max_positions(self) -> int:
         """Largest number of tokens."""
@@ -129,6 +134,16 @@ class ModernBertConfig:
             return self.layer_types
         every = self.global_attn_every_n_layers
         return tuple(LOCAL if i % every else GLOBAL for i in range(self.num_hidden_layers))
+
+    @property
+    def last_std(self) -> float:
+        """Deviation of the initial weights of the last layer of a sub-layer."""
+        return self.initializer_range / math.sqrt(2 * self.num_hidden_layers)
+
+    def rate_before(self, head: str | None) -> float:
+        """Returns the rate of dropout before a linear head."""
+        del head
+        return self.classifier_dropout
 
     def rotary_base(self, kind: str) -> float:
         """Returns the base of the rotary positions of a kind of layers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -54,11 +53,6 @@ class ModernBertModule(nn.Module):
     config: ModernBertConfig
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-
-    @property
-    def last_std(self) -> float:
-        """Deviation of the initial weights of the last layer of a sub-layer."""
-        return self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
 
     def dense(
         self, features: int, name: str, *, use_bias: bool, std: float | None = None
@@ -162,9 +156,9 @@ class ModernBertAttention(ModernBertModule):
             query, inputs = query[:, :, :1], inputs.of_first()
         query = rotated(query, inputs.rotary)
         y = self.attend(query, key, value, (inputs.bias,), deterministic).reshape(x.shape)
-        y = self.dense(config.hidden_size, "Wo", use_bias=config.attention_bias, std=self.last_std)(
-            y
-        )
+        y = self.dense(
+            config.hidden_size, "Wo", use_bias=config.attention_bias, std=config.last_std
+        )(y)
         return Dropout(config.attention_dropout, name="out_dropout")(y, deterministic)
 
     def attend(
@@ -195,7 +189,9 @@ class ModernBertMLP(ModernBertModule):
         inner, gate = jnp.split(both, 2, axis=-1)
         y = get_activation(config.hidden_activation)(inner) * gate
         y = Dropout(config.mlp_dropout, name="dropout")(y, deterministic)
-        return self.dense(config.hidden_size, "Wo", use_bias=config.mlp_bias, std=self.last_std)(y)
+        return self.dense(config.hidden_size, "Wo", use_bias=config.mlp_bias, std=config.last_std)(
+            y
+        )
 
 
 class ModernBertLayer(ModernBertModule):
@@ -252,6 +248,6 @@ class ModernBertPredictionHead(ModernBertModule):
     def __call__(self, x: Array) -> Array:
         config = self.config
         x = self.dense(
-            config.hidden_size, "dense", use_bias=config.classifier_bias, std=self.last_std
+            config.hidden_size, "dense", use_bias=config.classifier_bias, std=config.last_std
         )(x)
         return self.norm("norm")(get_activation(config.classifier_activation)(x))
