@@ -116,7 +116,7 @@ class MaskedWords(OnText):
                 lengths=np.array(chosen, np.int64),
                 indices=np.where(tags == tokens.IGNORED, -1, 0).astype(np.int32),
                 tags=tags.astype(np.int32),
-                counts=WordCounts(),
+                counts=WordCounts(words=sum(chosen)),
             ),
         )
 
