@@ -115,7 +115,7 @@ def group_of(path: str, groups: Groups | None = None) -> str:
 
 
 # The classes of this library's own backbones, for messages.
-OWN_MODULES = " and ".join(NAMES)
+OWN_MODULES = ", ".join(NAMES)
 
 
 def own_names(paths: Sequence[str]) -> Names | None:

@@ -18,12 +18,13 @@ from jax.experimental.pallas import triton
 from compacter_jax import phm
 from compacter_jax.models.bert import layers as bert_layers
 from compacter_jax.models.modernbert import layers as modernbert_layers
+from compacter_jax.models.seq2seq import compressed
 from compacter_jax.models.seq2seq import layers as seq2seq_layers
 from compacter_jax.models.t5 import layers as t5_layers
 from compacter_jax.nn.activations import get_activation
 
-# Modules that call `attention`, one of each family.
-_WITH_ATTENTION = (bert_layers, modernbert_layers, seq2seq_layers, t5_layers)
+# Modules that call `attention`.
+_WITH_ATTENTION = (bert_layers, compressed, modernbert_layers, seq2seq_layers, t5_layers)
 # Tokens of a block of the kernel, and features of one of its products. A GPU wants powers of two,
 # and products of at least 16 on each side.
 _TOKENS, _FEATURES, _LEAST = 64, 128, 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import typing
 from collections.abc import Mapping
@@ -260,9 +261,10 @@ def module_from_name(
     for family in FAMILIES.values():
         if name in family.published:
             return family.of_size(family.published[name], head, num_labels)
+    near = difflib.get_close_matches(name[:80], PUBLISHED, 3) or list(PUBLISHED)[:3]
     raise ValueError(
-        f"{quote(name, 80)} is neither a config.json here nor a published size known by name "
-        f"(of {' and '.join(NAMES)}, for there are no others); known: {listing(PUBLISHED, 16)}"
+        f"{quote(name, 80)} is neither a config.json here nor a published size known by name; of "
+        f"{', '.join(NAMES)} {len(PUBLISHED)} sizes are known, such as {', '.join(near)}"
     )
 
 

@@ -14,7 +14,7 @@ from benchmarks import compressed_speed as speed
 from benchmarks import compressed_training as training
 from benchmarks.compressed_speed import Cell, Decoder
 
-SMALL = ["--vocabulary", "560", "--d", "16", "--heads", "2", "--encoder-layers", "1"]
+SMALL = ["--vocabulary", "460", "--d", "16", "--heads", "2", "--encoder-layers", "1"]
 SMALL += ["--steps", "4", "--adapter-steps", "3", "--rows", "8", "--warmup", "2", "--beams", "1"]
 SMALL += ["--longest", "16", "--reduction-factor", "2", "--seeds", "0", "--test-pairs", "8"]
 
@@ -85,7 +85,7 @@ def test_pairs_and_batches(text, tmp_path):
     rows = training.read_texts(text, "train")
     assert len(rows) == 60 + 48
     assert training.read_texts(text, "train", 5) == rows[:5]
-    tokenizer = training.tokenizer_of(tmp_path, rows, 560)
+    tokenizer = training.tokenizer_of(tmp_path, rows, 460)
     pairs = training.encode(tokenizer, rows, 48)
     assert len(pairs.source) == len(rows)
     assert max(map(len, training.encode(tokenizer, rows, 10).source)) <= 10

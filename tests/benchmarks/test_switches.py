@@ -1,6 +1,7 @@
 """Tests of what may pay on an accelerator: replacements compute what they replace."""
 
 import functools
+import importlib
 from unittest import mock
 
 import jax
@@ -65,8 +66,12 @@ def test_a_model_is_traced_with_it():
 
 
 def test_every_family_is_traced_with_it():
-    folders = {path.parent.name for path in (ROOT / "compacter_jax/models").glob("*/layers.py")}
-    assert {module.__name__.split(".")[-2] for module in switches._WITH_ATTENTION} == folders
+    names = [
+        f"compacter_jax.models.{path.parent.name}.{path.stem}"
+        for path in (ROOT / "compacter_jax/models").glob("*/*.py")
+    ]
+    calling = {name for name in names if hasattr(importlib.import_module(name), "attention")}
+    assert {module.__name__ for module in switches._WITH_ATTENTION} == calling
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -342,7 +342,7 @@ def test_int8_of_their_weights_is_refused():
     model, params, _ = model_and_params()
     labels = label_params(params, model.method, groups=model.groups)
     _, frozen = cj.partition(params, labels)
-    with pytest.raises(ValueError, match="int8 is for the weights of Bert and T5") as error:
+    with pytest.raises(ValueError, match=r"int8 is for the weights of Bert, .*T5") as error:
         cj.cast_frozen(frozen, "int8")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300

@@ -49,12 +49,16 @@ def modernbert_sizes(config, num_labels, **method):
     norms = 2 * layers + 1
     return types.SimpleNamespace(
         d=d,
+        e=d,
         f=f,
         inner=d,
         sublayers=layers,
+        self_attentions=layers,
         kept=layers - 1,
         stacks=1,
-        attentions=layers,
+        query_value=layers * 2 * 2 * d,
+        key_value=layers * 2 * d,
+        units=layers * f,
         prefix_sites=1,
         norms=norms * d,
         head=head,
@@ -143,6 +147,7 @@ def compressed_sizes(config, dropped=(1, 1), **method):
     biases = encoder * (5 * d + f) + decoder * (4 * d + 3 * wide) + norms * d
     return types.SimpleNamespace(
         d=d,
+        e=d,
         sublayers=encoder + decoder,
         self_attentions=encoder,
         kept=encoder + decoder - sum(dropped),

@@ -210,9 +210,10 @@ def run_settings(options: FitOptions) -> dict[str, Any]:
 
 @functools.cache
 def defaults() -> dict[str, Any]:
-    """Returns field -> default, for the options that have a default."""
+    """Returns field -> default as in JSON, for the options that have a default."""
     fields = dataclasses.fields(FitOptions)
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    found = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(found, default=str))
 
 
 def possibly_written(settings: Mapping[str, Any]) -> tuple[str, ...]:

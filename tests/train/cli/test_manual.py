@@ -41,7 +41,9 @@ def test_every_flag_has_one_entry(name, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_entry_is_explained(name):
     # An entry ends at the next entry, the next heading or the end: first its flag, then its text.
-    options = page(name).partition("\nof this command:\n")[2]
+    _, found, options = page(name).partition("\nof this command:\n")
+    if not found:  # all are required
+        options = page(name).partition("\nrequired:\n")[2]
     for entry in re.split(r"\n(?=  --)|\n\n\w.*:\n", options):
         assert re.match(r"  --\S+( \S+)*?(  +|\n +)\w", entry), entry
 

@@ -355,7 +355,7 @@ def test_an_m2m_100_with_tokens_of_languages(text_file, tmp_path):
 def test_an_m2m_100_with_a_compressed_decoder(text_file, tmp_path):
     """Its layers have one attention with Glorot-uniform weights, and both fields are written."""
     folder = tmp_path / "m2m"
-    flags = ["--decoder-layer", "compressed", "--decoder-value-dim", "40", "--vocab-size", "520"]
+    flags = ["--decoder-layer", "compressed", "--decoder-value-dim", "40", "--vocab-size", "420"]
     flags += ["--d-model", "32", "--d-ff", "48", "--num-layers", "1", "--num-heads", "4"]
     places = ["--text-files", str(text_file), "--output-dir", str(folder)]
     assert main(["create-backbone", *places, "--model-type", "m2m_100", *flags]) == 0

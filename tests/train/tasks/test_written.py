@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from train.data import corpus as data_corpus
 from train.data import tokens as data_tokens
-from train.objectives.span_corruption import Corpus
+from train.objectives.on_text import Corpus
 from train.objectives.text_to_text import TextToText
 from train.tasks import load_task, metrics, text_format
 from train.tasks.benchmarks import BENCHMARKS, find
