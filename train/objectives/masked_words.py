@@ -14,7 +14,6 @@ from jax import Array
 import compacter_jax as cj
 from compacter_jax.messages import listing
 from compacter_jax.methods.base import MethodConfig
-from compacter_jax.methods.head_only import HeadOnlyConfig
 from compacter_jax.models.families import family_of_module
 from train import tasks
 from train.compute import step
@@ -170,7 +169,7 @@ def adapted(task: tasks.Task, module: Any, method: MethodConfig) -> cj.Adapted:
 
 def trains_head(task: tasks.Task, method: MethodConfig) -> bool:
     """Returns True if a run trains a head for masked words alone."""
-    return task.kind == tasks.MASKED_LM and method.kind == HeadOnlyConfig.kind
+    return task.kind == tasks.MASKED_LM and not method.trained_inserted_groups()
 
 
 def check_head(task: tasks.Task, name: str, frozen: Sequence[str]) -> None:
