@@ -335,7 +335,7 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
         (b" \n\n\t", r"text\.txt has no text, only white space"),
         (b"w0 w1\n\xff w2", r"text\.txt is not UTF-8 \(byte 0xff\); convert it to UTF-8"),
         (b"w0 w1\n\xc3", r"text\.txt is not UTF-8 \(byte 0xc3\)"),
-        (b"w0\n", r"text\.txt has 1 tokens; span corruption needs 2 or more"),
+        (b"w0\n", r"text\.txt has 1 tokens; pre-training needs 2 or more"),
         (b"</s>\n", r"text\.txt has 0 tokens"),
     ]:
         path.write_bytes(content)
