@@ -315,3 +315,12 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 def quick_key(seed):
     """Returns a key whose random draws compile in a fraction of the default's time."""
     return jax.random.key(seed, impl="unsafe_rbg")
+
+
+def assert_equal_trees(ours, theirs):
+    """Checks that paths, types and bits are the same."""
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        assert ours[path].dtype == leaf.dtype, path
+        assert np.asarray(ours[path]).tobytes() == np.asarray(leaf).tobytes(), path

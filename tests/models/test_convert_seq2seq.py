@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import compacter_jax as cj
@@ -18,6 +17,7 @@ from compacter_jax.models.seq2seq.checkpoint import (
 )
 from compacter_jax.models.seq2seq.config import PUBLISHED, Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
+from tests.helpers import assert_equal_trees
 from tests.methods.sizes import m2m_sizes
 from tests.seq2seq_models import CONFIGS, UNSHARED, small_backbone, tiny, torch_config, torch_model
 
@@ -33,15 +33,6 @@ HEADS = ("conditional_generation", None)
 CASES = [
     (name, head) for name in SAVED for head in HEADS if head or name in ("bart", "unshared marian")
 ]
-
-
-def assert_equal_trees(ours, theirs):
-    """Checks that paths, types and bits are the same."""
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
-    assert ours.keys() == theirs.keys()
-    for path, leaf in theirs.items():
-        assert ours[path].dtype == leaf.dtype, path
-        assert np.asarray(ours[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
 @pytest.mark.contract

@@ -60,6 +60,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--directions en-de,de-en --adapters per_direction --output-dir runs/ciat",
         ),
         (
+            "An adapter of a language, from plain text, on an encoder with a head for words:",
+            "--backbone DIR --task masked_lm --method mad-x --train-file danish.txt "
+            "--output-dir runs/danish",
+        ),
+        (
             "Continue an interrupted run:",
             "--backbone DIR --task movie --method compacter++ --output-dir runs/movie --resume",
         ),
