@@ -10,9 +10,10 @@ methods; on a GPU, each is also compiled by torch.compile. Every side runs in it
 for each case, with the same number of threads and processors. The sides take turns, and sleep in
 between.
 
-All sides get the same random weights, adapter and batch, and no dropout. First a check makes sure
-that they do the same: they train equally many parameters, and their losses agree to TOLERANCES (for
-a step the losses of several updates; for generation the tokens). A disagreement is an error.
+All sides get the same random weights, adapter and batch, and no dropout. All ask for huge pages, as
+`python -m train` does on Linux. First a check makes sure that they do the same: they train equally
+many parameters, and their losses agree to TOLERANCES (for a step the losses of several updates; for
+generation the tokens). A disagreement is an error.
 
 A ratio is this package's seconds divided by the peer's in the same round, below 1 where this
 package is faster; its median and quartiles are printed. "memory" is the peak resident memory of a
@@ -40,6 +41,7 @@ import numpy as np
 from benchmarks import plot_peers
 from benchmarks.contest import GENERATED, Size, Task, choose, command, write
 from benchmarks.turns import Worker, WorkerError, noise, processor, spread, take_turns
+from train.cli import huge_pages
 
 OURS = "compacter_jax"
 _PEERS = {"full": "transformers", "lora": "peft"}  # `adapters` for the other methods
@@ -190,7 +192,8 @@ def _worker(name: str, settings: Settings) -> Worker:
     module = "benchmarks.jax_worker" if name == OURS else "benchmarks.torch_worker"
     # This package needs no PyTorch, which transformers would otherwise load.
     own = {"USE_TORCH": "0"} if name == OURS else {}
-    return Worker(name, module, threads=settings.threads, environment=_ENVIRONMENT | own)
+    environment = _ENVIRONMENT | huge_pages.environment() | own
+    return Worker(name, module, threads=settings.threads, environment=environment)
 
 
 def _compare(
@@ -322,6 +325,7 @@ def _machine() -> dict[str, Any]:
         "processor": processor(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "load_before": os.getloadavg()[0],
+        "huge_pages": bool(huge_pages.environment()),
         "versions": found,
     }
 

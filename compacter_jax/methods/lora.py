@@ -45,7 +45,10 @@ class LoRADelta(nn.Module):
         right = self.param("right", nn.initializers.zeros, (rank, self.features), self.param_dtype)
         x = Dropout(self.config.dropout, name="dropout")(x, deterministic)
         x, left, right = promote_dtype(x, left, right, dtype=self.dtype)
-        return self.config.scaling * (x @ left @ right)
+        # One axis of all tokens: XLA's gradient of `right` for several axes of a wide layer takes
+        # many times as long on a CPU (`benchmarks/NOTES.md`).
+        update = x.reshape(-1, x.shape[-1]) @ left @ right
+        return self.config.scaling * update.reshape(*x.shape[:-1], self.features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,15 @@ def use_huge_pages() -> None:
 
     It must be the first action of a program. A setting of the user is preserved.
     """
-    wanted = tunables(os.environ)
-    if wanted is not None:
-        os.environ[_VARIABLE] = wanted
+    if added := environment():
+        os.environ.update(added)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def environment() -> dict[str, str]:
+    """Returns the variable that makes a new process request huge pages; empty if none does."""
+    wanted = tunables(os.environ)
+    return {} if wanted is None else {_VARIABLE: wanted}
 
 
 def tunables(environment: Mapping[str, str], kernel: Path = _KERNEL) -> str | None:
