@@ -88,3 +88,19 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
     _, loaded = cj.load_adapter(tmp_path, again)
     for one, other in zip(*map(jax.tree.leaves, (params, loaded)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_peft_knows_no_compressed_decoder(tmp_path):
+    """An adapter on a compressed decoder is neither exported to PEFT nor read from it."""
+    pytest.importorskip("transformers")
+    standard, ours = (small_backbone(tiny("m2m_100", **fields)) for fields in ({}, COMPRESSED))
+    for backbone in (standard, ours):
+        model = cj.Adapted(backbone.module, cj.LoRAConfig(sites=("query",), rank=2))
+        params = cj.init_adapters(model, backbone, jax.random.key(0))
+        if backbone is standard:
+            cj.export_peft(tmp_path, model, params)
+    with pytest.raises(ValueError, match="has none with decoder_layer='compressed'"):
+        cj.export_peft(tmp_path / "new", model, params)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="has none with decoder_layer='compressed'"):
+        cj.import_peft(tmp_path, ours)

@@ -33,6 +33,7 @@ from compacter_jax.exchange.peft.settings import (
     READERS,
     TASKS,
     WRITERS,
+    check_decoder,
     check_pooling,
     check_prompts,
     check_task,
@@ -109,6 +110,7 @@ def import_peft(directory: str | os.PathLike[str], backbone: Any) -> tuple[Adapt
     names = hugging_face_names(module, backbone.params)
     check_task(path, settings, module.head)
     check_pooling(path, module)
+    check_decoder(path, module)
     if peft_type == "PROMPT_TUNING":
         check_prompts(path, module)
     with about(path):
@@ -177,6 +179,7 @@ def export_peft(
             f"method {method.kind!r} cannot be exported to PEFT; these methods can: {kinds}"
         )
     check_pooling(Path(directory), model.backbone)
+    check_decoder(Path(directory), model.backbone)
     if isinstance(method, PromptTuningConfig):
         check_prompts(Path(directory), model.backbone)
     check_params(model, params, "exporting an adapter")

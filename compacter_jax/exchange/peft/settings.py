@@ -132,6 +132,15 @@ def check_pooling(place: Path, module: Any) -> None:
         )
 
 
+def check_decoder(place: Path, module: Any) -> None:
+    """Raises ValueError for a compressed decoder, whose layers transformers does not have."""
+    if getattr(module.config, "is_compressed", False):
+        raise ValueError(
+            f"{place}: PEFT adapts models of transformers, which has none with "
+            "decoder_layer='compressed'; use save_adapter and load_adapter"
+        )
+
+
 def check_prompts(place: Path, module: Any) -> None:
     """Raises ValueError if PEFT's prompts would lie beside embeddings that are not scaled.
 
