@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import compacter_jax as cj
-from compacter_jax.catalogue import COMPOSITIONS, from_dict, presets
+from compacter_jax.catalogue import COMPOSITIONS, from_dict, presets, to_dict
 from compacter_jax.compositions.bank import Bank
 from compacter_jax.compositions.base import Composition
 from compacter_jax.messages import listing, quote
@@ -22,6 +22,10 @@ from compacter_jax.methods.base import MethodConfig
 from train.cli.method_flags import given_options, is_composition, method_of, options_of
 
 _KINDS = [kind for kind in COMPOSITIONS if kind != Bank.kind]
+
+
+# Adapters of one shape, mixed at prediction by the weights of --mix.
+MIX = "mix"
 
 
 _WEIGHTED = ("average", "average_maps")
@@ -55,7 +59,7 @@ class Node:
     """A composition in an expression.
 
     Attributes:
-      kind: a key of `COMPOSITIONS`.
+      kind: a key of `COMPOSITIONS`, or `MIX` for a `Bank` of its members.
       names: the names of its members.
       weights: the weights of an average; empty if none are given.
       members: its members: leaves and other compositions.
@@ -75,6 +79,23 @@ class Node:
             else:
                 found |= {f"{name}/{inner}": leaf for inner, leaf in member.leaves().items()}
         return found
+
+    def places(self) -> dict[str, str]:
+        """Returns path of names of a leaf -> its path for `compacter_jax.set_member`."""
+        found: dict[str, str] = {}
+        for at, (name, member) in enumerate(zip(self.names, self.members, strict=True)):
+            place = str(at) if self.kind == MIX else name
+            if isinstance(member, Leaf):
+                found[name] = place
+            else:
+                inner = member.places().items()
+                found |= {f"{name}/{below}": f"{place}/{path}" for below, path in inner}
+        return found
+
+    def mixes(self) -> list[Node]:
+        """Returns the mixes in the expression, itself included."""
+        nodes = [member for member in self.members if isinstance(member, Node)]
+        return [self] * (self.kind == MIX) + [each for node in nodes for each in node.mixes()]
 
     def presets(self) -> list[str]:
         """Returns the presets among the leaves, in order."""
@@ -100,8 +121,9 @@ def parse(text: str, flag: str = "--method") -> Node:
         expression = KIND "(" member { "," member } ")"
         member     = [ NAME "=" ] [ WEIGHT "*" ] ( expression | PRESET | FOLDER )
 
-    KIND is stack, parallel, average or average_maps. Names are 0, 1, … by default. Weights are for
-    averages, and are given for all members or for none.
+    KIND is stack, parallel, average or average_maps, and mix in `--adapter`. Names are 0, 1, … by
+    default. Weights are for averages, and are given for all members or for none. The members of a
+    mix are folders; its weights are those of `--mix`.
 
     Args:
       text: the expression.
@@ -136,8 +158,9 @@ class _Parser:
         name = self._word()
         if self._peek() != "(":
             return self._leaf(name)
-        if name not in _KINDS:
-            raise self.error(f"{quote(name)} is not one of {', '.join(_KINDS)}")
+        kinds = _KINDS if self._flag == "--method" else [*_KINDS, MIX]
+        if name not in kinds:
+            raise self.error(f"{quote(name)} is not one of {', '.join(kinds)}")
         self._take("(")
         members = [self._member(name)]
         while self._peek() == ",":
@@ -149,6 +172,10 @@ class _Parser:
         if given and len(given) < len(weights):
             raise self.error(f"give weights to all members of {name}, or to none")
         names = tuple(own or str(at) for at, own in enumerate(names))
+        if name == MIX and any(isinstance(value, Node) for value in values):
+            raise self.error("the members of mix are folders of adapters, not compositions")
+        if name == MIX and len(set(names)) < len(names):
+            raise self.error("the members of mix need different names")
         return Node(name, names, tuple(given), values)
 
     def end(self) -> None:
@@ -167,7 +194,8 @@ class _Parser:
 
     def _weight(self, text: str, kind: str) -> float:
         if kind not in _WEIGHTED:
-            raise self.error(f"only {' and '.join(_WEIGHTED)} take weights, not {kind}")
+            other = "; give the weights of a mix to --mix" if kind == MIX else ""
+            raise self.error(f"only {' and '.join(_WEIGHTED)} take weights, not {kind}{other}")
         try:
             return float(text)
         except ValueError:
@@ -286,11 +314,30 @@ def _composition(
             members.append(methods[path])
             learns = path in trained
         frozen += [] if learns else [name]
+    if node.kind == MIX:
+        _check_equal(node, members)
+        return Bank(members[0], size=len(members), frozen=("0",) if frozen else ())
     weights = {"weights": node.weights} if node.weights else {}
     made: Composition = COMPOSITIONS[node.kind](
         *members, names=node.names, frozen=tuple(frozen), **weights
     )
     return made
+
+
+def _check_equal(node: Node, members: Sequence[MethodConfig]) -> None:
+    """Raises ValueError if members of a mix differ in their methods, and so in their shapes."""
+    first = to_dict(members[0])
+    for name, member in zip(node.names, members, strict=True):
+        own = to_dict(member)
+        if differing := sorted(key for key in own | first if own.get(key) != first.get(key)):
+            told = [
+                f"{key}: {quote(own.get(key), 60)}, not {quote(first.get(key), 60)}"
+                for key in differing
+            ]
+            raise ValueError(
+                f"the members of a mix must have one shape, but {name} differs from "
+                f"{node.names[0]}; {listing(told, 4, 140)}"
+            )
 
 
 class ChoosesMethod:
