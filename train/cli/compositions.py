@@ -16,7 +16,7 @@ from typing import Any
 import compacter_jax as cj
 from compacter_jax.catalogue import COMPOSITIONS, from_dict, presets, to_dict
 from compacter_jax.compositions.bank import Bank
-from compacter_jax.compositions.base import Composition
+from compacter_jax.compositions.base import Composition, members_of
 from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import MethodConfig
 from train.cli.method_flags import given_options, is_composition, method_of, options_of
@@ -48,10 +48,13 @@ class Leaf:
     Attributes:
       text: the text of the leaf.
       folder: the folder of the saved adapter; None for a preset.
+      member: the member of the saved adapter that is meant, as for `compacter_jax.get_member`; None
+        for the whole adapter.
     """
 
     text: str
     folder: Path | None
+    member: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +122,12 @@ def parse(text: str, flag: str = "--method") -> Node:
     """Parses an expression.
 
         expression = KIND "(" member { "," member } ")"
-        member     = [ NAME "=" ] [ WEIGHT "*" ] ( expression | PRESET | FOLDER )
+        member     = [ NAME "=" ] [ WEIGHT "*" ] ( expression | PRESET | FOLDER [ "#" MEMBER ] )
 
     KIND is stack, parallel, average or average_maps, and mix in `--adapter`. Names are 0, 1, … by
     default. Weights are for averages, and are given for all members or for none. The members of a
-    mix are folders; its weights are those of `--mix`.
+    mix are folders; its weights are those of `--mix`. `FOLDER#MEMBER` is one member of a saved
+    composition.
 
     Args:
       text: the expression.
@@ -207,6 +211,9 @@ class _Parser:
         folder = folder_of(Path(text))
         if (folder / cj.checkpoint.CONFIG_NAME).exists():
             return Leaf(text, folder)
+        before, mark, member = text.rpartition("#")
+        if mark and holds_adapter(Path(before)):
+            return Leaf(text, folder_of(Path(before)), member)
         if self._flag != "--method":
             raise self.error(f"{quote(text)} is not the folder of an adapter")
         raise self.error(
@@ -248,22 +255,31 @@ def composed(expression: Node, options: Any, trained: str | None) -> Composition
     methods = {
         name: method_of(leaf.text, options_of(leaf.text, options))
         if leaf.folder is None
-        else saved_method(leaf.folder)
+        else saved_method(leaf.folder, leaf.member)
         for name, leaf in leaves.items()
     }
     return _composition(expression, methods, chosen, "")
 
 
-def saved_method(folder: Path) -> MethodConfig:
-    """Returns the method of a saved adapter.
+def saved_method(folder: Path, member: str | None = None) -> MethodConfig:
+    """Returns the method of a saved adapter, or of one of its members.
 
     Raises:
       ValueError: if there is none; the message names its file.
     """
     try:
-        return from_dict(cj.read_adapter_config(folder)["method"])
+        method = from_dict(cj.read_adapter_config(folder)["method"])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    if member is None:
+        return method
+    known = {"/".join(each.path): each.method for each in members_of(method) if not each.bank}
+    if member not in known:
+        raise ValueError(
+            f"{folder} has no member {quote(member, 100)}; "
+            + (f"it has {listing(known)}" if any(known) else "it is a single adapter")
+        )
+    return known[member]
 
 
 def _trained_names(expression: Node, trained: str | None) -> list[str]:

@@ -40,6 +40,8 @@ def with_saved(
         if key not in loaded:
             loaded[key] = _with_head(head, backbone, source)
         saved = cj.load_adapter(leaf.folder, loaded[key])
+        if leaf.member is not None:
+            saved = cj.get_member(*saved, which=leaf.member)
         for member in members_of(saved[0].method):
             if not member.path:
                 params = cj.set_member(model, params, name, saved)

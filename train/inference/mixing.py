@@ -129,7 +129,7 @@ class EntropyMixer:
     ) -> Computed:
         """Computes the outputs of every row, and its weights at `sites`."""
         objective, options = self.objective, self.options
-        logits = jax.tree_util.Partial(self._logits_of_row, self.params)
+        logits = jax.tree_util.Partial(_LogitsOfRow(objective), self.params)
         count = None if options.mix_sites == "one" else len(cj.mixing_sites(self.params))
 
         def outputs(batch: step.Batch) -> Any:
@@ -147,11 +147,6 @@ class EntropyMixer:
 
         found_outputs, found = split_outputs(outputs, encoded, batch_size, description=description)
         return Computed(found_outputs, self._at_own_sites(found))
-
-    @functools.cached_property
-    def _logits_of_row(self) -> _LogitsOfRow:
-        """The same object for all rows, for which `minimize_entropy` compiles once."""
-        return _LogitsOfRow(self.objective)
 
     @functools.cached_property
     def _outputs_of(self) -> Any:
@@ -194,9 +189,18 @@ class EntropyMixer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LogitsOfRow:
-    """Logits of one row with weights `[members]` or `[sites, members]`, for `minimize_entropy`."""
+    """Logits of one row with weights `[members]` or `[sites, members]`, for `minimize_entropy`.
+
+    Those of one objective are equal, so that each shape is compiled once.
+    """
 
     objective: Objective
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _LogitsOfRow) and other.objective is self.objective
+
+    def __hash__(self) -> int:
+        return id(self.objective)
 
     def __call__(self, params: Any, weights: jax.Array, inputs: dict[str, jax.Array]) -> jax.Array:
         batch = {name: values[None] for name, values in inputs.items()}
