@@ -134,6 +134,12 @@ def cells(options: argparse.Namespace, group: Group, seed: int) -> Iterator[Cell
                 yield Cell(seed, variety, split, name, members)
 
 
+def most_of(options: argparse.Namespace, condition: str) -> int | None:
+    """Returns the number of sentences of a condition, fewer for many steps; None for all."""
+    steps, _ = varieties_data.emea_of(condition) or (0, 0.0)
+    return options.many_step_sentences if steps > 1 else None
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -247,8 +253,6 @@ def _compute(
     for cell in cells(options, group, seed):
         if cell.key in report["cells"]:
             continue
-        many = cell.condition.rpartition("entropy-")[2].split("-")[0]
-        is_slow = "entropy-" in cell.condition and int(many) > 1
         report["cells"][cell.key] = tagging.computed(
             cell.condition,
             cell.members,
@@ -256,7 +260,7 @@ def _compute(
             files.tagged(cell.variety, "validation"),
             options.output_dir,
             seed,
-            most=options.many_step_sentences if is_slow else None,
+            most=most_of(options, cell.condition),
         )
         write_json(output, report)
         print(varieties_report.line(cell.key, report["cells"][cell.key]), flush=True)

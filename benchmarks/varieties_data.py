@@ -51,6 +51,15 @@ GROUPS = {
 }
 
 
+def emea_of(condition: str) -> tuple[int, float] | None:
+    """Returns steps and learning rate of a condition of EMEA; None for another."""
+    _, mark, setting = condition.rpartition("entropy-")
+    if not mark:
+        return None
+    steps, rate = setting.split("-")
+    return int(steps), float(rate)
+
+
 @dataclasses.dataclass(frozen=True)
 class Files:
     """Files that `write` makes, below one folder.

@@ -15,7 +15,7 @@ import numpy as np
 import compacter_jax as cj
 from benchmarks import varieties
 from benchmarks.translation_flops import REACHED, measured_rate
-from benchmarks.varieties_data import Files, Group
+from benchmarks.varieties_data import Files, Group, emea_of
 from compacter_jax.models.loading import module_from_config, read_config
 from train.__main__ import _parsed
 from train.compute import flops, step
@@ -79,18 +79,19 @@ def _of_cells(
     labels, size = len(files.tags()), options.eval_batch_size
     work_of = functools.cache(functools.partial(_tagging, options, trimmed, size))
     passes: dict[str, list[float]] = {}
+    # One length for all, since each length is traced anew.
+    others = [each for each in group.languages + group.varieties if each != group.languages[0]]
+    whole = np.concatenate(_tokens(trimmed, [files.tagged(each, "test") for each in others]))
+    padded = _padded(whole, options.max_length)
     for seed in options.seeds:
         for cell in varieties.cells(options, group, seed):
             lengths = _tokens(trimmed, [files.tagged(cell.variety, cell.split)])[0]
-            padded = _padded(lengths, options.max_length)
             name = "only" if cell.condition.startswith("only-") else cell.condition
             kind = varieties.COMPACTER if name.startswith("compacter-") else varieties.DENSE
             work = work_of(padded, len(cell.members), kind, labels)
             one = work_of(padded, 1, kind, labels)["pass"] / size
             per_sentence = _per_sentence(name, work, len(cell.members)) / size
-            many = "entropy-" in name and int(name.split("entropy-")[1].split("-")[0]) > 1
-            sentences = min(len(lengths), (options.many_step_sentences if many else None) or 10**9)
-            total = per_sentence * sentences
+            total = per_sentence * min(len(lengths), varieties.most_of(options, name) or 10**9)
             if name == "labels":
                 fitted = len(_tokens(trimmed, [files.tagged(cell.variety, "validation")])[0])
                 total += options.fit_steps * fitted * work["step"] / size
@@ -105,9 +106,8 @@ def _of_cells(
 
 def _per_sentence(name: str, work: dict[str, float], members: int) -> float:
     """Returns the operations of a batch under a condition."""
-    if "entropy-" in name:
-        steps = int(name.split("entropy-")[1].split("-")[0])
-        return steps * work["step"] + work["pass"]
+    if (setting := emea_of(name)) is not None:
+        return setting[0] * work["step"] + work["pass"]
     return work["pass"] * (members if name == "probabilities" else 1)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import compacter_jax as cj
+from benchmarks.varieties_data import emea_of
 from train.cli.options import ENTROPY
 from train.compute import step
 from train.compute.outputs import split_outputs
@@ -72,8 +73,8 @@ class Tagging:
           `score`, the accuracy, or the F1 of entities; `counts`, numbers of each sentence from
           which the score follows; `seconds`; and what a mixture found.
         """
-        kind, _, name = condition.rpartition("compacter-")
-        kind = "compacter" if kind or condition.startswith("compacter-") else "dense"
+        _, is_compacter, name = condition.rpartition("compacter-")
+        kind = "compacter" if is_compacter else "dense"
         started = time.perf_counter()
         if condition == "joint":
             folder = root / "joint" / f"seed-{seed}" / "task"
@@ -118,11 +119,9 @@ class Tagging:
     ) -> tuple[Any, dict[str, Any]]:
         """Returns the outputs of a condition on a mixture, and what there is to say of it."""
         count, size = len(mixer.members), self._options.eval_batch_size
-        if name.startswith("entropy-"):
-            _, steps, rate = name.split("-")
-            options = dataclasses.replace(
-                mixer.options, mix_steps=int(steps), mix_learning_rate=float(rate)
-            )
+        if (setting := emea_of(name)) is not None:
+            steps, rate = setting
+            options = dataclasses.replace(mixer.options, mix_steps=steps, mix_learning_rate=rate)
             finding = dataclasses.replace(mixer, options=options)
             outputs, found = finding.compute(encoded, size)
             assert found is not None
