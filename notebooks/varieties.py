@@ -155,28 +155,30 @@ def tagged(rows):
 
 
 # %%
-def learn(model, params, labels, batches, rate):
-    """Trains what `labels` say on batches of ids, masks and right answers (-1 for none)."""
-    trained, frozen = cj.partition(params, labels)
+def learner(model, labels, rate):
+    """A function that trains what `labels` say on batches of ids, masks and right answers."""
     tx = cj.optimizer(optax.adam(rate), labels)
-    state = tx.init(trained)
 
     @jax.jit
-    def step(trained, state, ids, mask, right):
+    def step(trained, frozen, state, ids, mask, right):
         def loss_of(trained):
             logits = model.apply({"params": cj.merge(trained, frozen)}, ids, mask)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, right.clip(0))
             return (losses * (right >= 0)).sum() / jnp.maximum((right >= 0).sum(), 1)
 
         loss, gradient = jax.value_and_grad(loss_of)(trained)
-        updates, state_ = tx.update(gradient, state, trained)
-        return optax.apply_updates(trained, updates), state_, loss
+        updates, state = tx.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state, loss
 
-    losses = []
-    for batch in batches:
-        trained, state, loss = step(trained, state, *batch)
-        losses.append(float(loss))
-    return cj.merge(trained, frozen), losses
+    def learn(params, batches):
+        trained, frozen = cj.partition(params, labels)
+        state, losses = tx.init(trained), []
+        for batch in batches:
+            trained, state, loss = step(trained, frozen, state, *batch)
+            losses.append(float(loss))
+        return cj.merge(trained, frozen), f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"
+
+    return learn
 
 
 def drawn(rows, make, steps, seed):
@@ -195,21 +197,24 @@ nothing = cj.Adapted(backbone.module, cj.preset("head-only"), groups={"head": "c
 params = cj.init_adapters(nothing, backbone, jax.random.key(0))
 labels = cj.label_params(params, nothing.method, groups=nothing.groups)
 everything = [words for language in LANGUAGES for words in texts[language]]
-params, losses = learn(nothing, params, labels, of_text(everything, HEAD_STEPS, 0), 1e-3)
-print(f"head: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+learn = learner(nothing, labels, 1e-3)
+params, told = learn(params, of_text(everything, HEAD_STEPS, 0))
+print(f"head: {told}")
 backbone = cj.Backbone(backbone.module, params, backbone.config, backbone.name)
 
 # %%
 language_method = cj.preset("mad-x")
+model = cj.Adapted(backbone.module, language_method)
+params = cj.init_adapters(model, backbone, jax.random.key(0))
+labels = cj.label_params(params, language_method)
+count = cj.count(params, labels)
+print(f"an adapter: {count.trained:,} numbers, {count.trained / count.total:.1%}")
+learn = learner(model, labels, 1e-3)
 languages = {}
 for seed, language in enumerate(LANGUAGES):
-    model = cj.Adapted(backbone.module, language_method)
-    params = cj.init_adapters(model, backbone, jax.random.key(seed))
-    labels = cj.label_params(params, language_method)
-    batches = of_text(texts[language], LANGUAGE_STEPS, seed)
-    languages[language] = model, learn(model, params, labels, batches, 1e-3)[0]
-    count = cj.count(params, labels)
-    print(f"{language}: {count.trained:,} numbers, {count.trained / count.total:.1%}")
+    learned, told = learn(params, of_text(texts[language], LANGUAGE_STEPS, seed))
+    languages[language] = model, learned
+    print(f"{language}: {told}")
 
 # %% [markdown]
 # ## The task
@@ -228,8 +233,8 @@ params = cj.init_adapters(model, encoder, jax.random.key(9))
 params = cj.set_member(model, params, "language", languages["nb"])
 labels = cj.label_params(params, stack)
 batches = drawn(sentences("nb"), tagged, TASK_STEPS, 1)
-params, losses = learn(model, params, labels, batches, 2e-3)
-print(f"tags: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+params, told = learner(model, labels, 2e-3)(params, batches)
+print(f"tags: {told}")
 task = cj.get_member(model, params, "task")
 
 # %% [markdown]
@@ -256,6 +261,7 @@ def logits_of(params, mix, ids, mask, first):
     return mixed.apply({"params": params}, ids[None], mask[None], mix=mix[None])[0]
 
 
+apply = jax.jit(lambda params, mix: mixed.apply({"params": params}, ids, mask, mix=mix))
 found = cj.minimize_entropy(
     jax.tree_util.Partial(logits_of, params),
     len(LANGUAGES),
@@ -268,7 +274,7 @@ found = cj.minimize_entropy(
     sites=len(sites),
 )
 equal = np.full((1, len(sites), len(LANGUAGES)), 1 / len(LANGUAGES), np.float32)
-before = mixed.apply({"params": params}, ids, mask, mix=equal)[0, first[0] >= 0]
+before = apply(params, equal)[0, first[0] >= 0]
 after = found.logits[0, first[0] >= 0]
 print(f"{'':10} {'right':6} {'equal weights':14} after ten steps")
 for word, tag, *logits in zip(words, right, before, after, strict=True):
