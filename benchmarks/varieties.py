@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "trim-vocabulary",
             ["--backbone", options.backbone, "--text-files", *texts, "--output-dir", trimmed],
         )
-    planned = varieties_plan.predict(options, group, files, trimmed)
+    settings = {name: str(value) for name, value in vars(options).items() if name != "plan"}
+    planned = _planned(options, settings, group, files, trimmed)
     print(varieties_report.predicted_text(planned), flush=True)
     if options.plan:
         return
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output.exists():
         report = json.loads(output.read_text(encoding="utf-8"))
     report |= {
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        "settings": settings,
         "languages": list(group.languages),
         "varieties": list(group.varieties),
         "predicted": planned,
@@ -112,6 +113,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     varieties_report.figure(report, output.with_suffix(".png"))
     print(f"\n{text}")
+
+
+def _planned(
+    options: argparse.Namespace,
+    settings: dict[str, str],
+    group: Group,
+    files: Files,
+    trimmed: Path,
+) -> list[dict[str, Any]]:
+    """Returns the plan, which is counted once for the same settings."""
+    path = options.output_dir / "plan.json"
+    if path.exists():
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if before["settings"] == settings:
+            return list(before["rows"])
+    rows = varieties_plan.predict(options, group, files, trimmed)
+    write_json(path, {"settings": settings, "rows": rows})
+    return rows
 
 
 def cells(options: argparse.Namespace, group: Group, seed: int) -> Iterator[Cell]:
