@@ -80,8 +80,9 @@ class Tagging:
             folder = root / "joint" / f"seed-{seed}" / "task"
             loaded = inference_adapter.load(self._given(str(folder)))
             encoded = _encoded(loaded.objective, _rows(path, most))
-            outputs, more = loaded.compute(encoded, self._options.eval_batch_size).outputs, {}
             objective = loaded.objective
+            outputs = loaded.compute(encoded, self._options.eval_batch_size).outputs
+            more: dict[str, Any] = {}
         else:
             mixer = self._load(kind, members, root, seed)
             objective = mixer.objective
@@ -150,7 +151,7 @@ class Tagging:
     def _program(self, name: str, mixer: EntropyMixer) -> Callable[..., Any]:
         """Returns a compiled function of parameters and a batch with `mix`."""
         objective, count = mixer.objective, len(mixer.members)
-        makers = {
+        makers: dict[str, Callable[[], Callable[..., Any]]] = {
             "mix": lambda: objective.outputs,
             "probabilities": lambda: functools.partial(_mean_probabilities, objective, count),
             "labels": lambda: jax.value_and_grad(functools.partial(_loss, objective)),
@@ -218,7 +219,8 @@ def _counts(objective: Objective, outputs: Any, encoded: tokens.Encoded, task: s
     both = objective.predictions_and_targets(outputs, encoded)
     assert both is not None
     if task == "ner":
-        return np.array(entities.entity_counts(*both))
+        predictions, targets = (each.tolist() for each in both)
+        return np.asarray(entities.entity_counts(predictions, targets), np.int64)
     pairs = zip(*both, strict=True)
     return np.array([(sum(map(str.__eq__, a, b)), len(b)) for a, b in pairs])
 

@@ -52,8 +52,8 @@ from transformers import AutoTokenizer
 import compacter_jax as cj
 
 style()
-LENGTH, ROWS = 16, 8
-HEAD_STEPS, LANGUAGE_STEPS, TASK_STEPS = (2, 2, 2) if SMALL else (40, 30, 40)
+LENGTH, ROWS = 20, 8
+HEAD_STEPS, LANGUAGE_STEPS, TASK_STEPS = (2, 2, 2) if SMALL else (40, 20, 40)
 
 # %% [markdown]
 # ## Text

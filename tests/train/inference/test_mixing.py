@@ -54,21 +54,22 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tiny_backbone, files, tmp_path_factory):
-    """Saves three languages, one of another width, and a tagger."""
+    """Saves three languages, one of another width, and a tagger on top of the first."""
     folder = tmp_path_factory.mktemp("stack")
     method = cj.preset("mad-x")
     wide = method.replace(parts=[part.replace(reduction_factor=1) for part in method.parts])
     for seed, name in enumerate(LANGUAGES):
         save_language(folder / name, tiny_backbone, seed, method)
     save_language(folder / "wide", tiny_backbone, 9, wide)
-    flags = fit_flags(tiny_backbone, files, folder / "tags", epochs=2)
+    method = f"stack(language={folder}/nb,task=compacter++)"
+    flags = fit_flags(tiny_backbone, files, folder / "tags", epochs=2, method=method)
     assert main(["fit", *flags]) == 0
     return folder
 
 
 def stack(saved, mixture=None):
     mixture = mixture or "mix(" + ",".join(f"{name}={saved}/{name}" for name in LANGUAGES) + ")"
-    return f"stack(language={mixture},task={saved}/tags)"
+    return f"stack(language={mixture},task={saved}/tags#task)"
 
 
 def command(name, *flags):
@@ -100,6 +101,11 @@ def test_given_weights_are_those_of_an_average_and_of_single_adapters(saved, fil
     """One-hot weights give the single adapter, and equal weights the average, to 1e-6."""
     output = tmp_path / "metrics.json"
     single = evaluated(saved, files, output, mixture=f"{saved}/da")
+    alone = ["--adapter", saved / "tags", "--test-file", files["test"], "--output", output]
+    command("evaluate", *alone)
+    trained = json.loads(output.read_text())["metrics"]
+    first = evaluated(saved, files, output, "--mix", "1,0,0")
+    assert first["metrics"] == pytest.approx(trained, abs=1e-6)
     one_hot = evaluated(saved, files, output, "--mix", "0,1,0")
     average = "average(" + ",".join(f"{saved}/{name}" for name in LANGUAGES) + ")"
     averaged = evaluated(saved, files, output, mixture=average)
@@ -281,6 +287,10 @@ def test_bad_input_gives_one_line(saved, files, tmp_path, capsys, tiny_backbone)
     assert "the members of mix need different names" in named
     two = line("--mix", "equal", mixture=f"stack(mix({saved}/nb),mix({saved}/da))")
     assert "--adapter has 2 mixes, but --mix gives the weights of one" in two
+    other = line("--mix", "equal", mixture=f"{saved}/tags#head")
+    assert "tags has no member 'head'; it has language, task" in other.replace("/adapter", "")
+    none = line("--mix", "equal", mixture=f"{saved}/nb#task")
+    assert "has no member 'task'; it is a single adapter" in none
     alone = refusal(capsys, "evaluate", "--adapter", saved / "tags", *test, "--mix", "equal")
     assert "--mix equal needs a mix(…) in --adapter" in alone
     weights = line("--mix", "entropy", "--write-weights", tmp_path / "weights.txt")
