@@ -165,7 +165,7 @@ def test_the_interval_is_that_of_paired_sentences():
 
 
 def test_the_setting_is_chosen_on_left_out_languages_alone():
-    """What would be best on the test split of a variety does not count."""
+    """The best setting on the test split of a variety does not count."""
     cells = {
         "0/da/validation/equal": [[5, 10]] * 4,
         "0/da/validation/entropy-1-10": [[6, 10]] * 4,

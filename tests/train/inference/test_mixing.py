@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
-from tests.conftest import WORDS
 from tests.train.cli.test_cli import fit_flags, refusal, write_splits
 from tests.train.inference.test_tagging_commands import (
     LONG,
@@ -31,15 +30,24 @@ EQUAL = (1 / 3, 1 / 3, 1 / 3)
 IN, OUT = Path("in.jsonl"), Path("out.jsonl")
 
 
-def save_language(folder, backbone, seed, method):
-    """Saves an adapter with the head of a language model, moved far from its initial values."""
-    loaded = cj.load_backbone(backbone, head="masked_lm")
+def save(folder, backbone, seed, method, metadata=None, **head):
+    """Saves an adapter moved far from its initial values, by default with a language model's."""
+    loaded = cj.load_backbone(backbone, **(head or {"head": "masked_lm"}))
     model = cj.Adapted(loaded.module, method)
     params = cj.init_adapters(model, loaded, jax.random.key(seed))
     noise = np.random.default_rng(seed)
     trained, frozen = cj.partition(params, cj.label_params(params, method))
     moved = jax.tree.map(lambda x: x + 0.3 * noise.standard_normal(x.shape, np.float32), trained)
-    cj.save_adapter(folder, model, cj.merge(moved, frozen))
+    cj.save_adapter(folder, model, cj.merge(moved, frozen), metadata=metadata)
+
+
+def save_classifier(folder, backbone, seed, kind, label_names):
+    """Saves a random classifier of sentences, with what `predict` needs."""
+    metadata = {"backbone": str(backbone), "task": "custom", "kind": kind}
+    metadata |= {"label_names": label_names, "max_length": 16, "dtype": "float32"}
+    head = {"head": "sequence_classification", "num_labels": len(label_names) or 1}
+    method = cj.preset("compacter++", reduction_factor=2)
+    save(folder, backbone, seed, method, metadata, **head)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +67,8 @@ def saved(tiny_backbone, files, tmp_path_factory):
     method = cj.preset("mad-x")
     wide = method.replace(parts=[part.replace(reduction_factor=1) for part in method.parts])
     for seed, name in enumerate(LANGUAGES):
-        save_language(folder / name, tiny_backbone, seed, method)
-    save_language(folder / "wide", tiny_backbone, 9, wide)
+        save(folder / name, tiny_backbone, seed, method)
+    save(folder / "wide", tiny_backbone, 9, wide)
     method = f"stack(language={folder}/nb,task=compacter++)"
     flags = fit_flags(tiny_backbone, files, folder / "tags", epochs=2, method=method)
     assert main(["fit", *flags]) == 0
@@ -241,12 +249,11 @@ def test_all_positions_count_on_request(mixer):
 
 def test_labels_of_rows_have_entropies_of_their_own(tiny_backbone, tmp_path):
     """A mix of whole classifiers predicts labels with weights that each row finds."""
-    examples = write_splits(tmp_path, {"train": 30, "validation": 10, "test": 8})
     for seed, name in enumerate(("a", "b")):
-        flags = fit_flags(tiny_backbone, examples, tmp_path / name, seed=seed, epochs=1)
-        assert main(["fit", *flags]) == 0
+        save_classifier(tmp_path / name, tiny_backbone, seed, "classification", ["bad", "good"])
     mixture = f"mix(a={tmp_path}/a,b={tmp_path}/b)"
-    source, output = examples["test"], tmp_path / "out.jsonl"
+    (source,) = write_splits(tmp_path, {"test": 8}).values()
+    output = tmp_path / "out.jsonl"
     flags = ["--adapter", mixture, "--input", source, "--output", output]
     command("predict", *flags, "--mix", "1,0")
     one_hot = [row["prediction"] for row in rows_of(output)]
@@ -287,9 +294,9 @@ def test_bad_input_gives_one_line(saved, files, tmp_path, capsys, tiny_backbone)
     assert "the members of mix need different names" in named
     two = line("--mix", "equal", mixture=f"stack(mix({saved}/nb),mix({saved}/da))")
     assert "--adapter has 2 mixes, but --mix gives the weights of one" in two
-    other = line("--mix", "equal", mixture=f"{saved}/tags#head")
+    other = line(mixture=f"{saved}/tags#head")
     assert "tags has no member 'head'; it has language, task" in other.replace("/adapter", "")
-    none = line("--mix", "equal", mixture=f"{saved}/nb#task")
+    none = line(mixture=f"{saved}/nb#task")
     assert "has no member 'task'; it is a single adapter" in none
     alone = refusal(capsys, "evaluate", "--adapter", saved / "tags", *test, "--mix", "equal")
     assert "--mix equal needs a mix(…) in --adapter" in alone
@@ -305,20 +312,10 @@ def test_bad_input_gives_one_line(saved, files, tmp_path, capsys, tiny_backbone)
 
 def test_scores_have_no_entropy(tiny_backbone, tmp_path, capsys):
     """`--mix entropy` is refused for a regression, whose output has no probabilities."""
-    generator = np.random.default_rng(0)
-    rows = [
-        {"sentence": " ".join(generator.choice(WORDS, 3)), "score": float(generator.random())}
-        for _ in range(12)
-    ]
-    examples = {}
-    for split in ("train", "validation"):
-        examples[split] = tmp_path / f"{split}.jsonl"
-        examples[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = fit_flags(tiny_backbone, examples, tmp_path / "scores", epochs=1)
-    assert main(["fit", *flags]) == 0
+    save_classifier(tmp_path / "scores", tiny_backbone, 0, "regression", [])
+    (source,) = write_splits(tmp_path, {"test": 4}).values()
     given = ("--adapter", f"mix({tmp_path}/scores,{tmp_path}/scores)", "--mix", "entropy")
-    source = ("--input", examples["train"], "--output", tmp_path / "out.jsonl")
-    line = refused(capsys, "predict", *given, *source)
+    line = refused(capsys, "predict", *given, "--input", source, "--output", tmp_path / "out.jsonl")
     assert "--mix entropy needs probabilities of labels" in line
     assert "kind regression" in line
     assert not (tmp_path / "out.jsonl").exists()
