@@ -240,7 +240,7 @@ class MixOptions:
       mix_positions: tokens that --mix entropy makes certain in sentences with tags: words, the
         first token of each word; all, every position of the padded sentence, special tokens and
         padding included.
-      write_weights: file for the weights that --mix entropy finds, .parquet, .jsonl, .csv or .tsv: a
+      write_weights: file for the weights of --mix entropy, .parquet, .jsonl, .csv or .tsv: a
         line for each row and module, with the entropy before and after; a figure of the mean
         weights lies beside it, with .png.
     """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import compacter_jax as cj
+from tests.helpers import quick_key
 from tests.train.cli.test_cli import fit_flags, refusal, write_splits
 from tests.train.inference.test_tagging_commands import (
     LONG,
@@ -30,24 +31,35 @@ EQUAL = (1 / 3, 1 / 3, 1 / 3)
 IN, OUT = Path("in.jsonl"), Path("out.jsonl")
 
 
-def save(folder, backbone, seed, method, metadata=None, **head):
-    """Saves an adapter moved far from its initial values, by default with a language model's."""
+def save(folders, backbone, method, metadata=None, **head):
+    """Saves adapters moved far from their initial values, by default with a language model's head.
+
+    Args:
+      folders: the folders, one for each adapter.
+      backbone: the folder of the backbone.
+      method: the method of all.
+      metadata: what their files say beside the method.
+      **head: the head of the backbone.
+    """
     loaded = cj.load_backbone(backbone, **(head or {"head": "masked_lm"}))
     model = cj.Adapted(loaded.module, method)
-    params = cj.init_adapters(model, loaded, jax.random.key(seed))
-    noise = np.random.default_rng(seed)
+    params = cj.init_adapters(model, loaded, quick_key(0))
     trained, frozen = cj.partition(params, cj.label_params(params, method))
-    moved = jax.tree.map(lambda x: x + 0.3 * noise.standard_normal(x.shape, np.float32), trained)
-    cj.save_adapter(folder, model, cj.merge(moved, frozen), metadata=metadata)
+    for seed, folder in enumerate(folders):
+        noise = np.random.default_rng(seed)
+        moved = jax.tree.map(
+            lambda x, noise=noise: x + 0.3 * noise.standard_normal(x.shape, np.float32), trained
+        )
+        cj.save_adapter(folder, model, cj.merge(moved, frozen), metadata=metadata)
 
 
-def save_classifier(folder, backbone, seed, kind, label_names):
-    """Saves a random classifier of sentences, with what `predict` needs."""
+def save_classifiers(folders, backbone, kind, label_names):
+    """Saves random classifiers of sentences, with what `predict` needs."""
     metadata = {"backbone": str(backbone), "task": "custom", "kind": kind}
     metadata |= {"label_names": label_names, "max_length": 16, "dtype": "float32"}
     head = {"head": "sequence_classification", "num_labels": len(label_names) or 1}
     method = cj.preset("compacter++", reduction_factor=2)
-    save(folder, backbone, seed, method, metadata, **head)
+    save(folders, backbone, method, metadata, **head)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +78,8 @@ def saved(tiny_backbone, files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stack")
     method = cj.preset("mad-x")
     wide = method.replace(parts=[part.replace(reduction_factor=1) for part in method.parts])
-    for seed, name in enumerate(LANGUAGES):
-        save(folder / name, tiny_backbone, seed, method)
-    save(folder / "wide", tiny_backbone, 9, wide)
+    save([folder / name for name in LANGUAGES], tiny_backbone, method)
+    save([folder / "wide"], tiny_backbone, wide)
     method = f"stack(language={folder}/nb,task=compacter++)"
     flags = fit_flags(tiny_backbone, files, folder / "tags", epochs=2, method=method)
     assert main(["fit", *flags]) == 0
@@ -105,16 +116,13 @@ def test_a_mix_is_a_bank_with_names(saved):
     assert node.names == LANGUAGES
 
 
-def test_given_weights_are_those_of_an_average_and_of_single_adapters(saved, files, tmp_path):
+def test_given_weights_are_those_of_an_average_and_of_a_single_adapter(saved, files, tmp_path):
     """One-hot weights give the single adapter, and equal weights the average, to 1e-6."""
     output = tmp_path / "metrics.json"
-    single = evaluated(saved, files, output, mixture=f"{saved}/da")
     alone = ["--adapter", saved / "tags", "--test-file", files["test"], "--output", output]
     command("evaluate", *alone)
-    trained = json.loads(output.read_text())["metrics"]
-    first = evaluated(saved, files, output, "--mix", "1,0,0")
-    assert first["metrics"] == pytest.approx(trained, abs=1e-6)
-    one_hot = evaluated(saved, files, output, "--mix", "0,1,0")
+    single = json.loads(output.read_text())
+    one_hot = evaluated(saved, files, output, "--mix", "1,0,0")
     average = "average(" + ",".join(f"{saved}/{name}" for name in LANGUAGES) + ")"
     averaged = evaluated(saved, files, output, mixture=average)
     equal = evaluated(saved, files, output, "--mix", "equal")
@@ -249,8 +257,8 @@ def test_all_positions_count_on_request(mixer):
 
 def test_labels_of_rows_have_entropies_of_their_own(tiny_backbone, tmp_path):
     """A mix of whole classifiers predicts labels with weights that each row finds."""
-    for seed, name in enumerate(("a", "b")):
-        save_classifier(tmp_path / name, tiny_backbone, seed, "classification", ["bad", "good"])
+    folders = [tmp_path / "a", tmp_path / "b"]
+    save_classifiers(folders, tiny_backbone, "classification", ["bad", "good"])
     mixture = f"mix(a={tmp_path}/a,b={tmp_path}/b)"
     (source,) = write_splits(tmp_path, {"test": 8}).values()
     output = tmp_path / "out.jsonl"
@@ -312,7 +320,7 @@ def test_bad_input_gives_one_line(saved, files, tmp_path, capsys, tiny_backbone)
 
 def test_scores_have_no_entropy(tiny_backbone, tmp_path, capsys):
     """`--mix entropy` is refused for a regression, whose output has no probabilities."""
-    save_classifier(tmp_path / "scores", tiny_backbone, 0, "regression", [])
+    save_classifiers([tmp_path / "scores"], tiny_backbone, "regression", [])
     (source,) = write_splits(tmp_path, {"test": 4}).values()
     given = ("--adapter", f"mix({tmp_path}/scores,{tmp_path}/scores)", "--mix", "entropy")
     line = refused(capsys, "predict", *given, "--input", source, "--output", tmp_path / "out.jsonl")
