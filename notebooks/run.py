@@ -27,6 +27,7 @@ NAMES = (
     "adapterhub_interop",
     "tpu_pmap",
     "embeddings",
+    "varieties",
 )
 # What would say on whose machine a notebook was run.
 _MACHINE = re.compile(r"(?<![\w:/.])/(home|root|work|tmp|Users|var|usr|opt)/[\w./-]+")

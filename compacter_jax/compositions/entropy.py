@@ -48,22 +48,25 @@ def minimize_entropy(
         `jax.tree_util.Partial(logits_fn, params)`.
       n: number of adapters.
       *inputs: arrays `[batch, …]`.
-      steps: number of steps of gradient descent.
+      steps: number of steps of gradient descent; 0 leaves the weights equal.
       learning_rate: learning rate of gradient descent.
       mask: `[batch, length]`, zero where a prediction does not count, such as at padding.
       sites: number of sites with their own weights, `len(mixing_sites(params))`; None for the same
         weights at all sites.
 
     Raises:
-      ValueError: if `n`, `steps` or `learning_rate` is not positive, or there are no inputs.
+      ValueError: if `n` or `learning_rate` is not positive, `steps` is negative, or there are no
+        inputs.
 
     References:
       Wang et al., Efficient Test Time Adapter Ensembling for Low-resource Language Varieties,
       Findings of EMNLP 2021, arXiv:2109.04877, section 3.
     """
-    for name, value in (("n", n), ("steps", steps), ("learning_rate", learning_rate)):
+    for name, value in (("n", n), ("learning_rate", learning_rate)):
         if not value > 0:
             raise ValueError(f"{name}={value} must be positive")
+    if steps < 0:
+        raise ValueError(f"steps={steps} must be at least 0")
     if not inputs:
         raise ValueError(
             "minimize_entropy needs at least one input after n, an array of shape [batch, …]"
@@ -102,7 +105,8 @@ def _minimize(
 
 def _mean_entropy(logits: Array, mask: Any) -> Array:
     """Returns the mean entropy of logits `[…, labels]`, over a mask `[…]` if there is one."""
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits.astype(dtype))
     entropies = -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
     if mask is None:
         return entropies.mean()

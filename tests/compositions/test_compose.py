@@ -800,7 +800,7 @@ def test_other_inputs_and_parameters_compile_nothing():
     ("change", "message"),
     [
         ({"n": 0}, "n=0 must be positive"),
-        ({"steps": 0}, "steps=0 must be positive"),
+        ({"steps": -1}, "steps=-1 must be at least 0"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
         ({"inputs": ()}, r"needs at least one input after n, an array of shape \[batch, …\]"),
     ],

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import compacter_jax as cj
-from compacter_jax.catalogue import COMPOSITIONS, from_dict, presets
+from compacter_jax.catalogue import COMPOSITIONS, from_dict, presets, to_dict
 from compacter_jax.compositions.bank import Bank
-from compacter_jax.compositions.base import Composition
+from compacter_jax.compositions.base import Composition, members_of
 from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import MethodConfig
 from train.cli.method_flags import given_options, is_composition, method_of, options_of
 
 _KINDS = [kind for kind in COMPOSITIONS if kind != Bank.kind]
+
+
+# Adapters of one shape, mixed at prediction by the weights of --mix.
+MIX = "mix"
 
 
 _WEIGHTED = ("average", "average_maps")
@@ -44,10 +48,13 @@ class Leaf:
     Attributes:
       text: the text of the leaf.
       folder: the folder of the saved adapter; None for a preset.
+      member: the member of the saved adapter that is meant, as for `compacter_jax.get_member`; None
+        for the whole adapter.
     """
 
     text: str
     folder: Path | None
+    member: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Node:
     """A composition in an expression.
 
     Attributes:
-      kind: a key of `COMPOSITIONS`.
+      kind: a key of `COMPOSITIONS`, or `MIX` for a `Bank` of its members.
       names: the names of its members.
       weights: the weights of an average; empty if none are given.
       members: its members: leaves and other compositions.
@@ -75,6 +82,23 @@ class Node:
             else:
                 found |= {f"{name}/{inner}": leaf for inner, leaf in member.leaves().items()}
         return found
+
+    def places(self) -> dict[str, str]:
+        """Returns path of names of a leaf -> its path for `compacter_jax.set_member`."""
+        found: dict[str, str] = {}
+        for at, (name, member) in enumerate(zip(self.names, self.members, strict=True)):
+            place = str(at) if self.kind == MIX else name
+            if isinstance(member, Leaf):
+                found[name] = place
+            else:
+                inner = member.places().items()
+                found |= {f"{name}/{below}": f"{place}/{path}" for below, path in inner}
+        return found
+
+    def mixes(self) -> list[Node]:
+        """Returns the mixes in the expression, itself included."""
+        nodes = [member for member in self.members if isinstance(member, Node)]
+        return [self] * (self.kind == MIX) + [each for node in nodes for each in node.mixes()]
 
     def presets(self) -> list[str]:
         """Returns the presets among the leaves, in order."""
@@ -98,10 +122,12 @@ def parse(text: str, flag: str = "--method") -> Node:
     """Parses an expression.
 
         expression = KIND "(" member { "," member } ")"
-        member     = [ NAME "=" ] [ WEIGHT "*" ] ( expression | PRESET | FOLDER )
+        member     = [ NAME "=" ] [ WEIGHT "*" ] ( expression | PRESET | FOLDER [ "#" MEMBER ] )
 
-    KIND is stack, parallel, average or average_maps. Names are 0, 1, … by default. Weights are for
-    averages, and are given for all members or for none.
+    KIND is stack, parallel, average or average_maps, and mix in `--adapter`. Names are 0, 1, … by
+    default. Weights are for averages, and are given for all members or for none. The members of a
+    mix are folders; its weights are those of `--mix`. `FOLDER#MEMBER` is one member of a saved
+    composition.
 
     Args:
       text: the expression.
@@ -136,8 +162,9 @@ class _Parser:
         name = self._word()
         if self._peek() != "(":
             return self._leaf(name)
-        if name not in _KINDS:
-            raise self.error(f"{quote(name)} is not one of {', '.join(_KINDS)}")
+        kinds = _KINDS if self._flag == "--method" else [*_KINDS, MIX]
+        if name not in kinds:
+            raise self.error(f"{quote(name)} is not one of {', '.join(kinds)}")
         self._take("(")
         members = [self._member(name)]
         while self._peek() == ",":
@@ -149,6 +176,10 @@ class _Parser:
         if given and len(given) < len(weights):
             raise self.error(f"give weights to all members of {name}, or to none")
         names = tuple(own or str(at) for at, own in enumerate(names))
+        if name == MIX and any(isinstance(value, Node) for value in values):
+            raise self.error("the members of mix are folders of adapters, not compositions")
+        if name == MIX and len(set(names)) < len(names):
+            raise self.error("the members of mix need different names")
         return Node(name, names, tuple(given), values)
 
     def end(self) -> None:
@@ -167,7 +198,8 @@ class _Parser:
 
     def _weight(self, text: str, kind: str) -> float:
         if kind not in _WEIGHTED:
-            raise self.error(f"only {' and '.join(_WEIGHTED)} take weights, not {kind}")
+            other = "; give the weights of a mix to --mix" if kind == MIX else ""
+            raise self.error(f"only {' and '.join(_WEIGHTED)} take weights, not {kind}{other}")
         try:
             return float(text)
         except ValueError:
@@ -179,6 +211,9 @@ class _Parser:
         folder = folder_of(Path(text))
         if (folder / cj.checkpoint.CONFIG_NAME).exists():
             return Leaf(text, folder)
+        before, mark, member = text.rpartition("#")
+        if mark and holds_adapter(Path(before)):
+            return Leaf(text, folder_of(Path(before)), member)
         if self._flag != "--method":
             raise self.error(f"{quote(text)} is not the folder of an adapter")
         raise self.error(
@@ -220,22 +255,31 @@ def composed(expression: Node, options: Any, trained: str | None) -> Composition
     methods = {
         name: method_of(leaf.text, options_of(leaf.text, options))
         if leaf.folder is None
-        else saved_method(leaf.folder)
+        else saved_method(leaf.folder, leaf.member)
         for name, leaf in leaves.items()
     }
     return _composition(expression, methods, chosen, "")
 
 
-def saved_method(folder: Path) -> MethodConfig:
-    """Returns the method of a saved adapter.
+def saved_method(folder: Path, member: str | None = None) -> MethodConfig:
+    """Returns the method of a saved adapter, or of one of its members.
 
     Raises:
       ValueError: if there is none; the message names its file.
     """
     try:
-        return from_dict(cj.read_adapter_config(folder)["method"])
+        method = from_dict(cj.read_adapter_config(folder)["method"])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    if member is None:
+        return method
+    known = {"/".join(each.path): each.method for each in members_of(method) if not each.bank}
+    if member not in known:
+        raise ValueError(
+            f"{folder} has no member {quote(member, 100)}; "
+            + (f"it has {listing(known)}" if any(known) else "it is a single adapter")
+        )
+    return known[member]
 
 
 def _trained_names(expression: Node, trained: str | None) -> list[str]:
@@ -286,11 +330,30 @@ def _composition(
             members.append(methods[path])
             learns = path in trained
         frozen += [] if learns else [name]
+    if node.kind == MIX:
+        _check_equal(node, members)
+        return Bank(members[0], size=len(members), frozen=("0",) if frozen else ())
     weights = {"weights": node.weights} if node.weights else {}
     made: Composition = COMPOSITIONS[node.kind](
         *members, names=node.names, frozen=tuple(frozen), **weights
     )
     return made
+
+
+def _check_equal(node: Node, members: Sequence[MethodConfig]) -> None:
+    """Raises ValueError if members of a mix differ in their methods, and so in their shapes."""
+    first = to_dict(members[0])
+    for name, member in zip(node.names, members, strict=True):
+        own = to_dict(member)
+        if differing := sorted(key for key in own | first if own.get(key) != first.get(key)):
+            told = [
+                f"{key}: {quote(own.get(key), 60)}, not {quote(first.get(key), 60)}"
+                for key in differing
+            ]
+            raise ValueError(
+                f"the members of a mix must have one shape, but {name} differs from "
+                f"{node.names[0]}; {listing(told, 4, 140)}"
+            )
 
 
 class ChoosesMethod:

@@ -88,6 +88,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--adapter runs/ciat --parallel-files test.parquet",
         ),
         (
+            "A task on language adapters, mixed for each sentence by the entropy of its tags:",
+            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags)' --mix entropy "
+            "--test-files nn=nn.conll,fo=fo.conll",
+        ),
+        (
             "The backbone has moved since:",
             "--adapter runs/movie/adapter --task movie --backbone OTHER_DIR",
         ),
@@ -108,6 +113,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         (
             "Embeddings of the texts in a column sentence, as an array of NumPy:",
             "--adapter runs/embeddings --input texts.csv --output embeddings.npy",
+        ),
+        (
+            "Tags on a mixture of language adapters, with the weights of each sentence:",
+            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags)' --mix entropy "
+            "--input fo.conll --output tagged.jsonl --write-weights weights.csv",
         ),
         (
             "Use two adapters at once, with their outputs averaged in every layer:",
@@ -194,6 +204,7 @@ _HEADINGS: dict[type, str] = {
     options.TextToTextOptions: "text to text, for T5",
     options.EmbeddingOptions: "sentence embeddings",
     options.TrainingOptions: "training",
+    options.MixOptions: "weights of a mix of adapters",
     options.HostOptions: "several processes",
 }
 

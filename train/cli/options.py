@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -24,6 +25,10 @@ EmbeddingLoss: TypeAlias = Literal["multiple-negatives", "cosine", "triplet"]
 
 # As in `compacter_jax.models.pooling`, which imports JAX.
 Pooling: TypeAlias = Literal["first", "mean", "cls"]
+
+
+# Values of --mix beside numbers.
+EQUAL, ENTROPY = "equal", "entropy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,6 +223,72 @@ class TrainingOptions(EmbeddingOptions, TextToTextOptions, TaskOptions, Backbone
             ),
         }
         check(self, wanted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixOptions:
+    """The weights of a mix in --adapter.
+
+    Attributes:
+      mix: weights of the members of a mix in --adapter: equal; numbers for all rows, as in
+        0.5,0.3,0.2; or entropy, which finds, for each row, the weights that make its labels most
+        certain.
+      mix_steps: steps of gradient descent of --mix entropy.
+      mix_learning_rate: learning rate of --mix entropy.
+      mix_sites: weights of --mix entropy: each, separate ones for each module where the members
+        act; one, the same at all of them.
+      mix_positions: tokens that --mix entropy makes certain in sentences with tags: words, the
+        first token of each word; all, every position of the padded sentence, special tokens and
+        padding included.
+      write_weights: file for the weights of --mix entropy, .parquet, .jsonl, .csv or .tsv: a
+        line for each row and module, with the entropy before and after; a figure of the mean
+        weights lies beside it, with .png.
+    """
+
+    mix: str | None = None
+    mix_steps: int = 10
+    mix_learning_rate: float = 10.0
+    mix_sites: Literal["each", "one"] = "each"
+    mix_positions: Literal["words", "all"] = "words"
+    write_weights: Path | None = None
+
+    def check_mix(self) -> None:
+        """Raises ValueError for unknown weights, a number out of range, or a useless flag."""
+        check(
+            self,
+            {
+                "mix_steps": (self.mix_steps >= 0, "at least 0"),
+                "mix_learning_rate": (0 < self.mix_learning_rate < float("inf"), "above 0"),
+            },
+        )
+        self.given_weights()
+        if self.mix == ENTROPY:
+            return
+        for field in dataclasses.fields(MixOptions):
+            if field.name != "mix" and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"--{field.name.replace('_', '-')} is for --mix {ENTROPY}, but --mix is "
+                    f"{self.mix or 'not given'}; leave it out"
+                )
+
+    def given_weights(self) -> tuple[float, ...] | None:
+        """Returns the weights of `--mix 0.5,0.3,0.2`; None where it has none.
+
+        Raises:
+          ValueError: if `mix` is neither a word that is known nor finite numbers.
+        """
+        if self.mix in (None, EQUAL, ENTROPY):
+            return None
+        try:
+            weights = tuple(map(float, str(self.mix).split(",")))
+        except ValueError:
+            weights = (math.nan,)
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"--mix {self.mix!r:.100} must be {EQUAL}, {ENTROPY}, or a number for each member, "
+                "as in 0.5,0.3,0.2"
+            )
+        return weights
 
 
 def check(options: Any, wanted: Mapping[str, tuple[bool, str]]) -> None:

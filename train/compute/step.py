@@ -220,7 +220,7 @@ def apply_function(
     """Returns a function that calls a module with the given inputs of a batch.
 
     Dropout is active if there is a key. If a batch has `adapter_ids`, they select the members of a
-    bank for its rows.
+    bank for its rows; if it has `mix`, these are the weights of the members.
     """
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
@@ -239,9 +239,12 @@ def routing(batch: Batch, copies: int = 1) -> dict[str, Array]:
     """Returns the keyword argument that routes rows to the members of a bank, if there is one.
 
     Args:
-      batch: the batch, which may have `adapter_ids`.
+      batch: the batch, which may have `adapter_ids`, or `mix`, `[n]`, `[rows, n]` or `[rows, sites,
+        n]`.
       copies: the number of consecutive copies of each row.
     """
+    if (mix := batch.get("mix")) is not None:
+        return {"mix": mix if mix.ndim == 1 else jnp.repeat(mix, copies, axis=0)}
     ids = batch.get("adapter_ids")
     return {} if ids is None else {"adapter_ids": jnp.repeat(ids, copies)}
 

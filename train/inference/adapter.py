@@ -18,9 +18,11 @@ from compacter_jax.models.families import family_of
 from compacter_jax.models.family import Family
 from compacter_jax.models.loading import module_from_config, read_config
 from train.cli import compositions as cli_compositions
-from train.compute.outputs import OutputsFunction
+from train.cli.options import ENTROPY
+from train.compute.outputs import OutputsFunction, split_outputs
 from train.data import tokens
 from train.inference import compositions as inference_compositions
+from train.inference import mixing
 from train.inference.folders import members_of
 from train.inference.options import AdapterOptions
 from train.inference.saved import head_of, settings_of
@@ -36,11 +38,27 @@ class LoadedAdapter:
       settings: the content of `adapter_config.json`.
       objective: the objective, with the limits of training.
       outputs: batch -> the outputs for scores or predictions, on the host.
+      mixer: what finds the weights of a mix for each row, in place of `outputs`; None without.
     """
 
     settings: dict[str, Any]
     objective: Objective
     outputs: OutputsFunction
+    mixer: mixing.EntropyMixer | None = None
+
+    def compute(
+        self, encoded: tokens.Encoded, batch_size: int, description: str | None = None
+    ) -> mixing.Computed:
+        """Computes the outputs of every example, as `train.compute.outputs.split_outputs`."""
+        if self.mixer is not None:
+            return self.mixer.compute(encoded, batch_size, description)
+        found = split_outputs(self.outputs, encoded, batch_size, description=description)
+        return mixing.Computed(found)
+
+    @property
+    def mixed_at(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the members and sites whose weights `mixer` finds; none without one."""
+        return ((), ()) if self.mixer is None else (self.mixer.members, self.mixer.sites)
 
 
 def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
@@ -55,8 +73,10 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     """
     options.check()
     if members := translation_members(options.adapter):
+        mixing.names_of(None, options)
         return _of_members(options, members, **changes)
     expression = inference_compositions.of_saved(options.adapter)
+    mixed = mixing.names_of(expression, options)
     if expression is None:
         settings = settings_of(cli_compositions.folder_of(options.adapter))
     else:
@@ -75,8 +95,16 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         model, params = model.precomputed(params)
     tokenizer = load_tokenizer(name, backbone, settings["max_length"])
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
+    given, mixer = {}, None
+    if options.mix == ENTROPY:
+        mixing.check_objective(objective, settings["kind"], options)
+        mixer = mixing.EntropyMixer(objective, params, mixed, options)
+    elif mixed:
+        given = {"mix": mixing.constant(mixed, options)}
     jitted = jax.jit(objective.outputs)
-    return LoadedAdapter(settings, objective, lambda batch: jax.device_get(jitted(params, batch)))
+    return LoadedAdapter(
+        settings, objective, lambda batch: jax.device_get(jitted(params, {**batch, **given})), mixer
+    )
 
 
 def translation_members(folder: Path) -> dict[str, Path]:

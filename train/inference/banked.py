@@ -21,7 +21,7 @@ from train.data import rows as data_rows
 from train.data import tokens, writing
 from train.data.files import Rows, read_chunks
 from train.data.words import WordCounts
-from train.inference import adapter, commands, prediction_files, saved
+from train.inference import adapter, commands, mixing, prediction_files, saved
 from train.inference.options import PredictOptions
 from train.objectives import Objective, base, from_settings
 
@@ -137,6 +137,7 @@ def _counted(path: Path, members: Mapping[str, Path]) -> Counter[str]:
 
 def _load(options: PredictOptions, members: Mapping[str, Path]) -> _Bank:
     options.check()
+    mixing.names_of(None, options)
     settings = {name: saved.settings_of(folder) for name, folder in members.items()}
     first = next(iter(settings.values()))
     adapter.check_shared(settings)

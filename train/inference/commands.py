@@ -13,12 +13,11 @@ from tqdm import tqdm
 from compacter_jax.files import replace_file
 from train import tasks
 from train.cli import compositions as cli_compositions
-from train.compute.outputs import split_outputs
 from train.data import rows as data_rows
 from train.data import tokens
 from train.data.words import WordCounts
 from train.inference import compositions as inference_compositions
-from train.inference import embedding_arrays, prediction_files, several_files
+from train.inference import embedding_arrays, mix_files, prediction_files, several_files
 from train.inference.adapter import LoadedAdapter, labels_of, load, translation_members
 from train.inference.options import EvaluateOptions, PredictOptions, files_of
 from train.report import as_json, number
@@ -35,6 +34,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     options.check()
     name = f"evaluation_{options.task}_{options.split}.json".replace("/", "_")
     output = options.output or _beside(options) / name
+    mix_files.check_file(options, output)
     # Opened first: a file that cannot be written is found before anything is computed.
     with replace_file(output) as temporary:
         if options.test_files is None:
@@ -63,7 +63,9 @@ def _loaded(options: EvaluateOptions) -> LoadedAdapter:
 
 def _evaluated(options: EvaluateOptions) -> dict[str, Any]:
     """Returns the result that `evaluate` writes for one split."""
-    return _result(_loaded(options), options)
+    adapter = _loaded(options)
+    with mix_files.weights_writer(options.write_weights, *adapter.mixed_at) as write:
+        return _result(adapter, options, write)
 
 
 def _of_several(options: EvaluateOptions, report: Path) -> dict[str, Any]:
@@ -71,11 +73,12 @@ def _of_several(options: EvaluateOptions, report: Path) -> dict[str, Any]:
     adapter = _loaded(options)
     of_all = {"adapter": str(options.adapter), "task": options.task, "split": options.split}
     results: dict[str, Any] = {}
-    for name, path in files_of(options.test_files or "").items():
-        print(f"{name}:")
-        alone = dataclasses.replace(options, test_file=path, test_files=None)
-        found = _result(adapter, alone)
-        results[name] = {key: value for key, value in found.items() if key not in of_all}
+    with mix_files.weights_writer(options.write_weights, *adapter.mixed_at) as write:
+        for name, path in files_of(options.test_files or "").items():
+            print(f"{name}:")
+            alone = dataclasses.replace(options, test_file=path, test_files=None)
+            found = _result(adapter, alone, write, name)
+            results[name] = {key: value for key, value in found.items() if key not in of_all}
     text = several_files.report(options.adapter, results)
     with replace_file(report) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -83,8 +86,20 @@ def _of_several(options: EvaluateOptions, report: Path) -> dict[str, Any]:
     return {**of_all, "files": results}
 
 
-def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
-    """Returns the result of an adapter on one split."""
+def _result(
+    adapter: LoadedAdapter,
+    options: EvaluateOptions,
+    write: mix_files.WriteWeights,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Returns the result of an adapter on one split, and writes the weights that it finds.
+
+    Args:
+      adapter: the adapter.
+      options: the options of the command.
+      write: the writer of weights.
+      name: the name of the file, if there are several.
+    """
     task = _task(adapter, options)
     _check_same_kind(options.adapter, adapter, task)
     encoded = adapter.objective.encode(task.splits[options.split])
@@ -94,9 +109,7 @@ def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
         *encoded.user_messages(options.split),
     ]:
         print(line)
-    outputs = split_outputs(
-        adapter.outputs, encoded, options.eval_batch_size, description=options.split
-    )
+    outputs, mixed = adapter.compute(encoded, options.eval_batch_size, options.split)
     result = {
         "adapter": str(options.adapter),
         "task": options.task,
@@ -110,6 +123,13 @@ def _result(adapter: LoadedAdapter, options: EvaluateOptions) -> dict[str, Any]:
     if encoded.words is not None:
         counts = encoded.word_counts
         result |= {"words": counts.words, "cut_words": counts.cut, "dropped_words": counts.dropped}
+    if options.mix is not None:
+        result["mix"] = options.mix
+    if mixed is not None:
+        write(mixed, name)
+        given = ("mix_steps", "mix_learning_rate", "mix_sites", "mix_positions")
+        result |= {each: getattr(options, each) for each in given}
+        result |= mix_files.summary(mixed, *adapter.mixed_at)
     return result
 
 
@@ -183,6 +203,7 @@ def predict(options: PredictOptions) -> int:
     as_array = options.output.suffix.lower() == embedding_arrays.SUFFIX
     suffixes = (*data_rows.SUFFIXES, embedding_arrays.SUFFIX)
     data_rows.check_files(options.input, options.output, suffixes)
+    mix_files.check_file(options, options.output)
     adapter = load(options, evaluate_by="scoring")
     objective = adapter.objective
     objective.check_predicts(logits=options.logits)
@@ -198,7 +219,10 @@ def predict(options: PredictOptions) -> int:
         encoded = objective.encode(columns)
         unknown.append(encoded.unknown)
         words.append(encoded.word_counts)
-        outputs = split_outputs(adapter.outputs, encoded, options.eval_batch_size, description=None)
+        outputs, mixed = adapter.compute(encoded, options.eval_batch_size)
+        if mixed is not None:
+            write_weights(mixed, None)
+            entropies.append(mixed.entropies[:, [0, -1]])
         predicted = objective.predictions(outputs, encoded)
         truncated.append(encoded.num_truncated)
         if isinstance(predicted, Mapping):
@@ -217,8 +241,10 @@ def predict(options: PredictOptions) -> int:
     invalid: list[int] = []
     unknown: list[tokens.Unknown] = []
     words: list[WordCounts] = []
+    entropies: list[np.ndarray] = []
     counts = LabelCounts(labels)
-    with tqdm(desc="predict", unit="row") as bar:
+    weights = mix_files.weights_writer(options.write_weights, *adapter.mixed_at)
+    with weights as write_weights, tqdm(desc="predict", unit="row") as bar:
         write: Any = prediction_files.predict_file
         how: dict[str, Any] = {
             "label_names": labels,
@@ -233,6 +259,9 @@ def predict(options: PredictOptions) -> int:
     told_of_inputs += sum(words, WordCounts()).user_messages("inputs", limit)
     for line in [*counts.lines(), *objective.user_messages(), *told_of_inputs]:
         print(line)
+    if entropies:
+        before, after = np.concatenate(entropies).mean(0)
+        print(f"mean entropy {before:.4f} before and {after:.4f} after {options.mix_steps} steps")
     say_predicted(options.output, rows, sum(truncated), limit, sum(invalid))
     return rows
 

@@ -31,10 +31,17 @@ def with_saved(
     Raises:
       ValueError, FileNotFoundError: as `compacter_jax.load_adapter` and `set_member`.
     """
-    for name, leaf in expression.leaves().items():
+    places, loaded = expression.places(), {}
+    for path, leaf in expression.leaves().items():
         if leaf.folder is None:
             continue
-        saved = cj.load_adapter(leaf.folder, _with_head_of(leaf.folder, backbone, source))
+        name, head = places[path], _head_of(leaf.folder)
+        key = tuple(sorted(head.items()))
+        if key not in loaded:
+            loaded[key] = _with_head(head, backbone, source)
+        saved = cj.load_adapter(leaf.folder, loaded[key])
+        if leaf.member is not None:
+            saved = cj.get_member(*saved, which=leaf.member)
         for member in members_of(saved[0].method):
             if not member.path:
                 params = cj.set_member(model, params, name, saved)
@@ -45,13 +52,16 @@ def with_saved(
     return params
 
 
-def _with_head_of(folder: Path, backbone: cj.Backbone, source: str) -> cj.Backbone:
-    """Returns the backbone with the head that an adapter was saved with."""
+def _head_of(folder: Path) -> dict[str, Any]:
+    """Returns the arguments to load a backbone with the head that an adapter was saved with."""
     settings = cj.read_adapter_config(folder)
     inference_saved.check_head(folder, settings)
-    head = inference_saved.head_of(settings)
-    wanted = {**head, "num_labels": settings["num_labels"]}
-    if all(getattr(backbone.module, name, None) == value for name, value in wanted.items()):
+    return {"num_labels": settings["num_labels"], **inference_saved.head_of(settings)}
+
+
+def _with_head(head: dict[str, Any], backbone: cj.Backbone, source: str) -> cj.Backbone:
+    """Returns the backbone with another head, unless the head is its own."""
+    if all(getattr(backbone.module, name, None) == value for name, value in head.items()):
         return backbone
     return cj.load_backbone(source, **head, dtype=backbone.module.dtype)
 
@@ -81,12 +91,18 @@ def of_all(expression: Node) -> Composition:
 
 def with_heads(expression: Node) -> dict[str, Path]:
     """Returns name -> folder of the saved adapters whose heads a composition uses."""
-    members = members_of(of_all(expression))
-    used = ["/".join(member.path) for member in members if "head" in member.replaces]
+    used = [
+        (*member.path, *([str(at)] if member.bank is not None else []))
+        for member in members_of(of_all(expression))
+        if "head" in member.replaces
+        for at in range(1 if member.bank is None else member.bank.size)
+    ]
+    places = expression.places()
     return {
         name: leaf.folder
         for name, leaf in expression.leaves().items()
-        if leaf.folder is not None and any(f"{path}/".startswith(f"{name}/") for path in used)
+        if leaf.folder is not None
+        and any("/".join((*path, "")).startswith(f"{places[name]}/") for path in used)
     }
 
 

@@ -6,18 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from train.cli.options import BackboneDtype, EvaluateBy, SplitProtocol
+from train.cli.options import BackboneDtype, EvaluateBy, MixOptions, SplitProtocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(MixOptions):
     """A saved adapter and its backbone.
 
     Attributes:
       adapter: folder that `fit` wrote, or its subfolder adapter/; of a translation, also a folder
         with an adapter for each direction or target; or a composition of such folders,
-        such as 'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', or one with stack, parallel or
-        average_maps.
+        such as 'average(0.7*runs/a/adapter,0.3*runs/b/adapter)', or one with stack, parallel,
+        average_maps or mix.
       backbone: backbone that the adapter was trained with; by default the recorded one.
       dtype: dtype of matrix products; by default as in training.
       backbone_dtype: dtype in which frozen weights are stored; by default as in training.
@@ -33,7 +33,8 @@ class AdapterOptions:
     num_beams: int | None = None
 
     def check(self) -> None:
-        """Raises ValueError for a number out of range."""
+        """Raises ValueError for a number out of range, or a mix that is none."""
+        self.check_mix()
         for name in ("eval_batch_size", "num_beams"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")

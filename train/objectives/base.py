@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from compacter_jax.models.families import family_of_module
 from train.compute import step
@@ -38,6 +39,11 @@ class Objective(abc.ABC):
     benchmark: Benchmark | None = None
 
     @property
+    def has_probabilities(self) -> bool:
+        """True if there are `logits` of labels, of rows or of words, and `outputs_of` them."""
+        return False
+
+    @property
     @abc.abstractmethod
     def loss(self) -> step.LossFunction:
         """Loss that a step minimises."""
@@ -60,6 +66,14 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def outputs(self, params: step.Params, batch: step.Batch) -> Any:
         """Computes a tree of `[batch, …]` arrays to score a split by (`step.OutputsFunction`)."""
+
+    def logits(self, params: step.Params, batch: step.Batch) -> Array:
+        """Computes the logits of labels, `[batch, labels]` or `[batch, length, labels]` float32."""
+        raise NotImplementedError(f"{type(self).__name__} has no probabilities of labels")
+
+    def outputs_of(self, logits: Array, batch: step.Batch) -> Any:
+        """Returns `outputs` from the logits of a batch."""
+        raise NotImplementedError(f"{type(self).__name__} has no probabilities of labels")
 
     @abc.abstractmethod
     def encode(self, rows: Any) -> tokens.Encoded:

@@ -37,13 +37,27 @@ class Classifier(Objective):
     benchmark: Benchmark | None = None
 
     @property
+    def has_probabilities(self) -> bool:
+        """True for labels."""
+        return bool(self.kind == "classification")
+
+    @property
     def loss(self) -> step.LossFunction:
         """Cross-entropy or squared error."""
         return step.loss_function(self.kind)
 
     def outputs(self, params: step.Params, batch: step.Batch) -> Array:
         """Computes `[batch, num_labels]` float32 logits."""
+        return self.logits(params, batch)
+
+    def logits(self, params: step.Params, batch: step.Batch) -> Array:
+        """Computes `[batch, num_labels]` float32 logits."""
         return step.logits_of(self.apply)(params, batch)
+
+    def outputs_of(self, logits: Array, batch: step.Batch) -> Array:
+        """Returns the logits."""
+        del batch
+        return logits
 
     def encode(self, rows: Any) -> tokens.Encoded:
         """Tokenises sentences or pairs."""
@@ -88,6 +102,11 @@ class ParallelClassifier(Classifier):
     names: tuple[str, ...] = ()
 
     @property
+    def has_probabilities(self) -> bool:
+        """False: each classifier has its own."""
+        return False
+
+    @property
     def loss(self) -> step.LossFunction:
         """Mean of the losses of the classifiers."""
         of_one = super().loss
@@ -124,6 +143,11 @@ class MultipleChoice(Classifier):
     """Choice of one of the candidates of a row; the classifier scores each candidate separately."""
 
     benchmark: Choice
+
+    @property
+    def has_probabilities(self) -> bool:
+        """False: those of a row are divided over its candidates."""
+        return False
 
     def scores(self, outputs: np.ndarray, encoded: tokens.Encoded) -> dict[str, float]:
         """Returns the benchmark's metrics of the choices, and the mean loss of a candidate."""

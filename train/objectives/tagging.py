@@ -47,6 +47,11 @@ class Tagger(Objective):
     label_names: tuple[str, ...]
 
     @property
+    def has_probabilities(self) -> bool:
+        """True, for tags."""
+        return True
+
+    @property
     def columns(self) -> Mapping[str, type]:
         """Column of lists of words."""
         return {"tokens": WORDS}
@@ -64,7 +69,14 @@ class Tagger(Objective):
           finite, and behind the padding. `loss`: `[batch]` float32, the sum over the words whose
           tags are known.
         """
-        logits = self.apply(params, batch, None)[..., : len(self.label_names)].astype(jnp.float32)
+        return self.outputs_of(self.logits(params, batch), batch)
+
+    def logits(self, params: step.Params, batch: step.Batch) -> Array:
+        """Computes the logits of the tags of all tokens, `[batch, length, tags]` float32."""
+        return self.apply(params, batch, None)[..., : len(self.label_names)].astype(jnp.float32)
+
+    def outputs_of(self, logits: Array, batch: step.Batch) -> dict[str, Array]:
+        """Returns `outputs` from the logits of a batch."""
         tags = jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1).astype(jnp.int32)
         more = self.max_length - tags.shape[1]
         return {

@@ -1,0 +1,187 @@
+"""Runs the experiment on varieties at a tiny size, and tests its intervals and its choice."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import varieties, varieties_data, varieties_report
+from benchmarks.varieties_tagging import score
+from tests.conftest import WORDS
+from tests.train.inference.test_tagging_commands import TAGS, sentences
+
+TOY = varieties_data.Group(("nb", "da"), ("nn",))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Writes tables of tagged sentences, and one of news in the names of NTREX."""
+    folder = tmp_path_factory.mktemp("tagging")
+    (folder / "pos").mkdir()
+    for seed, name in enumerate(("nb", "da", "nn")):
+        rows = []
+        for split, count in (("train", 60), ("validation", 8), ("test", 8)):
+            for words in sentences(count, seed, longest=7):
+                tags = [TAGS.get(word, "O") for word in words]
+                rows.append({"tokens": words, "tags": tags, "split": split})
+        pq.write_table(pa.Table.from_pylist(rows), folder / "pos" / f"{name}.parquet")
+    news = [" ".join(np.random.default_rng(at).choice(WORDS, 5)) for at in range(40)]
+    pq.write_table(pa.table({"nob": news, "dan": news[::-1]}), folder / "news.parquet")
+    return folder
+
+
+def flags_of(data, backbone, output):
+    settings = {
+        "backbone": backbone,
+        "tagging": data,
+        "ntrex": data / "news.parquet",
+        "sentences": 40,
+        "train-sentences": 24,
+        "validation-sentences": 4,
+        "test-sentences": 6,
+        "many-step-sentences": 3,
+        "layers": 1,
+        "epochs": 1,
+        "head-epochs": 1,
+        "task-epochs": 1,
+        "batch-size": 8,
+        "eval-batch-size": 8,
+        "max-length": 16,
+        "fit-steps": 2,
+        "flops-per-second": "1e9",
+        "output-dir": output,
+    }
+    listed = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    listed += ["--adapters", "dense", "joint", "--seeds", "0"]
+    return [*listed, "--steps", "1", "2", "--rates", "10"]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, capsys):
+    """Every condition has a cell, the plan has its cost, and nothing is done twice."""
+    monkeypatch.setitem(varieties_data.GROUPS, "1", TOY)
+    output = tmp_path / "runs"
+    flags = flags_of(data, tiny_backbone, output)
+    varieties.main([*flags, "--plan"])
+    assert "minutes predicted" in capsys.readouterr().out
+    assert not (output / "head").exists()
+    varieties.main(flags)
+    report = json.loads((output / "varieties.json").read_text())
+    cells = report["cells"]
+    emea = ("entropy-1-10", "entropy-2-10")
+    assert {key for key in cells if "/validation/" in key} == {
+        f"0/da/validation/{name}" for name in ("equal", *emea)
+    }
+    single = {"nn": ("only-nb", "only-da"), "da": ("only-nb",)}
+    for variety, own in single.items():
+        names = ("none", *own, "equal", *emea, "probabilities", "labels", "joint")
+        found = {key for key in cells if key.startswith(f"0/{variety}/test/")}
+        assert found == {f"0/{variety}/test/{name}" for name in names}
+    assert cells["0/nn/test/equal"]["sentences"] == 6
+    assert cells["0/nn/test/entropy-2-10"]["sentences"] == 3
+    # A mixture of one adapter is this adapter, whatever mixes it.
+    for name in ("only-nb", "entropy-1-10", "probabilities", "labels"):
+        assert cells[f"0/da/test/{name}"]["counts"] == cells["0/da/test/equal"]["counts"]
+    losses = cells["0/nn/test/labels"]["losses"]
+    assert losses[1] < losses[0]
+    passes = {row["what"]: row.get("passes") for row in report["predicted"]}
+    assert passes["only"] > 1  # members with weight 0 are computed, too
+    assert passes["probabilities"] == pytest.approx(1.5 * passes["equal"], rel=0.2)
+    assert passes["entropy-2-10"] > passes["entropy-1-10"] > 2 * passes["equal"]
+    text = (output / "varieties.md").read_text()
+    assert "| `labels` |" in text
+    assert "less equal weights" in text
+    assert (output / "varieties.png").stat().st_size > 5_000
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")}
+    assert len(times) == 6
+    # A cell that is missing is computed again, and no other one.
+    del cells["0/nn/test/equal"]
+    kept = {key: cell["seconds"] for key, cell in cells.items()}
+    (output / "varieties.json").write_text(json.dumps(report))
+    capsys.readouterr()
+    varieties.main(flags)
+    again = json.loads((output / "varieties.json").read_text())["cells"]
+    assert {key: again[key]["seconds"] for key in kept} == kept
+    assert "0/nn/test/equal" in again
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    capsys.readouterr()
+
+
+def test_flags_of_language_adapters(tiny_backbone, tmp_path, data):
+    """Adapters in all layers have an invertible one; those in the upper ones leave others out."""
+    options = varieties.parser().parse_args(flags_of(data, tiny_backbone, tmp_path))
+    upper = varieties.language_flags(options, "dense")
+    assert upper[0] == "pfeiffer-feed-forward"
+    assert upper[-2:] == ["--leave-out", "0"]
+    options.layers = 0
+    assert varieties.language_flags(options, "dense") == ["mad-x"]
+    assert varieties.language_flags(options, "joint", 4) == ["mad-x", "--expansion-factor", "4"]
+    assert varieties.language_flags(options, "compacter")[0] == "compacter++-short"
+
+
+def test_scores_are_those_of_sums():
+    """Accuracy is over all words, F1 over all entities."""
+    assert score(np.array([[1, 2], [3, 3]])) == 0.8
+    assert score(np.array([[1, 2, 1], [0, 0, 2]])) == pytest.approx(2 / 5)
+    assert score(np.zeros((2, 3), int)) == 0
+
+
+def report_of(cells):
+    """Returns a report with counts of right and all words of each sentence, by key."""
+    made = {
+        key: {"counts": counts, "score": score(np.array(counts)), "sentences": len(counts)}
+        for key, counts in cells.items()
+    }
+    return {
+        "cells": made,
+        "adapters": {"0": {}},
+        "languages": ["nb", "da"],
+        "varieties": ["nn"],
+        "predicted": [],
+    }
+
+
+def test_the_interval_is_that_of_paired_sentences():
+    """Sentences that differ alike have an interval without width; noise gives one around 0."""
+    generator = np.random.default_rng(1)
+    right = generator.integers(0, 9, (2, 200))
+    words = np.full_like(right, 10)
+    theirs = np.stack([right, words], -1)
+    ours = np.stack([right + 1, words], -1)
+    found = varieties_report.paired(ours, theirs)
+    assert found == pytest.approx({"difference": 0.1, "low": 0.1, "high": 0.1})
+    noise = theirs + np.stack([generator.integers(-1, 2, right.shape), 0 * words], -1)
+    found = varieties_report.paired(noise, theirs)
+    assert found["low"] < 0 < found["high"]
+    assert found["low"] < found["difference"] < found["high"]
+    expected = (noise - theirs)[..., 0].mean(0).std() / 10 / np.sqrt(200)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * expected, rel=0.15)
+    # Entities, and conditions on different numbers of sentences.
+    entities = np.stack([right, right + 2, right + 3], -1)
+    found = varieties_report.paired(entities, entities[:, :50])
+    assert found["difference"] == 0
+
+
+def test_the_setting_is_chosen_on_left_out_languages_alone():
+    """The best setting on the test split of a variety does not count."""
+    cells = {
+        "0/da/validation/equal": [[5, 10]] * 4,
+        "0/da/validation/entropy-1-10": [[6, 10]] * 4,
+        "0/da/validation/entropy-1-100": [[7, 10]] * 2,
+        "0/nn/test/equal": [[5, 10]] * 4,
+        "0/nn/test/only-nb": [[4, 10]] * 4,
+        "0/nn/test/only-da": [[6, 10]] * 4,
+        "0/nn/test/entropy-1-10": [[9, 10]] * 4,
+        "0/nn/test/entropy-1-100": [[4, 10]] * 4,
+    }
+    report = report_of(cells)
+    assert varieties_report.chosen(report) == "entropy-1-100"
+    claims = varieties_report.claims(report)
+    assert claims["mixture"]["nn"]["difference"] == pytest.approx(0.1)
+    assert claims["best"]["nn"]["difference"] == pytest.approx(-0.1)
+    assert claims["emea"]["nn"]["difference"] == pytest.approx(-0.1)
+    text = varieties_report.report(report)
+    assert "`entropy-1-100` less equal weights" in text
+    assert varieties_report.chosen(report_of({})) is None
