@@ -28,6 +28,7 @@ NAMES = (
     "tpu_pmap",
     "embeddings",
     "varieties",
+    "translation",
 )
 # What would say on whose machine a notebook was run.
 _MACHINE = re.compile(r"(?<![\w:/.])/(home|root|work|tmp|Users|var|usr|opt)/[\w./-]+")
