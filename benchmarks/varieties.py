@@ -89,7 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "trim-vocabulary",
             ["--backbone", options.backbone, "--text-files", *texts, "--output-dir", trimmed],
         )
-    settings = {name: str(value) for name, value in vars(options).items() if name != "plan"}
+    settings = {
+        # Of paths the last part alone, which says what was read and not where.
+        name: value.name if isinstance(value, Path) else str(value)
+        for name, value in vars(options).items()
+        if name != "plan"
+    }
     planned = _planned(options, settings, group, files, trimmed)
     print(varieties_report.predicted_text(planned), flush=True)
     if options.plan:
