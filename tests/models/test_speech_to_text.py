@@ -292,10 +292,18 @@ def test_calls_that_cannot_be():
         cj.Adapted(module, cj.preset("prompt-tuning-random"))
     shapes = jax.eval_shape(module.init, jax.random.key(0), FEATURES, MASK, TARGETS)
     states = jax.ShapeDtypeStruct((3, 8, 24), jnp.float32)
-    with pytest.raises(ValueError, match="decoder_input_ids has 2 rows, but the encoder's states"):
-        jax.eval_shape(
-            lambda p, s: module.apply(p, TARGETS[:2], s, MASK[:2], method="decode"), shapes, states
-        )
+    for ids, mask, message in (
+        (TARGETS[:2], MASK[:2], "decoder_input_ids has 2 rows, but the encoder's states"),
+        (TARGETS, MASK[:, :8], r"\(3, 8\), which leaves \(3, 2\) for the encoder's states of shap"),
+        (TARGETS, np.float32(MASK), "attention_mask has dtype float32; it must be integers"),
+        (TARGETS, MASK[0], r"attention_mask has shape \(29,\); it must have the shape of the enco"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(
+                lambda p, s, ids=ids, mask=mask: module.apply(p, ids, s, mask, method="decode"),
+                shapes,
+                states,
+            )
 
 
 def test_a_jitted_call_gives_the_same():
