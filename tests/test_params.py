@@ -47,6 +47,7 @@ SIZES = {
     "intrinsic-said": {"dimension": 50},
     "intrinsic": {"dimension": 50},
     "compacter-ciat": {"phm_dim": SMALL["phm_dim"]},
+    "compacter-st": {"phm_dim": SMALL["phm_dim"]},
 }
 
 
@@ -84,6 +85,7 @@ TRAINED = {
     **dict.fromkeys(("phm", "compacter", "compacter++", "compacter++-short"), HOUSEHOLD),
     "bitfit": ("biases", "heads"),
     "compacter-ciat": ("adapters", "rules", "heads"),
+    "compacter-st": ("adapters", "rules", "heads"),
 }
 
 
