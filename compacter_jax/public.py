@@ -55,6 +55,8 @@ from compacter_jax.models.sentences import (
 from compacter_jax.models.seq2seq.compressed import CompressedAttention
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.model import Seq2Seq
+from compacter_jax.models.speech_to_text.config import SpeechToTextConfig
+from compacter_jax.models.speech_to_text.model import SpeechToText
 from compacter_jax.models.t5.config import T5Config
 from compacter_jax.models.t5.model import T5
 from compacter_jax.params import cast_frozen, count, label_params, merge, optimizer, partition
@@ -96,6 +98,8 @@ __all__ = [
     "Seq2Seq",
     "Seq2SeqConfig",
     "Site",
+    "SpeechToText",
+    "SpeechToTextConfig",
     "Stack",
     "T5Config",
     "cast_frozen",

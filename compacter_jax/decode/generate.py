@@ -17,7 +17,6 @@ from compacter_jax.decode.beams import beam_search
 from compacter_jax.decode.sampling import one_by_one
 from compacter_jax.decode.settings import NO_TOKEN, Settings, Step
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.nn.inputs import check_ids
 from compacter_jax.trees import hashable
 
 
@@ -58,7 +57,8 @@ def generate(
       model: an encoder-decoder with logits, such as `T5` or `Seq2Seq` with
         `head="conditional_generation"`, or `Adapted` around one.
       params: parameters of the model.
-      input_ids: `[batch, length]` integers, the tokens of the encoder.
+      input_ids: `[batch, length]` integers, the tokens of the encoder; for `SpeechToText` its
+        features, `[batch, frames, features]`.
       attention_mask: `[batch, length]` integers or booleans, zero at padding. None masks the tokens
         equal to `pad_token_id`, unless that token also ends sequences, as in transformers.
       max_new_tokens: largest number of generated tokens, without the start token.
@@ -127,11 +127,13 @@ def generate(
         never=getattr(config, "never_generated", ()),
     )
     settings.check(getattr(config, "target_vocab_size", config.vocab_size))
-    _check_inputs(input_ids, key, do_sample)
-    check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
-    input_ids = jnp.asarray(input_ids)
+    _check_key(key, do_sample)
     if attention_mask is not None:
         attention_mask = jnp.asarray(attention_mask)
+    # Checked before the conversion, in which a large integer would overflow.
+    given = input_ids if hasattr(input_ids, "ndim") else np.asarray(input_ids)
+    _backbone(model).check_source_inputs(given, attention_mask)
+    input_ids = jnp.asarray(given)
     chosen = {"adapter_ids": adapter_ids, "mix": mix}
     chosen = {
         name: value if isinstance(value, Mapping) else jnp.asarray(value)
@@ -158,13 +160,17 @@ def generate(
     return jax.device_put(tokens, ids.sharding)
 
 
+def _backbone(model: nn.Module) -> Any:
+    return model.backbone if isinstance(model, Adapted) else model
+
+
 def _config(model: nn.Module) -> Any:
     """Returns the config of a module that can generate."""
-    backbone = model.backbone if isinstance(model, Adapted) else model
+    backbone = _backbone(model)
     name = type(backbone).__name__
     if not hasattr(backbone, "start_cache"):
         raise ValueError(
-            f"{name} cannot generate: it has no decoder; use T5 or Seq2Seq with "
+            f"{name} cannot generate: it has no decoder; use T5, Seq2Seq or SpeechToText with "
             'head="conditional_generation"'
         )
     head = getattr(backbone, "head", None)
@@ -210,15 +216,7 @@ def _first_tokens(tokens: Any, rows: int) -> Array:
     return jnp.asarray(tokens)
 
 
-def _check_inputs(input_ids: Any, key: Array | None, do_sample: bool) -> None:
-    shape = np.shape(input_ids)
-    if len(shape) != 2:
-        raise ValueError(f"input_ids has shape {shape}; it must be [batch, length]")
-    if shape[1] == 0:
-        raise ValueError(
-            f"input_ids has shape {shape}, so the prompt is empty; give at least one token, such "
-            "as the end-of-sequence token"
-        )
+def _check_key(key: Array | None, do_sample: bool) -> None:
     if do_sample and key is None:
         raise ValueError("do_sample=True needs a key; pass key=jax.random.key(0)")
     if key is not None and not do_sample:
@@ -238,7 +236,9 @@ def _generate(
 ) -> tuple[Array, Array]:
     """Returns ids `[rows, 1 + max_new_tokens]`, and the width to which transformers cuts them."""
     if attention_mask is None:
-        attention_mask = _default_mask(input_ids, settings)
+        # As in transformers, a padding token that also ends sequences is not masked.
+        pad = None if settings.pad in settings.eos else settings.pad
+        attention_mask = _backbone(model).default_mask(input_ids, pad)
     step, cache = _start(model, settings, params, input_ids, attention_mask, chosen)
     rows = input_ids.shape[0]
     if first is not None:
@@ -258,12 +258,6 @@ def _forcing(step: Step, first: Array) -> Step:
         return jnp.where(index == 0, only, logits), cache
 
     return forced
-
-
-def _default_mask(input_ids: Array, settings: Settings) -> Array:
-    if settings.pad is None or settings.pad in settings.eos:
-        return jnp.ones_like(input_ids)
-    return input_ids != settings.pad
 
 
 def _copies(settings: Settings) -> int:

@@ -57,8 +57,11 @@ class EncoderDecoder(nn.Module, abc.ABC):
     # --- what a family adds ---------------------------------------------------------------------
 
     @abc.abstractmethod
-    def tables(self) -> tuple[Embed, Embed]:
-        """Creates the embeddings of tokens for the encoder and for the decoder, often the same."""
+    def tables(self) -> tuple[Embed | None, Embed]:
+        """Creates the embeddings of tokens for the encoder and for the decoder, often the same.
+
+        An encoder that does not read tokens has None.
+        """
 
     @abc.abstractmethod
     def stack(
@@ -101,6 +104,42 @@ class EncoderDecoder(nn.Module, abc.ABC):
         """
         del source_length
         return DecoderCache.with_room(key_values, max_length)
+
+    # --- what a family with another source than tokens changes ----------------------------------
+
+    @nn.nowrap
+    def check_source_inputs(self, inputs: Array, mask: Array | None) -> None:
+        """Raises ValueError if the encoder's inputs or their mask do not fit the model."""
+        check_inputs(self.config.vocab_size, "input_ids", inputs, "attention_mask", mask)
+        self._check_length("input_ids", inputs.shape[1])
+
+    @nn.nowrap
+    def default_mask(self, inputs: Array, pad: int | None) -> Array:
+        """Returns the mask that generation gives inputs without one, zero at the token `pad`."""
+        return jnp.ones_like(inputs) if pad is None else inputs != pad
+
+    @nn.nowrap
+    def mask_of_states(self, mask: Array | None) -> Array | None:
+        """Returns the mask of the encoder's states, which is that of its inputs."""
+        return mask
+
+    def embed_source(
+        self, inputs: Array, mask: Array | None, table: Embed | None
+    ) -> tuple[Array, Array]:
+        """Embeds the encoder's inputs.
+
+        Args:
+          inputs: tokens, `[batch, length]`.
+          mask: mask of the inputs, or None.
+          table: embeddings of the encoder.
+
+        Returns:
+          `[batch, length, d_model]`; and the tokens `[batch, length]` from which the encoder counts
+          positions.
+        """
+        del mask
+        assert table is not None
+        return self.embed_inputs(inputs, table), inputs
 
     # --- what all have --------------------------------------------------------------------------
 
@@ -156,11 +195,7 @@ class EncoderDecoder(nn.Module, abc.ABC):
             if decoder_input_ids is not None:
                 raise ValueError(_NO_DECODER)
             return self.encode(input_ids, attention_mask, deterministic=deterministic)
-        if decoder_input_ids is None:
-            raise ValueError(
-                "decoder_input_ids are missing; give the targets, shifted right behind "
-                "decoder_start_token_id, or call the method `encode` for the encoder's states"
-            )
+        self.check_has_targets(decoder_input_ids)
         return self._run(
             input_ids,
             attention_mask,
@@ -168,6 +203,15 @@ class EncoderDecoder(nn.Module, abc.ABC):
             decoder_attention_mask=decoder_attention_mask,
             deterministic=deterministic,
         )
+
+    @nn.nowrap
+    def check_has_targets(self, decoder_input_ids: Array | None) -> None:
+        """Raises ValueError if a call lacks the decoder's inputs."""
+        if decoder_input_ids is None:
+            raise ValueError(
+                "decoder_input_ids are missing; give the targets, shifted right behind "
+                "decoder_start_token_id, or call the method `encode` for the encoder's states"
+            )
 
     def encode(
         self,
@@ -273,15 +317,13 @@ class EncoderDecoder(nn.Module, abc.ABC):
         dtype = self.dtype or self.param_dtype
         if not deterministic:
             self.check_training()
+        mask = self.mask_of_states(attention_mask)
         if input_ids is not None:
-            check_inputs(
-                config.vocab_size, "input_ids", input_ids, "attention_mask", attention_mask
-            )
-            self._check_length("input_ids", input_ids.shape[1])
-            x = self.embed_inputs(input_ids, encoding)
-            inputs = StackInputs((padding_bias(attention_mask, dtype), None))
+            self.check_source_inputs(input_ids, attention_mask)
+            x, ids = self.embed_source(input_ids, attention_mask, encoding)
+            inputs = StackInputs((padding_bias(mask, dtype), None))
             states, _ = self.stack(
-                "encoder", x, input_ids, inputs, None, deterministic=deterministic, keep=False
+                "encoder", x, ids, inputs, None, deterministic=deterministic, keep=False
             )
         if decoder_input_ids is None:
             return states
@@ -295,10 +337,10 @@ class EncoderDecoder(nn.Module, abc.ABC):
             decoder_attention_mask,
         )
         self._check_length("decoder_input_ids", decoder_input_ids.shape[1])
-        check_source(config.hidden_size, decoder_input_ids, states, attention_mask, cache)
+        check_source(config.hidden_size, decoder_input_ids, states, mask, cache)
         masks = (
             causal_bias(decoder_input_ids.shape[1], decoder_attention_mask, cache, index, dtype),
-            padding_bias(attention_mask, dtype),
+            padding_bias(mask, dtype),
         )
         x, key_values = self.stack(
             "decoder",

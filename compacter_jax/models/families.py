@@ -20,6 +20,7 @@ from compacter_jax.models.modernbert.checkpoint import MODERNBERT
 from compacter_jax.models.pooling import DEFAULT as FIRST
 from compacter_jax.models.pooling import Pooling
 from compacter_jax.models.seq2seq.checkpoint import FAMILIES as SEQ2SEQ
+from compacter_jax.models.speech_to_text.checkpoint import SPEECH_TO_TEXT
 from compacter_jax.models.t5.checkpoint import t5_family
 from compacter_jax.models.t5.config import PUBLISHED
 
@@ -96,6 +97,7 @@ FAMILIES: Mapping[str, Family] = {
     "t5": t5_family("T5", PUBLISHED),
     "mt5": t5_family("MT5", {}),
     **SEQ2SEQ,
+    "speech_to_text": SPEECH_TO_TEXT,
 }
 """`model_type` of config.json -> its family."""
 
@@ -149,6 +151,7 @@ def check_settings(where: str, settings: Mapping[str, Any], family: Family) -> N
         **dict.fromkeys(tokens, int | list[int] | None),
         "num_decoder_layers": int | None,
         "layer_types": list[str] | None,
+        "conv_kernel_sizes": list[int],
     }
     fields = {**own, **{name: others[name] for name in others.keys() & own.keys()}}
     check_fields(where, settings, {**_COMMON_FIELDS, **fields})
@@ -202,8 +205,9 @@ _RELATED: Mapping[str, str] = {
     **dict.fromkeys(("nezha", "megatron-bert", "roformer", "ernie"), "bert"),
     **dict.fromkeys(("pegasus", "pegasus_x", "bigbird_pegasus"), "bart"),
     **dict.fromkeys(("blenderbot", "blenderbot-small", "led", "mvp", "plbart"), "bart"),
-    **dict.fromkeys(("nllb-moe", "seamless_m4t", "speech_to_text"), "m2m_100"),
+    **dict.fromkeys(("nllb-moe", "seamless_m4t"), "m2m_100"),
     "fsmt": "marian",
+    **dict.fromkeys(("speech_to_text_2", "whisper", "speecht5"), "speech_to_text"),
 }
 
 

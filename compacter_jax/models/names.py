@@ -151,6 +151,16 @@ SEQ2SEQ = Names(
     rows=("out_proj", "fc2"),
 )
 
+SPEECH_TO_TEXT = dataclasses.replace(
+    SEQ2SEQ,
+    parameters=(
+        r"decoder_embed_tokens/embedding|lm_head/kernel|encoder_conv/conv_layers/\d+/(kernel|bias)"
+        rf"|(encoder|decoder)/(layer_norm/(scale|bias)|layers/\d+/({_SEQ2SEQ_LAYER}))"
+    ),
+    embeddings="decoder_embed_tokens/embedding",
+    more_embeddings=(),
+)
+
 _MODERNBERT_DENSE = (
     r"layers/\d+/(attn/(Wqkv/(query|key|value)|Wo)|mlp/(Wi|Wo))|head/dense|classifier|decoder"
 )
@@ -179,5 +189,6 @@ NAMES: Mapping[str, Names] = {
     "ModernBert": MODERNBERT,
     "T5": T5,
     "Seq2Seq": SEQ2SEQ,
+    "SpeechToText": SPEECH_TO_TEXT,
 }
 """Class of the modules -> the names of their parameters."""

@@ -26,6 +26,39 @@ def check_inputs(
     _check_mask(mask_name, mask, name, ids.shape)
 
 
+def check_features(width: int, features: Array, mask: Array | None) -> None:
+    """Checks features of frames `[batch, frames, width]` and their mask `[batch, frames]`.
+
+    Raises:
+      ValueError: if a shape or a dtype does not fit, or padding comes before a frame (where the
+        values of the mask are known).
+    """
+    if features.ndim != 3 or features.shape[2] != width:
+        raise ValueError(
+            f"input_features has shape {features.shape}; it must be [batch, frames, {width}], as "
+            "input_feat_per_channel of the model's configuration says"
+        )
+    if not features.shape[1]:
+        raise ValueError(
+            f"input_features has shape {features.shape}, so it has no frames; give at least one "
+            "per row"
+        )
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise ValueError(
+            f"input_features has dtype {features.dtype}; it must be floating-point numbers, such "
+            "as log-mel energies, not the samples of a recording"
+        )
+    _check_mask("attention_mask", mask, "input_features", features.shape[:2])
+    if mask is not None and _is_known(mask):
+        present = np.asarray(mask) != 0
+        rising = np.argwhere(present[:, 1:] & ~present[:, :-1])
+        if rising.size:
+            raise ValueError(
+                f"attention_mask has 0 before 1 in row {rising[0, 0]}; padding of speech must be "
+                "on the right of a row"
+            )
+
+
 def check_source(
     width: int, ids: Array, states: Array | None, mask: Array | None, cache: Cache | None
 ) -> None:
@@ -76,7 +109,7 @@ def check_ids(name: str, ids: Any, size: int, field: str) -> None:
     Raises:
       ValueError: if an id is negative, or not less than `size`.
     """
-    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+    if not _is_known(ids):
         return
     values = np.asarray(ids)
     outside = (values < 0) | (values >= size)
@@ -87,3 +120,8 @@ def check_ids(name: str, ids: Any, size: int, field: str) -> None:
     found = f"contains {value} at {place}" if place else f"is {value}"
     hint = "; -100 marks labels that a loss ignores: give pad_token_id" if value == -100 else ""
     raise ValueError(f"{name} {found}; use 0 to {field} - 1 = {size - 1}{hint}")
+
+
+def _is_known(array: Any) -> bool:
+    """Returns True if the values of an array can be read here, and are not traced."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)

@@ -486,7 +486,7 @@ REFUSED = {
     "more beams than tokens": ({"num_beams": 24}, "num_beams=24 .* vocabulary, 23"),
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens=0 is too few; use 1"),
     "more than the most": ({"min_new_tokens": 5}, "min_new_tokens=5 .* max_new_tokens=4"),
-    "an empty prompt": ({"input_ids": IDS[:, :0]}, r"\(2, 0\), so the prompt is empty"),
+    "an empty prompt": ({"input_ids": IDS[:, :0]}, r"\(2, 0\), so it has no tokens"),
     "a prompt without batch": ({"input_ids": IDS[0]}, r"\(3,\); it must be \[batch, length\]"),
     "sampling without key": ({"do_sample": True}, r"needs a key; pass key=jax.random.key\(0\)"),
     "a key without sampling": ({"key": 0}, "set do_sample=True"),

@@ -63,7 +63,7 @@ def seq2seq_from_hugging_face(
         is_computed = model_type in ("m2m_100", "marian") and _SINUSOIDS.fullmatch(short)
         if is_computed or _VERSIONS.fullmatch(short):
             continue
-        add_parameter(flat, origin, *_parameter(short, tensor), name)
+        add_parameter(flat, origin, *parameter_of(short, tensor), name)
     if model_type == "marian" and _SHARED not in flat and _COPIES[0] in flat:
         _separate(flat)
     else:
@@ -109,7 +109,8 @@ def seq2seq_to_hugging_face(
     return copies | converted
 
 
-def _parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
+def parameter_of(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
+    """Returns the path and the orientation in which a module has a tensor of a checkpoint."""
     if name == "final_logits_bias":
         return "final_logits_bias/bias", tensor.reshape(-1)
     *parents, kind = name.split(".")
@@ -156,32 +157,33 @@ def _separate(flat: dict[str, np.ndarray]) -> None:
         del flat[_HEAD]
 
 
-def _first(value: Any) -> Any:
+def first_of(value: Any) -> Any:
     """Returns the first of several tokens; transformers accepts lists of them."""
     return value[0] if isinstance(value, list) else value
 
 
 def _module(config: Any, head: str | None, num_labels: int | None, **attributes: Any) -> Seq2Seq:
     """Builds the module that a configuration of transformers describes, see `Family.module`."""
-    _check_labels(num_labels)
+    check_no_labels(num_labels)
     values = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(Seq2SeqConfig)
         if field.name not in DERIVED and hasattr(config, field.name)
     }
     for name in ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
-        values[name] = _first(values.get(name))
+        values[name] = first_of(values.get(name))
     if values.get("share_encoder_decoder_embeddings", True):
         values["decoder_vocab_size"] = None  # transformers repeats `vocab_size` there
     return Seq2Seq(Seq2SeqConfig(**values), head=head, **attributes)
 
 
 def _of_size(config: Seq2SeqConfig, head: str | None, num_labels: int | None) -> Seq2Seq:
-    _check_labels(num_labels)
+    check_no_labels(num_labels)
     return Seq2Seq(config, head="conditional_generation" if head == "auto" else head)
 
 
-def _check_labels(num_labels: int | None) -> None:
+def check_no_labels(num_labels: int | None) -> None:
+    """Raises ValueError if a number of labels was given."""
     if num_labels is not None:
         raise ValueError(
             f"num_labels={num_labels} was given, but this encoder-decoder has no classifier: it "

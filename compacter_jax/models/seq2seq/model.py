@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from flax.linen import initializers
-from jax import Array
+from typing import ClassVar
 
 from compacter_jax.models import names
-from compacter_jax.models.encoder_decoder import EncoderDecoder
-from compacter_jax.models.seq2seq.config import HEADS, WIDTHS, Seq2SeqConfig
-from compacter_jax.models.seq2seq.layers import Seq2SeqStack
+from compacter_jax.models.seq2seq.config import Seq2SeqConfig
 from compacter_jax.models.seq2seq.sites import NOT_COMPRESSED, SitesOfDecoder
-from compacter_jax.nn.attention import Cache, JoinedCache, StackInputs
-from compacter_jax.nn.dense import Embed, LogitsBias, dense
+from compacter_jax.models.seq2seq.transformer import Transformer
+from compacter_jax.nn.dense import Embed
 
 
-class Seq2Seq(EncoderDecoder):
+class Seq2Seq(Transformer):
     """M2M-100, NLLB-200, mBART, mBART-50, BART and Marian (OPUS-MT).
 
     Parameters have their Hugging Face names without the prefix `model.`. Where encoder and decoder
@@ -57,117 +48,20 @@ class Seq2Seq(EncoderDecoder):
     word_embeddings: ClassVar[str] = names.SEQ2SEQ.embeddings
     """Path of the vocabulary's embeddings, `[vocab, d_model]`."""
 
-    feed_forward_layers: ClassVar[tuple[str, str]] = ("fc1", "fc2")
-    """Names of the two linear layers at the site `parallel_feed_forward`."""
+    @property
+    def layers(self) -> Seq2SeqConfig:
+        """Configuration of the layers, that of the model."""
+        return self.config
 
     @property
     def absent_sites(self) -> Mapping[str, str]:
         """Names of sites that only another decoder has, and why."""
         return NOT_COMPRESSED if self.config.is_compressed else {}
 
-    def __post_init__(self):
-        if self.head not in HEADS:
-            raise ValueError(f"unknown head {self.head!r}; use one of {HEADS}")
-        super().__post_init__()
-
-    @property
-    def embedding_scale(self) -> float:
-        """Factor of the embeddings where the encoder and the decoder read tokens."""
-        return self.config.d_model**0.5 if self.config.scale_embedding else 1.0
-
-    @nn.nowrap
-    def widened(self, units: int) -> Seq2Seq:
-        """Returns the module with `units` more inner units in every feed-forward network.
-
-        Raises:
-          ValueError: for a compressed decoder.
-        """
-        config = self.config
-        if config.is_compressed:
-            raise ValueError(
-                "the inner units of a compressed decoder are values of its attention, too, so "
-                "bottlenecks beside it cannot become part of it; keep the adapter"
-            )
-        widths = {name: getattr(config, name) + units for name in WIDTHS}
-        return self.clone(config=dataclasses.replace(config, **widths))
-
-    @nn.nowrap
-    def check_training(self) -> None:
-        """Raises ValueError if layers would be dropped."""
-        for name in ("encoder_layerdrop", "decoder_layerdrop"):
-            if rate := getattr(self.config, name):
-                raise ValueError(
-                    f"{name}={rate}: training with LayerDrop is not supported; set {name} to 0 in "
-                    "config.json, or in the module's config"
-                )
-
     def tables(self) -> tuple[Embed, Embed]:
         """Creates the embeddings of tokens, shared by encoder and decoder or not."""
         config = self.config
-        shared = self._table(config.vocab_size, "shared")
+        shared = self.table(config.vocab_size, "shared")
         if config.share_encoder_decoder_embeddings:
             return shared, shared
-        return shared, self._table(config.target_vocab_size, "decoder_embed_tokens")
-
-    def _table(self, size: int, name: str) -> Embed:
-        normal, pad = initializers.normal(self.config.init_std), self.config.pad_token_id
-
-        def init(*args: Any) -> Array:
-            values = normal(*args)
-            return values if pad is None else values.at[pad].set(0)
-
-        return Embed(
-            size,
-            self.config.d_model,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            embedding_init=init,
-            name=name,
-        )
-
-    def embed_tokens(self, ids: Array, table: Embed) -> Array:
-        """Embeds tokens, scaled, `[batch, length] -> [batch, length, d_model]`."""
-        x, pad = table(ids), self.config.pad_token_id
-        if pad is not None:
-            # As with PyTorch's padding_idx, the embedding of the padding token gets no gradient.
-            x = jnp.where((ids == pad)[..., None], jax.lax.stop_gradient(x), x)
-        return x * self.embedding_scale if self.config.scale_embedding else x
-
-    def stack(
-        self, name: str, x: Array, ids: Array, inputs: StackInputs, cache: Any, **settings: Any
-    ) -> tuple[Array, Any]:
-        """Runs the "encoder" or the "decoder"."""
-        stack = Seq2SeqStack(
-            self.config,
-            self.dtype,
-            self.param_dtype,
-            is_decoder=name == "decoder",
-            remat=self.remat,
-            keep=settings["keep"],
-            name=name,
-        )
-        return stack(x, ids, inputs, cache, settings["deterministic"])
-
-    @nn.nowrap
-    def cache_of(self, key_values: Any, source_length: int, max_length: int) -> Cache:
-        """Returns a cache that has the encoder's states alone."""
-        if self.config.is_compressed:
-            return JoinedCache.with_room(key_values, source_length, max_length)
-        return super().cache_of(key_values, source_length, max_length)
-
-    def logits(self, x: Array, table: Embed) -> Array:
-        """Computes logits, `[batch, length, d_model] -> [batch, length, vocab]`."""
-        config, settings = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if config.tie_word_embeddings:
-            y = table.attend(x)
-        else:
-            init = initializers.normal(config.init_std)
-            head = dense(
-                config.target_vocab_size,
-                use_bias=False,
-                kernel_init=init,
-                name="lm_head",
-                **settings,
-            )
-            y = head(x)
-        return LogitsBias(name="final_logits_bias", **settings)(y) if config.logits_bias else y
+        return shared, self.table(config.target_vocab_size, "decoder_embed_tokens")
