@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compacter_jax.compositions.average import Average, AverageMaps
@@ -25,6 +25,7 @@ from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
+from compacter_jax.methods.trained_sites import TrainedSitesConfig
 
 COMPOSITIONS: dict[str, type[Composition]] = {
     cls.kind: cls for cls in (Bank, Stack, Parallel, Average, AverageMaps)
@@ -309,10 +310,13 @@ _ROWS = (
 PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 
 
-# Every kind of method has a preset, or is a part of one.
+# Every kind of method has a preset, or is a part of one, or of `with_trained_sites`.
 METHODS: dict[str, type[MethodConfig]] = {
     method.kind: type(method) for row in _ROWS for method in (row.method, *row.method.inserted())
-}
+} | {TrainedSitesConfig.kind: TrainedSitesConfig}
+
+# The linear layers of a sub-layer that a name stands for in `with_trained_sites`.
+_SUB_LAYERS = {"cross_attention": TrainedSitesConfig().sites}
 
 
 def table_of_presets() -> list[str]:
@@ -369,6 +373,35 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
 
 # There is no docstring under `python -OO`.
 preset.__doc__ = (preset.__doc__ or "").replace("    TABLE", _wrapped_table())
+
+
+def with_trained_sites(method: MethodConfig, sites: Sequence[str]) -> MethodConfig:
+    """Returns a method with weights of the backbone that are trained whole beside its adapters.
+
+    Args:
+      method: a method that leaves the backbone's weights as they are, no composition.
+      sites: names of linear layers in the backbone's table of sites; `cross_attention` stands for
+        all four of cross-attention.
+
+    Raises:
+      ValueError: if the method trains or moves the whole backbone or is a composition, or a site is
+        named twice.
+    """
+    moves_all = method.trains_backbone or method.moves_backbone
+    if moves_all or isinstance(method, Composition):
+        why = "moves all weights" if moves_all else "is a composition"
+        raise ValueError(
+            f"trained_sites={list(sites)} are trained beside adapters or alone, but method "
+            f"{method.kind!r} {why}; choose one with adapters, or head-only"
+        )
+    named = [name for site in sites for name in _SUB_LAYERS.get(site, (site,))]
+    parts = (*method.inserted(), TrainedSitesConfig(sites=tuple(named)))
+    return CombinedConfig(
+        parts=parts,
+        train_layer_norms=method.train_layer_norms,
+        train_head=method.train_head,
+        train_pooler=method.train_pooler,
+    )
 
 
 def to_dict(method: MethodConfig) -> dict[str, Any]:

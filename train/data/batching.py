@@ -178,7 +178,8 @@ def _padded_lengths(encoded: Encoded) -> np.ndarray:
     """Returns `[examples, 2]`: the buckets of each input and target, 0 without a target."""
     padded = np.zeros((len(encoded), 2), np.int64)
     texts = encoded.target_texts
-    columns = [(encoded.offsets, encoded.max_length, 16)]
+    # Frames are many for one text; coarser buckets keep the number of compiled shapes small.
+    columns = [(encoded.offsets, encoded.max_length, 16 if encoded.frames is None else 64)]
     if texts is not None:
         columns.append((texts.offsets, texts.max_length, 4))
     for column, (offsets, max_length, multiple) in enumerate(columns):

@@ -144,6 +144,10 @@ class Extractor:
                 "another --feature-cache"
             )
 
+    def save(self, folder: Path) -> None:
+        """Writes preprocessor_config.json into the folder of a backbone."""
+        self._extractor.save_pretrained(folder)
+
     def features(self, recording: Recording, where: str) -> np.ndarray:
         """Returns the features of a recording, `[frames, width]` float32.
 
