@@ -53,6 +53,12 @@ _BESIDE: dict[str, Any] = {
     "non_linearity": "relu",
     "parallel": True,
 }
+_ST: dict[str, Any] = {
+    "sites": ("feed_forward",),
+    "reduction_factor": 2,
+    "non_linearity": "relu",
+    "layer_norm_before": True,
+}
 _ZERO_UP: dict[str, Any] = {"w_init": "glorot-uniform", "w_init_up": "zeros"}
 
 
@@ -305,6 +311,21 @@ _ROWS = (
         "a bottleneck of `width // 2` after feed-forward, GELU, and an invertible adapter behind "
         "the embeddings of the encoder",
         "arXiv:2005.00052",
+    ),
+    Preset(
+        "st",
+        BottleneckConfig(**_ST),
+        2e-3,
+        "a bottleneck of `width // 2` with a norm of its own after feed-forward, before the "
+        "residual is added, ReLU, for speech translation",
+        "arXiv:2106.01463",
+    ),
+    Preset(
+        "compacter-st",
+        PHMBottleneckConfig(**_ST),
+        3e-3,
+        "`st` with Compacter's projections, their start and one shared rule",
+        f"arXiv:2106.01463, {_COMPACTER}; the rate is that of `compacter`",
     ),
 )
 PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}

@@ -268,8 +268,9 @@ def cast_frozen(frozen: Params, dtype: Any) -> Params:
     """Returns the frozen half of `partition` in a smaller dtype, for the backbone to compute with.
 
     The layers still compute in the dtype of the module, and trained leaves keep their own dtype.
-    int8 stores kernels and the embeddings of the vocabulary (see `compacter_jax.nn.quantize`);
-    biases, layer norms and the small embeddings stay unchanged then. `save_adapter` needs the
+    int8 stores kernels of linear layers and the embeddings of the vocabulary (see
+    `compacter_jax.nn.quantize`); biases, layer norms, convolutions and the small embeddings stay
+    unchanged then. `save_adapter` needs the
     original half, or one in bfloat16.
 
     Args:
@@ -299,7 +300,8 @@ def cast_frozen(frozen: Params, dtype: Any) -> Params:
             return leaf.astype(dtype)
         if joined in (own.embeddings, *own.more_embeddings):
             return quantize(leaf, axis=1)
-        return quantize(leaf, axis=0) if path[-1] == "kernel" else leaf
+        is_linear = path[-1] == "kernel" and leaf.ndim == 2
+        return quantize(leaf, axis=0) if is_linear else leaf
 
     cast_half = path_aware_map(cast, frozen)
     if dtype == jnp.int8 and not any(map(is_quantized, flatten_dict(cast_half).values())):

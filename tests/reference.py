@@ -15,6 +15,7 @@ from compacter_jax.models.encoder import Encoder
 from compacter_jax.models.modernbert.config import LOCAL
 from compacter_jax.models.modernbert.model import ModernBert
 from compacter_jax.models.seq2seq.model import Seq2Seq
+from compacter_jax.models.speech_to_text.model import SpeechToText
 from compacter_jax.models.t5.layers import relative_position_bucket
 from tests.helpers import ACTIVATIONS, adapter_update
 
@@ -79,13 +80,16 @@ class Reference:
     """
 
     def __init__(self, module, method, params):
-        self.module, self.config, self.parts = module, module.config, method.inserted()
+        self.module, self.parts = module, method.inserted()
+        self.config = module.layers if isinstance(module, SpeechToText) else module.config
         self.params = {path: np.float64(v) for path, v in flatten_dict(params, sep="/").items()}
 
     def __call__(self, *inputs):
         """Returns the logits for the inputs of the module, including all masks."""
         if isinstance(self.module, Seq2Seq):
             return self._seq2seq(*inputs)
+        if isinstance(self.module, SpeechToText):
+            return self._speech(*inputs)
         if isinstance(self.module, ModernBert):
             return self._modernbert(*inputs)
         return (self._encoder if isinstance(self.module, Encoder) else self._t5)(*inputs)
@@ -401,6 +405,31 @@ class Reference:
         x, mask, count = self._prompted("", scale * table[ids], mask)
         present = pad_left(ids != config.pad_token_id, count) | (np.arange(x.shape[1]) < count)
         x = self._embedded("encoder", x, present)
+        return self._translated(x, mask, self.params["shared/embedding"], decoder_ids)
+
+    def _speech(self, features, mask, decoder_ids):
+        """Runs the convolutions, each over rows with zeros at padding, and the Transformer."""
+        config, counts, x = self.module.config, mask.sum(1), np.float64(features)
+        for i, size in enumerate(config.conv_kernel_sizes):
+            x = np.where((np.arange(x.shape[1]) < counts[:, None])[..., None], x, 0)
+            kernel = self.params[f"encoder_conv/conv_layers/{i}/kernel"]
+            half, length = size // 2, (x.shape[1] - 1) // 2 + 1
+            padded = np.pad(x, ((0, 0), (half, half + 1), (0, 0)))
+            y = sum(padded[:, k : k + 2 * length : 2][:, :length] @ kernel[k] for k in range(size))
+            y = y + self.params[f"encoder_conv/conv_layers/{i}/bias"]
+            signal, gate = np.split(y, 2, -1)
+            x, counts = signal / (1 + np.exp(-gate)), (counts - 1) // 2 + 1
+        present = np.arange(x.shape[1]) < counts[:, None]
+        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        x = self._embedded("encoder", scale * x, present)
+        return self._translated(
+            x, present, self.params["decoder_embed_tokens/embedding"], decoder_ids
+        )
+
+    def _translated(self, x, mask, table, decoder_ids):
+        """Returns the logits for embedded sources."""
+        config = self.config
+        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         padding = np.where(mask == 0, HIDDEN, 0.0)[:, None, None, :]
         states = self._seq2seq_stack("encoder", x, padding)
         x = scale * table[decoder_ids]

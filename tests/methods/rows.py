@@ -1,4 +1,4 @@
-"""A row for each preset: its behaviour on a BERT, a ModernBERT, a T5 and two M2M-100s."""
+"""A row for each preset: its behaviour on encoders, a T5, two M2M-100s and a speech model."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -113,6 +113,9 @@ IN_DISTILBERT = {
     "output/dense": "ffn/lin2",
 }
 
+# The layers of a speech model are those of an M2M-100.
+SAME_PLACES = {"speech": "m2m"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -149,6 +152,7 @@ class Row:
 
     def places_in(self, backbone: str) -> set[str]:
         """Returns the places in a backbone; the encoders have those of BERT."""
+        backbone = SAME_PLACES.get(backbone, backbone)
         if backbone in self.places:
             return self.places[backbone]
         if backbone != "distilbert":
@@ -587,6 +591,34 @@ ROWS = {
         ),
         start=1e-2,
         count=lambda s: s.sublayers * bottleneck(s) + invertible(s),
+    ),
+    "st": Row(
+        cls=cj.BottleneckConfig,
+        values={
+            "sites": ("feed_forward",),
+            "layer_norm_before": True,
+            "w_init": "normal",
+            "w_init_up": "same",
+            "w_init_range": 1e-2,
+            **RELU_HALF,
+        },
+        places=SERIAL["feed_forward"],
+        start=1e-2,
+        count=lambda s: s.sublayers * (2 * s.d + bottleneck(s)),
+    ),
+    "compacter-st": Row(
+        cls=cj.PHMBottleneckConfig,
+        values=COMPACTER
+        | {
+            "sites": ("feed_forward",),
+            "layer_norm_before": True,
+            "train_layer_norms": False,
+            **RELU_HALF,
+        },
+        fields={"phm_dim": 3},
+        places=SERIAL["feed_forward"],
+        start=1e-5,
+        count=lambda s: compacter(s, s.sublayers) + s.sublayers * 2 * s.d,
     ),
 }
 # Kind -> another value for every field.

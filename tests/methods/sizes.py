@@ -139,6 +139,16 @@ def m2m_sizes(config, dropped=(1, 1), **method):
     )
 
 
+def speech_sizes(config, dropped=(1, 1), **method):
+    """Returns the sizes of a speech model: an M2M-100 with convolutions in the encoder's front."""
+    sizes = m2m_sizes(config.transformer, dropped, **method)
+    d, c = config.d_model, config.conv_channels
+    first, second = config.conv_kernel_sizes
+    sizes.biases += c + 2 * d
+    sizes.everything += first * config.feature_size * c + second * (c // 2) * 2 * d + c + 2 * d
+    return sizes
+
+
 def compressed_sizes(config, dropped=(1, 1), **method):
     """Returns the sizes of an M2M-100 with a compressed decoder."""
     d, f, wide = config.d_model, config.encoder_ffn_dim, config.decoder_value_dim
@@ -199,7 +209,7 @@ def sizes_of(config, backbone):
         return encoder_sizes(config, 3, **TINY_METHOD)
     if backbone == "modernbert":
         return modernbert_sizes(config, 3, **TINY_METHOD)
-    if backbone in ("m2m", "compressed"):
-        sizes = m2m_sizes if backbone == "m2m" else compressed_sizes
-        return sizes(config, **TINY_METHOD)
+    of_line = {"m2m": m2m_sizes, "compressed": compressed_sizes, "speech": speech_sizes}
+    if backbone in of_line:
+        return of_line[backbone](config, **TINY_METHOD)
     return t5_sizes(config, **TINY_METHOD)

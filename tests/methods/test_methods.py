@@ -33,10 +33,20 @@ from tests.helpers import (
 from tests.methods.rows import ROWS
 from tests.methods.sizes import sizes_of, t5_sizes
 from tests.reference import Reference
+from tests.speech_models import speech_inputs, tiny_speech
 
 CLASSIFIES = {"head": "sequence_classification", "num_labels": 3}
 # The inputs have no padding token, whose embedding would get no gradient.
 ROBERTA = {"pad_token_id": 8, "max_position_embeddings": 18, "type_vocab_size": 1}
+SMALL_SPEECH = tiny_speech(
+    vocab_size=19,
+    d_model=12,
+    encoder_layers=1,
+    decoder_ffn_dim=14,
+    encoder_attention_heads=3,
+    decoder_attention_heads=2,
+    mask_between_convolutions=True,
+)
 BACKBONES = {
     "bert": cj.Bert(ONE_LAYER, **CLASSIFIES),
     "roberta": cj.Bert(
@@ -85,6 +95,7 @@ BACKBONES = {
             decoder_attention_heads=2,
         )
     ),
+    "speech": cj.SpeechToText(SMALL_SPEECH),
     "gated t5": cj.T5(
         dataclasses.replace(
             TINY_T5, num_layers=1, feed_forward_proj="gated-gelu", tie_word_embeddings=False
@@ -96,7 +107,8 @@ GATED = ("bitfit", "ia3", "mam")
 # These presets differ from another one by a number, a site or a layer: no step is compiled.
 TWINS = (
     *("houlsby", "pfeiffer-attention", "adapterdrop", "compacter++", "prompt-tuning-random"),
-    *("compacter++-short", "intrinsic", "parallel", "compacter-ciat", "serial-ciat"),
+    *("compacter++-short", "intrinsic", "parallel", "compacter-ciat", "serial-ciat", "st"),
+    "compacter-st",
 )
 # Nor is a step of these compiled on T5, for which they have no code of their own: test_inject_t5.py
 # compares the gradients of bottlenecks with PyTorch, and test_method_variants.py tests which leaves
@@ -110,8 +122,11 @@ ALIKE_ON_T5 = (
 # network.
 ON_M2M = (
     *("bitfit", "adapterdrop", "pfeiffer-feed-forward", "compacter", "intrinsic", "lora", "ia3"),
-    *("compacter-ciat", "serial-ciat"),
+    *("compacter-ciat", "serial-ciat", "st", "compacter-st"),
 )
+# A speech model has the layers of an M2M-100 behind convolutions.
+ON_SPEECH = ("bitfit", "compacter-st", "lora", "prefix-tuning", "ciat", "intrinsic", "full")
+COMPILED_ON_SPEECH = ("st",)
 # A ModernBERT has its own places of adapters, and one step is compiled for every kind of them.
 ON_MODERNBERT = ("adapterdrop", "intrinsic", "ia3", "scaled-parallel", "full")
 COMPILED_ON_MODERNBERT = (
@@ -138,6 +153,7 @@ NOT_COMPILED = [
     *((name, "bert") for name in TWINS),
     *((name, "t5") for name in (*TWINS, *ALIKE_ON_T5)),
     *((name, "m2m") for name in ON_M2M),
+    *((name, "speech") for name in ON_SPEECH),
     *((name, "compressed") for name in cj.presets() if name not in COMPILED_ON_COMPRESSED),
     *((name, "modernbert") for name in ON_MODERNBERT),
 ]
@@ -158,6 +174,7 @@ CASES = [
     ),
     *(slow_unless(False, name, "gated t5") for name in GATED),
     *(slow_unless(False, name, "m2m") for name in COMPILED_ON_M2M),
+    *(slow_unless(False, name, "speech") for name in COMPILED_ON_SPEECH),
     *(slow_unless(False, name, "compressed") for name in COMPILED_ON_COMPRESSED),
     *(slow_unless(False, name, backbone) for backbone, name in COMPILED_ON_ENCODERS),
     *(slow_unless(name == "lora", name, "modernbert") for name in COMPILED_ON_MODERNBERT),
@@ -198,6 +215,8 @@ def inputs_of(module, seed=0):
     """Returns ids and masks with padding on the left and on the right."""
     if isinstance(module, Encoder):
         return IDS, MASK
+    if isinstance(module, cj.SpeechToText):
+        return speech_inputs(module.config, seed)
     return tuple(t5_inputs(seed, module.config, length=7)[:3])
 
 
@@ -289,6 +308,7 @@ def plain_logits(module):
     [
         *((name, b) for b in ("bert", "modernbert", "t5", "compressed") for name in cj.presets()),
         *((name, "m2m") for name in (*ON_M2M, *COMPILED_ON_M2M)),
+        *((name, "speech") for name in (*ON_SPEECH, *COMPILED_ON_SPEECH)),
         *((name, backbone) for name, backbone in NOT_COMPILED if backbone in ON_ENCODERS),
         *((name, backbone) for backbone, name in COMPILED_ON_ENCODERS),
     ],

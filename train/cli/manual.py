@@ -177,6 +177,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--model-type m2m_100 --languages en de --text-files en.txt de.txt --vocab-size 8000 "
             "--output-dir runs/m2m-random",
         ),
+        (
+            "A small translator of speech into two languages:",
+            "--model-type speech_to_text --languages de fr --text-files de.txt fr.txt --vocab-size "
+            "2000 --d-model 128 --num-layers 4 --num-decoder-layers 2 --output-dir runs/st-random",
+        ),
     ),
     "trim-vocabulary": (
         (

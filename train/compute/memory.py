@@ -103,13 +103,15 @@ def of_cache(model: Any, shapes: Any, rows: int, length: int, target_length: int
       model: an adapted encoder-decoder.
       shapes: shapes of its parameters.
       rows: number of rows.
-      length: length of the inputs in tokens.
+      length: length of the inputs, in tokens, or in frames of speech.
       target_length: largest number of tokens of the decoder; 0 without one, then the result is 0.
     """
     if not target_length:
         return 0
     backbone = model.backbone
     length += sum(part.extra_tokens for part in model.method.inserted())
+    mask = jax.ShapeDtypeStruct((rows, length), np.int32)
+    length = jax.eval_shape(backbone.mask_of_states, mask).shape[1]
     dtype = backbone.dtype or backbone.param_dtype
     states = jax.ShapeDtypeStruct((rows, length, backbone.config.hidden_size), dtype)
 

@@ -78,7 +78,7 @@ class Workload:
       method: the method to train.
       num_labels: the number of outputs of an encoder's head.
       rows: the number of rows on one device.
-      length: the length of the longest inputs in tokens.
+      length: the length of the longest inputs, in tokens, or in frames of speech.
       target_length: the length of the longest targets of a decoder.
       dtype: the dtype of the computation.
       backbone_dtype: the dtype of the frozen weights.
@@ -343,7 +343,12 @@ def batch_of(workload: Workload, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a batch of `train.data.batching.batches` with the longest lengths."""
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     batch = {"weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
-    batch |= {name: integers((rows, workload.length)) for name in ("input_ids", "attention_mask")}
+    module = module_from_name(workload.backbone)
+    source, mask = family_of_module(module).inputs[:2]
+    batch[mask] = integers((rows, workload.length))
+    # One row of `dummy_inputs` says what else a position of the source has, such as features.
+    one = module.dummy_inputs()[0]
+    batch[source] = jax.ShapeDtypeStruct((rows, workload.length, *one.shape[2:]), one.dtype)
     if workload.target_length:
         targets = ("decoder_input_ids", "labels")
         return batch | {name: integers((rows, workload.target_length)) for name in targets}

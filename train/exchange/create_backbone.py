@@ -34,6 +34,7 @@ SENTINELS = tuple(f"<extra_id_{i}>" for i in reversed(range(100)))
 RECORD_NAME = "create.json"
 _FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
+_KINDS = {"t5": "a T5", "m2m_100": "an M2M-100", "speech_to_text": "a Speech2Text"}
 _RESERVED = len(SPECIAL_TOKENS) + len(BYTES)
 # Without further special tokens.
 _SMALLEST_VOCABULARY = 412
@@ -58,7 +59,8 @@ def create_backbone(options: CreateOptions) -> None:
     References:
       Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
       Transformer, JMLR 2020, arXiv:1910.10683; Fan et al., Beyond English-Centric Multilingual
-      Machine Translation, JMLR 2021, arXiv:2010.11125.
+      Machine Translation, JMLR 2021, arXiv:2010.11125; Wang et al., fairseq S2T, AACL 2020,
+      arXiv:2010.05171.
     """
     options.check()
     languages = tuple(f"<{language}>" for language in options.languages)
@@ -77,8 +79,8 @@ def create_backbone(options: CreateOptions) -> None:
         _write_json(temporary / RECORD_NAME, record)
         # Checked again, since the folder may have changed while the tokenizer was trained.
         check_output_folder(folder, overwrite=options.overwrite)
-    kind = "a T5" if options.model_type == "t5" else "an M2M-100"
-    print(f"{folder}: {kind} with {num_parameters:,} parameters and {options.vocab_size:,} tokens")
+    kind, tokens = _KINDS[options.model_type], options.vocab_size
+    print(f"{folder}: {kind} with {num_parameters:,} parameters and {tokens:,} tokens")
 
 
 def train_tokenizer(
@@ -128,7 +130,8 @@ def train_tokenizer(
 
 def new_module(options: CreateOptions) -> tuple[nn.Module, Any]:
     """Returns the linen module that the options describe, and its configuration of transformers."""
-    config = (_t5_config if options.model_type == "t5" else _m2m_config)(options)
+    configs = {"t5": _t5_config, "m2m_100": _m2m_config, "speech_to_text": _speech_config}
+    config = configs[options.model_type](options)
     return loading.module_from_config(config, head="conditional_generation"), config
 
 
@@ -142,6 +145,7 @@ def _t5_config(options: CreateOptions) -> Any:
         d_kv=options.d_kv,
         d_ff=options.d_ff,
         num_layers=options.num_layers,
+        num_decoder_layers=options.num_decoder_layers,
         num_heads=options.num_heads,
         feed_forward_proj=options.feed_forward,
         tie_word_embeddings=options.tie_word_embeddings,
@@ -152,28 +156,49 @@ def _t5_config(options: CreateOptions) -> Any:
 def _m2m_config(options: CreateOptions) -> Any:
     from transformers import M2M100Config  # noqa: PLC0415 - slow to import
 
+    fields = ("decoder_layer", "decoder_value_dim") if options.decoder_layer != "standard" else ()
+    return M2M100Config(
+        architectures=["M2M100ForConditionalGeneration"],
+        **_of_both(options),
+        **{name: getattr(options, name) for name in fields},
+    )
+
+
+def _speech_config(options: CreateOptions) -> Any:
+    from transformers import Speech2TextConfig  # noqa: PLC0415 - slow to import
+
+    return Speech2TextConfig(
+        architectures=["Speech2TextForConditionalGeneration"],
+        conv_channels=options.conv_channels or 4 * options.d_model,
+        # Rows do not depend on padding, and frames have positions though the padding token is 0.
+        mask_between_convolutions=True,
+        **_of_both(options),
+    )
+
+
+def _of_both(options: CreateOptions) -> dict[str, Any]:
+    """Returns the fields that translation models and speech models have."""
+    layers = {"encoder": options.num_layers, "decoder": options.num_layers}
+    if options.num_decoder_layers is not None:
+        layers["decoder"] = options.num_decoder_layers
     of_stack = {
-        "layers": options.num_layers,
         "attention_heads": options.num_heads,
         "ffn_dim": options.d_ff,
         "layerdrop": 0.0,
     }
-    stacks = ("encoder", "decoder")
-    fields = ("decoder_layer", "decoder_value_dim") if options.decoder_layer != "standard" else ()
-    return M2M100Config(
-        architectures=["M2M100ForConditionalGeneration"],
-        vocab_size=options.vocab_size,
-        d_model=options.d_model,
-        init_std=options.d_model**-0.5,
-        tie_word_embeddings=options.tie_word_embeddings,
+    return {
+        "vocab_size": options.vocab_size,
+        "d_model": options.d_model,
+        "init_std": options.d_model**-0.5,
+        "tie_word_embeddings": options.tie_word_embeddings,
         # The ids of `SPECIAL_TOKENS`; the decoder starts with the end of a sequence.
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        decoder_start_token_id=1,
-        **{f"{stack}_{name}": value for stack in stacks for name, value in of_stack.items()},
-        **{name: getattr(options, name) for name in fields},
-    )
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 1,
+        **{f"{stack}_layers": number for stack, number in layers.items()},
+        **{f"{stack}_{name}": value for stack in layers for name, value in of_stack.items()},
+    }
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, more: tuple[str, ...] = SENTINELS) -> None:
@@ -354,9 +379,9 @@ def _write_model(options: CreateOptions, folder: Path) -> int:
 
 
 def random_params(module: nn.Module, key: jax.Array) -> Any:
-    """Returns random parameters; the kernels of an M2M-100 are Glorot-uniform."""
+    """Returns random parameters; all kernels but those of a T5 are Glorot-uniform."""
     params = _initial_params(module, key)
-    return _with_glorot(params, key) if isinstance(module, cj.Seq2Seq) else params
+    return params if isinstance(module, cj.T5) else _with_glorot(params, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)

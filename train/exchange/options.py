@@ -94,20 +94,26 @@ class CreateOptions:
       text_files: UTF-8 text files to train the tokenizer on, of all languages.
       output_dir: folder for config.json, model.safetensors and tokenizer.json, with their companion
         files.
-      model_type: t5, or m2m_100 for a translation model of the kind of M2M-100, with normal
+      model_type: t5, m2m_100 for a translation model of the kind of M2M-100, or speech_to_text for
+        one that reads speech, as 80 log-mel energies every 10 ms. The last two have normal
         embeddings of deviation d_model ** -0.5 and Glorot-uniform weights.
-      languages: for m2m_100, languages that get a token each, such as <de> for de.
+      languages: for m2m_100 and speech_to_text, languages that get a token each, such as <de> for
+        de.
       vocab_size: number of tokens, 359 of them special tokens, sentinels and bytes; at least 512.
       d_model: width of the hidden states.
-      d_kv: width of each attention head of a T5; in an m2m_100 it is d_model / num_heads.
+      d_kv: width of each attention head of a T5; in other models it is d_model / num_heads.
       d_ff: width of the feed-forward networks.
       decoder_layer: for m2m_100, standard, or compressed for a decoder whose layers are one
         attention to source and target each, with the feed-forward network in it
         (arXiv:2101.00542). transformers cannot load the latter.
       decoder_value_dim: width of the values of a compressed decoder; by default d_ff.
       num_layers: number of layers of the encoder, and of the decoder.
+      num_decoder_layers: number of layers of the decoder, where they are not as many.
+      conv_channels: for speech_to_text, channels of the first convolution, an even number; by
+        default 4 * d_model.
       num_heads: number of attention heads.
-      feed_forward: relu as in T5 v1.0, gated-gelu as in T5 v1.1, or gated-silu; relu for m2m_100.
+      feed_forward: relu as in T5 v1.0, gated-gelu as in T5 v1.1, or gated-silu; relu for
+        others.
       tie_word_embeddings: share the embedding with the output layer, as T5 v1.0 and M2M-100 do and
         T5 v1.1 does not.
       seed: seed of the random weights.
@@ -116,7 +122,7 @@ class CreateOptions:
 
     text_files: tuple[Path, ...]
     output_dir: Path
-    model_type: Literal["t5", "m2m_100"] = "t5"
+    model_type: Literal["t5", "m2m_100", "speech_to_text"] = "t5"
     languages: tuple[str, ...] = ()
     vocab_size: int = 8000
     d_model: int = 256
@@ -125,6 +131,8 @@ class CreateOptions:
     decoder_layer: Literal["standard", "compressed"] = "standard"
     decoder_value_dim: int | None = None
     num_layers: int = 6
+    num_decoder_layers: int | None = None
+    conv_channels: int | None = None
     num_heads: int = 4
     feed_forward: Literal["relu", "gated-gelu", "gated-silu"] = "relu"
     tie_word_embeddings: bool = True
@@ -133,9 +141,10 @@ class CreateOptions:
 
     def check(self) -> None:
         """Raises ValueError for a value out of range."""
-        for name in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        sizes = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "num_decoder_layers")
+        for name in (*sizes, "conv_channels"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
         self._check_type()
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
@@ -144,6 +153,15 @@ class CreateOptions:
 
     def _check_type(self) -> None:
         """Raises ValueError for a field that the type of the model does not have."""
+        if self.model_type != "speech_to_text" and self.conv_channels is not None:
+            raise ValueError(
+                f"conv_channels={self.conv_channels} is for model_type=speech_to_text; leave it out"
+            )
+        if self.conv_channels is not None and self.conv_channels % 2:
+            raise ValueError(
+                f"conv_channels={self.conv_channels} is odd, and a gated linear unit halves it; "
+                "use an even number"
+            )
         if self.model_type == "t5":
             if self.decoder_layer != "standard" or self.decoder_value_dim is not None:
                 raise ValueError(
@@ -153,6 +171,11 @@ class CreateOptions:
             if self.languages:
                 raise ValueError("languages are for model_type=m2m_100; a T5 has no tokens of them")
             return
+        if self.model_type == "speech_to_text" and self.decoder_layer != "standard":
+            raise ValueError(
+                "decoder_layer=compressed is for model_type=m2m_100; a speech_to_text has standard "
+                "layers"
+            )
         default = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("d_kv", "feed_forward"):
             if getattr(self, name) != default[name]:

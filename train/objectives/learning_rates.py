@@ -40,4 +40,6 @@ CLASSIFIER = TEXT_TO_TEXT | {
     "compacter-ciat": 3e-3,
     "serial-ciat": 1e-3,
     "mad-x": 1e-3,
+    "st": 1e-3,
+    "compacter-st": 3e-3,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from compacter_jax.messages import quote
 from compacter_jax.models.seq2seq.config import Seq2SeqConfig
@@ -138,27 +139,26 @@ class SpeechToTextConfig:
             )
 
 
-def _size(d_model: int, heads: int, channels: int = 1024, **more: int) -> SpeechToTextConfig:
-    return SpeechToTextConfig(
-        d_model=d_model,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=d_model * (8 if d_model == 256 else 4),
-        decoder_ffn_dim=d_model * (8 if d_model == 256 else 4),
-        conv_channels=channels,
-        **more,
-    )
+def _size(d_model: int, heads: int, inner: int, **more: Any) -> SpeechToTextConfig:
+    stacks: dict[str, Any] = {
+        f"{stack}_{name}": value
+        for stack in ("encoder", "decoder")
+        for name, value in (("attention_heads", heads), ("ffn_dim", inner))
+    }
+    return SpeechToTextConfig(d_model=d_model, **stacks, **more)
 
 
-_LIBRISPEECH = ("small", 256, 4), ("medium", 512, 8), ("large", 1024, 16)
+_MEDIUM = {"dropout": 0.15, "attention_dropout": 0.15, "activation_dropout": 0.15}
+_MUST_C = {"tie_word_embeddings": False}
 
 PUBLISHED: Mapping[str, SpeechToTextConfig] = {
-    **{
-        f"facebook/s2t-{size}-librispeech-asr": _size(width, heads)
-        for size, width, heads in _LIBRISPEECH
-    },
+    "facebook/s2t-small-librispeech-asr": _size(256, 4, 2048),
+    "facebook/s2t-medium-librispeech-asr": _size(512, 8, 2048, **_MEDIUM),
+    "facebook/s2t-large-librispeech-asr": _size(1024, 16, 4096),
+    "facebook/s2t-small-mustc-en-de-st": _size(256, 4, 2048, vocab_size=8000, **_MUST_C),
+    "facebook/s2t-medium-mustc-multilingual-st": _size(512, 8, 2048, **_MEDIUM, **_MUST_C),
 }
-"""Hub id -> configuration; LayerDrop, which training here lacks, is 0 in all.
+"""Hub id -> configuration.
 
 References:
   Wang et al., fairseq S2T: Fast Speech-to-Text Modeling with fairseq, AACL 2020, arXiv:2010.05171.

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from compacter_jax.models import names
