@@ -65,9 +65,10 @@ def test_changes_are_those_of_the_weights(model_and_params):
     (_, found), gradient = jax.jit(jax.value_and_grad(by_changes, has_aux=True))(changes)
     (_, truth), true = jax.jit(jax.value_and_grad(by_weights, has_aux=True))(weights)
     np.testing.assert_allclose(found, truth, atol=2e-5)
+    # The softmax of attention leaves no gradient of the keys' biases but rounding.
+    scale = max(np.abs(leaf).max() for leaf in true.values())
     for path in paths:
         expected = true[path.replace("/adapter", "")]
-        scale = np.abs(expected).max()
         np.testing.assert_allclose(gradient[path] / scale, expected / scale, atol=1e-5)
     merged = cj.merge_adapter(model, unflatten_dict({**flat, **changes}, sep="/"))
     for path, weight in weights.items():
@@ -99,7 +100,7 @@ def test_they_are_saved_with_the_adapter(tmp_path):
 @pytest.mark.parametrize("name", ["full", "intrinsic"])
 def test_methods_without_adapters(name):
     """Methods that move the whole backbone, and compositions, are refused by name."""
-    with pytest.raises(ValueError, match="moves all weights; choose one with adapters, or head-only"):
+    with pytest.raises(ValueError, match="moves all weights; choose one with"):
         with_trained_sites(cj.preset(name), ("query",))
     bank = cj.Bank(cj.preset("lora"), size=2)
     with pytest.raises(ValueError, match="method 'bank' is a composition"):

@@ -40,8 +40,7 @@ STANDARD: Mapping[str, str | Site] = {
     "cross_query": _DECODER_LAYER + "encoder_attn/q_proj",
     "cross_key": _DECODER_LAYER + "encoder_attn/k_proj",
     "cross_value": _DECODER_LAYER + "encoder_attn/v_proj",
-    "decoder_linear": _DECODER_LAYER
-    + "((self|encoder)_attn/(encoder_)?(q|k|v|r|out)_proj|fc[12])",
+    "decoder_linear": _DECODER_LAYER + "((self|encoder)_attn/(encoder_)?(q|k|v|r|out)_proj|fc[12])",
     "intermediate": _LAYER + "fc1",
     "encoder_key_value": _attend(_ENCODER_LAYER + "self_attn"),
     "decoder_key_value": _attend(_DECODER_LAYER + "self_attn"),

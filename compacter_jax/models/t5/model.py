@@ -82,6 +82,7 @@ class T5(EncoderDecoder):
         "cross_query": _LAYER + "1/EncDecAttention/q",
         "cross_key": _LAYER + "1/EncDecAttention/k",
         "cross_value": _LAYER + "1/EncDecAttention/v",
+        "decoder_linear": _DECODER_LAYER + r"\d/\w+/(q|k|v|o|wi|wi_0|wi_1|wo)",
         "intermediate": _LAYER + "[12]/DenseReluDense/(wi|wi_0|wi_1)",
         "encoder_key_value": _attend(_ENCODER_LAYER + "0/SelfAttention"),
         "decoder_key_value": _attend(_DECODER_LAYER + "0/SelfAttention"),

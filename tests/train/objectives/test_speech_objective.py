@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import wave
 from pathlib import Path
 
 import jax
@@ -14,10 +15,12 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from tests.speech_data import as_bytes, said, utterances, write_speech_model, write_split
+from tests.tones import RATE, tone
 from train.compute import step
 from train.data import batching
 from train.fit.job import prepare
 from train.fit.options import FitOptions
+from train.speech.audio import write_wave
 from train.speech.spec_augment import SpecAugment
 from train.tasks import multilingual
 
@@ -67,6 +70,12 @@ def with_cross_attention(options):
     return with_random_parameters(prepare(given).task_runs[0])
 
 
+def whole_batch(task_run):
+    """Returns all rows of training in one batch, which mixes their lengths."""
+    (batch,) = batching.batches(task_run.encoded["train"].of_epoch(0), 16, shuffle=True, seed=0)
+    return batch
+
+
 def loss_and_gradient(task_run, batch):
     """Returns the sum of the losses of all tokens, and its gradient by the trained leaves."""
     trained, frozen = cj.partition(task_run.params, task_run.labels)
@@ -83,7 +92,7 @@ def loss_and_gradient(task_run, batch):
 def test_a_mixed_batch_equals_one_batch_for_each_language(name, request):
     """Losses and gradients of a batch of both languages are the sums of those of one each."""
     task_run = request.getfixturevalue(name)
-    (mixed,) = batching.batches(task_run.encoded["train"].of_epoch(0), 16, shuffle=False)
+    mixed = whole_batch(task_run)
     ids = mixed["adapter_ids"]
     assert sorted(set(ids.tolist())) == [0, 1]
     assert mixed["input_features"].dtype == np.float32
@@ -142,9 +151,26 @@ def test_bytes_give_what_files_give(options, task_run, tmp_path):
     np.testing.assert_array_equal(found.target_texts.ids, wanted.target_texts.ids)
 
 
+def test_several_channels_are_told_of(task_run, tmp_path):
+    """A line says how many recordings have several channels, and that the first is read."""
+    with wave.open(str(tmp_path / "two.wav"), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        first = np.round(tone(440) * 2**15).astype("<i2")
+        file.writeframes(np.stack([first, -first // 2], 1).tobytes())
+    write_wave(tmp_path / "one.wav", tone(440), RATE)
+    rows = {"audio": ["two.wav", "one.wav"], "target_language": ["de", "fr"]}
+    found = dataclasses.replace(task_run.objective, folder=tmp_path).encode(rows)
+    (note,) = found.user_messages("test")
+    assert note == "test: 1 of 2 recordings have several channels; the first is read"
+    each = found.frames.padded(np.arange(2), (2, found.frames.lengths[0]))
+    np.testing.assert_array_equal(each[0], each[1])
+
+
 def test_features_are_masked_in_training_alone(task_run):
     """With a key, the model reads what SpecAugment leaves; without, all features."""
-    (batch,) = batching.batches(task_run.encoded["train"].of_epoch(0), 16, shuffle=False)
+    batch = whole_batch(task_run)
     seen = []
 
     class Reader:
@@ -172,7 +198,7 @@ def moved(task_run, steps=3):
     tx = cj.optimizer(step.adamw(decays=False, clips=False), task_run.labels)
     trained, frozen = cj.partition(task_run.params, task_run.labels)
     before = jax.tree.map(np.asarray, task_run.params)
-    (batch,) = batching.batches(task_run.encoded["train"].of_epoch(0), 16, shuffle=False)
+    batch = whole_batch(task_run)
     state = step.TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
     numbers = step.Hyperparameters(1e-2, 0.0, 1.0)
     objective = task_run.objective
