@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from tests.speech_data import as_bytes, said, utterances, write_speech_model, write_split
 from tests.tones import RATE, tone
+from train.cli.method_flags import MethodOptions
 from train.compute import step
 from train.data import batching
 from train.fit.job import prepare
@@ -32,6 +33,7 @@ def options(tmp_path_factory):
     found = FitOptions(
         backbone=str(write_speech_model(folder)),
         method="pfeiffer-feed-forward",
+        method_options=MethodOptions(reduction_factor=2),
         train_file=write_split(folder, "train", 8),
         validation_file=write_split(folder, "validation", 2, seed=1),
         feature_cache=folder / "cache",
