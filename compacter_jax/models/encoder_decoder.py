@@ -337,7 +337,7 @@ class EncoderDecoder(nn.Module, abc.ABC):
             decoder_attention_mask,
         )
         self._check_length("decoder_input_ids", decoder_input_ids.shape[1])
-        check_source(config.hidden_size, decoder_input_ids, states, mask, cache)
+        check_source(config.hidden_size, decoder_input_ids, states, attention_mask, mask, cache)
         masks = (
             causal_bias(decoder_input_ids.shape[1], decoder_attention_mask, cache, index, dtype),
             padding_bias(mask, dtype),

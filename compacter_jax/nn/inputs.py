@@ -60,9 +60,26 @@ def check_features(width: int, features: Array, mask: Array | None) -> None:
 
 
 def check_source(
-    width: int, ids: Array, states: Array | None, mask: Array | None, cache: Cache | None
+    width: int,
+    ids: Array,
+    states: Array | None,
+    given: Array | None,
+    mask: Array | None,
+    cache: Cache | None,
 ) -> None:
-    """Checks the mask and states (or cache) of the encoder that the decoder's `ids` attend to."""
+    """Checks the mask and states (or cache) of the encoder that the decoder's `ids` attend to.
+
+    Args:
+      width: width of the states.
+      ids: the decoder's ids, `[batch, target length]`.
+      states: the encoder's states, or None.
+      given: mask of the encoder's inputs, or None.
+      mask: the mask of the encoder's states that follows from it, or None.
+      cache: cache of the decoder, or None.
+
+    Raises:
+      ValueError: if a shape or the type of the mask does not fit.
+    """
     if states is not None:
         if states.ndim != 3 or states.shape[2] != width:
             raise ValueError(
@@ -77,7 +94,15 @@ def check_source(
             f"decoder_input_ids has {ids.shape[0]} rows, but the encoder's states have {rows}; "
             "give the same number of rows"
         )
+    if given is None or mask is None:
+        return
+    if given.shape != mask.shape != (rows, length):
+        raise ValueError(
+            f"attention_mask has shape {given.shape}, which leaves {mask.shape} for the encoder's "
+            f"states of shape {(rows, length)}; give the mask of the encoder's inputs"
+        )
     _check_mask("attention_mask", mask, "the encoder's states", (rows, length))
+    _check_mask("attention_mask", given, "the encoder's inputs", given.shape)
 
 
 def _check_mask(name: str, mask: Array | None, of: str, shape: tuple[int, ...]) -> None:

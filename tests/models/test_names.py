@@ -14,7 +14,7 @@ from compacter_jax.paths import FROZEN_HEAD, group_of, has_labels, own_names
 from train.compute import mesh
 
 # One of each set of modules, since some `model_type` share theirs.
-SETS = ("bert", "roberta", "electra", "distilbert", "t5", "m2m_100")
+SETS = ("bert", "roberta", "electra", "distilbert", "t5", "m2m_100", "speech_to_text")
 HEADS = [(model_type, head) for model_type in SETS for head in FAMILIES[model_type].heads]
 
 

@@ -31,11 +31,11 @@ from compacter_jax.exchange.peft.modules import (
 from compacter_jax.exchange.peft.settings import (
     FIELDS,
     READERS,
-    TASKS,
     WRITERS,
     check_pooling,
     check_prompts,
     check_task,
+    task_of,
 )
 from compacter_jax.exchange.tensors import read_tensors
 from compacter_jax.files import read_json, replace_file
@@ -199,7 +199,7 @@ def export_peft(
         **({"num_attention_heads": heads} if isinstance(method, PromptTuningConfig) else {}),
         "inference_mode": True,
         "modules_to_save": modules_to_save(saved, names) or None,
-        "task_type": TASKS[model.backbone.head],
+        "task_type": task_of(model.backbone),
         **WRITERS[type(method)](method, own, names),
     }
     directory = Path(directory)

@@ -23,6 +23,7 @@ from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.methods.ia3 import IA3Config
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
+from compacter_jax.models.families import family_of_module
 from compacter_jax.paths import ADAPTER
 
 TASKS = {
@@ -101,6 +102,16 @@ def _check_settings(path: Path, settings: Mapping[str, Any], *read: str) -> None
             (f"{key}={quote(value, 60)}" for key, value in unsupported.items()), most=4
         )
         raise ValueError(f"{path} has settings that are not supported: {listed}")
+
+
+def task_of(module: Any) -> str | None:
+    """Returns the type of a backbone's task in PEFT, None for one that does not read tokens.
+
+    PEFT calls a model of the type SEQ_2_SEQ_LM with `input_ids`, which a speech model does not
+    take; without a type, it passes on the arguments that it is called with.
+    """
+    reads_tokens = family_of_module(module).inputs[0] == "input_ids"
+    return TASKS[module.head] if reads_tokens else None
 
 
 def check_task(path: Path, settings: Mapping[str, Any], head: str | None) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 import compacter_jax as cj
 from compacter_jax.models.loading import module_from_name
+from tests.speech_models import tiny_speech, torch_speech_config
 from train.__main__ import main
 from train.cli.method_flags import MethodOptions
 from train.estimate import plan
@@ -191,3 +192,18 @@ def test_t5_11b_is_planned_without_its_weights():
     one = plan.plan_of(PlanOptions(backbone="t5-11b", dtype="bfloat16", **MRPC))
     assert one.cost.total > 11e9
     assert one.cost.memory.frozen > 4 * 11e9
+
+
+def test_a_speech_model_reads_frames(tmp_path):
+    """The longest input has that many frames, of which a quarter is left as keys and values."""
+    config = torch_speech_config(tiny_speech())
+    config.architectures = ["Speech2TextForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    lengths = {"max_length": 41, "max_target_length": 16, "task": "mine", "train_size": 100}
+    one = plan.plan_of(options(tmp_path, method="st", **lengths, batch_size=10))
+    assert one.cost.cache_bytes == 10 * (11 + 16) * 2 * 24 * 4
+    batch = plan.batch_of(one.workload, 10)
+    assert batch["input_features"].shape == (10, 41, 7)
+    assert batch["input_features"].dtype == "float32"
+    assert batch["attention_mask"].shape == (10, 41)
+    assert "input_ids" not in batch

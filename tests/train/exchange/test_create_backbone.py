@@ -400,3 +400,49 @@ def test_an_m2m_100_that_cannot_be(changes, message, text_file, tmp_path):
     settings = {"model_type": "m2m_100", "languages": ("en", "de"), **M2M, **changes}
     with pytest.raises(ValueError, match=message):
         create_backbone(CreateOptions(text_files=(text_file,), output_dir=tmp_path, **settings))
+
+
+# --- speech -------------------------------------------------------------------------------------
+
+
+def test_a_speech_model_with_fewer_layers_in_the_decoder(text_file, tmp_path):
+    """Its rows do not depend on padding, its frames have positions, and it speaks to no one yet."""
+    folder = tmp_path / "speech"
+    flags = ["--vocab-size", "420", "--d-model", "32", "--d-ff", "48", "--num-heads", "4"]
+    flags += ["--num-layers", "2", "--num-decoder-layers", "1", "--conv-channels", "20"]
+    places = ["--text-files", str(text_file), "--output-dir", str(folder), "--languages", "de"]
+    assert main(["create-backbone", *places, "--model-type", "speech_to_text", *flags]) == 0
+    backbone = cj.load_backbone(folder)
+    config = backbone.module.config
+    assert isinstance(config, cj.SpeechToTextConfig)
+    assert config.mask_between_convolutions
+    assert (config.encoder_layers, config.decoder_layers, config.feature_size) == (2, 1, 80)
+    assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, 1, 1)
+    kernel = np.asarray(backbone.params["encoder_conv"]["conv_layers"]["0"]["kernel"])
+    assert kernel.shape == (5, 80, 20)
+    bound = np.sqrt(6 / (5 * (80 + 20)))
+    assert 0.99 * bound < np.abs(kernel).max() <= bound
+    embedding = np.asarray(backbone.params["decoder_embed_tokens"]["embedding"])
+    assert abs(embedding[1:].std() * np.sqrt(32) - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv_channels": 7}, "conv_channels=7 is odd, and a gated linear unit halves it"),
+        ({"conv_channels": 0}, "conv_channels=0 must be at least 1"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers=0 must be at least 1"),
+        ({"decoder_layer": "compressed"}, "decoder_layer=compressed is for model_type=m2m_100; a"),
+        ({"decoder_value_dim": 8}, "decoder_value_dim=8 is for decoder_layer=compressed; leave it"),
+        ({"d_kv": 8}, "d_kv=8 is for model_type=t5; leave it out"),
+        (
+            {"model_type": "m2m_100", "conv_channels": 8},
+            "conv_channels=8 is for model_type=speech_to_text; leave it out",
+        ),
+    ],
+)
+def test_a_speech_model_that_cannot_be(changes, message, text_file, tmp_path):
+    """Fields of other types and numbers out of range are refused."""
+    settings = {"model_type": "speech_to_text", "languages": ("de",), **M2M, **changes}
+    with pytest.raises(ValueError, match=message):
+        create_backbone(CreateOptions(text_files=(text_file,), output_dir=tmp_path, **settings))
