@@ -137,6 +137,7 @@ def test_a_folder_of_recordings(run, cache, tmp_path, capsys):
     assert "is a folder without .wav or .flac files" in refusal(capsys, "predict", *map(str, flags))
 
 
+@pytest.mark.slow
 def test_a_recogniser_of_what_is_said(backbone, files, cache, tmp_path, capsys):
     """With --transcribe the column source is learned, each recording once, and masks can be off."""
     output = tmp_path / "run"
