@@ -83,7 +83,7 @@ class SpeechToText(Transformer):
             log-mel energies.
           attention_mask: `[batch, frames]` integers or booleans, ones and then zeros at padding,
             which has to be on the right; None for no padding. Only the number of ones in a row
-            counts.
+            counts; a row of padding alone attends to all of its states evenly.
           decoder_input_ids: `[batch, target length]` integers, the targets shifted right behind
             `decoder_start_token_id`.
           decoder_attention_mask: mask of the targets, as in `Seq2Seq`.
