@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from compacter_jax.compositions.average import Average, AverageMaps
@@ -336,9 +336,6 @@ METHODS: dict[str, type[MethodConfig]] = {
     method.kind: type(method) for row in _ROWS for method in (row.method, *row.method.inserted())
 } | {TrainedSitesConfig.kind: TrainedSitesConfig}
 
-# The linear layers of a sub-layer that a name stands for in `with_trained_sites`.
-_SUB_LAYERS = {"cross_attention": TrainedSitesConfig().sites}
-
 
 def table_of_presets() -> list[str]:
     """Returns the lines of the table of presets, in Markdown."""
@@ -394,35 +391,6 @@ def preset(name: str, **overrides: Any) -> MethodConfig:
 
 # There is no docstring under `python -OO`.
 preset.__doc__ = (preset.__doc__ or "").replace("    TABLE", _wrapped_table())
-
-
-def with_trained_sites(method: MethodConfig, sites: Sequence[str]) -> MethodConfig:
-    """Returns a method with weights of the backbone that are trained whole beside its adapters.
-
-    Args:
-      method: a method that leaves the backbone's weights as they are, no composition.
-      sites: names of linear layers in the backbone's table of sites; `cross_attention` stands for
-        all four of cross-attention.
-
-    Raises:
-      ValueError: if the method trains or moves the whole backbone or is a composition, or a site is
-        named twice.
-    """
-    moves_all = method.trains_backbone or method.moves_backbone
-    if moves_all or isinstance(method, Composition):
-        why = "moves all weights" if moves_all else "is a composition"
-        raise ValueError(
-            f"trained_sites={list(sites)} are trained beside adapters or alone, but method "
-            f"{method.kind!r} {why}; choose one with adapters, or head-only"
-        )
-    named = [name for site in sites for name in _SUB_LAYERS.get(site, (site,))]
-    parts = (*method.inserted(), TrainedSitesConfig(sites=tuple(named)))
-    return CombinedConfig(
-        parts=parts,
-        train_layer_norms=method.train_layer_norms,
-        train_head=method.train_head,
-        train_pooler=method.train_pooler,
-    )
 
 
 def to_dict(method: MethodConfig) -> dict[str, Any]:

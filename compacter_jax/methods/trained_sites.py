@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,7 +12,8 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array
 
 from compacter_jax.hosts import Linear, first_array, linear
-from compacter_jax.methods.base import InsertedConfig, SiteCall
+from compacter_jax.methods.base import InsertedConfig, MethodConfig, SiteCall
+from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.nn.dense import Dtype
 from compacter_jax.sites import Role
 
@@ -97,3 +98,36 @@ class TrainedSitesConfig(InsertedConfig):
             )
             for name, change in changes.items()
         }
+
+
+# The linear layers of a sub-layer that a name stands for.
+_SUB_LAYERS = {"cross_attention": TrainedSitesConfig().sites}
+
+
+def with_trained_sites(method: MethodConfig, sites: Sequence[str]) -> MethodConfig:
+    """Returns a method with weights of the backbone that are trained whole beside its adapters.
+
+    Args:
+      method: a method that leaves the backbone's weights as they are, no composition.
+      sites: names of linear layers in the backbone's table of sites; `cross_attention` stands for
+        all four of cross-attention.
+
+    Raises:
+      ValueError: if the method trains or moves the whole backbone or is a composition, or a site is
+        named twice.
+    """
+    moves_all = method.trains_backbone or method.moves_backbone
+    if moves_all or hasattr(method, "members"):
+        why = "moves all weights" if moves_all else "is a composition"
+        raise ValueError(
+            f"trained_sites={list(sites)} are trained beside adapters or alone, but method "
+            f"{method.kind!r} {why}; choose one with adapters, or head-only"
+        )
+    named = [name for site in sites for name in _SUB_LAYERS.get(site, (site,))]
+    parts = (*method.inserted(), TrainedSitesConfig(sites=tuple(named)))
+    return CombinedConfig(
+        parts=parts,
+        train_layer_norms=method.train_layer_norms,
+        train_head=method.train_head,
+        train_pooler=method.train_pooler,
+    )

@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax.catalogue import with_trained_sites
+from compacter_jax.methods.trained_sites import with_trained_sites
 from tests.seq2seq_models import inputs_of, small_backbone, tiny
 
 METHOD = cj.TrainedSitesConfig()

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from compacter_jax.catalogue import with_trained_sites
 from compacter_jax.methods.base import MethodConfig
+from compacter_jax.methods.trained_sites import with_trained_sites
 from train.cli.compositions import ChoosesMethod
 from train.cli.method_flags import MethodFlags, MethodName, MethodOptions, is_composition
 from train.cli.options import HostOptions, TrainingOptions, check

@@ -34,7 +34,7 @@ def test_integers_of_every_width(width, tmp_path):
 
 
 def test_the_first_of_several_channels_is_taken(tmp_path):
-    """Of a file of two channels the samples are those of the first, and their number is kept."""
+    """The samples of a file of two channels are those of the first, and their number is kept."""
     path = write_integers(tmp_path / "a.wav", [100, -5, 200, -6, 300, -7], 2, channels=2)
     found = audio.read_audio(path)
     np.testing.assert_array_equal(found.samples * 2**15, [100, 200, 300])

@@ -55,7 +55,7 @@ def test_features_of_a_batch_equal_the_padded_ones_of_the_extractor(tmp_path):
 
 
 def test_the_cache_is_keyed_by_content(tmp_path, monkeypatch):
-    """What was computed once is read again, for the same samples at the same rate alone."""
+    """Features are computed once for the same samples at the same rate, and then read."""
     extractor = Extractor(tmp_path, 80, tmp_path / "cache")
     spoken = recording()
     wanted = extractor.features(spoken, "a.wav")

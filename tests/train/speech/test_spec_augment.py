@@ -70,7 +70,7 @@ def test_without_masks_features_stay():
 
 
 def test_bands_are_scaled_to_the_width():
-    """Of 24 features a mask covers 27 / 80 at the most, 8."""
+    """A mask covers at most 27 of 80 features, and 8 of 24."""
     for seed in range(20):
         hidden = masked(SpecAugment(frequency_masks=1), [100], width=24, seed=seed)
         assert hidden[0].all(0).sum() <= 8
