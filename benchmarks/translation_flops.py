@@ -123,18 +123,38 @@ def _operations(
       flags: the method and its flags.
       members: the number of members of a bank; 0 without one.
     """
+    shape = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    batch: dict[str, Any] = dict.fromkeys((*INPUTS, "labels"), shape)
+    return operations_of(created, batch, INPUTS, flags, members)
+
+
+def operations_of(
+    created: Path,
+    batch: dict[str, Any],
+    inputs: tuple[str, ...],
+    flags: Sequence[str],
+    members: int,
+) -> tuple[int, int]:
+    """Returns the operations of one step and of one forward pass of a batch.
+
+    Args:
+      created: the folder of the backbone.
+      batch: the shapes of the inputs and the labels, `[rows, …]`.
+      inputs: the names of the inputs, in the order of the model's arguments.
+      flags: the method and its flags.
+      members: the number of members of a bank; 0 without one.
+    """
     module = module_from_config(read_config(created), head="conditional_generation")
     required = ["--backbone", str(created), "--output-dir", "unused"]
     method = _parsed("fit", ["--method", *flags, *required]).method_config()
     model = cj.Adapted(module, Bank(method, size=members) if members else method)
     params = jax.eval_shape(model.init, jax.random.key(0), *module.dummy_inputs())["params"]
-    shape = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    batch: dict[str, Any] = dict.fromkeys((*INPUTS, "labels"), shape)
-    batch["weights"] = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    rows = batch["labels"].shape[:1]
+    batch = {**batch, "weights": jax.ShapeDtypeStruct(rows, jnp.float32)}
     if members:
-        batch["adapter_ids"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        batch["adapter_ids"] = jax.ShapeDtypeStruct(rows, jnp.int32)
     halves = cj.partition(params, cj.label_params(params, model.method))
-    apply, loss = step.apply_function(model, INPUTS), step.loss_function("tokens")
+    apply, loss = step.apply_function(model, inputs), step.loss_function("tokens")
     both = flops.of_step(gradient_program(apply, loss, *halves, batch))
     forward = traced(lambda params, batch: apply(params, batch, None), params, batch)
     return both, flops.of_step(forward)

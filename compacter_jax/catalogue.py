@@ -25,6 +25,7 @@ from compacter_jax.methods.invertible import InvertibleConfig
 from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
+from compacter_jax.methods.trained_sites import TrainedSitesConfig
 
 COMPOSITIONS: dict[str, type[Composition]] = {
     cls.kind: cls for cls in (Bank, Stack, Parallel, Average, AverageMaps)
@@ -330,10 +331,10 @@ _ROWS = (
 PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 
 
-# Every kind of method has a preset, or is a part of one.
+# Every kind of method has a preset, or is a part of one, or of `with_trained_sites`.
 METHODS: dict[str, type[MethodConfig]] = {
     method.kind: type(method) for row in _ROWS for method in (row.method, *row.method.inserted())
-}
+} | {TrainedSitesConfig.kind: TrainedSitesConfig}
 
 
 def table_of_presets() -> list[str]:

@@ -40,6 +40,7 @@ from compacter_jax.methods.lora import LoRAConfig
 from compacter_jax.methods.phm_linear import PHMLinear
 from compacter_jax.methods.prefix_tuning import PrefixTuningConfig
 from compacter_jax.methods.prompt_tuning import PromptTuningConfig
+from compacter_jax.methods.trained_sites import TrainedSitesConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.models.distilbert.config import DistilBertConfig
@@ -102,6 +103,7 @@ __all__ = [
     "SpeechToTextConfig",
     "Stack",
     "T5Config",
+    "TrainedSitesConfig",
     "cast_frozen",
     "cosine_similarity_loss",
     "count",

@@ -26,7 +26,7 @@ Fingerprints: TypeAlias = dict[str, dict[str, dict[str, Any]]]
 _SPLIT_FLAGS = {split: f"--{split}-file" for split in tasks.SPLITS}
 # Files in a backbone's folder that are read beside its weights.
 _OF_BACKBONE = re.compile(
-    r"config\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json"
+    r"config\.json|preprocessor_config\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json"
     r"|.*\.model"
 )
 
@@ -44,7 +44,7 @@ def files_read(options: TrainingOptions) -> Inputs:
     for name in options.task.split(","):
         found |= _data_files(name.strip(), options)
     if folder := _backbone_folder(options.backbone):
-        found["--backbone"] = _files_of_backbone(folder)
+        found["--backbone"] = files_of_backbone(folder)
     if options.composition is not None:
         for name, leaf in options.composition.leaves().items():
             if leaf.folder is not None:
@@ -115,7 +115,8 @@ def _backbone_folder(name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _files_of_backbone(folder: Path) -> dict[str, Path]:
+def files_of_backbone(folder: Path) -> dict[str, Path]:
+    """Returns name -> file, for the weights in the folder of a backbone and what is read beside."""
     single = folder / "model.safetensors"
     weights = [single] if single.is_file() else sorted(folder.glob("*.safetensors*"))
     others = [path for path in sorted(folder.iterdir()) if _OF_BACKBONE.fullmatch(path.name)]

@@ -631,3 +631,5 @@ CHANGED["invertible"] = {
     "non_linearity": "gelu",
     "w_init_range": 0.125,
 }
+# A part that `fit --trained-sites` adds to a method.
+CHANGED["trained_sites"] = {"sites": ("query",), "leave_out": (1,)}

@@ -17,7 +17,7 @@ from tests.methods.rows import BOTH_SITES, CHANGED, ROWS
 
 def test_presets_are_those_of_the_table():
     assert presets() == tuple(ROWS)
-    assert {row.cls.kind for row in ROWS.values()} | {"invertible"} == set(METHODS)
+    assert {row.cls.kind for row in ROWS.values()} | {"invertible", "trained_sites"} == set(METHODS)
     assert {kind: cls.kind for kind, cls in METHODS.items()} == {kind: kind for kind in METHODS}
 
 

@@ -33,10 +33,11 @@ ARROWS = {
     ),
     "train": (
         {"__init__", "errors", "figures", "folders", "report", "cli", "data"},
-        {"compute", "tasks"},
+        {"compute", "speech", "tasks"},
         {"fingerprints", "objectives"},
         {"inference"},
-        {"exchange", "fit"},
+        {"exchange"},
+        {"fit"},
         {"compare", "estimate"},
         {"__main__"},
     ),

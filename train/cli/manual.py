@@ -60,6 +60,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--directions en-de,de-en --adapters per_direction --output-dir runs/ciat",
         ),
         (
+            "Speech into several languages, an adapter for each:",
+            "--backbone DIR --method st --train-file train.jsonl --validation-file valid.jsonl "
+            "--adapters per_target --output-dir runs/st",
+        ),
+        (
             "An adapter of a language, from plain text, on an encoder with a head for words:",
             "--backbone DIR --task masked_lm --method mad-x --train-file danish.txt "
             "--output-dir runs/danish",
@@ -118,6 +123,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "Tags on a mixture of language adapters, with the weights of each sentence:",
             "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags)' --mix entropy "
             "--input fo.conll --output tagged.jsonl --write-weights weights.csv",
+        ),
+        (
+            "Write every recording of a folder in two languages:",
+            "--adapter runs/st --input clips --target-languages de,fr --output written.jsonl",
         ),
         (
             "Use two adapters at once, with their outputs averaged in every layer:",

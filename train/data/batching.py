@@ -82,7 +82,8 @@ def batches(
 
     Yields:
       `input_ids`, `attention_mask` and, where there are any, `token_type_ids`: `[batch_size,
-      length]` int32, where `length` is a bucket. `labels`: `[batch_size]` int32 or float32, or
+      length]` int32, where `length` is a bucket; of speech, `input_features` in place of the first,
+      `[batch_size, length, width]` float32. `labels`: `[batch_size]` int32 or float32, or
       `[batch_size, 2]` int32, 0 where unknown. `weights`: `[batch_size]` float32, 1, or 0 in a
       filling row. `indices`: `[batch_size]` int32, the position in `encoded`, or -1 in a filling
       row. A filling row attends to one token, so that its softmax is finite. With target texts,
@@ -177,7 +178,8 @@ def _padded_lengths(encoded: Encoded) -> np.ndarray:
     """Returns `[examples, 2]`: the buckets of each input and target, 0 without a target."""
     padded = np.zeros((len(encoded), 2), np.int64)
     texts = encoded.target_texts
-    columns = [(encoded.offsets, encoded.max_length, 16)]
+    # Frames are many for one text; coarser buckets keep the number of compiled shapes small.
+    columns = [(encoded.offsets, encoded.max_length, 16 if encoded.frames is None else 64)]
     if texts is not None:
         columns.append((texts.offsets, texts.max_length, 4))
     for column, (offsets, max_length, multiple) in enumerate(columns):
@@ -234,7 +236,8 @@ def _batch(
 def _inputs(encoded: Encoded, positions: np.ndarray, shape: tuple[int, int]) -> Batch:
     """Returns the arrays that the backbone reads, filled to `shape`, `[rows, length]`.
 
-    If examples have several texts, the arrays are `[rows, texts, length]`.
+    If examples have several texts, the arrays are `[rows, texts, length]`; features are
+    `[rows, length, width]`.
     """
     number = encoded.texts_of_example or 1
     rows, (batch_size, length) = positions, shape
@@ -243,9 +246,13 @@ def _inputs(encoded: Encoded, positions: np.ndarray, shape: tuple[int, int]) -> 
     filled = (batch_size * number, length)
     real_lengths = np.ones(batch_size * number, np.int64)
     real_lengths[: len(rows)] = np.diff(encoded.offsets)[rows]
+    mask = (np.arange(length) < real_lengths[:, None]).astype(np.int32)
+    if encoded.frames is not None:
+        features = encoded.frames.padded(positions, shape)
+        return {"input_features": features, "attention_mask": mask}
     inputs = {
         "input_ids": _pad(encoded.input_ids, encoded.offsets, rows, filled, encoded.pad_token_id),
-        "attention_mask": (np.arange(length) < real_lengths[:, None]).astype(np.int32),
+        "attention_mask": mask,
     }
     if encoded.token_type_ids is not None:
         inputs["token_type_ids"] = _pad(encoded.token_type_ids, encoded.offsets, rows, filled, 0)

@@ -23,8 +23,8 @@ class LanguageTokens:
       ids: language -> token.
       are_forced: False for the target's token before the source (`<de>`, of `create-backbone`);
         True for the source's token before the source and the target's as the first of the target,
-        which a decoder is forced to write (`__de__` of M2M-100, `deu_Latn` of NLLB-200, `de_DE` of
-        mBART-50).
+        which a decoder is forced to write (`__de__` of M2M-100, `<lang:de>` of fairseq S2T,
+        `deu_Latn` of NLLB-200, `de_DE` of mBART-50).
 
     References:
       Johnson et al., Google's Multilingual Neural Machine Translation System, TACL 2017,
@@ -55,7 +55,7 @@ def language_tokens(languages: Iterable[str], tokenizer: PreTrainedTokenizerBase
     """
     languages = list(languages)
     known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    forms = {"<{}>": False, "__{}__": True, "{}": True}
+    forms = {"<{}>": False, "__{}__": True, "<lang:{}>": True, "{}": True}
     for form, are_forced in forms.items():
         names = {language: form.format(language) for language in languages}
         if names and set(names.values()) <= known:

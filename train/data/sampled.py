@@ -89,7 +89,11 @@ def quotas(sizes: np.ndarray, temperature: float) -> np.ndarray:
 def taken(encoded: Encoded, positions: np.ndarray) -> Encoded:
     """Returns the examples of an encoder-decoder at `positions`, in this order."""
     targets, texts, routes = encoded.targets, encoded.target_texts, encoded.routes
-    flat, offsets = _gathered(encoded.input_ids, encoded.offsets, positions)
+    frames = None if encoded.frames is None else encoded.frames.taken(positions)
+    if frames is None:
+        flat, offsets = _gathered(encoded.input_ids, encoded.offsets, positions)
+    else:
+        flat, offsets = encoded.input_ids, frames.offsets
     if texts is not None:
         ids, ends = _gathered(texts.ids, texts.offsets, positions)
         texts = Texts(ids, ends, texts.max_length)
@@ -100,6 +104,7 @@ def taken(encoded: Encoded, positions: np.ndarray) -> Encoded:
         targets=None if targets is None else targets[positions],
         target_texts=texts,
         routes=None if routes is None else routes.taken(positions),
+        frames=frames,
     )
 
 

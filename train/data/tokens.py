@@ -13,11 +13,14 @@ import numpy as np
 from compacter_jax.files import is_there, read_json
 from compacter_jax.messages import quote, reason_of, shorten
 from train.data.routes import Routes
+from train.data.unknown import NONE_UNKNOWN, Unknown, count_unknown
 from train.data.words import WordCounts, Words
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from train.speech.features import Frames
 
 
 _TOKENIZED_AT_ONCE = 1024
@@ -25,66 +28,6 @@ _TOKENIZED_AT_ONCE = 1024
 
 # Label at positions of a batch without a target token.
 IGNORED = -100
-
-
-# The fraction of unknown tokens from which on the user is told.
-_TOLD_OF_UNKNOWN = 0.01
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """Counts of tokens that stand for text that the tokenizer has no token for.
-
-    Attributes:
-      tokens: the number of unknown tokens.
-      all_tokens: the number of all tokens, special tokens left out.
-      texts: the number of texts with unknown tokens.
-    """
-
-    tokens: int = 0
-    all_tokens: int = 0
-    texts: int = 0
-
-    def __add__(self, other: Unknown) -> Unknown:
-        return Unknown(
-            self.tokens + other.tokens,
-            self.all_tokens + other.all_tokens,
-            self.texts + other.texts,
-        )
-
-    def user_messages(self, what: str) -> list[str]:
-        """Returns a line about the unknown tokens of the texts `what`, if they are at least 1 %."""
-        if not self.tokens or self.tokens < _TOLD_OF_UNKNOWN * self.all_tokens:
-            return []
-        part = 100 * self.tokens / self.all_tokens
-        return [
-            f"{self.tokens:,} of {self.all_tokens:,} tokens of the {what} ({part:.1f} %), in "
-            f"{self.texts:,} of them, are unknown to the tokenizer"
-        ]
-
-
-def count_unknown(
-    ids: np.ndarray, offsets: np.ndarray, tokenizer: PreTrainedTokenizerBase
-) -> Unknown:
-    """Counts the tokens that stand for text that the tokenizer has no token for.
-
-    Args:
-      ids: `[tokens]` of the texts, one after the other.
-      offsets: `[texts + 1]`; text `i` is `offsets[i]:offsets[i + 1]`.
-      tokenizer: the tokenizer whose `unk_token_id` is counted; nothing is counted if this id is
-        also that of another special token.
-    """
-    unknown = tokenizer.unk_token_id
-    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id}
-    if unknown is None or unknown in ends:
-        return Unknown()
-    special = np.array([i for i in tokenizer.all_special_ids if i != unknown], ids.dtype)
-    places = np.flatnonzero(ids == unknown)
-    return Unknown(
-        len(places),
-        int(np.count_nonzero(~np.isin(ids, special))),
-        len(np.unique(np.searchsorted(offsets, places, side="right"))),
-    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +46,7 @@ class Texts:
     offsets: np.ndarray
     max_length: int
     num_truncated: int = 0
-    unknown: Unknown = Unknown()
+    unknown: Unknown = NONE_UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -111,10 +54,11 @@ class Encoded:
     """Tokenised examples, one after the other.
 
     Attributes:
-      input_ids: `[tokens]` int32, without padding.
+      input_ids: `[tokens]` int32, without padding; none if the inputs are `frames`.
       token_type_ids: `[tokens]` int32, 1 in the second sentence of a pair; None for backbones
         without token types.
-      offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`.
+      offsets: `[examples + 1]` int64; example `i` is `offsets[i]:offsets[i + 1]`; of frames, the
+        differences are the lengths.
       targets: `[examples]` int32 labels, float32 scores or texts; `[examples, 2]` int32 first and
         last tokens; `[examples, texts]` int32 numbers of equal texts, from 1 on; or None.
       max_length: the length to which the examples were truncated.
@@ -132,6 +76,7 @@ class Encoded:
       texts_of_example: the number of texts of every example, each with an offset of its own, for
         tasks of embeddings; None if an example is one input of the backbone.
       routes: the members of a bank and the languages of the examples, for translation.
+      frames: the features of the examples, for speech.
     """
 
     input_ids: np.ndarray
@@ -146,10 +91,11 @@ class Encoded:
     rows: Any = None
     groups: np.ndarray | None = None
     spans: np.ndarray | None = None
-    unknown: Unknown = Unknown()
+    unknown: Unknown = NONE_UNKNOWN
     words: Words | None = None
     texts_of_example: int | None = None
     routes: Routes | None = None
+    frames: Frames | None = None
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // (self.texts_of_example or 1)
@@ -166,6 +112,8 @@ class Encoded:
     def user_messages(self, split: str) -> list[str]:
         """Returns lines about truncated examples and unknown tokens; empty if there are none."""
         lines = self.unknown.user_messages(f"{split} inputs")
+        if self.frames is not None:
+            lines += [f"{split}: {note}" for note in self.frames.notes]
         if self.target_texts is not None:
             lines += self.target_texts.unknown.user_messages(f"{split} targets")
         if self.num_truncated:

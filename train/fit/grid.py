@@ -24,6 +24,7 @@ from train.compute import step as compute_step
 from train.compute.compute import compiler_options
 from train.data import batching, tokens
 from train.errors import FailedRunsError, NonFiniteLossError, StoppedRunError
+from train.exchange import join
 from train.fit import learners, run, stopping, timing
 from train.fit import trainer as fit_trainer
 from train.fit.grid_folder import check_grid_folder, open_grid
@@ -31,7 +32,7 @@ from train.fit.job import Job, prepare
 from train.fit.options import FitOptions
 from train.fit.run_folder import RunFolder
 from train.folders import alone
-from train.tasks import parallel
+from train.tasks import multilingual
 
 _AXIS = "runs"
 # Padding value where a batch is narrower than those of other runs; 0 where none is given.
@@ -106,7 +107,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     """
     started = time.perf_counter()
     with stopping.handled() as stop, ExitStack() as held:
-        runs = runs_of(parallel.resolved(options))
+        runs = runs_of(multilingual.resolved(join.prepared(options)))
         check_grid_folder(options.output_dir, runs)
         for each in runs.values():
             each.check()

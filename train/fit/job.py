@@ -35,7 +35,7 @@ from train.objectives import (
     prompt_init,
     shapes,
 )
-from train.tasks import parallel
+from train.tasks import multilingual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _task_run(
     The arrays of `first`, and of the backbone `known`, are shared where they are given.
     """
     if options.directions is not None:
-        task = parallel.load_task(options)
+        task = multilingual.load_task(options)
     else:
         task = tasks.load_task(
             name,

@@ -11,8 +11,8 @@ from compacter_jax.catalogue import to_dict
 from compacter_jax.compositions.bank import Bank
 from compacter_jax.methods.base import MethodConfig
 from train.inference.folders import members_of as members_in
-from train.objectives.translation import Translation
-from train.tasks import Task, parallel
+from train.objectives.to_languages import ToLanguages
+from train.tasks import Task, multilingual, parallel
 
 if TYPE_CHECKING:
     from train.fit.job import Job, TaskRun
@@ -28,7 +28,7 @@ def banked(method: MethodConfig, task: Task, options: FitOptions) -> MethodConfi
     names = parallel.members_of(task.directions, options.adapters)
     if names is None:
         return method
-    there = set(parallel.names_of(task.splits["train"]))
+    there = set(multilingual.names_of(task.splits["train"]))
     if lacking := [each.name for each in task.directions if each.name not in there]:
         raise ValueError(
             f"no training row of {lacking[0]} is left; give a larger --train-size, or leave it out "
@@ -91,7 +91,7 @@ def save(job: Job, task_run: TaskRun, params: Any) -> None:
         if names is not None:
             model, own = cj.get_member(model, params, i)
             served = tuple(direction.name for direction in names[name])
-            assert isinstance(objective, Translation)
+            assert isinstance(objective, ToLanguages)
             objective = dataclasses.replace(objective, directions=served, members=None)
         metadata = {
             "backbone": task_run.backbone.name,

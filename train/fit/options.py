@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from compacter_jax.methods.base import MethodConfig
+from compacter_jax.methods.trained_sites import with_trained_sites
 from train.cli.compositions import ChoosesMethod
 from train.cli.method_flags import MethodFlags, MethodName, MethodOptions, is_composition
 from train.cli.options import HostOptions, TrainingOptions, check
+from train.cli.speech import SpeechOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
+class FitOptions(ChoosesMethod, HostOptions, SpeechOptions, TrainingOptions):
     """Fine-tune a backbone on a task and save the adapter of the best epoch.
 
     Several tasks joined by commas are trained together: every batch is of one task. Each task then
@@ -37,10 +40,13 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
         those of train, validation and test, in this order. Without the second, a part of the first
         is held out. Files with the columns source, target, source_language and target_language are
         given by train_file and the like.
-      directions: directions of a translation joined by commas, as in en-de,de-en; or all that the
-        training file has.
+      directions: directions of a translation joined by commas, as in en-de,de-en, or languages that
+        speech is written in, as in de,es; or all that the training file has.
       temperature: how often directions of different size are drawn: 1 is proportional to the number
         of sentences, 5 is more uniform; the exponent is its inverse.
+      trained_sites: linear layers of the backbone that are trained whole beside the adapters, and
+        saved with them, by the names of sites: query and value for example, or cross_attention for
+        its four layers.
       add_to: folder of a translation with an adapter for each direction, or for each target
         language. The new adapters are written beside them, and the others stay untouched.
       max_steps: stop after this many updates, even within an epoch.
@@ -78,6 +84,7 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
     parallel_files: tuple[Path, ...] | None = None
     directions: str | None = None
     temperature: float = 1.0
+    trained_sites: tuple[str, ...] = ()
     add_to: Path | None = None
     max_steps: int | None = None
     checkpoint_steps: int = 500
@@ -95,6 +102,7 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
         """Raises ValueError for a number out of range, or for flags that exclude each other."""
         super().check()
         self.check_hosts()
+        self.check_audio()
         wanted = {
             "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
             "seed": (0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),
@@ -115,6 +123,11 @@ class FitOptions(ChoosesMethod, HostOptions, TrainingOptions):
         self.check_members()
         if is_composition(self.method) and "," in self.task and self.adapters == "shared":
             raise ValueError("tasks cannot share a composition; give --adapters per_task")
+
+    def method_config(self) -> MethodConfig:
+        """Returns the method, with the weights that are trained beside it."""
+        method = super().method_config()
+        return with_trained_sites(method, self.trained_sites) if self.trained_sites else method
 
     @property
     def has_members(self) -> bool:

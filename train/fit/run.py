@@ -16,6 +16,7 @@ import compacter_jax as cj
 from train import report as train_report
 from train.compute import distributed, mesh
 from train.data.writing import write_rows
+from train.exchange import join
 from train.fit import members, stopping, timing
 from train.fit import report as fit_report
 from train.fit.job import Job, TaskRun, prepare, say_all
@@ -26,7 +27,7 @@ from train.fit.run_record import PREDICTIONS_NAME
 from train.fit.trainer import Trainer
 from train.folders import new_folder
 from train.objectives import masked_words
-from train.tasks import ON_TEXT, parallel
+from train.tasks import ON_TEXT, multilingual
 
 
 def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
@@ -46,7 +47,7 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     with stopping.handled() as stop, contextlib.ExitStack() as held:
         options.check()
-        options = parallel.resolved(options)
+        options = multilingual.resolved(join.prepared(options))
         distributed.start(options)
         if options.mesh is not None:
             mesh.make_mesh(options.mesh)  # raises before anything is written if it does not fit
@@ -205,11 +206,11 @@ def write_backbone(task_run: TaskRun, folder: Path) -> None:
     check_only_ours(target)
     with new_folder(target, replace=True) as temporary:
         cj.save_backbone(temporary, task_run.backbone.module, params, task_run.backbone.config)
-        task_run.objective.tokenizer.save_pretrained(temporary)
+        task_run.objective.save_processors(temporary)
 
 
 def _makes_backbone(job: Job, task_run: TaskRun) -> bool:
     """Returns True if the run pre-trains a backbone, or its head of words, for other runs."""
-    pre_trains = task_run.task.kind in (*ON_TEXT, parallel.KIND)
+    pre_trains = task_run.task.kind in (*ON_TEXT, *multilingual.KINDS)
     whole = pre_trains and job.method.trains_backbone
     return whole or masked_words.trains_head(task_run.task, job.method)

@@ -40,7 +40,7 @@ IN_FOLDERS = {
         r"|\.adapter_saving\.json"
     ),
     "backbone": re.compile(
-        r"(config|generation_config|special_tokens_map|added_tokens)\.json|model.*\.safetensors"
+        r"(config|generation_config|special_tokens_map|added_tokens|preprocessor_config)\.json|model.*\.safetensors"
         r"|model\.safetensors\.index\.json|tokenizer.*|vocab.*|merges\.txt|.*\.model|.*\.jinja"
     ),
     "tensorboard": re.compile(r"events\.out\.tfevents\..*"),
@@ -171,7 +171,9 @@ def _member_names(settings: Mapping[str, Any]) -> list[str]:
     names = str(settings.get("directions") or "").split(",")
     if settings["adapters"] == "per_target":
         # A hyphen may be in the name of a language; the names that no run writes do no harm.
-        names = [name[i + 1 :] for name in names for i, c in enumerate(name) if c == "-"]
+        # Of speech, a direction is a language.
+        ends = [name[i + 1 :] for name in names for i, c in enumerate(name) if c == "-"]
+        names = [*names, *ends]
     plain = (name for name in dict.fromkeys(names) if re.fullmatch(r"\w[\w.-]*", name))
     return list(plain)
 

@@ -27,7 +27,8 @@ from train.inference.folders import members_of
 from train.inference.options import AdapterOptions
 from train.inference.saved import head_of, settings_of
 from train.objectives import Objective, from_settings, shapes
-from train.tasks.parallel import KIND
+from train.objectives.translators import with_audio
+from train.tasks.multilingual import KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
         model, params = model.precomputed(params)
     tokenizer = load_tokenizer(name, backbone, settings["max_length"])
     objective = from_settings(settings, model, tokenizer, num_beams=options.num_beams, **changes)
+    objective = with_audio(objective, name, options)
     given, mixer = {}, None
     if options.mix == ENTROPY:
         mixing.check_objective(objective, settings["kind"], options)
@@ -116,7 +118,7 @@ def translation_members(folder: Path) -> dict[str, Path]:
 def _translates(folder: Path) -> bool:
     """Returns True for an adapter that translates; False also for one that cannot be read."""
     try:
-        return cj.read_adapter_config(folder).get("kind") == KIND
+        return cj.read_adapter_config(folder).get("kind") in KINDS
     except (ValueError, OSError):
         return False
 
@@ -132,9 +134,10 @@ def _of_members(
     settings = {name: settings_of(folder) for name, folder in members.items()}
     check_shared(settings)
     first = next(iter(settings.values()))
+    kind = first["kind"]
     serving: dict[str, int] = {}
     for place, (name, each) in enumerate(settings.items()):
-        for direction in each[KIND]["directions"]:
+        for direction in each[kind]["directions"]:
             if direction in serving:
                 other = list(settings)[serving[direction]]
                 raise ValueError(
@@ -142,14 +145,15 @@ def _of_members(
                     "of them away"
                 )
             serving[direction] = place
-    joined = {**first[KIND], "directions": list(serving), "members": list(serving.values())}
+    joined = {**first[kind], "directions": list(serving), "members": list(serving.values())}
     name = options.backbone or first["backbone"]
     backbone = load_backbone(options, first)
     model, params = cj.stack_adapters(list(members.values()), backbone)
     params = stored(params, model.method, options, first)
     tokenizer = load_tokenizer(name, backbone, first["max_length"])
-    whole = {**first, KIND: joined}
+    whole = {**first, kind: joined}
     objective = from_settings(whole, model, tokenizer, num_beams=options.num_beams, **changes)
+    objective = with_audio(objective, name, options)
     jitted = jax.jit(objective.outputs)
     return LoadedAdapter(whole, objective, lambda batch: jax.device_get(jitted(params, batch)))
 

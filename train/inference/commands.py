@@ -17,11 +17,18 @@ from train.data import rows as data_rows
 from train.data import tokens
 from train.data.words import WordCounts
 from train.inference import compositions as inference_compositions
-from train.inference import embedding_arrays, mix_files, prediction_files, several_files
+from train.inference import (
+    embedding_arrays,
+    mix_files,
+    prediction_files,
+    recordings,
+    several_files,
+)
 from train.inference.adapter import LoadedAdapter, labels_of, load, translation_members
 from train.inference.options import EvaluateOptions, PredictOptions, files_of
+from train.objectives import Objective
 from train.report import as_json, number
-from train.tasks import parallel
+from train.tasks import multilingual
 from train.tasks.benchmarks import find as find_benchmark
 from train.tasks.labels import told
 
@@ -136,8 +143,8 @@ def _result(
 def _task(adapter: LoadedAdapter, options: EvaluateOptions) -> tasks.Task:
     """Reads the split that an adapter is evaluated on."""
     kind = adapter.settings["kind"]
-    if kind == parallel.KIND:
-        return parallel.load_split(options, adapter.settings[kind]["directions"])
+    if kind in multilingual.KINDS:
+        return multilingual.load_split(options, kind, adapter.settings[kind]["directions"])
     if options.parallel_files is not None or options.directions is not None:
         raise ValueError(
             f"--parallel-files and --directions are for adapters that translate, but the one in "
@@ -200,19 +207,36 @@ def predict(options: PredictOptions) -> int:
 
     For an output .npy it writes the embeddings alone.
     """
-    as_array = options.output.suffix.lower() == embedding_arrays.SUFFIX
     suffixes = (*data_rows.SUFFIXES, embedding_arrays.SUFFIX)
-    data_rows.check_files(options.input, options.output, suffixes)
+    if options.input.is_dir():
+        recordings.check(options)
+    else:
+        data_rows.check_files(options.input, options.output, suffixes)
     mix_files.check_file(options, options.output)
     adapter = load(options, evaluate_by="scoring")
-    objective = adapter.objective
-    objective.check_predicts(logits=options.logits)
+    adapter.objective.check_predicts(logits=options.logits)
+    as_array = options.output.suffix.lower() == embedding_arrays.SUFFIX
     if as_array and adapter.settings["kind"] != "embedding":
         raise ValueError(
             f"{options.output} is an array of embeddings, but the adapter in {options.adapter} is "
             f"for tasks of kind {adapter.settings['kind']}; use {', '.join(data_rows.SUFFIXES)}"
         )
 
+    with recordings.as_file(options, adapter) as (source, folder):
+        return _predict(options, adapter, source, adapter.objective.of_file(source, folder))
+
+
+def _predict(
+    options: PredictOptions, adapter: LoadedAdapter, source: Path, objective: Objective
+) -> int:
+    """Runs `predict` on a file of inputs.
+
+    Args:
+      options: the options of the command.
+      adapter: the adapter.
+      source: the file.
+      objective: the objective of the adapter, for this file.
+    """
     labels: Any = labels_of(adapter)
 
     def predict_chunk(columns: dict[str, list[Any]]) -> Any:
@@ -251,9 +275,9 @@ def predict(options: PredictOptions) -> int:
             "columns": objective.columns,
             "write_logits": options.logits,
         }
-        if as_array:
+        if options.output.suffix.lower() == embedding_arrays.SUFFIX:
             write, how = embedding_arrays.write_array, {}
-        rows = write(options.input, options.output, predict_chunk, progress=bar.update, **how)
+        rows = write(source, options.output, predict_chunk, progress=bar.update, **how)
     limit = adapter.settings["max_length"]
     told_of_inputs = sum(unknown, tokens.Unknown()).user_messages("inputs")
     told_of_inputs += sum(words, WordCounts()).user_messages("inputs", limit)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from train.cli.options import BackboneDtype, EvaluateBy, MixOptions, SplitProtocol
+from train.cli.speech import AudioOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterOptions(MixOptions):
+class AdapterOptions(MixOptions, AudioOptions):
     """A saved adapter and its backbone.
 
     Attributes:
@@ -35,6 +36,7 @@ class AdapterOptions(MixOptions):
     def check(self) -> None:
         """Raises ValueError for a number out of range, or a mix that is none."""
         self.check_mix()
+        self.check_audio()
         for name in ("eval_batch_size", "num_beams"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -50,8 +52,9 @@ class EvaluateOptions(AdapterOptions):
       split: split to evaluate on; validation_mismatched exists for mnli only.
       parallel_files: table with a column of texts for each language, for an adapter that
         translates; or --test-file and the like with the columns of pairs.
-      directions: directions to evaluate, as in en-de,de-en; by default those of the adapters that
-        the file has.
+      directions: directions to evaluate, as in en-de,de-en, or of speech languages, as in de,es; by
+        default those of the adapters that the file has.
+      transcribe: language that is spoken, to compare with the column source, as for fit.
       train_file: your own examples, with the same columns as for fit; for --split train.
       validation_file: your own examples for --split validation.
       test_file: your own examples for --split test.
@@ -74,6 +77,7 @@ class EvaluateOptions(AdapterOptions):
     split: Literal["train", "validation", "validation_mismatched", "test"] = "test"
     parallel_files: Path | None = None
     directions: str | None = None
+    transcribe: str | None = None
     train_file: Path | None = None
     validation_file: Path | None = None
     test_file: Path | None = None
@@ -115,7 +119,10 @@ class PredictOptions(AdapterOptions):
         with the columns of the adapter's benchmark on the hub. For tags of words, a file with a
         column tokens, lists of text, or a .conll or .txt file with a word in each line. For
         embeddings, a column sentence, or sentence1 and sentence2 for the cosine of each pair. For a
-        translation, the columns source, source_language and target_language.
+        translation, the columns source, source_language and target_language; for speech audio (or
+        pcm16) and target_language, or a folder of .wav and .flac files.
+      target_languages: languages to write the recordings of a folder in, joined by commas; by
+        default all those of the adapter.
       output: .parquet, .jsonl, .csv or .tsv file; it has the columns of the input, prediction and,
         for labels, label_id and probability. The prediction for words is a list of a tag for each,
         that of embeddings a list of numbers. Or a .npy file with the embeddings alone.
@@ -124,6 +131,7 @@ class PredictOptions(AdapterOptions):
 
     input: Path
     output: Path
+    target_languages: str | None = None
     logits: bool = False
 
 

@@ -32,6 +32,7 @@ _FIELDS: Mapping[str, Any] = {
     "pooling": Pooling | None,
     "masked_lm": dict[str, Any],
     "span_corruption": dict[str, Any],
+    "speech": dict[str, Any],
     "task": str | None,
     "text_to_text": dict[str, Any],
     "translation": dict[str, Any],
@@ -61,6 +62,7 @@ _TRANSLATION = {
     "max_target_length": int,
     "num_beams": int,
 }
+_SPEECH = {**_TRANSLATION, "max_seconds": float, "sampling_rate": int | None}
 # Head of the backbone -> kinds of tasks that it supports.
 _KINDS: Mapping[str | None, tuple[Kind, ...]] = {
     "sequence_classification": ("classification", "regression", "choice"),
@@ -148,11 +150,15 @@ def _check_kind(where: str, settings: Mapping[str, Any]) -> None:
         wanted = "translation"
         _check_inner(where, settings, wanted, _TRANSLATION, required=tuple(_TRANSLATION))
         _check_text_format(f"{where}: {wanted}", settings[wanted])
+    elif kind == "speech":
+        wanted = "speech"
+        _check_inner(where, settings, wanted, _SPEECH, required=tuple(_SPEECH))
+        _check_text_format(f"{where}: {wanted}", settings[wanted])
     elif head == "conditional_generation":
         wanted = "text_to_text"
         _check_inner(where, settings, wanted, _TEXT_FORMAT, required=("prefix",))
         _check_text_format(f"{where}: {wanted}", settings[wanted])
-    inner = {"embedding", "masked_lm", "span_corruption", "text_to_text", "translation"}
+    inner = {"embedding", "masked_lm", "span_corruption", "speech", "text_to_text", "translation"}
     for name in inner - {wanted}:
         if name in settings:
             raise ValueError(
@@ -183,6 +189,7 @@ def _check_text_format(where: str, values: Mapping[str, Any]) -> None:
         "max_target_length": (2, _MOST_TOKENS),
         "max_new_tokens": (1, _MOST_TOKENS),
         "num_beams": (1, _MOST_BEAMS),
+        "max_seconds": (0.035, 3_600),
     }
     for name, (least, most) in limits.items():
         if not least <= values.get(name, least) <= most:

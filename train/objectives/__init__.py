@@ -2,8 +2,8 @@
 
 `Classifier`, `MultipleChoice`, `ExtractiveQA` and `Tagger` use a head on an encoder; `Embedder`
 uses none. `TextToText` formats a task as text for an encoder-decoder, `Translation` is for pairs of
-languages, and `SpanCorruption` is the pre-training of one; `MaskedWords` is that of an encoder.
-Training, evaluation and prediction only use the base class `Objective`.
+languages, `Speech` for recordings, and `SpanCorruption` is the pre-training of one; `MaskedWords`
+is that of an encoder. Training, evaluation and prediction only use the base class `Objective`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from train import tasks
 from train.cli.options import TextToTextOptions
 from train.data import tokens
 from train.objectives import noise as objectives_noise
+from train.objectives import translators
 from train.objectives.base import Objective
 from train.objectives.classification import Classifier, MultipleChoice, ParallelClassifier
 from train.objectives.embedding import (
@@ -43,8 +44,7 @@ from train.objectives.span_corruption import SpanCorruption
 from train.objectives.span_extraction import ExtractiveQA
 from train.objectives.tagging import Tagger
 from train.objectives.text_to_text import TextToText
-from train.objectives.translation import Translation
-from train.tasks import parallel, text_format
+from train.tasks import multilingual, text_format
 from train.tasks.benchmark import Benchmark, Choice, Kind
 from train.tasks.benchmarks import find
 
@@ -146,8 +146,8 @@ def for_task(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) 
             f"cannot write text; fine-tuning needs the decoder and the head of a {wanted}"
         )
     module.check_training()
-    if task.kind == parallel.KIND:
-        return _translation(task, options, model, tokenizer)
+    if task.kind in multilingual.KINDS:
+        return translators.for_run(task, options, model, tokenizer)
     if task.kind == "span_corruption":
         noise = {name: getattr(options, name) for name in ("noise_density", "mean_span_length")}
         made = _span_corruption(model, tokenizer, module.config, options.max_length, noise)
@@ -189,8 +189,8 @@ def from_settings(
     if kind == "embedding":
         found = EmbeddingSettings(**settings[kind])
         return _embedder(model, tokenizer, max_length, found)
-    if kind == parallel.KIND:
-        return _saved_translation(settings, model, tokenizer, **changes)
+    if kind in multilingual.KINDS:
+        return translators.saved(settings, model, tokenizer, **changes)
     benchmark = _benchmark_of(settings)
     if "text_to_text" not in settings:
         names = settings["label_names"]
@@ -238,10 +238,11 @@ def check_options(task: tasks.Task, options: FitOptions) -> None:
                 f"BERT, but {options.backbone} is an encoder-decoder"
             )
     check_embedding(task, options)
+    translators.check_reads(task, options.backbone)
     if is_text_to_text(options.backbone):
         return
     check_length(read_config(options.backbone), options.method_config(), options.max_length)
-    if task.kind in ("text", "span_corruption", parallel.KIND):
+    if task.kind in ("text", "span_corruption", *multilingual.KINDS):
         raise ValueError(
             f"task {task.name!r} ({task.kind}) needs an encoder-decoder such as T5, but "
             f"{options.backbone} is not one"
@@ -372,7 +373,7 @@ def _text_to_text(
     benchmark: Benchmark | None,
 ) -> TextToText:
     """Builds the objective; for labels, the longest label limits the generated text."""
-    _check_special_tokens(tokenizer, config)
+    translators.check_special_tokens(tokenizer, config)
     made = TextToText(model, tokenizer, config, fmt, max_length, benchmark)
     if fmt.kind == "classification":
         fmt = dataclasses.replace(fmt, max_new_tokens=made.label_ids.shape[1])
@@ -382,7 +383,7 @@ def _text_to_text(
 def _span_corruption(
     model: Any, tokenizer: Any, config: Any, max_length: int, noise: Mapping[str, float]
 ) -> SpanCorruption:
-    _check_special_tokens(tokenizer, config)
+    translators.check_special_tokens(tokenizer, config)
     corruption = objectives_noise.SpanCorruption(
         max_length,
         **noise,
@@ -390,57 +391,3 @@ def _span_corruption(
         sentinel_ids=tokens.sentinel_ids(tokenizer),
     )
     return SpanCorruption(model, tokenizer, config, corruption)
-
-
-def _translation(task: tasks.Task, options: FitOptions, model: Any, tokenizer: Any) -> Translation:
-    """Builds the objective of a run that translates."""
-    config = model.backbone.config
-    _check_special_tokens(tokenizer, config)
-    members = parallel.members_of(task.directions, options.adapters)
-    place = {
-        direction: i for i, served in enumerate((members or {}).values()) for direction in served
-    }
-    return Translation(
-        model,
-        tokenizer,
-        config,
-        options.max_length,
-        directions=tuple(direction.name for direction in task.directions),
-        members=None if members is None else tuple(place[each] for each in task.directions),
-        is_open=members is None,
-        max_target_length=options.max_target_length,
-        num_beams=options.num_beams,
-        generates=options.evaluate_by == "generation",
-        temperature=options.temperature,
-        seed=options.seed,
-    )
-
-
-def _saved_translation(
-    settings: Mapping[str, Any],
-    model: Any,
-    tokenizer: Any,
-    num_beams: int | None = None,
-    evaluate_by: str | None = None,
-) -> Translation:
-    """Builds the objective of saved adapters; `members` of the settings are those of a bank."""
-    config = model.backbone.config
-    _check_special_tokens(tokenizer, config)
-    own = dict(settings[parallel.KIND])
-    for name in ("directions", "members"):
-        own[name] = None if own.get(name) is None else tuple(own[name])
-    if num_beams is not None:
-        own["num_beams"] = num_beams
-    generates = evaluate_by != "scoring"
-    return Translation(model, tokenizer, config, settings["max_length"], **own, generates=generates)
-
-
-def _check_special_tokens(tokenizer: Any, config: Any) -> None:
-    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-        if getattr(config, name) is None:
-            raise ValueError(f"config.json of the backbone has no {name}; add it")
-    if tokenizer.eos_token_id != config.eos_token_id:
-        raise ValueError(
-            f"the tokenizer ends sequences with the token {tokenizer.eos_token_id}, but the "
-            f"backbone with {config.eos_token_id}; use the backbone's own tokenizer"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import jax.numpy as jnp
@@ -114,6 +115,15 @@ class Objective(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """Metadata of a saved adapter, JSON-ready, beyond the fields of all objectives."""
         return {} if self.benchmark is None else {"benchmark": {"name": self.benchmark.name}}
+
+    def of_file(self, path: Path, folder: Path) -> Objective:
+        """Returns the objective for a file of inputs; names in it are relative to `folder`."""
+        del path, folder
+        return self
+
+    def save_processors(self, folder: Path) -> None:
+        """Writes what turns inputs into arrays beside a backbone: the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
 
     def with_benchmark(
         self, values: Mapping[str, float], predictions: Any, encoded: tokens.Encoded

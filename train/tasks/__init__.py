@@ -33,6 +33,7 @@ _METRICS: dict[Kind, str] = {
     "span_corruption": "token_accuracy",
     "masked_lm": "token_accuracy",
     "translation": "token_accuracy",
+    "speech": "token_accuracy",
 }
 
 
@@ -49,10 +50,11 @@ class Task:
         of words in `tokens`, and of as many indices into `label_names` in `tags`. For "embedding",
         `sentence1`, `sentence2` and perhaps `negative` or `score`. For "span_corruption" and
         "masked_lm", the path of a text file. For "translation", `source`, `target` and their
-        languages. For a benchmark, its own columns.
+        languages. For "speech", `audio` or `pcm16`, `target` and its language. For a benchmark, its
+        own columns.
       benchmark: how the rows are put to a backbone; None for other tasks.
       notes: lines about the reading of the files, for the user.
-      directions: the directions of a translation.
+      directions: the directions of a translation, of text or speech.
     """
 
     name: str

@@ -27,6 +27,7 @@ Kind: TypeAlias = Literal[
     "span_corruption",
     "masked_lm",
     "translation",
+    "speech",
 ]
 
 

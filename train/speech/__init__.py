@@ -1,0 +1,1 @@
+"""Speech: recordings, their features, masks of features in training, and errors of words."""
