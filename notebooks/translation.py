@@ -331,7 +331,7 @@ for direction, colour in enumerate((BLUE, ORANGE)):
 axis.set_yticks(range(len(places)), places)
 axis.set_xlabel(f"% of {len(test)} sentences right (dotted: the whole member)")
 axis.set_title("A member without its part at one place")
-axis.legend()
+figure.legend(loc="outside right upper")
 plt.show()
 
 # %% [markdown]
