@@ -29,6 +29,7 @@ NAMES = (
     "embeddings",
     "varieties",
     "translation",
+    "speech",
 )
 # What would say on whose machine a notebook was run.
 _MACHINE = re.compile(r"(?<![\w:/.])/(home|root|work|tmp|Users|var|usr|opt)/[\w./-]+")

@@ -81,7 +81,8 @@ def _write(encoder: str, decoder: str, folder: Path, record: dict[str, Any]) -> 
     params = joined_params(first.params, second.params)
     with new_folder(folder) as temporary:
         cj.save_backbone(temporary, module, params, config)
-        AutoTokenizer.from_pretrained(decoder).save_pretrained(temporary)
+        tokenizer = AutoTokenizer.from_pretrained(decoder, trust_remote_code=False)
+        tokenizer.save_pretrained(temporary)
         preprocessor = loading.folder_of(encoder) / PREPROCESSOR
         if preprocessor.exists():
             shutil.copy(preprocessor, temporary)
