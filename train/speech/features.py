@@ -201,7 +201,9 @@ def _load(backbone: str | Path, width: int) -> Any:
     folder = expanded(backbone)
     if not is_there(folder) or not folder.is_dir():
         try:
-            return Speech2TextFeatureExtractor.from_pretrained(str(backbone))
+            return Speech2TextFeatureExtractor.from_pretrained(
+                str(backbone), trust_remote_code=False
+            )
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"cannot load a feature extractor from {quote(backbone, 120)}: {reason_of(error)}"

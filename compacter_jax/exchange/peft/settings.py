@@ -145,7 +145,7 @@ def check_pooling(place: Path, module: Any) -> None:
 
 def check_decoder(place: Path, module: Any) -> None:
     """Raises ValueError for a compressed decoder, whose layers transformers does not have."""
-    if getattr(module.config, "is_compressed", False):
+    if getattr(getattr(module, "config", None), "is_compressed", False):
         raise ValueError(
             f"{place}: PEFT adapts models of transformers, which has none with "
             "decoder_layer='compressed'; use save_adapter and load_adapter"
