@@ -215,7 +215,7 @@ def test_flags_that_cannot_be(flags, message, backbone, tables, tmp_path, capsys
         (
             [{"en": "ba", "xx": "sch"}, {"en": "ba", "xx": "sch"}],
             "en-xx",
-            "no token for the language 'xx': neither <xx> nor __xx__ nor xx is one of its special",
+            "no token for the language 'xx': neither <xx> nor __xx__ nor <lang:xx>",
         ),
     ],
 )
