@@ -59,17 +59,18 @@ from scipy.signal import resample_poly
 from transformers import Speech2TextFeatureExtractor
 
 import compacter_jax as cj
+from train.speech.spec_augment import SpecAugment
 
 style()
 FRAMES, LENGTH, BATCH = 160, 24, 32
-FIRST_STEPS, SECOND_STEPS = (3, 2) if SMALL else (900, 300)
+FIRST_STEPS, SECOND_STEPS = (3, 2) if SMALL else (1200, 300)
 
 # %% [markdown]
 # ## Hear a number
 #
 # An utterance is two recordings with a short pause between them. Takes 0 and 1 of every digit are
-# kept for the test, and so are every tenth of the numbers from 10 to 99: the test has numbers that
-# the model has never heard, in recordings that it has never heard.
+# kept for the test, and so are nine of the numbers from 10 to 99, whose digits all occur elsewhere:
+# the test has numbers that the model has never heard, in recordings that it has never heard.
 
 # %%
 folder = Path("spoken_digits")
@@ -81,7 +82,7 @@ NAMES = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
 LANGUAGES = tuple(NAMES)
 RATE = 8000
 TAKES = sorted({take for _, take in recordings})
-UNHEARD = list(range(13, 100, 10))
+UNHEARD = [10 * first + 7 * first % 10 for first in range(1, 10)]
 HEARD = [number for number in range(10, 100) if number not in UNHEARD]
 
 
@@ -150,7 +151,7 @@ def pool_of(numbers, takes):
     return [number for number, _ in pairs], [features_of(utterance(*pair)) for pair in pairs]
 
 
-train_numbers, train_features = pool_of(HEARD, TAKES[2:4] if SMALL else TAKES[2:6])
+train_numbers, train_features = pool_of(HEARD, TAKES[2:4] if SMALL else TAKES[2:])
 test_numbers, test_features = pool_of(UNHEARD, TAKES[:2])
 print(f"{len(train_numbers):,} utterances to train on, {len(test_numbers)} of unheard numbers")
 
@@ -176,7 +177,8 @@ def batch_of(rng):
 # ## The first stage: one model for all languages
 #
 # `cj.SpeechToText` is transformers' Speech2Text: convolutions that shorten the features, and the
-# Transformer of M2M-100. It is trained as a whole, on mixed batches of all languages.
+# Transformer of M2M-100. It is trained as a whole, on mixed batches of all languages. SpecAugment
+# hides other stretches of time and bands of frequency in every step, for the recordings are few.
 
 
 # %%
@@ -197,7 +199,9 @@ def fit(model, params, learning_rate, steps, *, routed):
     tx = cj.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), labels)
 
     @jax.jit
-    def step(trained, opt_state, batch):
+    def step(trained, opt_state, batch, key):
+        hidden = SpecAugment()(batch["input_features"], batch["attention_mask"], key)
+        batch = {**batch, "input_features": hidden}
         members = {"adapter_ids": batch["adapter_ids"]} if routed else {}
 
         def loss(trained):
@@ -208,8 +212,8 @@ def fit(model, params, learning_rate, steps, *, routed):
         return optax.apply_updates(trained, updates), opt_state, value
 
     opt_state, values, rng = tx.init(trained), [], np.random.default_rng(1)
-    for _ in range(steps):
-        trained, opt_state, value = step(trained, opt_state, batch_of(rng))
+    for key in jax.random.split(jax.random.key(2), steps):
+        trained, opt_state, value = step(trained, opt_state, batch_of(rng), key)
         values.append(float(value))
     return cj.merge(trained, frozen), values
 
