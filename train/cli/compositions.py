@@ -341,7 +341,13 @@ def _composition(
 
 
 def _check_equal(node: Node, members: Sequence[MethodConfig]) -> None:
-    """Raises ValueError if members of a mix differ in their methods, and so in their shapes."""
+    """Raises ValueError if members of a mix differ in their shapes, or are several adapters."""
+    for name, member in zip(node.names, members, strict=True):
+        if isinstance(member, Composition):
+            raise ValueError(
+                f"the members of a mix are single adapters, but {name} is a composition of "
+                f"{listing(member.names)}; name one of them as in runs/tags#{member.names[-1]}"
+            )
     first = to_dict(members[0])
     for name, member in zip(node.names, members, strict=True):
         own = to_dict(member)
