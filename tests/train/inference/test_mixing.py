@@ -298,6 +298,8 @@ def test_bad_input_gives_one_line(saved, files, tmp_path, capsys, tiny_backbone)
     assert "--mix-steps is for --mix entropy, but --mix is equal; leave it out" in useless
     unequal = line("--mix", "equal", mixture=f"mix(nb={saved}/nb,wide={saved}/wide)")
     assert "the members of a mix must have one shape, but wide differs from nb" in unequal
+    kinds = line("--mix", "equal", mixture=f"mix(nb={saved}/nb,task={saved}/tags#task)")
+    assert "task differs from nb; kind: 'phm_bottleneck', not 'combined'" in kinds
     weighted = line("--mix", "equal", mixture=f"mix(0.5*{saved}/nb,0.5*{saved}/da)")
     assert "give the weights of a mix to --mix" in weighted
     nested = line("--mix", "equal", mixture=f"mix(stack({saved}/nb),{saved}/da)")
