@@ -341,11 +341,19 @@ def _composition(
 
 
 def _check_equal(node: Node, members: Sequence[MethodConfig]) -> None:
-    """Raises ValueError if members of a mix differ in their methods, and so in their shapes."""
+    """Raises ValueError if members of a mix differ in their shapes, or are several adapters."""
+    for name, member in zip(node.names, members, strict=True):
+        if isinstance(member, Composition):
+            raise ValueError(
+                f"the members of a mix are single adapters, but {name} is a composition of "
+                f"{listing(member.names)}; name one of them as in runs/tags#{member.names[-1]}"
+            )
     first = to_dict(members[0])
     for name, member in zip(node.names, members, strict=True):
         own = to_dict(member)
         if differing := sorted(key for key in own | first if own.get(key) != first.get(key)):
+            # Methods of two kinds differ in nearly every field.
+            differing = ["kind"] if "kind" in differing else differing
             told = [
                 f"{key}: {quote(own.get(key), 60)}, not {quote(first.get(key), 60)}"
                 for key in differing

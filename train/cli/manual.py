@@ -94,8 +94,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "A task on language adapters, mixed for each sentence by the entropy of its tags:",
-            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags)' --mix entropy "
-            "--test-files nn=nn.conll,fo=fo.conll",
+            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags#task)' "
+            "--mix entropy --test-files nn=nn.conll,fo=fo.conll",
         ),
         (
             "The backbone has moved since:",
@@ -121,8 +121,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "Tags on a mixture of language adapters, with the weights of each sentence:",
-            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags)' --mix entropy "
-            "--input fo.conll --output tagged.jsonl --write-weights weights.csv",
+            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags#task)' "
+            "--mix entropy --input fo.conll --output tagged.jsonl --write-weights weights.csv",
         ),
         (
             "Write every recording of a folder in two languages:",

@@ -29,6 +29,8 @@ Pooling: TypeAlias = Literal["first", "mean", "cls"]
 
 # Values of --mix beside numbers.
 EQUAL, ENTROPY = "equal", "entropy"
+# Of its steps, and of its numbers in size: float32 can add up as many of them.
+_MOST_STEPS, _LARGEST = 1_000_000, 1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,8 +259,11 @@ class MixOptions:
         check(
             self,
             {
-                "mix_steps": (self.mix_steps >= 0, "at least 0"),
-                "mix_learning_rate": (0 < self.mix_learning_rate < float("inf"), "above 0"),
+                "mix_steps": (0 <= self.mix_steps <= _MOST_STEPS, f"from 0 to {_MOST_STEPS:,}"),
+                "mix_learning_rate": (
+                    0 < self.mix_learning_rate <= _LARGEST,
+                    f"above 0 and at most {_LARGEST:g}",
+                ),
             },
         )
         self.given_weights()
@@ -275,7 +280,7 @@ class MixOptions:
         """Returns the weights of `--mix 0.5,0.3,0.2`; None where it has none.
 
         Raises:
-          ValueError: if `mix` is neither a word that is known nor finite numbers.
+          ValueError: if `mix` is neither a word that is known nor numbers that float32 can add up.
         """
         if self.mix in (None, EQUAL, ENTROPY):
             return None
@@ -283,7 +288,7 @@ class MixOptions:
             weights = tuple(map(float, str(self.mix).split(",")))
         except ValueError:
             weights = (math.nan,)
-        if not all(map(math.isfinite, weights)):
+        if not all(abs(weight) <= _LARGEST for weight in weights):
             raise ValueError(
                 f"--mix {self.mix!r:.100} must be {EQUAL}, {ENTROPY}, or a number for each member, "
                 "as in 0.5,0.3,0.2"

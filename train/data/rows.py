@@ -40,6 +40,29 @@ def check_files(input_path: Path, output_path: Path, suffixes: Sequence[str] = S
         raise ValueError(f"{output_path}: there is no folder {output_path.parent}")
 
 
+def check_apart(written: Mapping[str, Path], read: Sequence[Path]) -> None:
+    """Checks that the files of a command can be written without the loss of one that it reads.
+
+    Args:
+      written: what the files are, in words -> the files.
+      read: the files that are read.
+
+    Raises:
+      ValueError: if a file to write is a folder, another one of them, or one of those that are
+        read.
+    """
+    inputs = {path.resolve() for path in read}
+    known: dict[Path, str] = {}
+    for name, path in written.items():
+        if path.is_dir():
+            raise ValueError(f"{name}: {path} is a directory, not a file")
+        if (whole := path.resolve()) in inputs:
+            raise ValueError(f"{name}: {path} is an input file; use another name")
+        if whole in known:
+            raise ValueError(f"{known[whole]} and {name} are both {path}; use another name")
+        known[whole] = name
+
+
 def read_rows(
     path: str | Path,
     chunk_rows: int = 1024,

@@ -15,6 +15,7 @@ from train import tasks
 from train.cli import compositions as cli_compositions
 from train.data import rows as data_rows
 from train.data import tokens
+from train.data.corpus import check_text_file
 from train.data.words import WordCounts
 from train.inference import compositions as inference_compositions
 from train.inference import (
@@ -39,9 +40,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     For several files, a report with tables lies beside the JSON file.
     """
     options.check()
+    for path in options.inputs:
+        check_text_file(path)
     name = f"evaluation_{options.task}_{options.split}.json".replace("/", "_")
     output = options.output or _beside(options) / name
-    mix_files.check_file(options, output)
+    written = {"--output": output}
+    if options.test_files is not None:
+        written["the report of --output"] = output.with_suffix(".md")
+    mix_files.check_files(options, written, options.inputs)
     # Opened first: a file that cannot be written is found before anything is computed.
     with replace_file(output) as temporary:
         if options.test_files is None:
@@ -49,7 +55,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             for name, value in result["metrics"].items():
                 print(f"{options.split} {name}: {number(value)}")
         else:
-            result = _of_several(options, output.with_suffix(".md"))
+            result = _of_several(options, written["the report of --output"])
         temporary.write_text(as_json(result), encoding="utf-8")
     print(f"written to {output}")
     return result
@@ -212,7 +218,7 @@ def predict(options: PredictOptions) -> int:
         recordings.check(options)
     else:
         data_rows.check_files(options.input, options.output, suffixes)
-    mix_files.check_file(options, options.output)
+    mix_files.check_files(options, {"--output": options.output}, [options.input])
     adapter = load(options, evaluate_by="scoring")
     adapter.objective.check_predicts(logits=options.logits)
     as_array = options.output.suffix.lower() == embedding_arrays.SUFFIX

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,24 +12,38 @@ import pyarrow as pa
 
 from train import figures
 from train.cli.options import MixOptions
-from train.data.rows import check_suffix
+from train.data.rows import check_apart, check_suffix
 from train.data.writing import write_rows
 from train.inference.mixing import Found
 
 # Weights of consecutive rows -> None; a name where there are several files.
 WriteWeights: TypeAlias = Callable[[Found, str | None], None]
+# Suffix of the figure beside a file of weights.
+FIGURE = ".png"
 _COLOURS = (
     *(figures.BLUE, figures.ORANGE, figures.GREEN, figures.PURPLE),
     *(figures.TEAL, figures.PINK, figures.BROWN, figures.GREY),
 )
 
 
-def check_file(options: MixOptions, output: Path) -> None:
-    """Raises ValueError if the file of weights cannot be one, or is the output of the command."""
+def check_files(options: MixOptions, outputs: Mapping[str, Path], inputs: Sequence[Path]) -> None:
+    """Checks the names of the files of a command, those of weights included.
+
+    Args:
+      options: the options with the file of weights.
+      outputs: what the other files that are written are, in words -> the files.
+      inputs: the files that are read.
+
+    Raises:
+      ValueError: as `train.data.rows.check_apart`, or if the suffix of the file of weights is that
+        of no table.
+    """
+    written = dict(outputs)
     if (path := options.write_weights) is not None:
         check_suffix(path)
-        if path.resolve() == output.resolve():
-            raise ValueError(f"--write-weights and --output are both {path}; use another name")
+        written["--write-weights"] = path
+        written["the figure of --write-weights"] = path.with_suffix(FIGURE)
+    check_apart(written, inputs)
 
 
 @contextlib.contextmanager
@@ -63,7 +77,7 @@ def weights_writer(
 
     with write_rows(path) as write:
         yield write_weights
-    draw(total / max(sum(rows_of.values()), 1), members, sites, path.with_suffix(".png"))
+    draw(total / max(sum(rows_of.values()), 1), members, sites, path.with_suffix(FIGURE))
 
 
 def _table(
@@ -86,14 +100,17 @@ def draw(means: np.ndarray, members: Sequence[str], sites: Sequence[str], path: 
     """Draws the mean weights `[sites, members]` as bars, one for each site, as a PNG file."""
     drawn, axes = figures.new_figure((7, 1.2 + 0.35 * len(sites)))
     left = np.zeros(len(sites))
-    for at, member in enumerate(members):
+    for at in range(len(members)):
         colour = _COLOURS[at % len(_COLOURS)]
-        axes.barh(np.arange(len(sites)), means[:, at], left=left, label=member, color=colour)
+        axes.barh(np.arange(len(sites)), means[:, at], left=left, label=str(at), color=colour)
         left += means[:, at]
     axes.set(yticks=np.arange(len(sites)), yticklabels=sites, xlabel="mean weight", xlim=(0, 1))
     axes.invert_yaxis()
     axes.grid(visible=False)
-    drawn.legend(loc="outside upper center", ncols=min(len(members), 6))
+    legend = drawn.legend(loc="outside upper center", ncols=min(len(members), 6))
+    # Names as they are: as labels, `_a` would be left out, and `$` would begin a formula.
+    for text, member in zip(legend.get_texts(), members, strict=True):
+        text.set(text=member, parse_math=False)
     figures.save(drawn, path)
 
 

@@ -88,6 +88,17 @@ class EvaluateOptions(AdapterOptions):
     evaluate_by: EvaluateBy | None = None
     output: Path | None = None
 
+    @property
+    def inputs(self) -> list[Path]:
+        """Files of rows that are given.
+
+        Raises:
+          ValueError: as `files_of`.
+        """
+        alone = (self.train_file, self.validation_file, self.test_file, self.parallel_files)
+        several = {} if self.test_files is None else files_of(self.test_files)
+        return [*(path for path in alone if path is not None), *several.values()]
+
     def check(self) -> None:
         """Raises ValueError for a number out of range, or for flags that exclude each other."""
         super().check()

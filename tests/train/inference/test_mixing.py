@@ -20,10 +20,11 @@ from tests.train.inference.test_tagging_commands import (
     sentences,
     write,
 )
+from train import figures
 from train.__main__ import main
 from train.cli import compositions
 from train.inference import adapter as inference_adapter
-from train.inference import mixing
+from train.inference import mix_files, mixing
 from train.inference.options import PredictOptions
 
 LANGUAGES = ("nb", "da", "is")
@@ -285,19 +286,26 @@ def test_bad_input_gives_one_line(saved, files, tmp_path, capsys, tiny_backbone)
 
     assert "--adapter has a mix of nb, da, is; give its weights by --mix" in line()
     assert "--mix 1,0 has 2 weights, but the mix has 3 members, nb, da, is" in line("--mix", "1,0")
-    for given in ("most", "1,x,0", "nan,1,0"):
+    for given in ("most", "1,x,0", "nan,1,0", "1e39,1,0", "inf,0,0"):
         assert f"--mix '{given}' must be equal, entropy, or a number" in line("--mix", given)
-    assert "mix_steps=-1 must be at least 0" in line("--mix", "entropy", "--mix-steps", "-1")
-    rate = line("--mix", "entropy", "--mix-learning-rate", "0")
-    assert "mix_learning_rate=0.0 must be above 0" in rate
+    for steps in (-1, 10**10):
+        told = line("--mix", "entropy", "--mix-steps", steps)
+        assert f"mix_steps={steps} must be from 0 to 1,000,000" in told
+    for rate in (0.0, float("nan"), 1e39):
+        told = line("--mix", "entropy", "--mix-learning-rate", rate)
+        assert f"mix_learning_rate={rate} must be above 0 and at most 1e+30" in told
     useless = line("--mix", "equal", "--mix-steps", "3")
     assert "--mix-steps is for --mix entropy, but --mix is equal; leave it out" in useless
     unequal = line("--mix", "equal", mixture=f"mix(nb={saved}/nb,wide={saved}/wide)")
     assert "the members of a mix must have one shape, but wide differs from nb" in unequal
+    kinds = line("--mix", "equal", mixture=f"mix(nb={saved}/nb,task={saved}/tags#task)")
+    assert "task differs from nb; kind: 'phm_bottleneck', not 'combined'" in kinds
     weighted = line("--mix", "equal", mixture=f"mix(0.5*{saved}/nb,0.5*{saved}/da)")
     assert "give the weights of a mix to --mix" in weighted
     nested = line("--mix", "equal", mixture=f"mix(stack({saved}/nb),{saved}/da)")
     assert "the members of mix are folders of adapters, not compositions" in nested
+    several = line("--mix", "equal", mixture=f"mix(a={saved}/tags,b={saved}/tags)")
+    assert "the members of a mix are single adapters, but a is a composition of lang" in several
     named = line("--mix", "equal", mixture=f"mix(a={saved}/nb,a={saved}/da)")
     assert "the members of mix need different names" in named
     two = line("--mix", "equal", mixture=f"stack(mix({saved}/nb),mix({saved}/da))")
@@ -312,10 +320,54 @@ def test_bad_input_gives_one_line(saved, files, tmp_path, capsys, tiny_backbone)
     assert "weights.txt" in weights
     same = ("--output", tmp_path / "out.jsonl", "--write-weights", tmp_path / "out.jsonl")
     flags = ("--adapter", stack(saved), "--input", files["test"], *same, "--mix", "entropy")
-    assert "--write-weights and --output are both" in refusal(capsys, "predict", *flags)
+    assert "--output and --write-weights are both" in refusal(capsys, "predict", *flags)
     method = ("--method", f"mix({saved}/nb,{saved}/da)", "--output-dir", tmp_path / "run")
     fit = fit_flags(tiny_backbone, files, tmp_path / "run")
     assert "'mix' is not one of stack" in refusal(capsys, "fit", *fit, *method[:2])
+
+
+def test_no_file_of_rows_is_overwritten(saved, files, tmp_path, capsys):
+    """Files to write are apart from those that are read, and no folders, before adapters load."""
+    source = write(tmp_path / "rows.jsonl", sentences(2, 4))
+    before = source.read_bytes()
+    mixed = ("--adapter", stack(saved), "--mix", "entropy")
+    weights = ("--write-weights", source)
+    new = ("--input", source, "--output", tmp_path / "out.jsonl")
+    assert "--write-weights: " in refusal(capsys, "predict", *mixed, *new, *weights)
+    several = ("--test-files", f"a={files['test']},b={source}")
+    metrics = ("--output", tmp_path / "metrics.json")
+    line = refusal(capsys, "evaluate", *mixed, *several, *metrics, *weights)
+    assert line.endswith("rows.jsonl is an input file; use another name")
+    for given in (("--test-file", source), several):
+        line = refusal(capsys, "evaluate", *mixed, *given, "--output", source)
+        assert line.endswith("rows.jsonl is an input file; use another name")
+    assert source.read_bytes() == before
+    (tmp_path / "drawn.png").mkdir()
+    drawn = ("--write-weights", tmp_path / "drawn.csv")
+    line = refusal(capsys, "predict", *mixed, *new, *drawn)
+    assert "the figure of --write-weights: " in line
+    assert line.endswith("drawn.png is a directory, not a file")
+    (tmp_path / "metrics.md").mkdir()
+    line = refusal(capsys, "evaluate", *mixed, *several, *metrics)
+    assert "the report of --output: " in line
+
+
+def test_all_test_files_are_looked_for_first(saved, files, tmp_path, capsys):
+    """A file that is missing is told before the first one is evaluated."""
+    given = f"test={files['test']},none={tmp_path}/none.conll"
+    flags = ("--adapter", saved / "tags", "--test-files", given)
+    assert "none.conll does not exist" in refusal(capsys, "evaluate", *flags)
+
+
+def test_the_legend_of_weights_has_the_names_as_they_are(tmp_path, monkeypatch):
+    """Names with an underscore in front or with dollar signs are drawn like others."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    names = ("_nb", "$\\da$", "is")
+    mix_files.draw(np.full((2, 3), 1 / 3), names, ("a", "b"), tmp_path / "weights.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    assert tuple(text.get_text() for text in figure.legends[0].get_texts()) == names
 
 
 def test_scores_have_no_entropy(tiny_backbone, tmp_path, capsys):
