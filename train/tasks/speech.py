@@ -175,6 +175,8 @@ def _rows(path: Path, transcribe: str | None) -> list[dict[str, Any]]:
                 _check_bytes(path, column, numbers)
             else:
                 data_rows.check_texts(path, name, column, numbers, _LONGEST)
+            if name == LANGUAGE:
+                data_rows.check_languages(path, name, column, numbers)
         languages = values.get(LANGUAGE) or [transcribe] * len(rows)
         recordings = values[audio]
         if audio == AUDIO:

@@ -176,6 +176,7 @@ def with_row(files, folder, **changes):
         ({"audio": "missing.wav"}, "missing.wav does not exist"),
         ({"audio": ""}, "row 25: audio is empty"),
         ({"target": ""}, "row 25: target is empty"),
+        ({"target_language": "de,fr"}, "row 25: target_language is 'de,fr'; the name of one"),
         ({"target_language": "xx"}, "no token for the language 'xx'"),
         ({"audio": "short.wav"}, "short.wav has 20 ms, which is too short"),
         ({"audio": "long.wav"}, "1 of 13 recordings are longer than --max-seconds 1, the first"),
