@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -214,6 +216,26 @@ def test_flags_of_speech_that_cannot_be(flags, message, backbone, files, cache, 
     output = tmp_path / "run"
     assert message in refusal(capsys, "fit", *speech_flags(backbone, files, output, cache, **flags))
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "row 2: pcm16 is missing (null); remove or fill the row"),
+        ([1, 2], "row 1: pcm16 is list, not bytes of samples; give a .parquet with a column of"),
+    ],
+)
+def test_samples_that_are_no_bytes(value, message, backbone, files, cache, tmp_path, capsys):
+    """A row without samples, or samples that are numbers, are refused by the row."""
+    first = value if value is not None else b"\0\0"
+    rows = [
+        {"pcm16": samples, "target": "sch", "target_language": "de"} for samples in (first, value)
+    ]
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    flags = {"sampling_rate": 16_000}
+    flags = speech_flags(backbone, {**files, "train": file}, tmp_path / "run", cache, **flags)
+    assert message in refusal(capsys, "fit", *flags)
 
 
 def test_speech_and_text_are_told_apart(backbone, files, cache, tiny_t5, tmp_path, capsys):
