@@ -131,8 +131,14 @@ def test_a_folder_of_recordings(run, cache, tmp_path, capsys):
         row["prediction"] for row in rows if row["target_language"] == "fr"
     ]
     flags = ["--adapter", run, "--input", folder, "--output", tmp_path / "out.jsonl"]
-    assert main(["predict", *map(str, [*flags, "--target-languages", "en"])]) == 2
-    assert "there is no adapter for 'en'" in capsys.readouterr().err
+    capsys.readouterr()  # the progress bars
+    for languages, told in (
+        ("en", "--target-languages: there is no adapter for 'en'; there are those of de, fr"),
+        ("de,de", "--target-languages 'de,de' must be different languages"),
+        ("de,", "--target-languages 'de,' must be different languages"),
+    ):
+        wrong = [*map(str, flags), "--target-languages", languages]
+        assert told in refusal(capsys, "predict", *wrong)
     empty = tmp_path / "empty"
     empty.mkdir()
     flags[3] = empty
