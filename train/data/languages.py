@@ -70,7 +70,7 @@ def language_tokens(languages: Iterable[str], tokenizer: PreTrainedTokenizerBase
         f"the tokenizer of the backbone has no token for the language {lacking[0]!r:.100}: "
         f"neither {' nor '.join(form.format(lacking[0])[:100] for form in forms)} is one of its "
         f"special tokens {listing(sorted(known))}; name the languages as they do, or make a "
-        "backbone with `create-backbone --model-type m2m_100 --languages`"
+        "backbone with `create-backbone --languages`"
     )
 
 

@@ -216,6 +216,16 @@ def check_texts(
             raise ValueError(f"{path}, row {row}: {name} is {type(value).__name__}, not text")
 
 
+def check_languages(path: Path, name: str, values: Sequence[str], numbers: Sequence[int]) -> None:
+    """Raises ValueError, naming the row, for a language whose name cannot stand in a list."""
+    for row, value in zip(numbers, values, strict=True):
+        if "," in value or value != value.strip():
+            raise ValueError(
+                f"{path}, row {row}: {name} is {value!r:.100}; the name of one language has no "
+                "comma, and no white space at its ends"
+            )
+
+
 def check_words(path: Path, name: str, words: Any, row: int, max_characters: int) -> None:
     """Checks a sentence that is divided into words.
 

@@ -71,6 +71,17 @@ class _Writer(abc.ABC):
     def close(self) -> None:  # noqa: B027 - most formats have nothing to write there
         """Writes the end of the format."""
 
+    def records(self, rows: Rows) -> list[dict[str, Any]]:
+        """Returns the rows as records of text; raises ValueError for bytes, which text has not."""
+        found = rows if isinstance(rows, list) else rows.to_pylist()
+        for record in found:
+            if bad := [name for name, value in record.items() if isinstance(value, bytes)]:
+                raise ValueError(
+                    f"{self.path}: the column {quote(bad[0], 100)} has bytes, which only a "
+                    ".parquet can hold; write .parquet instead"
+                )
+        return found
+
     def check_names(self, names: list[str]) -> None:
         self.names = self.names or names
         if new := [name for name in names if name not in self.names]:
@@ -113,7 +124,7 @@ class _ParquetWriter(_Writer):
 
 class _JsonWriter(_Writer):
     def write(self, rows: Rows) -> None:
-        for record in _records(rows):
+        for record in self.records(rows):
             line = json.dumps(record, ensure_ascii=False, default=str)
             try:
                 self.file.write(line.encode() + b"\n")
@@ -135,7 +146,7 @@ class _CsvWriter(_Writer):
                 )
             self.check_lines(0, self.names)
             self.write_line(self.names)
-        for row, record in enumerate(_records(rows), self.rows + 1):
+        for row, record in enumerate(self.records(rows), self.rows + 1):
             cells = [_cell(record.get(name)) for name in self.names]
             self.check_lines(row, cells)
             try:
@@ -188,10 +199,6 @@ _WRITERS: dict[str, type[_Writer]] = {
 def _is_cut(text: str) -> bool:
     """Returns True for text with half a surrogate pair, which UTF-8 cannot encode."""
     return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _records(rows: Rows) -> list[dict[str, Any]]:
-    return rows if isinstance(rows, list) else rows.to_pylist()
 
 
 def _cell(value: Any) -> str:

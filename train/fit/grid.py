@@ -107,10 +107,11 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     """
     started = time.perf_counter()
     with stopping.handled() as stop, ExitStack() as held:
-        runs = runs_of(multilingual.resolved(join.prepared(options)))
+        runs = runs_of(multilingual.resolved(options))
         check_grid_folder(options.output_dir, runs)
         for each in runs.values():
             each.check()
+        join.prepared(options)
         folders = [held.enter_context(RunFolder(each)) for each in runs.values()]
         jobs = _prepared(runs)
         stop.check()

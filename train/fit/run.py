@@ -47,7 +47,8 @@ def fit(options: FitOptions) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     with stopping.handled() as stop, contextlib.ExitStack() as held:
         options.check()
-        options = multilingual.resolved(join.prepared(options))
+        # The joined backbone is written, so what the files lack has to be told before.
+        options = join.prepared(multilingual.resolved(options))
         distributed.start(options)
         if options.mesh is not None:
             mesh.make_mesh(options.mesh)  # raises before anything is written if it does not fit

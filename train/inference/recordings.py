@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from compacter_jax.messages import listing
 from train.data import rows as data_rows
 from train.tasks import speech
 
@@ -39,6 +40,29 @@ def check(options: PredictOptions) -> None:
         raise ValueError(f"{options.output} is a directory, or is in none that exists")
 
 
+def _languages(given: str | None, settings: Mapping[str, Any]) -> list[str]:
+    """Returns the languages to write recordings in.
+
+    Raises:
+      ValueError: if a language is empty, named twice, or has no adapter.
+    """
+    known: list[str] = settings["directions"]
+    if given is None:
+        return known
+    names = [name.strip() for name in given.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"--target-languages {given!r:.100} must be different languages with commas between "
+            "them"
+        )
+    if not settings["is_open"] and (lacking := [name for name in names if name not in known]):
+        raise ValueError(
+            f"--target-languages: there is no adapter for {lacking[0]!r:.100}; there are those of "
+            f"{listing(known)}"
+        )
+    return names
+
+
 @contextlib.contextmanager
 def as_file(options: PredictOptions, adapter: LoadedAdapter) -> Iterator[tuple[Path, Path]]:
     """Lists the recordings of a folder, each once for every language to write it in.
@@ -65,9 +89,7 @@ def as_file(options: PredictOptions, adapter: LoadedAdapter) -> Iterator[tuple[P
             f"{options.input} is a folder, but the adapter in {options.adapter} is for tasks of "
             f"kind {kind}; give a file of rows"
         )
-    known: list[str] = adapter.settings[kind]["directions"]
-    given = options.target_languages
-    languages = known if given is None else [name.strip() for name in given.split(",")]
+    languages = _languages(options.target_languages, adapter.settings[kind])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recordings.jsonl"
         with path.open("w", encoding="utf-8") as file:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
 import wave
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,8 @@ from compacter_jax.messages import reason_of
 
 # Width of a sample in bytes -> type of the integers; 24 bits have none.
 _INTEGERS = {1: "u1", 2: "<i2", 4: "<i4"}
+# Tags of the chunk "fmt " of a .wav: integers, and a longer chunk that has the tag further behind.
+_PCM, _EXTENSIBLE = 1, 0xFFFE
 # Rates of recorders, in samples a second. Other numbers are mistakes, such as a rate in kHz.
 LEAST_RATE, MOST_RATE = 1_000, 1_000_000
 
@@ -40,8 +44,8 @@ class Recording(NamedTuple):
 def read_audio(path: Path) -> Recording:
     """Reads the first channel of an audio file.
 
-    The standard library reads a .wav of integers; the extra soundfile reads a .wav of other
-    numbers, .flac, and whatever else it knows.
+    The standard library reads a .wav of integers, the extensible ones of recorders too; the extra
+    soundfile reads a .wav of other numbers, .flac, and whatever else it knows.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -54,8 +58,10 @@ def read_audio(path: Path) -> Recording:
         raise ValueError(f"{path} is empty (0 bytes), not audio")
     try:
         found = _read_wave(path)
-    except (wave.Error, EOFError) as error:
+    except wave.Error as error:
         found = _read_others(path, reason_of(error))
+    except EOFError:
+        found = _read_others(path, "it ends within its header")
     if not len(found.samples):
         raise ValueError(f"{path} is empty: it has no samples")
     if not LEAST_RATE <= found.rate <= MOST_RATE:
@@ -67,7 +73,7 @@ def read_audio(path: Path) -> Recording:
 
 
 def _read_wave(path: Path) -> Recording:
-    with wave.open(str(path), "rb") as file:
+    with wave.open(io.BytesIO(_with_plain_tag(path.read_bytes())), "rb") as file:
         width, channels = file.getsampwidth(), file.getnchannels()
         data = file.readframes(file.getnframes())
         rate = file.getframerate()
@@ -85,6 +91,28 @@ def _read_wave(path: Path) -> Recording:
     scale, middle = 2.0 ** (8 * width - 1), 128 if width == 1 else 0
     samples = (whole.reshape(-1, channels)[:, 0].astype(np.float64) - middle) / scale
     return Recording(samples.astype(np.float32), rate, channels)
+
+
+def _with_plain_tag(data: bytes) -> bytes:
+    """Returns a .wav whose chunk "fmt " has the tag of integers if it is extensible and says so.
+
+    The module wave of Python 3.11 does not know extensible files, which many programs write for 24
+    bits or several channels.
+    """
+    start = 12
+    while data[:4] == b"RIFF" and start + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, start)
+        content = start + 8
+        if name == b"fmt ":
+            if size >= 26 and content + 26 <= len(data):
+                (tag,), (inner,) = (
+                    struct.unpack_from("<H", data, content + place) for place in (0, 24)
+                )
+                if (tag, inner) == (_EXTENSIBLE, _PCM):
+                    return data[:content] + struct.pack("<H", _PCM) + data[content + 2 :]
+            break
+        start = content + size + size % 2
+    return data
 
 
 def _read_others(path: Path, reason: str) -> Recording:

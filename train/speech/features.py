@@ -123,6 +123,11 @@ class Extractor:
 
     def _open(self) -> None:
         path = self._folder / SETTINGS
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(
+                f"{self._folder} is a file, not a folder for a cache of features; choose another "
+                "--feature-cache"
+            )
         if not path.exists():
             if self._folder.is_dir() and any(self._folder.glob("*.npy")):
                 raise ValueError(

@@ -282,6 +282,7 @@ def _directions_of_pairs(path: Path) -> tuple[Direction, ...]:
         columns = [data_rows.column_values(rows, name) for name in PAIR[2:]]
         for name, column in zip(PAIR[2:], columns, strict=True):
             data_rows.check_texts(path, name, column, numbers, _LONGEST)
+            data_rows.check_languages(path, name, column, numbers)
         found |= {Direction(*pair) for pair in zip(*columns, strict=True)}
     return tuple(sorted(found))
 

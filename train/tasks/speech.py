@@ -175,6 +175,8 @@ def _rows(path: Path, transcribe: str | None) -> list[dict[str, Any]]:
                 _check_bytes(path, column, numbers)
             else:
                 data_rows.check_texts(path, name, column, numbers, _LONGEST)
+            if name == LANGUAGE:
+                data_rows.check_languages(path, name, column, numbers)
         languages = values.get(LANGUAGE) or [transcribe] * len(rows)
         recordings = values[audio]
         if audio == AUDIO:
@@ -187,10 +189,14 @@ def _rows(path: Path, transcribe: str | None) -> list[dict[str, Any]]:
 
 def _check_bytes(path: Path, values: Sequence[Any], numbers: Sequence[int]) -> None:
     for row, value in zip(numbers, values, strict=True):
+        if value is None:
+            raise ValueError(
+                f"{path}, row {row}: {SAMPLES} is missing (null); remove or fill the row"
+            )
         if not isinstance(value, bytes):
             raise ValueError(
                 f"{path}, row {row}: {SAMPLES} is {type(value).__name__}, not bytes of samples; "
-                "use .parquet"
+                "give a .parquet with a column of type binary"
             )
 
 

@@ -84,6 +84,16 @@ def test_checkpoints_that_do_not_fit(change, message, folders, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("more", [{}, {"seeds": "0,1"}])
+def test_bad_input_ends_the_command_before_joining(more, folders, tmp_path, capsys):
+    """A language without rows is told before the joined backbone is written."""
+    files = {"train": write_split(tmp_path, "train", 2)}
+    flags = {"encoder_from": folders[0], "decoder_from": folders[1], "directions": "es", **more}
+    flags = speech_flags(tmp_path / "joined", files, tmp_path / "run", tmp_path, **flags)
+    assert "has no row of the language 'es'" in refusal(capsys, "fit", *flags)
+    assert not (tmp_path / "joined").exists()
+
+
 def test_one_checkpoint_alone(folders, tmp_path, capsys):
     """Both checkpoints are needed."""
     files = {"train": write_split(tmp_path, "train", 2)}

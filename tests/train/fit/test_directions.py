@@ -236,6 +236,7 @@ PAIR = {"source": "ba", "target": "sch", "source_language": "en", "target_langua
         ({"source": ""}, "row 2: source is empty; remove or fill the row"),
         ({"target": None}, "row 2: target is missing (null); remove or fill the row"),
         ({"target_language": " "}, "row 2: target_language is empty"),
+        ({"target_language": "de,fr"}, "row 2: target_language is 'de,fr'; the name of one"),
     ],
 )
 def test_pairs_that_cannot_be(change, message, backbone, tmp_path, capsys):

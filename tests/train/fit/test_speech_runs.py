@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -129,8 +131,14 @@ def test_a_folder_of_recordings(run, cache, tmp_path, capsys):
         row["prediction"] for row in rows if row["target_language"] == "fr"
     ]
     flags = ["--adapter", run, "--input", folder, "--output", tmp_path / "out.jsonl"]
-    assert main(["predict", *map(str, [*flags, "--target-languages", "en"])]) == 2
-    assert "there is no adapter for 'en'" in capsys.readouterr().err
+    capsys.readouterr()  # the progress bars
+    for languages, told in (
+        ("en", "--target-languages: there is no adapter for 'en'; there are those of de, fr"),
+        ("de,de", "--target-languages 'de,de' must be different languages"),
+        ("de,", "--target-languages 'de,' must be different languages"),
+    ):
+        wrong = [*map(str, flags), "--target-languages", languages]
+        assert told in refusal(capsys, "predict", *wrong)
     empty = tmp_path / "empty"
     empty.mkdir()
     flags[3] = empty
@@ -176,6 +184,7 @@ def with_row(files, folder, **changes):
         ({"audio": "missing.wav"}, "missing.wav does not exist"),
         ({"audio": ""}, "row 25: audio is empty"),
         ({"target": ""}, "row 25: target is empty"),
+        ({"target_language": "de,fr"}, "row 25: target_language is 'de,fr'; the name of one"),
         ({"target_language": "xx"}, "no token for the language 'xx'"),
         ({"audio": "short.wav"}, "short.wav has 20 ms, which is too short"),
         ({"audio": "long.wav"}, "1 of 13 recordings are longer than --max-seconds 1, the first"),
@@ -213,6 +222,26 @@ def test_flags_of_speech_that_cannot_be(flags, message, backbone, files, cache, 
     output = tmp_path / "run"
     assert message in refusal(capsys, "fit", *speech_flags(backbone, files, output, cache, **flags))
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "row 2: pcm16 is missing (null); remove or fill the row"),
+        ([1, 2], "row 1: pcm16 is list, not bytes of samples; give a .parquet with a column of"),
+    ],
+)
+def test_samples_that_are_no_bytes(value, message, backbone, files, cache, tmp_path, capsys):
+    """A row without samples, or samples that are numbers, are refused by the row."""
+    first = value if value is not None else b"\0\0"
+    rows = [
+        {"pcm16": samples, "target": "sch", "target_language": "de"} for samples in (first, value)
+    ]
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    flags = {"sampling_rate": 16_000}
+    flags = speech_flags(backbone, {**files, "train": file}, tmp_path / "run", cache, **flags)
+    assert message in refusal(capsys, "fit", *flags)
 
 
 def test_speech_and_text_are_told_apart(backbone, files, cache, tiny_t5, tmp_path, capsys):

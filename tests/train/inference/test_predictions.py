@@ -252,6 +252,8 @@ def test_records_that_a_table_would_change_are_refused(tmp_path):
         (parquet, {"n": 1}, {"n": 2**70}, "cannot be stored as parquet: "),
         (parquet, {"n": 1}, {"m": 1}, "the first rows have no column 'm'; write .jsonl instead"),
         (text, {"n": 1}, {"m": 1}, "the first rows have no column 'm'; write .jsonl instead"),
+        (text, {"n": 1}, {"n": b"1"}, "column 'n' has bytes, which only a .parquet can hold"),
+        (tmp_path / "out.jsonl", {"n": 1}, {"n": b"1"}, "column 'n' has bytes, which only a"),
     ]:
         with pytest.raises(ValueError, match=problem):
             write_all(path, [[first], [second]])

@@ -33,6 +33,27 @@ def test_integers_of_every_width(width, tmp_path):
     assert (found.rate, found.channels) == (16_000, 1)
 
 
+def test_extensible_files_of_integers(tmp_path):
+    """A file of integers whose kind stands in the extension of its header equals a plain one."""
+    samples = np.array([0, 1, -1, 2**23 - 1, -(2**23)])
+    plain = write_integers(tmp_path / "a.wav", samples, 3)
+    wanted = audio.read_audio(plain)
+    data = plain.read_bytes()
+    # RIFF, size, WAVE; a chunk before the format; the format with its extension; the samples.
+    kind = struct.pack("<HHIH", 22, 24, 4, 1) + bytes(14)
+    head = struct.pack("<4sI", b"fmt ", 40) + struct.pack("<H", 0xFFFE) + data[22:36] + kind
+    body = b"WAVE" + struct.pack("<4sI", b"odd ", 3) + bytes(4) + head + data[36:]
+    extensible = tmp_path / "b.wav"
+    extensible.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    found = audio.read_audio(extensible)
+    np.testing.assert_array_equal(found.samples, wanted.samples)
+    assert found[1:] == wanted[1:]
+    kind = bytes.fromhex("0300")
+    extensible.write_bytes(extensible.read_bytes().replace(b"\4\0\0\0\1\0", b"\4\0\0\0" + kind))
+    with pytest.raises(ValueError, match=r"b\.wav is no \.wav of integers"):
+        audio.read_audio(extensible)
+
+
 def test_the_first_of_several_channels_is_taken(tmp_path):
     """The samples of a file of two channels are those of the first, and their number is kept."""
     path = write_integers(tmp_path / "a.wav", [100, -5, 200, -6, 300, -7], 2, channels=2)
@@ -70,6 +91,7 @@ def test_a_tone_stays_the_same_tone_at_another_rate(rate, wanted):
         (b"", "is empty (0 bytes), not audio"),
         (b"no audio at all, but a text", "is no .wav of integers"),
         (b"RIFF" + struct.pack("<I", 4) + b"WAVE", "is no .wav of integers"),
+        (b"RIFF\x1e\0\0\0WAVEfmt \x10\0\0\0\1\0", "(it ends within its header)"),
     ],
 )
 def test_files_that_are_no_audio(content, message, tmp_path, monkeypatch):

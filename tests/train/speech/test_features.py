@@ -90,6 +90,9 @@ def test_a_cache_of_other_settings_is_refused(tmp_path):
     np.save(other / "mine.npy", np.zeros(2))
     with pytest.raises(ValueError, match=r"no features\.json, so it is no cache"):
         Extractor(tmp_path, 80, other)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, not a folder for a cache of features"):
+        Extractor(tmp_path, 80, tmp_path / "file")
 
 
 def test_the_default_cache_is_that_of_the_settings(tmp_path, monkeypatch):
