@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Settings that do not change a cell's result.
 _FREE = ("json", "figure", "seeds", "decoders", "plan", "part", "utilisation", "folder")
+# Folders, which are recorded by their names alone.
+_FOLDERS = ("data", "domain")
 STAGES = ("multi30k", "before adapting", "adapted")
 
 
@@ -130,7 +132,11 @@ def open_report(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
       ValueError: if the file is of other settings.
     """
-    settings = {name: value for name, value in vars(options).items() if name not in _FREE}
+    settings = {
+        name: Path(value).resolve().name if name in _FOLDERS else value
+        for name, value in vars(options).items()
+        if name not in _FREE
+    }
     path = Path(options.json)
     if not path.exists():
         return {"settings": settings, "cells": {}}
