@@ -94,7 +94,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "A task on language adapters, mixed for each sentence by the entropy of its tags:",
-            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags#task)' "
+            "--adapter 'stack(lang=mix(nb=runs/nb,da=runs/da),task=runs/tags#task)' "
             "--mix entropy --test-files nn=nn.conll,fo=fo.conll",
         ),
         (
@@ -121,7 +121,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             "Tags on a mixture of language adapters, with the weights of each sentence:",
-            "--adapter 'stack(language=mix(nb=runs/nb,da=runs/da),task=runs/tags#task)' "
+            "--adapter 'stack(lang=mix(nb=runs/nb,da=runs/da),task=runs/tags#task)' "
             "--mix entropy --input fo.conll --output tagged.jsonl --write-weights weights.csv",
         ),
         (
