@@ -77,6 +77,15 @@ def folders(job: Job, task_run: TaskRun) -> dict[str, Path]:
     return {name: base / name / "adapter" for name in names}
 
 
+def report(job: Job, task_run: TaskRun) -> dict[str, Any]:
+    """Returns what results say of members: their names, and the folder that they were added to."""
+    if not job.options.has_members:
+        return {}
+    there = job.options.add_to
+    added = {} if there is None else {"added_to": str(there)}
+    return {"adapters": list(folders(job, task_run)), **added}
+
+
 def save(job: Job, task_run: TaskRun, params: Any) -> None:
     """Saves the adapter of a task; of a bank, each member as an adapter that loads alone.
 

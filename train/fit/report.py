@@ -47,7 +47,10 @@ def _adapters(result: dict[str, Any], folder: Path) -> str:
     """Returns the folder of the adapter, or the names of several and their folder."""
     if "adapters" not in result:
         return f"adapter: {folder / 'adapter'}"
-    return f"{len(result['adapters'])} adapters: {folder}"
+    base, names = Path(result.get("added_to", folder)), result["adapters"]
+    if len(names) == 1:
+        return f"adapter: {base / names[0] / 'adapter'}"
+    return f"{len(names)} adapters: {base}"
 
 
 def _splits(result: dict[str, Any]) -> list[str]:
@@ -184,7 +187,8 @@ def write_report(
 
 def _next_command(result: dict[str, Any], folder: Path) -> str:
     if "adapters" in result:
-        return f"predict --adapter {folder} --input FILE --output FILE"
+        base = result.get("added_to", folder)
+        return f"predict --adapter {base} --input FILE --output FILE"
     if result["kind"] not in ON_TEXT:
         return f"predict --adapter {folder / 'adapter'} --input FILE --output FILE"
     if (folder / "backbone").exists():

@@ -143,7 +143,7 @@ def result_of(trainer: Trainer, index: int) -> dict[str, Any]:
         "total_parameters": count.total,
         "trained_groups": {group: trained for group, (trained, _) in count.groups.items()},
         "adapter_bytes": members.bytes_on_disk(job, task_run),
-        **({"adapters": list(members.folders(job, task_run))} if job.options.has_members else {}),
+        **members.report(job, task_run),
         "history": progress.history[task_run.name],
     }
 

@@ -110,7 +110,10 @@ def test_a_direction_is_added_without_touching_the_others(run, backbone, tables,
     old = predicted(run, rows_to_translate(DIRECTIONS), tmp_path)
     flags = {"directions": "fr-de", "add_to": run}
     more = fit_flags(backbone, tables, tmp_path / "more", **flags)
+    capsys.readouterr()
     assert main(["fit", *more]) == 0
+    told = capsys.readouterr()
+    assert f"adapter: {run / 'fr-de' / 'adapter'} (" in told.out + told.err
     try:
         assert {name: contents(run / name) for name in DIRECTIONS} == before
         assert (run / "fr-de" / "adapter" / "adapter_config.json").exists()
