@@ -32,14 +32,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speech_numbers, speech_plan, speech_report
+from benchmarks import commands, speech_numbers, speech_plan, speech_report
 from benchmarks.speech_numbers import LANGUAGES
-from train.__main__ import main as run_command
 from train.report import write_json
 
 _ST = ["st", "--reduction-factor"]
@@ -118,9 +116,9 @@ def main(arguments: Sequence[str] | None = None, *, spell: Any = speech_numbers.
     if options.plan:
         return
     for run in planned:
-        _train(options, run, files)
+        commands.fit_once(run.folder, flags_of(options, run, files))
     report: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        "settings": commands.settings_of(options),
         "languages": list(LANGUAGES),
         "predicted": predicted,
         "first": [_evaluated(options, run, files) for run in planned if run.is_first],
@@ -176,7 +174,8 @@ def _create(options: argparse.Namespace, train: Path, folder: Path) -> None:
         "--num-heads": [options.heads],
         "--output-dir": [folder],
     }
-    _command("create-backbone", [part for flag, given in flags.items() for part in (flag, *given)])
+    given = [part for flag, values in flags.items() for part in (flag, *values)]
+    commands.run("create-backbone", given)
 
 
 def flags_of(options: argparse.Namespace, run: Run, files: dict[str, Path]) -> list[Any]:
@@ -201,18 +200,6 @@ def _cache(options: argparse.Namespace) -> list[Any]:
     return ["--feature-cache", options.output_dir / "features"]
 
 
-def _train(options: argparse.Namespace, run: Run, files: dict[str, Path]) -> None:
-    """Trains a run unless it is done; a run that was interrupted goes on."""
-    if (run.folder / "metrics.json").exists():
-        return
-    started = time.perf_counter()
-    _command("fit", [*flags_of(options, run, files), "--output-dir", run.folder, "--resume"])
-    if not (run.folder / "metrics.json").exists():  # a signal ends `fit` without an error
-        raise RuntimeError(f"{run.folder} was stopped; run the same command to go on")
-    seconds = {"seconds": time.perf_counter() - started}
-    write_json(run.folder.parent / f"{run.folder.name}.seconds.json", seconds)
-
-
 def _evaluated(options: argparse.Namespace, run: Run, files: dict[str, Path]) -> dict[str, Any]:
     """Returns the scores of a run by split and language, its trained weights, bytes and minutes."""
     # Beside the folder: a run's folder has nothing that the run did not write.
@@ -222,10 +209,9 @@ def _evaluated(options: argparse.Namespace, run: Run, files: dict[str, Path]) ->
         flags = ["--adapter", run.folder, "--test-files", tests, "--output", output]
         flags += ["--eval-batch-size", options.eval_batch_size, *_cache(options)]
         flags += [] if run.languages else ["--transcribe", "en"]
-        _command("evaluate", flags)
+        commands.run("evaluate", flags)
     found = json.loads(output.read_text(encoding="utf-8"))["files"]
     fitted = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
-    timed = run.folder.parent / f"{run.folder.name}.seconds.json"
     languages = run.languages or ("en",)
     return {
         "condition": run.condition,
@@ -243,15 +229,9 @@ def _evaluated(options: argparse.Namespace, run: Run, files: dict[str, Path]) ->
         },
         "trained_parameters": fitted["trained_parameters"],
         "bytes_of_a_language": fitted["adapter_bytes"] / len(languages),
-        "seconds": json.loads(timed.read_text(encoding="utf-8"))["seconds"],
+        "seconds": commands.seconds_of(run.folder),
         "validation_losses": [each["validation_loss"] for each in fitted["history"]],
     }
-
-
-def _command(name: str, flags: Sequence[Any]) -> None:
-    """Runs a command of `python -m train`; raises RuntimeError if it fails."""
-    if code := run_command([name, *map(str, flags)]):
-        raise RuntimeError(f"{name} ended with exit code {code}; run the same command to go on")
 
 
 def parser() -> argparse.ArgumentParser:

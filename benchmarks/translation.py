@@ -28,13 +28,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import translation_flops, translation_report
-from train.__main__ import main as run_command
+from benchmarks import commands, translation_flops, translation_report
 from train.report import write_json
 from train.tasks import parallel
 
@@ -92,11 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.predict_only:
         return
     for run in planned:
-        _train(options, run)
+        commands.fit_once(run.folder, _flags_of(options, run))
     results = [_evaluated(options, run) for run in planned if run.condition != "first"]
     first = next(run for run in planned if run.condition == "first")
     report: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        "settings": commands.settings_of(options),
         "directions": list(directions),
         "predicted": predicted,
         "first": _evaluated(options, first),
@@ -179,13 +177,12 @@ def _create(options: argparse.Namespace, folder: Path) -> None:
         "--num-heads": [options.heads],
         "--output-dir": [folder],
     }
-    _command("create-backbone", [part for flag, given in flags.items() for part in (flag, *given)])
+    given = [part for flag, values in flags.items() for part in (flag, *values)]
+    commands.run("create-backbone", given)
 
 
-def _train(options: argparse.Namespace, run: Run) -> None:
-    """Trains a run unless it is done; a run that was interrupted goes on."""
-    if (run.folder / "metrics.json").exists():
-        return
+def _flags_of(options: argparse.Namespace, run: Run) -> list[Any]:
+    """Returns the flags of `fit` for a run, without those of its folder."""
     method, *more = run.method
     rates = {"full": options.full_learning_rate, "compacter-ciat": options.compacter_learning_rate}
     rate = rates.get(method, options.learning_rate)
@@ -202,12 +199,7 @@ def _train(options: argparse.Namespace, run: Run) -> None:
     flags += ["--max-length", options.max_length, "--max-target-length", options.max_length]
     if run.condition in BANKS or run.condition == "shared":
         flags += ["--backbone-dropout", "inside"]
-    started = time.perf_counter()
-    _command("fit", [*flags, "--output-dir", run.folder, "--resume"])
-    seconds = time.perf_counter() - started
-    if not (run.folder / "metrics.json").exists():  # a signal ends `fit` without an error
-        raise RuntimeError(f"{run.folder} was stopped; run the same command to go on")
-    write_json(run.folder.parent / f"{run.folder.name}.seconds.json", {"seconds": seconds})
+    return flags
 
 
 def _evaluated(options: argparse.Namespace, run: Run) -> dict[str, Any]:
@@ -218,12 +210,11 @@ def _evaluated(options: argparse.Namespace, run: Run) -> dict[str, Any]:
         table = {"validation": options.validation, "test": options.test}[options.split]
         flags = ["--adapter", run.folder, "--parallel-files", table]
         flags += ["--directions", ",".join(run.directions), "--split", options.split]
-        _command(
+        commands.run(
             "evaluate", [*flags, "--eval-batch-size", options.eval_batch_size, "--output", output]
         )
     metrics = json.loads(output.read_text(encoding="utf-8"))["metrics"]
     fitted = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
-    timed = run.folder.parent / f"{run.folder.name}.seconds.json"
     return {
         "condition": run.condition,
         "seed": run.seed,
@@ -234,14 +225,8 @@ def _evaluated(options: argparse.Namespace, run: Run) -> dict[str, Any]:
         },
         "trained_parameters": fitted["trained_parameters"],
         "adapter_bytes": fitted["adapter_bytes"],
-        "seconds": json.loads(timed.read_text(encoding="utf-8"))["seconds"],
+        "seconds": commands.seconds_of(run.folder),
     }
-
-
-def _command(name: str, flags: Sequence[Any]) -> None:
-    """Runs a command of `python -m train`; raises RuntimeError if it fails."""
-    if code := run_command([name, *map(str, flags)]):
-        raise RuntimeError(f"{name} ended with exit code {code}; run the same command to go on")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,15 +27,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import varieties_data, varieties_plan, varieties_report
+from benchmarks import commands, varieties_data, varieties_plan, varieties_report
 from benchmarks.varieties_data import GROUPS, Files, Group
 from benchmarks.varieties_tagging import Tagging
-from train.__main__ import main as run_command
 from train.report import write_json
 
 JOINT, DENSE, COMPACTER = "joint", "dense", "compacter"
@@ -85,16 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trimmed = root / "trimmed"
     if not trimmed.exists():
         texts = [files.text(each) for each in group.languages]
-        _command(
+        commands.run(
             "trim-vocabulary",
             ["--backbone", options.backbone, "--text-files", *texts, "--output-dir", trimmed],
         )
-    settings = {
-        # Of paths the last part alone, which says what was read and not where.
-        name: value.name if isinstance(value, Path) else str(value)
-        for name, value in vars(options).items()
-        if name != "plan"
-    }
+    settings = commands.settings_of(options)
+    del settings["plan"]
     planned = _planned(options, settings, group, files, trimmed)
     print(varieties_report.predicted_text(planned), flush=True)
     if options.plan:
@@ -237,27 +231,15 @@ def _fit(
     options: argparse.Namespace, backbone: Path, flags: Sequence[Any], folder: Path
 ) -> dict[str, Any]:
     """Runs `fit` unless it is done; returns the numbers that it trained, bytes and seconds."""
-    timed = folder.parent / f"{folder.name}.seconds.json"
-    if not (folder / "metrics.json").exists() or not timed.exists():
-        started = time.perf_counter()
-        sizes = ["--batch-size", options.batch_size, "--max-length", options.max_length]
-        given = ["--backbone", backbone, *flags, *sizes, "--eval-batch-size", options.batch_size]
-        _command("fit", [*given, "--output-dir", folder, "--resume"])
-        if not (folder / "metrics.json").exists():  # a signal ends `fit` without an error
-            raise RuntimeError(f"{folder} was stopped; run the same command to go on")
-        write_json(timed, {"seconds": time.perf_counter() - started})
+    sizes = ["--batch-size", options.batch_size, "--max-length", options.max_length]
+    given = ["--backbone", backbone, *flags, *sizes, "--eval-batch-size", options.batch_size]
+    seconds = commands.fit_once(folder, given)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return {
         "trained_parameters": metrics["trained_parameters"],
         "bytes": metrics["adapter_bytes"],
-        "seconds": json.loads(timed.read_text(encoding="utf-8"))["seconds"],
+        "seconds": seconds,
     }
-
-
-def _command(name: str, flags: Sequence[Any]) -> None:
-    """Runs a command of `python -m train`; raises RuntimeError if it fails."""
-    if code := run_command([name, *map(str, flags)]):
-        raise RuntimeError(f"{name} ended with exit code {code}; run the same command to go on")
 
 
 # --- tagging --------------------------------------------------------------------------------------

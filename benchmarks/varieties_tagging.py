@@ -27,6 +27,7 @@ from train.inference import mix_files
 from train.inference.mixing import EntropyMixer
 from train.inference.options import PredictOptions
 from train.objectives import Objective
+from train.objectives.base import LabelLogits
 from train.tasks import entities
 
 # Learning rate of Adam for weights that are fitted on labels.
@@ -44,7 +45,7 @@ class Tagging:
     def __init__(self, backbone: Path, options: argparse.Namespace):
         self._backbone, self._options = backbone, options
         # Number of members and kind -> objective, so that all mixtures share their programs.
-        self._objectives: dict[tuple[int, str], Objective] = {}
+        self._objectives: dict[tuple[int, str], tuple[Objective, LabelLogits]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._load = functools.lru_cache(maxsize=2)(self._loaded)
 
@@ -111,9 +112,9 @@ class Tagging:
         mixer = inference_adapter.load(self._given(expression, mix=ENTROPY)).mixer
         assert mixer is not None
         key = (len(members), kind)
-        return dataclasses.replace(
-            mixer, objective=self._objectives.setdefault(key, mixer.objective)
-        )
+        own = mixer.objective, mixer.labels
+        objective, labels = self._objectives.setdefault(key, own)
+        return dataclasses.replace(mixer, objective=objective, labels=labels)
 
     def _outputs(
         self, name: str, mixer: EntropyMixer, encoded: tokens.Encoded, validation: Path
@@ -150,11 +151,11 @@ class Tagging:
 
     def _program(self, name: str, mixer: EntropyMixer) -> Callable[..., Any]:
         """Returns a compiled function of parameters and a batch with `mix`."""
-        objective, count = mixer.objective, len(mixer.members)
+        objective, labels, count = mixer.objective, mixer.labels, len(mixer.members)
         makers: dict[str, Callable[[], Callable[..., Any]]] = {
             "mix": lambda: objective.outputs,
-            "probabilities": lambda: functools.partial(_mean_probabilities, objective, count),
-            "labels": lambda: jax.value_and_grad(functools.partial(_loss, objective)),
+            "probabilities": lambda: functools.partial(_mean_probabilities, labels, count),
+            "labels": lambda: jax.value_and_grad(functools.partial(_loss, labels)),
         }
         key = (name, id(objective))
         if key not in self._programs:
@@ -181,20 +182,20 @@ class Tagging:
         return np.asarray(jax.nn.softmax(scores)), losses
 
 
-def _loss(objective: Objective, scores: Any, params: Any, batch: step.Batch) -> Any:
+def _loss(labels: LabelLogits, scores: Any, params: Any, batch: step.Batch) -> Any:
     """Returns the sum of the losses of words with the weights softmax(scores)."""
-    logits = objective.logits(params, {**batch, "mix": jax.nn.softmax(scores)})
+    logits = labels.compute(params, {**batch, "mix": jax.nn.softmax(scores)})
     return -step.token_log_likelihoods(logits, batch["labels"]).sum()
 
 
-def _mean_probabilities(objective: Objective, count: int, params: Any, batch: step.Batch) -> Any:
+def _mean_probabilities(labels: LabelLogits, count: int, params: Any, batch: step.Batch) -> Any:
     """Returns the outputs of the mean of the probabilities that members give one by one."""
 
     def probabilities(mix: Any) -> Any:
-        return jax.nn.softmax(objective.logits(params, {**batch, "mix": mix}))
+        return jax.nn.softmax(labels.compute(params, {**batch, "mix": mix}))
 
     mean = jax.lax.map(probabilities, jnp.eye(count)).mean(0)
-    return objective.outputs_of(jnp.log(jnp.maximum(mean, 1e-30)), batch)
+    return labels.outputs(jnp.log(jnp.maximum(mean, 1e-30)), batch)
 
 
 def _rows(path: Path, most: int | None = None) -> list[dict[str, list[str]]]:

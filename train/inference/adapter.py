@@ -99,8 +99,8 @@ def load(options: AdapterOptions, **changes: Any) -> LoadedAdapter:
     objective = with_audio(objective, name, options)
     given, mixer = {}, None
     if options.mix == ENTROPY:
-        mixing.check_objective(objective, settings["kind"], options)
-        mixer = mixing.EntropyMixer(objective, params, mixed, options)
+        labels = mixing.labels_of(objective, settings["kind"], options)
+        mixer = mixing.EntropyMixer(objective, labels, params, mixed, options)
     elif mixed:
         given = {"mix": mixing.constant(mixed, options)}
     jitted = jax.jit(objective.outputs)

@@ -21,6 +21,7 @@ from train.compute import step
 from train.compute.outputs import split_outputs
 from train.data import tokens
 from train.objectives import Objective
+from train.objectives.base import LabelLogits
 
 # The site of weights that hold at all sites.
 ALL_SITES = "all"
@@ -84,9 +85,10 @@ def names_of(expression: Node | None, options: MixOptions) -> tuple[str, ...]:
     return names
 
 
-def check_objective(objective: Objective, kind: str, options: MixOptions) -> None:
-    """Raises ValueError if the labels of an objective have no entropy to find weights by."""
-    if not objective.has_probabilities:
+def labels_of(objective: Objective, kind: str, options: MixOptions) -> LabelLogits:
+    """Returns the logits of labels; raises ValueError if no weights can be found by them."""
+    labels = objective.label_logits
+    if labels is None:
         raise ValueError(
             f"--mix {ENTROPY} needs probabilities of labels, which this adapter for tasks of kind "
             f"{kind} does not have for its rows; use --mix equal or a number for each member"
@@ -96,6 +98,7 @@ def check_objective(objective: Objective, kind: str, options: MixOptions) -> Non
             "--mix-positions all is for tags of words, but the adapter has one label for each row; "
             "leave it out"
         )
+    return labels
 
 
 def constant(names: tuple[str, ...], options: MixOptions) -> np.ndarray:
@@ -109,7 +112,8 @@ class EntropyMixer:
     """Outputs with the weights that make the labels of each row most certain.
 
     Attributes:
-      objective: an objective with probabilities, whose model has one bank.
+      objective: an objective whose model has one bank.
+      labels: the logits of its labels.
       params: the parameters of the model.
       members: the names of the members.
       options: steps, learning rate, sites and positions.
@@ -120,6 +124,7 @@ class EntropyMixer:
     """
 
     objective: Objective
+    labels: LabelLogits
     params: Any
     members: tuple[str, ...]
     options: MixOptions
@@ -129,7 +134,7 @@ class EntropyMixer:
     ) -> Computed:
         """Computes the outputs of every row, and its weights at `sites`."""
         objective, options = self.objective, self.options
-        logits = jax.tree_util.Partial(_LogitsOfRow(objective), self.params)
+        logits = jax.tree_util.Partial(_LogitsOfRow(objective, self.labels), self.params)
         count = None if options.mix_sites == "one" else len(cj.mixing_sites(self.params))
 
         def outputs(batch: step.Batch) -> Any:
@@ -150,7 +155,7 @@ class EntropyMixer:
 
     @functools.cached_property
     def _outputs_of(self) -> Any:
-        return jax.jit(self.objective.outputs_of)
+        return jax.jit(self.labels.outputs)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -195,6 +200,7 @@ class _LogitsOfRow:
     """
 
     objective: Objective
+    labels: LabelLogits
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _LogitsOfRow) and other.objective is self.objective
@@ -204,4 +210,4 @@ class _LogitsOfRow:
 
     def __call__(self, params: Any, weights: jax.Array, inputs: dict[str, jax.Array]) -> jax.Array:
         batch = {name: values[None] for name, values in inputs.items()}
-        return self.objective.logits(params, {**batch, "mix": weights[None]})[0]
+        return self.labels.compute(params, {**batch, "mix": weights[None]})[0]

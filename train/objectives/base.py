@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,19 @@ from train.tasks.benchmark import Benchmark
 Predicted: TypeAlias = np.ndarray | list[str] | list[float | None] | list[list[str | None]]
 # Predictions of one model, or name -> predictions of several.
 Predictions: TypeAlias = Predicted | Mapping[str, Predicted]
+
+
+class LabelLogits(NamedTuple):
+    """Two functions whose composition is `Objective.outputs`.
+
+    Attributes:
+      compute: function of parameters and a batch that computes the logits of labels, `[batch,
+        labels]` or `[batch, length, labels]` float32.
+      outputs: function of these logits and the batch that returns the outputs.
+    """
+
+    compute: Callable[[step.Params, step.Batch], Array]
+    outputs: Callable[[Array, step.Batch], Any]
 
 
 class Objective(abc.ABC):
@@ -40,9 +53,9 @@ class Objective(abc.ABC):
     benchmark: Benchmark | None = None
 
     @property
-    def has_probabilities(self) -> bool:
-        """True if there are `logits` of labels, of rows or of words, and `outputs_of` them."""
-        return False
+    def label_logits(self) -> LabelLogits | None:
+        """Logits of labels and the outputs made of them; None for tasks without probabilities."""
+        return None
 
     @property
     @abc.abstractmethod
@@ -67,14 +80,6 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def outputs(self, params: step.Params, batch: step.Batch) -> Any:
         """Computes a tree of `[batch, …]` arrays to score a split by (`step.OutputsFunction`)."""
-
-    def logits(self, params: step.Params, batch: step.Batch) -> Array:
-        """Computes the logits of labels, `[batch, labels]` or `[batch, length, labels]` float32."""
-        raise NotImplementedError(f"{type(self).__name__} has no probabilities of labels")
-
-    def outputs_of(self, logits: Array, batch: step.Batch) -> Any:
-        """Returns `outputs` from the logits of a batch."""
-        raise NotImplementedError(f"{type(self).__name__} has no probabilities of labels")
 
     @abc.abstractmethod
     def encode(self, rows: Any) -> tokens.Encoded:

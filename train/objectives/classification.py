@@ -12,7 +12,14 @@ from jax import Array
 from train.compute import step
 from train.data import tokens
 from train.objectives import learning_rates as objectives_learning_rates
-from train.objectives.base import Objective, Predictions, mean_loss, refuse_logits, targets_of
+from train.objectives.base import (
+    LabelLogits,
+    Objective,
+    Predictions,
+    mean_loss,
+    refuse_logits,
+    targets_of,
+)
 from train.tasks import metrics
 from train.tasks.benchmark import Benchmark, Choice
 
@@ -37,9 +44,11 @@ class Classifier(Objective):
     benchmark: Benchmark | None = None
 
     @property
-    def has_probabilities(self) -> bool:
-        """True for labels."""
-        return bool(self.kind == "classification")
+    def label_logits(self) -> LabelLogits | None:
+        """The outputs themselves, for labels."""
+        if self.kind != "classification":
+            return None
+        return LabelLogits(self.outputs, lambda logits, batch: logits)
 
     @property
     def loss(self) -> step.LossFunction:
@@ -48,16 +57,7 @@ class Classifier(Objective):
 
     def outputs(self, params: step.Params, batch: step.Batch) -> Array:
         """Computes `[batch, num_labels]` float32 logits."""
-        return self.logits(params, batch)
-
-    def logits(self, params: step.Params, batch: step.Batch) -> Array:
-        """Computes `[batch, num_labels]` float32 logits."""
         return step.logits_of(self.apply)(params, batch)
-
-    def outputs_of(self, logits: Array, batch: step.Batch) -> Array:
-        """Returns the logits."""
-        del batch
-        return logits
 
     def encode(self, rows: Any) -> tokens.Encoded:
         """Tokenises sentences or pairs."""
@@ -102,9 +102,8 @@ class ParallelClassifier(Classifier):
     names: tuple[str, ...] = ()
 
     @property
-    def has_probabilities(self) -> bool:
-        """False: each classifier has its own."""
-        return False
+    def label_logits(self) -> None:
+        """None: each classifier has its own."""
 
     @property
     def loss(self) -> step.LossFunction:
@@ -145,9 +144,8 @@ class MultipleChoice(Classifier):
     benchmark: Choice
 
     @property
-    def has_probabilities(self) -> bool:
-        """False: those of a row are divided over its candidates."""
-        return False
+    def label_logits(self) -> None:
+        """None: those of a row are divided over its candidates."""
 
     def scores(self, outputs: np.ndarray, encoded: tokens.Encoded) -> dict[str, float]:
         """Returns the benchmark's metrics of the choices, and the mean loss of a candidate."""

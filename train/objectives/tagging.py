@@ -15,7 +15,7 @@ from train.data import tokens
 from train.data.rows import WORDS
 from train.data.words import WordCounts, Words, of_rows
 from train.objectives import learning_rates as objectives_learning_rates
-from train.objectives.base import Objective
+from train.objectives.base import LabelLogits, Objective
 from train.tasks import entities
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class Tagger(Objective):
     label_names: tuple[str, ...]
 
     @property
-    def has_probabilities(self) -> bool:
-        """True, for tags."""
-        return True
+    def label_logits(self) -> LabelLogits:
+        """The logits of the tags of all tokens, `[batch, length, tags]`."""
+        return LabelLogits(self._logits, self._outputs_of)
 
     @property
     def columns(self) -> Mapping[str, type]:
@@ -69,13 +69,13 @@ class Tagger(Objective):
           finite, and behind the padding. `loss`: `[batch]` float32, the sum over the words whose
           tags are known.
         """
-        return self.outputs_of(self.logits(params, batch), batch)
+        return self._outputs_of(self._logits(params, batch), batch)
 
-    def logits(self, params: step.Params, batch: step.Batch) -> Array:
+    def _logits(self, params: step.Params, batch: step.Batch) -> Array:
         """Computes the logits of the tags of all tokens, `[batch, length, tags]` float32."""
         return self.apply(params, batch, None)[..., : len(self.label_names)].astype(jnp.float32)
 
-    def outputs_of(self, logits: Array, batch: step.Batch) -> dict[str, Array]:
+    def _outputs_of(self, logits: Array, batch: step.Batch) -> dict[str, Array]:
         """Returns `outputs` from the logits of a batch."""
         tags = jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1).astype(jnp.int32)
         more = self.max_length - tags.shape[1]

@@ -1,6 +1,7 @@
 """Tests `evaluate` and `predict` with a mix of language adapters below a task's adapter."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -237,7 +238,7 @@ def test_the_entropy_is_that_of_first_tokens(mixer):
         ids = examples.input_ids[slice(*examples.offsets[row : row + 2])]
         batch = {"input_ids": ids[None], "attention_mask": np.ones_like(ids)[None]}
         batch |= {"token_type_ids": np.zeros_like(ids)[None], "mix": jnp.float32(EQUAL)}
-        logits = np.float64(mixer.objective.logits(mixer.params, batch)[0, counted])
+        logits = np.float64(mixer.labels.compute(mixer.params, batch)[0, counted])
         shifted = logits - logits.max(-1, keepdims=True)
         chances = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
         expected = -(chances * np.log(chances)).sum(-1).mean()
@@ -249,7 +250,7 @@ def test_all_positions_count_on_request(mixer):
     options = PredictOptions(
         adapter=IN, input=IN, output=OUT, mix="entropy", mix_steps=3, mix_positions="all"
     )
-    other = mixing.EntropyMixer(mixer.objective, mixer.params, mixer.members, options)
+    other = dataclasses.replace(mixer, options=options)
     rows = [["good", "film"]]
     words = mixer.compute(encoded(mixer, rows), 6).found
     everything = other.compute(encoded(mixer, rows), 6).found
