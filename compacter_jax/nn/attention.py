@@ -234,7 +234,15 @@ class JoinedCache:
         start = self.source_length
 
         def reorder(leaf: Array) -> Array:
-            own = leaf[:, :, start:].take(parents, 0, mode="clip")
+            _, heads, _, width = leaf.shape
+            size = (1, heads, self.room, width)
+
+            # One gather from the whole array: XLA would merge a slice of it with the step's update,
+            # and copy the source's part as well.
+            def target_of(parent: Array) -> Array:
+                return jax.lax.dynamic_slice(leaf, (parent, 0, start, 0), size)[0]
+
+            own = jax.vmap(target_of)(parents)
             return jax.lax.dynamic_update_slice_in_dim(leaf, own, start, axis=2)
 
         return jax.tree.map(reorder, changing)

@@ -149,12 +149,12 @@ def test_a_reordering_copies_the_targets_part_alone():
     def gathered(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "gather":
-                yield equation.invars[0].aval.shape
+                yield equation.params["slice_sizes"]
             for inner in equation.params.values():
                 if hasattr(inner, "jaxpr"):
                     yield from gathered(inner.jaxpr)
 
-    lengths = [shape[2] for shape in gathered(program.jaxpr)]
+    lengths = [size[2] for size in gathered(program.jaxpr)]
     assert lengths == [LENGTH + 2] * 2 * CONFIG.decoder_layers
     marked = jax.tree.map(lambda leaf: leaf + jnp.arange(3 * BEAMS)[:, None, None, None], cache)
     parents = jnp.asarray([1, 1, 0, 3] * 3) + BEAMS * (jnp.arange(3 * BEAMS) // BEAMS)
