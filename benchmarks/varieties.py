@@ -14,7 +14,7 @@ varieties without an adapter of their own, and each other language without its o
 | `probabilities` | the mean of the probabilities that the adapters give one by one |
 | `labels` | weights by site fitted on labels of the variety: what mixing can reach |
 | `joint` | one adapter trained on all languages together, as wide as all |
-| `compacter-equal`, `compacter-entropy-T-G` | language adapters with Compacter's projections |
+| `compacter-equal`, `compacter-entropy-T-G` | with Compacter's projections; the first T alone |
 
 Every cell (a seed, a variety, a split, a condition) is written to the JSON file when it is done,
 and the same command goes on after an interruption. `--plan` counts the operations and predicts the
@@ -135,6 +135,7 @@ def _planned(
 def cells(options: argparse.Namespace, group: Group, seed: int) -> Iterator[Cell]:
     """Yields the cells of a seed: left-out languages on validation first, then all on test."""
     emea = [f"entropy-{t}-{g:g}" for t in options.steps for g in options.rates]
+    fewest = emea[: len(options.rates)]
     for split, varieties in (
         ("validation", group.left_out),
         ("test", (*group.varieties, *group.left_out)),
@@ -147,7 +148,7 @@ def cells(options: argparse.Namespace, group: Group, seed: int) -> Iterator[Cell
                 names += ["probabilities", "labels"]
                 names += [JOINT] * (JOINT in options.adapters)
             if COMPACTER in options.adapters:
-                names += [f"compacter-{each}" for each in ("equal", *emea)]
+                names += [f"compacter-{each}" for each in ("equal", *fewest)]
             for name in names:
                 yield Cell(seed, variety, split, name, members)
 
@@ -195,7 +196,8 @@ def _head(options: argparse.Namespace, files: Files, trimmed: Path) -> Path:
     """Trains a head for masked words alone, and returns the backbone with it."""
     folder = options.output_dir / "head"
     flags = ["--task", "masked_lm", "--method", "head-only", "--train-file", files.text("all")]
-    flags += ["--epochs", options.head_epochs, "--learning-rate", 1e-3, "--max-evaluations", 1]
+    flags += ["--epochs", options.head_epochs, "--learning-rate", options.head_learning_rate]
+    flags += ["--max-evaluations", 1]
     _fit(options, trimmed, flags, folder)
     return folder / "backbone"
 
@@ -296,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
     epochs = {"epochs": 5, "head-epochs": 5, "task-epochs": 5}
     for name, number in {**epochs, "batch-size": 16, "max-length": 64}.items():
         training.add_argument(f"--{name}", type=int, default=number)
-    rates = {"": 3e-4, "task-": 1e-3, "compacter-": 3e-3}
+    rates = {"": 3e-4, "head-": 1e-3, "task-": 1e-3, "compacter-": 3e-3}
     for name, rate in rates.items():
         training.add_argument(f"--{name}learning-rate", type=float, default=rate)
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

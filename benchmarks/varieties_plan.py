@@ -21,6 +21,7 @@ from train.__main__ import _parsed
 from train.compute import flops, step
 from train.compute.program import gradient_program, traced
 from train.data import batching
+from train.objectives.masked_words import MaskedWords
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -145,7 +146,8 @@ def _masked_words(trimmed: Path, batch: int, length: int, flags: tuple[str, ...]
     """Returns the operations of an update of masked words."""
     module = module_from_config(read_config(trimmed), head="masked_lm")
     model = cj.Adapted(module, _method(flags))
-    return _gradient(model, _shapes(batch, length), model.method)
+    objective = MaskedWords(model, _tokenizer(trimmed), length)
+    return _gradient(model, _shapes(batch, length), objective.apply, objective.loss)
 
 
 def _method(flags: tuple[str, ...]) -> Any:
@@ -164,10 +166,14 @@ def _params(model: cj.Adapted) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
-def _gradient(model: cj.Adapted, batch: dict[str, Any], method: Any) -> float:
+def _gradient(
+    model: cj.Adapted,
+    batch: dict[str, Any],
+    apply: step.ApplyFunction,
+    loss: step.LossFunction,
+) -> float:
     params = _params(model)
-    halves = cj.partition(params, cj.label_params(params, method))
-    apply, loss = step.apply_function(model, INPUTS), step.loss_function("tokens")
+    halves = cj.partition(params, cj.label_params(params, model.method))
     return flops.of_step(gradient_program(apply, loss, *halves, batch))
 
 
@@ -190,7 +196,8 @@ def _tagging(
     batch = _shapes(size, length)
     stack = cj.Stack(language, task, names=("language", "task"), frozen=("language",))
     bank = cj.Stack(cj.Bank(language, size=members), task, names=("language", "task"))
-    model = cj.Adapted(module, bank)
+    model, trained = cj.Adapted(module, bank), cj.Adapted(module, stack)
+    apply_trained = step.apply_function(trained, INPUTS)
     params = _params(model)
     sites = len(cj.mixing_sites(params))
     scores = jax.ShapeDtypeStruct((size, sites, members), jnp.float32)
@@ -206,7 +213,7 @@ def _tagging(
     forward = flops.of_step(traced(logits, scores, params, batch))
     stepped = flops.of_step(traced(jax.grad(entropies), scores, params, batch))
     return {
-        "train": _gradient(cj.Adapted(module, stack), batch, stack),
+        "train": _gradient(trained, batch, apply_trained, step.loss_function("tokens")),
         "pass": forward,
         "step": stepped,
     }

@@ -130,10 +130,14 @@ def make_room(arguments: dict[str, Any], count: int, config: Any) -> None:
     for name, filler in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 0)):
         if (array := arguments.get(name)) is not None:
             arguments[name] = jnp.pad(array, ((0, 0), (count, 0)), constant_values=filler)
-    if (positions := arguments.get("position_ids")) is not None:
-        start = getattr(config, "first_position", 0)
-        first = jnp.broadcast_to(start + jnp.arange(count), (positions.shape[0], count))
-        arguments["position_ids"] = jnp.concatenate([first, positions + count], axis=1)
+    # The result has these tokens too, until `without_first` takes them away.
+    for name, start in (
+        ("position_ids", getattr(config, "first_position", 0)),
+        ("word_positions", 0),
+    ):
+        if (positions := arguments.get(name)) is not None:
+            first = jnp.broadcast_to(start + jnp.arange(count), (positions.shape[0], count))
+            arguments[name] = jnp.concatenate([first, positions + count], axis=1)
 
 
 def repeat_rows(arguments: dict[str, Any], copies: int) -> int:

@@ -171,6 +171,7 @@ class Encoder(nn.Module, abc.ABC):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
         *,
+        word_positions: Array | None = None,
         deterministic: bool = True,
     ) -> Array | EncoderOutput:
         """Returns the logits of the head, or hidden states without a head.
@@ -184,21 +185,25 @@ class Encoder(nn.Module, abc.ABC):
             ModernBERT have none.
           position_ids: `[batch, length]` or `[1, length]` integers; None counts from 0, and in
             RoBERTa from the padding token's id + 1, past padding.
+          word_positions: `[batch, k]` integers, the tokens of each row that "masked_lm" computes
+            logits for, counted from 0; None for all. Other heads take None alone.
           deterministic: Python bool; False turns on dropout and needs `rngs={"dropout": key}`.
 
         Returns:
           For "sequence_classification" `[batch, num_labels]`, for "token_classification"
-          `[batch, length, num_labels]`, for "masked_lm" `[batch, length, vocab]`, for
-          "question_answering" `[batch, length, 2]` (start, end), all in the dtype of the
-          computation; without a head an `EncoderOutput`.
+          `[batch, length, num_labels]`, for "masked_lm" `[batch, length, vocab]` or `[batch, k,
+          vocab]`, for "question_answering" `[batch, length, 2]` (start, end), all in the dtype of
+          the computation; without a head an `EncoderOutput`.
 
         Raises:
           ValueError: if the sequence is empty or longer than the positions, a shape does not fit
             `input_ids`, a mask is of a floating-point type, an id has no embedding, as negative
-            ids have none, the model has no token types, or the mean of a row of padding alone is
-            wanted. If ids or the mask are traced, this row is NaN.
+            ids have none, the model has no token types, positions of words are not within the
+            sequence or the head has none, or the mean of a row of padding alone is wanted. If ids
+            or the mask are traced, this row is NaN.
         """
         self._check_inputs(input_ids, attention_mask, token_type_ids, position_ids)
+        self._check_word_positions(word_positions, input_ids.shape)
         positions = self.positions(input_ids) if position_ids is None else position_ids
         x, table = self.embed(input_ids, token_type_ids, positions, deterministic)
         # A classifier reads only the first token, unless it takes the mean of all.
@@ -209,6 +214,8 @@ class Encoder(nn.Module, abc.ABC):
         if self.head is None:
             return EncoderOutput(last_hidden_state=x, pooler_output=self.pooled(x[:, 0]))
         if self.head == "masked_lm":
+            if word_positions is not None:
+                x = jnp.take_along_axis(x, word_positions[:, :, None], axis=1)
             return self.predict_words(x, table)
         if of_sequences:
             x = mean_of_tokens(x, attention_mask) if self.takes_mean else x[:, 0]
@@ -284,6 +291,21 @@ class Encoder(nn.Module, abc.ABC):
             check_ids("position_ids", position_ids, config.max_position_embeddings, field)
         if token_type_ids is not None:
             _check_token_types(token_type_ids, input_ids.shape, config)
+
+    @nn.nowrap
+    def _check_word_positions(self, word_positions: Array | None, shape: tuple[int, ...]) -> None:
+        if word_positions is None:
+            return
+        if self.head != "masked_lm":
+            raise ValueError(
+                f"word_positions is for head='masked_lm', not for head={self.head!r}; leave it out"
+            )
+        batch, length = shape
+        if word_positions.ndim != 2 or word_positions.shape[0] != batch:
+            raise ValueError(
+                f"word_positions has shape {word_positions.shape}; it must be ({batch}, k)"
+            )
+        check_ids("word_positions", word_positions, length, "length of input_ids")
 
 
 def _reserved(config: Any) -> str:

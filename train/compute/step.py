@@ -220,7 +220,8 @@ def apply_function(
     """Returns a function that calls a module with the given inputs of a batch.
 
     Dropout is active if there is a key. If a batch has `adapter_ids`, they select the members of a
-    bank for its rows; if it has `mix`, these are the weights of the members.
+    bank for its rows; if it has `mix`, these are the weights of the members; and if it has
+    `word_positions`, these are the tokens that a head for masked words computes logits for.
     """
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
@@ -230,6 +231,7 @@ def apply_function(
             deterministic=dropout_key is None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
             **routing(batch),
+            **{name: batch[name] for name in ("word_positions",) if name in batch},
         )
 
     return apply

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -67,13 +69,24 @@ class MaskedWords(OnText):
             raise ValueError(f"max_length={self.max_length} leaves no room for two tokens")
 
     @property
+    def apply(self) -> step.ApplyFunction:
+        """Function of the parameters that returns the logits of chosen tokens alone."""
+        apply = step.apply_function(self.model, self.inputs)
+
+        def of_chosen(params: step.Params, batch: step.Batch, key: Array | None) -> Array:
+            return apply(params, {**batch, "word_positions": self._chosen(batch["labels"])}, key)
+
+        return of_chosen
+
+    @property
     def loss(self) -> step.LossFunction:
         """Mean cross-entropy over the chosen tokens of a row."""
-        return step.loss_function("tokens")
+        loss = step.loss_function("tokens")
+        return lambda logits, labels: loss(logits, self._labels_of_chosen(labels))
 
     def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
         """Computes the sums over chosen tokens: of the losses, and of those that are right."""
-        logits, labels = self.apply(params, batch, None), batch["labels"]
+        logits, labels = self.apply(params, batch, None), self._labels_of_chosen(batch["labels"])
         right = (logits.argmax(-1) == labels) & (labels != tokens.IGNORED)
         losses = -step.token_log_likelihoods(logits, labels)
         return {"loss": losses.sum(-1), "correct": right.sum(-1)}
@@ -119,6 +132,21 @@ class MaskedWords(OnText):
             ),
         )
 
+    def _chosen(self, labels: Array) -> Array:
+        """Returns the positions of the chosen tokens of rows, as many as a row has at most.
+
+        Rows with fewer have other positions as well, whose labels are `IGNORED`.
+        """
+        most = min(self._chosen_of(self._room), labels.shape[1])
+        return jax.lax.top_k((labels != tokens.IGNORED).astype(jnp.int32), most)[1]
+
+    def _labels_of_chosen(self, labels: Array) -> Array:
+        return jnp.take_along_axis(labels, self._chosen(labels), axis=1)
+
+    def _chosen_of(self, length: int) -> int:
+        """Returns the number of chosen tokens of a segment."""
+        return max(1, round(self.noise_density * length))
+
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the noise."""
@@ -146,7 +174,7 @@ class MaskedWords(OnText):
         self, ids: np.ndarray, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens with noise, and the right tokens where they were chosen."""
-        count = max(1, round(self.noise_density * len(ids)))
+        count = self._chosen_of(len(ids))
         chosen = generator.permutation(len(ids))[:count]
         fate = generator.random(count)
         drawn = generator.choice(self._ordinary, count)
