@@ -17,9 +17,9 @@ varieties without an adapter of their own, and each other language without its o
 | `compacter-equal`, `compacter-entropy-T-G` | with Compacter's projections; the first T alone |
 
 Every cell (a seed, a variety, a split, a condition) is written to the JSON file when it is done,
-and the same command goes on after an interruption. `--plan` counts the operations and predicts the
-minutes without training. Steps and learning rate of EMEA are chosen on the validation split of
-languages that are left out.
+and the same command goes on after an interruption; nothing is trained for a seed with all its
+cells. `--plan` counts the operations and predicts the minutes without training. Steps and learning
+rate of EMEA are chosen on the validation split of languages that are left out.
 """
 
 from __future__ import annotations
@@ -103,8 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "varieties": list(group.varieties),
         "predicted": planned,
     }
-    backbone = _head(options, files, trimmed)
-    for seed in options.seeds:
+    left = [
+        seed
+        for seed in options.seeds
+        if any(cell.key not in report["cells"] for cell in cells(options, group, seed))
+    ]
+    backbone = _head(options, files, trimmed) if left else trimmed
+    for seed in left:
         report["adapters"][str(seed)] = _train(options, group, files, backbone, seed)
         write_json(output, report)
         _compute(options, group, files, backbone, seed, report, output)
@@ -232,7 +237,7 @@ def _train(
 def _fit(
     options: argparse.Namespace, backbone: Path, flags: Sequence[Any], folder: Path
 ) -> dict[str, Any]:
-    """Runs `fit` unless it is done; returns the numbers that it trained, bytes and seconds."""
+    """Runs `fit` unless it is done; returns what it trained, bytes, validation and seconds."""
     sizes = ["--batch-size", options.batch_size, "--max-length", options.max_length]
     given = ["--backbone", backbone, *flags, *sizes, "--eval-batch-size", options.batch_size]
     seconds = commands.fit_once(folder, given)
@@ -240,6 +245,7 @@ def _fit(
     return {
         "trained_parameters": metrics["trained_parameters"],
         "bytes": metrics["adapter_bytes"],
+        "validation": metrics["validation"],
         "seconds": seconds,
     }
 

@@ -181,10 +181,16 @@ def report(found: Mapping[str, Any]) -> str:
         if not kind.endswith("/task")
     }
     rows = [
-        [name, f"{each['trained_parameters']:,}", f"{each['bytes']:,}", f"{each['seconds']:.0f}"]
+        [
+            name,
+            *(f"{each[key]:,}" for key in ("trained_parameters", "bytes")),
+            f"{each['validation']['loss']:.3f}",
+            f"{each['seconds']:.0f}",
+        ]
         for name, each in sizes.items()
     ]
-    parts.append(table(["language adapter", "trained numbers", "bytes", "seconds"], rows))
+    head = ["language adapter", "trained numbers", "bytes", "loss of masked words", "seconds"]
+    parts.append(table(head, rows))
     return "\n\n".join([*parts, predicted_text(found["predicted"])]) + "\n"
 
 
