@@ -75,7 +75,7 @@ def _quality(options: argparse.Namespace) -> None:
     found = quality.summary(report["cells"])
     print("\n".join(["", *quality.table(found), "", *quality.on_par(found)]))
     if options.figure is not None:
-        plot(report["cells"], Path(options.figure))
+        plot(report["cells"], Path(options.figure), options.d)
         print(options.figure)
 
 
@@ -111,8 +111,14 @@ def _speed_report(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def plot(cells: dict[str, Any], path: Path) -> None:
-    """Writes a figure of BLEU: a point for each seed, a panel for each stage and language."""
+def plot(cells: dict[str, Any], path: Path, width: int) -> None:
+    """Writes a figure of BLEU: a point for each seed, a panel for each stage and language.
+
+    Args:
+      cells: the results of the report.
+      path: the file.
+      width: width of the hidden states of all models.
+    """
     names = list(dict.fromkeys(name.rpartition("/")[0] for name in cells))
     stages, languages = quality.STAGES, quality.LANGUAGES
     size = (3.4 * len(stages), 3 * len(languages))
@@ -128,6 +134,8 @@ def plot(cells: dict[str, Any], path: Path) -> None:
             axis.set_xticks(range(len(names)), names, rotation=20)
             axis.set_title(f"{stage}, English to {language}")
             axis.set_ylabel("BLEU")
+    seeds = len({name.rpartition("/")[2] for name in cells})
+    figure.suptitle(f"Translation by decoders of d = {width}: a point for each of {seeds} seeds")
     save(figure, path)
 
 
