@@ -228,11 +228,12 @@ def test_a_rehearsal_runs_through(data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_plan_and_a_report_of_captions_say_synthetic(captions, espeak, tmp_path, capsys):
-    """Captions go through the same steps; wherever a number stands, it is said to be synthetic."""
+def test_a_plan_of_captions_says_that_the_speech_is_synthetic(captions, espeak, tmp_path, capsys):
+    """The plan needs the sounds, whose lengths it reads, and says above its table what they are."""
     flags = flags_of(tmp_path, captions=captions, **{"train-utterances": 7, "vocab-size": 300})
     speech.main([*flags, "--plan"])
-    assert capsys.readouterr().out.index("Synthetic") > 0
+    told = capsys.readouterr().out
+    assert 0 < told.index("Synthetic speech") < told.index("minutes predicted")
     rows = (tmp_path / "runs/data/synthetic.jsonl").read_text().splitlines()
     assert len(rows) == 2 * len(LANGUAGES)
 
