@@ -227,17 +227,6 @@ def test_a_rehearsal_runs_through(data, tmp_path, capsys):
     assert "was not tested by these runs" in told
 
 
-@pytest.mark.slow
-def test_a_plan_of_captions_says_that_the_speech_is_synthetic(captions, espeak, tmp_path, capsys):
-    """The plan needs the sounds, whose lengths it reads, and says above its table what they are."""
-    flags = flags_of(tmp_path, captions=captions, **{"train-utterances": 7, "vocab-size": 300})
-    speech.main([*flags, "--plan"])
-    told = capsys.readouterr().out
-    assert 0 < told.index("Synthetic speech") < told.index("minutes predicted")
-    rows = (tmp_path / "runs/data/synthetic.jsonl").read_text().splitlines()
-    assert len(rows) == 2 * len(LANGUAGES)
-
-
 def result(data, scores_of):
     """Returns a report of two seeds in one language, with scores by the data's first metric.
 
