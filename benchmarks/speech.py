@@ -2,10 +2,14 @@ r"""Adapters for the languages that speech is written in, compared with other us
 
     python -m benchmarks.speech --data DIGITS --output-dir runs/speech --plan
     python -m benchmarks.speech --data DIGITS --output-dir runs/speech --json speech.json
+    python -m benchmarks.speech --captions MULTI30K --output-dir runs/captions --vocab-size 4000
 
-Utterances are spoken English digits, joined to numbers, and the targets are the names of the
-numbers in eight languages (`benchmarks.speech_numbers`). Numbers of validation and test never occur
-in training, and neither does the speaker of the split `new`. A random backbone is trained on all
+With `--data`, utterances are spoken English digits, joined to numbers, and the targets are the
+names of the numbers in eight languages (`benchmarks.speech_numbers`). Numbers of validation and
+test never occur in training, and neither does the speaker of the split `new`. With `--captions`,
+the program espeak-ng speaks English captions, and the targets are their translations into three
+languages (`benchmarks.speech_captions`): the speech is synthetic, and every report says so. Neither
+captions nor voices of the test occur in training. A random backbone is trained on all
 languages, and another to write the English words; from the first each condition trains the same
 number of further steps, and from the second those of the lower part of the table do:
 
@@ -14,7 +18,7 @@ number of further steps, and from the second those of the lower part of the tabl
 | `longer` | the translator of all languages, trained further |
 | `st-2`, `st-8` | `st` for each language, reduction factor 2 or 8 |
 | `compacter-st` | `compacter-st` for each language |
-| `shared` | one `st` for all languages, as wide as the eight of `st-2` together |
+| `shared` | one `st` for all languages, as wide as those of `st-2` together |
 | `decoder` | the linear layers of the decoder for each language |
 | `full` | full fine-tuning for each language, with its share of the steps |
 | `recogniser-adapters` | `st-2` on the recogniser |
@@ -23,7 +27,7 @@ number of further steps, and from the second those of the lower part of the tabl
 
 A run whose folder has results is not repeated, so that the same command goes on after an
 interruption. `--plan` counts operations and predicts minutes without training. The report has exact
-matches and chrF for each language, for the speakers of training and for the new one, with mean and
+matches and chrF of numbers, BLEU and chrF of captions, for each language and test, with mean and
 spread over seeds, trained weights, and the bytes of a language.
 """
 
@@ -37,14 +41,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import commands, speech_numbers, speech_plan, speech_report
-from benchmarks.speech_numbers import LANGUAGES
+from benchmarks.speech_captions import Captions
+from benchmarks.speech_data import SpeechData
+from benchmarks.speech_numbers import Digits
 from train.report import write_json
 
 _ST = ["st", "--reduction-factor"]
 # Condition -> method and its flags.
 SHARED: dict[str, list[str]] = {
     "longer": ["full"],
-    "shared": [*_ST, "2", "--expansion-factor", str(len(LANGUAGES))],
+    "shared": [*_ST, "2"],
 }
 BANKS: dict[str, list[str]] = {
     "st-2": [*_ST, "2"],
@@ -60,8 +66,7 @@ CONDITIONS = (
     *("recogniser-adapters", "recogniser-cross", "recogniser-full"),
 )
 FIRST, RECOGNISER = "translator", "recogniser"
-TESTS = ("known", "new")
-METRICS = ("exact_match", "chrf")
+METRICS = ("exact_match", "bleu", "chrf", "word_error_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,30 +104,38 @@ def main(arguments: Sequence[str] | None = None, *, spell: Any = speech_numbers.
 
     Args:
       arguments: the command line.
-      spell: the names of numbers, as for `speech_numbers.write_splits`.
+      spell: the names of numbers, as for `speech_numbers.Digits`.
+
+    Raises:
+      SystemExit: with code 2 if the data cannot be read or made; the message is one line.
     """
-    options = parser().parse_args(arguments)
+    flags = parser()
+    options = flags.parse_args(arguments)
+    data = Captions(options.captions) if options.captions else Digits(options.data, spell)
     counts = {
         "train": options.train_utterances,
-        **dict.fromkeys(("validation", *TESTS), options.test_utterances),
+        **dict.fromkeys(("validation", *data.tests), options.test_utterances),
     }
-    files = speech_numbers.write_splits(options.data, options.output_dir / "data", counts, spell)
+    try:
+        files = data.write_splits(options.output_dir / "data", counts)
+    except (ValueError, OSError) as error:
+        flags.exit(2, f"error: {' '.join(str(error).split())}\n")
     created = options.output_dir / "random"
     if not (created / "config.json").exists():
-        _create(options, files["train"], created)
-    planned = list(runs_of(options, created))
+        _create(options, data.languages, files["train"], created)
+    planned = list(runs_of(options, data.languages, created))
     predicted = speech_plan.predict(options, planned, created, files)
-    print(speech_report.predicted_text(predicted), flush=True)
+    print(f"{data.title}\n\n{speech_report.predicted_text(predicted)}", flush=True)
     if options.plan:
         return
     for run in planned:
         commands.fit_once(run.folder, flags_of(options, run, files))
     report: dict[str, Any] = {
         "settings": commands.settings_of(options),
-        "languages": list(LANGUAGES),
+        **data.described,
         "predicted": predicted,
-        "first": [_evaluated(options, run, files) for run in planned if run.is_first],
-        "runs": [_evaluated(options, run, files) for run in planned if not run.is_first],
+        "first": [_evaluated(options, data, run, files) for run in planned if run.is_first],
+        "runs": [_evaluated(options, data, run, files) for run in planned if not run.is_first],
     }
     write_json(options.json or options.output_dir / "speech.json", report)
     text = speech_report.report(report)
@@ -130,32 +143,38 @@ def main(arguments: Sequence[str] | None = None, *, spell: Any = speech_numbers.
     print(f"\n{text}")
 
 
-def runs_of(options: argparse.Namespace, created: Path) -> Iterator[Run]:
+def runs_of(
+    options: argparse.Namespace, languages: tuple[str, ...], created: Path
+) -> Iterator[Run]:
     """Yields the runs in an order in which each finds the backbone that it starts from."""
     root, first = options.output_dir, options.first_steps
     needs = {RECOGNISER if name.startswith(RECOGNISER) else FIRST for name in options.conditions}
     for name in (FIRST, RECOGNISER):
         if name in needs:
-            languages = LANGUAGES if name == FIRST else ()
-            yield Run(name, 0, languages, created, ("full",), "shared", first, root / name)
-    share = -(-options.steps // len(LANGUAGES))
+            written = languages if name == FIRST else ()
+            yield Run(name, 0, written, created, ("full",), "shared", first, root / name)
+    share = -(-options.steps // len(languages))
     for seed in options.seeds:
         for condition in options.conditions:
             start = RECOGNISER if condition.startswith(RECOGNISER) else FIRST
             backbone, folder = root / start / "backbone", root / condition / f"seed-{seed}"
             method = tuple({**SHARED, **BANKS, **SINGLE}[condition])
+            if condition == "shared":
+                method += ("--expansion-factor", str(len(languages)))
             if condition in SINGLE:
-                for language in LANGUAGES:
+                for language in languages:
                     yield Run(
                         *(condition, seed, (language,), backbone, method, "shared", share),
                         folder / language,
                     )
                 continue
             adapters = "shared" if condition in SHARED else "per_target"
-            yield Run(condition, seed, LANGUAGES, backbone, method, adapters, options.steps, folder)
+            yield Run(condition, seed, languages, backbone, method, adapters, options.steps, folder)
 
 
-def _create(options: argparse.Namespace, train: Path, folder: Path) -> None:
+def _create(
+    options: argparse.Namespace, languages: Sequence[str], train: Path, folder: Path
+) -> None:
     """Writes the texts of training, and a random backbone with a tokenizer for them."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     texts = folder.parent / "texts.txt"
@@ -164,7 +183,7 @@ def _create(options: argparse.Namespace, train: Path, folder: Path) -> None:
     texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
     flags = {
         "--model-type": ["speech_to_text"],
-        "--languages": [*LANGUAGES, "en"],
+        "--languages": [*languages, "en"],
         "--text-files": [texts],
         "--vocab-size": [options.vocab_size],
         "--d-model": [options.d_model],
@@ -200,12 +219,14 @@ def _cache(options: argparse.Namespace) -> list[Any]:
     return ["--feature-cache", options.output_dir / "features"]
 
 
-def _evaluated(options: argparse.Namespace, run: Run, files: dict[str, Path]) -> dict[str, Any]:
+def _evaluated(
+    options: argparse.Namespace, data: SpeechData, run: Run, files: dict[str, Path]
+) -> dict[str, Any]:
     """Returns the scores of a run by split and language, its trained weights, bytes and minutes."""
     # Beside the folder: a run's folder has nothing that the run did not write.
     output = run.folder.parent / f"{run.folder.name}.scores.json"
     if not output.exists():
-        tests = ",".join(f"{name}={files[name]}" for name in TESTS)
+        tests = ",".join(f"{name}={files[name]}" for name in data.tests)
         flags = ["--adapter", run.folder, "--test-files", tests, "--output", output]
         flags += ["--eval-batch-size", options.eval_batch_size, *_cache(options)]
         flags += [] if run.languages else ["--transcribe", "en"]
@@ -220,12 +241,11 @@ def _evaluated(options: argparse.Namespace, run: Run, files: dict[str, Path]) ->
         "scores": {
             split: {
                 language: {
-                    metric: found[split]["metrics"][f"{metric}_{language}"]
-                    for metric in (*METRICS, "word_error_rate")
+                    metric: found[split]["metrics"][f"{metric}_{language}"] for metric in METRICS
                 }
                 for language in languages
             }
-            for split in TESTS
+            for split in data.tests
         },
         "trained_parameters": fitted["trained_parameters"],
         "bytes_of_a_language": fitted["adapter_bytes"] / len(languages),
@@ -238,7 +258,9 @@ def parser() -> argparse.ArgumentParser:
     """Builds the parser of the command line."""
     description = (__doc__ or "").partition("\n")[0]
     add = argparse.ArgumentParser(prog="python -m benchmarks.speech", description=description)
-    add.add_argument("--data", type=Path, required=True, help="folder of the tables of digits")
+    of_data = add.add_mutually_exclusive_group(required=True)
+    of_data.add_argument("--data", type=Path, help="folder of the tables of digits")
+    of_data.add_argument("--captions", type=Path, help="folder of the tables of captions")
     counts = {"train-utterances": 4000, "test-utterances": 250}
     sizes = {"d-model": 128, "encoder-layers": 4, "decoder-layers": 2, "heads": 4}
     steps = {"first-steps": 6000, "steps": 3000, "batch-size": 64, "eval-batch-size": 128}

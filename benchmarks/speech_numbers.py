@@ -7,15 +7,16 @@ numbers are by num2words (PyPI), which is needed for this benchmark alone.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.speech_data import SpeechData
 from train.speech.audio import as_pcm16, write_wave
 
 RATE = 8_000
@@ -39,6 +40,45 @@ SPLITS: Mapping[str, tuple[str, str, tuple[int, ...] | None]] = {
 Spell = Callable[[int, str], str]
 
 
+def spell(number: int, language: str) -> str:
+    """Returns the name of a number by num2words; raises ImportError without this package."""
+    from num2words import num2words  # noqa: PLC0415 - an optional package
+
+    return str(num2words(number, lang=language))
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits(SpeechData):
+    """Numbers of one to four digits, to be written in the eight languages of MuST-C.
+
+    Attributes:
+      spell: `(number, language) -> its name`.
+    """
+
+    spell: Spell = spell
+    title: ClassVar[str] = "Recordings of English digits, joined to numbers; names by num2words."
+    languages: ClassVar[tuple[str, ...]] = LANGUAGES
+    tests: ClassVar[Mapping[str, str]] = {
+        "known": "new numbers, speakers of training",
+        "new": "new numbers, a new speaker",
+    }
+    metrics: ClassVar[Mapping[str, str]] = {"exact_match": "exact matches in %", "chrf": "chrF"}
+
+    def utterances(
+        self, split: str, count: int, folder: Path
+    ) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+        """Yields numbers that a speaker says digit by digit; see the base class."""
+        table, part, takes = SPLITS[split]
+        recordings = recordings_of(self.source / f"{table}.parquet", takes)
+        found = utterances(recordings, part, count, list(SPLITS).index(split))
+        for i, (speaker, number, samples) in enumerate(found):
+            name = f"{split}/{i}.wav"
+            write_wave(folder / name, samples, RATE)
+            source = " ".join(ENGLISH[int(digit)] for digit in str(number))
+            row = {"audio": name, "source": source, "speaker": speaker, "number": number}
+            yield row, {language: self.spell(number, language) for language in LANGUAGES}
+
+
 def part_of(number: int) -> str:
     """Returns the part of a number, "train", "validation" or "test", by its hash.
 
@@ -57,13 +97,6 @@ def numbers_of(part: str) -> list[list[int]]:
         if part_of(number) == part:
             found[len(str(number)) - 1].append(number)
     return [numbers for numbers in found if numbers]
-
-
-def spell(number: int, language: str) -> str:
-    """Returns the name of a number by num2words; raises ImportError without this package."""
-    from num2words import num2words  # noqa: PLC0415 - an optional package
-
-    return str(num2words(number, lang=language))
 
 
 def recordings_of(path: Path, takes: tuple[int, ...] | None) -> dict[str, dict[int, list[Any]]]:
@@ -108,50 +141,6 @@ def utterances(
             takes = recordings[speaker][int(digit)]
             pieces.append(takes[generator.integers(len(takes))])
         yield speaker, number, (np.concatenate(pieces) / 2.0**15).astype(np.float32)
-
-
-def write_splits(
-    data: Path, folder: Path, counts: Mapping[str, int], spell: Spell = spell
-) -> dict[str, Path]:
-    """Writes recordings and a file with a row for each utterance in each language.
-
-    Args:
-      data: folder of the tables.
-      folder: the folder to write; what it has is used again.
-      counts: split -> number of utterances.
-      spell: `(number, language) -> its name`.
-
-    Returns:
-      Split -> its file.
-    """
-    paths = {}
-    for seed, (split, (table, part, takes)) in enumerate(SPLITS.items()):
-        paths[split] = path = folder / f"{split}.jsonl"
-        if path.exists():
-            continue
-        recordings = recordings_of(data / f"{table}.parquet", takes)
-        sounds = folder / split
-        sounds.mkdir(parents=True, exist_ok=True)
-        rows = []
-        found = utterances(recordings, part, counts[split], seed)
-        for i, (speaker, number, samples) in enumerate(found):
-            write_wave(sounds / f"{i}.wav", samples, RATE)
-            row = {
-                "audio": f"{split}/{i}.wav",
-                "source": " ".join(ENGLISH[int(digit)] for digit in str(number)),
-                "speaker": speaker,
-                "number": number,
-            }
-            rows += [
-                {**row, "target": spell(number, language), "target_language": language}
-                for language in LANGUAGES
-            ]
-        # Written last, under its name at once: a folder without it is not finished.
-        temporary = path.with_suffix(".tmp")
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(path)
-    return paths
 
 
 def as_table(samples: Mapping[tuple[int, str, int], np.ndarray]) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ def predict(
     """
     rate = options.flops_per_second or measured_rate()
     frames, target = mean_lengths(files["train"], created)
+    tests = len(files.keys() - {"train", "validation"})
     found: dict[str, dict[str, Any]] = {}
     # Runs that differ only in their seed or in their language have the same operations.
     of_one = functools.cache(
@@ -56,8 +57,8 @@ def predict(
         one_step, forward = of_one(run.method, members)
         rows = options.test_utterances * max(1, len(run.languages))
         evaluations = min(options.max_evaluations, epochs_of(options, run))
-        # Evaluations in training, one more of the best epoch, and generation for both tests.
-        passes = evaluations + 1 + 2 * GENERATION
+        # Evaluations in training, one more of the best epoch, and generation for the tests.
+        passes = evaluations + 1 + tests * GENERATION
         work = run.steps * one_step + rows * forward / options.batch_size * passes
         row = found.setdefault(
             run.condition,
