@@ -105,6 +105,8 @@ class Runs:
 
     def __init__(self, folder: Path, processes: int, devices: int):
         self.folder, self.processes, self.devices = folder, processes, devices
+        # As `python -m train` has it, which is too late for a process that has imported before.
+        os.environ.setdefault("USE_TORCH", "0")
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOADED)
         self._started = 0

@@ -49,6 +49,9 @@ _ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Of transformers only tokenizers are used, which would otherwise load PyTorch for every section
+    # and every run of `fit`. The peers ask for it themselves.
+    "USE_TORCH": "0",
 }
 _NAME_OF_WHEEL = re.compile(r"(?P<name>[^-]+)-[^-]+(-[^-]+)?-[^-]+-[^-]+-[^-]+\.whl")
 
