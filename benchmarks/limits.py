@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import sys
 from collections import Counter
@@ -200,14 +201,25 @@ class Rates:
 
     Args:
       dtype: the dtype of the products.
+      side: the side of the square matrices; None chooses it by the device.
     """
 
-    def __init__(self, dtype: Any):
+    def __init__(self, dtype: Any, side: int | None = None):
         self.dtype = jnp.dtype(dtype)
-        self.side = _SIDES.get(jax.default_backend(), 8192)
+        self.side = side or _SIDES.get(jax.default_backend(), 8192)
         self._seconds: dict[tuple[int, int, int, int], float] = {}
-        self.bandwidth = _bandwidth()
-        self.square = 2 * self.side**3 / self.product_seconds((1, self.side, self.side, self.side))
+
+    @functools.cached_property
+    def bandwidth(self) -> float:
+        x = jnp.ones(_STREAM_BYTES // 4, jnp.float32)
+        # The best of a sum, which reads, and of a scaling, which reads and writes.
+        read = _best_seconds(jax.jit(jnp.sum), x)
+        both = _best_seconds(jax.jit(lambda x: 2 * x), x)
+        return max(x.nbytes / read, 2 * x.nbytes / both)
+
+    @functools.cached_property
+    def square(self) -> float:
+        return 2 * self.side**3 / self.product_seconds((1, self.side, self.side, self.side))
 
     def product_seconds(self, size: tuple[int, int, int, int]) -> float:
         """Returns the seconds of one product `[batch, m, k] @ [batch, k, n]`."""
@@ -243,14 +255,6 @@ def _best_seconds(function: Callable[..., Any], *arguments: Any) -> float:
         jax.block_until_ready(result)
 
     return min(seconds_of(run) for _ in range(_TRIES)) / times
-
-
-def _bandwidth() -> float:
-    """Returns bytes per second, the best of a sum (reads) and a scaling (reads and writes)."""
-    x = jnp.ones(_STREAM_BYTES // 4, jnp.float32)
-    read = _best_seconds(jax.jit(jnp.sum), x)
-    both = _best_seconds(jax.jit(lambda x: 2 * x), x)
-    return max(x.nbytes / read, 2 * x.nbytes / both)
 
 
 # --- what it does -------------------------------------------------------------------------------

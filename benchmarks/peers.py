@@ -126,8 +126,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # --- measuring ----------------------------------------------------------------------------------
 
 
+class Inputs:
+    """Backbones and adapters of cases, each written once into a folder.
+
+    Args:
+      folder: the folder, which exists.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._platforms: dict[str, str] = {}
+
+    def written(
+        self, size: Size, method: str, settings: Settings
+    ) -> tuple[Path, tuple[str, str] | tuple[None, None], str]:
+        """Writes what is missing of a case, in one process that then ends and frees its memory.
+
+        Returns:
+          The folder of the backbone; the folders of one adapter, in our format and the peer's, or
+          twice None for full fine-tuning; the platform of JAX.
+        """
+        backbone = self._folder / size.name
+        ours, theirs = (f"{backbone}-{method}-{side}" for side in ("ours", "peer"))
+        lacks_adapter = method != "full" and not Path(ours).exists()
+        if size.name not in self._platforms or lacks_adapter:
+            with _worker(OURS, settings) as worker:
+                if size.name not in self._platforms:
+                    wanted = {"size": dataclasses.asdict(size), "folder": str(backbone)}
+                    answer = worker.ask("write_backbone", **wanted)
+                    self._platforms[size.name] = answer["platform"]
+                if lacks_adapter:
+                    changes = dict(settings.method_changes.get(method, {}))
+                    names = {"folder": str(backbone), "method": method}
+                    names |= {"ours": ours, "peers": theirs}
+                    worker.ask("write_adapter", changes=changes, **names)
+        adapters = (None, None) if method == "full" else (ours, theirs)
+        return backbone, adapters, self._platforms[size.name]
+
+
 def measure(
-    cases: Sequence[tuple[Size, str, str]], settings: Settings, rows: int | None = None
+    cases: Sequence[tuple[Size, str, str]],
+    settings: Settings,
+    rows: int | None = None,
+    inputs: Inputs | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures cases one after the other.
 
@@ -135,6 +176,8 @@ def measure(
       cases: size, method and work of each case.
       settings: the settings of all cases.
       rows: the number of rows of the batches, in place of each size's own.
+      inputs: backbones and adapters to share with other calls; by default they are removed at the
+        end.
 
     Yields:
       The result of `_compare` for each case and dtype.
@@ -144,18 +187,13 @@ def measure(
       WorkerError: if this package, or a peer that is not compiled, fails.
     """
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        platforms: dict[str, str] = {}
+        inputs = inputs or Inputs(Path(folder))
         for size, method, work in cases:
             if rows is not None:
                 size = dataclasses.replace(size, rows=rows)  # noqa: PLW2901
-            backbone = Path(folder) / size.name
-            if size.name not in platforms:
-                platforms[size.name] = _ask_ours(
-                    "write_backbone", settings, size=dataclasses.asdict(size), folder=str(backbone)
-                )["platform"]
-            on_gpu = platforms[size.name] != "cpu"
+            backbone, (ours, theirs), platform = inputs.written(size, method, settings)
+            on_gpu = platform != "cpu"
             dtypes = settings.dtypes or (("float32", "bfloat16") if on_gpu else ("float32",))
-            ours, theirs = _adapters_of(method, backbone, settings)
             for dtype in dtypes:
                 task = Task(
                     *(size, method, work, str(backbone), ours, dtype, settings.shortest),
@@ -165,34 +203,12 @@ def measure(
                 yield _compare(task, theirs, settings, compiled)
 
 
-def _adapters_of(
-    method: str, backbone: Path, settings: Settings
-) -> tuple[str, str] | tuple[None, None]:
-    """Returns folders with one adapter, in our format and the peer's; writes missing ones.
-
-    The result is None for full fine-tuning.
-    """
-    if method == "full":
-        return None, None
-    ours, theirs = (f"{backbone}-{method}-{side}" for side in ("ours", "peer"))
-    if not Path(ours).exists():
-        changes = dict(settings.method_changes.get(method, {}))
-        names = {"folder": str(backbone), "method": method, "ours": ours, "peers": theirs}
-        _ask_ours("write_adapter", settings, changes=changes, **names)
-    return ours, theirs
-
-
-def _ask_ours(action: str, settings: Settings, **arguments: Any) -> dict[str, Any]:
-    """Returns the answer of a process of this package, which then ends and frees its memory."""
-    with _worker(OURS, settings) as worker:
-        return worker.ask(action, **arguments)
-
-
 def _worker(name: str, settings: Settings) -> Worker:
     module = "benchmarks.jax_worker" if name == OURS else "benchmarks.torch_worker"
-    # This package needs no PyTorch, which transformers would otherwise load.
-    own = {"USE_TORCH": "0"} if name == OURS else {}
-    environment = _ENVIRONMENT | huge_pages.environment() | own
+    # This package needs no PyTorch, which transformers would otherwise load. The peers do, even if
+    # the measuring process was started without.
+    environment = _ENVIRONMENT | huge_pages.environment()
+    environment["USE_TORCH"] = "0" if name == OURS else "1"
     return Worker(name, module, threads=settings.threads, environment=environment)
 
 

@@ -49,6 +49,9 @@ _ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Of transformers only tokenizers are used, which would otherwise load PyTorch for every section
+    # and every run of `fit`. The peers ask for it themselves.
+    "USE_TORCH": "0",
 }
 _NAME_OF_WHEEL = re.compile(r"(?P<name>[^-]+)-[^-]+(-[^-]+)?-[^-]+-[^-]+-[^-]+\.whl")
 
@@ -257,8 +260,24 @@ def _environment(wheels: Path | None, rehearse: bool) -> Iterator[tuple[dict[str
         paths = [str(ROOT), target, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
         if rehearse:
-            environment["JAX_PLATFORMS"] = "cpu"
+            environment = _rehearsing(environment, Path(target) / "compiled")
         yield environment, [path.name for path in missing]
+
+
+def _rehearsing(environment: Mapping[str, str], cache: Path) -> dict[str, str]:
+    """Returns the variables of a rehearsal, in which compilation takes most of the time.
+
+    Programs are compiled for the CPU, quickly, and once for all sections. What `environment` asks
+    for itself, as the tests do, is left as it is.
+    """
+    flags = f"--xla_backend_optimization_level=0 {environment.get('XLA_FLAGS', '')}"
+    own = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    # Of a flag that is there twice the last counts.
+    return {**own, **environment, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
 
 
 def _missing(wheels: Path) -> list[Path]:

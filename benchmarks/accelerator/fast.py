@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import itertools
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +36,7 @@ def checks(scale: Scale) -> Checks:
     """Returns the checks of this section."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     first, *others = scale.timed
-    rates = functools.cache(lambda: limits.Rates(jnp.dtype(scale.dtype)))
+    rates = functools.cache(lambda: limits.Rates(jnp.dtype(scale.dtype), scale.square_side))
 
     def add(size: Size, method: str, work: str) -> None:
         name = f"{size.name}, {size.rows} rows, {method}, {work}"
@@ -51,19 +55,27 @@ def checks(scale: Scale) -> Checks:
     return {**found, **replaced.checks(scale)}
 
 
+@functools.cache
+def _inputs() -> peers.Inputs:
+    """Returns the backbones and adapters of all cases, which end with this process."""
+    folder = tempfile.mkdtemp(prefix="peers-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return peers.Inputs(Path(folder))
+
+
 def timed(
     scale: Scale, rates: Callable[[], limits.Rates], size: Size, method: str, work: str
 ) -> dict[str, Any]:
     """Times one case in turns with its peers, or alone where they are not installed."""
     settings = peers.Settings(
         repeats=scale.rounds,
-        threads=scale.threads,
+        threads=None,
         dtypes=(scale.dtype,),
         generated=scale.generated,
         beside=not scale.is_toy or work == "step",
         alone=True,
     )
-    (case,) = peers.measure([(size, method, work)], settings)
+    (case,) = peers.measure([(size, method, work)], settings, inputs=_inputs())
     ours = case["sides"][peers.OURS]
     result = {
         "examples_per_second": {

@@ -42,7 +42,6 @@ class Scale:
       bert: the BERT that is compared with a CPU.
       t5: the T5 that is compared with a CPU.
       methods: methods whose steps are timed, by worth.
-      threads: the number of threads of each side of a timing; None leaves them as they come.
       timed: backbones whose steps and forward passes are timed, by worth.
       generating: backbones that generate text.
       generated: the number of generated tokens.
@@ -56,13 +55,14 @@ class Scale:
       run_batches: their batch sizes.
       run_rounds: the number of rounds of each.
       rounds: the number of rounds of other timings.
+      square_side: the side of the matrices that the rate of products is measured with; None is
+        that of `benchmarks.limits`.
     """
 
     name: str
     bert: Size
     t5: Size
     methods: tuple[str, ...]
-    threads: int | None
     timed: tuple[Size, ...]
     generating: Size
     generated: int
@@ -76,6 +76,7 @@ class Scale:
     run_batches: tuple[int, ...]
     run_rounds: int
     rounds: int
+    square_side: int | None
 
     @property
     def is_toy(self) -> bool:
@@ -92,7 +93,6 @@ def _full() -> Scale:
         bert=Size("bert of base width, 4 layers", "bert", bert, rows=8, length=64),
         t5=dataclasses.replace(t5, length=64),
         methods=("compacter++", "lora", "full"),
-        threads=None,
         timed=(_t5("t5-base"), Size("bert-base", "bert", {}, rows=64, length=128), _t5("t5-large")),
         generating=_t5("t5-base"),
         generated=64,
@@ -106,6 +106,7 @@ def _full() -> Scale:
         run_batches=(8, 32),
         run_rounds=15,
         rounds=9,
+        square_side=None,
     )
 
 
@@ -117,7 +118,6 @@ def _toy() -> Scale:
         bert=bert,
         t5=t5,
         methods=("compacter++",),
-        threads=1,
         timed=(t5,),
         generating=t5,
         generated=4,
@@ -131,6 +131,7 @@ def _toy() -> Scale:
         run_batches=(2,),
         run_rounds=1,
         rounds=1,
+        square_side=128,
     )
 
 

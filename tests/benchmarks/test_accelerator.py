@@ -222,6 +222,17 @@ def test_a_section_that_dies_says_how(pretended, tmp_path, capsys):
     assert "why: nothing was announced within 1 s" in capsys.readouterr().out
 
 
+def test_a_rehearsal_compiles_quickly_unless_asked_otherwise(tmp_path):
+    given = {"XLA_FLAGS": "--xla_backend_optimization_level=2", "OMP_NUM_THREADS": "3"}
+    found = accelerator._rehearsing(given, tmp_path)
+    assert found["XLA_FLAGS"].split() == [
+        "--xla_backend_optimization_level=0",
+        "--xla_backend_optimization_level=2",  # the last one counts
+    ]
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
+
+
 def test_only_missing_packages_are_taken_from_wheels(tmp_path):
     for name in ("numpy-9.9-cp311-cp311-linux_x86_64.whl", "never_made-1.0-py3-none-any.whl"):
         (tmp_path / name).touch()

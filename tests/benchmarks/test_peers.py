@@ -1,8 +1,10 @@
 """Tests of the benchmark against other libraries: both sides do the same work; its report."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +166,31 @@ def test_the_report_of_processes_that_take_turns(tmp_path, monkeypatch, capsys):
     assert ours["peak"] >= ours["resident_before"] > 0
     assert "tiny-t5/compacter++/step, adapters" in capsys.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_on_disk_is_not_written_again(monkeypatch, tmp_path):
+    asked = []
+
+    class Writer:
+        def ask(self, action, **arguments):
+            asked.append(action)
+            if action == "write_adapter":
+                Path(arguments["ours"]).mkdir()
+            return {"platform": "cpu"}
+
+    @contextlib.contextmanager
+    def worker(name, settings):
+        asked.append("start")
+        yield Writer()
+
+    monkeypatch.setattr(peers, "_worker", worker)
+    inputs, settings = peers.Inputs(tmp_path), peers.Settings()
+    for method in ("lora", "lora", "full", "houlsby"):
+        backbone, adapters, platform = inputs.written(SIZES["t5"], method, settings)
+        assert (backbone, platform) == (tmp_path / "tiny-t5", "cpu")
+        assert (adapters == (None, None)) == (method == "full")
+    once = ["start", "write_backbone", "write_adapter"]
+    assert asked == [*once, "start", "write_adapter"]
 
 
 def test_unknown_cases_are_refused():
