@@ -64,9 +64,21 @@ class Cell:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the experiment, or predicts its time, and writes the report."""
-    options = parser().parse_args(arguments)
+    """Runs the experiment, or predicts its time, and writes the report.
+
+    Raises:
+      SystemExit: with code 2 if the file of results is of other settings.
+    """
+    flags = parser()
+    options = flags.parse_args(arguments)
     group, root = GROUPS[options.group], options.output_dir
+    settings = commands.settings_of(options)
+    del settings["plan"]
+    output = options.json or root / "varieties.json"
+    try:
+        report = _opened(output, settings)
+    except ValueError as error:
+        flags.exit(2, f"error: {error}\n")
     files = varieties_data.write(
         root / "files",
         group,
@@ -87,16 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "trim-vocabulary",
             ["--backbone", options.backbone, "--text-files", *texts, "--output-dir", trimmed],
         )
-    settings = commands.settings_of(options)
-    del settings["plan"]
     planned = _planned(options, settings, group, files, trimmed)
     print(varieties_report.predicted_text(planned), flush=True)
     if options.plan:
         return
-    output = options.json or root / "varieties.json"
-    report: dict[str, Any] = {"cells": {}, "adapters": {}}
-    if output.exists():
-        report = json.loads(output.read_text(encoding="utf-8"))
     report |= {
         "settings": settings,
         "languages": list(group.languages),
@@ -117,6 +123,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     varieties_report.figure(report, output.with_suffix(".png"))
     print(f"\n{text}")
+
+
+# Settings that do not change what a cell is.
+_FREE = ("seeds", "adapters", "eval_batch_size", "flops_per_second", "json", "output_dir")
+
+
+def _opened(path: Path, settings: dict[str, str]) -> dict[str, Any]:
+    """Returns the results in a file, or new ones; ValueError if they are of other settings."""
+    if not path.exists():
+        return {"cells": {}, "adapters": {}}
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        before = report["settings"].get(name, value)
+        if name not in _FREE and before != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{path} has results with {flag} {before}, not {value}; give the same to go on, or "
+                "another --json and --output-dir"
+            )
+    return report
 
 
 def _planned(

@@ -200,27 +200,26 @@ def _cell(values: np.ndarray, sentences: int) -> str:
 
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
-    """Draws the main conditions of every variety on the test split as a PNG file."""
+    """Draws the main conditions of every variety on the test split as a PNG file.
+
+    Each seed is a point, and the mean over seeds a line.
+    """
     varieties = [*found["varieties"], *found["languages"][1:]]
     names = ["none", f"only-{found['languages'][0]}", "equal", chosen(found), "labels", "joint"]
-    drawn, axes = figures.new_figure((max(6, 0.9 * len(varieties)), 3.6))
+    drawn, axes = figures.new_figure((max(6, 1.1 * len(varieties)), 3.8))
     places, width = np.arange(len(varieties)), 0.8 / len(names)
     for at, name in enumerate(names):
-        counts = [counts_of(found, each, str(name), "test") for each in varieties]
-        there = [place for place, each in enumerate(counts) if each is not None]
-        heights = [100 * scores(counts[place]).mean() for place in there]
-        axes.bar(
-            places[there] + (at - (len(names) - 1) / 2) * width,
-            heights,
-            width,
-            label=name,
-            color=_COLOURS[at],
-        )
+        label: str | None = name
+        for place, variety in zip(places, varieties, strict=True):
+            if (counts := counts_of(found, variety, str(name), "test")) is None:
+                continue
+            values = 100 * scores(counts)
+            x = place + (at - (len(names) - 1) / 2) * width
+            axes.plot(np.full(len(values), x), values, "o", ms=4, color=_COLOURS[at], label=label)
+            axes.hlines(values.mean(), x - width / 2, x + width / 2, color=_COLOURS[at])
+            label = None
     axes.set(xticks=places, xticklabels=varieties, ylabel="score in %")
-    axes.set_ylim(bottom=max(0, min(axes.get_ylim()[0], _least(found)) - 5))
+    seeds = len(found["adapters"])
+    axes.set_title(f"Tags of varieties without an adapter: a point for each seed, {seeds} in all")
     drawn.legend(loc="outside upper center", ncols=3)
     figures.save(drawn, path)
-
-
-def _least(found: Mapping[str, Any]) -> float:
-    return 100 * min((cell["score"] for cell in found["cells"].values()), default=0.0)

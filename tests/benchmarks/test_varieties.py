@@ -106,7 +106,18 @@ def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, ca
     assert {key: again[key]["seconds"] for key in kept} == kept
     assert "0/nn/test/equal" in again
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    # Nothing is trained for a seed with all its cells, and no other settings are mixed in.
+    for path in times:
+        path.unlink()
+    varieties.main(flags)
+    assert not any(path.exists() for path in times)
     capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        varieties.main([*flags, "--max-length", "9"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "results with --max-length" in told
+    assert told.count("\n") == 1
 
 
 def test_flags_of_language_adapters(tiny_backbone, tmp_path, data):
