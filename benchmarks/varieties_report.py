@@ -202,22 +202,24 @@ def _cell(values: np.ndarray, sentences: int) -> str:
 def figure(found: Mapping[str, Any], path: Path) -> None:
     """Draws the main conditions of every variety on the test split as a PNG file.
 
-    Each seed is a point, and the mean over seeds a line.
+    Each seed is a point, and the mean over seeds a line. All are of the same sentences, those that
+    every condition has.
     """
     varieties = [*found["varieties"], *found["languages"][1:]]
     names = ["none", f"only-{found['languages'][0]}", "equal", chosen(found), "labels", "joint"]
     drawn, axes = figures.new_figure((max(6, 1.1 * len(varieties)), 3.8))
     places, width = np.arange(len(varieties)), 0.8 / len(names)
-    for at, name in enumerate(names):
-        label: str | None = name
-        for place, variety in zip(places, varieties, strict=True):
-            if (counts := counts_of(found, variety, str(name), "test")) is None:
+    for place, variety in zip(places, varieties, strict=True):
+        counts = [counts_of(found, variety, str(name), "test") for name in names]
+        least = min(each.shape[1] for each in counts if each is not None)
+        for at, each in enumerate(counts):
+            if each is None:
                 continue
-            values = 100 * scores(counts)
+            values = 100 * scores(each[:, :least])
             x = place + (at - (len(names) - 1) / 2) * width
+            label = None if names[at] in axes.get_legend_handles_labels()[1] else names[at]
             axes.plot(np.full(len(values), x), values, "o", ms=4, color=_COLOURS[at], label=label)
             axes.hlines(values.mean(), x - width / 2, x + width / 2, color=_COLOURS[at])
-            label = None
     axes.set(xticks=places, xticklabels=varieties, ylabel="score in %")
     seeds = len(found["adapters"])
     axes.set_title(f"Tags of varieties without an adapter: a point for each seed, {seeds} in all")
