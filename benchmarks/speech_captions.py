@@ -34,7 +34,7 @@ ACCENTS = ("en", "en-gb-scotland", "en-us")
 
 
 class Part(NamedTuple):
-    """Where the captions of a split come from, and who speaks them.
+    """Source and speakers of the captions of a split.
 
     Attributes:
       table: the name of the file, without its suffix.

@@ -1,4 +1,4 @@
-"""What the data sets of `benchmarks.speech` have in common: splits of utterances, as files."""
+"""Splits of utterances as files: the base of the data sets of `benchmarks.speech`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SpeechData(abc.ABC):
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the report says of the data, JSON-ready."""
+        """Description of the data for the report, JSON-ready."""
         return {
             "title": self.title,
             "languages": list(self.languages),
