@@ -215,13 +215,19 @@ def loss_and_update(
 
 
 def apply_function(
-    module: Any, inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids")
+    module: Any,
+    inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids"),
+    named: Sequence[str] = (),
 ) -> ApplyFunction:
     """Returns a function that calls a module with the given inputs of a batch.
 
     Dropout is active if there is a key. If a batch has `adapter_ids`, they select the members of a
-    bank for its rows; if it has `mix`, these are the weights of the members; and if it has
-    `word_positions`, these are the tokens that a head for masked words computes logits for.
+    bank for its rows; if it has `mix`, these are the weights of the members.
+
+    Args:
+      module: the module.
+      inputs: keys of a batch that are positional arguments.
+      named: keys of a batch that are keyword arguments.
     """
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
@@ -231,7 +237,7 @@ def apply_function(
             deterministic=dropout_key is None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
             **routing(batch),
-            **{name: batch[name] for name in ("word_positions",) if name in batch},
+            **{name: batch[name] for name in named},
         )
 
     return apply

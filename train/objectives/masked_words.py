@@ -71,7 +71,7 @@ class MaskedWords(OnText):
     @property
     def apply(self) -> step.ApplyFunction:
         """Function of the parameters that returns the logits of chosen tokens alone."""
-        apply = step.apply_function(self.model, self.inputs)
+        apply = step.apply_function(self.model, self.inputs, ["word_positions"])
 
         def of_chosen(params: step.Params, batch: step.Batch, key: Array | None) -> Array:
             return apply(params, {**batch, "word_positions": self._chosen(batch["labels"])}, key)
