@@ -77,7 +77,9 @@ class SpeechData(abc.ABC):
                 continue
             (folder / split).mkdir(parents=True, exist_ok=True)
             lines = [
-                json.dumps({**row, "target": target, "target_language": language}, **_PLAIN)
+                json.dumps(
+                    {**row, "target": target, "target_language": language}, ensure_ascii=False
+                )
                 for row, targets in self.utterances(split, count, folder)
                 for language, target in targets.items()
             ]
@@ -94,6 +96,3 @@ class SpeechData(abc.ABC):
                 f"{path} has {found:,} utterances, not {count:,}; give the same numbers as before, "
                 "or another --output-dir"
             )
-
-
-_PLAIN: dict[str, Any] = {"ensure_ascii": False}

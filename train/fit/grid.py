@@ -426,13 +426,12 @@ def _report(
         spread = "" if deviation is None else f" ± {deviation:.4f}"
         return f"{values[metric]['mean']:.4f}{spread}"
 
-    head = ["learning rate", "examples", "runs", *(f"{split} {metric}" for split in splits)]
+    columns = [f"{split} {metric}" for split in splits]
     rows = [
         [f"{row['learning_rate']:g}", f"{row['train_examples']:,}", str(len(row["runs"]))]
         + [scored(row[split]) for split in splits]
         for row in summary
     ]
-    each_head = ["run", "best epoch", *(f"{split} {metric}" for split in splits)]
     each = [
         [f"[{name}]({name}/report.md)", str(result["best_epoch"])]
         + [f"{result[split][metric]:.4f}" for split in splits]
@@ -442,9 +441,9 @@ def _report(
     return "\n\n".join(
         [
             "Mean and sample standard deviation over seeds.",
-            report.table(head, rows),
+            report.table(["learning rate", "examples", "runs", *columns], rows),
             "## Runs",
-            report.table(each_head, each),
+            report.table(["run", "best epoch", *columns], each),
             *(["## Failed", "\n".join(failed)] if failed else []),
             "",
         ]
