@@ -1,6 +1,8 @@
 """Tests weights of the least entropy for a task on a bank of languages: gradients, and falls."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,3 +144,39 @@ def test_no_parameter_has_a_gradient(stacked):
 
     assert gradients(of_weights) == []
     assert len(gradients(of_params)) > 5
+
+
+def products_of_loops(text):
+    """Returns the number of products in the bodies of a compiled program's loops, inner ones aside.
+
+    Products of a computation that a body calls, such as a fusion, count as well.
+    """
+    computations, name = {}, ""
+    for line in text.splitlines():
+        if (head := re.match(r"(?:ENTRY )?%([\w.-]+) \(", line)) is not None:
+            name = head[1]
+        computations.setdefault(name, []).append(line)
+
+    def count(name):
+        lines = [line for line in computations[name] if " while(" not in line]
+        called = re.findall(r"(?:calls|to_apply)=%([\w.-]+)", "\n".join(lines))
+        return sum(" dot(" in line for line in lines) + sum(map(count, called))
+
+    return max(map(count, re.findall(r" while\(.*body=%([\w.-]+)", text)), default=0)
+
+
+def test_layers_below_the_first_mixture_are_computed_once():
+    """The loop of the steps has only the products of what the weights change, forward and back."""
+    config = dataclasses.replace(ONE_LAYER, num_hidden_layers=3)
+    module = cj.Bert(config, head="token_classification", num_labels=4)
+    method = cj.preset("pfeiffer-feed-forward", reduction_factor=2, leave_out=(0, 1))
+    model = cj.Adapted(module, cj.Bank(method, size=MEMBERS))
+    ids, mask = inputs_of(2)
+    drawn = random_tree(adapted_shapes(model), seed=2)
+
+    def run(params, ids, mask):
+        return minimized((model, params), ids, mask, steps=3, learning_rate=1.0)
+
+    found = products_of_loops(jax.jit(run).lower(drawn, ids, mask).compile().as_text())
+    # Both factors of the adapter with the weights' gradients, and the classifier.
+    assert 4 <= found <= 9
