@@ -7,8 +7,8 @@
 Sections, by worth: `right` compares results with those of a CPU; `fast` times steps, forward passes
 and generation beside the peers and the device's matrix products; `many` times many adapters and
 several runs at once; `why` lists the longest kernels of a step. Each runs in its own process with
-its own limit of time, and what it leaves goes to the next. Results are written after every check,
-so that an interrupted run tells what it has seen.
+its own limit of time, and what it leaves goes to the next; in a rehearsal they run side by side.
+Results are written after every check, so that an interrupted run tells what it has seen.
 
 `benchmarks/accelerator.md` says what to take along to a machine without a network.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -31,6 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ _ENVIRONMENT = {
     # and every run of `fit`. The peers ask for it themselves.
     "USE_TORCH": "0",
 }
+_REPORTING = threading.Lock()  # of the report and standard output
+_RUNNING: set[int] = set()  # process groups of sections
 _NAME_OF_WHEEL = re.compile(r"(?P<name>[^-]+)-[^-]+(-[^-]+)?-[^-]+-[^-]+-[^-]+\.whl")
 
 
@@ -75,21 +79,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report |= _machine(environment)
         print(_heading(report), flush=True)
         write(options.json, report)
+        run = functools.partial(_run, options=options, environment=environment, report=report)
         end = time.monotonic() + 60 * options.minutes
         left = list(options.section or SECTIONS)
-        while left:
-            share = SECTIONS[left[0]] / sum(SECTIONS[name] for name in left)
-            limit = max(0.0, share * (end - time.monotonic()))
-            name = left.pop(0)
-            results: dict[str, Any] = {"limit_seconds": round(limit), "checks": {}}
-            report["sections"][name] = results
-            for check, result in _section(name, options.rehearse, limit, environment, results):
-                print(f"{name}: {check}: {summary(result)}", flush=True)
-                write(options.json, report)
-            for line in _shortcomings(name, results):
-                print(line, flush=True)
-            write(options.json, report)
+        if options.rehearse:  # its times mean nothing, so that no section has to wait for another
+            with ThreadPoolExecutor(len(left)) as pool, _killing_if_interrupted():
+                list(pool.map(functools.partial(run, limit=end - time.monotonic()), left))
+        else:
+            while left:
+                share = SECTIONS[left[0]] / sum(SECTIONS[name] for name in left)
+                run(left.pop(0), limit=max(0.0, share * (end - time.monotonic())))
     return 0 if all(_is_good(section) for section in report["sections"].values()) else 1
+
+
+def _run(
+    name: str,
+    limit: float,
+    options: argparse.Namespace,
+    environment: Mapping[str, str],
+    report: dict[str, Any],
+) -> None:
+    """Runs a section; prints a line for each check, and writes the report after it."""
+    results: dict[str, Any] = {"limit_seconds": round(limit), "checks": {}}
+    results |= {"left_out": [], "ended": None}
+    with _REPORTING:
+        report["sections"][name] = results
+    for check, result in _section(name, options.rehearse, limit, environment, results):
+        with _REPORTING:
+            results["checks"][check] = result
+            print(f"{name}: {check}: {summary(result)}", flush=True)
+            write(options.json, report)
+    with _REPORTING:
+        for line in _shortcomings(name, results):
+            print(line, flush=True)
+        write(options.json, report)
 
 
 def _shortcomings(name: str, results: Mapping[str, Any]) -> Iterator[str]:
@@ -170,8 +193,8 @@ def _section(
       rehearse: whether to run it at toy size.
       limit: the seconds after which the process and its children are killed.
       environment: the variables of the process.
-      results: receives "checks", the names "left_out", and how the process "ended" if it died
-        within its time.
+      results: has the "checks" that were yielded; receives the names "left_out", and how the
+        process "ended" if it died within its time.
 
     Yields:
       Name and result of each check when it has ended.
@@ -187,6 +210,7 @@ def _section(
             env=dict(environment),
             start_new_session=True,
         )
+        _RUNNING.add(process.pid)
         announced: list[str] = []
         deadline = time.monotonic() + limit
         with _lines(process, deadline) as lines:
@@ -195,14 +219,12 @@ def _section(
                 if "checks" in answer:
                     announced = answer["checks"]
                     continue
-                results["checks"][answer["name"]] = answer["result"]
                 yield answer["name"], answer["result"]
             over, code = time.monotonic() >= deadline, None
             if not over:  # it has closed its output, and is about to end
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=5)
         results["left_out"] = [check for check in announced if check not in results["checks"]]
-        results["ended"] = None
         if over and not announced:
             results["ended"] = f"nothing was announced within {limit:.0f} s"
         elif not announced or (results["left_out"] and not over):
@@ -235,11 +257,27 @@ def _lines(process: subprocess.Popen[str], deadline: float) -> Iterator[Iterator
     try:
         yield until_the_deadline()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process.pid)
         process.wait()
+        _RUNNING.discard(process.pid)
         reader.join()
         output.close()
+
+
+@contextlib.contextmanager
+def _killing_if_interrupted() -> Iterator[None]:
+    """Kills the sections on an interrupt, for which their threads would wait otherwise."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for group in list(_RUNNING):
+            _kill(group)
+        raise
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 # --- the machine --------------------------------------------------------------------------------

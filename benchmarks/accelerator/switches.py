@@ -11,6 +11,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -199,3 +200,66 @@ def _backward(activation: str, interpret: bool, kept: Any, gradient: Array) -> A
 
 
 fused_adapter.defvjp(_forward, _backward)
+
+
+# --- cross-entropy without the logits in memory --------------------------------------------------
+
+
+def plain_cross_entropy(states: Array, table: Array, labels: Array) -> Array:
+    """Returns the cross-entropies `[tokens]` of the logits `states @ table.T`, in float32.
+
+    Args:
+      states: `[tokens, width]`.
+      table: the embeddings of words, `[words, width]`.
+      labels: int32 `[tokens]`.
+    """
+    logits = (states @ table.T).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy_in_parts(states: Array, table: Array, labels: Array, parts: int) -> Array:
+    """Computes `plain_cross_entropy` with the logits of a part of the words at a time.
+
+    The table is frozen and gets no gradient; the backward pass computes the logits again.
+
+    Args:
+      states: `[tokens, width]`.
+      table: `[words, width]`.
+      labels: int32 `[tokens]`.
+      parts: number of parts, which divides that of words.
+    """
+    return _cross_entropy_forward(states, table, labels, parts)[0]
+
+
+def _cross_entropy_forward(
+    states: Array, table: Array, labels: Array, parts: int
+) -> tuple[Array, Any]:
+    def add(total: Array, words: Array) -> tuple[Array, None]:
+        return jnp.logaddexp(total, jax.nn.logsumexp(_logits(states, words), axis=-1)), None
+
+    start = jnp.full(len(states), -jnp.inf)
+    total, _ = jax.lax.scan(add, start, table.reshape(parts, -1, table.shape[-1]))
+    wanted = table[labels].astype(jnp.float32)
+    chosen = jnp.sum(states.astype(jnp.float32) * wanted, axis=-1)
+    return total - chosen, (states, table, labels, total)
+
+
+def _cross_entropy_backward(parts: int, kept: Any, gradient: Array) -> Any:
+    states, table, labels, total = kept
+
+    def add(sums: Array, words: Array) -> tuple[Array, None]:
+        chances = jnp.exp(_logits(states, words) - total[:, None]).astype(words.dtype)
+        return sums + jnp.dot(chances, words, preferred_element_type=jnp.float32), None
+
+    start = jnp.zeros(states.shape)
+    sums, _ = jax.lax.scan(add, start, table.reshape(parts, -1, table.shape[-1]))
+    of_states = (sums - table[labels].astype(jnp.float32)) * gradient[:, None]
+    return of_states.astype(states.dtype), None, None
+
+
+def _logits(states: Array, words: Array) -> Array:
+    return jnp.dot(states, words.T, preferred_element_type=jnp.float32)
+
+
+cross_entropy_in_parts.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -3,6 +3,8 @@
 import functools
 import io
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import jax
@@ -31,7 +33,7 @@ def test_a_rehearsal_makes_every_check(tmp_path):
     assert accelerator.main(["--rehearse", "--minutes", "30", "--json", str(report)]) == 0
     found = json.loads(report.read_text())
     assert found["platform"] == "cpu"
-    assert list(found["sections"]) == list(accelerator.SECTIONS)
+    assert found["sections"].keys() == accelerator.SECTIONS.keys()
     results = {
         name: result
         for section in found["sections"].values()
@@ -220,6 +222,30 @@ def test_a_section_that_dies_says_how(pretended, tmp_path, capsys):
     pretended("sleep 60")
     assert accelerator.main(["--section", "why", "--minutes", "0.01"]) == 1
     assert "why: nothing was announced within 1 s" in capsys.readouterr().out
+
+
+def test_sections_of_a_rehearsal_run_side_by_side(pretended, tmp_path, capsys):
+    """Each of two sections waits until the other has begun."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    waits = f"touch {begun}/$$; until [ $(ls {begun} | wc -l) = 2 ]; do sleep 0.05; done"
+    pretended(f"{waits}; echo '{{\"checks\": [\"a\"]}}'; echo '{ANSWER}'")
+    report = tmp_path / "report.json"
+    flags = ["--rehearse", "--section", "right", "--section", "why", "--minutes", "0.5"]
+    assert accelerator.main([*flags, "--json", str(report)]) == 0
+    sections = json.loads(report.read_text())["sections"]
+    assert sections.keys() == {"right", "why"}
+    assert all(section["checks"]["a"]["passed"] for section in sections.values())
+    assert "why: a: passed" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_the_sections_of_a_rehearsal():
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        accelerator._RUNNING.add(process.pid)
+        with pytest.raises(KeyboardInterrupt), accelerator._killing_if_interrupted():
+            raise KeyboardInterrupt
+        assert process.wait(timeout=5) == -signal.SIGKILL
+    accelerator._RUNNING.discard(process.pid)
 
 
 def test_a_rehearsal_compiles_quickly_unless_asked_otherwise(tmp_path):

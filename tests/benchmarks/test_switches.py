@@ -1,5 +1,6 @@
 """Tests of what may pay on an accelerator: replacements compute what they replace."""
 
+import dataclasses
 import functools
 import importlib
 from unittest import mock
@@ -11,10 +12,11 @@ import pytest
 
 import compacter_jax as cj
 from benchmarks import contest, jax_worker
-from benchmarks.accelerator import switches
+from benchmarks.accelerator import programs, scanned, switches
 from benchmarks.accelerator.scale import TOY
 from benchmarks.turns import ROOT
 from compacter_jax.nn.attention import attention, padding_bias
+from train.compute import step
 
 SIZES = {"heads": 3, "size": 8}
 
@@ -138,3 +140,124 @@ def test_the_kernel_is_lowered_for_a_gpu_that_is_not_there():
         x, x, adapter
     )
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("tokens", "words", "parts"), [(7, 12, 3), (1, 5, 1), (16, 64, 8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_in_parts(tokens, words, parts, dtype):
+    """Losses and gradients equal those in float64, in low precision as well as those at once do."""
+    rng = np.random.default_rng(0)
+    dtype = jnp.dtype(dtype)
+    states, table = (
+        jnp.asarray(3 * rng.standard_normal((rows, 16)), dtype) for rows in (tokens, words)
+    )
+    labels = jnp.asarray(rng.integers(0, words, tokens), jnp.int32)
+    weights = rng.standard_normal(tokens)
+    exact, embeddings = np.asarray(states, np.float64), np.asarray(table, np.float64)
+    chances = np.exp(exact @ embeddings.T)
+    chances /= chances.sum(-1, keepdims=True)
+    losses = -np.log(chances[np.arange(tokens), labels])
+    gradient = weights[:, None] * (chances @ embeddings - embeddings[labels])
+
+    def distances(function):
+        found, pull = jax.vjp(lambda states: function(states, table, labels), states)
+        (own,) = pull(jnp.asarray(weights, jnp.float32))
+        assert found.dtype == jnp.float32
+        assert own.dtype == dtype
+        pairs = ((found, losses), (own, gradient))
+        return [np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in pairs]
+
+    in_parts = distances(functools.partial(switches.cross_entropy_in_parts, parts=parts))
+    at_once = distances(switches.plain_cross_entropy)
+    for part, whole in zip(in_parts, at_once, strict=True):
+        assert part <= (1e-5 if dtype == jnp.float32 else max(1.2 * whole, 1e-5))
+
+
+def test_cross_entropy_in_parts_keeps_no_logits():
+    """The compiled gradient has less than a quarter of the bytes of all logits in 8 parts."""
+    states, table = jnp.ones((256, 8)), jnp.ones((4096, 8))
+    labels = jnp.zeros(256, jnp.int32)
+
+    def temporary(function):
+        def loss(states):
+            return function(states, table, labels).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(states).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 256 * 4096
+    assert temporary(functools.partial(switches.cross_entropy_in_parts, parts=8)) < logits / 4
+    assert temporary(switches.plain_cross_entropy) >= logits
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Returns a BERT of three layers with adapters, its parameters, labels and a batch."""
+    size = dataclasses.replace(
+        TOY.bert, name="deep", config={**TOY.bert.config, "num_hidden_layers": 3}
+    )
+    backbone, model, params = programs.adapted(size)
+    labels = cj.label_params(params, model.method)
+    return size, model, params, labels, contest.batch_of(size, backbone.config.vocab_size, 0.5)
+
+
+def test_a_scan_over_layers(deep):
+    """The logits and gradients of all trained parameters are those of the loop."""
+    size, model, params, labels, batch = deep
+    apply = step.apply_function(model, jax_worker.INPUTS[size.family])
+    loss = jax_worker.loss_function(size)
+
+    def run(params, labels):
+        trained, frozen = cj.partition(params, labels)
+
+        def mean(trained):
+            logits = apply(cj.merge(trained, frozen), batch, None)
+            return loss(logits, batch["labels"]).mean(), logits
+
+        return jax.jit(jax.value_and_grad(mean, has_aux=True))(trained)
+
+    own, gradients = run(params, labels)
+    with scanned.scanned_layers():
+        found, of_scan = run(
+            scanned.stack_layers(params), scanned.stack_layers(labels, lambda names: names[0])
+        )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    wanted = scanned.stack_layers(gradients)
+    assert jax.tree.structure(of_scan) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(of_scan), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_scan_compiles_one_layer(deep):
+    """Of three layers two are one loop: there are fewer products than in the loop of modules."""
+    size, model, params, _, batch = deep
+    apply = step.apply_function(model, jax_worker.INPUTS[size.family])
+
+    def products(params):
+        text = jax.jit(lambda params: apply(params, batch, None)).lower(params).as_text()
+        return text.count("dot_general"), "while" in text
+
+    own, loops = products(params)
+    with scanned.scanned_layers():
+        found, scans = products(scanned.stack_layers(params))
+    assert scans
+    assert not loops
+    assert found < 0.8 * own
+
+
+@pytest.mark.parametrize("name", ["scan", "words"])
+def test_they_are_lowered_for_a_gpu_that_is_not_there(name, deep):
+    size, model, params, _, batch = deep
+    if name == "scan":
+        apply = step.apply_function(model, jax_worker.INPUTS[size.family])
+        with scanned.scanned_layers():
+            traced = jax.jit(lambda params: apply(params, batch, None)).trace(
+                scanned.stack_layers(params)
+            )
+    else:
+        function = functools.partial(switches.cross_entropy_in_parts, parts=2)
+        traced = jax.jit(jax.grad(lambda *given: function(*given).sum())).trace(
+            jnp.ones((4, 8), jnp.bfloat16), jnp.ones((6, 8), jnp.bfloat16), jnp.zeros(4, jnp.int32)
+        )
+    assert "while" in traced.lower(lowering_platforms=("cuda",)).as_text()
