@@ -88,8 +88,8 @@ def mean_lengths(train: Path, created: Path) -> tuple[int, int]:
     return tuple(  # type: ignore[return-value]
         round(float(buckets[np.searchsorted(buckets, np.array(lengths))].mean()))
         for lengths, buckets in (
-            (frames, np.array(batching.bucket_lengths(_LONGEST, 64))),
-            (tokens, np.array(batching.bucket_lengths(1000, 4))),
+            (frames, np.array(batching.bucket_lengths(_LONGEST, batching.FRAMES))),
+            (tokens, np.array(batching.bucket_lengths(1000, batching.TARGETS))),
         )
     )
 

@@ -15,6 +15,9 @@ Batch: TypeAlias = dict[str, np.ndarray]
 # Number of batches in a window within which shuffled examples are sorted by length: large enough
 # for batches of one bucket, small enough to preserve most of the shuffle.
 _WINDOW_BATCHES = 32
+# Smallest padded length of inputs of tokens, of frames of speech, and of targets. Frames are many
+# for one text; coarser buckets keep the number of compiled shapes small.
+TOKENS, FRAMES, TARGETS = 16, 64, 4
 
 
 class Examples(Protocol):
@@ -29,7 +32,7 @@ class Examples(Protocol):
         """Returns lines about the examples for the user."""
 
 
-def bucket_lengths(max_length: int, multiple: int = 16) -> tuple[int, ...]:
+def bucket_lengths(max_length: int, multiple: int = TOKENS) -> tuple[int, ...]:
     """Returns the lengths that inputs are padded to; they are few, so that XLA compiles few shapes.
 
     They are `multiple` times 1, 2, 3, 4, 6, 8, 12, …, so that less than half of a long input is
@@ -178,10 +181,9 @@ def _padded_lengths(encoded: Encoded) -> np.ndarray:
     """Returns `[examples, 2]`: the buckets of each input and target, 0 without a target."""
     padded = np.zeros((len(encoded), 2), np.int64)
     texts = encoded.target_texts
-    # Frames are many for one text; coarser buckets keep the number of compiled shapes small.
-    columns = [(encoded.offsets, encoded.max_length, 16 if encoded.frames is None else 64)]
+    columns = [(encoded.offsets, encoded.max_length, TOKENS if encoded.frames is None else FRAMES)]
     if texts is not None:
-        columns.append((texts.offsets, texts.max_length, 4))
+        columns.append((texts.offsets, texts.max_length, TARGETS))
     for column, (offsets, max_length, multiple) in enumerate(columns):
         lengths = np.array(bucket_lengths(max_length, multiple))
         # The texts of an example are padded to one length.

@@ -135,6 +135,7 @@ class Plan:
       epochs: the number of passes over them.
       steps: the number of updates.
       input_lengths: the lengths that inputs are padded to.
+      unit: what these lengths count, "tokens", or "frames" of speech.
       target_lengths: the lengths that targets are padded to; empty without a decoder.
       workload: the workload of a step.
       cost: the cost of a step.
@@ -147,6 +148,7 @@ class Plan:
     epochs: int
     steps: int
     input_lengths: tuple[int, ...]
+    unit: str
     target_lengths: tuple[int, ...]
     workload: Workload
     cost: Cost
@@ -193,13 +195,17 @@ def plan_of(options: PlanOptions) -> Plan:
     steps = min(steps, options.max_steps or steps)
     peak = peak_of(options)
     seconds = None if peak is None else steps * cost.flops / (peak * options.utilisation)
-    targets = batching.bucket_lengths(workload.target_length, 4) if writes_text else ()
+    longest = workload.target_length
+    targets = batching.bucket_lengths(longest, batching.TARGETS) if writes_text else ()
+    reads_frames = module.dummy_inputs()[0].ndim > 2
+    multiple = batching.FRAMES if reads_frames else batching.TOKENS
     return Plan(
         task=options.task,
         train_examples=examples,
         epochs=options.epochs,
         steps=steps,
-        input_lengths=batching.bucket_lengths(options.max_length),
+        input_lengths=batching.bucket_lengths(options.max_length, multiple),
+        unit="frames" if reads_frames else "tokens",
         target_lengths=targets,
         workload=workload,
         cost=cost,
@@ -408,12 +414,12 @@ def _task_table(plans: Sequence[Plan]) -> list[str]:
 
 def _workload_lines(workload: Workload, plans: Sequence[Plan]) -> list[str]:
     cost, one = plans[0].cost, plans[0]
-    targets = f", targets to {_listed(one.target_lengths)}" if one.target_lengths else ""
+    targets = f", targets to {_listed(one.target_lengths)} tokens" if one.target_lengths else ""
     lines = [
         f"{', '.join(plan.task for plan in plans)}: {workload.rows} rows on each device, computed "
         f"in {workload.dtype}, remat {workload.remat}, {cost.flops:.3g} FLOPs for a step of the "
         "maximum length",
-        f"  compiled for inputs padded to {_listed(one.input_lengths)}{targets} tokens: "
+        f"  compiled for inputs padded to {_listed(one.input_lengths)} {one.unit}{targets}: "
         f"{one.programs} programs at most, and further programs for evaluation",
         f"  trained {cost.trained:,} of {cost.total:,} parameters "
         f"({100 * cost.trained / cost.total:.3f} %); the adapter takes about "

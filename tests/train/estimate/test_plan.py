@@ -194,7 +194,7 @@ def test_t5_11b_is_planned_without_its_weights():
     assert one.cost.memory.frozen > 4 * 11e9
 
 
-def test_a_speech_model_reads_frames(tmp_path):
+def test_a_speech_model_reads_frames(tmp_path, capsys):
     """The longest input has that many frames, of which a quarter is left as keys and values."""
     config = torch_speech_config(tiny_speech())
     config.architectures = ["Speech2TextForConditionalGeneration"]
@@ -207,3 +207,8 @@ def test_a_speech_model_reads_frames(tmp_path):
     assert batch["input_features"].dtype == "float32"
     assert batch["attention_mask"].shape == (10, 41)
     assert "input_ids" not in batch
+    long = {**lengths, "max_length": 150}
+    plan.plan([options(tmp_path, method="st", **long, batch_size=10)])
+    assert (
+        "padded to 64, 128, 150 frames, targets to 4, 8, 12, 16 tokens:" in capsys.readouterr().out
+    )
