@@ -156,8 +156,10 @@ def _task(adapter: LoadedAdapter, options: EvaluateOptions) -> tasks.Task:
             f"--parallel-files and --directions are for adapters that translate, but the one in "
             f"{options.adapter} is for tasks of kind {kind}"
         )
+    # Plain text has no columns that would say what the adapter does with it.
+    on_text = kind in tasks.ON_TEXT and options.task == tasks.CUSTOM
     return tasks.load_task(
-        options.task,
+        kind if on_text else options.task,
         regression=kind == "regression",
         text=kind == "text",
         tagging=kind == "tagging",

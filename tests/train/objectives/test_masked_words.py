@@ -137,7 +137,7 @@ def test_from_text_to_a_language_adapter(tiny_backbone, text, tmp_path, capsys):
     assert metrics["validation"]["loss"] < 0.9 * math.log(len(WORDS))
     model, _ = cj.load_adapter(run / "adapter", cj.load_backbone(backbone, head="masked_lm"))
     assert "vocabulary" in model.sites_of(model.method.parts[1])
-    evaluated = ["evaluate", "--adapter", str(run), "--task", "masked_lm"]
+    evaluated = ["evaluate", "--adapter", str(run)]  # the adapter knows its task
     assert main([*evaluated, "--test-file", str(text), "--output", str(tmp_path / "m.json")]) == 0
     scores = json.loads((tmp_path / "m.json").read_text())
     assert scores["metrics"]["loss"] < 0.9 * math.log(len(WORDS))
