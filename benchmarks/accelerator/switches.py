@@ -56,8 +56,8 @@ def dot_product_attention(
 
     Args:
       query: `[batch, heads, queries, size]`.
-      key: `[batch, heads, keys, size]`.
-      value: `[batch, heads, keys, size]`.
+      key: `[batch, heads, keys, size]`, or fewer rows, each for adjacent rows of the query.
+      value: as many rows, `[batch, heads, keys, size]`.
       biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
       scale: factor of the scores.
       dropout: ignored, since the models of the benchmark have none.
@@ -72,6 +72,8 @@ def dot_product_attention(
         # Half of the least finite number: a sum with a score must stay finite in low precision.
         bias = jnp.maximum(bias, jnp.finfo(query.dtype).min / 2).astype(query.dtype)
         bias = jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[2], key.shape[2]))
+    if (copies := len(query) // len(key)) > 1:
+        key, value = (jnp.repeat(x, copies, axis=0) for x in (key, value))
     on_gpu = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
     query, key, value = (jnp.moveaxis(x, 1, 2) for x in (query, key, value))
     return jax.nn.dot_product_attention(

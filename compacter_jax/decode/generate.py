@@ -288,10 +288,11 @@ def _start(
     states = apply("encode", input_ids, attention_mask, **chosen)
     cache = apply("start_cache", states, settings.max_new_tokens, **chosen)
     copies = _copies(settings)
-    # The copies are made after the cross-attention's keys and values are computed.
-    cache, mask = jax.tree.map(
-        lambda leaf: jnp.repeat(leaf, copies, axis=0), (cache, attention_mask)
-    )
+    # The copies are made after the cross-attention's keys and values are computed. They share these
+    # unless a method puts others before them, which may differ by row.
+    parts = model.method.inserted() if isinstance(model, Adapted) else ()
+    cache = cache.repeated(copies, share_source=not any(part.adds_tokens for part in parts))
+    mask = jnp.repeat(attention_mask, copies, axis=0)
     rows = input_ids.shape[0]
 
     def repeat(choice: Array) -> Array:

@@ -37,8 +37,9 @@ def attention(
 
     Args:
       query: `[batch, heads, queries, size]`.
-      key: `[batch, heads, keys, size]`.
-      value: `[batch, heads, keys, size]`.
+      key: `[batch, heads, keys, size]`; or fewer rows, each for equally many adjacent rows of the
+        query, such as the hypotheses for one source.
+      value: as many rows, `[batch, heads, keys, size]`.
       biases: added to the scores, each `[batch or 1, heads or 1, queries or 1, keys]` or None.
       scale: factor of the scores.
       dropout: function that zeroes some probabilities `[batch, heads, queries, keys]` and scales
@@ -48,7 +49,7 @@ def attention(
       `[batch, queries, heads, size]`.
     """
     at_least_float32 = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=at_least_float32)
+    scores = _product("bhqd,bhkd->bhqk", query, key, at_least_float32)
     if scale != 1:
         scores *= scale
     for bias in biases:
@@ -58,14 +59,26 @@ def attention(
     # pass, instead of the exponentials and the probabilities.
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     exponentials = _exponentials(scores - largest, value.dtype)
-    y = jnp.einsum(
-        "bhqk,bhkd->bhqd",
-        dropout(exponentials),
-        value,
-        preferred_element_type=at_least_float32,
-    )
+    y = _product("bhqk,bhkd->bhqd", dropout(exponentials), value, at_least_float32)
     y /= exponentials.sum(-1, keepdims=True, dtype=at_least_float32)
     return jnp.moveaxis(y.astype(value.dtype), -3, -2)
+
+
+def _product(equation: str, x: Array, y: Array, dtype: Dtype) -> Array:
+    """Returns the sum of products of `x` and of `y`, each of whose rows adjacent rows of `x` share.
+
+    Args:
+      equation: the sum for equally many rows, as `jnp.einsum` takes it.
+      x: the first factor.
+      y: the second factor; its number of rows divides that of `x`.
+      dtype: dtype of the result.
+    """
+    multiply = functools.partial(jnp.einsum, equation, preferred_element_type=dtype)
+    if x.shape[0] == y.shape[0]:
+        return multiply(x, y)
+    copies = x.reshape(y.shape[0], -1, *x.shape[1:])
+    found = jax.vmap(multiply, in_axes=(1, None), out_axes=1)(copies, y)
+    return found.reshape(-1, *found.shape[2:])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -113,7 +126,8 @@ class DecoderCache(NamedTuple):
 
     Attributes:
       self_attention: pairs of the tokens so far, `[batch, heads, max_length, d_kv]`, zero beyond.
-      cross_attention: pairs of the encoder's states, `[batch, heads, length, d_kv]`.
+      cross_attention: pairs of the encoder's states, `[batch, heads, length, d_kv]`, or fewer rows,
+        each for equally many adjacent rows of `self_attention`.
     """
 
     self_attention: tuple[KeyValue, ...]
@@ -145,8 +159,7 @@ class DecoderCache(NamedTuple):
     @property
     def source_shape(self) -> tuple[int, int]:
         """Number of rows, and length of the encoder's states."""
-        rows, _, length, _ = self.cross_attention[0][0].shape
-        return rows, length
+        return self.self_attention[0][0].shape[0], self.cross_attention[0][0].shape[2]
 
     @property
     def changing(self) -> tuple[KeyValue, ...]:
@@ -164,6 +177,18 @@ class DecoderCache(NamedTuple):
     def with_changing(self, changing: tuple[KeyValue, ...]) -> Self:
         """Returns the cache with other values of `changing`."""
         return self._replace(self_attention=changing)
+
+    def repeated(self, copies: int, *, share_source: bool) -> Self:
+        """Returns the cache for adjacent copies of each row.
+
+        Args:
+          copies: number of copies.
+          share_source: True to keep one row of the encoder's states for all copies of a row.
+        """
+        repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
+        if share_source:
+            return self.with_changing(jax.tree.map(repeat, self.self_attention))
+        return jax.tree.map(repeat, self)
 
     def reordered(self, changing: tuple[KeyValue, ...], parents: Array) -> tuple[KeyValue, ...]:
         """Returns `changing` with its rows at `parents`, `[rows]` integers."""
@@ -225,6 +250,16 @@ class JoinedCache:
     def with_changing(self, changing: tuple[KeyValue, ...]) -> Self:
         """Returns the cache with other values of `changing`."""
         return dataclasses.replace(self, layers=changing)
+
+    def repeated(self, copies: int, *, share_source: bool) -> Self:
+        """Returns the cache for adjacent copies of each row, which cannot share the joined source.
+
+        Args:
+          copies: number of copies.
+          share_source: ignored.
+        """
+        del share_source
+        return jax.tree.map(functools.partial(jnp.repeat, repeats=copies, axis=0), self)
 
     def reordered(self, changing: tuple[KeyValue, ...], parents: Array) -> tuple[KeyValue, ...]:
         """Returns `changing` with the target's part of its rows at `parents`, `[rows]` integers.

@@ -545,3 +545,41 @@ def test_modules_that_cannot_generate(module, message, with_adapters):
         module = Adapted(module, preset("compacter++", reduction_factor=2, phm_dim=3))
     with pytest.raises(ValueError, match=message):
         generate(module, {}, IDS, max_new_tokens=4)
+
+
+# --- Keys and values of the source ---------------------------------------------------------------
+
+
+def shapes_of(jaxpr):
+    """Returns the shapes of all arrays that a program computes, inner programs included."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found |= {var.aval.shape for var in equation.outvars}
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                program = getattr(inner, "jaxpr", inner)
+                if hasattr(program, "eqns"):
+                    found |= shapes_of(program)
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 4}, {"do_sample": True, "num_return_sequences": 4}]
+)
+@pytest.mark.parametrize("method", ["pfeiffer-feed-forward", "prefix-tuning"])
+def test_hypotheses_of_a_row_share_the_keys_of_its_source(settings, method):
+    """They exist once for a row, except with prefixes before them, which routes may choose."""
+    config = {"reduction_factor": 2} if method != "prefix-tuning" else {"prefix_length": 2}
+    model = Adapted(T5(SMALL), preset(method, **config))
+    ids = jnp.ones((2, 9), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
+    if "do_sample" in settings:
+        settings = {**settings, "key": jax.random.key(0)}
+
+    def run(params):
+        return generate(model, params, ids, max_new_tokens=3, eos_token_id=1, **settings)
+
+    found = shapes_of(jax.make_jaxpr(run)(params).jaxpr)
+    heads, size = SMALL.num_heads, SMALL.d_kv
+    assert (2, heads, 9, size) in found
+    assert ((8, heads, 9, size) in found) == (method == "prefix-tuning")

@@ -41,6 +41,30 @@ def test_attention_is_that_of_numpy(shape, dtype, tolerance):
     np.testing.assert_allclose(np.float64(out), exact, atol=tolerance)
 
 
+@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_adjacent_rows_may_share_their_keys(copies, dtype, tolerance):
+    """Outputs and gradients are those of repeated keys, whose gradients are summed."""
+    query = jnp.asarray(RNG.standard_normal((2 * copies, 3, 2, 4)), dtype)
+    key, value = (jnp.asarray(RNG.standard_normal((2, 3, 5, 4)), dtype) for _ in range(2))
+    bias = jnp.asarray(RNG.standard_normal((2 * copies, 1, 1, 5)), jnp.float32)
+    direction = jnp.asarray(RNG.standard_normal((2 * copies, 2, 3, 4)), dtype)
+
+    def shared(query, key, value):
+        return attention(query, key, value, (bias,), scale=0.5)
+
+    def repeated(query, key, value):
+        return shared(query, *(jnp.repeat(x, copies, axis=0) for x in (key, value)))
+
+    (found, pull), (wanted, pull_wanted) = (
+        jax.vjp(function, query, key, value) for function in (shared, repeated)
+    )
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.float32(found), np.float32(wanted), atol=tolerance)
+    for own, other in zip(pull(direction), pull_wanted(direction), strict=True):
+        np.testing.assert_allclose(np.float32(own), np.float32(other), atol=10 * tolerance)
+
+
 def test_gradients_of_attention_are_finite_differences():
     query, key, value = RNG.standard_normal((3, 2, 2, 5, 3))
     direction = RNG.standard_normal((3, 2, 2, 5, 3))
