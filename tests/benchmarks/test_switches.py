@@ -247,7 +247,7 @@ def test_a_scan_compiles_one_layer(deep):
 
 
 @pytest.mark.parametrize("name", ["scan", "words"])
-def test_they_are_lowered_for_a_gpu_that_is_not_there(name, deep):
+def test_they_are_lowered_for_devices_that_are_not_there(name, deep):
     size, model, params, _, batch = deep
     if name == "scan":
         apply = step.apply_function(model, jax_worker.INPUTS[size.family])
@@ -260,4 +260,5 @@ def test_they_are_lowered_for_a_gpu_that_is_not_there(name, deep):
         traced = jax.jit(jax.grad(lambda *given: function(*given).sum())).trace(
             jnp.ones((4, 8), jnp.bfloat16), jnp.ones((6, 8), jnp.bfloat16), jnp.zeros(4, jnp.int32)
         )
-    assert "while" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    for platform in ("cuda", "tpu"):
+        assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
