@@ -230,7 +230,7 @@ def test_a_scan_over_layers(deep):
 
 
 def test_a_scan_compiles_one_layer(deep):
-    """Of three layers two are one loop: there are fewer products than in the loop of modules."""
+    """Two of three layers are one loop: there are fewer products than in the loop of modules."""
     size, model, params, _, batch = deep
     apply = step.apply_function(model, jax_worker.INPUTS[size.family])
 
