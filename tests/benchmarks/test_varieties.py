@@ -89,7 +89,10 @@ def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, ca
     passes = {row["what"]: row.get("passes") for row in report["predicted"]}
     assert passes["only"] > 1  # members with weight 0 are computed, too
     assert passes["probabilities"] == pytest.approx(1.5 * passes["equal"], rel=0.2)
-    assert passes["entropy-2-10"] > passes["entropy-1-10"] > 2 * passes["equal"]
+    # A step computes what the weights change, forward and back; the rest is there already.
+    first = passes["entropy-1-10"] - passes["equal"]
+    assert 0 < first < passes["equal"]
+    assert passes["entropy-2-10"] - passes["entropy-1-10"] == pytest.approx(first, rel=0.05)
     text = (output / "varieties.md").read_text()
     assert "| `labels` |" in text
     assert "less equal weights" in text

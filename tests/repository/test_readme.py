@@ -128,7 +128,11 @@ def test_scores_by_training_size(name, task, sizes):
 
 
 @pytest.mark.parametrize(
-    "name", [f"comparison_{n}.json" for n in ("same_head", "tuned", "smallest", "all")]
+    "name",
+    [
+        f"comparison_{n}.json"
+        for n in ("same_head", "tuned", "smallest", "all", "glue_sst2", "glue_stsb")
+    ],
 )
 def test_scores_with_the_same_head_on_the_page(name):
     """The page shows the measured scores, differences and learning rates."""
