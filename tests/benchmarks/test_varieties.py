@@ -58,6 +58,17 @@ def flags_of(data, backbone, output):
     return [*listed, "--steps", "1", "2", "--rates", "10"]
 
 
+def assert_costs_of(predicted):
+    """Checks the passes of the conditions against each other."""
+    passes = {row["what"]: row.get("passes") for row in predicted}
+    assert passes["only"] > 1  # members with weight 0 are computed, too
+    assert passes["probabilities"] == pytest.approx(1.5 * passes["equal"], rel=0.2)
+    # A step computes what the weights change, forward and back; the rest is there already.
+    first = passes["entropy-1-10"] - passes["equal"]
+    assert 0 < first < passes["equal"]
+    assert passes["entropy-2-10"] - passes["entropy-1-10"] == pytest.approx(first, rel=0.05)
+
+
 @pytest.mark.slow
 def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, capsys):
     """Every condition has a cell, the plan has its cost, and nothing is done twice."""
@@ -86,13 +97,7 @@ def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, ca
         assert cells[f"0/da/test/{name}"]["counts"] == cells["0/da/test/equal"]["counts"]
     losses = cells["0/nn/test/labels"]["losses"]
     assert losses[1] < losses[0]
-    passes = {row["what"]: row.get("passes") for row in report["predicted"]}
-    assert passes["only"] > 1  # members with weight 0 are computed, too
-    assert passes["probabilities"] == pytest.approx(1.5 * passes["equal"], rel=0.2)
-    # A step computes what the weights change, forward and back; the rest is there already.
-    first = passes["entropy-1-10"] - passes["equal"]
-    assert 0 < first < passes["equal"]
-    assert passes["entropy-2-10"] - passes["entropy-1-10"] == pytest.approx(first, rel=0.05)
+    assert_costs_of(report["predicted"])
     text = (output / "varieties.md").read_text()
     assert "| `labels` |" in text
     assert "less equal weights" in text
