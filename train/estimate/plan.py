@@ -414,6 +414,8 @@ def _task_table(plans: Sequence[Plan]) -> list[str]:
 
 def _workload_lines(workload: Workload, plans: Sequence[Plan]) -> list[str]:
     cost, one = plans[0].cost, plans[0]
+    of_cache = f"  keys and values in generation take {cost.cache_bytes:,} bytes for these rows"
+    cached = [of_cache] if cost.cache_bytes else []
     targets = f", targets to {_listed(one.target_lengths)} tokens" if one.target_lengths else ""
     lines = [
         f"{', '.join(plan.task for plan in plans)}: {workload.rows} rows on each device, computed "
@@ -424,11 +426,7 @@ def _workload_lines(workload: Workload, plans: Sequence[Plan]) -> list[str]:
         f"  trained {cost.trained:,} of {cost.total:,} parameters "
         f"({100 * cost.trained / cost.total:.3f} %); the adapter takes about "
         f"{cost.adapter_bytes:,} bytes",
-        *(
-            [f"  keys and values in generation take {cost.cache_bytes:,} bytes for these rows"]
-            if cost.cache_bytes
-            else []
-        ),
+        *cached,
         "  memory of a device, in MB"
         + (
             ", with activations counted as if `model` did not divide them:"
