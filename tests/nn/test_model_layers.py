@@ -45,10 +45,11 @@ def test_attention_is_that_of_numpy(shape, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_adjacent_rows_may_share_their_keys(copies, dtype, tolerance):
     """Outputs and gradients are those of repeated keys, whose gradients are summed."""
-    query = jnp.asarray(RNG.standard_normal((2 * copies, 3, 2, 4)), dtype)
-    key, value = (jnp.asarray(RNG.standard_normal((2, 3, 5, 4)), dtype) for _ in range(2))
-    bias = jnp.asarray(RNG.standard_normal((2 * copies, 1, 1, 5)), jnp.float32)
-    direction = jnp.asarray(RNG.standard_normal((2 * copies, 2, 3, 4)), dtype)
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.standard_normal((2 * copies, 3, 2, 4)), dtype)
+    key, value = (jnp.asarray(rng.standard_normal((2, 3, 5, 4)), dtype) for _ in range(2))
+    bias = jnp.asarray(rng.standard_normal((2 * copies, 1, 1, 5)), jnp.float32)
+    direction = jnp.asarray(rng.standard_normal((2 * copies, 2, 3, 4)), dtype)
 
     def shared(query, key, value):
         return attention(query, key, value, (bias,), scale=0.5)
