@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end = time.monotonic() + 60 * options.minutes
         left = list(options.section or SECTIONS)
         if options.rehearse:  # its times mean nothing, so that no section has to wait for another
+            report["sections"] = {name: {} for name in left}  # in order, whichever begins first
             with ThreadPoolExecutor(len(left)) as pool, _killing_if_interrupted():
                 list(pool.map(functools.partial(run, limit=end - time.monotonic()), left))
         else:

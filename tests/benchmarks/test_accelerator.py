@@ -33,7 +33,7 @@ def test_a_rehearsal_makes_every_check(tmp_path):
     assert accelerator.main(["--rehearse", "--minutes", "30", "--json", str(report)]) == 0
     found = json.loads(report.read_text())
     assert found["platform"] == "cpu"
-    assert found["sections"].keys() == accelerator.SECTIONS.keys()
+    assert list(found["sections"]) == list(accelerator.SECTIONS)
     results = {
         name: result
         for section in found["sections"].values()
@@ -234,7 +234,7 @@ def test_sections_of_a_rehearsal_run_side_by_side(pretended, tmp_path, capsys):
     flags = ["--rehearse", "--section", "right", "--section", "why", "--minutes", "0.5"]
     assert accelerator.main([*flags, "--json", str(report)]) == 0
     sections = json.loads(report.read_text())["sections"]
-    assert sections.keys() == {"right", "why"}
+    assert list(sections) == ["right", "why"]
     assert all(section["checks"]["a"]["passed"] for section in sections.values())
     assert "why: a: passed" in capsys.readouterr().out
 

@@ -49,6 +49,15 @@ def test_attention_of_the_library(queries, keys):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+def test_attention_of_the_library_with_keys_for_several_rows():
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (rows, SIZES["heads"], 4, SIZES["size"]))
+        for i, rows in enumerate((6, 2, 2))
+    )
+    found = switches.dot_product_attention(q, k, v, scale=0.5)
+    np.testing.assert_allclose(found, attention(q, k, v, scale=0.5), atol=1e-5)
+
+
 def test_a_model_is_traced_with_it():
     size = TOY.t5
     module = jax_worker.module_of(size)
