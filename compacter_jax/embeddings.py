@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from compacter_jax.nn.dtypes import at_least_float32
+
 # The smallest norm that an embedding is divided by, as `torch.nn.functional.normalize` has it.
 _LEAST_NORM = 1e-12
 
@@ -24,7 +26,7 @@ def normalize(embeddings: Array) -> Array:
     Returns:
       `[…, width]`; an embedding of zeros stays one, and has a finite gradient.
     """
-    x = _at_least_float32(embeddings)
+    x = at_least_float32(embeddings)
     squared = jnp.sum(jnp.square(x), -1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squared, _LEAST_NORM**2))
 
@@ -123,7 +125,7 @@ def triplet_loss(
     References:
       Reimers and Gurevych, Sentence-BERT, EMNLP 2019, arXiv:1908.10084, section 3.
     """
-    anchors = _at_least_float32(anchors)
+    anchors = at_least_float32(anchors)
     nearer = _distance(anchors, positives) - _distance(anchors, negatives)
     return jax.nn.relu(nearer + margin)
 
@@ -172,7 +174,3 @@ def _distance(first: Array, second: Array) -> Array:
     squared = jnp.sum(jnp.square(first - second), -1)
     # The derivative of a square root at 0 is infinite, and a product with 0 would be NaN.
     return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

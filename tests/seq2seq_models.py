@@ -49,9 +49,9 @@ CONFIGS = {
 }
 
 
-def small_backbone(config, head="conditional_generation", seed=0):
+def small_backbone(config, head="conditional_generation", seed=0, **attributes):
     """Returns a module with random parameters, of which every one has an effect."""
-    return backbone_of(Seq2Seq(config, head=head), seed)
+    return backbone_of(Seq2Seq(config, head=head, **attributes), seed)
 
 
 def inputs_of(config, seed, lengths=(9, 7)):

@@ -11,6 +11,7 @@ from jax import Array
 
 from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.nn.activations import get_activation
+from compacter_jax.nn.dtypes import at_least_float32
 from compacter_jax.paths import ADAPTER
 from compacter_jax.patterns import compiled
 
@@ -156,7 +157,7 @@ def _merged(
         pads = [(0, missing if i == axis else 0) for i in range(own.ndim)]
         return jnp.concatenate([own, jnp.pad(new, pads).astype(own.dtype)], axis)
 
-    bias = (second["bias"].astype(jnp.float32) + up["bias"]).astype(second["bias"].dtype)
+    bias = (at_least_float32(second["bias"]) + up["bias"]).astype(second["bias"].dtype)
     return (
         {
             "kernel": joined(first["kernel"], down["kernel"], 1),

@@ -14,6 +14,7 @@ from jax import Array
 from compacter_jax.hosts import Linear
 from compacter_jax.methods.base import InsertedConfig, SiteCall
 from compacter_jax.nn.dense import Dtype
+from compacter_jax.nn.dtypes import at_least_float32
 from compacter_jax.sites import Role, Site
 
 
@@ -87,7 +88,7 @@ class IA3Config(InsertedConfig):
                 "cannot be merged; keep the adapter"
             )
         scale = own["scale"] if scales_output else own["input_scale"]
-        kernel = host["kernel"].astype(jnp.float32)
+        kernel = at_least_float32(host["kernel"])
         kernel *= linear.along(axis, scale, kernel)
         changed = {"kernel": kernel.astype(host["kernel"].dtype)}
         if scales_output and "bias" in host:

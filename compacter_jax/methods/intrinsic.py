@@ -17,6 +17,7 @@ from compacter_jax.fastfood import mixed, project_all
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.methods.fields import require
 from compacter_jax.nn.dense import Dtype, ParamFunction
+from compacter_jax.nn.dtypes import at_least_float32
 from compacter_jax.nn.quantize import check_float
 from compacter_jax.paths import ADAPTER, Groups, group_of
 
@@ -173,5 +174,5 @@ class IntrinsicConfig(MethodConfig):
         # A change may be smaller than the resolution of bfloat16, so the sum must not be rounded to
         # it.
         check_float(own, "intrinsic dimension")
-        own = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), own)
+        own = jax.tree.map(at_least_float32, own)
         return perturb(own, vector, scale, self.projection_seed, groups)

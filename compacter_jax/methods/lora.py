@@ -17,6 +17,7 @@ from compacter_jax.methods.base import InsertedConfig, SiteCall
 from compacter_jax.methods.fields import require
 from compacter_jax.nn.dense import Dtype, linear_init
 from compacter_jax.nn.dropout import Dropout
+from compacter_jax.nn.dtypes import at_least_float32
 from compacter_jax.sites import Role
 
 
@@ -110,8 +111,8 @@ class LoRAConfig(InsertedConfig):
     ) -> dict[str, Array]:
         """Returns the host's kernel with the update added, in the kernel's dtype."""
         del path
-        kernel = host["kernel"].astype(jnp.float32)
-        left, right = (own[name].astype(jnp.float32) for name in ("left", "right"))
+        kernel = at_least_float32(host["kernel"])
+        left, right = (at_least_float32(own[name]) for name in ("left", "right"))
         update = jnp.matmul(left, right, precision="highest")
         kernel += self.scaling * linear.as_kernel(update, kernel)
         return {"kernel": kernel.astype(host["kernel"].dtype)}

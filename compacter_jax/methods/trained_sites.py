@@ -15,6 +15,7 @@ from compacter_jax.hosts import Linear, first_array, linear
 from compacter_jax.methods.base import InsertedConfig, MethodConfig, SiteCall
 from compacter_jax.methods.combined import CombinedConfig
 from compacter_jax.nn.dense import Dtype
+from compacter_jax.nn.dtypes import at_least_float32
 from compacter_jax.sites import Role
 
 
@@ -93,9 +94,7 @@ class TrainedSitesConfig(InsertedConfig):
         if "bias" in own:
             changes["bias"] = own["bias"].reshape(host["bias"].shape)
         return {
-            name: (host[name].astype(jnp.float32) + change.astype(jnp.float32)).astype(
-                host[name].dtype
-            )
+            name: (at_least_float32(host[name]) + change).astype(host[name].dtype)
             for name, change in changes.items()
         }
 

@@ -11,6 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
 from compacter_jax.nn.dense import Dtype
+from compacter_jax.nn.dtypes import at_least_float32
 
 
 class _Norm(nn.Module):
@@ -50,7 +51,7 @@ class LayerNorm(_Norm):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]
         dtype = canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
-        x = _at_least_float32(x)
+        x = at_least_float32(x)
         # The variance is not computed as E[x^2] - E[x]^2, which cancels: states of BERT have a few
         # entries much larger than the rest.
         y = self._scaled(x - x.mean(-1, keepdims=True))
@@ -66,7 +67,7 @@ class RMSNorm(_Norm):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., features] -> [..., features]
         dtype = canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
-        return self._scaled(_at_least_float32(x)).astype(dtype)
+        return self._scaled(at_least_float32(x)).astype(dtype)
 
 
 class Residual(nn.Module):
@@ -76,7 +77,3 @@ class Residual(nn.Module):
     def __call__(self, residual: Array, output: Array, norm: LayerNorm | None = None) -> Array:
         x = residual + output
         return x if norm is None else norm(x)
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
