@@ -138,7 +138,7 @@ tx = cj.optimizer(optax.adamw(3e-3), labels)
 
 
 @jax.jit
-def step(trained, opt_state, batch):
+def step(trained, frozen, opt_state, batch):
     def loss_of(trained):
         params = cj.merge(trained, frozen)
         logits = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])
@@ -151,7 +151,7 @@ def step(trained, opt_state, batch):
 
 opt_state = tx.init(trained)
 for batch in batches(data, BATCH, STEPS, seed=1):
-    trained, opt_state = step(trained, opt_state, batch)
+    trained, opt_state = step(trained, frozen, opt_state, batch)
 params = cj.merge(trained, frozen)
 cj.export_adapterhub(folder / "ours", model, params)
 

@@ -169,12 +169,12 @@ def embed(params, ids, mask):
 
 
 @jax.jit
-def embedded(trained, ids, mask):
+def embedded(trained, frozen, ids, mask):
     return embed(cj.merge(trained, frozen), ids, mask)
 
 
 def vectors(trained, texts):
-    return np.asarray(embedded(trained, *tokens(texts)))
+    return np.asarray(embedded(trained, frozen, *tokens(texts)))
 
 
 def tokens(texts):
@@ -221,7 +221,7 @@ opt_state = tx.init(trained)
 
 
 @jax.jit
-def step(trained, opt_state, question, answer):
+def step(trained, frozen, opt_state, question, answer):
     def loss_of(trained):
         params = cj.merge(trained, frozen)
         pairs = embed(params, *question), embed(params, *answer)
@@ -238,7 +238,7 @@ for _ in range(STEPS):
         (rng.choice(TICKETS[:-2]).format(name), rng.choice(COMPLAINTS[name][:-2])) for name in names
     ]
     question, answer = (tokens(list(texts)) for texts in zip(*batch, strict=True))
-    trained, opt_state, loss = step(trained, opt_state, question, answer)
+    trained, opt_state, loss = step(trained, frozen, opt_state, question, answer)
     losses.append(float(loss))
 print(f"loss of the first step {losses[0]:.2f}, of the last ten {np.mean(losses[-10:]):.2f}")
 

@@ -94,7 +94,9 @@ for path, leaf in flatten_dict(params, sep="/").items():
 #
 # The loop is an ordinary optax loop. The gradient is taken with respect to `trained` alone: no
 # gradient of a frozen weight is ever computed, and the optimizer keeps two numbers for each of
-# 17,946 parameters instead of 22.7 million.
+# 17,946 parameters instead of 22.7 million. The step takes the frozen half as an argument: a weight
+# that a compiled function finds outside its arguments becomes a constant of the program, which then
+# holds a copy of the backbone.
 
 # %%
 sentences, targets = movie("train", EXAMPLES)
@@ -105,15 +107,15 @@ tx = cj.optimizer(
 opt_state = tx.init(trained)
 
 
-def logits_of(trained, batch):
+def logits_of(trained, frozen, batch):
     params = cj.merge(trained, frozen)
     return model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])
 
 
 @jax.jit
-def step(trained, opt_state, batch):
+def step(trained, frozen, opt_state, batch):
     def loss_of(trained):
-        logits = logits_of(trained, batch)
+        logits = logits_of(trained, frozen, batch)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
     loss, gradient = jax.value_and_grad(loss_of)(trained)
@@ -121,7 +123,7 @@ def step(trained, opt_state, batch):
     return optax.apply_updates(trained, updates), opt_state, loss
 
 
-predict = jax.jit(lambda trained, batch: jax.nn.softmax(logits_of(trained, batch)))
+predict = jax.jit(lambda *given: jax.nn.softmax(logits_of(*given)))
 
 
 def accuracy(trained, sentences, targets):
@@ -130,7 +132,7 @@ def accuracy(trained, sentences, targets):
     for start in range(0, len(targets), 64):
         rows = {name: array[start : start + 64] for name, array in encoded.items()}
         rows = {name: np.resize(array, (64, LENGTH)) for name, array in rows.items()}
-        chosen = np.argmax(predict(trained, rows), -1)[: len(targets[start : start + 64])]
+        chosen = np.argmax(predict(trained, frozen, rows), -1)[: len(targets[start : start + 64])]
         right += list(chosen == targets[start : start + 64])
     return np.mean(right)
 
@@ -139,7 +141,7 @@ test = movie("test", 64 if SMALL else None)
 before = accuracy(trained, *test)
 losses = []
 for batch in batches(data, BATCH, STEPS):
-    trained, opt_state, loss = step(trained, opt_state, batch)
+    trained, opt_state, loss = step(trained, frozen, opt_state, batch)
     losses.append(float(loss))
 after = accuracy(trained, *test)
 print(f"test accuracy: {before:.3f} before, {after:.3f} after {STEPS} steps of {BATCH} sentences")
@@ -202,7 +204,8 @@ ours = [
     "Two hours that I will never get back.",
     "The plot is thin, but the actors make up for it.",
 ]
-for sentence, p in zip(ours, predict(trained, encode(tokenizer, ours, LENGTH)), strict=True):
+found = predict(trained, frozen, encode(tokenizer, ours, LENGTH))
+for sentence, p in zip(ours, found, strict=True):
     print(f"{p[1]:5.0%} positive   {sentence}")
 
 # %% [markdown]

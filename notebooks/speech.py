@@ -199,7 +199,7 @@ def fit(model, params, learning_rate, steps, *, routed):
     tx = cj.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), labels)
 
     @jax.jit
-    def step(trained, opt_state, batch, key):
+    def step(trained, frozen, opt_state, batch, key):
         hidden = SpecAugment()(batch["input_features"], batch["attention_mask"], key)
         batch = {**batch, "input_features": hidden}
         members = {"adapter_ids": batch["adapter_ids"]} if routed else {}
@@ -213,7 +213,7 @@ def fit(model, params, learning_rate, steps, *, routed):
 
     opt_state, values, rng = tx.init(trained), [], np.random.default_rng(1)
     for key in jax.random.split(jax.random.key(2), steps):
-        trained, opt_state, value = step(trained, opt_state, batch_of(rng), key)
+        trained, opt_state, value = step(trained, frozen, opt_state, batch_of(rng), key)
         values.append(float(value))
     return cj.merge(trained, frozen), values
 

@@ -78,7 +78,7 @@ def fit(model, params, sources, targets, learning_rate, steps=STEPS):
     tx = cj.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)), labels)
 
     @jax.jit
-    def step(trained, opt_state, batch):
+    def step(trained, frozen, opt_state, batch):
         def loss(trained):
             return loss_of(model, cj.merge(trained, frozen), batch)
 
@@ -92,7 +92,7 @@ def fit(model, params, sources, targets, learning_rate, steps=STEPS):
     for _ in range(steps):
         rows = rng.integers(0, len(sources), BATCH)
         batch = {name: array[rows] for name, array in data.items()}
-        trained, opt_state, value = step(trained, opt_state, batch)
+        trained, opt_state, value = step(trained, frozen, opt_state, batch)
         values.append(float(value))
     return cj.merge(trained, frozen), values
 

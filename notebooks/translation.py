@@ -192,7 +192,7 @@ def fit(model, params, learning_rate, steps, *, routed):
     tx = cj.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), labels)
 
     @jax.jit
-    def step(trained, opt_state, batch):
+    def step(trained, frozen, opt_state, batch):
         members = {"adapter_ids": batch["adapter_ids"]} if routed else {}
 
         def loss(trained):
@@ -204,7 +204,7 @@ def fit(model, params, learning_rate, steps, *, routed):
 
     opt_state, values, rng = tx.init(trained), [], np.random.default_rng(1)
     for _ in range(steps):
-        trained, opt_state, value = step(trained, opt_state, batch_of(rng))
+        trained, opt_state, value = step(trained, frozen, opt_state, batch_of(rng))
         values.append(float(value))
     return cj.merge(trained, frozen), values
 

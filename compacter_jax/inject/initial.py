@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from compacter_jax.compilation import run_once
 from compacter_jax.compositions.base import members_of, own_path
 from compacter_jax.inject.adapted import Adapted
 from compacter_jax.inject.arguments import example_inputs
@@ -45,13 +46,13 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
     wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
     _check_backbone(given, flatten_dict(wanted, sep="/"))
 
-    @jax.jit  # leaves that are not returned are not computed: the backbone is not initialised
+    # Leaves that are not returned are not computed: the backbone is not initialised.
     def init(key: jax.Array) -> dict[str, jax.Array]:
         flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
         return {path: leaf for path, leaf in flat.items() if path not in given}
 
     check_memory("the adapters", jax.eval_shape(init, key), "use fewer members or a smaller method")
-    new = init(key)
+    new = run_once(init, key)
     members = members_of(model.method)
     for path, leaf in new.items():
         # A member's own norms and heads start with the values of the backbone, not with initial

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from compacter_jax.compilation import run_once
 from compacter_jax.files import read_json
 from compacter_jax.messages import listing, shorten
 from compacter_jax.models.family import Family, Params
@@ -61,7 +62,7 @@ def fit_tensors(
             extra={"new_parameters": new},  # for callers that have these parameters from elsewhere
         )
         # The compiled function returns only these leaves, so that nothing else is computed.
-        fresh = jax.jit(lambda key: {path: initial(key)[path] for path in new})(key)
+        fresh = run_once(lambda key: {path: initial(key)[path] for path in new}, key)
     flat = {
         path: fresh[path]
         if path in fresh
