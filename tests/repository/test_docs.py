@@ -140,7 +140,7 @@ def test_training_on_the_first_page(tiny_backbone, tmp_path, monkeypatch):
     losses = []
     for _ in range(8):
         names["trained"], names["opt_state"], loss = names["step"](
-            names["trained"], names["opt_state"], *batch
+            names["trained"], names["frozen"], names["opt_state"], *batch
         )
         losses.append(float(loss))
     assert losses[-1] < losses[0]

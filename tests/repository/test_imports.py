@@ -18,8 +18,8 @@ ROOT = Path(compacter_jax.__file__).parents[1]
 # import each other.
 ARROWS = {
     "compacter_jax": (
-        {"messages", "limits", "fastfood", "phm", "hosts", "arrays", "embeddings"},
-        {"files", "patterns", "sites", "nn"},
+        {"messages", "limits", "fastfood", "phm", "hosts", "arrays", "compilation"},
+        {"files", "patterns", "sites", "nn", "embeddings"},
         {"leftovers", "weights"},
         {"models"},
         {"paths"},
