@@ -30,4 +30,4 @@ def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
     is_given = _LEVEL in os.environ.get("XLA_FLAGS", "")
     if is_traced or is_given or jax.default_backend() != "cpu":
         return compiled(*arguments)
-    return compiled.lower(*arguments).compile(compiler_options={_LEVEL: 1})(*arguments)
+    return compiled.lower(*arguments).compile(compiler_options={_LEVEL: "1"})(*arguments)
