@@ -131,7 +131,7 @@ def test_scores_by_training_size(name, task, sizes):
     "name",
     [
         f"comparison_{n}.json"
-        for n in ("same_head", "tuned", "smallest", "all", "glue_sst2", "glue_stsb")
+        for n in ("same_head", "tuned", "editorial", "smallest", "all", "glue_sst2", "glue_stsb")
     ],
 )
 def test_scores_with_the_same_head_on_the_page(name):
