@@ -46,7 +46,9 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
     wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
     _check_backbone(given, flatten_dict(wanted, sep="/"))
 
-    # Leaves that are not returned are not computed: the backbone is not initialised.
+    # Leaves that are not returned are not computed: the backbone is not initialised. Compiled, so
+    # that it is traced once.
+    @jax.jit
     def init(key: jax.Array) -> dict[str, jax.Array]:
         flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
         return {path: leaf for path, leaf in flat.items() if path not in given}

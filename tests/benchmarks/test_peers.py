@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,33 @@ def test_turns_change_who_begins():
     runs = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
     assert turns.alternate(runs, 3) == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
     assert "".join(order) == "abcbcacab"
+
+
+def test_the_first_run_of_a_turn_is_not_timed():
+    """A slow first run, as after a wait, is not in the seconds of a turn."""
+    done = []
+
+    def run():
+        time.sleep(0 if done else 0.5)
+        done.append(len(done))
+        return done[-1]
+
+    work = turns.Work(run, lambda result: result, float, 1, "cpu", lambda: None)
+    timed = turns._run(work, times=2, untimed=1)
+    assert done == [0, 1, 2]
+    assert timed["value"] == 2
+    assert timed["seconds"] < 0.2
+    asked = []
+
+    class Worker:
+        name = "ours"
+
+        def ask(self, action, **given):
+            asked.append((action, given))
+            return {}
+
+    turns.take_turns([Worker()], repeats=2, times=3)
+    assert asked == [("run", {"times": 3, "untimed": 1})] * 2
 
 
 def test_a_worker_that_fails_says_why():
