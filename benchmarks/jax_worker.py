@@ -235,5 +235,7 @@ def _device_peak() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+ACTIONS = {"prepare": prepare, "write_backbone": write_backbone, "write_adapter": write_adapter}
+
 if __name__ == "__main__":
-    serve({"prepare": prepare, "write_backbone": write_backbone, "write_adapter": write_adapter})
+    serve(ACTIONS)

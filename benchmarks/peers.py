@@ -40,7 +40,15 @@ import numpy as np
 
 from benchmarks import plot_peers
 from benchmarks.contest import GENERATED, Size, Task, choose, command, write
-from benchmarks.turns import Worker, WorkerError, noise, processor, spread, take_turns
+from benchmarks.turns import (
+    InProcess,
+    Worker,
+    WorkerError,
+    noise,
+    processor,
+    spread,
+    take_turns,
+)
 from train.cli import huge_pages
 
 OURS = "compacter_jax"
@@ -80,6 +88,8 @@ class Settings:
       beside: whether to measure the peers.
       alone: whether to measure this package where the peer cannot be measured, instead of failing.
       method_changes: method -> changed fields of its preset.
+      in_process: whether this package runs in the measuring process where no peer is beside it, and
+        writes its inputs there: for a rehearsal.
     """
 
     repeats: int = 15
@@ -91,6 +101,7 @@ class Settings:
     beside: bool = True
     alone: bool = False
     method_changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    in_process: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,7 +214,11 @@ def measure(
                 yield _compare(task, theirs, settings, compiled)
 
 
-def _worker(name: str, settings: Settings) -> Worker:
+def _worker(name: str, settings: Settings) -> Worker | InProcess:
+    if settings.in_process and name == OURS:
+        from benchmarks import jax_worker  # noqa: PLC0415 - the measuring process needs no JAX
+
+        return InProcess(name, jax_worker.ACTIONS)
     module = "benchmarks.jax_worker" if name == OURS else "benchmarks.torch_worker"
     # This package needs no PyTorch, which transformers would otherwise load. The peers do, even if
     # the measuring process was started without.
@@ -219,6 +234,7 @@ def _compare(
     peer = _PEERS.get(task.method, "adapters")
     of_peer = dataclasses.replace(task, adapter=peers_adapter)
     tasks = {OURS: task}
+    settings = dataclasses.replace(settings, in_process=settings.in_process and not settings.beside)
     if settings.beside:
         tasks[peer] = of_peer
     if settings.beside and compiled:
@@ -259,7 +275,7 @@ def _compare(
     }
 
 
-def _prepared(worker: Worker, task: Task) -> dict[str, Any]:
+def _prepared(worker: Worker | InProcess, task: Task) -> dict[str, Any]:
     """Loads the task and runs it until it is warm."""
     prepared = worker.ask("prepare", task=dataclasses.asdict(task))
     first, *others = [worker.ask("run", times=1) for _ in range(1 + _WARM_UPS)]
@@ -274,7 +290,8 @@ def _prepared(worker: Worker, task: Task) -> dict[str, Any]:
 
 
 def _timed(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    columns = {name: [answer[name] for answer in answers] for name in ("seconds", "cpu_seconds")}
+    names = ("seconds", "cpu_seconds", "kernel_seconds")
+    columns = {name: [answer[name] for answer in answers] for name in names}
     medians = {f"median_{name}": float(np.median(values)) for name, values in columns.items()}
     return {**columns, **medians, "noise": noise(columns["seconds"])}
 

@@ -95,7 +95,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
             )
     axes.set_xticks(range(len(sizes)), sizes, rotation=20)
     axes.set_xlim(-0.5, len(sizes) - 0.5)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.06, axes.get_ylim()[1]))
     axes.grid(axis="x", visible=False)
 
 

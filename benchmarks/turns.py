@@ -141,10 +141,7 @@ class Worker:
             self._errors.seek(0)
             written = "".join(self._errors.readlines()[-20:])
             raise WorkerError(f"{self.name} ended with code {code} at {action!r}:\n{written}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(f"{self.name} failed at {action!r}: {answer['error']}")
-        return answer
+        return _checked(self.name, action, json.loads(line))
 
     def __enter__(self) -> Worker:
         return self
@@ -153,6 +150,36 @@ class Worker:
         self._process.kill()  # it has no state to clean up
         self._process.communicate()
         self._errors.close()
+
+
+class InProcess:
+    """Stand-in for a `Worker` that answers in this process, where times mean nothing.
+
+    Args:
+      name: the name in messages.
+      actions: those of `Answers`.
+    """
+
+    def __init__(self, name: str, actions: Mapping[str, Callable[..., Any]]):
+        self.name = name
+        self._answers = Answers(actions)
+
+    def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """Returns the answer to a request; raises WorkerError if there is none."""
+        return _checked(self.name, action, self._answers(action, **arguments))
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Has nothing to end."""
+
+
+def _checked(name: str, action: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Returns an answer; raises WorkerError if it has an error."""
+    if "error" in answer:
+        raise WorkerError(f"{name} failed at {action!r}: {answer['error']}")
+    return answer
 
 
 def processors(threads: int) -> list[int]:
@@ -167,7 +194,7 @@ def _thread_variables(threads: int | None) -> dict[str, str]:
 
 
 def take_turns(
-    workers: Sequence[Worker], repeats: int, times: int
+    workers: Sequence[Worker | InProcess], repeats: int, times: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Asks each worker to "run", in turns; a turn runs the work once untimed, and `times` times.
 
@@ -206,44 +233,58 @@ class Work(NamedTuple):
     device_peak: Callable[[], int | None]
 
 
-def serve(actions: Mapping[str, Callable[..., Any]]) -> None:
-    """Answers requests on standard input until it is closed.
+class Answers:
+    """Answers to requests, which may refer to the work that an earlier one prepared.
 
     Args:
       actions: name -> function of a request's arguments. It returns a dict for JSON, or a `Work`,
         which the following requests "run", "start_peak" and "memory" refer to.
     """
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # output of libraries is not an answer
-    work: Work | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        action = request.pop("action")
+
+    def __init__(self, actions: Mapping[str, Callable[..., Any]]):
+        self._actions = actions
+        self._work: Work | None = None
+
+    def __call__(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """Returns the answer to a request; after a failure it has its "error"."""
         try:
-            if action in actions:
-                start = time.perf_counter()
-                answer = actions[action](**request)
-                if isinstance(answer, Work):
-                    work = answer
-                    answer = {"trained": work.trained, "platform": work.platform}
-                answer["seconds"] = time.perf_counter() - start
-            else:
-                answer = _OF_WORK[action](work, **request)
+            if action not in self._actions:
+                return _OF_WORK[action](self._work, **arguments)
+            start = time.perf_counter()
+            answer = self._actions[action](**arguments)
+            if isinstance(answer, Work):
+                self._work = answer
+                answer = {"trained": answer.trained, "platform": answer.platform}
+            return {**answer, "seconds": time.perf_counter() - start}
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=channel, flush=True)
+            return {"error": f"{type(error).__name__}: {error}"}
+
+
+def serve(actions: Mapping[str, Callable[..., Any]]) -> None:
+    """Answers requests on standard input until it is closed; `actions` are those of `Answers`."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # output of libraries is not an answer
+    answers = Answers(actions)
+    for line in sys.stdin:
+        print(json.dumps(answers(**json.loads(line))), file=channel, flush=True)
 
 
 def _run(work: Work, times: int, untimed: int = 0) -> dict[str, Any]:
     for _ in range(untimed):
         work.wait(work.run())
     start, cpu_start = time.perf_counter(), time.process_time()
+    in_kernel = os.times().system
     for _ in range(times):
         result = work.run()
     work.wait(result)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    return {"seconds": seconds / times, "cpu_seconds": cpu / times, "value": work.value(result)}
+    return {
+        "seconds": seconds / times,
+        "cpu_seconds": cpu / times,
+        "kernel_seconds": (os.times().system - in_kernel) / times,
+        "value": work.value(result),
+    }
 
 
 def _start_peak(work: Work) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def timed(
         generated=scale.generated,
         beside=not scale.is_toy or work == "step",
         alone=True,
+        in_process=scale.is_toy,
     )
     (case,) = peers.measure([(size, method, work)], settings, inputs=_inputs())
     ours = case["sides"][peers.OURS]

@@ -165,8 +165,8 @@ def killed_and_resumed(scale: Scale) -> dict[str, Any]:
         backbone = Path(folder) / "backbone"
         folders.classifier(backbone, scale.bert)
         flags = folders.task_flags(Path(folder), backbone)
-        kills = "1" if scale.is_toy else "2"
-        length = ["--epochs", "2", "--batch-size", "4", "--checkpoint-steps", "2"]
+        kills, epochs = ("1", "1") if scale.is_toy else ("2", "2")
+        length = ["--epochs", epochs, "--batch-size", "4", "--checkpoint-steps", "2"]
         command = ["--output-dir", f"{folder}/survive", "--kills", kills, "--", *flags, *length]
         # Without the flag, sums on a GPU are in any order.
         of_xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"

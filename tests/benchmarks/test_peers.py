@@ -243,14 +243,57 @@ def test_the_first_run_of_a_turn_is_not_timed():
     assert asked == [("run", {"times": 3, "untimed": 1})] * 2
 
 
-def test_a_worker_that_fails_says_why():
-    with turns.Worker("ours", "benchmarks.jax_worker") as worker:
-        message = "ours failed at 'prepare': KeyError: 'size'"
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="the system has no /dev/zero")
+def test_time_in_the_kernel_is_told_apart():
+    def measured(run):
+        work = turns.Work(run, lambda result: result, lambda result: 0.0, 1, "cpu", lambda: None)
+        timed = turns._run(work, times=2)
+        return timed["kernel_seconds"] / timed["cpu_seconds"]
+
+    def read():
+        with open("/dev/zero", "rb", buffering=0) as zeros:
+            for _ in range(200):
+                zeros.readinto(buffer)
+
+    buffer = bytearray(1 << 22)
+    assert measured(read) > 0.5
+    assert measured(lambda: sum(range(5_000_000))) < 0.3
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_worker_that_fails_says_why(in_process):
+    settings = peers.Settings(in_process=in_process)
+    with peers._worker(peers.OURS, settings) as worker:
+        assert isinstance(worker, turns.InProcess if in_process else turns.Worker)
+        message = "compacter_jax failed at 'prepare': KeyError: 'size'"
         with pytest.raises(turns.WorkerError, match=message):
             worker.ask("prepare", task={})
-        message = "ours failed at 'run': AttributeError"
+        message = "compacter_jax failed at 'run': AttributeError"
         with pytest.raises(turns.WorkerError, match=message):
             worker.ask("run", times=1)
+
+
+def test_a_rehearsal_starts_processes_for_cases_with_a_peer_alone(monkeypatch):
+    class StartedError(Exception):
+        """A process would have been started."""
+
+    def start(*arguments, **keywords):
+        raise StartedError
+
+    monkeypatch.setattr(peers, "Worker", start)
+    settings = peers.Settings(
+        repeats=2, in_process=True, beside=False, method_changes=CHANGES, dtypes=("float32",)
+    )
+    (case,) = peers.measure([(SIZES["t5"], "compacter++", "forward")], settings)
+    assert list(case["sides"]) == [peers.OURS]
+    assert len(case["sides"][peers.OURS]["seconds"]) == 2
+    with pytest.raises(StartedError):
+        list(
+            peers.measure(
+                [(SIZES["t5"], "compacter++", "forward")],
+                dataclasses.replace(settings, beside=True),
+            )
+        )
 
 
 def test_a_worker_that_ends_leaves_what_it_wrote():
