@@ -1,5 +1,6 @@
 """Tests of the benchmark for accelerators: its rehearsal, its limits of time, and its programs."""
 
+import argparse
 import functools
 import io
 import json
@@ -16,13 +17,14 @@ import pytest
 pytest.importorskip("datasets")
 
 import compacter_jax as cj
-from benchmarks import contest, jax_worker
+from benchmarks import bank, contest, jax_worker
 from benchmarks.accelerator import __main__ as accelerator
-from benchmarks.accelerator import fast, programs, right, why
+from benchmarks.accelerator import fast, folders, programs, right, why
 from benchmarks.accelerator.scale import FULL, TOY
 from benchmarks.accelerator.section import SkippedError, need, run_checks
 from benchmarks.turns import ROOT
 from train.compute import step
+from train.fit import grid
 
 PLATFORMS = ("cuda", "tpu")
 
@@ -77,6 +79,22 @@ def test_a_step_is_lowered_for_a_device_that_is_not_there(platform, dtype):
     batch = contest.batch_of(size, model.backbone.config.vocab_size)
     traced = jax.jit(update).trace(state, frozen, batch, jax.random.key(0))
     assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_runs_at_once_are_lowered_for_devices_that_are_not_there(tmp_path):
+    folders.classifier(tmp_path, TOY.bank)
+    options = argparse.Namespace(backbone=str(tmp_path), task="movie", method="compacter++")
+    options.max_length, options.runs = 16, TOY.runs
+    jobs = bank._jobs(options, 2)
+    trainers = bank._trainers(jobs)
+    stacked, asked = grid.StackedRuns(trainers), []
+    stacked._step = lambda *arguments: asked.append(arguments) or (stacked.states, [])
+    stacked.step([next(bank._batches(job)) for job in jobs])
+    (arguments,) = asked
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), arguments)
+    traced = jax.jit(stacked._compiled(trainers[0])).trace(*shapes)
+    for platform in PLATFORMS:
+        assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_needed_operations_are_counted_without_weights():
