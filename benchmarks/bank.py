@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,16 +112,19 @@ def _bank_text(result: dict[str, Any]) -> str:
     )
 
 
-def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+def at_once(
+    options: argparse.Namespace, batch_size: int, files: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Measures the examples per second of the runs in both ways, and their ratio.
 
     Args:
       options: the options of the command line.
       batch_size: the batch size of every run.
+      files: option of `fit` -> file of the examples, in place of those of the task.
     """
     from train.fit import grid  # noqa: PLC0415 - the first part needs none of its packages
 
-    jobs = _jobs(options, batch_size)
+    jobs = _jobs(options, batch_size, files or {})
     batches = list(itertools.islice(zip(*map(_batches, jobs), strict=True), options.rounds))
     alone, stacked = _trainers(jobs), grid.StackedRuns(_trainers(jobs))
 
@@ -160,7 +163,7 @@ def at_once(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _jobs(options: argparse.Namespace, batch_size: int) -> list[Job]:
+def _jobs(options: argparse.Namespace, batch_size: int, files: Mapping[str, str]) -> list[Job]:
     from train.fit.job import prepare  # noqa: PLC0415
     from train.fit.options import FitOptions  # noqa: PLC0415
 
@@ -171,6 +174,7 @@ def _jobs(options: argparse.Namespace, batch_size: int) -> list[Job]:
         batch_size=batch_size,
         max_length=options.max_length,
         output_dir=Path("never-written"),
+        **files,
     )
     jobs: list[Job] = []
     for seed in range(options.runs):

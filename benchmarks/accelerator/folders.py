@@ -39,14 +39,22 @@ def classifier(path: Path, size: Size) -> None:
 def task_flags(folder: Path, backbone: Path) -> list[str]:
     """Writes files of a small task; returns the flags of `fit` that train on them."""
     flags = ["--backbone", str(backbone), "--task", "own", "--max-length", "16"]
+    for name, path in task_files(folder).items():
+        flags += [f"--{name.replace('_', '-')}", path]
+    return flags
+
+
+def task_files(folder: Path) -> dict[str, str]:
+    """Writes files of a small task; returns option of `fit` -> path."""
+    files = {}
     for split, rows in _ROWS.items():
         path = folder / f"{split}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["sentence", "label"])
             writer.writerows(_sentences(split)[:rows])
-        flags += [f"--{split}-file", str(path)]
-    return flags
+        files[f"{split}_file"] = str(path)
+    return files
 
 
 def _sentences(split: str) -> list[tuple[str, str]]:

@@ -30,16 +30,18 @@ def checks(scale: Scale) -> Checks:
 def measured(scale: Scale, batch_size: int | None) -> dict[str, Any]:
     """Measures runs at once, or without a batch size a bank, as `benchmarks.bank` does."""
     with tempfile.TemporaryDirectory() as folder:
-        backbone = Path(folder) / "backbone"
+        backbone, files = Path(folder) / "backbone", None
         if batch_size is None:
             jax_worker.write_backbone(dataclasses.asdict(scale.bank), str(backbone))
         else:
             from benchmarks.accelerator import folders  # noqa: PLC0415 - needs packages of `train`
 
             folders.classifier(backbone, scale.bank)
+            if scale.is_toy:  # to tokenize the whole task would take seconds
+                files = folders.task_files(Path(folder))
         options = argparse.Namespace(
             backbone=str(backbone),
-            task="movie",
+            task="movie" if files is None else "own",
             method=METHOD,
             members=scale.members,
             rows=scale.bank.rows,
@@ -48,4 +50,6 @@ def measured(scale: Scale, batch_size: int | None) -> dict[str, Any]:
             runs=scale.runs,
             rounds=scale.run_rounds,
         )
-        return bank.bank(options) if batch_size is None else bank.at_once(options, batch_size)
+        if batch_size is None:
+            return bank.bank(options)
+        return bank.at_once(options, batch_size, files)

@@ -83,9 +83,9 @@ def test_a_step_is_lowered_for_a_device_that_is_not_there(platform, dtype):
 
 def test_runs_at_once_are_lowered_for_devices_that_are_not_there(tmp_path):
     folders.classifier(tmp_path, TOY.bank)
-    options = argparse.Namespace(backbone=str(tmp_path), task="movie", method="compacter++")
+    options = argparse.Namespace(backbone=str(tmp_path), task="own", method="compacter++")
     options.max_length, options.runs = 16, TOY.runs
-    jobs = bank._jobs(options, 2)
+    jobs = bank._jobs(options, 2, folders.task_files(tmp_path))
     trainers = bank._trainers(jobs)
     stacked, asked = grid.StackedRuns(trainers), []
     stacked._step = lambda *arguments: asked.append(arguments) or (stacked.states, [])
