@@ -28,7 +28,7 @@ from flax.traverse_util import flatten_dict
 
 import compacter_jax as cj
 from benchmarks.contest import write
-from benchmarks.jax_worker import random_members
+from benchmarks.jax_worker import quick_key, random_members
 from benchmarks.turns import alternate, processor, seconds_of, spread
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def bank(options: argparse.Namespace) -> dict[str, Any]:
     backbone = cj.load_backbone(options.backbone, head="sequence_classification", num_labels=2)
     method = cj.preset(options.method)
     one = cj.Adapted(backbone.module, method)
-    params = cj.init_adapters(one, backbone, jax.random.key(0))
+    params = cj.init_adapters(one, backbone, quick_key(0))
     many, banked = cj.stack_adapters([(one, params)], backbone, capacity=options.members)
     banked = random_members(banked, backbone.params)
     of_backbone = flatten_dict(backbone.params)

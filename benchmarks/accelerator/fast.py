@@ -24,7 +24,7 @@ from benchmarks.accelerator.programs import METHOD, in_dtype
 from benchmarks.accelerator.scale import Scale
 from benchmarks.accelerator.section import Checks
 from benchmarks.contest import LEARNING_RATE, Size, batch_of
-from benchmarks.jax_worker import INPUTS, loss_function, module_of
+from benchmarks.jax_worker import INPUTS, loss_function, module_of, quick_key
 from benchmarks.turns import seconds_of
 from compacter_jax.models.loading import Backbone
 from train.compute import compute, step
@@ -183,7 +183,7 @@ def prepared(size: Size, dtype: str, computed_in: str) -> tuple[cj.Adapted, Any,
     )
     model = cj.Adapted(module, cj.preset(METHOD))
     backbone = Backbone(module, params, module.config, size.name)
-    params = cj.init_adapters(model, backbone, jax.random.key(1))
+    params = cj.init_adapters(model, backbone, quick_key(1))
     model, trained, frozen = in_dtype(model, params, computed_in)
     return model, trained, cj.cast_frozen(frozen, "int8") if dtype == "int8" else frozen
 

@@ -19,7 +19,13 @@ from jax import Array
 import compacter_jax as cj
 from benchmarks.accelerator.scale import Scale
 from benchmarks.contest import Size, batch_of
-from benchmarks.jax_worker import INPUTS, loss_function, random_backbone, random_members
+from benchmarks.jax_worker import (
+    INPUTS,
+    loss_function,
+    quick_key,
+    random_backbone,
+    random_members,
+)
 from compacter_jax.models.loading import Backbone
 from train.compute import step
 
@@ -61,7 +67,7 @@ def _adapted(size: Size, method: str) -> tuple[Backbone, cj.Adapted, Any]:
     model = cj.Adapted(backbone.module, cj.preset(method))
     params = backbone.params
     if method != "full":
-        params = cj.init_adapters(model, backbone, jax.random.key(1))
+        params = cj.init_adapters(model, backbone, quick_key(1))
     labels = cj.label_params(params, model.method)
     trained, frozen = cj.partition(params, labels)
     rng = np.random.default_rng(1)
