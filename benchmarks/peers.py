@@ -1,6 +1,6 @@
 """Comparison of this package with the libraries for PyTorch on the same work, in turns.
 
-    python -m benchmarks.peers                                # every case, about an hour
+    python -m benchmarks.peers                                # every case, about two hours
     python -m benchmarks.peers --case minilm/compacter++/step --case "t5-*/lora/*" --json peers.json
     python -m benchmarks.peers --case "t5-base/*/step" --rows 64 --threads 0       # on a GPU
 
