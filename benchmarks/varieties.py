@@ -67,15 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment, or predicts its time, and writes the report.
 
     Raises:
-      SystemExit: with code 2 if the file of results is of other settings.
+      SystemExit: with code 2 if the file of results is of other settings, or the task has no
+        sentences to learn from.
     """
     flags = parser()
     options = flags.parse_args(arguments)
-    group, root = GROUPS[options.group], options.output_dir
+    root = options.output_dir
     settings = commands.settings_of(options)
     del settings["plan"]
     output = options.json or root / "varieties.json"
     try:
+        group = GROUPS[options.group].tagged_in(options.tagging / options.task)
         report = _opened(output, settings)
     except ValueError as error:
         flags.exit(2, f"error: {error}\n")
@@ -106,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report |= {
         "settings": settings,
         "languages": list(group.languages),
+        "left_out": list(group.left_out),
         "varieties": list(group.varieties),
         "predicted": planned,
     }

@@ -33,15 +33,40 @@ class Group:
     Attributes:
       languages: languages with an adapter of their own; the task is trained on the first.
       varieties: varieties that no adapter is for.
+      untagged: languages without sentences of the task.
     """
 
     languages: tuple[str, ...]
     varieties: tuple[str, ...]
+    untagged: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """Languages that are tagged once without their own adapter: all but the task's."""
-        return self.languages[1:]
+        return tuple(each for each in self.languages[1:] if each not in self.untagged)
+
+    def tagged_in(self, folder: Path) -> Group:
+        """Returns the group without the varieties of which a folder has no tagged sentences.
+
+        A language without them keeps its adapter, and is not tagged itself.
+
+        Args:
+          folder: the folder of a task, with a table for each variety.
+
+        Raises:
+          ValueError: if it has no table of the first language.
+        """
+
+        def has(name: str) -> bool:
+            return (folder / f"{name}.parquet").exists()
+
+        if not has(self.languages[0]):
+            raise ValueError(
+                f"{folder} has no {self.languages[0]}.parquet, whose sentences the task learns "
+                "from; give a folder with the tables of varieties as --tagging"
+            )
+        untagged = tuple(each for each in self.languages if not has(each))
+        return Group(self.languages, tuple(filter(has, self.varieties)), untagged)
 
 
 GROUPS = {
@@ -118,7 +143,7 @@ def write(
     joined = [line for lines in zip(*texts.values(), strict=False) for line in lines]
     files.text("all").write_text("\n".join(joined) + "\n", encoding="utf-8")
     tags: set[str] = set()
-    for variety in (*group.languages, *group.varieties):
+    for variety in (group.languages[0], *group.left_out, *group.varieties):
         splits = ("train", "validation", "test") if variety == group.languages[0] else ()
         for split in splits or ("validation", "test"):
             rows = _rows(tagging / task / f"{variety}.parquet", split, sizes[split])
@@ -132,7 +157,7 @@ def write(
 
 def _text(language: str, task: str, tagging: Path, ntrex: Path | None, count: int) -> Sequence[str]:
     """Returns sentences of a language without tags, half of them news where there are some."""
-    sentences = [" ".join(row["tokens"]) for row in _rows(_table(tagging, task, language), "train")]
+    sentences = [" ".join(row["tokens"]) for row in _train_rows(tagging, task, language)]
     news: list[str] = []
     if ntrex is not None and _NTREX.get(language) in pq.read_schema(ntrex).names:
         column = pq.read_table(ntrex, columns=[_NTREX[language]]).column(0).to_pylist()
@@ -144,10 +169,11 @@ def _text(language: str, task: str, tagging: Path, ntrex: Path | None, count: in
     return [str(chosen[at]) for at in generator.permutation(len(chosen))]
 
 
-def _table(tagging: Path, task: str, language: str) -> Path:
-    """Returns the table of a language, of parts of speech where the task has none."""
+def _train_rows(tagging: Path, task: str, language: str) -> list[dict[str, list[str]]]:
+    """Returns the training sentences of a language, of parts of speech where the task has none."""
     path = tagging / task / f"{language}.parquet"
-    return path if path.exists() else tagging / "pos" / f"{language}.parquet"
+    splits = pq.read_table(path, columns=["split"])["split"].to_pylist() if path.exists() else []
+    return _rows(path if "train" in splits else tagging / "pos" / path.name, "train")
 
 
 def _rows(path: Path, split: str, count: int | None = None) -> list[dict[str, list[str]]]:

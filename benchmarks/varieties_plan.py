@@ -81,7 +81,7 @@ def _of_cells(
     work_of = functools.cache(functools.partial(_tagging, options, trimmed, size))
     passes: dict[str, list[float]] = {}
     # One length for all, since each length is traced anew.
-    others = [each for each in group.languages + group.varieties if each != group.languages[0]]
+    others = group.left_out + group.varieties
     whole = np.concatenate(_tokens(trimmed, [files.tagged(each, "test") for each in others]))
     padded = _padded(whole, options.max_length)
     for seed in options.seeds:

@@ -105,7 +105,7 @@ def chosen(report: Mapping[str, Any], prefix: str = "") -> str | None:
             continue
         gains = [
             paired(ours, equal)["difference"]
-            for variety in report["languages"][1:]
+            for variety in report["left_out"]
             if (ours := counts_of(report, variety, name, "validation")) is not None
             and (equal := counts_of(report, variety, f"{prefix}equal", "validation")) is not None
         ]
@@ -128,7 +128,7 @@ def claims(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """
     found: dict[str, dict[str, dict[str, float]]] = {"mixture": {}, "best": {}, "emea": {}}
     setting = chosen(report)
-    for variety in (*report["varieties"], *report["languages"][1:]):
+    for variety in (*report["varieties"], *report["left_out"]):
         equal = counts_of(report, variety, "equal", "test")
         if equal is None:
             continue
@@ -149,7 +149,7 @@ def claims(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
 
 def report(found: Mapping[str, Any]) -> str:
     """Returns the report in Markdown."""
-    varieties = [*found["varieties"], *found["languages"][1:]]
+    varieties = [*found["varieties"], *found["left_out"]]
     rows = []
     for condition in _conditions(found, "test"):
         cells = []
@@ -205,7 +205,7 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     Each seed is a point, and the mean over seeds a line. All are of the same sentences, those that
     every condition has.
     """
-    varieties = [*found["varieties"], *found["languages"][1:]]
+    varieties = [*found["varieties"], *found["left_out"]]
     names = ["none", f"only-{found['languages'][0]}", "equal", chosen(found), "labels", "joint"]
     drawn, axes = figures.new_figure((max(6, 1.1 * len(varieties)), 3.8))
     places, width = np.arange(len(varieties)), 0.8 / len(names)
@@ -220,7 +220,8 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
             label = None if names[at] in axes.get_legend_handles_labels()[1] else names[at]
             axes.plot(np.full(len(values), x), values, "o", ms=4, color=_COLOURS[at], label=label)
             axes.hlines(values.mean(), x - width / 2, x + width / 2, color=_COLOURS[at])
-    axes.set(xticks=places, xticklabels=varieties, ylabel="score in %")
+    unit = "F1 of entities" if found["settings"]["task"] == "ner" else "accuracy"
+    axes.set(xticks=places, xticklabels=varieties, ylabel=f"{unit} in %")
     seeds = len(found["adapters"])
     axes.set_title(f"Tags of varieties without an adapter: a point for each seed, {seeds} in all")
     drawn.legend(loc="outside upper center", ncols=3)

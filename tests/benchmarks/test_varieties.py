@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import varieties, varieties_data, varieties_report
+from benchmarks import varieties, varieties_data, varieties_report, varieties_tagging
 from benchmarks.varieties_tagging import score
 from tests.conftest import WORDS
 from tests.train.inference.test_tagging_commands import TAGS, sentences
@@ -147,6 +147,48 @@ def test_scores_are_those_of_sums():
     assert score(np.zeros((2, 3), int)) == 0
 
 
+def test_a_group_is_tagged_where_there_are_tags(tmp_path):
+    """A language without entities keeps its adapter, with the text of its parts of speech."""
+    words = {"nb": "fjord", "da": "sund", "is": "foss", "nn": "elv", "fo": "vik"}
+    splits = {"nb": ("train", "validation", "test"), "da": ("validation", "test")}
+    for task, names in (("pos", words), ("ner", ("nb", "da", "nn"))):
+        (tmp_path / task).mkdir()
+        for name in names:
+            own = ("train", *splits["da"]) if task == "pos" else splits.get(name, splits["da"])
+            rows = [{"tokens": [words[name], task], "tags": ["O", "O"], "split": at} for at in own]
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / task / f"{name}.parquet")
+    whole = varieties_data.Group(("nb", "da", "is"), ("nn", "fo"))
+    assert whole.tagged_in(tmp_path / "pos") == whole
+    group = whole.tagged_in(tmp_path / "ner")
+    assert (group.languages, group.varieties) == (whole.languages, ("nn",))
+    assert group.left_out == ("da",)
+    sizes = {"text": 4, "train": 4, "validation": 4, "test": 4}
+    folder = tmp_path / "files"
+    files = varieties_data.write(folder, group, "ner", tagging=tmp_path, ntrex=None, sizes=sizes)
+    texts = {name: files.text(name).read_text() for name in group.languages}
+    assert texts == {"nb": "fjord ner\n", "da": "sund pos\n", "is": "foss pos\n"}
+    written = {path.stem for path in folder.glob("*.jsonl")}
+    tested = {f"{name}-{split}" for name in ("nb", "da", "nn") for split in splits["da"]}
+    assert written == {"nb-train", *tested}
+    (tmp_path / "ner" / "nb.parquet").unlink()
+    with pytest.raises(ValueError, match=r"ner has no nb\.parquet, whose sentences"):
+        whole.tagged_in(tmp_path / "ner")
+
+
+def test_entities_are_counted_by_sentence():
+    """Right, predicted and wanted entities; a part of one is none."""
+    predicted = [["B-PER", "I-PER", "O"], ["B-LOC", "O"], ["O", "O"]]
+    wanted = [["B-PER", "I-PER", "B-LOC"], ["B-LOC", "I-LOC"], ["O", "O"]]
+
+    class Objective:
+        def predictions_and_targets(self, outputs, encoded):
+            return np.array(outputs, object), np.array(encoded, object)
+
+    counts = varieties_tagging._counts(Objective(), predicted, wanted, "ner")
+    assert counts.tolist() == [[1, 1, 2], [0, 1, 1], [0, 0, 0]]
+    assert score(counts) == pytest.approx(2 / 5)
+
+
 def report_of(cells):
     """Returns a report with counts of right and all words of each sentence, by key."""
     made = {
@@ -157,6 +199,7 @@ def report_of(cells):
         "cells": made,
         "adapters": {"0": {}},
         "languages": ["nb", "da"],
+        "left_out": ["da"],
         "varieties": ["nn"],
         "predicted": [],
     }
