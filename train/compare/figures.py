@@ -111,7 +111,7 @@ def _told(found: Sequence[Summary], backbone: str) -> str:
     numbers = sorted({len(s.scores) for s in found})
     seeds = "1 seed" if numbers == [1] else f"{'-'.join(map(str, numbers))} seeds"
     bars = "" if numbers == [1] else "; bars: mean ± standard deviation"
-    return f"{Path(backbone).resolve().name}\n{seeds}{bars}; small points: runs"
+    return f"{Path(backbone).absolute().name}\n{seeds}{bars}; small points: runs"
 
 
 def place_labels(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:

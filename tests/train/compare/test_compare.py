@@ -745,6 +745,18 @@ def test_the_figure_of_sizes_has_a_line_of_means_for_each_method():
     plt.close(figure)
 
 
+def test_the_title_names_the_backbone_as_it_was_given(tmp_path):
+    """A link is told by its own name, a folder of another place or a name of a hub by its last."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "minilm").symlink_to(tmp_path / "blobs")
+    runs = summaries(records({"full": (0.6,)}, size=100))
+    for given in (str(tmp_path / "minilm"), f"{tmp_path}/minilm/.", "hub/minilm"):
+        figure = figures.size_figure(runs, given)
+        (axes,) = figure.axes
+        assert axes.get_title().split("\n")[0].endswith(", minilm")
+        plt.close(figure)
+
+
 def test_shares_within_a_power_of_ten_have_labels_in_percent():
     for most, labelled in ((2_000_000, True), (20_000_000, False)):
         runs = records({"full": (0.6,), "lora": (0.5,)}, trained={"full": most, "lora": 1_500_000})
