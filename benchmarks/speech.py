@@ -25,10 +25,11 @@ number of further steps, and from the second those of the lower part of the tabl
 | `recogniser-cross` | `st-2` and cross-attention on the recogniser |
 | `recogniser-full` | full fine-tuning of the recogniser for each language |
 
-A run whose folder has results is not repeated, so that the same command goes on after an
-interruption. `--plan` counts operations and predicts minutes without training. The report has exact
-matches and chrF of numbers, BLEU and chrF of captions, for each language and test, with mean and
-spread over seeds, trained weights, and the bytes of a language.
+Every result is written to the JSON file when its run is done, and a run with a result is not
+repeated: the same command goes on after an interruption, and one with other seeds or conditions
+adds to the file. `--plan` counts operations and predicts minutes without training. The report has
+exact matches and chrF of numbers, BLEU and chrF of captions, for each language and test, with mean
+and spread over seeds, trained weights, and the bytes of a language.
 """
 
 from __future__ import annotations
@@ -40,11 +41,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, speech_numbers, speech_plan, speech_report
+from benchmarks import commands, record, speech_numbers, speech_plan, speech_report
 from benchmarks.speech_captions import Captions
 from benchmarks.speech_data import SpeechData
 from benchmarks.speech_numbers import Digits
-from train.report import write_json
 
 _ST = ["st", "--reduction-factor"]
 # Condition -> method and its flags.
@@ -107,16 +107,21 @@ def main(arguments: Sequence[str] | None = None, *, spell: Any = speech_numbers.
       spell: the names of numbers, as for `speech_numbers.Digits`.
 
     Raises:
-      SystemExit: with code 2 if the data cannot be read or made; the message is one line.
+      SystemExit: with code 2 if the data cannot be read or made, or the file of results is of
+        other settings; the message is one line.
     """
     flags = parser()
     options = flags.parse_args(arguments)
+    settings = commands.settings_of(options)
+    del settings["plan"]
+    output = options.json or options.output_dir / "speech.json"
     data = Captions(options.captions) if options.captions else Digits(options.data, spell)
     counts = {
         "train": options.train_utterances,
         **dict.fromkeys(("validation", *data.tests), options.test_utterances),
     }
     try:
+        report = record.opened(output, settings, record.FREE, {"first": [], "runs": []})
         files = data.write_splits(options.output_dir / "data", counts)
     except (ValueError, OSError) as error:
         flags.exit(2, f"error: {' '.join(str(error).split())}\n")
@@ -124,22 +129,26 @@ def main(arguments: Sequence[str] | None = None, *, spell: Any = speech_numbers.
     if not (created / "config.json").exists():
         _create(options, data.languages, files["train"], created)
     planned = list(runs_of(options, data.languages, created))
-    predicted = speech_plan.predict(options, planned, created, files)
+    left = record.missing(report, planned, options.output_dir)
+    predicted = speech_plan.predict(options, left, created, files) if left else []
     print(f"{data.title}\n\n{speech_report.predicted_text(predicted)}", flush=True)
     if options.plan:
         return
-    for run in planned:
-        commands.fit_once(run.folder, flags_of(options, run, files))
-    report: dict[str, Any] = {
-        "settings": commands.settings_of(options),
+    report |= {
+        "settings": settings,
         **data.described,
-        "predicted": predicted,
-        "first": [_evaluated(options, data, run, files) for run in planned if run.is_first],
-        "runs": [_evaluated(options, data, run, files) for run in planned if not run.is_first],
+        "predicted": record.merged_plan(report.get("predicted", ()), predicted),
     }
-    write_json(options.json or options.output_dir / "speech.json", report)
+    record.run_all(
+        report,
+        output,
+        planned,
+        options.output_dir,
+        lambda run: flags_of(options, run, files),
+        lambda run: _evaluated(options, data, run, files),
+    )
     text = speech_report.report(report)
-    (options.output_dir / "speech.md").write_text(text, encoding="utf-8")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(f"\n{text}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import translation_report
+from benchmarks import record, translation_report
 from train.report import table
 
 # Metrics that are fractions; reports have them in percent.
@@ -17,22 +17,14 @@ OURS, WHOLE, ONE = "st-2", "full", "shared"
 predicted_text = translation_report.predicted_text
 
 
-def by_condition(report: Mapping[str, Any], split: str, metric: str) -> dict[str, np.ndarray]:
-    """Returns condition -> `[seeds, languages]` scores; fractions in percent."""
-    seeds = sorted({run["seed"] for run in report["runs"]})
+def by_condition(report: Mapping[str, Any], split: str, metric: str) -> dict[str, record.Scores]:
+    """Returns condition -> seed -> `[languages]` scores; fractions in percent."""
     factor = 100.0 if metric in FRACTIONS else 1.0
-    found = {}
-    for condition in dict.fromkeys(run["condition"] for run in report["runs"]):
-        scores = {
-            (run["seed"], language): factor * values[metric]
-            for run in report["runs"]
-            if run["condition"] == condition
-            for language, values in run["scores"][split].items()
-        }
-        found[condition] = np.array(
-            [[scores[seed, name] for name in report["languages"]] for seed in seeds]
-        )
-    return found
+
+    def scores_of(run: Mapping[str, Any]) -> dict[str, float]:
+        return {name: factor * values[metric] for name, values in run["scores"][split].items()}
+
+    return record.by_condition(report["runs"], list(report["languages"]), scores_of)
 
 
 def stands(report: Mapping[str, Any]) -> bool | None:
@@ -40,15 +32,17 @@ def stands(report: Mapping[str, Any]) -> bool | None:
 
     The mean over seeds and languages has to lie within the spread of full fine-tuning over seeds,
     or above, and above that of the shared adapter, by the first metric on the first test. None if
-    one of the conditions, or a second seed, is missing.
+    one of the conditions is missing, or they have less than two seeds in common.
     """
     found = by_condition(report, next(iter(report["tests"])), next(iter(report["metrics"])))
-    if not {OURS, WHOLE, ONE} <= found.keys() or len(found[WHOLE]) < 2:
+    if not {OURS, WHOLE, ONE} <= found.keys():
         return None
-    of_seeds = {name: scores.mean(1) for name, scores in found.items()}
-    least = of_seeds[WHOLE].mean() - of_seeds[WHOLE].std(ddof=1)
-    ours = of_seeds[OURS].mean()
-    return bool(ours >= least and ours > of_seeds[ONE].mean())
+    compared = record.paired(*(found[name] for name in (OURS, WHOLE, ONE)))
+    if len(compared[0]) < 2:
+        return None
+    ours, whole, one = (scores.mean(1) for scores in compared)
+    least = whole.mean() - whole.std(ddof=1)
+    return bool(ours.mean() >= least and ours.mean() > one.mean())
 
 
 def report(results: Mapping[str, Any]) -> str:
@@ -63,7 +57,7 @@ def report(results: Mapping[str, Any]) -> str:
         "The claim that adapters reach full fine-tuning, and more than a shared adapter, "
         f"{outcome[stands(results)]}."
     )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *translation_report.elsewhere_text(results)]) + "\n"
 
 
 def _first(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -84,7 +78,8 @@ def _first(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 def _table(results: Mapping[str, Any], split: str, metric: str) -> str:
     languages = list(results["languages"])
     rows = []
-    for condition, scores in by_condition(results, split, metric).items():
+    for condition, of_seeds in by_condition(results, split, metric).items():
+        (scores,) = record.paired(of_seeds)
         means = scores.mean(1)
         spread = f" ± {means.std(ddof=1):.1f}" if len(means) > 1 else ""
         of_it = [run for run in results["runs"] if run["condition"] == condition]
@@ -92,11 +87,12 @@ def _table(results: Mapping[str, Any], split: str, metric: str) -> str:
         rows.append(
             [
                 condition,
+                str(len(means)),
                 f"{means.mean():.1f}{spread}",
                 *(f"{value:.1f}" for value in scores.mean(0)),
                 f"{of_it[0]['trained_parameters']:,}",
                 f"{size / 1000:,.0f}",
             ]
         )
-    head = ["condition", "mean", *languages, "trained weights", "kB a language"]
+    head = ["condition", "seeds", "mean", *languages, "trained weights", "kB a language"]
     return table(head, rows)

@@ -17,23 +17,24 @@ directions (the first stage); from it each condition trains the same number of f
 | `bilingual` | a model for each direction, from random weights, without the first stage |
 
 The last two train a direction for its share of the steps; `bilingual` has that of the first stage
-as well. A run whose folder has results is not repeated, so that the same command goes on after an
-interruption. `--predict-only` counts the operations and predicts the minutes without training. The
-report says for every direction BLEU and chrF, with mean and spread over seeds, and how often `ciat`
-is better than each other condition (in x of n, by more than 0.5 BLEU in y).
+as well. Every result is written to the JSON file when its run is done, and a run with a result is
+not repeated: the same command goes on after an interruption, and one with other seeds or conditions
+adds to the file. `--predict-only` counts the operations and predicts the minutes without training.
+The report says for every direction BLEU and chrF, with mean and spread over seeds, and how often
+`ciat` is better than each other condition (in x of n, by more than 0.5 BLEU in y).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, translation_flops, translation_report
-from train.report import write_json
+from benchmarks import commands, record, translation_flops, translation_report
 from train.tasks import parallel
 
 BESIDE = ["--sites", "parallel_attention", "parallel_feed_forward", "--w-init", "glorot-uniform"]
@@ -50,6 +51,7 @@ BANKS: dict[str, list[str]] = {
 }
 SINGLE: dict[str, list[str]] = {"full": ["full"], "bilingual": ["full"]}
 CONDITIONS = (*SHARED, *BANKS, *SINGLE)
+FIRST = "first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,34 +78,53 @@ class Run:
     steps: int
     folder: Path
 
+    @property
+    def is_first(self) -> bool:
+        """True for the run that makes the backbone of the conditions."""
+        return self.condition == FIRST
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the experiment, or predicts its time, and writes the report."""
-    options = _parser().parse_args(arguments)
+    """Runs the experiment, or predicts its time, and writes the report.
+
+    Raises:
+      SystemExit: with code 2 if the file of results is of other settings.
+    """
+    flags = _parser()
+    options = flags.parse_args(arguments)
+    settings = commands.settings_of(options)
+    del settings["predict_only"]
+    output = options.json or options.output_dir / "translation.json"
+    try:
+        report = record.opened(output, settings, record.FREE, {"first": [], "runs": []})
+    except ValueError as error:
+        flags.exit(2, f"error: {error}\n")
     directions = _directions(options)
     created = options.output_dir / "random"
     if not (created / "config.json").exists():
         _create(options, created)
     planned = list(runs_of(options, directions, created))
-    predicted = translation_flops.predict(options, planned, created)
+    left = record.missing(report, planned, options.output_dir)
+    predicted = translation_flops.predict(options, left, created) if left else []
     print(translation_report.predicted_text(predicted), flush=True)
     if options.predict_only:
         return
-    for run in planned:
-        commands.fit_once(run.folder, _flags_of(options, run))
-    results = [_evaluated(options, run) for run in planned if run.condition != "first"]
-    first = next(run for run in planned if run.condition == "first")
-    report: dict[str, Any] = {
-        "settings": commands.settings_of(options),
+    report |= {
+        "settings": settings,
         "directions": list(directions),
-        "predicted": predicted,
-        "first": _evaluated(options, first),
-        "runs": results,
+        "predicted": record.merged_plan(report.get("predicted", ()), predicted),
     }
-    write_json(options.json or options.output_dir / "translation.json", report)
+    record.run_all(
+        report,
+        output,
+        planned,
+        options.output_dir,
+        functools.partial(_flags_of, options),
+        functools.partial(_evaluated, options),
+    )
     text = translation_report.report(report)
-    (options.output_dir / "translation.md").write_text(text, encoding="utf-8")
-    translation_report.figure(report, options.output_dir / "translation.png")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    translation_report.figure(report, output.with_suffix(".png"))
     print(f"\n{text}")
 
 
@@ -113,7 +134,7 @@ def runs_of(
     """Yields the runs in an order in which each finds the backbone that it starts from."""
     root, count = options.output_dir, len(directions)
     first = Run(
-        "first", 0, directions, created, ("full",), "shared", options.first_steps, root / "first"
+        FIRST, 0, directions, created, ("full",), "shared", options.first_steps, root / FIRST
     )
     yield first
     trained = first.folder / "backbone"
@@ -186,7 +207,7 @@ def _flags_of(options: argparse.Namespace, run: Run) -> list[Any]:
     method, *more = run.method
     rates = {"full": options.full_learning_rate, "compacter-ciat": options.compacter_learning_rate}
     rate = rates.get(method, options.learning_rate)
-    if run.condition in ("first", "bilingual"):
+    if run.condition in (FIRST, "bilingual"):
         rate = options.first_learning_rate
     epochs = translation_flops.epochs_of(options, run)
     flags: list[Any] = ["--parallel-files", options.train, options.validation]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import record
 from train import figures
 from train.report import table
 
@@ -34,21 +35,13 @@ def predicted_text(predicted: Sequence[Mapping[str, Any]]) -> str:
     return f"{table(head, rows)}\n\n{minutes:,.1f} minutes predicted"
 
 
-def by_condition(report: Mapping[str, Any], metric: str) -> dict[str, np.ndarray]:
-    """Returns condition -> `[seeds, directions]` scores."""
-    seeds = sorted({run["seed"] for run in report["runs"]})
-    found = {}
-    for condition in dict.fromkeys(run["condition"] for run in report["runs"]):
-        of_it = [run for run in report["runs"] if run["condition"] == condition]
-        scores = {
-            (run["seed"], name): values[metric]
-            for run in of_it
-            for name, values in run["scores"].items()
-        }
-        found[condition] = np.array(
-            [[scores[seed, name] for name in report["directions"]] for seed in seeds]
-        )
-    return found
+def by_condition(report: Mapping[str, Any], metric: str) -> dict[str, record.Scores]:
+    """Returns condition -> seed -> `[directions]` scores."""
+
+    def scores_of(run: Mapping[str, Any]) -> dict[str, float]:
+        return {name: values[metric] for name, values in run["scores"].items()}
+
+    return record.by_condition(report["runs"], report["directions"], scores_of)
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> dict[str, int]:
@@ -80,14 +73,17 @@ def _spread(scores: np.ndarray) -> np.ndarray:
 def stands(report: Mapping[str, Any]) -> bool | None:
     """Returns whether `ciat` beats longer training and the shared adapter in most directions.
 
-    More than the spread over seeds counts; None if one of the three was not run, or if there are
-    less than two seeds.
+    More than the spread over seeds counts; None if one of the three was not run, or if they have
+    less than two seeds in common.
     """
     scores = by_condition(report, "bleu")
-    rivals = ("longer", "shared")
-    if not {COMPARED, *rivals} <= scores.keys() or len(scores[COMPARED]) < 2:
+    names = (COMPARED, "longer", "shared")
+    if not set(names) <= scores.keys():
         return None
-    counts = [wins(scores[COMPARED], scores[rival]) for rival in rivals]
+    ours, *rivals = record.paired(*(scores[name] for name in names))
+    if len(ours) < 2:
+        return None
+    counts = [wins(ours, theirs) for theirs in rivals]
     return all(2 * count["beyond_spread"] > count["directions"] for count in counts)
 
 
@@ -96,28 +92,51 @@ def report(found: Mapping[str, Any]) -> str:
     parts = [_costs(found)]
     for metric in METRICS:
         scores = by_condition(found, metric)
-        first = [found["first"]["scores"][name][metric] for name in found["directions"]]
-        rows = [["first stage", *(f"{value:.1f}" for value in first), f"{np.mean(first):.2f}"]]
-        for condition, values in scores.items():
+        rows = [
+            ["first stage", "1", *(f"{value:.1f}" for value in first), f"{np.mean(first):.2f}"]
+            for first in _first(found, metric)
+        ]
+        for condition, of_seeds in scores.items():
+            (values,) = record.paired(of_seeds)
             cells = [
-                f"{mean:.1f} ± {spread:.1f}"
+                f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
                 for mean, spread in zip(values.mean(0), _spread(values), strict=True)
             ]
-            rows.append([condition, *cells, f"{values.mean():.2f}"])
+            rows.append([condition, str(len(values)), *cells, f"{values.mean():.2f}"])
         name = {"bleu": "BLEU", "chrf": "chrF"}[metric]
-        parts.append(f"## {name}\n\n{table(['', *found['directions'], 'mean'], rows)}")
+        head = ["", "seeds", *found["directions"], "mean"]
+        parts.append(f"## {name}\n\n{table(head, rows)}")
     scores = by_condition(found, "bleu")
     if COMPARED in scores:
         rows = []
-        for condition, values in scores.items():
-            if condition != COMPARED:
-                count = wins(scores[COMPARED], values)
+        for condition, of_seeds in scores.items():
+            ours, theirs = record.paired(scores[COMPARED], of_seeds)
+            if condition != COMPARED and len(ours):
+                count = wins(ours, theirs)
                 of = count["directions"]
                 keys = ("better", "clearly_better", "beyond_spread")
-                rows.append([condition, *(f"{count[key]} of {of}" for key in keys)])
-        head = [f"`{COMPARED}` against", "better", f"by more than {CLEAR}", "beyond the spread"]
-        parts.append(f"## Wins\n\n{table(head, rows)}\n\n{_verdict(found)}")
-    return "\n\n".join(parts) + "\n"
+                told = [f"{count[key]} of {of}" for key in keys]
+                rows.append([condition, str(len(ours)), *told])
+        head = [f"`{COMPARED}` against", "seeds", "better", f"by more than {CLEAR}"]
+        parts.append(f"## Wins\n\n{table([*head, 'beyond the spread'], rows)}\n\n{_verdict(found)}")
+    return "\n\n".join([*parts, *elsewhere_text(found)]) + "\n"
+
+
+def elsewhere_text(found: Mapping[str, Any]) -> list[str]:
+    """Returns a paragraph on runs that started from another first stage; none if all did not."""
+    names = record.started_elsewhere(found)
+    if not names:
+        return []
+    return [
+        "These runs started from another first stage than the one in the table, which was trained "
+        f"again since: {', '.join(names)}."
+    ]
+
+
+def _first(found: Mapping[str, Any], metric: str) -> list[list[float]]:
+    """Returns the scores of the first stage, `[1, directions]`; none if it was not needed."""
+    names = found["directions"]
+    return [[each["scores"][name][metric] for name in names] for each in found["first"]]
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -133,18 +152,20 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 def _costs(found: Mapping[str, Any]) -> str:
     predicted = {row["condition"]: row for row in found["predicted"]}
-    groups: dict[str, list[Mapping[str, Any]]] = {"first": [found["first"]]}
-    for run in found["runs"]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in (*found["first"], *found["runs"]):
         groups.setdefault(run["condition"], []).append(run)
     rows = []
     for condition, runs in groups.items():
         seeds = len({run["seed"] for run in runs})
+        # The plan may be one of other seeds.
+        share = len(runs) / predicted[condition]["runs"]
         rows.append(
             [
                 condition,
                 f"{sum(run['trained_parameters'] for run in runs) // seeds:,}",
                 f"{sum(run['adapter_bytes'] for run in runs) // seeds:,}",
-                f"{predicted[condition]['minutes']:.1f}",
+                f"{share * predicted[condition]['minutes']:.1f}",
                 f"{sum(run['seconds'] for run in runs) / 60:.1f}",
             ]
         )
@@ -154,7 +175,7 @@ def _costs(found: Mapping[str, Any]) -> str:
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
     """Draws the BLEU of every condition in every direction, with the spread, as a PNG file."""
-    scores = by_condition(found, "bleu")
+    scores = {name: record.paired(of)[0] for name, of in by_condition(found, "bleu").items()}
     directions = found["directions"]
     drawn, axes = figures.new_figure((max(6, 0.9 * len(directions)), 4))
     places, width = np.arange(len(directions)), 0.8 / max(len(scores), 1)
@@ -167,8 +188,8 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
             label=condition,
             color=_COLOURS[i % len(_COLOURS)],
         )
-    first = [found["first"]["scores"][name]["bleu"] for name in directions]
-    axes.plot(places, first, "_", color="black", markersize=18, label="first stage")
+    for first in _first(found, "bleu"):
+        axes.plot(places, first, "_", color="black", markersize=18, label="first stage")
     axes.set(xticks=places, xticklabels=directions, ylabel="BLEU", title="Translation")
     axes.legend(ncols=3)
     figures.save(drawn, path)

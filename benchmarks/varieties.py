@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, varieties_data, varieties_plan, varieties_report
+from benchmarks import commands, record, varieties_data, varieties_plan, varieties_report
 from benchmarks.varieties_data import GROUPS, Files, Group
 from benchmarks.varieties_tagging import Tagging
 from train.report import write_json
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.json or root / "varieties.json"
     try:
         group = GROUPS[options.group].tagged_in(options.tagging / options.task)
-        report = _opened(output, settings)
+        report = record.opened(output, settings, _FREE, {"cells": {}, "adapters": {}})
     except ValueError as error:
         flags.exit(2, f"error: {error}\n")
     files = varieties_data.write(
@@ -129,23 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 # Settings that do not change what a cell is.
-_FREE = ("seeds", "adapters", "eval_batch_size", "flops_per_second", "json", "output_dir")
-
-
-def _opened(path: Path, settings: dict[str, str]) -> dict[str, Any]:
-    """Returns the results in a file, or new ones; ValueError if they are of other settings."""
-    if not path.exists():
-        return {"cells": {}, "adapters": {}}
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        before = report["settings"].get(name, value)
-        if name not in _FREE and before != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{path} has results with {flag} {before}, not {value}; give the same to go on, or "
-                "another --json and --output-dir"
-            )
-    return report
+_FREE = record.FREE | {"adapters"}
 
 
 def _planned(

@@ -242,12 +242,17 @@ def result(data, scores_of):
             "scores": {split: {"de": {metric: score, "chrf": 50.0}} for split in data.tests},
             "trained_parameters": 10,
             "bytes_of_a_language": 1000.0,
+            "run": f"{condition}/seed-{seed}",
+            "start": "a1",
         }
         for condition, scores in scores_of.items()
         for seed, score in enumerate(scores)
     ]
     heard = {"en": {metric: 0.25, "word_error_rate": 0.125}}
-    first = [{"condition": "recogniser", "scores": dict.fromkeys(data.tests, heard)}]
+    first = [
+        {"condition": "recogniser", "scores": dict.fromkeys(data.tests, heard), "weights": "a1"}
+    ]
+    first[0]["start"] = "a0"
     return {**data.described, "languages": ["de"], "runs": runs, "first": first}
 
 
@@ -265,9 +270,14 @@ def test_when_the_claim_stands():
     alone["runs"] = [run for run in alone["runs"] if run["seed"] == 0]
     assert speech_report.stands(alone) is None
     text = speech_report.report(of_digits(0.50, 0.50, 0.4))
-    assert "| full | 51.0 ± 1.4 | 51.0 |" in " ".join(text.split())
+    assert "| full | 2 | 51.0 ± 1.4 | 51.0 |" in " ".join(text.split())
     assert "exact matches in % 25.0 (new numbers, a new speaker)" in text
     assert "stands." in text
+    assert "another first stage" not in text
+    alone["runs"][0]["start"] = "b1"
+    text = speech_report.report(alone)
+    assert "These runs started from another first stage than the one in the table" in text
+    assert text.endswith("since: st-2/seed-0.\n")
 
 
 def test_reports_of_captions_say_that_the_speech_is_synthetic():
@@ -281,4 +291,4 @@ def test_reports_of_captions_say_that_the_speech_is_synthetic():
             assert "synthetic" in (before if part.startswith("|") else part), part
     assert "BLEU, synthetic speech, new captions and voices" in parts
     assert "word error rate in % 12.5 (synthetic speech" in parts[-2]
-    assert "| full | 20.0 ± 1.4 | 20.0 |" in " ".join(parts[2].split())
+    assert "| full | 2 | 20.0 ± 1.4 | 20.0 |" in " ".join(parts[2].split())

@@ -72,7 +72,19 @@ def test_a_rehearsal_runs_through(tmp_path, capsys):
     translation.main([*flags, "--json", str(tmp_path / "again.json")])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((tmp_path / "again.json").read_text())["runs"] == report["runs"]
+    # A result is not computed again, even if its folder is gone.
+    for path in before:
+        path.unlink()
+    translation.main(flags)
+    assert not any(path.exists() for path in before)
+    assert json.loads((tmp_path / "runs/translation.json").read_text()) == report
     capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        translation.main([*flags, "--d-model", "20"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "translation.json has results with --d-model 16, not 20" in told
+    assert told.count("\n") == 1
 
 
 def test_minutes_are_predicted_without_training(tmp_path, capsys):
@@ -139,5 +151,7 @@ def test_the_claim_needs_most_directions_against_both(shared, wanted):
     ours, longer = [[10.0, 10.0, 10.0], [10.1, 10.1, 10.1]], [[9.0, 9.0, 9.0]] * 2
     report = made({"ciat": ours, "longer": longer, "shared": shared})
     assert translation_report.stands(report) is wanted
-    one_seed = made({"ciat": ours[:1], "longer": longer[:1], "shared": shared[:1]})
-    assert translation_report.stands(one_seed) is None
+    for few in ("ciat", "longer", "shared"):
+        scores = {"ciat": ours, "longer": longer, "shared": shared}
+        one_seed = made(scores | {few: scores[few][:1]})
+        assert translation_report.stands(one_seed) is None
