@@ -51,8 +51,8 @@ def opened(
         return empty
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before, missing = report["settings"], empty.keys() - report.keys()
-    except (ValueError, KeyError, TypeError) as error:
+        before, missing = dict(report["settings"]), empty.keys() - report.keys()
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of results; give another --json") from error
     if missing:
         raise ValueError(f"{path} has no {', '.join(sorted(missing))}; give another --json")

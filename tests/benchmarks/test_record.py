@@ -132,10 +132,12 @@ def test_results_of_other_settings_are_refused(tmp_path):
         record.opened(path, {"d_model": "9"}, record.FREE, EMPTY)
     with pytest.raises(ValueError, match=r"results\.json has no cells; give another --json"):
         record.opened(path, same, record.FREE, {"cells": {}})
-    for text in ("{", "[]", "{}", '"text"', "1"):
+    for text in ("{", "[]", "{}", '"text"', "1", '{"settings": 1}', '{"settings": "text"}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"results\.json is no file of results; give another"):
             record.opened(path, same, record.FREE, EMPTY)
+    with pytest.raises(ValueError, match="is no file of results; give another --json"):
+        record.opened(tmp_path, same, record.FREE, EMPTY)
 
 
 def test_a_seed_counts_with_all_its_scores():
