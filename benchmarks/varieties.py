@@ -119,7 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     backbone = _head(options, files, trimmed) if left else trimmed
     for seed in left:
-        report["adapters"][str(seed)] = _train(options, group, files, backbone, seed)
+        trained = _train(options, group, files, backbone, seed)
+        # A seed may have got adapters of another kind from an earlier command.
+        report["adapters"].setdefault(str(seed), {}).update(trained)
         write_json(output, report)
         _compute(options, group, files, backbone, seed, report, output)
     text = varieties_report.report(report)

@@ -106,11 +106,14 @@ def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, ca
     assert len(times) == 6
     # A cell that is missing is computed again, and no other one.
     del cells["0/nn/test/equal"]
+    report["adapters"]["0"]["compacter/nb"] = report["adapters"]["0"]["dense/nb"]
     kept = {key: cell["seconds"] for key, cell in cells.items()}
     (output / "varieties.json").write_text(json.dumps(report))
     capsys.readouterr()
     varieties.main(flags)
-    again = json.loads((output / "varieties.json").read_text())["cells"]
+    written = json.loads((output / "varieties.json").read_text())
+    assert written["adapters"] == report["adapters"]
+    again = written["cells"]
     assert {key: again[key]["seconds"] for key in kept} == kept
     assert "0/nn/test/equal" in again
     assert {path: path.stat().st_mtime_ns for path in times} == times
