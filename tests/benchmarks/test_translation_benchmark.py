@@ -155,3 +155,31 @@ def test_the_claim_needs_most_directions_against_both(shared, wanted):
         scores = {"ciat": ours, "longer": longer, "shared": shared}
         one_seed = made(scores | {few: scores[few][:1]})
         assert translation_report.stands(one_seed) is None
+
+
+def test_seeds_that_are_missing_are_left_out_of_the_tables():
+    """Each condition has its own seeds; wins are of common ones, and minutes of all its runs."""
+    scores = {"ciat": [[10.0, 12.0], [11.0, 13.0]], "longer": [[9.0, 12.5]], "full": [[8.0, 8.0]]}
+    report = made(scores)
+    kept = {"trained_parameters": 7, "adapter_bytes": 9, "seconds": 30.0, "start": "b"}
+    for run in report["runs"]:
+        run |= {"run": f"{run['condition']}/seed-{run['seed']}", **kept}
+        for values in run["scores"].values():
+            values["chrf"] = 2 * values["bleu"]
+    full = report["runs"][-1]
+    full |= {"seed": 5, "start": "c"}
+    first = {"condition": "first", "seed": 0, "weights": "b", "scores": full["scores"], **kept}
+    report["first"] = [first | {"start": "a"}]
+    report["predicted"] = [
+        {"condition": name, "runs": 1, "minutes": 1.5} for name in ("first", *scores)
+    ]
+    told = " ".join(translation_report.report(report).split())
+    assert "| ciat | 7 | 9 | 3.0 | 1.0 |" in told
+    assert "| ciat | 2 | 10.5 ± 0.7 | 12.5 ± 0.7 | 11.50 |" in told
+    assert "| longer | 1 | 9.0 | 12.5 | 10.75 |" in told
+    assert "| longer | 1 | 1 of 2 | 1 of 2 | 1 of 2 |" in told
+    assert told.count("| full |") == 3  # in no table of wins
+    assert "another first stage than the one in the table" in told
+    assert told.endswith("since: full/seed-0.")
+    report["first"] = []
+    assert "| first stage |" not in translation_report.report(report)
