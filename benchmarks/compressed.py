@@ -28,6 +28,7 @@ import jax
 
 from benchmarks import compressed_quality as quality
 from benchmarks import compressed_speed as speed
+from benchmarks import record
 from benchmarks.contest import write
 from benchmarks.turns import processor
 from train.figures import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
@@ -102,13 +103,10 @@ def _speed_report(options: argparse.Namespace) -> dict[str, Any]:
     free = (*_OF_CELL, "json", "part", "rounds")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     device = {"device": jax.devices()[0].device_kind, "processor": processor()}
-    path = None if options.json is None else Path(options.json)
-    if path is None or not path.exists():
-        return {"settings": settings, **device, "cells": []}
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if report["settings"] != settings:
-        raise ValueError(f"{path} is of other settings; give another --json, or the same to go on")
-    return report
+    empty = {"settings": settings, **device, "cells": []}
+    if options.json is None:
+        return empty
+    return record.opened(Path(options.json), settings, (), empty)
 
 
 def plot(cells: dict[str, Any], path: Path, width: int) -> None:

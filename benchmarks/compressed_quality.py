@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import numpy as np
 
 import compacter_jax as cj
 from benchmarks import compressed_training as training
+from benchmarks import record
 from benchmarks.compressed_training import LANGUAGES, Pairs, Schedule
 
 if TYPE_CHECKING:
@@ -130,24 +130,14 @@ def open_report(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the report in the file of results, or a new one.
 
     Raises:
-      ValueError: if the file is of other settings.
+      ValueError: if the file is of other settings, or is no file of results.
     """
     settings = {
         name: Path(value).resolve().name if name in _FOLDERS else value
         for name, value in vars(options).items()
         if name not in _FREE
     }
-    path = Path(options.json)
-    if not path.exists():
-        return {"settings": settings, "cells": {}}
-    report = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if report["settings"].get(name) != value:
-            raise ValueError(
-                f"{path} is of {name}={report['settings'].get(name)}, not {value}; give another "
-                "--json, or the same settings to go on"
-            )
-    return report
+    return record.opened(Path(options.json), settings, (), {"settings": settings, "cells": {}})
 
 
 def measured(

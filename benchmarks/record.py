@@ -34,7 +34,7 @@ class Run(Protocol):
 
 
 def opened(
-    path: Path, settings: Mapping[str, str], free: Collection[str], empty: dict[str, Any]
+    path: Path, settings: Mapping[str, Any], free: Collection[str], empty: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the results in a file, or `empty` if there is none.
 

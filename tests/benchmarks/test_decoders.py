@@ -77,7 +77,7 @@ def test_a_rehearsal_of_the_experiment(text, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main([*flags, "--steps", "5"])
     assert stopped.value.code == 2
-    assert "quality.json is of steps=4, not 5; give another --json" in capsys.readouterr().err
+    assert "quality.json has results with --steps 4, not 5" in capsys.readouterr().err
 
 
 def test_pairs_and_batches(text, tmp_path):
@@ -154,7 +154,7 @@ def test_speeds_are_measured_and_kept(tmp_path, capsys, monkeypatch):
     assert json.loads(file.read_text())["cells"] == [case]
     with pytest.raises(SystemExit):
         benchmark.main([*flags, "--tokens", "4"])
-    assert "speed.json is of other settings" in capsys.readouterr().err
+    assert "speed.json has results with --tokens 3, not 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
