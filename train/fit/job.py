@@ -290,7 +290,7 @@ def _loaded_task_run(
     method = _method(options, task, tokenizer)
     method = members.banked(method, task, options)
     model = masked_words.adapted(task, backbone.module, method)
-    objective = for_task(task, options, model, tokenizer)
+    objective = members.checked(for_task(task, options, model, tokenizer), task, options)
     params = cj.init_adapters(model, backbone, jax.random.key(options.seed))
     if options.composition is not None:
         params = compositions.with_saved(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import compacter_jax as cj
 from compacter_jax.catalogue import to_dict
 from compacter_jax.compositions.bank import Bank
 from compacter_jax.methods.base import MethodConfig
+from train.inference.adapter import check_alike
 from train.inference.folders import members_of as members_in
 from train.objectives.to_languages import ToLanguages
 from train.tasks import Task, multilingual, parallel
@@ -17,6 +19,7 @@ from train.tasks import Task, multilingual, parallel
 if TYPE_CHECKING:
     from train.fit.job import Job, TaskRun
     from train.fit.options import FitOptions
+    from train.objectives import Objective
 
 
 def banked(method: MethodConfig, task: Task, options: FitOptions) -> MethodConfig:
@@ -35,14 +38,29 @@ def banked(method: MethodConfig, task: Task, options: FitOptions) -> MethodConfi
             "of --directions"
         )
     if options.add_to is not None:
-        _check_beside(options.add_to, method, options, list(names))
+        wanted = {
+            "method": to_dict(method),
+            "kind": task.kind,
+            "backbone": options.backbone,
+            "max_length": options.max_length,
+            "dtype": options.dtype,
+            "backbone_dtype": options.backbone_dtype,
+        }
+        _check_beside(options.add_to, wanted, options, list(names))
     return Bank(method, size=len(names))
 
 
 def _check_beside(
-    folder: Path, method: MethodConfig, options: FitOptions, names: list[str]
+    folder: Path, wanted: Mapping[str, Any], options: FitOptions, names: list[str]
 ) -> None:
-    """Raises ValueError if members cannot be added to those in a folder."""
+    """Raises ValueError if members cannot be added to those in a folder.
+
+    Args:
+      folder: the folder.
+      wanted: the settings that members must share.
+      options: the options of the run.
+      names: the names of the new members.
+    """
     there = members_in(folder)
     if not there:
         raise ValueError(f"--add-to {folder} has no folders of adapters, such as en-de/adapter")
@@ -52,13 +70,7 @@ def _check_beside(
                 f"--add-to {folder} has an adapter {name} already, which is not replaced; leave "
                 "it out of --directions, or give --overwrite"
             )
-    wanted = {
-        "method": to_dict(method),
-        "backbone": options.backbone,
-        "max_length": options.max_length,
-        "dtype": options.dtype,
-    }
-    for path in there.values():
+    for path in _others(there, names).values():
         saved = cj.read_adapter_config(path)
         for key, value in wanted.items():
             if saved.get(key) != value:
@@ -66,6 +78,26 @@ def _check_beside(
                     f"adapters that are used together must share their {key}: {path} has "
                     f"{str(saved.get(key))!r:.200}, not {str(value)!r:.200}"
                 )
+
+
+def _others(there: Mapping[str, Path], names: Collection[str]) -> dict[str, Path]:
+    """Returns name -> folder of the members that a run leaves as they are."""
+    return {name: path for name, path in there.items() if name not in names}
+
+
+def checked(objective: Objective, task: Task, options: FitOptions) -> Objective:
+    """Returns an objective, after a check that it reads and writes as the members of `add_to` do.
+
+    Raises:
+      ValueError: if it does not, for all are loaded together.
+    """
+    if options.add_to is not None:
+        ((kind, own),) = objective.settings.items()
+        names = parallel.members_of(task.directions, options.adapters) or {}
+        there = _others(members_in(options.add_to), names)
+        saved = {name: cj.read_adapter_config(path)[kind] for name, path in there.items()}
+        check_alike({**saved, "the new one": own})
+    return objective
 
 
 def folders(job: Job, task_run: TaskRun) -> dict[str, Path]:

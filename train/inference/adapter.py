@@ -135,6 +135,7 @@ def _of_members(
     check_shared(settings)
     first = next(iter(settings.values()))
     kind = first["kind"]
+    check_alike({name: each[kind] for name, each in settings.items()}, options.num_beams)
     serving: dict[str, int] = {}
     for place, (name, each) in enumerate(settings.items()):
         for direction in each[kind]["directions"]:
@@ -193,6 +194,18 @@ def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] 
                     f"adapters that are computed together must share their {key}: {first_name} "
                     f"has {quote(first.get(key), 100)}, but {name} has {quote(each.get(key), 100)}"
                 )
+
+
+def check_alike(settings: Mapping[str, Mapping[str, Any]], num_beams: int | None = None) -> None:
+    """Raises ValueError if adapters of directions were trained for different outputs or inputs.
+
+    Args:
+      settings: name -> what the adapter says of its task, such as `max_target_length`.
+      num_beams: the beams to generate with, whatever the adapters say; None for theirs.
+    """
+    own = {"directions"} if num_beams is None else {"directions", "num_beams"}
+    keys = dict.fromkeys(key for each in settings.values() for key in each)
+    check_shared(settings, [key for key in keys if key not in own])
 
 
 def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Tests `fit`, `evaluate` and `predict` with an adapter for each translation direction."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_each_direction_has_a_folder_that_loads_alone(run, backbone):
     first, second, _ = found.values()
     assert first.keys() == second.keys()
     assert all((first[path] != second[path]).any() for path in first)
-    assert "fr-en/adapter" not in read_record(run).writes
+    assert "en-fr/adapter" not in read_record(run).writes
     assert {f"{name}/adapter" for name in DIRECTIONS} < {*read_record(run).writes}
 
 
@@ -127,6 +128,10 @@ def test_a_direction_is_added_without_touching_the_others(run, backbone, tables,
         flags |= {"directions": "de-fr", "method": "serial-ciat"}
         other = fit_flags(backbone, tables, tmp_path / "other", **flags)
         assert "must share their method" in refusal(capsys, "fit", *other)
+        flags |= {"method": "ciat", "max_target_length": 9}
+        other = fit_flags(backbone, tables, tmp_path / "other", **flags)
+        said = "must share their max_target_length: de-en has"
+        assert said in refusal(capsys, "fit", *other)
     finally:
         for path in sorted((run / "fr-de").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
@@ -169,8 +174,25 @@ def test_the_first_stage_writes_a_backbone(backbone, tables, tmp_path):
     assert main(["fit", *fit_flags(backbone, only, output, **settings)]) == 0
     made = cj.load_backbone(output / "backbone")
     assert made.module.config.model_type == "m2m_100"
-    rows = rows_to_translate(("en-de", "fr-en"), count=2)
+    rows = rows_to_translate(("en-de", "en-fr"), count=2)
     assert len(predicted(output, rows, tmp_path)) == len(rows)
+
+
+def test_members_that_write_at_different_lengths(run, tmp_path, capsys):
+    """They are not loaded together, since one would silently write like the other."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / "en-fr" / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    source = write_jsonl(tmp_path / "in.jsonl", rows_to_translate(DIRECTIONS))
+    flags = ["predict", "--adapter", copy, "--input", source, "--output", tmp_path / "out.jsonl"]
+    for key, value in (("max_target_length", 7), ("num_beams", 3)):
+        changed = {**settings, "translation": {**settings["translation"], key: value}}
+        path.write_text(json.dumps(changed))
+        said = refusal(capsys, *flags)
+        assert f"must share their {key}" in said
+        assert "en-fr" in said
+    assert main(list(map(str, [*flags, "--num-beams", 2]))) == 0
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -252,17 +274,17 @@ def test_pairs_that_cannot_be(change, message, backbone, tmp_path, capsys):
 
 def test_a_direction_that_the_folder_lacks(run, tables, tmp_path, capsys):
     """`predict` names the row and the directions that there are, `evaluate` the direction."""
-    rows = rows_to_translate(("en-de", "fr-en"), count=1)
+    rows = rows_to_translate(("en-de", "en-fr"), count=1)
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     flags = ["--adapter", run, "--input", source, "--output", tmp_path / "out.jsonl"]
     assert main(["predict", *map(str, flags)]) == 2
     told = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
     assert (
-        "error: row 2: there is no adapter for 'fr-en'; there are those of de-en, en-de, en-fr"
+        "error: row 2: there is no adapter for 'en-fr'; there are those of de-en, en-de, en-fr"
         in told
     )
-    flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "fr-en"]
-    assert "there is no adapter for 'fr-en'" in refusal(capsys, "evaluate", *flags)
+    flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "en-fr"]
+    assert "there is no adapter for 'en-fr'" in refusal(capsys, "evaluate", *flags)
     flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "en-es"]
     assert "there is no column or language 'es'" in refusal(capsys, "evaluate", *flags)
 
