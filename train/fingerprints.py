@@ -15,6 +15,7 @@ from compacter_jax.messages import listing
 from train import tasks
 from train.cli.compositions import folder_of
 from train.cli.options import TrainingOptions
+from train.tasks import speech
 from train.tasks.benchmarks import find as find_benchmark
 from train.tasks.own_files import SENTIMENT
 
@@ -32,7 +33,7 @@ _OF_BACKBONE = re.compile(
 
 
 def files_read(options: TrainingOptions) -> Inputs:
-    """Returns the files that a run reads: data, backbone, and the adapters that it composes.
+    """Returns the files that a run reads: data with their recordings, backbone, adapters.
 
     A data set from the hub is not included; a backbone from the hub is included once it is in the
     hub's cache.
@@ -87,6 +88,8 @@ def _data_files(task: str, options: TrainingOptions) -> Inputs:
         if (path := getattr(options, f"{split}_file")) is not None
     }
     found: Inputs = {flag: {path.name: path} for flag, path in given.items()}
+    recordings = {flag: speech.recordings_of(path) for flag, path in given.items()}
+    found |= {f"recordings of {flag}": files for flag, files in recordings.items() if files}
     for place, path in enumerate(getattr(options, "parallel_files", None) or ()):
         found.setdefault("--parallel-files", {})[f"{place + 1}: {path.name}"] = path
     if task in tasks.BUILT_IN:

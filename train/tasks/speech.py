@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import datasets
 
+from compacter_jax.files import is_there
 from compacter_jax.messages import listing
 from train import tasks
 from train.data import rows as data_rows
@@ -62,6 +63,20 @@ def column_of(path: Path) -> str:
             f"columns are {listing(names)}"
         )
     return found[0]
+
+
+def recordings_of(path: Path) -> dict[str, Path]:
+    """Returns name -> file, for the recordings that a file names and that exist.
+
+    Raises:
+      ValueError: if the content of the file does not match its suffix, or is not UTF-8.
+    """
+    if not is_of_speech(path) or column_of(path) == SAMPLES:
+        return {}
+    chunks = (data_rows.column_values(rows, AUDIO) for rows in read_chunks(path, 1024))
+    names = dict.fromkeys(name for values in chunks for name in values if isinstance(name, str))
+    found = {name: path.parent / name for name in names}
+    return {name: file for name, file in found.items() if is_there(file) and file.is_file()}
 
 
 def resolved(options: FitOptions) -> FitOptions:

@@ -1,5 +1,6 @@
 """Tests `fit`, `evaluate` and `predict` on recordings, with an adapter for each language."""
 
+import hashlib
 import json
 
 import pyarrow as pa
@@ -163,6 +164,45 @@ def test_a_recogniser_of_what_is_said(backbone, files, cache, tmp_path, capsys):
     flags += ["--feature-cache", cache, "--output", metrics]
     assert main(["evaluate", *map(str, flags)]) == 0
     assert {"word_error_rate", "exact_match_en"} < json.loads(metrics.read_text())["metrics"].keys()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_same_recordings_only(backbone, tmp_path, capsys):
+    """Recordings are among the inputs of a run: by content, so that a copy is as good."""
+    data, output = tmp_path / "data", tmp_path / "run"
+    files = {"train": write_split(data, "train", 4), "validation": write_split(data, "valid", 2)}
+    flags = speech_flags(backbone, files, output, tmp_path / "features")
+    assert main(["fit", *flags]) == 0
+    capsys.readouterr()
+    inputs = read_record(output).inputs
+    recordings = inputs["recordings of --train-file"]
+    assert set(recordings) == {f"train/{i}.wav" for i in range(4)}
+    assert set(inputs["recordings of --validation-file"]) == {f"valid/{i}.wav" for i in range(2)}
+    recording = data / "train" / "2.wav"
+    before = recording.read_bytes()
+    assert recordings["train/2.wav"]["sha256"] == hashlib.sha256(before).hexdigest()
+    write_spoken(recording, [1, 1], seed=5)
+    said = "recordings of --train-file: train/2.wav has changed"
+    assert said in refusal(capsys, "fit", *flags, "--resume")
+    recording.unlink()
+    said = "recordings of --train-file: train/2.wav is missing"
+    assert said in refusal(capsys, "fit", *flags, "--resume")
+    recording.write_bytes(before)
+    assert main(["fit", *flags, "--resume"]) == 0
+
+
+def test_recordings_that_the_run_would_replace(backbone, files, tmp_path, capsys):
+    """A recording in the place of an output is refused by name, and stays."""
+    output, rows = tmp_path / "run", read(files["train"])
+    for row in rows:
+        row["audio"] = str(files["train"].parent / row["audio"])
+    (output / "de").mkdir(parents=True)
+    spoken = output / "de" / "adapter"
+    write_spoken(spoken, [1, 2])
+    train = write_jsonl(tmp_path / "own.jsonl", [*rows, rows[0] | {"audio": "run/de/adapter"}])
+    flags = speech_flags(backbone, {**files, "train": train}, output, tmp_path / "features")
+    assert str(output) in refusal(capsys, "fit", *flags)
+    assert spoken.is_file()
 
 
 # --- bad input ------------------------------------------------------------------------------------
