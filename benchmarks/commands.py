@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from train.__main__ import main
+from train.compute import compilation_cache
 from train.report import write_json
 
 
 def run(name: str, flags: Sequence[Any]) -> None:
-    """Runs a command; raises RuntimeError if it fails."""
+    """Runs a command, whose compiled programs stay for the next; RuntimeError if it fails."""
+    _keep_programs()
     if code := main([name, *map(str, flags)]):
         raise RuntimeError(f"{name} ended with exit code {code}; run the same command to go on")
 
@@ -50,6 +53,11 @@ def seconds_of(folder: Path) -> float:
 def _timed(folder: Path) -> Path:
     """Returns the file of the seconds: beside the folder, which has only what the run wrote."""
     return folder.parent / f"{folder.name}.seconds.json"
+
+
+@functools.cache
+def _keep_programs() -> None:
+    compilation_cache.enable_late()
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, str]:

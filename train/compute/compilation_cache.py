@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 _FOLDER, _ENABLED = "jax_compilation_cache_dir", "JAX_ENABLE_COMPILATION_CACHE"
-_DEFAULTS = {
+_DEFAULTS: dict[str, float] = {
     "jax_compilation_cache_max_size": 2**30,  # the least recently used goes first
     # JAX's default is a second, and many programs of a run compile in less.
     "jax_persistent_cache_min_compile_time_secs": 0.2,
@@ -68,6 +68,20 @@ def enable(environment: MutableMapping[str, str]) -> Path | None:
         if name.upper() not in environment:
             environment[name.upper()] = str(value)
     return folder
+
+
+def enable_late() -> None:
+    """Enables the cache as `enable` does, in a process that has imported JAX already."""
+    folder = enable(os.environ)
+    if folder is None:
+        return
+    import jax  # noqa: PLC0415 - `enable` runs before JAX is imported
+    from jax.experimental.compilation_cache import compilation_cache  # noqa: PLC0415
+
+    jax.config.update(_FOLDER, str(folder))
+    for name, value in _DEFAULTS.items():
+        jax.config.update(name, type(value)(os.environ[name.upper()]))
+    compilation_cache.reset_cache()  # a program compiled before has settled that there is none
 
 
 def _machine() -> str:

@@ -94,14 +94,21 @@ print(np.asarray(jax.jit(run)(np.ones((8, 8), np.float32))).tobytes().hex())
 """
 
 
+# As an experiment, which has imported JAX and compiled something when its first command runs.
+LATE = PROGRAM.replace("enable(os.environ)\nimport jax, numpy as np", "enable_late()").replace(
+    "import os\n", "import os\nimport jax, numpy as np\njax.jit(lambda x: x + 1)(1.0)\n"
+)
+
+
 @pytest.mark.contract
-def test_jax_finds_what_another_process_compiled(environment):
+@pytest.mark.parametrize("program", [PROGRAM, LATE], ids=["early", "late"])
+def test_jax_finds_what_another_process_compiled(environment, program):
     own = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     own |= environment | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def run():
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", program],
             cwd=ROOT,
             env=own,
             capture_output=True,
