@@ -116,6 +116,8 @@ def report(found: Mapping[str, Any]) -> str:
                 of = count["directions"]
                 keys = ("better", "clearly_better", "beyond_spread")
                 told = [f"{count[key]} of {of}" for key in keys]
+                if len(ours) == 1:
+                    told[-1] = "-"  # one seed has no spread
                 rows.append([condition, str(len(ours)), *told])
         head = [f"`{COMPARED}` against", "seeds", "better", f"by more than {CLEAR}"]
         parts.append(f"## Wins\n\n{table([*head, 'beyond the spread'], rows)}\n\n{_verdict(found)}")
