@@ -68,13 +68,15 @@ def column_of(path: Path) -> str:
 def recordings_of(path: Path) -> dict[str, Path]:
     """Returns name -> file, for the recordings that a file names and that exist.
 
-    Raises:
-      ValueError: if the content of the file does not match its suffix, or is not UTF-8.
+    A file that cannot be read names none; whoever reads it as data says why.
     """
-    if not is_of_speech(path) or column_of(path) == SAMPLES:
+    try:
+        if not is_of_speech(path) or column_of(path) == SAMPLES:
+            return {}
+        chunks = (data_rows.column_values(rows, AUDIO) for rows in read_chunks(path, 1024))
+        names = dict.fromkeys(name for values in chunks for name in values if isinstance(name, str))
+    except (ValueError, OSError):
         return {}
-    chunks = (data_rows.column_values(rows, AUDIO) for rows in read_chunks(path, 1024))
-    names = dict.fromkeys(name for values in chunks for name in values if isinstance(name, str))
     found = {name: path.parent / name for name in names}
     return {name: file for name, file in found.items() if is_there(file) and file.is_file()}
 

@@ -74,7 +74,7 @@ def test_each_direction_has_a_folder_that_loads_alone(run, backbone):
     first, second, _ = found.values()
     assert first.keys() == second.keys()
     assert all((first[path] != second[path]).any() for path in first)
-    assert "en-fr/adapter" not in read_record(run).writes
+    assert "fr-en/adapter" not in read_record(run).writes
     assert {f"{name}/adapter" for name in DIRECTIONS} < {*read_record(run).writes}
 
 
@@ -174,7 +174,7 @@ def test_the_first_stage_writes_a_backbone(backbone, tables, tmp_path):
     assert main(["fit", *fit_flags(backbone, only, output, **settings)]) == 0
     made = cj.load_backbone(output / "backbone")
     assert made.module.config.model_type == "m2m_100"
-    rows = rows_to_translate(("en-de", "en-fr"), count=2)
+    rows = rows_to_translate(("en-de", "fr-en"), count=2)
     assert len(predicted(output, rows, tmp_path)) == len(rows)
 
 
@@ -274,17 +274,17 @@ def test_pairs_that_cannot_be(change, message, backbone, tmp_path, capsys):
 
 def test_a_direction_that_the_folder_lacks(run, tables, tmp_path, capsys):
     """`predict` names the row and the directions that there are, `evaluate` the direction."""
-    rows = rows_to_translate(("en-de", "en-fr"), count=1)
+    rows = rows_to_translate(("en-de", "fr-en"), count=1)
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     flags = ["--adapter", run, "--input", source, "--output", tmp_path / "out.jsonl"]
     assert main(["predict", *map(str, flags)]) == 2
     told = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
     assert (
-        "error: row 2: there is no adapter for 'en-fr'; there are those of de-en, en-de, en-fr"
+        "error: row 2: there is no adapter for 'fr-en'; there are those of de-en, en-de, en-fr"
         in told
     )
-    flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "en-fr"]
-    assert "there is no adapter for 'en-fr'" in refusal(capsys, "evaluate", *flags)
+    flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "fr-en"]
+    assert "there is no adapter for 'fr-en'" in refusal(capsys, "evaluate", *flags)
     flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "en-es"]
     assert "there is no column or language 'es'" in refusal(capsys, "evaluate", *flags)
 
