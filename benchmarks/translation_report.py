@@ -176,24 +176,24 @@ def _costs(found: Mapping[str, Any]) -> str:
 
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
-    """Draws the BLEU of every condition in every direction, with the spread, as a PNG file."""
+    """Draws every condition in every direction, each seed as a point, as a PNG file.
+
+    BLEU is drawn as what a condition gains over the first stage, if that is in the report.
+    """
     scores = {name: record.paired(of)[0] for name, of in by_condition(found, "bleu").items()}
+    first = np.array((_first(found, "bleu") or [[0.0]])[0])
     directions = found["directions"]
     drawn, axes = figures.new_figure((max(6, 0.9 * len(directions)), 4))
     places, width = np.arange(len(directions)), 0.8 / max(len(scores), 1)
     for i, (condition, values) in enumerate(scores.items()):
-        axes.bar(
-            places + (i - (len(scores) - 1) / 2) * width,
-            values.mean(0),
-            width,
-            yerr=_spread(values),
-            label=condition,
-            color=_COLOURS[i % len(_COLOURS)],
-        )
-    for first in _first(found, "bleu"):
-        axes.plot(places, first, "_", color="black", markersize=18, label="first stage")
-    axes.set(xticks=places, xticklabels=directions, ylabel="BLEU", title="Translation")
-    axes.legend(ncols=3)
+        at, colour = places + (i - (len(scores) - 1) / 2) * width, _COLOURS[i % len(_COLOURS)]
+        gains = values - first
+        axes.plot(np.tile(at, len(gains)), gains.ravel(), "o", ms=3, color=colour, label=condition)
+        axes.hlines(gains.mean(0), at - width / 2, at + width / 2, color=colour)
+    label = "BLEU, less that of the first stage" if first.any() else "BLEU"
+    axes.set(xticks=places, xticklabels=directions, ylabel=label)
+    axes.set_title("Directions of translation: a point for each seed, a line for their mean")
+    drawn.legend(loc="outside upper center", ncols=4)
     figures.save(drawn, path)
 
 
