@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,9 @@ def _of_members(
     check_shared(settings)
     first = next(iter(settings.values()))
     kind = first["kind"]
-    check_alike({name: each[kind] for name, each in settings.items()}, options.num_beams)
+    replaced = ("num_beams", "max_seconds", "sampling_rate")
+    given = [name for name in replaced if getattr(options, name) is not None]
+    check_alike({name: each[kind] for name, each in settings.items()}, given)
     serving: dict[str, int] = {}
     for place, (name, each) in enumerate(settings.items()):
         for direction in each[kind]["directions"]:
@@ -196,16 +198,15 @@ def check_shared(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] 
                 )
 
 
-def check_alike(settings: Mapping[str, Mapping[str, Any]], num_beams: int | None = None) -> None:
+def check_alike(settings: Mapping[str, Mapping[str, Any]], given: Collection[str] = ()) -> None:
     """Raises ValueError if adapters of directions were trained for different outputs or inputs.
 
     Args:
       settings: name -> what the adapter says of its task, such as `max_target_length`.
-      num_beams: the beams to generate with, whatever the adapters say; None for theirs.
+      given: settings that a flag replaces, whatever the adapters say.
     """
-    own = {"directions"} if num_beams is None else {"directions", "num_beams"}
     keys = dict.fromkeys(key for each in settings.values() for key in each)
-    check_shared(settings, [key for key in keys if key not in own])
+    check_shared(settings, [key for key in keys if key not in {"directions", *given}])
 
 
 def joined_settings(expression: cli_compositions.Node) -> dict[str, Any]:

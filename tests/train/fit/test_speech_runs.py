@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -189,6 +190,19 @@ def test_a_run_goes_on_with_the_same_recordings_only(backbone, tmp_path, capsys)
     assert said in refusal(capsys, "fit", *flags, "--resume")
     recording.write_bytes(before)
     assert main(["fit", *flags, "--resume"]) == 0
+
+
+def test_members_that_read_at_different_lengths(run, files, cache, tmp_path, capsys):
+    """They are loaded together only with one limit for all."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / "fr" / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"speech": {**settings["speech"], "max_seconds": 20.0}}))
+    flags = ["evaluate", "--adapter", copy, "--test-file", files["validation"]]
+    flags += ["--feature-cache", cache, "--output", tmp_path / "metrics.json"]
+    assert "must share their max_seconds: de has 30.0, but fr" in refusal(capsys, *flags)
+    assert main(list(map(str, [*flags, "--max-seconds", 10]))) == 0
 
 
 def test_recordings_that_the_run_would_replace(backbone, files, tmp_path, capsys):
