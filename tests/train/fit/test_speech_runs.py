@@ -205,17 +205,18 @@ def test_members_that_read_at_different_lengths(run, files, cache, tmp_path, cap
     assert main(list(map(str, [*flags, "--max-seconds", 10]))) == 0
 
 
-def test_recordings_that_the_run_would_replace(backbone, files, tmp_path, capsys):
-    """A recording in the place of an output is refused by name, and stays."""
+def test_recordings_that_the_run_would_replace(run, backbone, files, cache, tmp_path, capsys):
+    """A recording among the outputs of the run before is refused by name, and stays."""
     output, rows = tmp_path / "run", read(files["train"])
+    shutil.copytree(run, output)
+    spoken = output / "de" / "adapter" / "own.wav"
+    write_spoken(spoken, [1, 2])
     for row in rows:
         row["audio"] = str(files["train"].parent / row["audio"])
-    (output / "de").mkdir(parents=True)
-    spoken = output / "de" / "adapter"
-    write_spoken(spoken, [1, 2])
-    train = write_jsonl(tmp_path / "own.jsonl", [*rows, rows[0] | {"audio": "run/de/adapter"}])
-    flags = speech_flags(backbone, {**files, "train": train}, output, tmp_path / "features")
-    assert str(output) in refusal(capsys, "fit", *flags)
+    train = write_jsonl(tmp_path / "own.jsonl", [*rows, rows[0] | {"audio": str(spoken)}])
+    flags = speech_flags(backbone, {**files, "train": train}, output, cache)
+    said = refusal(capsys, "fit", *flags, "--overwrite")
+    assert f"recordings of --train-file: {spoken} lies in {output / 'de' / 'adapter'}" in said
     assert spoken.is_file()
 
 
