@@ -49,8 +49,8 @@ def read_audio(path: Path) -> Recording:
 
     Raises:
       FileNotFoundError: if the file does not exist.
-      ValueError: if it is no audio, is empty, or needs soundfile, which is not installed; the
-        message names the file.
+      ValueError: if it is no audio, is empty, has samples that are NaN or infinite, or needs
+        soundfile, which is not installed; the message names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is no file; it should be audio")
@@ -128,7 +128,13 @@ def _read_others(path: Path, reason: str) -> Recording:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} is no audio that can be read: {reason_of(error)}") from None
-    return Recording(np.ascontiguousarray(samples[:, 0]), int(rate), samples.shape[1])
+    first = np.ascontiguousarray(samples[:, 0])
+    if len(bad := np.flatnonzero(~np.isfinite(first))):
+        raise ValueError(
+            f"{path} has samples that are no finite numbers, such as number {bad[0] + 1:,} "
+            f"({first[bad[0]]}); write the recording again"
+        )
+    return Recording(first, int(rate), samples.shape[1])
 
 
 def from_pcm16(data: bytes, rate: int, where: str) -> Recording:

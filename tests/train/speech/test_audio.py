@@ -119,18 +119,40 @@ def test_audio_without_samples(tmp_path):
         audio.read_audio(tmp_path / "missing.wav")
 
 
-def test_other_audio_is_read_by_soundfile(tmp_path, monkeypatch):
+@pytest.fixture
+def as_if_soundfile_read(tmp_path, monkeypatch):
+    """Returns a function that puts samples `[samples, channels]` into what soundfile reads.
+
+    It returns the path of a file that is no .wav.
+    """
+
+    def put(samples):
+        class Reader:
+            @staticmethod
+            def read(path, dtype, always_2d):
+                assert (dtype, always_2d) == ("float32", True)
+                return np.array(samples, np.float32), 22_050
+
+        monkeypatch.setitem(sys.modules, "soundfile", Reader)
+        path = tmp_path / "a.flac"
+        path.write_bytes(b"fLaC and so on")
+        return path
+
+    return put
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_finite_numbers(value, as_if_soundfile_read):
+    """They are refused by place and value, not called silence; another channel may have any."""
+    path = as_if_soundfile_read([[0.5, 0.1], [value, 0.2], [value, 0.2]])
+    message = rf"a\.flac has samples that are no finite numbers, such as number 2 \({value}\)"
+    with pytest.raises(ValueError, match=message):
+        audio.read_audio(path)
+    assert len(audio.read_audio(as_if_soundfile_read([[0.5, value], [0.1, 0.2]])).samples) == 2
+
+
+def test_other_audio_is_read_by_soundfile(as_if_soundfile_read):
     """A file that is no .wav of integers goes to soundfile, whose first channel is taken."""
-
-    class Reader:
-        @staticmethod
-        def read(path, dtype, always_2d):
-            assert (dtype, always_2d) == ("float32", True)
-            return np.array([[0.5, 0.1], [0.25, 0.2]], np.float32), 22_050
-
-    monkeypatch.setitem(sys.modules, "soundfile", Reader)
-    path = tmp_path / "a.flac"
-    path.write_bytes(b"fLaC and so on")
-    found = audio.read_audio(path)
+    found = audio.read_audio(as_if_soundfile_read([[0.5, 0.1], [0.25, 0.2]]))
     np.testing.assert_array_equal(found.samples, np.array([0.5, 0.25], np.float32))
     assert (found.rate, found.channels) == (22_050, 2)
