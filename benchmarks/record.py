@@ -21,6 +21,16 @@ FREE = frozenset(
 Scores = dict[int, np.ndarray]
 
 
+class Reporting(Protocol):
+    """A module that describes the results of an experiment."""
+
+    def report(self, found: Mapping[str, Any], /) -> str:
+        """Returns the results in Markdown."""
+
+    def figure(self, found: Mapping[str, Any], path: Path, /) -> None:
+        """Draws the results as a PNG file."""
+
+
 class Run(Protocol):
     """A run of `fit`: the folder of its results, and the backbone that it starts from."""
 
@@ -100,6 +110,20 @@ def run_all(
         write_json(output, report)
 
 
+def describe(report: Mapping[str, Any], output: Path, reporting: Reporting) -> None:
+    """Prints the tables of a report, and writes them and its figure beside its file.
+
+    Args:
+      report: the report.
+      output: the file of the report; the tables end in .md, the figure in .png.
+      reporting: the module of the experiment's tables and figure.
+    """
+    text = reporting.report(report)
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    reporting.figure(report, output.with_suffix(".png"))
+    print(f"\n{text}")
+
+
 def missing(report: Mapping[str, Any], planned: Sequence[Any], root: Path) -> list[Any]:
     """Returns the runs that a report lacks, and the first stages that these start from."""
     there = {each["run"] for each in report["runs"]}
@@ -167,3 +191,18 @@ def paired(*conditions: Scores) -> list[np.ndarray]:
     """Returns `[seeds, names]` scores of each condition, of the seeds that all of them have."""
     seeds = sorted(set.intersection(*(set(each) for each in conditions)))
     return [np.array([each[seed] for seed in seeds]) for each in conditions]
+
+
+def of_a_seed(runs: Iterable[Mapping[str, Any]], key: str) -> float:
+    """Returns what the runs of one seed of a condition have together, as of trained numbers.
+
+    A seed of which some runs are still missing has less than the others, so the largest sum counts.
+
+    Args:
+      runs: the results of a condition.
+      key: what to add up.
+    """
+    sums: dict[int, float] = {}
+    for run in runs:
+        sums[run["seed"]] = sums.get(run["seed"], 0) + run[key]
+    return max(sums.values())

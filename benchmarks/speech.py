@@ -147,9 +147,7 @@ def main(arguments: Sequence[str] | None = None, *, spell: Any = speech_numbers.
         lambda run: flags_of(options, run, files),
         lambda run: _evaluated(options, data, run, files),
     )
-    text = speech_report.report(report)
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(f"\n{text}")
+    record.describe(report, output, speech_report)
 
 
 def runs_of(

@@ -1,13 +1,15 @@
-"""Tables of `benchmarks.speech`."""
+"""Tables and figure of `benchmarks.speech`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import record, translation_report
+from train import figures
 from train.report import table
 
 # Metrics that are fractions; reports have them in percent.
@@ -82,7 +84,7 @@ def _table(results: Mapping[str, Any], split: str, metric: str) -> str:
         (scores,) = record.paired(of_seeds)
         means = scores.mean(1)
         spread = f" ± {means.std(ddof=1):.1f}" if len(means) > 1 else ""
-        of_it = [run for run in results["runs"] if run["condition"] == condition]
+        of_it = _runs_of(results, condition)
         size = np.mean([run["bytes_of_a_language"] for run in of_it])
         rows.append(
             [
@@ -90,9 +92,58 @@ def _table(results: Mapping[str, Any], split: str, metric: str) -> str:
                 str(len(means)),
                 f"{means.mean():.1f}{spread}",
                 *(f"{value:.1f}" for value in scores.mean(0)),
-                f"{of_it[0]['trained_parameters']:,}",
+                f"{record.of_a_seed(of_it, 'trained_parameters'):,}",
                 f"{size / 1000:,.0f}",
             ]
         )
     head = ["condition", "seeds", "mean", *languages, "trained weights", "kB a language"]
     return table(head, rows)
+
+
+def _runs_of(results: Mapping[str, Any], condition: str) -> list[Mapping[str, Any]]:
+    return [run for run in results["runs"] if run["condition"] == condition]
+
+
+# Condition -> colour and marker; a pair on the translator and the recogniser has one colour.
+_DRAWN = {
+    "longer": (figures.GREY, "o"),
+    "st-2": (figures.BLUE, "o"),
+    "st-8": (figures.TEAL, "o"),
+    "compacter-st": (figures.PURPLE, "o"),
+    "shared": (figures.GREEN, "o"),
+    "decoder": (figures.BROWN, "o"),
+    "full": (figures.ORANGE, "o"),
+    "recogniser-adapters": (figures.BLUE, "s"),
+    "recogniser-cross": (figures.PINK, "s"),
+    "recogniser-full": (figures.ORANGE, "s"),
+}
+
+
+def figure(results: Mapping[str, Any], path: Path) -> None:
+    """Draws scores against trained weights, a panel for each test, as a PNG file.
+
+    A point is the mean over languages of one seed, by the first metric. A dashed line is the
+    translator before the conditions.
+    """
+    metric, label = next(iter(results["metrics"].items()))
+    tests = results["tests"]
+    drawn, panels = figures.new_figure(
+        (4.6 * len(tests), 4.4), 1, len(tests), squeeze=False, sharex=True
+    )
+    for axes, (split, described) in zip(panels[0], tests.items(), strict=True):
+        for condition, of_seeds in by_condition(results, split, metric).items():
+            colour, marker = _DRAWN[condition]
+            means = record.paired(of_seeds)[0].mean(1)
+            trained = record.of_a_seed(_runs_of(results, condition), "trained_parameters")
+            axes.plot([trained] * len(means), means, marker, ms=5, color=colour, label=condition)
+        for first in results["first"]:
+            scores = [each[metric] for each in first["scores"][split].values()]
+            if first["condition"] == "translator":
+                level = np.mean(scores) * (100 if metric in FRACTIONS else 1)
+                axes.axhline(level, ls="--", lw=1, color=figures.GREY, label="translator")
+        axes.set(xscale="log", xlabel="trained weights, all languages", ylabel=label)
+        axes.set_title(described)
+    drawn.suptitle("Adapters for languages of speech: a point for each seed", fontsize=10)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    drawn.legend(handles, names, loc="outside lower center", ncols=4)
+    figures.save(drawn, path)

@@ -122,10 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         functools.partial(_flags_of, options),
         functools.partial(_evaluated, options),
     )
-    text = translation_report.report(report)
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    translation_report.figure(report, output.with_suffix(".png"))
-    print(f"\n{text}")
+    record.describe(report, output, translation_report)
 
 
 def runs_of(

@@ -159,14 +159,13 @@ def _costs(found: Mapping[str, Any]) -> str:
         groups.setdefault(run["condition"], []).append(run)
     rows = []
     for condition, runs in groups.items():
-        seeds = len({run["seed"] for run in runs})
         # The plan may be one of other seeds.
         share = len(runs) / predicted[condition]["runs"]
         rows.append(
             [
                 condition,
-                f"{sum(run['trained_parameters'] for run in runs) // seeds:,}",
-                f"{sum(run['adapter_bytes'] for run in runs) // seeds:,}",
+                f"{record.of_a_seed(runs, 'trained_parameters'):,}",
+                f"{record.of_a_seed(runs, 'adapter_bytes'):,}",
                 f"{share * predicted[condition]['minutes']:.1f}",
                 f"{sum(run['seconds'] for run in runs) / 60:.1f}",
             ]

@@ -124,10 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["adapters"].setdefault(str(seed), {}).update(trained)
         write_json(output, report)
         _compute(options, group, files, backbone, seed, report, output)
-    text = varieties_report.report(report)
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    varieties_report.figure(report, output.with_suffix(".png"))
-    print(f"\n{text}")
+    record.describe(report, output, varieties_report)
 
 
 # Settings that do not change what a cell is.

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import speech, speech_captions, speech_numbers, speech_report
 from tests.tones import tone
+from train import figures
 from train.speech.audio import read_audio
 
 SPEAKERS = {"train": ("ann", "bob"), "validation": ("ann", "bob"), "test": ("theo",)}
@@ -278,6 +279,44 @@ def test_when_the_claim_stands():
     text = speech_report.report(alone)
     assert "These runs started from another first stage than the one in the table" in text
     assert text.endswith("since: st-2/seed-0.\n")
+
+
+def test_the_figure_has_every_seed_of_every_condition(monkeypatch):
+    """A panel for each test has the scores against what all runs of a seed train together."""
+    scores = {"st-2": (0.50, 0.54), "full": (0.48, 0.52), "shared": (0.4, 0.4)}
+    found = result(speech_numbers.Digits(Path()), scores)
+    whole = next(run for run in found["runs"] if run["condition"] == "full")
+    # Another run of the same seed, as of another language; and one of a seed that is not finished.
+    found["runs"] += [{**whole, "trained_parameters": 32}, {**whole, "seed": 2, "scores": {}}]
+    found["runs"][-1]["scores"] = {split: {} for split in found["tests"]}
+    found["first"].append(
+        {**found["first"][0], "condition": "translator", "scores": whole["scores"]}
+    )
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    speech_report.figure(found, Path("never-written.png"))
+    panels = drawn[0].axes
+    assert [panel.get_title() for panel in panels] == list(found["tests"].values())
+    for panel in panels:
+        lines = {line.get_label(): line for line in panel.get_lines()}
+        assert lines.keys() == {*scores, "translator"}
+        assert list(lines["full"].get_xdata()) == [42, 42]
+        assert list(lines["st-2"].get_xdata()) == [10, 10]
+        for condition, values in scores.items():
+            np.testing.assert_allclose(lines[condition].get_ydata(), 100 * np.array(values))
+        np.testing.assert_allclose(lines["translator"].get_ydata(), 48.0)
+        looks = {
+            (line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines.values()
+        }
+        assert len(looks) == len(lines)
+    assert "| full | 2 | 50.0 ± 2.8 | 50.0 | 42 |" in " ".join(speech_report.report(found).split())
+
+
+def test_every_condition_has_a_look_of_its_own():
+    """No condition is left out of the figure's colours and markers, and no two are alike."""
+    looks = speech_report._DRAWN
+    assert looks.keys() == set(speech.CONDITIONS)
+    assert len(set(looks.values())) == len(looks)
 
 
 def test_reports_of_captions_say_that_the_speech_is_synthetic():
