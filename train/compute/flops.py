@@ -50,7 +50,7 @@ def peak(device_kind: str, dtype: str) -> float | None:
 
 
 def of_step(program: Program) -> int:
-    """Returns the FLOPs of the matrix products of a step, attention included.
+    """Returns the FLOPs of the matrix products and convolutions of a step, attention included.
 
     They comprise the forward pass, the gradients of activations down to the lowest trained layer,
     and the gradients of trained parameters. Elementwise operations, a few percent, are left out.

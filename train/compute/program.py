@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 import compacter_jax as cj
@@ -37,7 +38,7 @@ class Operation:
       name: the name of the JAX primitive.
       inputs: the numbers of the arrays that it reads.
       outputs: the numbers of the arrays that it writes.
-      flops: the floating-point operations, counted for matrix products only.
+      flops: the floating-point operations, counted for matrix products and convolutions only.
       product: the sizes of a matrix product, `[batch, m, k] @ [batch, k, n]`; None for others.
     """
 
@@ -154,11 +155,41 @@ def _inner(parameters: Any) -> Iterator[Jaxpr]:
 
 
 def _flops(equation: Any) -> int:
-    """Returns `2 m k n` for a matrix product; for a loop, the FLOPs of all its iterations."""
+    """Returns the FLOPs of a matrix product or convolution; of a loop, those of all iterations."""
+    if equation.primitive.name == "conv_general_dilated":
+        return _flops_of_convolution(equation)
     if (sizes := _product(equation)) is not None:
         return 2 * math.prod(sizes)
     rounds = equation.params.get("length", 1)
     return rounds * sum(_flops(inner) for body in _inner(equation.params) for inner in body.eqns)
+
+
+def _flops_of_convolution(equation: Any) -> int:
+    """Returns the FLOPs of a convolution: multiplications with padding or holes are left out."""
+    parameters, (out,) = equation.params, equation.outvars
+    left, right = (var.aval for var in equation.invars)
+    numbers = parameters["dimension_numbers"]
+    per_place = out.aval.size * right.shape[numbers.rhs_spec[1]]
+    pairs = 1
+    for axis in range(len(parameters["window_strides"])):
+        size, window, places = (
+            array.shape[spec[2 + axis]]
+            for array, spec in (
+                (left, numbers.lhs_spec),
+                (right, numbers.rhs_spec),
+                (out.aval, numbers.out_spec),
+            )
+        )
+        read = (
+            np.arange(places)[:, None] * parameters["window_strides"][axis]
+            + np.arange(window) * parameters["rhs_dilation"][axis]
+            - parameters["padding"][axis][0]
+        )
+        hole = parameters["lhs_dilation"][axis]
+        inside = (read >= 0) & (read <= (size - 1) * hole) & (read % hole == 0)
+        pairs *= int(inside.sum())
+        per_place //= places
+    return 2 * per_place * pairs
 
 
 def _product(equation: Any) -> tuple[int, int, int, int] | None:

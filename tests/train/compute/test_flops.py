@@ -42,6 +42,21 @@ def t5_step(method, **attributes):
     return cj.Adapted(module, method), DECODER_INPUTS, step.loss_function("tokens"), batch
 
 
+def speech_step(method):
+    """Returns a tiny Speech2Text, whose convolutions are half of its work, as `bert_step`."""
+    config = cj.SpeechToTextConfig(
+        **{"vocab_size": 48, "d_model": 64, "conv_channels": 128, "decoder_layers": 1},
+        **{"encoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        **{"encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "input_feat_per_channel": 20},
+    )
+    features = jax.ShapeDtypeStruct((B, 4 * L, 20), jnp.float32)
+    batch = {"input_features": features, "attention_mask": integers(B, 4 * L)}
+    batch |= {"decoder_input_ids": integers(B, T), "labels": integers(B, T)}
+    batch |= {"weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
+    names = ("input_features", *DECODER_INPUTS[1:])
+    return cj.Adapted(cj.SpeechToText(config), method), names, step.loss_function("tokens"), batch
+
+
 def halves(model):
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.backbone.dummy_inputs())["params"]
     return shapes, cj.label_params(shapes, model.method)
@@ -103,7 +118,7 @@ def test_full_fine_tuning_of_t5_by_hand():
     assert flops.of_step(traced(*t5_step(cj.preset("full")))) == expected
 
 
-@pytest.mark.parametrize("make", [bert_step, t5_step])
+@pytest.mark.parametrize("make", [bert_step, t5_step, speech_step])
 @pytest.mark.parametrize("method", ["full", "compacter++"])
 def test_xla_counts_as_much(make, method):
     overrides = {"reduction_factor": 8} if method == "compacter++" else {}
@@ -133,6 +148,37 @@ def test_sizes_of_products():
     sizes = [operation.product for operation in made.operations]
     assert [size for size in sizes if size is not None] == [(1, 10, 3, 7), (2, 5, 7, 4)]
     assert flops.of_step(made) == 2 * (10 * 3 * 7 + 2 * 5 * 7 * 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "channels", "options"),
+    [
+        ((17,), (5,), (6, 8), {"window_strides": (2,), "padding": [(2, 2)]}),
+        ((18,), (3,), (4, 8), {"padding": [(0, 3)], "rhs_dilation": (3,)}),
+        ((7,), (4,), (4, 6), {"padding": [(3, 1)], "lhs_dilation": (2,)}),
+        ((9, 6), (3, 2), (4, 8), {"window_strides": (2, 1), "padding": [(1, 1), (0, 1)]}),
+        ((11,), (3,), (6, 9), {"padding": [(1, 1)], "feature_group_count": 3}),
+    ],
+)
+def test_convolutions_count_as_xla_counts_them(size, window, channels, options):
+    """Strides, padding, holes and groups, in the forward pass and in both gradients."""
+    (inputs, outputs), groups = channels, options.get("feature_group_count", 1)
+    x = jax.ShapeDtypeStruct((2, *size, inputs), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*window, inputs // groups, outputs), jnp.float32)
+    layout = ("NWC", "WIO", "NWC") if len(size) == 1 else ("NHWC", "HWIO", "NHWC")
+    options = {"window_strides": (1,) * len(size), **options}
+    forward = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=layout, **options)
+    of_x = lambda x, kernel, y: jax.vjp(lambda x: forward(x, kernel), x)[1](y)  # noqa: E731
+    of_kernel = lambda x, kernel, y: jax.vjp(lambda w: forward(x, w), kernel)[1](y)  # noqa: E731
+    y = jax.eval_shape(forward, x, kernel)
+    for function, arguments in (
+        (forward, (x, kernel)),
+        (of_x, (x, kernel, y)),
+        (of_kernel, (x, kernel, y)),
+    ):
+        lowered = jax.jit(function).lower(*arguments)
+        counted = flops.of_step(program.traced(function, *arguments))
+        assert counted == lowered.cost_analysis()["flops"] > 0
 
 
 @pytest.mark.contract
