@@ -71,7 +71,8 @@ def batches(
 
     The shuffled order depends on `seed` and `epoch` alone. Without shuffling, inputs are ordered by
     bucket, and within a bucket as in the data; every input is padded to its own bucket. The same
-    holds for targets that are texts, which have finer buckets.
+    holds for targets that are texts, which have finer buckets; but if `encoded.is_generated`, they
+    are all padded to the bucket of the longest.
 
     Args:
       encoded: the examples.
@@ -111,6 +112,8 @@ def batches(
             f"part={part} is not a part of a batch of {batch_size} that is divided by {parts}"
         )
     padded = _padded_lengths(encoded)
+    if encoded.is_generated and not shuffle:
+        padded[:, 1] = padded[:, 1].max(initial=0)
     # One number for each pair of lengths, which preserves the order of the pairs.
     buckets = padded[:, 0] * (1 + padded[:, 1].max(initial=0)) + padded[:, 1]
     if shuffle:

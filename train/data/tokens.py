@@ -77,6 +77,9 @@ class Encoded:
         tasks of embeddings; None if an example is one input of the backbone.
       routes: the members of a bank and the languages of the examples, for translation.
       frames: the features of the examples, for speech.
+      is_generated: True if the outputs are generated text. Outside of training all targets are then
+        padded to one length: a program of generation takes long to compile, and would be compiled
+        for each length of the targets, which it does not read.
     """
 
     input_ids: np.ndarray
@@ -96,6 +99,7 @@ class Encoded:
     texts_of_example: int | None = None
     routes: Routes | None = None
     frames: Frames | None = None
+    is_generated: bool = False
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // (self.texts_of_example or 1)

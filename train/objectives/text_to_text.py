@@ -35,6 +35,11 @@ class Seq2Seq(Objective):
     config: Any
 
     @property
+    def generates(self) -> bool:
+        """True if the outputs are generated text."""
+        return False
+
+    @property
     def loss(self) -> step.LossFunction:
         """Cross-entropy of the target tokens."""
         return step.loss_function("tokens")
@@ -57,6 +62,7 @@ class Seq2Seq(Objective):
             unknown=inputs.unknown,
             target_texts=target_texts,
             decoder_start_token_id=self.config.decoder_start_token_id,
+            is_generated=self.generates,
         )
 
     def teacher_forced(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
@@ -88,6 +94,11 @@ class TextToText(Seq2Seq):
     max_length: int
     benchmark: Benchmark | None = None
 
+    @property
+    def generates(self) -> bool:
+        """True unless labels are scored."""
+        return self.format.generates
+
     @functools.cached_property
     def label_ids(self) -> np.ndarray:
         """Token ids of the label words, `[labels, length]` int32, followed by `IGNORED`."""
@@ -100,7 +111,7 @@ class TextToText(Seq2Seq):
 
     def outputs(self, params: step.Params, batch: step.Batch) -> dict[str, Array]:
         """Computes `scores` `[batch, labels]`, or `ids` `[batch, 1 + max_new_tokens]`, `loss`."""
-        if not self.format.generates:
+        if not self.generates:
             return {"scores": self._label_scores(params, batch)}
         ids = cj.generate(
             self.model,
@@ -171,7 +182,7 @@ class TextToText(Seq2Seq):
         self, outputs: dict[str, np.ndarray], encoded: data_tokens.Encoded
     ) -> Predicted:
         """Returns label scores as logits; or scores, None if the text is no number; or texts."""
-        if not self.format.generates:
+        if not self.generates:
             return outputs["scores"]
         read = self.format.read(text_format.decode(outputs["ids"], self.tokenizer))
         if self.format.kind == "regression":
@@ -185,7 +196,7 @@ class TextToText(Seq2Seq):
         if encoded.groups is not None:
             return None
         targets = targets_of(encoded)
-        if not self.format.generates:
+        if not self.generates:
             return outputs["scores"].argmax(-1), targets
         read = self.format.read(text_format.decode(outputs["ids"], self.tokenizer))
         if self.format.kind == "regression":
@@ -215,7 +226,7 @@ class TextToText(Seq2Seq):
 
     def check_predicts(self, *, logits: bool) -> None:
         """Raises ValueError for `logits` of generated text, which has no label logits."""
-        if logits and self.format.generates:
+        if logits and self.generates:
             raise ValueError(
                 f"--logits needs a task with labels, but predictions of kind {self.format.kind} "
                 "are generated text; leave it out"

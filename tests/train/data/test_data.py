@@ -396,6 +396,33 @@ def test_targets_are_padded_to_buckets_of_their_own():
         assert max(widths) == 60
 
 
+def test_targets_beside_generated_text_are_padded_to_one_length():
+    """Generation does not read the targets, so their lengths give it no programs of their own."""
+    generator = np.random.default_rng(1)
+    lengths, of_targets = generator.integers(1, 129, 300), generator.integers(2, 45, 300)
+    encoded = make_pairs(lengths, of_targets, 60)
+    generated = dataclasses.replace(encoded, is_generated=True)
+    batches = list(batching.batches(generated, 8, shuffle=False))
+    shapes = {(batch["input_ids"].shape[1], batch["labels"].shape[1]) for batch in batches}
+    assert shapes == {(length, 48) for length in batching.bucket_lengths(128)}
+    buckets = np.searchsorted(batching.bucket_lengths(128), lengths)
+    assert len(batches) == sum(-(-count // 8) for count in np.bincount(buckets))
+    seen = np.concatenate([batch["indices"] for batch in batches])
+    assert sorted(seen[seen >= 0]) == list(range(300))
+    for batch in batches:
+        real = batch["indices"] >= 0
+        counts = (batch["labels"] != tokens.IGNORED).sum(1)
+        np.testing.assert_array_equal(counts[real], of_targets[batch["indices"][real]])
+    for one, two in zip(
+        batching.batches(encoded, 8, shuffle=True, seed=0),
+        batching.batches(generated, 8, shuffle=True, seed=0),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one["labels"], two["labels"])
+    without = dataclasses.replace(generated, target_texts=None)
+    assert "labels" in next(iter(batching.batches(without, 8, shuffle=False)))
+
+
 def test_notices_of_what_was_cut():
     encoded = make_pairs([3, 5], [2, 4])
     assert encoded.user_messages("train") == []

@@ -4,12 +4,17 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import compacter_jax as cj
+from tests.helpers import quick_key
 from tests.parallel_data import write_model
 from tests.seq2seq_models import tiny
+from train.compute.outputs import split_outputs
+from train.data import batching
 from train.data.languages import language_tokens
 from train.objectives.translation import Translation
 from train.tasks import metrics
@@ -161,6 +166,40 @@ def test_scores_are_those_of_sacrebleu(folders):
         assert found[f"chrf_{name}"] == pytest.approx(sacrebleu.corpus_chrf(mine, theirs).score)
     assert found["bleu"] == pytest.approx(np.mean(bleus))
     assert max(bleus) > 20
+
+
+def test_generation_is_compiled_for_each_length_of_the_inputs_alone(folders):
+    """Targets of other lengths need no program of their own; the scores are those of all rows."""
+    objective, tokenizer = objective_of(
+        folders[0], generates=True, members=None, max_length=40, max_target_length=64
+    )
+    config = dataclasses.replace(objective.config, vocab_size=len(tokenizer))
+    model = cj.Adapted(cj.Seq2Seq(config), cj.preset("head-only"))
+    objective = dataclasses.replace(objective, model=model, config=config)
+    params = model.init(quick_key(0), *model.backbone.dummy_inputs())["params"]
+    count = 6
+    rows = {
+        "source": [" ".join(["sch"] * (1 + 19 * (i % 2))) for i in range(count)],
+        "target": [" ".join(["ung"] * (1 + i)) for i in range(count)],
+        "source_language": ["en"] * count,
+        "target_language": ["de"] * count,
+    }
+    encoded = objective.encode(rows)
+    compiled = jax.jit(objective.outputs)
+    found = split_outputs(lambda batch: compiled(params, batch), encoded, 4, description=None)
+    inputs = np.searchsorted(batching.bucket_lengths(40), np.diff(encoded.offsets))
+    targets = np.searchsorted(batching.bucket_lengths(64, 4), np.diff(encoded.target_texts.offsets))
+    assert len(set(inputs)) == compiled._cache_size() == 2
+    assert len(set(zip(inputs, targets, strict=True))) > 2
+    apart = dataclasses.replace(objective, generates=False)
+    own = split_outputs(
+        lambda batch: apart.outputs(params, batch),
+        dataclasses.replace(encoded, is_generated=False),
+        4,
+        description=None,
+    )
+    np.testing.assert_array_equal(found["correct"], own["correct"])
+    np.testing.assert_allclose(found["loss"], own["loss"], rtol=1e-5)
 
 
 def test_the_code_of_a_language_without_its_script():
