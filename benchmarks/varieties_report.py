@@ -41,11 +41,25 @@ def line(key: str, cell: Mapping[str, Any]) -> str:
     return f"{key}: {cell['score']:.4f} of {cell['sentences']} sentences{more}"
 
 
-def counts_of(report: Mapping[str, Any], variety: str, condition: str, split: str) -> Any:
-    """Returns `[seeds, sentences, k]` counts of a condition; None unless every seed has them."""
-    keys = [f"{seed}/{variety}/{split}/{condition}" for seed in report["adapters"]]
-    cells = [report["cells"].get(key) for key in keys]
-    return None if None in cells else np.array([cell["counts"] for cell in cells])
+def counts_of(
+    report: Mapping[str, Any], variety: str, condition: str, split: str
+) -> dict[str, np.ndarray]:
+    """Returns seed -> `[sentences, k]` counts of a condition, of the seeds that have it."""
+    found = {
+        seed: report["cells"].get(f"{seed}/{variety}/{split}/{condition}")
+        for seed in report["adapters"]
+    }
+    return {seed: np.array(cell["counts"]) for seed, cell in found.items() if cell is not None}
+
+
+def compared(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> dict[str, float] | None:
+    """Compares two conditions as `paired`, by the seeds that both have; None if there are none."""
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    return paired(*(np.array([each[seed] for seed in seeds]) for each in (ours, theirs)))
 
 
 def scores(counts: np.ndarray) -> np.ndarray:
@@ -104,13 +118,14 @@ def chosen(report: Mapping[str, Any], prefix: str = "") -> str | None:
         if not name.startswith(f"{prefix}entropy-"):
             continue
         gains = [
-            paired(ours, equal)["difference"]
+            compared(
+                counts_of(report, variety, name, "validation"),
+                counts_of(report, variety, f"{prefix}equal", "validation"),
+            )
             for variety in report["left_out"]
-            if (ours := counts_of(report, variety, name, "validation")) is not None
-            and (equal := counts_of(report, variety, f"{prefix}equal", "validation")) is not None
         ]
-        if gains:
-            means[name] = float(np.mean(gains))
+        if any(gains):
+            means[name] = float(np.mean([each["difference"] for each in gains if each]))
     return max(means, key=lambda name: means[name]) if means else None
 
 
@@ -130,20 +145,16 @@ def claims(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     setting = chosen(report)
     for variety in (*report["varieties"], *report["left_out"]):
         equal = counts_of(report, variety, "equal", "test")
-        if equal is None:
-            continue
-        singles = {
-            name: counts
-            for name in report["languages"]
-            if (counts := counts_of(report, variety, f"only-{name}", "test")) is not None
-        }
-        if singles:
-            best = max(singles, key=lambda name: scores(singles[name]).mean())
-            found["mixture"][variety] = paired(equal, next(iter(singles.values())))
-            found["best"][variety] = paired(equal, singles[best])
-        emea = None if setting is None else counts_of(report, variety, setting, "test")
-        if emea is not None:
-            found["emea"][variety] = paired(emea, equal)
+        singles = [counts_of(report, variety, f"only-{n}", "test") for n in report["languages"]]
+        pairs = {}
+        if singles := [each for each in singles if each]:
+            pairs["mixture"] = equal, singles[0]
+            pairs["best"] = equal, max(singles, key=lambda counts: _scores_of(counts).mean())
+        if setting is not None:
+            pairs["emea"] = counts_of(report, variety, setting, "test"), equal
+        for claim, both in pairs.items():
+            if (difference := compared(*both)) is not None:
+                found[claim][variety] = difference
     return found
 
 
@@ -155,7 +166,7 @@ def report(found: Mapping[str, Any]) -> str:
         cells = []
         for variety in varieties:
             counts = counts_of(found, variety, condition, "test")
-            cells.append("-" if counts is None else _cell(scores(counts), counts.shape[1]))
+            cells.append(_cell(counts, len(found["adapters"])) if counts else "-")
         rows.append([f"`{condition}`", *cells])
     parts = ["# Varieties", table(["", *varieties], rows)]
     setting = chosen(found)
@@ -194,9 +205,17 @@ def report(found: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, predicted_text(found["predicted"])]) + "\n"
 
 
-def _cell(values: np.ndarray, sentences: int) -> str:
+def _scores_of(counts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the scores `[seeds]` of the result of `counts_of`."""
+    return scores(np.array(list(counts.values())))
+
+
+def _cell(counts: Mapping[str, np.ndarray], seeds: int) -> str:
+    """Returns mean, spread and sentences, and the number of seeds if others have more."""
+    values, sentences = _scores_of(counts), len(next(iter(counts.values())))
     spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * values.mean():.1f}{spread} ({sentences})"
+    fewer = f", {len(values)} of {seeds} seeds" if len(values) < seeds else ""
+    return f"{100 * values.mean():.1f}{spread} ({sentences}{fewer})"
 
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
@@ -211,11 +230,11 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     places, width = np.arange(len(varieties)), 0.8 / len(names)
     for place, variety in zip(places, varieties, strict=True):
         counts = [counts_of(found, variety, str(name), "test") for name in names]
-        least = min(each.shape[1] for each in counts if each is not None)
-        for at, each in enumerate(counts):
-            if each is None:
+        least = min(len(each) for of_it in counts for each in of_it.values())
+        for at, of_it in enumerate(counts):
+            if not of_it:
                 continue
-            values = 100 * scores(each[:, :least])
+            values = 100 * scores(np.array([each[:least] for each in of_it.values()]))
             x = place + (at - (len(names) - 1) / 2) * width
             label = None if names[at] in axes.get_legend_handles_labels()[1] else names[at]
             axes.plot(np.full(len(values), x), values, "o", ms=4, color=_COLOURS[at], label=label)

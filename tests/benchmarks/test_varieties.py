@@ -250,3 +250,30 @@ def test_the_setting_is_chosen_on_left_out_languages_alone():
     text = varieties_report.report(report)
     assert "`entropy-1-100` less equal weights" in text
     assert varieties_report.chosen(report_of({})) is None
+
+
+def test_conditions_are_compared_by_the_seeds_that_both_have():
+    """A seed without a condition hides it from no table, and takes no part in its comparisons."""
+    cells = {
+        "0/nn/test/only-nb": [[4, 10]] * 3,
+        "0/nn/test/equal": [[5, 10]] * 3,
+        "1/nn/test/equal": [[9, 10]] * 3,
+        "1/nn/test/joint": [[2, 10]] * 3,
+        "0/da/validation/equal": [[5, 10]] * 3,
+        "1/da/validation/equal": [[1, 10]] * 3,
+        "1/da/validation/entropy-1-10": [[2, 10]] * 3,
+        "0/da/validation/entropy-1-100": [[4, 10]] * 3,
+    }
+    report = {**report_of(cells), "adapters": {"0": {}, "1": {}}}
+    assert varieties_report.chosen(report) == "entropy-1-10"
+    claims = varieties_report.claims(report)
+    assert claims["mixture"]["nn"]["difference"] == pytest.approx(0.1)
+    assert not claims["emea"]
+    text = " ".join(varieties_report.report(report).split())
+    assert "| `only-nb` | 40.0 (3, 1 of 2 seeds) | - |" in text
+    assert "| `equal` | 70.0 ± 28.3 (3) | - |" in text
+    assert "| `joint` | 20.0 (3, 1 of 2 seeds) | - |" in text
+    apart = [
+        varieties_report.counts_of(report, "nn", name, "test") for name in ("only-nb", "joint")
+    ]
+    assert varieties_report.compared(*apart) is None
