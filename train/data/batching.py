@@ -18,6 +18,9 @@ _WINDOW_BATCHES = 32
 # Smallest padded length of inputs of tokens, of frames of speech, and of targets. Frames are many
 # for one text; coarser buckets keep the number of compiled shapes small.
 TOKENS, FRAMES, TARGETS = 16, 64, 4
+# Share of the examples from which on a pair of lengths of inputs and targets has batches of its own
+# in training: compiling for it takes longer than a rare pair's padding costs.
+_RARE = 0.03
 
 
 class Examples(Protocol):
@@ -72,7 +75,8 @@ def batches(
     The shuffled order depends on `seed` and `epoch` alone. Without shuffling, inputs are ordered by
     bucket, and within a bucket as in the data; every input is padded to its own bucket. The same
     holds for targets that are texts, which have finer buckets; but if `encoded.is_generated`, they
-    are all padded to the bucket of the longest.
+    are all padded to the bucket of the longest. With shuffling, examples of a rare pair of input
+    and target buckets are padded to a larger pair, so that fewer shapes are compiled.
 
     Args:
       encoded: the examples.
@@ -112,7 +116,9 @@ def batches(
             f"part={part} is not a part of a batch of {batch_size} that is divided by {parts}"
         )
     padded = _padded_lengths(encoded)
-    if encoded.is_generated and not shuffle:
+    if shuffle and encoded.target_texts is not None:
+        padded = _without_rare(padded)
+    elif encoded.is_generated:
         padded[:, 1] = padded[:, 1].max(initial=0)
     # One number for each pair of lengths, which preserves the order of the pairs.
     buckets = padded[:, 0] * (1 + padded[:, 1].max(initial=0)) + padded[:, 1]
@@ -126,9 +132,9 @@ def batches(
         rows = [row for of_bucket in positions for row in _sliced(of_bucket, batch_size)]
     if not 0 <= start <= len(rows):
         raise ValueError(f"start={start} is not within the {len(rows)} batches of an epoch")
-    size = batch_size // parts
+    size, pairs = batch_size // parts, np.unique(padded, axis=0)
     return (
-        _batch(encoded, row[index * size : (index + 1) * size], size, *padded[row].max(0))
+        _batch(encoded, row[index * size : (index + 1) * size], size, *_least(pairs, padded[row]))
         for row in rows[start:]
     )
 
@@ -193,6 +199,42 @@ def _padded_lengths(encoded: Encoded) -> np.ndarray:
         longest = np.diff(offsets).reshape(-1, encoded.texts_of_example or 1).max(1)
         padded[:, column] = lengths[np.searchsorted(lengths, longest)]
     return padded
+
+
+def _without_rare(padded: np.ndarray) -> np.ndarray:
+    """Returns `[examples, 2]` lengths of which no pair is rare, except for the largest one.
+
+    Examples of a rare pair join the smallest pair that is as long in both.
+
+    Args:
+      padded: `[examples, 2]`, the buckets of each input and target.
+    """
+    pairs, which, counts = np.unique(padded, axis=0, return_inverse=True, return_counts=True)
+    # The largest of both is as long as any pair.
+    pairs = np.concatenate([pairs, padded.max(0, keepdims=True, initial=0)])
+    counts, joined = np.append(counts, 0), np.arange(len(pairs))
+    ascending = np.argsort(pairs.prod(1), kind="stable")
+    for place, pair in enumerate(ascending[:-1]):
+        if counts[pair] < _RARE * len(padded):
+            larger = ascending[place + 1 :]
+            joined[pair] = larger[(pairs[larger] >= pairs[pair]).all(1)][0]
+            counts[joined[pair]] += counts[pair]
+    # A pair that others joined may have joined another in turn.
+    for pair in ascending[::-1]:
+        joined[pair] = joined[joined[pair]]
+    return pairs[joined[which.reshape(-1)]]
+
+
+def _least(pairs: np.ndarray, padded: np.ndarray) -> np.ndarray:
+    """Returns the lengths that a batch is padded to, one of the `pairs` if one is long enough.
+
+    Args:
+      pairs: `[pairs, 2]`, the lengths that examples are padded to.
+      padded: `[rows, 2]`, those of the rows of the batch.
+    """
+    longest = padded.max(0)
+    enough = pairs[(pairs >= longest).all(1)]
+    return enough[enough.prod(1).argmin()] if len(enough) else longest
 
 
 def _batch(

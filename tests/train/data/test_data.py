@@ -396,6 +396,51 @@ def test_targets_are_padded_to_buckets_of_their_own():
         assert max(widths) == 60
 
 
+def test_rare_pairs_of_lengths_have_no_shapes_of_their_own_in_training():
+    """Few shapes are compiled, each batch fits in one, and little more is padded than before."""
+    generator = np.random.default_rng(2)
+    lengths = np.clip(generator.gamma(4, 12, 4000).astype(int), 1, 128)
+    of_targets = np.clip((lengths * generator.normal(0.4, 0.12, 4000)).astype(int), 1, 120)
+    encoded = make_pairs(lengths, of_targets, 128)
+    own = batching._padded_lengths(encoded)
+    merged = batching._without_rare(own)
+    assert (merged >= own).all()
+    pairs, counts = np.unique(merged, axis=0, return_counts=True)
+    rare = pairs[counts < 0.03 * 4000]
+    assert len(rare) <= 1
+    assert (rare == own.max(0)).all()
+    frequent = own[(counts_of(own) >= 0.03 * 4000)]
+    np.testing.assert_array_equal(merged[counts_of(own) >= 0.03 * 4000], frequent)
+    shapes, tokens_read = set(), 0
+    for epoch in range(3):
+        for batch in batching.batches(encoded, 16, shuffle=True, seed=0, epoch=epoch):
+            shapes.add((batch["input_ids"].shape[1], batch["labels"].shape[1]))
+            tokens_read += batch["input_ids"].size
+            assert (batch["weights"] > 0).all()
+    assert shapes <= set(map(tuple, pairs))
+    assert len(shapes) <= len(pairs) < len(np.unique(own, axis=0)) / 2
+    assert tokens_read < 3 * 1.2 * own[:, 0].sum()
+
+
+def counts_of(pairs):
+    """Returns for each row of an array how many rows are equal to it."""
+    _, which, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
+    return counts[which.reshape(-1)]
+
+
+def test_the_largest_pair_may_be_of_no_example():
+    """Where nothing else is as long in both, rare examples are padded to the largest of both."""
+    frequent = [[16, 4]] * 200
+    found = batching._without_rare(np.array([*frequent, [64, 4], [16, 32], [32, 8]]))
+    assert found.tolist() == [*frequent, [64, 32], [64, 32], [64, 32]]
+    found = batching._without_rare(np.array([*frequent, [32, 8], [64, 4], [64, 8], [16, 4]]))
+    assert found.tolist() == [*frequent, [64, 8], [64, 8], [64, 8], [16, 4]]
+    # Two that are rare may be frequent together.
+    found = batching._without_rare(np.array([*frequent, *[[32, 4]] * 4, *[[32, 8]] * 4, [64, 8]]))
+    assert found.tolist() == [*frequent, *[[32, 8]] * 8, [64, 8]]
+    assert batching._without_rare(np.zeros((0, 2), np.int64)).shape == (0, 2)
+
+
 def test_targets_beside_generated_text_are_padded_to_one_length():
     """Generation does not read the targets, so their lengths give it no programs of their own."""
     generator = np.random.default_rng(1)
