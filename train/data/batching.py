@@ -95,12 +95,13 @@ def batches(
       `[batch_size, 2]` int32, 0 where unknown. `weights`: `[batch_size]` float32, 1, or 0 in a
       filling row. `indices`: `[batch_size]` int32, the position in `encoded`, or -1 in a filling
       row. A filling row attends to one token, so that its softmax is finite. With target texts,
-      `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED` where there is none;
-      `decoder_input_ids`, of the same shape, are the labels shifted to the right behind the start
-      token; and the weight of a row is the number of its target tokens, so that the weighted mean
-      of the rows' mean losses is the mean over the batch's tokens. With routes, `adapter_ids` and
-      `first_tokens`: `[batch_size]` int32, as far as they are known. With words, `labels` are the
-      tags of the words at their first tokens, `[batch_size, length]` int32, `IGNORED` elsewhere,
+      `labels` are their tokens, `[batch_size, target_length]` int32, `IGNORED` where there is none
+      and where it is given; `decoder_input_ids`, of the same shape, are the tokens shifted to the
+      right behind the start token; and the weight of a row is the number of its labels, so that the
+      weighted mean of the rows' mean losses is the mean over the batch's labels. With routes,
+      `adapter_ids` and `first_tokens`: `[batch_size]` int32, as far as they are known. With words,
+      `labels` are the tags of the words at their first tokens, `[batch_size, length]` int32,
+      `IGNORED` elsewhere,
       and the weight of a row is the number of these tags, at least 1. If an example has several
       texts, the inputs are `[batch_size, texts, length]`, and `labels` are the scores or
       `[batch_size, texts]` int32, the numbers of equal texts, 0 in a filling row.
@@ -267,10 +268,11 @@ def _batch(
         return batch
     if texts is not None:
         labels = _pad(texts.ids, texts.offsets, positions, (batch_size, target_length), IGNORED)
-        batch["labels"] = labels
         batch["decoder_input_ids"] = shift_right(
             labels, encoded.pad_token_id, encoded.decoder_start_token_id
         )
+        labels[:, : texts.given] = IGNORED
+        batch["labels"] = labels
         batch["weights"] = (labels != IGNORED).sum(1).astype(np.float32)
         return batch
     batch["labels"] = np.zeros(batch_size, np.int32)

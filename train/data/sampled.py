@@ -96,7 +96,7 @@ def taken(encoded: Encoded, positions: np.ndarray) -> Encoded:
         flat, offsets = encoded.input_ids, frames.offsets
     if texts is not None:
         ids, ends = _gathered(texts.ids, texts.offsets, positions)
-        texts = Texts(ids, ends, texts.max_length)
+        texts = Texts(ids, ends, texts.max_length, given=texts.given)
     return dataclasses.replace(
         encoded,
         input_ids=flat,

@@ -40,6 +40,8 @@ class Texts:
       max_length: the length to which the texts were truncated.
       num_truncated: the number of truncated texts.
       unknown: the counts of unknown tokens.
+      given: the number of tokens at the beginning of each text that a decoder is given, such as the
+        language; they are its inputs, but not among its labels.
     """
 
     ids: np.ndarray
@@ -47,6 +49,7 @@ class Texts:
     max_length: int
     num_truncated: int = 0
     unknown: Unknown = NONE_UNKNOWN
+    given: int = 0
 
 
 @dataclass(frozen=True)

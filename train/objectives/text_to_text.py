@@ -260,9 +260,10 @@ class TextToText(Seq2Seq):
 
 
 def num_tokens(encoded: data_tokens.Encoded) -> np.ndarray:
-    """Returns the number of tokens of each target, `[examples]`."""
-    assert encoded.target_texts is not None
-    return np.diff(encoded.target_texts.offsets)
+    """Returns the number of tokens of each target that are labels, `[examples]`."""
+    texts = encoded.target_texts
+    assert texts is not None
+    return np.diff(texts.offsets) - texts.given
 
 
 def mean_token_loss(outputs: Mapping[str, np.ndarray], encoded: data_tokens.Encoded) -> float:

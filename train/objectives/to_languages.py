@@ -99,11 +99,14 @@ class ToLanguages(Seq2Seq):
 
         Args:
           targets: `[rows]` texts.
-          first: `[rows]` int32, a token before each, which counts for the maximum length; or None.
+          first: `[rows]` int32, a token before each, which counts for the maximum length, but not
+            for the loss, as it is forced in generation; or None.
         """
         longest = self.max_target_length - (first is not None)
         texts = data_tokens.tokenize_texts(list(targets), self.tokenizer, longest, what="target")
-        return texts if first is None else languages.with_first(texts, first)
+        if first is None:
+            return texts
+        return dataclasses.replace(languages.with_first(texts, first), given=1)
 
     def encode_all(self, splits: Mapping[str, Any]) -> dict[str, batching.Examples]:
         """Tokenises the splits of a run; training draws directions by the temperature."""

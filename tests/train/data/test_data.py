@@ -7,7 +7,9 @@ import datasets
 import numpy as np
 import pytest
 
-from train.data import batching, tokens
+from train.data import batching, sampled, tokens
+from train.data.routes import Routes
+from train.objectives.text_to_text import num_tokens
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "##s", "a", "b"]
 
@@ -394,6 +396,28 @@ def test_targets_are_padded_to_buckets_of_their_own():
         assert sorted(seen) == list(range(300))
         assert widths <= set(batching.bucket_lengths(60, 4))
         assert max(widths) == 60
+
+
+def test_given_tokens_are_inputs_and_no_labels():
+    """A language token is read by the decoder, and counts neither in the loss nor as a label."""
+    encoded = make_pairs([3, 5], [2, 4])
+    given = dataclasses.replace(
+        encoded, target_texts=dataclasses.replace(encoded.target_texts, given=1)
+    )
+    ((plain,), (batch,)) = (batching.batches(each, 3, shuffle=False) for each in (encoded, given))
+    ignored = tokens.IGNORED
+    assert batch["labels"].tolist() == [
+        [ignored, 100, ignored, ignored],
+        [ignored, *[101] * 3],
+        [ignored] * 4,
+    ]
+    np.testing.assert_array_equal(batch["decoder_input_ids"], plain["decoder_input_ids"])
+    assert batch["weights"].tolist() == [1, 3, 0]
+    assert num_tokens(given).tolist() == [1, 3]
+    part = sampled.taken(
+        dataclasses.replace(given, routes=Routes(np.zeros(2, np.int32))), np.array([1])
+    )
+    assert num_tokens(part).tolist() == [3]
 
 
 def test_rare_pairs_of_lengths_have_no_shapes_of_their_own_in_training():

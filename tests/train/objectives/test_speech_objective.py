@@ -128,6 +128,7 @@ def test_the_member_of_a_row_is_the_one_of_its_language(task_run):
     assert tokens == [f"<{name}>" for name in names]
     starts = encoded.target_texts.offsets[:-1]
     np.testing.assert_array_equal(encoded.target_texts.ids[starts], encoded.routes.first_tokens)
+    assert encoded.target_texts.given == 1
     np.testing.assert_array_equal(encoded.frames.starts[::2], encoded.frames.starts[1::2])
     assert encoded.frames.lengths[::2].sum() == len(encoded.frames.values)
 

@@ -93,6 +93,11 @@ def test_the_tokens_of_m2m_100_are_forced(folders):
     wanted = [[token, *rest] for token, rest in zip(before, plain, strict=True)]
     assert split(encoded.target_texts.ids, encoded.target_texts.offsets) == wanted
     assert encoded.target_texts.max_length == 8
+    # The token of the source is read; the one of the target is forced, so it is no label.
+    assert encoded.target_texts.given == 1
+    (batch, *_) = batching.batches(encoded, 4, shuffle=False)
+    assert not np.isin(batch["labels"], before).any()
+    assert np.isin(batch["decoder_input_ids"], before).any()
 
 
 def test_what_is_too_long_keeps_its_language(folders):
