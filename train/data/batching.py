@@ -101,10 +101,9 @@ def batches(
       weighted mean of the rows' mean losses is the mean over the batch's labels. With routes,
       `adapter_ids` and `first_tokens`: `[batch_size]` int32, as far as they are known. With words,
       `labels` are the tags of the words at their first tokens, `[batch_size, length]` int32,
-      `IGNORED` elsewhere,
-      and the weight of a row is the number of these tags, at least 1. If an example has several
-      texts, the inputs are `[batch_size, texts, length]`, and `labels` are the scores or
-      `[batch_size, texts]` int32, the numbers of equal texts, 0 in a filling row.
+      `IGNORED` elsewhere, and the weight of a row is the number of these tags, at least 1. If an
+      example has several texts, the inputs are `[batch_size, texts, length]`, and `labels` are the
+      scores or `[batch_size, texts]` int32, the numbers of equal texts, 0 in a filling row.
 
     Raises:
       ValueError: if `shuffle` has no `seed`, or `start`, `batch_size` or `part` is out of range.
