@@ -453,7 +453,7 @@ def counts_of(pairs):
 
 
 def test_the_largest_pair_may_be_of_no_example():
-    """Where nothing else is as long in both, rare examples are padded to the largest of both."""
+    """Rare examples are padded to the largest of both where no pair is as long in both."""
     frequent = [[16, 4]] * 200
     found = batching._without_rare(np.array([*frequent, [64, 4], [16, 32], [32, 8]]))
     assert found.tolist() == [*frequent, [64, 32], [64, 32], [64, 32]]
