@@ -30,7 +30,7 @@ from typing import Any
 from train.report import table
 
 # Slow imports happen once, before the process is forked.
-_PRELOADED = ["train.fit.run", "train.fit.job", "transformers", "datasets", "matplotlib.pyplot"]
+_PRELOADED = ["train.fit.run", "train.fit.job", "transformers", "datasets", "matplotlib.figure"]
 _POLL_SECONDS = 0.002
 _TIMEOUT_SECONDS = 600
 # Aim -> method of the trainer, and the number of its call at which a process kills itself: while

@@ -43,30 +43,30 @@ LOOK: Any = {
 def new_figure(
     size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Any, Any]:
-    """Returns a figure and its axes, as `matplotlib.pyplot.subplots`, in the look of all figures.
+    """Returns a figure and its axes, in the look of all figures.
+
+    The figure belongs to the caller alone. `matplotlib.pyplot` keeps each of its own figures until
+    it is closed, and with it whatever an error or a test left open.
 
     Args:
       size: width and height in inches.
       rows: number of rows of axes.
       columns: number of columns of axes.
-      **options: further arguments of `subplots`.
+      **options: further arguments of `matplotlib.figure.Figure.subplots`.
     """
     import matplotlib as mpl  # noqa: PLC0415 - slow to import, and needed only here
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    with plt.rc_context(LOOK):
-        return plt.subplots(rows, columns, figsize=size, **options)
+    with mpl.rc_context(LOOK):
+        figure = FigureCanvasAgg(Figure(figsize=size)).figure
+        return figure, figure.subplots(rows, columns, **options)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure as a PNG file under a temporary name, renames it, and closes the figure."""
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
+    """Writes a figure as a PNG file under a temporary name, and renames it."""
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
 
 
 def colour_of(method: str) -> str:

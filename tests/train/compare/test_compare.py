@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from conftest import QUICK
 from matplotlib import image
-from matplotlib import pyplot as plt
 
 import compacter_jax as cj
 from tests.train.cli.test_cli import refusal, write_splits
@@ -719,7 +718,6 @@ def test_the_figure_has_a_labelled_point_with_error_bars_for_each_method():
         assert not box.overlaps(its_box), (name, other)
     inside = axes.get_window_extent()
     assert all(inside.contains(*corner) for box in boxes.values() for corner in box.corners())
-    plt.close(figure)
 
 
 def label_boxes(figure, axes):
@@ -742,7 +740,6 @@ def test_the_figure_of_sizes_has_a_line_of_means_for_each_method():
     assert [text.get_text() for text in axes.get_xticklabels()] == ["100", "1,000"]
     for container in axes.containers:
         np.testing.assert_allclose(container[0].get_xdata(orig=False), [100, 1000], rtol=0.02)
-    plt.close(figure)
 
 
 def test_the_title_names_the_backbone_as_it_was_given(tmp_path):
@@ -754,7 +751,6 @@ def test_the_title_names_the_backbone_as_it_was_given(tmp_path):
         figure = figures.size_figure(runs, given)
         (axes,) = figure.axes
         assert axes.get_title().split("\n")[0].endswith(", minilm")
-        plt.close(figure)
 
 
 def test_shares_within_a_power_of_ten_have_labels_in_percent():
@@ -770,7 +766,6 @@ def test_shares_within_a_power_of_ten_have_labels_in_percent():
         told = [text for place, text in shown if low <= place <= high and text]
         assert len(told) >= (2 if labelled else 1)
         assert all(re.fullmatch(r"[\d.]+ %", text) for text in told)
-        plt.close(figure)
 
 
 def test_the_legend_of_all_methods_hides_and_loses_nothing():
@@ -791,7 +786,6 @@ def test_the_legend_of_all_methods_hides_and_loses_nothing():
     # The methods of one size stay apart from those of the next.
     places = np.array([container[0].get_xdata(orig=False) for container in axes.containers])
     assert places[:, 0].max() < 150 < places[:, 1].min()
-    plt.close(figure)
 
 
 def test_what_is_written(tmp_path):
@@ -818,7 +812,6 @@ def test_what_is_written(tmp_path):
         picture = image.imread(tmp_path / name)
         assert picture.shape[0] > 500
         assert picture.std() > 0.01
-    assert not plt.get_fignums()
 
 
 # --- for real -----------------------------------------------------------------------------------
