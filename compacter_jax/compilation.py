@@ -1,12 +1,24 @@
-"""Compilation of programs that run once, such as those that draw initial values."""
+"""Initial values of modules, traced once, and programs that run once, such as those that draw them.
+
+Tracing a model takes seconds, and a run asks several times which parameters it has: to read a
+checkpoint, to check that a method fits, to create adapters, and to save them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict
+
+# Random key -> `/`-joined path -> initial value.
+Initialiser = Callable[[jax.Array], dict[str, jax.Array]]
 
 _LEVEL = "xla_backend_optimization_level"
 
@@ -31,3 +43,78 @@ def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
     if is_traced or is_given or jax.default_backend() != "cpu":
         return compiled(*arguments)
     return compiled.lower(*arguments).compile(compiler_options={_LEVEL: "1"})(*arguments)
+
+
+def initialiser(module: nn.Module, *inputs: Any) -> Initialiser:
+    """Returns the initial parameters of a module as a jitted function of a random key.
+
+    Without inputs, equal modules have one function, so that JAX traces it once. The function
+    computes every leaf; called inside another that is jitted, only those which that one returns.
+
+    Args:
+      module: a backbone, or an adapted one.
+      *inputs: arguments of a call; by default `dummy_inputs()` of the backbone.
+
+    Raises:
+      ValueError: if there are no inputs, and the backbone has no `dummy_inputs`.
+    """
+    if inputs:
+        return _initialiser(module, inputs)
+    module = hashable(module)
+    try:
+        hash(module)
+    except TypeError:  # a field of a field is a dict or a list
+        return _initialiser(module, example_inputs(backbone_of(module)))
+    return _of_equal_modules(module)
+
+
+def initial_shapes(module: nn.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns `/`-joined path -> shape and dtype of a module's parameters; nothing is computed.
+
+    Args:
+      module: a backbone, or an adapted one.
+      *inputs: arguments of a call; by default `dummy_inputs()` of the backbone.
+
+    Raises:
+      ValueError: as `initialiser` does, and as the module does when it is called.
+    """
+    return jax.eval_shape(initialiser(module, *inputs), jax.random.key(0))
+
+
+def hashable(module: nn.Module) -> nn.Module:
+    """Returns an equal module that can be hashed, even if some fields are ordinary dicts."""
+    mappings: dict[str, Any] = {
+        field.name: FrozenDict(value)
+        for field in dataclasses.fields(module)
+        if isinstance(value := getattr(module, field.name, None), Mapping)
+    }
+    return module.clone(**mappings) if mappings else module
+
+
+def backbone_of(module: Any) -> Any:
+    """Returns the module that an adapted one adapts, and any other module itself."""
+    return getattr(module, "backbone", module)
+
+
+def example_inputs(backbone: Any) -> Any:
+    """Returns example arguments of a call.
+
+    Raises:
+      ValueError: if the backbone has no `dummy_inputs`.
+    """
+    if not hasattr(backbone, "dummy_inputs"):
+        raise ValueError(
+            f"{type(backbone).__name__} has no dummy_inputs(); pass example inputs: "
+            "init_adapters(model, backbone, key, input_ids, attention_mask), "
+            "load_adapter(directory, backbone, input_ids, attention_mask), and so on"
+        )
+    return backbone.dummy_inputs()
+
+
+def _initialiser(module: nn.Module, inputs: Any) -> Initialiser:
+    return jax.jit(lambda key: flatten_dict(module.init(key, *inputs)["params"], sep="/"))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_equal_modules(module: nn.Module) -> Initialiser:
+    return _initialiser(module, example_inputs(backbone_of(module)))

@@ -22,6 +22,8 @@ _LONGEST = 20_000
 # In seconds of the thread's own computing time. Faster matches are not counted, however many there
 # are.
 _SLOW = 1e-3
+# The number of texts whose matches a pattern remembers; a model has at most thousands of modules.
+_MOST_FOUND = 2**14
 
 
 class Pattern:
@@ -49,6 +51,7 @@ class Pattern:
         self.pattern = pattern
         self.groupindex: dict[str, int] = dict(self._compiled.groupindex)
         self._spent = 0.0
+        self._found: dict[str, Any] = {}
 
     def fullmatch(self, text: str) -> Any:
         """Returns the match of the whole `text`, or None, as `re.fullmatch` does.
@@ -56,6 +59,8 @@ class Pattern:
         Raises:
           ValueError: if the pattern has taken more than `MOST_SECONDS` of computing time.
         """
+        if text in self._found:  # every trace of a model asks about the same paths
+            return self._found[text]
         start = time.thread_time()
         try:
             match = self._compiled.fullmatch(text, timeout=MOST_SECONDS)
@@ -68,6 +73,8 @@ class Pattern:
                 f"the regular expression {quote(self.pattern, 200)} takes too long to match; "
                 "write it without nested repetitions"
             )
+        if len(self._found) < _MOST_FOUND:
+            self._found[text] = match
         return match
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 
+from compacter_jax.compilation import backbone_of, initial_shapes
 from compacter_jax.messages import listing, shorten
 from compacter_jax.paths import ADAPTER
 from compacter_jax.weights import check_finite
@@ -138,24 +137,9 @@ def _misfit(shapes: Mapping[str, _Shape], wanted: Mapping[str, _Shape] | None) -
 
 def _shapes(module: nn.Module) -> dict[str, _Shape] | None:
     """Returns path -> shape of every leaf of `module.init`, or None without example inputs."""
-    if not hasattr(getattr(module, "backbone", module), "dummy_inputs"):
+    if not hasattr(backbone_of(module), "dummy_inputs"):
         return None
-    module = hashable(module)
-    try:
-        hash(module)
-    except TypeError:
-        return _traced_shapes(module)
-    return _cached_shapes(module)
-
-
-def hashable(module: nn.Module) -> nn.Module:
-    """Returns an equal module that can be hashed, even if some fields are ordinary dicts."""
-    mappings: dict[str, Any] = {
-        field.name: FrozenDict(value)
-        for field in dataclasses.fields(module)
-        if isinstance(value := getattr(module, field.name, None), Mapping)
-    }
-    return module.clone(**mappings) if mappings else module
+    return {path: tuple(leaf.shape) for path, leaf in initial_shapes(module).items()}
 
 
 def _with_unused(
@@ -169,13 +153,3 @@ def _with_unused(
         return wanted
     own = _shapes(module.backbone) or {}
     return {**{path: own[path] for path in there if path in own}, **wanted}
-
-
-def _traced_shapes(module: nn.Module) -> dict[str, _Shape]:
-    inputs = getattr(module, "backbone", module).dummy_inputs()
-    tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    return {path: np.shape(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
-
-
-# Tracing a model takes seconds, and a run saves it many times.
-_cached_shapes = functools.lru_cache(maxsize=8)(_traced_shapes)

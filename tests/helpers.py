@@ -14,6 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compacter_jax.catalogue import preset
+from compacter_jax.compilation import initial_shapes
 from compacter_jax.methods.bottleneck import Bottleneck, BottleneckConfig
 from compacter_jax.models.bert.config import BertConfig
 from compacter_jax.models.t5.checkpoint import t5_to_hugging_face
@@ -304,8 +305,7 @@ def backbone_of(module, seed=0):
 
 def adapted_shapes(model):
     """Returns the shapes of the parameters of an `Adapted`."""
-    inputs = model.backbone.dummy_inputs()
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return unflatten_dict(initial_shapes(model), sep="/")
 
 
 # Tests spend more time on compilation than on computation.

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.core import freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from compacter_jax import trees
 from compacter_jax.models.bert.model import Bert
 from compacter_jax.trees import check_params
 from tests.helpers import ONE_LAYER, TINY_BERT, WIDTH, adapted_shapes, random_tree
@@ -147,17 +145,6 @@ def test_merging_keeps_the_axis_of_a_replicated_tree(method, copies):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), merged, expected
     )
-
-
-def test_a_model_is_traced_once(params):
-    trees._cached_shapes.cache_clear()
-    for sites in (None, {"query": Bert.sites["query"], "value": Bert.sites["value"]}):
-        for _ in range(2):
-            model = MODEL.clone(
-                sites=sites, groups=None if sites is None else {"head": "classifier"}
-            )
-            check_params(model, freeze(params), "saving")
-    assert trees._cached_shapes.cache_info().misses == 2
 
 
 class Foreign(nn.Module):

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from compacter_jax.compilation import hashable
 from compacter_jax.compositions import routing
 from compacter_jax.decode.beams import beam_search
 from compacter_jax.decode.sampling import one_by_one
 from compacter_jax.decode.settings import NO_TOKEN, Settings, Step
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.trees import hashable
 
 
 def generate(

@@ -167,18 +167,3 @@ def apart(y: Any, copies: int) -> tuple[Any, ...]:
 def is_own(backbone: nn.Module) -> bool:
     """Returns True if a backbone is one of this library's, whose layers are known."""
     return any(cls.__module__.startswith("compacter_jax.models.") for cls in type(backbone).__mro__)
-
-
-def example_inputs(backbone: Any) -> Any:
-    """Returns example arguments of a call.
-
-    Raises:
-      ValueError: if the backbone has no `dummy_inputs`.
-    """
-    if not hasattr(backbone, "dummy_inputs"):
-        raise ValueError(
-            f"{type(backbone).__name__} has no dummy_inputs(); pass example inputs: "
-            "init_adapters(model, backbone, key, input_ids, attention_mask), "
-            "load_adapter(directory, backbone, input_ids, attention_mask), and so on"
-        )
-    return backbone.dummy_inputs()

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from compacter_jax.compilation import run_once
+from compacter_jax.compilation import initial_shapes, initialiser, run_once
 from compacter_jax.compositions.base import members_of, own_path
 from compacter_jax.inject.adapted import Adapted
-from compacter_jax.inject.arguments import example_inputs
 from compacter_jax.limits import check_memory
 from compacter_jax.messages import mismatches, shorten
 from compacter_jax.paths import REPLACED
@@ -41,17 +40,13 @@ def init_adapters(model: Adapted, backbone: HasParams, key: jax.Array, *inputs: 
       ValueError: if `backbone.params` differ in names or shapes from those that `model.backbone`
         initialises; or as `Adapted` does.
     """
-    inputs = inputs or example_inputs(model.backbone)
     given = flatten_dict(backbone.params, sep="/")
-    wanted = jax.eval_shape(model.backbone.init, key, *inputs)["params"]
-    _check_backbone(given, flatten_dict(wanted, sep="/"))
+    _check_backbone(given, initial_shapes(model.backbone, *inputs))
+    initial = initialiser(model, *inputs)
 
-    # Leaves that are not returned are not computed: the backbone is not initialised. Compiled, so
-    # that it is traced once.
-    @jax.jit
+    # Leaves that are not returned are not computed: the backbone is not initialised.
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        flat = flatten_dict(model.init(key, *inputs)["params"], sep="/")
-        return {path: leaf for path, leaf in flat.items() if path not in given}
+        return {path: leaf for path, leaf in initial(key).items() if path not in given}
 
     check_memory("the adapters", jax.eval_shape(init, key), "use fewer members or a smaller method")
     new = run_once(init, key)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from compacter_jax.compilation import example_inputs
 from compacter_jax.hosts import DENSE, Linear, met_in
-from compacter_jax.inject.arguments import example_inputs, is_own
+from compacter_jax.inject.arguments import is_own
 from compacter_jax.inject.widening import with_networks, without_networks
 from compacter_jax.methods.base import InsertedConfig, SitesOf
 from compacter_jax.nn.quantize import check_float, is_quantized

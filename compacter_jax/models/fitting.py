@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from compacter_jax.compilation import run_once
+from compacter_jax.compilation import initialiser, run_once
 from compacter_jax.files import read_json
 from compacter_jax.messages import listing, shorten
 from compacter_jax.models.family import Family, Params
@@ -29,11 +29,7 @@ def fit_tensors(
     seed: int,
 ) -> tuple[Params, tuple[str, ...]]:
     """Returns parameters in the form of `module.init`, and the paths of those not in `found`."""
-
-    def initial(key):
-        return flatten_dict(module.init(key, *module.dummy_inputs())["params"], sep="/")
-
-    key = jax.random.key(seed)
+    initial, key = initialiser(module), jax.random.key(seed)
     wanted = jax.eval_shape(initial, key)
     found = leave_out(found, [p for p in family.optional if not _within(p, wanted)], folder)
     _settle_ties(found, wanted, module, family, folder)

@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 import compacter_jax as cj
+from compacter_jax.compilation import initial_shapes
 from compacter_jax.messages import reason_of
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.families import family_of_module
@@ -22,7 +23,6 @@ from train.cli.method_flags import ALL, method_of, options_of
 from train.compute import memory, mesh
 from train.estimate.options import ParamsOptions
 from train.objectives import head_arguments, with_classifier
-from train.objectives.shapes import shapes_of
 
 # Nominal memory of common devices in bytes; the actual memory is slightly larger.
 _DEVICES = {"a chip of a TPU v4 (v4-8: 4 of them)": 32 * 10**9, "a GPU with 80 GB": 80 * 10**9}
@@ -114,13 +114,13 @@ def counted_backbones(options: ParamsOptions) -> list[Counted]:
 def counts(method: MethodConfig, backbones: list[Counted]) -> list[Count]:
     """Returns the parameter counts of `method` on backbones that differ only in vocabulary."""
     first = backbones[0]
-    shapes = shapes_of(cj.Adapted(first.module, method))
+    shapes = initial_shapes(cj.Adapted(first.module, method))
     found = [shapes]
     added = {path: leaf for path, leaf in shapes.items() if path not in first.shapes}
     for other in backbones[1:]:
         # Tracing takes a second, and few methods have parameters per token.
         if any(first.vocab_size in leaf.shape for leaf in added.values()):
-            found.append(shapes_of(cj.Adapted(other.module, method)))
+            found.append(initial_shapes(cj.Adapted(other.module, method)))
         else:
             found.append({**other.shapes, **added})
     trees = [unflatten_dict(flat, sep="/") for flat in found]
@@ -138,7 +138,7 @@ def device_bytes(
       sizes: the mesh, as `train.compute.mesh.parse` returns it.
       backbone_dtype: the dtype in which frozen weights are stored.
     """
-    shapes = unflatten_dict(shapes_of(cj.Adapted(module, method)), sep="/")
+    shapes = unflatten_dict(initial_shapes(cj.Adapted(module, method)), sep="/")
     labels = cj.label_params(shapes, method)
     trained, frozen = cj.partition(shapes, labels)
     frozen = jax.eval_shape(lambda half: cj.cast_frozen(half, backbone_dtype), frozen)
@@ -151,7 +151,7 @@ def _with_vocabulary(module: Any, size: int) -> Counted:
     if size < 1:
         raise ValueError(f"vocab_size={size} must be at least 1")
     module = module.clone(config=dataclasses.replace(module.config, vocab_size=size))
-    return Counted(module, shapes_of(module))
+    return Counted(module, initial_shapes(module))
 
 
 def _sums(count: Count, backbone: Counted) -> dict[str, int]:

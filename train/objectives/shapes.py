@@ -1,13 +1,11 @@
-"""Parameter shapes of an adapted backbone, from its configuration, before any weight is read."""
+"""A check that a method can act on a backbone, before any weight is read."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
-from flax.traverse_util import flatten_dict
-
 import compacter_jax as cj
+from compacter_jax.compilation import initial_shapes
 from compacter_jax.limits import memory_of_machine
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.models.families import max_tokens_of
@@ -16,19 +14,6 @@ from train.data import tokens
 from train.objectives import check_length
 
 _ADDED = ("adapters", "rule")
-
-
-def shapes_of(module: Any) -> dict[str, Any]:
-    """Returns `/`-joined path -> shape and dtype of a module's parameters; nothing is computed.
-
-    Args:
-      module: a backbone, or a `compacter_jax.Adapted`.
-    """
-    backbone = getattr(module, "backbone", module)
-    shapes = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), *backbone.dummy_inputs())["params"]
-    )
-    return flatten_dict(shapes, sep="/")
 
 
 def check_fit(module: Any, method: MethodConfig, config: Any, max_length: int) -> None:
@@ -47,7 +32,7 @@ def check_fit(module: Any, method: MethodConfig, config: Any, max_length: int) -
     """
     tokens.check_max_length(max_length, max_tokens_of(config))
     check_length(config, method, max_length)
-    shapes = shapes_of(cj.Adapted(module, method))
+    shapes = initial_shapes(cj.Adapted(module, method))
     added = sum(leaf.size for path, leaf in shapes.items() if group_of(path) in _ADDED)
     # Checked here, since XLA ends the process if it cannot allocate memory.
     size, there = 4 * added, memory_of_machine()

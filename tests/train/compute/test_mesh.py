@@ -125,13 +125,13 @@ def test_every_device_has_its_part():
 
 @pytest.mark.parametrize("backbone", ["bert-base-uncased", "t5-base", "google/mt5-base"])
 def test_rules_cover_every_method(backbone):
+    from compacter_jax.compilation import initial_shapes
     from compacter_jax.models.loading import module_from_name
-    from train.objectives.shapes import shapes_of
 
     module = module_from_name(backbone)
     for head in {module.head, "masked_lm"} if isinstance(module, cj.Bert) else {module.head}:
         for name in ("compacter", "prefix-tuning", "intrinsic-said"):
-            shapes = shapes_of(cj.Adapted(module.clone(head=head), cj.preset(name)))
+            shapes = initial_shapes(cj.Adapted(module.clone(head=head), cj.preset(name)))
             for path, leaf in shapes.items():
                 mesh.spec_of(path, leaf.shape, {"data": 2, "model": 4})
 
