@@ -46,26 +46,22 @@ def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def initialiser(module: nn.Module, *inputs: Any) -> Initialiser:
-    """Returns the initial parameters of a module as a jitted function of a random key.
+    """Returns a function of a random key that computes the initial parameters of a module.
 
-    Without inputs, equal modules have one function, so that JAX traces it once. The function
-    computes every leaf; called inside another that is jitted, only those which that one returns.
+    Without inputs, equal modules have one function, which JAX traces once. It is to be called in a
+    function that is jitted or traced: that one computes only the leaves which it returns, on the
+    device of its caller.
 
     Args:
       module: a backbone, or an adapted one.
       *inputs: arguments of a call; by default `dummy_inputs()` of the backbone.
 
-    Raises:
-      ValueError: if there are no inputs, and the backbone has no `dummy_inputs`.
+    Returns:
+      A function that raises ValueError if there are no inputs and the backbone has no
+      `dummy_inputs`, and what the module raises when it is called.
     """
-    if inputs:
-        return _initialiser(module, inputs)
     module = hashable(module)
-    try:
-        hash(module)
-    except TypeError:  # a field of a field is a dict or a list
-        return _initialiser(module, example_inputs(backbone_of(module)))
-    return _of_equal_modules(module)
+    return _initialiser(module, *inputs) if inputs or not _has_hash(module) else _cached(module)
 
 
 def initial_shapes(module: nn.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -76,7 +72,7 @@ def initial_shapes(module: nn.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeS
       *inputs: arguments of a call; by default `dummy_inputs()` of the backbone.
 
     Raises:
-      ValueError: as `initialiser` does, and as the module does when it is called.
+      ValueError: as the function that `initialiser` returns.
     """
     return jax.eval_shape(initialiser(module, *inputs), jax.random.key(0))
 
@@ -111,10 +107,27 @@ def example_inputs(backbone: Any) -> Any:
     return backbone.dummy_inputs()
 
 
-def _initialiser(module: nn.Module, inputs: Any) -> Initialiser:
-    return jax.jit(lambda key: flatten_dict(module.init(key, *inputs)["params"], sep="/"))
+def _has_hash(module: nn.Module) -> bool:
+    """Returns True unless a field of a field is a dict or a list."""
+    try:
+        hash(module)
+    except TypeError:
+        return False
+    return True
 
 
-@functools.lru_cache(maxsize=64)
-def _of_equal_modules(module: nn.Module) -> Initialiser:
-    return _initialiser(module, example_inputs(backbone_of(module)))
+def _initialiser(module: nn.Module, *inputs: Any) -> Initialiser:
+    @jax.jit
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        # Made here, since arrays that were made in the trace of another function end with it.
+        example = inputs or example_inputs(backbone_of(module))
+        return flatten_dict(module.init(key, *example)["params"], sep="/")
+
+    def initial(key: jax.Array) -> dict[str, jax.Array]:
+        with jax.default_device(None):  # with another one, JAX would trace it again
+            return draw(key)
+
+    return initial
+
+
+_cached = functools.lru_cache(maxsize=64)(_initialiser)

@@ -94,7 +94,7 @@ def traced():
 
 
 def params_of(module, seed=0):
-    return unflatten_dict(initialiser(module)(jax.random.key(seed)), sep="/")
+    return unflatten_dict(run_once(initialiser(module), jax.random.key(seed)), sep="/")
 
 
 def test_a_model_is_traced_once_for_all_that_asks(tmp_path, traced):

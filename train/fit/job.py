@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -190,7 +189,7 @@ def prepare(options: FitOptions, *, like: Job | None = None, num_devices: int | 
     """
     _check_batch_size(options, num_devices or jax.local_device_count())
     mixture.parse(options.mixture)
-    names = task_names(options)
+    names = options.task_names()
     if like is None:
         _check_fit(options)
     task_runs: list[TaskRun] = []
@@ -216,25 +215,8 @@ def _check_fit(options: FitOptions) -> None:
     # pooling of an encoder, which for embeddings is not that of a head.
     pooling = options.pooling if family_of(config).writes_text else FIRST
     head = head_arguments(options.backbone, 2, pooling=pooling)
-    module = module_from_config(config, **head)
+    module = module_from_config(config, **head, **options.computation())
     shapes.check_fit(module, options.method_config(), config, options.max_length)
-
-
-def task_names(options: FitOptions) -> list[str]:
-    """Returns the names of the tasks of a run.
-
-    Raises:
-      ValueError: if a name is empty or given twice, or if files are given for several tasks.
-    """
-    names = [name.strip() for name in options.task.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise ValueError(
-            f"--task {options.task!r} must be different names with commas between them"
-        )
-    files = (options.train_file, options.validation_file, options.test_file, options.directions)
-    if len(names) > 1 and any(files):
-        raise ValueError("files are those of one task; leave --train-file and the like out")
-    return names
 
 
 def _task_run(
@@ -279,9 +261,7 @@ def _loaded_task_run(
         cj.load_backbone,
         options.backbone,
         **head_arguments(options.backbone, task.num_labels, task.kind, options.pooling),
-        dropout_rate=options.backbone_dropout,
-        dtype=jnp.dtype(options.dtype),
-        remat=options.remat,
+        **options.computation(),
     )
     backbone = load(seed=options.seed)
     if known is not None:
@@ -367,7 +347,7 @@ def _method(options: FitOptions, task: tasks.Task, tokenizer: Any) -> MethodConf
             f"--backbone-dtype int8 is for weights that stay as they are, and --method "
             f"{options.method} changes all of them; use bfloat16"
         )
-    shared = len(task_names(options)) > 1 and options.adapters == "shared"
+    shared = len(options.task_names()) > 1 and options.adapters == "shared"
     if shared and method.needs_token_ids() and options.prompt_words is None:
         raise ValueError(
             "prompts that several tasks share start from words for all of them; give "

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import jax.numpy as jnp
 
 from compacter_jax.methods.base import MethodConfig
 from compacter_jax.methods.trained_sites import with_trained_sites
@@ -128,6 +130,30 @@ class FitOptions(ChoosesMethod, HostOptions, SpeechOptions, TrainingOptions):
         """Returns the method, with the weights that are trained beside it."""
         method = super().method_config()
         return with_trained_sites(method, self.trained_sites) if self.trained_sites else method
+
+    def task_names(self) -> list[str]:
+        """Returns the names of the tasks.
+
+        Raises:
+          ValueError: if a name is empty or given twice, or if files are given for several tasks.
+        """
+        names = [name.strip() for name in self.task.split(",")]
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"--task {self.task!r} must be different names with commas between them"
+            )
+        files = (self.train_file, self.validation_file, self.test_file, self.directions)
+        if len(names) > 1 and any(files):
+            raise ValueError("files are those of one task; leave --train-file and the like out")
+        return names
+
+    def computation(self) -> dict[str, Any]:
+        """Returns how the backbone computes, as arguments of `compacter_jax.load_backbone`."""
+        return {
+            "dropout_rate": self.backbone_dropout,
+            "dtype": jnp.dtype(self.dtype),
+            "remat": self.remat,
+        }
 
     @property
     def has_members(self) -> bool:

@@ -175,11 +175,12 @@ def load_backbone(
       ValueError, OSError: as `train.objectives.shapes.check_fit` and `compacter_jax.load_backbone`.
     """
     name, head = options.backbone or settings["backbone"], head_of(settings)
+    head["dtype"] = jnp.dtype(options.dtype or settings["dtype"])
     if settings["sites"] is None:
         config = read_config(name)
         method = method or from_dict(settings["method"])
         shapes.check_fit(module_from_config(config, **head), method, config, settings["max_length"])
-    return cj.load_backbone(name, **head, dtype=jnp.dtype(options.dtype or settings["dtype"]))
+    return cj.load_backbone(name, **head)
 
 
 # Settings that saved adapters must share to be computed together.
