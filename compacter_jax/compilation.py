@@ -48,7 +48,8 @@ def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
 def initialiser(module: nn.Module, *inputs: Any) -> Initialiser:
     """Returns a function of a random key that computes the initial parameters of a module.
 
-    Without inputs, equal modules have one function, which JAX traces once. It is to be called in a
+    Without inputs, equal modules have one function, which JAX traces once. As with any jitted
+    function, interceptors of its caller act only when it is traced. It is to be called in a
     function that is jitted or traced: that one computes only the leaves which it returns, on the
     device of its caller.
 
@@ -130,4 +131,5 @@ def _initialiser(module: nn.Module, *inputs: Any) -> Initialiser:
     return initial
 
 
-_cached = functools.lru_cache(maxsize=64)(_initialiser)
+# Each keeps its program, of megabytes for a large model.
+_cached = functools.lru_cache(maxsize=16)(_initialiser)
