@@ -112,7 +112,7 @@ def test_a_model_is_traced_once_for_all_that_asks(tmp_path, traced):
 
 
 def test_what_is_traced_once_is_that_of_the_module_and_the_key(traced):
-    """Other widths, keys and precisions have their own shapes and numbers."""
+    """Other widths have their own shapes, and other keys their own numbers."""
     for width in (4, 5, 4):
         shapes = initial_shapes(Counted(width))
         assert {path: leaf.shape for path, leaf in shapes.items()} == {

@@ -470,6 +470,20 @@ def test_a_pattern_matches_as_res_do():
     assert patterns.compiled("a").fullmatch("ab") is None
 
 
+def test_a_pattern_is_matched_once_with_a_path(monkeypatch):
+    """Up to a limit on the number of paths, and whether it matches or not."""
+    monkeypatch.setattr(patterns, "_MOST_FOUND", 2)
+    pattern, asked = patterns.Pattern(r"layer/(?P<layer>\d+)"), []
+    whole = pattern._compiled.fullmatch
+    pattern._compiled = types.SimpleNamespace(
+        fullmatch=lambda text, timeout: asked.append(text) or whole(text, timeout=timeout)
+    )
+    for _ in range(2):
+        found = [pattern.fullmatch(text) for text in ("layer/3", "other", "layer/4")]
+        assert [match and match["layer"] for match in found] == ["3", None, "4"]
+    assert asked == ["layer/3", "other", "layer/4", "layer/4"]
+
+
 # --- JSON and messages --------------------------------------------------------------------------
 
 

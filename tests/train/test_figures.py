@@ -9,11 +9,12 @@ from train import figures
 
 def test_a_figure_is_its_caller_s_alone(tmp_path):
     """A figure that is never saved is no open figure of `pyplot`; a saved one is a picture."""
+    before = plt.get_fignums()
     figure, panels = figures.new_figure((4, 2), 1, 2, squeeze=False)
     assert panels.shape == (1, 2)
     assert not panels[0, 0].spines["top"].get_visible()
     assert plt.rcParams["axes.spines.top"]
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
     panels[0, 1].plot([0, 1], [0, 1], color=figures.BLUE)
     figures.save(figure, tmp_path / "drawn.png")
     pixels = image.imread(tmp_path / "drawn.png")
