@@ -37,6 +37,9 @@ from benchmarks.varieties_tagging import Tagging
 from train.report import write_json
 
 JOINT, DENSE, COMPACTER = "joint", "dense", "compacter"
+SPLITS = ("validation", "test")
+# The reduction factor of both parts of the preset.
+_WIDTH_OF_MAD_X = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment, or predicts its time, and writes the report.
 
     Raises:
-      SystemExit: with code 2 if the file of results is of other settings, or the task has no
-        sentences to learn from.
+      SystemExit: with code 2 if the file of results is of other settings, the task has no
+        sentences to learn from, or adapters in all layers are to have another width.
     """
     flags = parser()
     options = flags.parse_args(arguments)
+    if options.layers == 0 and options.reduction_factor != _WIDTH_OF_MAD_X:
+        told = f"mad-x has reduction factor {_WIDTH_OF_MAD_X}; give --layers to choose another"
+        flags.exit(2, f"error: --reduction-factor {options.reduction_factor}: {told}\n")
     root = options.output_dir
     settings = commands.settings_of(options)
     del settings["plan"]
@@ -124,11 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["adapters"].setdefault(str(seed), {}).update(trained)
         write_json(output, report)
         _compute(options, group, files, backbone, seed, report, output)
-    record.describe(report, output, varieties_report)
+    if "test" in options.splits:
+        record.describe(report, output, varieties_report)
 
 
 # Settings that do not change what a cell is.
-_FREE = record.FREE | {"adapters"}
+_FREE = record.FREE | {"adapters", "splits"}
 
 
 def _planned(
@@ -157,6 +164,8 @@ def cells(options: argparse.Namespace, group: Group, seed: int) -> Iterator[Cell
         ("validation", group.left_out),
         ("test", (*group.varieties, *group.left_out)),
     ):
+        if split not in options.splits:
+            continue
         for variety in varieties:
             members = tuple(each for each in group.languages if each != variety)
             names = ["equal", *emea]
@@ -188,16 +197,21 @@ def language_flags(options: argparse.Namespace, kind: str, members: int = 1) -> 
       members: the number of languages of `joint`.
     """
     upper = layer_flags(options)
+    width = ["--reduction-factor", str(options.reduction_factor)]
     if kind == COMPACTER:
         placed = ["--sites", "residual_feed_forward", "--original-ln-before", "True"]
         own = ["--non-linearity", "gelu", "--train-layer-norms", "False"]
-        width = ["--reduction-factor", str(options.reduction_factor)]
         return ["compacter++-short", *placed, *own, *width, *upper]
     wide = ["--expansion-factor", str(members)] * (kind == JOINT)
     if options.layers == 0:
         return ["mad-x", *wide]
-    width = ["--reduction-factor", str(options.reduction_factor), "--non-linearity", "gelu"]
-    return ["pfeiffer-feed-forward", *width, *wide, *upper]
+    return ["pfeiffer-feed-forward", "--non-linearity", "gelu", *width, *wide, *upper]
+
+
+def adapters_of(options: argparse.Namespace) -> Path:
+    """Returns the folder of the adapters of one width; text, head and files serve all widths."""
+    folder: Path = options.output_dir / f"reduction-{options.reduction_factor}"
+    return folder
 
 
 def layer_flags(options: argparse.Namespace) -> list[str]:
@@ -226,7 +240,7 @@ def _train(
     found = {}
     common = ["--seed", seed, "--max-evaluations", 1]
     for kind in options.adapters:
-        root = options.output_dir / kind / f"seed-{seed}"
+        root = adapters_of(options) / kind / f"seed-{seed}"
         rate = options.compacter_learning_rate if kind == COMPACTER else options.learning_rate
         method = language_flags(options, kind, len(group.languages))
         names = ("all",) if kind == JOINT else group.languages
@@ -284,7 +298,7 @@ def _compute(
             cell.members,
             files.tagged(cell.variety, cell.split),
             files.tagged(cell.variety, "validation"),
-            options.output_dir,
+            adapters_of(options),
             seed,
             most=most_of(options, cell.condition),
         )
@@ -310,7 +324,7 @@ def parser() -> argparse.ArgumentParser:
     )
     training = add.add_argument_group("training")
     training.add_argument("--layers", type=int, default=0, help="upper layers; 0 for all")
-    training.add_argument("--reduction-factor", type=int, default=2)
+    training.add_argument("--reduction-factor", type=int, default=_WIDTH_OF_MAD_X)
     kinds = (DENSE, JOINT, COMPACTER)
     training.add_argument("--adapters", nargs="+", choices=kinds, default=list(kinds))
     epochs = {"epochs": 5, "head-epochs": 5, "task-epochs": 5}
@@ -323,6 +337,7 @@ def parser() -> argparse.ArgumentParser:
     mixing = add.add_argument_group("mixing")
     mixing.add_argument("--steps", type=int, nargs="+", default=[1, 10])
     mixing.add_argument("--rates", type=float, nargs="+", default=[1.0, 10.0, 100.0])
+    mixing.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     mixing.add_argument("--fit-steps", type=int, default=30, help="of weights fitted on labels")
     mixing.add_argument("--eval-batch-size", type=int, default=32)
     add.add_argument("--flops-per-second", type=float, help="measured by default")

@@ -66,7 +66,7 @@ class Tagging:
           members: the languages whose adapters there are.
           path: the sentences with tags.
           validation: sentences for weights that are fitted on labels.
-          root: the folder of the experiment.
+          root: the folder of the adapters.
           seed: the seed of the adapters.
           most: the number of sentences to take; None for all.
 

@@ -7,7 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import varieties, varieties_data, varieties_report, varieties_tagging
+from benchmarks import (
+    varieties,
+    varieties_data,
+    varieties_report,
+    varieties_tagging,
+    varieties_width,
+)
 from benchmarks.varieties_tagging import score
 from tests.conftest import WORDS
 from tests.train.inference.test_tagging_commands import TAGS, sentences
@@ -69,6 +75,33 @@ def assert_costs_of(predicted):
     assert passes["entropy-2-10"] - passes["entropy-1-10"] == pytest.approx(first, rel=0.05)
 
 
+def refused(flags, capsys):
+    """Runs the experiment, which has to end with exit code 2; returns the one line it tells."""
+    with pytest.raises(SystemExit) as ended:
+        varieties.main(flags)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    return told
+
+
+def assert_widths_of(flags, output):
+    """Trains another width on the same head, and compares both on validation sentences alone."""
+    varieties_width.main([*flags, "--reduction-factors", "2", "4"])
+    folders = {path.parent for path in output.rglob("metrics.json")}
+    assert len(folders) == 9
+    assert {path.parts[-3:] for path in folders if "reduction-4" in path.parts} == {
+        ("dense", "seed-0", name) for name in ("nb", "da", "task")
+    }
+    widths = json.loads((output / "widths.json").read_text())["widths"]
+    assert all("/validation/" in key for each in widths.values() for key in each["cells"])
+    wide, narrow = (widths[key]["adapters"]["0"]["dense/nb"]["bytes"] for key in ("2", "4"))
+    assert wide > 1.3 * narrow
+    text = (output / "widths.md").read_text()
+    assert text.count("| 2 |") == text.count("| 4 |") == 1
+    assert "The best mean is that of reduction" in text
+
+
 @pytest.mark.slow
 def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, capsys):
     """Every condition has a cell, the plan has its cost, and nothing is done twice."""
@@ -117,18 +150,15 @@ def test_a_rehearsal_runs_through(data, tiny_backbone, tmp_path, monkeypatch, ca
     assert {key: again[key]["seconds"] for key in kept} == kept
     assert "0/nn/test/equal" in again
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert_widths_of(flags, output)
     # Nothing is trained for a seed with all its cells, and no other settings are mixed in.
     for path in times:
         path.unlink()
     varieties.main(flags)
     assert not any(path.exists() for path in times)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        varieties.main([*flags, "--max-length", "9"])
-    assert ended.value.code == 2
-    told = capsys.readouterr().err
+    told = refused([*flags, "--max-length", "9"], capsys)
     assert "results with --max-length" in told
-    assert told.count("\n") == 1
 
 
 def test_flags_of_language_adapters(tiny_backbone, tmp_path, data):
@@ -137,10 +167,19 @@ def test_flags_of_language_adapters(tiny_backbone, tmp_path, data):
     upper = varieties.language_flags(options, "dense")
     assert upper[0] == "pfeiffer-feed-forward"
     assert upper[-2:] == ["--leave-out", "0"]
+    assert upper[upper.index("--reduction-factor") + 1] == "2"
     options.layers = 0
     assert varieties.language_flags(options, "dense") == ["mad-x"]
     assert varieties.language_flags(options, "joint", 4) == ["mad-x", "--expansion-factor", "4"]
     assert varieties.language_flags(options, "compacter")[0] == "compacter++-short"
+
+
+def test_the_width_of_mad_x_is_its_own(tiny_backbone, tmp_path, data, capsys):
+    """A width that the preset would ignore is refused, in one line, before anything is made."""
+    flags = [*flags_of(data, tiny_backbone, tmp_path / "runs"), "--layers", "0"]
+    told = refused([*flags, "--reduction-factor", "4"], capsys)
+    assert "error: --reduction-factor 4: mad-x has reduction factor 2" in told
+    assert not (tmp_path / "runs").exists()
 
 
 def test_scores_are_those_of_sums():
