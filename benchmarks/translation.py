@@ -16,10 +16,11 @@ directions (the first stage); from it each condition trains the same number of f
 | `full` | full fine-tuning for each direction |
 | `bilingual` | a model for each direction, from random weights, without the first stage |
 
-The last two train a direction for its share of the steps; `bilingual` has that of the first stage
-as well. Every result is written to the JSON file when its run is done, and a run with a result is
-not repeated: the same command goes on after an interruption, and one with other seeds or conditions
-adds to the file. `--predict-only` counts the operations and predicts the minutes without training.
+The last two train a direction for its share of the steps, by the rows that the others draw of it;
+`bilingual` has that of the first stage as well. Every result is written to the JSON file when its
+run is done, and a run with a result is not repeated: the same command goes on after an
+interruption, and one with other seeds or conditions adds to the file. `--most-rows` scores a part
+of large tables. `--predict-only` counts the operations and predicts the minutes without training.
 The report says for every direction BLEU and chrF, with mean and spread over seeds, and how often
 `ciat` is better than each other condition (in x of n, by more than 0.5 BLEU in y).
 """
@@ -34,7 +35,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, record, translation_flops, translation_report
+from benchmarks import commands, record, translation_data, translation_flops, translation_report
 from train.tasks import parallel
 
 BESIDE = ["--sites", "parallel_attention", "parallel_feed_forward", "--w-init", "glorot-uniform"]
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         flags.exit(2, f"error: {error}\n")
     directions = _directions(options)
+    _sample(options)
     created = options.output_dir / "random"
     if not (created / "config.json").exists():
         _create(options, created)
@@ -130,12 +132,13 @@ def runs_of(
 ) -> Iterator[Run]:
     """Yields the runs in an order in which each finds the backbone that it starts from."""
     root, count = options.output_dir, len(directions)
+    share = translation_data.steps_of(options, directions, options.steps)
+    first_share = translation_data.steps_of(options, directions, options.first_steps)
     first = Run(
         FIRST, 0, directions, created, ("full",), "shared", options.first_steps, root / FIRST
     )
     yield first
     trained = first.folder / "backbone"
-    share, first_share = -(-options.steps // count), -(-options.first_steps // count)
     for seed in options.seeds:
         for condition in options.conditions:
             folder = root / condition / f"seed-{seed}"
@@ -149,7 +152,7 @@ def runs_of(
                         created if alone else trained,
                         tuple(SINGLE[condition]),
                         "shared",
-                        share + first_share * alone,
+                        share[name] + first_share[name] * alone,
                         folder / name,
                     )
                 continue
@@ -174,6 +177,17 @@ def _directions(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(f"{a}-{b}" for a in languages for b in languages if a != b)
 
 
+def _sample(options: argparse.Namespace) -> None:
+    """Has scores computed of `--most-rows` rows of a direction, drawn the same in every command."""
+    if options.most_rows is None:
+        return
+    for split in ("validation", "test"):
+        if (table := getattr(options, split)) is not None:
+            part = options.output_dir / f"{split}-{options.most_rows}.parquet"
+            translation_data.write_part(table, options.languages, options.most_rows, part)
+            setattr(options, split, part)
+
+
 def _create(options: argparse.Namespace, folder: Path) -> None:
     """Writes the texts of the training table, and a random backbone with a tokenizer for them."""
     texts = folder.parent / "texts"
@@ -182,6 +196,7 @@ def _create(options: argparse.Namespace, folder: Path) -> None:
     paths = []
     for language in options.languages:
         lines = [" ".join(text.split()) for text in table[language] if isinstance(text, str)]
+        lines = translation_data.drawn(lines, options.tokenizer_rows)
         paths.append(texts / f"{language}.txt")
         paths[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
     flags = {
@@ -255,6 +270,9 @@ def _parser() -> argparse.ArgumentParser:
         files.add_argument(f"--{split}", type=Path, required=split != "test")
     files.add_argument("--languages", nargs="+", required=True)
     files.add_argument("--directions", default=parallel.ALL)
+    files.add_argument("--most-rows", type=int, help="of a direction to score; all by default")
+    few = "texts of a language to train the tokenizer on; all by default, which can take long"
+    files.add_argument("--tokenizer-rows", type=int, help=few)
     files.add_argument("--split", choices=("validation", "test"), default="validation")
     model = add.add_argument_group("model")
     sizes = {"d-model": 192, "d-ff": 768, "layers": 4, "heads": 6, "vocab-size": 8000}

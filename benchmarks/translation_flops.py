@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import compacter_jax as cj
+from benchmarks import translation_data
 from benchmarks.turns import seconds_of
 from compacter_jax.compositions.bank import Bank
 from compacter_jax.models.loading import module_from_config, read_config
@@ -35,7 +36,7 @@ GENERATION = 4.0
 
 def epochs_of(options: argparse.Namespace, run: Run) -> int:
     """Returns the number of epochs that a run's steps need."""
-    counts = _counts(options.train, tuple(options.languages))
+    counts = translation_data.counts(options.train, tuple(options.languages))
     rows = sum(counts[name] for name in run.directions)
     return -(-run.steps // batching.num_batches(rows, options.batch_size))
 
@@ -52,7 +53,7 @@ def predict(
     """
     rate = options.flops_per_second or measured_rate()
     length = _mean_length(options, created)
-    rows_validated = _counts(options.validation, tuple(options.languages))
+    rows_validated = translation_data.counts(options.validation, tuple(options.languages))
     found: dict[str, dict[str, Any]] = {}
     # Runs that differ only in their seed or in their direction have the same operations.
     of_one = functools.cache(functools.partial(_operations, created, options.batch_size, length))
@@ -82,16 +83,6 @@ def measured_rate() -> float:
     product(x).block_until_ready()
     best = min(seconds_of(lambda: product(x).block_until_ready()) for _ in range(10))
     return 2 * 1024**3 / best
-
-
-@functools.cache
-def _counts(path: Path, languages: tuple[str, ...]) -> dict[str, int]:
-    """Returns the number of rows of each direction of a table."""
-    table = parallel.read_table(path)
-    there = {each: np.array([isinstance(x, str) for x in table[each]]) for each in languages}
-    return {
-        f"{a}-{b}": int((there[a] & there[b]).sum()) for a in languages for b in languages if a != b
-    }
 
 
 def _mean_length(options: argparse.Namespace, created: Path) -> int:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import translation, translation_report
+from benchmarks import translation, translation_data, translation_report
 from tests.parallel_data import sentences, write_jsonl
 
 
@@ -44,7 +46,7 @@ def flags_of(folder, **changes):
 def test_a_rehearsal_runs_through(tmp_path, capsys):
     """Every kind of condition trains and is evaluated; what is done is not repeated."""
     flags = flags_of(tmp_path)
-    flags += ["--seeds", "0", "--conditions", "longer", "ciat", "bilingual"]
+    flags += ["--seeds", "0", "--conditions", "longer", "ciat", "bilingual", "--most-rows", "6"]
     translation.main(flags)
     report = json.loads((tmp_path / "runs/translation.json").read_text())
     runs = {(run["condition"], *run["scores"]): run for run in report["runs"]}
@@ -100,20 +102,58 @@ def test_minutes_are_predicted_without_training(tmp_path, capsys):
     assert not (tmp_path / "runs/first").exists()
 
 
-def test_each_direction_gets_its_share_of_the_steps(tmp_path):
-    """Conditions with a model for each direction make as many steps in sum as the others."""
+@pytest.mark.parametrize(
+    ("temperature", "full", "first"), [(1.0, (30, 30, 10, 10), 90), (1e6, (20, 20, 20, 20), 90)]
+)
+def test_each_direction_gets_its_share_of_the_steps(tmp_path, temperature, full, first):
+    """Conditions with a model for each direction train it for the rows that the others draw."""
+    rows = [{"en": f"a {i}", "de": f"b {i}", "fr": f"c {i}" if i < 10 else None} for i in range(30)]
     options = argparse.Namespace(
+        train=write_jsonl(tmp_path / "train.jsonl", rows),
+        languages=["en", "de", "fr"],
+        temperature=temperature,
         output_dir=tmp_path,
-        first_steps=90,
-        steps=60,
+        first_steps=first,
+        steps=80,
         seeds=[0, 1],
         conditions=["full", "bilingual"],
     )
-    runs = list(translation.runs_of(options, ("en-de", "de-en", "en-fr"), tmp_path / "random"))
-    steps = {run.condition: run.steps for run in runs}
-    assert steps == {"first": 90, "full": 20, "bilingual": 50}
-    assert len(runs) == 1 + 2 * 2 * 3
+    directions = ("en-de", "de-en", "en-fr", "fr-en")
+    runs = list(translation.runs_of(options, directions, tmp_path / "random"))
+    steps = {(run.condition, run.directions): run.steps for run in runs}
+    assert steps["first", directions] == first
+    for name, count in zip(directions, full, strict=True):
+        assert steps["full", (name,)] == count
+        assert steps["bilingual", (name,)] == count + math.ceil(count * first / 80)
+    assert len(runs) == 1 + 2 * 2 * 4
     assert {run.backbone.name for run in runs if run.condition == "bilingual"} == {"random"}
+
+
+def test_a_part_of_a_table_has_few_rows_of_each_direction(tmp_path):
+    """Each language keeps as many texts as asked for, or all it has, beside their English."""
+    rows = [
+        {"en": f"a {i}", "de": f"b {i}", "fr": f"c {i}" if i % 20 == 0 else None, "source": "x"}
+        for i in range(100)
+    ]
+    table, part = write_jsonl(tmp_path / "test.jsonl", rows), tmp_path / "new" / "part.parquet"
+    translation_data.write_part(table, ["en", "de", "fr"], 8, part)
+    found = pq.read_table(part).to_pydict()
+    assert set(found) == {"en", "de", "fr"}
+    counts = translation_data.counts(part, ("en", "de", "fr"))
+    assert (counts["en-de"], counts["de-en"], counts["en-fr"]) == (8, 8, 5)
+    assert all(a[1:] == b[1:] for a, b in zip(found["en"], found["de"], strict=True) if b)
+    assert 8 <= len(found["en"]) <= 13
+    kept = [int(text[2:]) for text in found["en"]]
+    assert kept == sorted(kept)
+    assert kept != list(range(len(kept)))
+    texts = [row["en"] for row in rows]
+    few = translation_data.drawn(texts, 9)
+    assert len(few) == 9
+    assert sorted(few, key=texts.index) == few != texts[:9]
+    assert translation_data.drawn(texts, 100) == translation_data.drawn(texts, None) == texts
+    again = tmp_path / "again.parquet"
+    translation_data.write_part(table, ["en", "de", "fr"], 8, again)
+    assert pq.read_table(again).to_pydict() == found
 
 
 def made(scores):
