@@ -112,7 +112,10 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the flags that `benchmarks.varieties` has not."""
     description = (__doc__ or "").partition("\n")[0]
     add = argparse.ArgumentParser(
-        prog="python -m benchmarks.varieties_width", description=description, allow_abbrev=False
+        prog="python -m benchmarks.varieties_width",
+        description=description,
+        epilog="All other flags are those of benchmarks.varieties, some of them required.",
+        allow_abbrev=False,
     )
     add.add_argument("--reduction-factors", type=int, nargs="+", default=[2, 1, 8, 32])
     add.add_argument("--output-dir", type=Path, required=True)
