@@ -34,8 +34,8 @@ def steps_of(options: argparse.Namespace, directions: Sequence[str], steps: int)
       steps: the number of steps of a run of all of them.
     """
     found = counts(options.train, tuple(options.languages))
-    drawn = sampled.quotas(np.array([found[name] for name in directions]), options.temperature)
-    parts = (-(-steps * drawn // drawn.sum())).tolist()
+    rows = sampled.quotas(np.array([found[name] for name in directions]), options.temperature)
+    parts = (-(-steps * rows // rows.sum())).tolist()
     return dict(zip(directions, parts, strict=True))
 
 

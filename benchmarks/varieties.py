@@ -73,11 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       SystemExit: with code 2 if the file of results is of other settings, the task has no
         sentences to learn from, or adapters in all layers are to have another width.
     """
-    flags = parser()
-    options = flags.parse_args(arguments)
-    if options.layers == 0 and options.reduction_factor != _WIDTH_OF_MAD_X:
-        told = f"mad-x has reduction factor {_WIDTH_OF_MAD_X}; give --layers to choose another"
-        flags.exit(2, f"error: --reduction-factor {options.reduction_factor}: {told}\n")
+    flags, options = parsed(arguments)
     root = options.output_dir
     settings = commands.settings_of(options)
     del settings["plan"]
@@ -132,6 +128,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _compute(options, group, files, backbone, seed, report, output)
     if "test" in options.splits:
         record.describe(report, output, varieties_report)
+
+
+def parsed(
+    arguments: Sequence[str] | None,
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Returns the parser and the options; ends with code 2 for a width that `mad-x` ignores."""
+    flags = parser()
+    options = flags.parse_args(arguments)
+    if options.layers == 0 and options.reduction_factor != _WIDTH_OF_MAD_X:
+        told = f"mad-x has reduction factor {_WIDTH_OF_MAD_X}; give --layers to choose another"
+        flags.exit(2, f"error: --reduction-factor {options.reduction_factor}: {told}\n")
+    return flags, options
 
 
 # Settings that do not change what a cell is.

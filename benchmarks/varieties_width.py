@@ -36,11 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, others = flags.parse_known_args(arguments)
     root = options.output_dir
     own = ["--adapters", varieties.DENSE, "--splits", SPLIT, "--output-dir", str(root)]
-    reports = {}
-    for factor in options.reduction_factors:
-        file = root / f"width-{factor}.json"
-        varieties.main([*others, *own, "--reduction-factor", str(factor), "--json", str(file)])
-        reports[str(factor)] = json.loads(file.read_text(encoding="utf-8"))
+    files = {factor: root / f"width-{factor}.json" for factor in options.reduction_factors}
+    given = [
+        [*others, *own, "--reduction-factor", str(factor), "--json", str(file)]
+        for factor, file in files.items()
+    ]
+    # All flags are read before the first width is trained, which takes long.
+    for each in given:
+        varieties.parsed(each)
+    for each in given:
+        varieties.main(each)
+    reports = {str(factor): json.loads(file.read_text("utf-8")) for factor, file in files.items()}
     found = {"widths": reports}
     output = options.json or root / "widths.json"
     write_json(output, found)

@@ -75,10 +75,10 @@ def assert_costs_of(predicted):
     assert passes["entropy-2-10"] - passes["entropy-1-10"] == pytest.approx(first, rel=0.05)
 
 
-def refused(flags, capsys):
-    """Runs the experiment, which has to end with exit code 2; returns the one line it tells."""
+def refused(flags, capsys, main=varieties.main):
+    """Runs an experiment, which has to end with exit code 2; returns the one line it tells."""
     with pytest.raises(SystemExit) as ended:
-        varieties.main(flags)
+        main(flags)
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
@@ -179,6 +179,10 @@ def test_the_width_of_mad_x_is_its_own(tiny_backbone, tmp_path, data, capsys):
     flags = [*flags_of(data, tiny_backbone, tmp_path / "runs"), "--layers", "0"]
     told = refused([*flags, "--reduction-factor", "4"], capsys)
     assert "error: --reduction-factor 4: mad-x has reduction factor 2" in told
+    # Not even the first width is trained.
+    widths = [*flags, "--reduction-factors", "2", "4"]
+    told = refused(widths, capsys, varieties_width.main)
+    assert "error: --reduction-factor 4: mad-x" in told
     assert not (tmp_path / "runs").exists()
 
 
