@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment, or predicts its time, and writes the report.
 
     Raises:
-      SystemExit: with code 2 if the file of results is of other settings.
+      SystemExit: with code 2 if the file of results is of other settings, or a table cannot be
+        read or lacks a language or the rows of a direction.
     """
     flags = _parser()
     options = flags.parse_args(arguments)
@@ -98,9 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.json or options.output_dir / "translation.json"
     try:
         report = record.opened(output, settings, record.FREE, {"first": [], "runs": []})
-    except ValueError as error:
+        directions = _directions(options)
+        translation_data.check(options, directions)
+    except (OSError, ValueError) as error:
         flags.exit(2, f"error: {error}\n")
-    directions = _directions(options)
     _sample(options)
     created = options.output_dir / "random"
     if not (created / "config.json").exists():

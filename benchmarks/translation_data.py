@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compacter_jax.files import replace_file
-from train.data import sampled
+from compacter_jax.messages import listing
+from train.data import rows, sampled
 from train.tasks import parallel
 
 
@@ -25,6 +26,29 @@ def counts(path: Path, languages: tuple[str, ...]) -> dict[str, int]:
     }
 
 
+def check(options: argparse.Namespace, directions: Sequence[str]) -> None:
+    """Checks the tables and the numbers of rows to take of them, before anything is made.
+
+    Args:
+      options: the options of `benchmarks.translation`.
+      directions: the names of the directions.
+
+    Raises:
+      OSError, ValueError: if a table cannot be read, or lacks the column of a language or the rows
+        of a direction; or if a number of rows is below 1.
+    """
+    for name in ("most_rows", "tokenizer_rows"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {number} must be 1 or more")
+    for path in filter(None, (options.train, options.validation, options.test)):
+        columns = list(parallel.read_table(path))
+        for language in options.languages:
+            rows.require_column(path, columns, language, " for --languages")
+        found = counts(path, tuple(options.languages))
+        if lacking := [name for name in directions if not found[name]]:
+            raise ValueError(f"{path} has no row of {listing(lacking)}; leave out these directions")
+
+
 def steps_of(options: argparse.Namespace, directions: Sequence[str], steps: int) -> dict[str, int]:
     """Divides the steps of a run by the rows that it draws of each direction, rounded up.
 
@@ -34,8 +58,8 @@ def steps_of(options: argparse.Namespace, directions: Sequence[str], steps: int)
       steps: the number of steps of a run of all of them.
     """
     found = counts(options.train, tuple(options.languages))
-    rows = sampled.quotas(np.array([found[name] for name in directions]), options.temperature)
-    parts = (-(-steps * rows // rows.sum())).tolist()
+    quotas = sampled.quotas(np.array([found[name] for name in directions]), options.temperature)
+    parts = (-(-steps * quotas // quotas.sum())).tolist()
     return dict(zip(directions, parts, strict=True))
 
 
@@ -56,8 +80,7 @@ def write_part(path: Path, languages: Sequence[str], most: int, output: Path) ->
     order = np.random.default_rng(0).permutation(len(next(iter(there.values()))))
     kept = {each: np.zeros(len(order), bool) for each in languages}
     for each in languages[1:]:
-        rows = order[there[each][order] & there[languages[0]][order]][:most]
-        kept[each][rows] = True
+        kept[each][order[there[each][order] & there[languages[0]][order]][:most]] = True
     wanted = np.any(list(kept.values()), axis=0)
     kept[languages[0]] = wanted
     columns = {

@@ -103,6 +103,32 @@ def test_minutes_are_predicted_without_training(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--languages", "en", "de", "it"], "train.jsonl has no column 'it' for --languages; its "),
+        (["--directions", "en-xx"], "xx"),
+        (["--most-rows", "0"], "--most-rows 0 must be 1 or more"),
+        (["--test", "no.parquet"], "no.parquet"),
+        (["--languages", "en", "de", "fr"], "validation.jsonl has no row of en-fr, de-fr, fr-en"),
+    ],
+)
+def test_bad_tables_are_refused_before_anything_is_made(changed, told, tmp_path, capsys):
+    """A language without a column or a direction without a row gives one line that names it."""
+    flags = flags_of(tmp_path)
+    for name in ("train", "validation"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = map(json.loads, path.read_text().splitlines())
+        write_jsonl(path, [row | {"fr": row["de"] if name == "train" else None} for row in rows])
+    with pytest.raises(SystemExit) as ended:
+        translation.main([*flags, *changed])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert told in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("temperature", "full", "first"), [(1.0, (30, 30, 10, 10), 90), (1e6, (20, 20, 20, 20), 90)]
 )
 def test_each_direction_gets_its_share_of_the_steps(tmp_path, temperature, full, first):
