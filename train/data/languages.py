@@ -21,10 +21,10 @@ class LanguageTokens:
 
     Attributes:
       ids: language -> token.
-      are_forced: False for the target's token before the source (`<de>`, of `create-backbone`);
-        True for the source's token before the source and the target's as the first of the target,
-        which a decoder is forced to write (`__de__` of M2M-100, `<lang:de>` of fairseq S2T,
-        `deu_Latn` of NLLB-200, `de_DE` of mBART-50).
+      are_forced: False for the target's token before the source (`<de>`, of `create-backbone`, and
+        `>>deu<<` of multilingual OPUS-MT); True for the source's token before the source and the
+        target's as the first of the target, which a decoder is forced to write (`__de__` of
+        M2M-100, `<lang:de>` of fairseq S2T, `deu_Latn` of NLLB-200, `de_DE` of mBART-50).
 
     References:
       Johnson et al., Google's Multilingual Neural Machine Translation System, TACL 2017,
@@ -51,11 +51,20 @@ def language_tokens(languages: Iterable[str], tokenizer: PreTrainedTokenizerBase
     """Finds the tokens of languages among the special tokens of a tokenizer.
 
     Raises:
-      ValueError: if a language has no token, or tokens of another form than other languages.
+      ValueError: if a language has no token, or tokens of another form than other languages; or if
+        the tokenizer is one of mBART's first models, whose languages follow the source.
     """
     languages = list(languages)
-    known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    forms = {"<{}>": False, "__{}__": True, "<lang:{}>": True, "{}": True}
+    kind = type(tokenizer).__name__.removesuffix("Fast")
+    if kind == "MBartTokenizer":
+        raise ValueError(
+            f"the tokenizer of the backbone is a {kind}: mBART's first models read the language "
+            "behind the source, which is not supported here; use mBART-50, M2M-100 or NLLB-200"
+        )
+    # Those of OPUS-MT are no special tokens.
+    of_opus = {each for each in tokenizer.get_vocab() if each.startswith(">>")}
+    known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), *of_opus}
+    forms = {"<{}>": False, "__{}__": True, "<lang:{}>": True, "{}": True, ">>{}<<": False}
     for form, are_forced in forms.items():
         names = {language: form.format(language) for language in languages}
         if names and set(names.values()) <= known:

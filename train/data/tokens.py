@@ -120,7 +120,7 @@ class Encoded:
         """Returns lines about truncated examples and unknown tokens; empty if there are none."""
         lines = self.unknown.user_messages(f"{split} inputs")
         if self.frames is not None:
-            lines += [f"{split}: {note}" for note in self.frames.notes]
+            lines += [f"{split}: {line}" for line in self.frames.channels.user_messages()]
         if self.target_texts is not None:
             lines += self.target_texts.unknown.user_messages(f"{split} targets")
         if self.num_truncated:
@@ -156,6 +156,7 @@ def load_tokenizer(
     vocab_size: int,
     max_position_embeddings: int | None,
     max_length: int,
+    may_be_slow: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and checks that it fits the backbone.
 
@@ -165,10 +166,12 @@ def load_tokenizer(
         tokenizer's.
       max_position_embeddings: the longest input of the backbone; None if positions are relative.
       max_length: the maximum input length that is wanted.
+      may_be_slow: whether a tokenizer in Python will do, as those of M2M-100, OPUS-MT and fairseq's
+        speech models are; it has neither the places of tokens in a text nor of its words.
 
     Raises:
-      ValueError: if there is no such tokenizer; if it is not a fast one, has no padding token or
-        has more tokens than `vocab_size`; or if `max_length` is below 3 or above
+      ValueError: if there is no such tokenizer; if it is not a fast one but has to be, has no
+        padding token or has more tokens than `vocab_size`; or if `max_length` is below 3 or above
         `max_position_embeddings`.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
@@ -202,10 +205,8 @@ def load_tokenizer(
             f"the tokenizer of {source!r} has an empty vocabulary; it needs tokenizer.json or "
             "vocab.txt"
         )
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer of {source!r} is a slow tokenizer; save it as tokenizer.json"
-        )
+    if not may_be_slow:
+        check_fast(tokenizer, source)
     size = max(len(tokenizer), 1 + max(vocabulary.values()))
     if size > vocab_size:
         raise ValueError(
@@ -215,6 +216,15 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {source!r} has no padding token; set its pad_token")
     return tokenizer
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
+    """Raises ValueError unless a tokenizer is a fast one, which knows the places of its tokens."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {source or tokenizer.name_or_path!r} is a slow tokenizer, which is "
+            "for encoder-decoders that write text; save it as tokenizer.json"
+        )
 
 
 def _check_no_own_code(source: str, *, refused: bool) -> None:
@@ -269,8 +279,10 @@ def tokenize(
       max_length: the length to which inputs are truncated; of a pair, the longer sentence first.
 
     Raises:
-      ValueError: if `max_length` leaves less than one token for each sentence.
+      ValueError: if `max_length` leaves less than one token for each sentence, or the tokenizer is
+        a slow one.
     """
+    check_fast(tokenizer)
     sentences = dataset["sentence"][:]
     pairs = dataset["sentence2"][:] if "sentence2" in columns_of(dataset) else None
     per_input = 1 if pairs is None else 2
@@ -327,6 +339,27 @@ def groups_of(columns: Dataset | Mapping[str, Sequence[Any]]) -> np.ndarray | No
     return np.array(columns["row"][:], np.int64) if "row" in columns_of(columns) else None
 
 
+def token_ids(
+    texts: Sequence[str] | np.ndarray, tokenizer: PreTrainedTokenizerBase, *, are_written: bool
+) -> list[list[int]]:
+    """Returns the token ids of each text, without special tokens and not truncated.
+
+    Args:
+      texts: the texts.
+      tokenizer: the tokenizer, fast or slow.
+      are_written: whether a decoder writes the texts; the tokenizers of OPUS-MT divide these
+        otherwise than the texts to read.
+    """
+    # Others take a text as a target only after they were told its language.
+    of_target = are_written and hasattr(tokenizer, "spm_target")
+    given: dict[str, Any] = {"text_target" if of_target else "text": list(texts)}
+    # Not verbose: a text longer than the model's positions is cut afterwards.
+    found: list[list[int]] = tokenizer(**given, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    return found
+
+
 def tokenize_texts(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -339,9 +372,9 @@ def tokenize_texts(
 
     Args:
       texts: the texts; longer ones are truncated before the end-of-sequence token.
-      tokenizer: a fast tokenizer with an end-of-sequence token.
+      tokenizer: a tokenizer with an end-of-sequence token.
       max_length: the maximum length in tokens, the end-of-sequence token included.
-      what: "input", "target" or "label", for errors.
+      what: "input", "source", "target" or "label"; a decoder writes the last two.
       may_be_empty: whether "" is allowed; its only token is then the end-of-sequence token.
 
     Raises:
@@ -355,21 +388,18 @@ def tokenize_texts(
     end = np.array([tokenizer.eos_token_id], np.int32)
     ids, lengths, num_truncated = [], [0], 0
     for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-        encodings = tokenizer(
-            list(texts[start : start + _TOKENIZED_AT_ONCE]),
-            add_special_tokens=False,
-            truncation=True,
-            max_length=max_length - 1,
-        )
-        for row, tokens in enumerate(encodings["input_ids"], start + 1):
+        chunk = texts[start : start + _TOKENIZED_AT_ONCE]
+        found = token_ids(chunk, tokenizer, are_written=what in ("target", "label"))
+        for row, tokens in enumerate(found, start + 1):
             if not tokens and not (may_be_empty and texts[row - 1] == ""):
                 raise ValueError(
                     f"row {row}: the tokenizer returns no tokens for the {what} "
                     f"{texts[row - 1]!r:.80}"
                 )
-            ids += [np.array(tokens, np.int32), end]
-            lengths.append(len(tokens) + 1)
-        num_truncated += sum(bool(e.overflowing) for e in encodings.encodings)
+            kept = np.array(tokens[: max_length - 1], np.int32)
+            ids += [kept, end]
+            lengths.append(len(kept) + 1)
+            num_truncated += len(tokens) > len(kept)
     flat, offsets = _flat(ids), np.cumsum(lengths, dtype=np.int64)
     return Texts(
         ids=flat,

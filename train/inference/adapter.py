@@ -273,6 +273,7 @@ def load_tokenizer(name: str, backbone: cj.Backbone, max_length: int) -> Any:
         vocab_size=config.vocab_size,
         max_position_embeddings=family.max_tokens(config),
         max_length=max_length,
+        may_be_slow=family.writes_text,
     )
     if family.tokenizers:
         _check_family(name, tokenizer, family, config)

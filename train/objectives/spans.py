@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.data.tokens import Encoded, columns_of, count_unknown
+from train.data.tokens import Encoded, check_fast, columns_of, count_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,8 +39,10 @@ def encode(
       token [CLS].
 
     Raises:
-      ValueError: if `max_length` leaves no room, or an answer is not where `answer_start` says.
+      ValueError: if `max_length` leaves no room, an answer is not where `answer_start` says, or
+        the tokenizer is a slow one.
     """
+    check_fast(tokenizer)
     part = (max_length - tokenizer.num_special_tokens_to_add(pair=True)) // 3
     if part < 2:
         raise ValueError(f"max_length={max_length} leaves no room for windows; use 16 or more")

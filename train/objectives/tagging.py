@@ -185,8 +185,9 @@ def encode(
       An example for each sentence, with its words.
 
     Raises:
-      ValueError: if `max_length` leaves no room for a token.
+      ValueError: if `max_length` leaves no room for a token, or the tokenizer is a slow one.
     """
+    tokens.check_fast(tokenizer)
     least = tokenizer.num_special_tokens_to_add() + 1
     if max_length < least:
         raise ValueError(f"max_length={max_length} leaves no room for a word; use {least} or more")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from train.data.tokens import columns_of, tokenize_texts
+from train.data.tokens import columns_of, token_ids, tokenize_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -253,7 +253,7 @@ def written(texts: Sequence[str] | np.ndarray, tokenizer: PreTrainedTokenizerBas
     if not len(texts):
         return []
     end = tokenizer.eos_token_id
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids = token_ids(texts, tokenizer, are_written=True)
     said = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in ids]
     return _decoded(said, tokenizer)
 
