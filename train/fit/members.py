@@ -26,17 +26,13 @@ def banked(method: MethodConfig, task: Task, options: FitOptions) -> MethodConfi
     """Returns the method, or the bank with a member for each direction or target language.
 
     Raises:
-      ValueError: if the method cannot be in a bank, or does not fit the adapters of `add_to`.
+      ValueError: if a direction has no training row, or if the method cannot be in a bank, or does
+        not fit the adapters of `add_to`.
     """
+    _check_rows(task)
     names = parallel.members_of(task.directions, options.adapters)
     if names is None:
         return method
-    there = set(multilingual.names_of(task.splits["train"]))
-    if lacking := [each.name for each in task.directions if each.name not in there]:
-        raise ValueError(
-            f"no training row of {lacking[0]} is left; give a larger --train-size, or leave it out "
-            "of --directions"
-        )
     if options.add_to is not None:
         wanted = {
             "method": to_dict(method),
@@ -48,6 +44,18 @@ def banked(method: MethodConfig, task: Task, options: FitOptions) -> MethodConfi
         }
         _check_beside(options.add_to, wanted, options, list(names))
     return Bank(method, size=len(names))
+
+
+def _check_rows(task: Task) -> None:
+    """Raises ValueError if a direction, which had a row in the file, has none left to train on."""
+    if not task.directions:
+        return
+    there = set(multilingual.names_of(task.splits["train"]))
+    if lacking := [each.name for each in task.directions if each.name not in there]:
+        raise ValueError(
+            f"no training row of {lacking[0]} is left; give a larger --train-size, or leave it out "
+            "of --directions"
+        )
 
 
 def _check_beside(

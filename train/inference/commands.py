@@ -29,6 +29,7 @@ from train.inference.adapter import LoadedAdapter, labels_of, load, translation_
 from train.inference.options import EvaluateOptions, PredictOptions, files_of
 from train.objectives import Objective
 from train.report import as_json, number
+from train.speech.features import Channels
 from train.tasks import multilingual
 from train.tasks.benchmarks import find as find_benchmark
 from train.tasks.labels import told
@@ -251,6 +252,8 @@ def _predict(
         encoded = objective.encode(columns)
         unknown.append(encoded.unknown)
         words.append(encoded.word_counts)
+        if encoded.frames is not None:
+            channels.append(encoded.frames.channels)
         outputs, mixed = adapter.compute(encoded, options.eval_batch_size)
         if mixed is not None:
             write_weights(mixed, None)
@@ -273,6 +276,7 @@ def _predict(
     invalid: list[int] = []
     unknown: list[tokens.Unknown] = []
     words: list[WordCounts] = []
+    channels: list[Channels] = []
     entropies: list[np.ndarray] = []
     counts = LabelCounts(labels)
     weights = mix_files.weights_writer(options.write_weights, *adapter.mixed_at)
@@ -289,6 +293,7 @@ def _predict(
     limit = adapter.settings["max_length"]
     told_of_inputs = sum(unknown, tokens.Unknown()).user_messages("inputs")
     told_of_inputs += sum(words, WordCounts()).user_messages("inputs", limit)
+    told_of_inputs += sum(channels, Channels()).user_messages()
     for line in [*counts.lines(), *objective.user_messages(), *told_of_inputs]:
         print(line)
     if entropies:

@@ -111,10 +111,12 @@ class Speech(ToLanguages):
         found: list[np.ndarray] = []
         which, too_long, several = [], [], 0
         values = rows[column][:]
-        for row, value in enumerate(tqdm(values, "features", disable=len(values) < _MANY), 1):
+        places = rows[of_speech.WHERE][:] if of_speech.WHERE in names else None
+        for i, value in enumerate(tqdm(values, "features", disable=len(values) < _MANY)):
             key = hashlib.sha256(value).digest() if isinstance(value, bytes) else value
             if key not in place:
-                recording, where = self._read(value, row)
+                at = f"row {i + 1}: {of_speech.SAMPLES}" if places is None else places[i]
+                recording, where = self._read(value, at)
                 place[key] = len(found)
                 if recording.seconds > self.max_seconds:
                     too_long.append(f"{where} with {recording.seconds:.1f} s")
@@ -129,15 +131,11 @@ class Speech(ToLanguages):
                 f"{self.max_seconds:g}, the first {too_long[0]}; cut or leave them out, or give a "
                 "larger --max-seconds"
             )
-        notes = (
-            f"{several} of {len(found)} recordings have several channels; the first is read",
-        ) * (several > 0)
-        return Frames.of(found, which, notes)
+        return Frames.of(found, which, several)
 
-    def _read(self, value: Any, row: int) -> tuple[Recording, str]:
-        """Returns a recording, and its name for errors."""
+    def _read(self, value: Any, where: str) -> tuple[Recording, str]:
+        """Returns a recording, and its name for errors, which is `where` if it has no file."""
         if isinstance(value, bytes):
-            where = f"row {row}: {of_speech.SAMPLES}"
             if self.sampling_rate is None:
                 raise ValueError(
                     f"{where} has bytes, which do not say their rate; give --sampling-rate"
@@ -146,14 +144,23 @@ class Speech(ToLanguages):
         path = Path(value) if self.folder is None else self.folder / value
         return read_audio(path), str(path)
 
-    def of_file(self, path: Path, folder: Path) -> Speech:
-        """Returns the objective for a file of inputs.
+    def names_of(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
+        """Returns the language to write of each row."""
+        return list(columns[of_speech.LANGUAGE])
+
+    def of_file(self, path: Path, folder: Path) -> ToLanguages:
+        """Returns the objective for a file of inputs, after a look at all its rows.
 
         Args:
           path: the file.
           folder: folder that names of recordings are relative to.
+
+        Raises:
+          ValueError: for a language without an adapter, or a file that cannot be read; the message
+            names the file and the row.
         """
-        return dataclasses.replace(self, folder=folder, column=of_speech.column_of(path))
+        own = dataclasses.replace(self, folder=folder, column=of_speech.column_of(path))
+        return ToLanguages.of_file(own, path, folder)
 
     def compared(
         self, said: Sequence[str], wanted: Sequence[str], language: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import compacter_jax as cj
 from compacter_jax.messages import listing
 from train.compute import step
 from train.data import batching, languages, sampled
+from train.data import rows as data_rows
 from train.data import tokens as data_tokens
 from train.objectives.base import Predicted
 from train.objectives.text_to_text import Seq2Seq, mean_token_loss, num_tokens
@@ -72,17 +74,44 @@ class ToLanguages(Seq2Seq):
         )
         return {"ids": ids, **found}
 
-    def places(self, names: Sequence[str]) -> np.ndarray:
+    def names_of(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
+        """Returns the name of each row's direction."""
+        raise NotImplementedError
+
+    def of_file(self, path: Path, folder: Path) -> ToLanguages:
+        """Returns the objective for a file of inputs, after a look at all its rows.
+
+        Args:
+          path: the file.
+          folder: folder that names in it are relative to.
+
+        Raises:
+          ValueError: for a direction without an adapter, or as `read_rows`; the message names the
+            file and the row.
+        """
+        first = 1
+        for rows in data_rows.read_rows(path, columns=self.columns):
+            columns = {name: data_rows.column_values(rows, name) for name in self.columns}
+            self.places(self.names_of(columns), f"{path}, ", first)
+            first += len(rows)
+        return self
+
+    def places(self, names: Sequence[str], where: str = "", first: int = 1) -> np.ndarray:
         """Returns the place of each row's direction, `[rows]` int32; new ones follow the known.
+
+        Args:
+          names: the names of the rows' directions.
+          where: what an error says before the number of the row.
+          first: the number of the first row.
 
         Raises:
           ValueError: for a direction without an adapter; the message names the row.
         """
         place = {name: i for i, name in enumerate(self.directions)}
-        for row, name in enumerate(names, 1):
+        for row, name in enumerate(names, first):
             if name not in place and not self.is_open:
                 raise ValueError(
-                    f"row {row}: there is no adapter for {name!r:.100}; there are those of "
+                    f"{where}row {row}: there is no adapter for {name!r:.100}; there are those of "
                     f"{listing(self.directions)}"
                 )
             place.setdefault(name, len(place))

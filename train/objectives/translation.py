@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.data import languages
@@ -22,17 +22,22 @@ class Translation(ToLanguages):
         """Columns of a file of sentences to translate."""
         return dict.fromkeys(("source", "source_language", "target_language"), str)
 
+    def names_of(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
+        """Returns the name of each row's direction, source first."""
+        pairs = zip(*(columns[name] for name in parallel.PAIR[2:]), strict=True)
+        return [f"{source}-{target}" for source, target in pairs]
+
     def encode(self, rows: Any) -> data_tokens.Encoded:
         """Tokenises sentences, with a token of their language before them.
 
         Raises:
-          ValueError: for a direction without an adapter, or a language without a token; the message
-            names the row.
+          ValueError: for a direction without an adapter, whose row the message names; or for a
+            language without a token.
         """
         from_each, to_each = (list(rows[name][:]) for name in parallel.PAIR[2:])
-        names = [f"{a}-{b}" for a, b in zip(from_each, to_each, strict=True)]
-        tokens = languages.language_tokens(dict.fromkeys([*from_each, *to_each]), self.tokenizer)
+        names = self.names_of(dict(zip(parallel.PAIR[2:], (from_each, to_each), strict=True)))
         directions = self.places(names)
+        tokens = languages.language_tokens(dict.fromkeys([*from_each, *to_each]), self.tokenizer)
         first = tokens.before_target(to_each)
         inputs = data_tokens.tokenize_texts(
             rows["source"][:], self.tokenizer, self.max_length - 1, what="source"

@@ -22,6 +22,31 @@ SETTINGS = "features.json"
 
 
 @dataclasses.dataclass(frozen=True)
+class Channels:
+    """Counts of recordings, and of those with several channels, of which the first is read.
+
+    Attributes:
+      recordings: the number of recordings.
+      several: the number of those with several channels.
+    """
+
+    recordings: int = 0
+    several: int = 0
+
+    def __add__(self, other: Channels) -> Channels:
+        return Channels(self.recordings + other.recordings, self.several + other.several)
+
+    def user_messages(self) -> list[str]:
+        """Returns a line if there are recordings with several channels."""
+        if not self.several:
+            return []
+        return [
+            f"{self.several} of {self.recordings} recordings have several channels; the first is "
+            "read"
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
 class Frames:
     """Features of the recordings of examples; several examples may be of one recording.
 
@@ -29,29 +54,28 @@ class Frames:
       values: `[frames, width]` float32 of all recordings, one after the other.
       starts: `[examples]` int64, the first frame of each example.
       lengths: `[examples]` int64, the number of frames of each example.
-      notes: lines about the recordings for the user.
+      channels: counts of the recordings by their channels.
     """
 
     values: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    notes: tuple[str, ...] = ()
+    channels: Channels = Channels()
 
     @classmethod
-    def of(
-        cls, recordings: Sequence[np.ndarray], which: Sequence[int], notes: tuple[str, ...] = ()
-    ) -> Frames:
+    def of(cls, recordings: Sequence[np.ndarray], which: Sequence[int], several: int = 0) -> Frames:
         """Joins the features of recordings.
 
         Args:
           recordings: `[frames, width]` of each recording.
           which: the recording of each example.
-          notes: lines for the user.
+          several: the number of recordings with several channels.
         """
         lengths = np.array([len(each) for each in recordings], np.int64)
         starts = np.cumsum(lengths) - lengths
         chosen = np.asarray(which, np.int64)
-        return cls(np.concatenate(recordings), starts[chosen], lengths[chosen], notes)
+        channels = Channels(len(recordings), several)
+        return cls(np.concatenate(recordings), starts[chosen], lengths[chosen], channels)
 
     @property
     def offsets(self) -> np.ndarray:
@@ -81,9 +105,9 @@ class Frames:
 class Extractor:
     """The feature extractor of a backbone, with a cache on disk.
 
-    The features are those of transformers' `Speech2TextFeatureExtractor`. It computes them with
-    NumPy, which is what this library is tested with; where torchaudio is installed it takes that
-    instead, so that the cache tells the two apart.
+    The features are those that transformers' `Speech2TextFeatureExtractor` computes with NumPy.
+    Where torchaudio is installed, the extractor itself would take that, and round otherwise; here
+    they are the same on every machine.
 
     Args:
       backbone: folder or hub id of the backbone; its preprocessor_config.json, if there is one, has
@@ -115,9 +139,7 @@ class Extractor:
             *("do_ceptral_normalize", "normalize_means", "normalize_vars"),
         )
         self.settings: dict[str, Any] = {name: getattr(self._extractor, name) for name in names}
-        self.settings["computed_by"] = (
-            "numpy" if hasattr(self._extractor, "mel_filters") else "torchaudio"
-        )
+        self.settings["computed_by"] = "numpy"
         self._folder = cache if cache is not None else _default_cache(self.settings)
         self._open()
 
@@ -186,13 +208,55 @@ class Extractor:
                 "35 ms or more"
             )
         with np.errstate(divide="ignore", invalid="ignore"):
-            made = self._extractor(samples, sampling_rate=self.rate, return_attention_mask=False)
-        found = np.asarray(made["input_features"][0], np.float32)
+            found = _log_mel(samples, self._extractor)
         if not np.isfinite(found).all():
             raise ValueError(
                 f"{where} is silent: its features do not vary, so they cannot be normalised"
             )
         return found
+
+
+def _log_mel(samples: np.ndarray, extractor: Any) -> np.ndarray:
+    """Computes the features of samples as an extractor without torchaudio does.
+
+    Args:
+      samples: `[samples]` float32 at the extractor's rate.
+      extractor: the extractor, of which the settings are read.
+
+    Returns:
+      `[frames, bins]` float32: log-mel energies of 25 ms every 10 ms, after Kaldi; normalised by
+      mean and variance over the frames as far as the settings say so.
+    """
+    # Slow to import.
+    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function  # noqa: PLC0415
+
+    filters = mel_filter_bank(
+        num_frequency_bins=257,
+        num_mel_filters=extractor.num_mel_bins,
+        min_frequency=20,
+        max_frequency=extractor.sampling_rate // 2,
+        sampling_rate=extractor.sampling_rate,
+        mel_scale="kaldi",
+        triangularize_in_mel_space=True,
+    )
+    energies = spectrogram(
+        np.asarray(samples, np.float32) * 2**15,  # Kaldi's scale, that of 16-bit integers
+        window_function(400, "povey", periodic=False),
+        frame_length=400,
+        hop_length=160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        dither=extractor.dither,
+        preemphasis=0.97,
+        mel_filters=filters,
+        log_mel="log",
+        mel_floor=float(np.finfo(np.float32).eps),
+        remove_dc_offset=True,
+    ).T
+    # In this order of numbers the means have the extractor's rounding, too.
+    found = np.ascontiguousarray(energies, np.float32)
+    return extractor.normalize([found])[0] if extractor.do_ceptral_normalize else found
 
 
 def _load(backbone: str | Path, width: int) -> Any:

@@ -213,8 +213,12 @@ def load_split(options: EvaluateOptions, known: Sequence[str]) -> tasks.Task:
         )
     is_table = options.parallel_files is not None
     there = _directions_of_table(path, every=True) if is_table else _directions_of_pairs(path)
+    notes: tuple[str, ...] = ()
     if options.directions in (None, ALL):
         wanted = tuple(each for each in there if each.name in known)
+        others = [each.name for each in there if each.name not in known]
+        # A row of a table is one of many directions.
+        notes = () if is_table else left_out(path, others, "directions")
     else:
         languages = {language for direction in there for language in direction}
         wanted = parse(options.directions or "", sorted(languages))
@@ -226,7 +230,20 @@ def load_split(options: EvaluateOptions, known: Sequence[str]) -> tasks.Task:
             f"{listing([each.name for each in there]) or 'none'}"
         )
     rows = _from_table(path, read_table(path), wanted) if is_table else _pairs(path, wanted)
-    return _task(options.task, wanted, {options.split: rows})
+    return _task(options.task, wanted, {options.split: rows}, notes)
+
+
+def left_out(path: Path, names: Sequence[str], what: str) -> tuple[str, ...]:
+    """Returns a line about rows of a file that are not evaluated; none if there are none.
+
+    Args:
+      path: the file.
+      names: the languages or directions of these rows.
+      what: "languages" or "directions".
+    """
+    if not names:
+        return ()
+    return (f"{path}: rows of the {what} {listing(names)} are left out",)
 
 
 def _task(

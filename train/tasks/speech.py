@@ -15,6 +15,7 @@ from compacter_jax.messages import listing
 from train import tasks
 from train.data import rows as data_rows
 from train.data.files import read_chunks
+from train.tasks.parallel import left_out
 
 if TYPE_CHECKING:
     from train.fit.options import FitOptions
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 KIND: Final = "speech"
 AUDIO, SAMPLES, LANGUAGE = "audio", "pcm16", "target_language"
+# Column of the rows that are read: the file and the row of a recording without a name.
+WHERE: Final = "where"
 ALL = "all"
 _LONGEST = 100_000
 
@@ -121,11 +124,11 @@ def load_task(options: FitOptions) -> tasks.Task:
     """
     wanted = [Target(name) for name in (options.directions or "").split(",")]
     files = {split: getattr(options, f"{split}_file") for split in tasks.SPLITS}
-    splits = {
-        split: _dataset(path, wanted, options.transcribe, options.sampling_rate)
-        for split, path in files.items()
-        if path is not None
-    }
+    splits = {}
+    for split, path in files.items():
+        if path is not None:
+            _check_rate(path, options.sampling_rate)
+            splits[split] = _dataset(path, wanted, options.transcribe)
     return _task(options.task, wanted, splits)
 
 
@@ -148,8 +151,11 @@ def load_split(options: EvaluateOptions, known: Sequence[str]) -> tasks.Task:
         )
     there = sorted({row[LANGUAGE] for row in _rows(path, options.transcribe)})
     wanted = [name for name in there if name in known]
+    notes: tuple[str, ...] = ()
     if options.directions not in (None, ALL):
         wanted = _parsed(options.directions or "")
+    else:
+        notes = left_out(path, [name for name in there if name not in known], "languages")
     if missing := [name for name in wanted if name not in there]:
         raise ValueError(f"{path} has no row of {missing[0]}; leave it out of --directions")
     if not wanted:
@@ -158,17 +164,19 @@ def load_split(options: EvaluateOptions, known: Sequence[str]) -> tasks.Task:
             f"{listing(there)}"
         )
     targets = [Target(name) for name in wanted]
-    rows = _dataset(path, targets, options.transcribe, options.sampling_rate)
-    return _task(options.task, targets, {options.split: rows})
+    rows = _dataset(path, targets, options.transcribe)
+    return _task(options.task, targets, {options.split: rows}, notes)
 
 
-def _task(name: str, targets: Sequence[Target], splits: dict[str, Any]) -> tasks.Task:
+def _task(
+    name: str, targets: Sequence[Target], splits: dict[str, Any], notes: tuple[str, ...] = ()
+) -> tasks.Task:
     counted = [Counter(rows[LANGUAGE][:]) for rows in splits.values()]
     lines = [f"{name}: speech into {len(targets)} languages; rows of {', '.join(splits)}:"]
     for target in targets:
         numbers = ", ".join(f"{counts[target.name]:,}" for counts in counted)
         lines.append(f"  {target.name}: {numbers}")
-    return tasks.Task(name, KIND, (), splits, notes=tuple(lines), directions=tuple(targets))
+    return tasks.Task(name, KIND, (), splits, notes=(*notes, *lines), directions=tuple(targets))
 
 
 def _rows(path: Path, transcribe: str | None) -> list[dict[str, Any]]:
@@ -198,8 +206,12 @@ def _rows(path: Path, transcribe: str | None) -> list[dict[str, Any]]:
         recordings = values[audio]
         if audio == AUDIO:
             recordings = [str(path.parent / name) for name in recordings]
-        for recording, target, language in zip(recordings, values[text], languages, strict=True):
+        for row, (recording, target, language) in enumerate(
+            zip(recordings, values[text], languages, strict=True), first
+        ):
             found.append({audio: recording, "target": target, LANGUAGE: language})
+            if audio == SAMPLES:
+                found[-1][WHERE] = f"{path}, row {row}: {SAMPLES}"
         first += len(rows)
     return found
 
@@ -217,16 +229,17 @@ def _check_bytes(path: Path, values: Sequence[Any], numbers: Sequence[int]) -> N
             )
 
 
-def _dataset(
-    path: Path, targets: Sequence[Target], transcribe: str | None, rate: int | None
-) -> datasets.Dataset:
-    """Returns the rows of some languages; those of a transcription without repetitions."""
-    audio = column_of(path)
-    if audio == SAMPLES and rate is None:
+def _check_rate(path: Path, rate: int | None) -> None:
+    if column_of(path) == SAMPLES and rate is None:
         raise ValueError(
             f"{path} has recordings as bytes ({SAMPLES}), which do not say their rate; give "
             "--sampling-rate"
         )
+
+
+def _dataset(path: Path, targets: Sequence[Target], transcribe: str | None) -> datasets.Dataset:
+    """Returns the rows of some languages; those of a transcription without repetitions."""
+    audio = column_of(path)
     wanted = {target.name for target in targets}
     rows = [row for row in _rows(path, transcribe) if row[LANGUAGE] in wanted]
     if transcribe is not None:
@@ -235,5 +248,6 @@ def _dataset(
         raise ValueError(f"{path} has no row of {listing([each.name for each in targets])}")
     kinds = {audio: "binary" if audio == SAMPLES else "string"}
     kinds |= dict.fromkeys(("target", LANGUAGE), "string")
+    kinds |= {WHERE: "string"} if audio == SAMPLES else {}
     features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
     return datasets.Dataset.from_list(rows, features=features)

@@ -212,6 +212,7 @@ def test_members_that_write_at_different_lengths(run, tmp_path, capsys):
         ({"train_file": "x.jsonl"}, "--parallel-files and --train-file contradict each other"),
         ({"reduction_factor": 17}, "reduction_factor=17 leaves no bottleneck at a width of 16"),
         ({"train_size": 1}, " is left; give a larger --train-size"),
+        ({"train_size": 1, "adapters": "shared"}, " is left; give a larger --train-size"),
         ({"task": "movie,product"}, "files are those of one task"),
         (
             {"method": "parallel", "sites": "encoder_embedding"},
@@ -273,20 +274,28 @@ def test_pairs_that_cannot_be(change, message, backbone, tmp_path, capsys):
 
 
 def test_a_direction_that_the_folder_lacks(run, tables, tmp_path, capsys):
-    """`predict` names the row and the directions that there are, `evaluate` the direction."""
-    rows = rows_to_translate(("en-de", "fr-en"), count=1)
+    """`predict` names the row, before it translates any; `evaluate` names the direction."""
+    rows = [*rows_to_translate(("en-de",), count=1) * 1100, *rows_to_translate(("fr-en",), 1)]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     flags = ["--adapter", run, "--input", source, "--output", tmp_path / "out.jsonl"]
-    assert main(["predict", *map(str, flags)]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
-    assert (
-        "error: row 2: there is no adapter for 'fr-en'; there are those of de-en, en-de, en-fr"
-        in told
+    assert refusal(capsys, "predict", *map(str, flags)) == (
+        f"error: {source}, row 1101: there is no adapter for 'fr-en'; there are those of de-en, "
+        "en-de, en-fr"
     )
     flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "fr-en"]
     assert "there is no adapter for 'fr-en'" in refusal(capsys, "evaluate", *flags)
     flags = ["--adapter", run, "--parallel-files", tables["validation"], "--directions", "en-es"]
     assert "there is no column or language 'es'" in refusal(capsys, "evaluate", *flags)
+
+
+def test_rows_that_are_left_out_are_named(run, tmp_path, capsys):
+    """`evaluate` says which directions of a file of pairs it has no adapters for."""
+    file = write_jsonl(tmp_path / "pairs.jsonl", [PAIR, {**PAIR, "target_language": "fr"}])
+    flags = ["--adapter", run / "en-de", "--test-file", file, "--output", tmp_path / "m.json"]
+    assert main(["evaluate", *map(str, flags)]) == 0
+    assert f"{file}: rows of the directions en-fr are left out" in capsys.readouterr().out
+    assert main(["evaluate", *map(str, [*flags, "--directions", "en-de"])]) == 0
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_flags_of_translation_alone(tiny_backbone, tmp_path, capsys):

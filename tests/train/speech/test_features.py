@@ -1,6 +1,7 @@
 """Tests the features of speech against transformers' extractor, and their cache."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -139,3 +140,13 @@ def test_examples_of_one_recording_share_its_frames():
     assert not found[0, 2:].any()
     assert not found[1, 5:].any()
     assert not found[2].any()
+
+
+def test_features_are_the_same_with_torchaudio(tmp_path, monkeypatch):
+    """An extractor that would take torchaudio is not asked to compute anything."""
+    wanted = Extractor(tmp_path, 80, tmp_path / "cache").features(recording(), "a.wav")
+    module = sys.modules[Speech2TextFeatureExtractor.__module__]
+    monkeypatch.setattr(module, "is_speech_available", lambda: True)
+    there = Extractor(tmp_path, 80, tmp_path / "another")
+    assert not hasattr(there._extractor, "mel_filters")
+    np.testing.assert_array_equal(there.features(recording(), "a.wav"), wanted)
