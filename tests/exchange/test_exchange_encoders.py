@@ -1,5 +1,6 @@
 """Exchanges adapters of RoBERTa, ELECTRA and DistilBERT with AdapterHub and PEFT, both ways."""
 
+import copy
 import functools
 
 import jax.numpy as jnp
@@ -255,3 +256,42 @@ def test_peft_reads_what_we_write_and_we_what_it_writes(name, head, kind, fields
     cj.export_peft(tmp_path / "ours", model, params)
     read = peft.PeftModel.from_pretrained(torch_model(ours), tmp_path / "ours").eval()
     np.testing.assert_array_equal(torch_logits(read, inputs), expected)
+
+
+# --- the pooling "cls" --------------------------------------------------------------------------
+
+
+def pooled(name, pooling):
+    """Returns a backbone with a pooling, an adapted model of it, and its parameters."""
+    ours = copy.copy(backbone(name))
+    ours.module = ours.module.clone(pooling=pooling)
+    model = cj.Adapted(ours.module, cj.preset("lora", rank=2))
+    drawn = flatten_dict(random_tree(adapted_shapes(model), seed=3))
+    return ours, model, unflatten_dict({**drawn, **flatten_dict(ours.params)})
+
+
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "electra", "distilbert", "camembert"])
+def test_cls_is_first_where_there_is_no_pooler(name, tmp_path):
+    """Both libraries read the classifier of a backbone with "cls" as it is, and so do we."""
+    ours, model, params = pooled(name, "cls")
+    inputs = inputs_of(CONFIGS[name], 3)
+    expected = logits(model, params, inputs)
+    cj.export_peft(tmp_path / "peft", model, params)
+    theirs = peft.PeftModel.from_pretrained(torch_model(backbone(name)), tmp_path / "peft").eval()
+    assert_equal_logits(torch_logits(theirs, inputs), expected)
+    assert_equal_logits(logits(*cj.import_peft(tmp_path / "peft", ours), inputs), expected)
+    if name == "camembert":  # AdapterHub has none
+        return
+    cj.export_adapterhub(tmp_path / "hub", model, params, name="a")
+    hub = hub_model(name)
+    hub.load_adapter(str(tmp_path / "hub"), use_safetensors=True, set_active=True)
+    assert_equal_logits(torch_logits(hub.eval(), inputs), expected)
+    assert_equal_logits(logits(*cj.import_adapterhub(tmp_path / "hub", ours), inputs), expected)
+
+
+@pytest.mark.parametrize("library", ["adapterhub", "peft"])
+def test_the_mean_is_refused_where_there_is_no_pooler(library, tmp_path):
+    """With the mean of the tokens the other library would compute something else."""
+    _, model, params = pooled("roberta", "mean")
+    with pytest.raises(ValueError, match=r"reads? the first token.*the backbone has pooling='mean"):
+        getattr(cj, f"export_{library}")(tmp_path, model, params)

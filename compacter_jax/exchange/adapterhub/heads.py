@@ -16,6 +16,7 @@ from compacter_jax.adapter_files import check_leaves
 from compacter_jax.exchange.adapterhub.flex_heads import WITH_POOLER, flex_heads
 from compacter_jax.exchange.adapterhub.layout import layout_of
 from compacter_jax.exchange.adapterhub.tensors import Tensors
+from compacter_jax.exchange.pooling import reads_as_first
 from compacter_jax.exchange.tensors import find_tensors, read_tensors
 from compacter_jax.files import check_fields, read_json
 from compacter_jax.messages import about, quote
@@ -226,13 +227,12 @@ def check_pooling(directory: Path, module: Any, fix: str) -> None:
       fix: for the message; `with_head=False` follows it.
 
     Raises:
-      ValueError: if the backbone's classifier pools its tokens.
+      ValueError: if the backbone's classifier reads something else than with the pooling "first".
     """
-    pooling = getattr(module, "pooling", "first")
-    if pooling != "first":
+    if not reads_as_first(module):
         raise ValueError(
-            f"{directory}: heads of AdapterHub read the first token through a pooler, but the "
-            f"backbone has pooling={pooling!r}; {fix} with with_head=False"
+            f"{directory}: heads of AdapterHub read the first token, a BERT's through its pooler, "
+            f"but the backbone has pooling={module.pooling!r}; {fix} with with_head=False"
         )
 
 

@@ -18,6 +18,7 @@ from compacter_jax.exchange.peft.modules import (
     shortest,
     target_modules,
 )
+from compacter_jax.exchange.pooling import reads_as_first
 from compacter_jax.messages import listing, quote
 from compacter_jax.methods.base import InsertedConfig, MethodConfig
 from compacter_jax.methods.ia3 import IA3Config
@@ -131,16 +132,16 @@ def check_task(path: Path, settings: Mapping[str, Any], head: str | None) -> Non
 
 def check_pooling(place: Path, module: Any) -> None:
     """Raises ValueError if the backbone's classifier is none of PEFT's, which use transformers'."""
-    pooling = getattr(module, "pooling", "first")
-    of_config = getattr(getattr(module, "config", None), "classifier_pooling", None)
-    if pooling not in ("first", of_config):
-        reads = "the first token through transformers' pooler"
-        if of_config is not None:
-            reads = f"what classifier_pooling={of_config!r} in config.json says"
-        raise ValueError(
-            f"{place}: with task_type='SEQ_CLS' PEFT reads {reads}, but the backbone has "
-            f"pooling={pooling!r}; use pooling='first'"
-        )
+    if reads_as_first(module):
+        return
+    of_config = getattr(module.config, "classifier_pooling", None)
+    reads = "the first token, as transformers does, of a BERT through the pooler"
+    if of_config is not None:
+        reads = f"what classifier_pooling={of_config!r} in config.json says"
+    raise ValueError(
+        f"{place}: with task_type='SEQ_CLS' PEFT reads {reads}, but the backbone has "
+        f"pooling={module.pooling!r}; use pooling='first'"
+    )
 
 
 def check_decoder(place: Path, module: Any) -> None:
