@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from train.compare.figures import comparison_figure, size_figure
+from train.compare.figures import comparison_figure, head_of, size_figure
 from train.compare.summaries import grouped, summaries
 from train.figures import save
 
@@ -19,14 +19,16 @@ from train.figures import save
 def plot(path: Path) -> list[Path]:
     """Writes the figures of a results.json, and returns their paths."""
     results = json.loads(path.read_text(encoding="utf-8"))
-    found, backbone = summaries(results["runs"]), results["settings"]["backbone"]
+    found, settings = summaries(results["runs"]), results["settings"]
+    backbone, head = settings["backbone"], head_of(settings)
     if len(grouped(found, lambda s: (s.task, s.size))) == 1:
-        save(comparison_figure(found, backbone), path.with_suffix(".png"))
+        drawn = comparison_figure(found, backbone, head, results.get("differences", ()))
+        save(drawn, path.with_suffix(".png"))
         return [path.with_suffix(".png")]
     written = []
     for task, of_task in grouped(found, lambda s: s.task).items():
         written.append(path.with_name(f"{path.stem}_{task}.png"))
-        save(size_figure(of_task, backbone), written[-1])
+        save(size_figure(of_task, backbone, head), written[-1])
     return written
 
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from train.figures import REFERENCE, TRAIN, VALIDATION, colour_of, new_figure, save
+from train.figures import REFERENCE, TRAIN, VALIDATION, colour_of, marker_of, new_figure, save
 
 
 def plot(path: Path) -> Path:
@@ -28,14 +28,16 @@ def plot(path: Path) -> Path:
         color=VALIDATION,
         label="validation, at the end",
     )
-    left.set(xlabel="step", ylabel="loss of a target token", title="Span corruption")
-    for marker, run in zip("os^", results["runs"], strict=False):
+    left.set(xlabel="step", ylabel="loss of a target token")
+    size = f"{results['parameters'] / 1e6:.1f} million parameters"
+    left.set_title(f"Span corruption, a T5 from random weights\n{size}, 1 seed")
+    for run in results["runs"]:
         epochs = range(1, len(run["validation_accuracy"]) + 1)
         label = f"{run['method']} ({run['trained_parameters']:,} trained)"
-        colour = colour_of(run["method"])
-        right.plot(epochs, run["validation_accuracy"], f"{marker}-", color=colour, label=label)
+        colour, look = colour_of(run["method"]), f"{marker_of(run['method'])}-"
+        right.plot(epochs, run["validation_accuracy"], look, color=colour, label=label)
     right.axhline(results["majority"], color=REFERENCE, linestyle=":", label="the commoner label")
-    title = "movie, from that T5; one seed each"
+    title = "movie, from that T5 after its pre-training\n1 seed for each method"
     right.set(xlabel="epoch", ylabel="validation accuracy", title=title)
     right.set_xticks(list(epochs))
     for axes in (left, right):

@@ -104,19 +104,21 @@ def _runs_of(results: Mapping[str, Any], condition: str) -> list[Mapping[str, An
     return [run for run in results["runs"] if run["condition"] == condition]
 
 
-# Condition -> colour and marker; a pair on the translator and the recogniser has one colour.
-_DRAWN = {
-    "longer": (figures.GREY, "o"),
-    "st-2": (figures.BLUE, "o"),
-    "st-8": (figures.TEAL, "o"),
-    "compacter-st": (figures.PURPLE, "o"),
-    "shared": (figures.GREEN, "o"),
-    "decoder": (figures.BROWN, "o"),
-    "full": (figures.ORANGE, "o"),
-    "recogniser-adapters": (figures.BLUE, "s"),
-    "recogniser-cross": (figures.PINK, "s"),
-    "recogniser-full": (figures.ORANGE, "s"),
-}
+# Condition -> colour and marker: those of its preset in every figure, or a variant's own marker.
+_DRAWN = translation_report.looks(
+    {
+        "longer": ("full", "s"),
+        "st-2": ("st", None),
+        "st-8": ("st", "s"),
+        "compacter-st": ("compacter-st", None),
+        "shared": ("st", "^"),
+        "decoder": ("head-only", None),
+        "full": ("full", None),
+        "recogniser-adapters": ("st", "D"),
+        "recogniser-cross": ("st", "X"),
+        "recogniser-full": ("full", "D"),
+    }
+)
 
 
 def figure(results: Mapping[str, Any], path: Path) -> None:
@@ -143,7 +145,14 @@ def figure(results: Mapping[str, Any], path: Path) -> None:
                 axes.axhline(level, ls="--", lw=1, color=figures.GREY, label="translator")
         axes.set(xscale="log", xlabel="trained weights, all languages", ylabel=label)
         axes.set_title(described)
-    drawn.suptitle("Adapters for languages of speech: a point for each seed", fontsize=10)
+    settings = results.get("settings", {})
+    model = "Speech2Text from random weights"
+    if "d_model" in settings:
+        layers = f"{settings['encoder_layers']} and {settings['decoder_layers']} layers"
+        model += f", {layers} {settings['d_model']} wide"
+    counts = [len(seeds) for seeds in by_condition(results, next(iter(tests)), metric).values()]
+    told = f"{translation_report.seeds_told(counts)}, a point for each run"
+    drawn.suptitle(f"Adapters for languages of speech: {model}; {told}", fontsize=10)
     handles, names = panels[0][0].get_legend_handles_labels()
     drawn.legend(handles, names, loc="outside lower center", ncols=4)
     figures.save(drawn, path)

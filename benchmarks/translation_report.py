@@ -174,6 +174,37 @@ def _costs(found: Mapping[str, Any]) -> str:
     return f"# Translation\n\n{table(head, rows)}"
 
 
+# Condition -> the preset whose colour and marker it has in every figure, and a marker of its own
+# where it is a variant of that preset.
+_PRESETS = {
+    "longer": ("full", "s"),
+    "shared": ("ciat", "s"),
+    "ciat": ("ciat", None),
+    "without-embeddings": ("parallel", None),
+    "serial-ciat": ("serial-ciat", None),
+    "compacter-ciat": ("compacter-ciat", None),
+    "full": ("full", None),
+    "bilingual": ("full", "^"),
+}
+
+
+def looks(presets: Mapping[str, tuple[str, str | None]]) -> dict[str, tuple[str, str]]:
+    """Returns the colour and marker of each condition, by its preset and own marker."""
+    return {
+        condition: (figures.colour_of(preset), marker or figures.marker_of(preset))
+        for condition, (preset, marker) in presets.items()
+    }
+
+
+_DRAWN = looks(_PRESETS)
+
+
+def seeds_told(counts: Sequence[int]) -> str:
+    """Returns the numbers of seeds of the conditions, as `1 to 3 seeds`."""
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"{least} to {most} seeds" if least < most else f"{most} seed{'s' * (most != 1)}"
+
+
 def figure(found: Mapping[str, Any], path: Path) -> None:
     """Draws every condition in every direction, each seed as a point, as a PNG file.
 
@@ -185,18 +216,22 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     drawn, axes = figures.new_figure((max(6, 0.9 * len(directions)), 4))
     places, width = np.arange(len(directions)), 0.8 / max(len(scores), 1)
     for i, (condition, values) in enumerate(scores.items()):
-        at, colour = places + (i - (len(scores) - 1) / 2) * width, _COLOURS[i % len(_COLOURS)]
+        at, (colour, marker) = places + (i - (len(scores) - 1) / 2) * width, _DRAWN[condition]
         gains = values - first
-        axes.plot(np.tile(at, len(gains)), gains.ravel(), "o", ms=3, color=colour, label=condition)
+        flat = np.tile(at, len(gains)), gains.ravel()
+        axes.plot(*flat, marker, ls="", ms=4, color=colour, label=condition)
         axes.hlines(gains.mean(0), at - width / 2, at + width / 2, color=colour)
     label = "BLEU, less that of the first stage" if first.any() else "BLEU"
     axes.set(xticks=places, xticklabels=directions, ylabel=label)
-    axes.set_title("Directions of translation: a point for each seed, a line for their mean")
+    settings, counts = found.get("settings", {}), [len(values) for values in scores.values()]
+    model = "M2M-100 from random weights"
+    if "d_model" in settings:
+        model += (
+            f", {settings['layers']} and {settings['layers']} layers {settings['d_model']} wide"
+        )
+    axes.set_title(
+        f"Directions of translation: {model}\n"
+        f"{seeds_told(counts)}: a point for each, a line for their mean"
+    )
     drawn.legend(loc="outside upper center", ncols=4)
     figures.save(drawn, path)
-
-
-_COLOURS = (
-    *(figures.ORANGE, figures.GREY, figures.BLUE, figures.TEAL),
-    *(figures.GREEN, figures.PURPLE, figures.PINK, figures.BROWN),
-)

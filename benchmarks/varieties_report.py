@@ -241,7 +241,10 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
             axes.hlines(values.mean(), x - width / 2, x + width / 2, color=_COLOURS[at])
     unit = "F1 of entities" if found["settings"]["task"] == "ner" else "accuracy"
     axes.set(xticks=places, xticklabels=varieties, ylabel=f"{unit} in %")
-    seeds = len(found["adapters"])
-    axes.set_title(f"Tags of varieties without an adapter: a point for each seed, {seeds} in all")
+    seeds, backbone = len(found["adapters"]), Path(found["settings"]["backbone"]).name
+    axes.set_title(
+        f"{backbone}, tags of varieties without an adapter\n"
+        f"{seeds} seed{'s' * (seeds != 1)}: a point for each, a line for their mean"
+    )
     drawn.legend(loc="outside upper center", ncols=3)
     figures.save(drawn, path)

@@ -17,10 +17,11 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
 
 import compacter_jax as cj
+from train.figures import BLUE, GREY, ORANGE
 
-PAPER, INK, LINE = "#ffffff", "#1a202c", "#718096"
+PAPER, INK, LINE = "#ffffff", "#1a202c", GREY
 FROZEN, FROZEN_EDGE = "#e2e8f0", "#a0aec0"
-OWN, SHARED, NORM = "#2b6cb0", "#dd6b20", "#bee3f8"
+OWN, SHARED, NORM = BLUE, ORANGE, "#bee3f8"
 TITLE = {"fontsize": 11.5, "weight": "bold"}
 # Left and right edge of a column of boxes, and the height of one.
 LEFT, RIGHT, HEIGHT = 3.3, 7.0, 0.62

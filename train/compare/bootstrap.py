@@ -79,7 +79,9 @@ def difference(
     Each resample draws seeds and test examples with replacement, the same ones for both methods,
     and takes the difference of the mean scores. The interval is that of a new training run and a
     new test set. With few seeds its part for the seeds is too narrow, by about
-    `sqrt((seeds - 1) / seeds)`. The draws are the same in every call.
+    `sqrt((seeds - 1) / seeds)`, and a single seed has no such part. Learning rates are those that
+    were chosen: with other seeds or validation data others might be, and this is not in the
+    interval. The draws are the same in every call.
 
     Args:
       method: runs of the method.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compacter_jax.files import replace_file
-from train.compare.figures import comparison_figure, size_figure
+from train.compare.figures import comparison_figure, head_of, size_figure
 from train.compare.summaries import Summary, grouped, summaries
 from train.figures import save
 from train.report import number, table
@@ -24,22 +25,24 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         by_size = grouped(of_task, lambda s: s.size)
         if len(by_size) > 1:
             path = folder / f"sizes-{task}.png"
-            save(size_figure(of_task, backbone), path)
+            save(size_figure(of_task, backbone, head_of(settings)), path)
             sections += [
                 f"## {task}",
                 f"![score by training size]({urllib.parse.quote(path.name)})",
             ]
             sections.append(size_table(of_task))
         for size, of_size in sorted(by_size.items()):
+            # None is the size of all examples.
+            differences, tried = (
+                _of_point(results[name], task, [size, None]) for name in ("differences", "tried")
+            )
             path = folder / f"comparison-{task}-{size}.png"
-            save(comparison_figure(of_size, backbone), path)
+            save(comparison_figure(of_size, backbone, head_of(settings), differences), path)
             sections += [f"## {task}, {size:,} training examples"]
             link = urllib.parse.quote(path.name)
             sections += [f"![score by trained parameters]({link})", method_table(of_size)]
-            # None is the size of all examples.
-            of_point = [task, [size, None]]
-            sections += _difference_sections(_of_point(results["differences"], *of_point))
-            sections += _tried_sections(_of_point(results["tried"], *of_point))
+            sections += _difference_sections(differences, tuned=bool(tried))
+            sections += _tried_sections(tried)
     if results["failed"]:
         sections.append("## Failed")
         sections.append(table(["run", "reason"], [list(f.values()) for f in results["failed"]]))
@@ -59,19 +62,41 @@ def _of_point(
     return [row for row in rows if row["task"] == task and row["train_size"] in sizes]
 
 
-def _difference_sections(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _difference_sections(rows: Sequence[Mapping[str, Any]], *, tuned: bool) -> list[str]:
     if not rows:
         return []
-    alone = [f"`{row['method']}`" for row in rows if not row["over_examples"]]
-    over = "the seeds and the test examples"
-    if alone:
-        # The metric cannot be resampled, or predictions are missing or have another score.
-        over += f" (the seeds alone for {', '.join(alone)})"
     return [
         f"Differences in mean test {rows[0]['metric']} to `{rows[0]['reference']}`, with 95 % "
-        f"intervals of a paired bootstrap over {over}. On par: the interval includes 0.",
+        f"intervals of a paired bootstrap over {_resampled(rows)}. On par: the interval includes "
+        f"0. {_limits(rows, tuned=tuned)}",
         difference_table(rows),
     ]
+
+
+_OVER = ("the seeds and the test examples", "the test examples", "the seeds")
+
+
+def _resampled(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what the intervals are over, and the methods for which it is less."""
+    methods: dict[str, list[str]] = {over: [] for over in _OVER}
+    for row in rows:
+        # The metric cannot be resampled, or predictions are missing or have another score.
+        over = _OVER[2] if not row["over_examples"] else _OVER[0 if row["seeds"] > 1 else 1]
+        methods[over].append(f"`{row['method']}`")
+    most, *fewer = (over for over in _OVER if methods[over])
+    told = "; ".join(f"{over} alone for {', '.join(methods[over])}" for over in fewer)
+    return f"{most} ({told})" if told else most
+
+
+def _limits(rows: Sequence[Mapping[str, Any]], *, tuned: bool) -> str:
+    """Returns what the intervals leave out."""
+    seeds = min(row["seeds"] for row in rows)
+    if seeds > 1:
+        share = math.sqrt((seeds - 1) / seeds)
+        limits = f"The part of {seeds} seeds is about {share:.2f} times as wide as it should be."
+    else:
+        limits = "With one seed the interval says nothing of others."
+    return limits + (" It leaves out how the learning rates were chosen." if tuned else "")
 
 
 def difference_table(rows: Sequence[Mapping[str, Any]]) -> str:

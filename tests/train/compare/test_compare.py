@@ -584,7 +584,8 @@ def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, cap
     assert 0 <= rows["lora"]["low"] < rows["lora"]["high"] < 0.4
     assert rows["lora"]["over_examples"]
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "paired bootstrap over the seeds and the test examples" in report
+    assert "paired bootstrap over the seeds and the test examples." in report
+    assert "The part of 2 seeds is about 0.71 times as wide as it should be." in report
     assert "| `ia3` | +0.0000 | +0.0000 to +0.0000 | 2 | on par |" in report
     (tmp_path / "out/runs/own/all/ia3/seed-1/test_predictions.jsonl").unlink()
     assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
@@ -598,6 +599,23 @@ def test_differences_to_a_reference(pretended, files, tmp_path, monkeypatch, cap
     assert (
         "--reference 'phm' must be one of the methods that are compared: ia3, lora, full" in error
     )
+
+
+def test_what_the_intervals_are_over(pretended, files, tmp_path, monkeypatch):
+    """One seed is no seeds, and the choice of a learning rate is told where there was one."""
+    monkeypatch.setenv("PREDICTS", "1")
+    flags = {"methods": "full,lora", "seeds": 1, "tune-learning-rates": 3}
+    assert main(compare_flags(files, tmp_path / "out", **flags)) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "of a paired bootstrap over the test examples. On par" in report
+    assert "With one seed the interval says nothing of others. It leaves out how the le" in report
+    rows = [
+        {"method": method, "over_examples": examples, "seeds": seeds}
+        for method, examples, seeds in (("a", True, 1), ("b", True, 3), ("c", False, 3))
+    ]
+    wanted = "the seeds and the test examples (the test examples alone for `a`; the seeds alone "
+    assert compare_report._resampled(rows) == wanted + "for `c`)"
+    assert compare_report._resampled(rows[2:]) == "the seeds"
 
 
 def test_settings_that_a_configuration_varies_by_task(pretended, files, tmp_path, capsys):
@@ -708,9 +726,15 @@ def test_the_figure_has_a_labelled_point_with_error_bars_for_each_method():
         (name,) = (text.get_text() for text in axes.texts if tuple(text.xy) == tuple(place))
         points[name] = place
         mean, deviation = np.mean(scores[name]), np.std(scores[name], ddof=1)
-        np.testing.assert_allclose(points[name], [100 * trained[name] / 22_721_178, mean])
+        # Those of the same size are drawn side by side.
+        np.testing.assert_allclose(points[name][0], 100 * trained[name] / 22_721_178, rtol=0.4)
+        np.testing.assert_allclose(points[name][1], mean)
         (segment,) = bar.get_segments()
         np.testing.assert_allclose(segment[:, 1], [mean - deviation, mean + deviation])
+    in_order = sorted(points, key=lambda name: points[name][0])
+    assert [trained[name] for name in in_order] == sorted(trained.values())
+    assert min(np.diff(np.log10([points[name][0] for name in in_order]))) > 0.03
+    assert "bars: mean ± standard deviation" in axes.get_title()
     for text in axes.texts:
         np.testing.assert_array_equal(text.xy, points[text.get_text()])
     boxes = label_boxes(figure, axes)
@@ -718,6 +742,42 @@ def test_the_figure_has_a_labelled_point_with_error_bars_for_each_method():
         assert not box.overlaps(its_box), (name, other)
     inside = axes.get_window_extent()
     assert all(inside.contains(*corner) for box in boxes.values() for corner in box.corners())
+
+
+def test_bars_are_intervals_where_there_are_differences():
+    """A bar is the interval of the difference, from the mean of the reference, which has none."""
+    scores = {"full": (0.6, 0.7), "lora": (0.5, 0.6), "lora:rank=1": (0.5, 0.5), "ia3": (0.7, 0.8)}
+    trained = {"full": 22_721_178, "ia3": 100_000}
+    rows = [
+        {"method": "lora", "reference": "full", "low": -0.2, "high": 0.05},
+        {"method": "lora:rank=1", "reference": "full", "low": -0.3, "high": -0.1},
+        {"method": "ia3", "reference": "full", "low": 0.15, "high": 0.2},
+    ]
+    found = summaries(records(scores, trained=trained))
+    (axes,) = figures.comparison_figure(found, "DIR", "a head", rows).axes
+    assert axes.get_title().split("\n") == [
+        "movie, 100 training examples, DIR, a head",
+        "2 seeds; bars: 95 % interval of the difference to full, dashed; small points: runs",
+    ]
+    drawn = [container[2][0].get_segments()[0] for container in axes.containers]
+    # The last interval leaves out the mean: it then ends there.
+    wanted = [(0.65, 0.65), (0.45, 0.7), (0.35, 0.55), (0.75, 0.85)]
+    np.testing.assert_allclose([segment[:, 1] for segment in drawn], wanted)
+    (dashed,) = (line for line in axes.get_lines() if line.get_linestyle() == "--")
+    np.testing.assert_allclose(dashed.get_ydata(), 0.65)
+    markers = [container[0] for container in axes.containers]
+    assert markers[1].get_marker() == markers[2].get_marker()
+    assert markers[1].get_markerfacecolor() != markers[2].get_markerfacecolor()
+
+
+def test_heads_are_told_in_the_title():
+    """Results from before the choice of heads were read through the pooler."""
+    assert figures.head_of({"heads": "alike"}) == "the same head for all"
+    assert figures.head_of({"heads": "as_published"}) == "heads as published"
+    assert figures.head_of({}).startswith("through the pooler")
+    runs = summaries(records({"full": (0.6,)}))
+    (axes,) = figures.size_figure(runs, "DIR", figures.head_of({})).axes
+    assert "movie, DIR, through the pooler" in axes.get_title()
 
 
 def label_boxes(figure, axes):
