@@ -14,6 +14,7 @@ import compacter_jax as cj
 from tests.helpers import weights_of
 from tests.pages import ROOT, cells, code_blocks, rows_of_tables
 from train.__main__ import main
+from train.compare.bootstrap import Scored, difference
 from train.compare.report import difference_table, method_table, size_table, tried_table
 from train.compare.summaries import summaries
 
@@ -89,6 +90,8 @@ def test_scores():
     table = {row[0]: row[-1] for row in rows_of_tables(README)[: len(presets) + 2]}
     measured = {f"`{s.method}`": f"{s.mean:.4f} ± {s.deviation:.4f}" for s in found}
     not_run = {f"`{name}`": "not run" for name in later}
+    # These two were run with the same head alone.
+    not_run |= dict.fromkeys(("`head-only`", "`compacter++-short`"), "[same head](#results)")
     assert {row: table[row] for row in presets} == measured | not_run
     page = (ROOT / "docs/numbers.md").read_text(encoding="utf-8")
     assert method_table(found) in page
@@ -149,6 +152,36 @@ def test_scores_with_the_same_head_on_the_page(name):
         )
         assert difference_table(differences) in page
         assert not tried or tried_table(tried) in page
+
+
+def test_between_the_two_smallest_presets():
+    """README and page show the difference between them, which is over the seeds alone."""
+    path = ROOT / "benchmarks/results/comparison_same_head.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    readme, page = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/numbers.md")
+    )
+    for size in (100, 500):
+        short, other = (
+            Scored(
+                {
+                    run["seed"]: run["test"]["accuracy"]
+                    for run in runs
+                    if (run["method"], run["train_size"]) == (method, size)
+                },
+                {},
+                None,
+            )
+            for method in ("compacter++-short", "compacter++")
+        )
+        found = difference(short, other, "accuracy")
+        told = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}) with {size}"
+        assert told in page
+        ends = f"({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+        points = f"{abs(100 * found.mean):.1f}"
+        where = f"points above it with {size} examples" if found.mean > 0 else f"below with {size}"
+        assert f"{points} {where} {ends}" in readme
 
 
 def test_scores_with_the_same_head():
