@@ -123,12 +123,16 @@ def test_rows_of_padding_are_refused(tiny_backbone):
 
 
 def test_bfloat16_sums_in_float32(tiny_backbone):
-    """The mean of 64 equal states is the state itself; sums in bfloat16 would lose two bits."""
-    states = jnp.full((1, 60, 24), 1.0078125, jnp.bfloat16)
-    for mask in (None, jnp.ones((1, 60), jnp.int32)):
+    """The mean of equal states is the state itself, which sums or counts in bfloat16 would miss."""
+    count, value = 259, 1.984375
+    states = jnp.full((1, count, 24), value, jnp.bfloat16)
+    total, length = jnp.bfloat16(count * value), jnp.bfloat16(count)  # 512 and 260
+    for wrong in (float(total) / count, count * value / float(length)):
+        assert float(jnp.bfloat16(wrong)) != value
+    for mask in (None, jnp.ones((1, count), jnp.int32)):
         mean = mean_of_tokens(states, mask)
         assert mean.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(np.asarray(mean, np.float32), 1.0078125)
+        np.testing.assert_array_equal(np.asarray(mean, np.float32), value)
     near = classifier(tiny_backbone, "mean", dtype=jnp.bfloat16)
     logits = near.module.apply({"params": near.params}, IDS, MASK)
     assert logits.dtype == jnp.bfloat16
@@ -361,6 +365,9 @@ def test_heads_of_other_libraries_read_the_first_token(tiny_backbone, tmp_path):
         export(tmp_path / library, *adapted(first, cj.preset(method)))
         with pytest.raises(ValueError, match=r"the backbone has pooling='mean'; .*pooling='first'"):
             load(tmp_path / library, mean)
+        # A BERT has a pooler, so that its first token alone is not what the others read.
+        with pytest.raises(ValueError, match=r"the backbone has pooling='cls'; .*pooling='first'"):
+            export(tmp_path / "cls", *adapted(classifier(tiny_backbone, "cls"), cj.preset(method)))
     # An exported adapter without its head does not depend on the pooling.
     model, params = adapted(mean, cj.preset("lora"))
     cj.export_adapterhub(tmp_path / "alone", model, params, with_head=False)
