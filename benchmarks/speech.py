@@ -207,7 +207,9 @@ def _create(
 def flags_of(options: argparse.Namespace, run: Run, files: dict[str, Path]) -> list[Any]:
     """Returns the flags of `fit` for a run, without those of its folder."""
     method, *more = run.method
-    rates = {"full": options.full_learning_rate, "compacter-st": options.compacter_learning_rate}
+    # Whole layers of the backbone are trained at the rate of all of it.
+    of_backbone = dict.fromkeys(("full", "head-only"), options.full_learning_rate)
+    rates = {**of_backbone, "compacter-st": options.compacter_learning_rate}
     rate = options.first_learning_rate if run.is_first else rates.get(method, options.learning_rate)
     flags: list[Any] = ["--train-file", files["train"], "--validation-file", files["validation"]]
     flags += ["--backbone", run.backbone, "--adapters", run.adapters, "--method", method, *more]
