@@ -100,7 +100,7 @@ def speech_flags(backbone, files, output, cache, **flags):
     """Returns the flags of a short `fit`."""
     settings = {
         "backbone": backbone,
-        "method": "pfeiffer-feed-forward",
+        "method": "st",
         "reduction_factor": 4,
         "adapters": "per_target",
         "epochs": 1,

@@ -29,6 +29,7 @@ _EQUAL = ("d_model", "activation_function", "scale_embedding", "pad_token_id")
 _OF_DECODER = (
     *("decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "vocab_size"),
     *("eos_token_id", "bos_token_id", "decoder_start_token_id", "tie_word_embeddings"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
 )
 
 

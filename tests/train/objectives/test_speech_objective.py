@@ -16,11 +16,13 @@ from flax.traverse_util import flatten_dict
 import compacter_jax as cj
 from tests.speech_data import as_bytes, said, utterances, write_speech_model, write_split
 from tests.tones import RATE, tone
+from train.__main__ import _parsed
 from train.cli.method_flags import MethodOptions
 from train.compute import step
 from train.data import batching
 from train.fit.job import prepare
 from train.fit.options import FitOptions
+from train.objectives import translators
 from train.speech.audio import write_wave
 from train.speech.spec_augment import SpecAugment
 from train.tasks import multilingual
@@ -32,7 +34,7 @@ def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speech")
     found = FitOptions(
         backbone=str(write_speech_model(folder)),
-        method="pfeiffer-feed-forward",
+        method="st",
         method_options=MethodOptions(reduction_factor=2),
         train_file=write_split(folder, "train", 8),
         validation_file=write_split(folder, "validation", 2, seed=1),
@@ -67,8 +69,13 @@ def task_run(options):
 
 @pytest.fixture(scope="module")
 def with_cross_attention(options):
-    """Returns the same with cross-attention trained beside the adapters."""
-    given = dataclasses.replace(options, trained_sites=("cross_attention",))
+    """Returns the same with cross-attention trained beside `compacter-st`, which shares a rule."""
+    given = dataclasses.replace(
+        options,
+        method="compacter-st",
+        method_options=MethodOptions(reduction_factor=2, phm_dim=2),
+        trained_sites=("cross_attention",),
+    )
     return with_random_parameters(prepare(given).task_runs[0])
 
 
@@ -171,6 +178,22 @@ def test_several_channels_are_told_of(task_run, tmp_path):
     np.testing.assert_array_equal(each[0], each[1])
 
 
+def test_the_switch_of_the_masks(options, task_run):
+    """Builds the objective of a run with the masks of SpecAugment or without, as the flag says."""
+    assert task_run.objective.spec_augment is None
+    model, tokenizer = task_run.objective.model, task_run.objective.tokenizer
+    needed = ["--backbone", options.backbone, "--train-file", str(options.train_file)]
+    needed += ["--method", "st", "--output-dir", str(options.output_dir)]
+    found = {}
+    for flag in ("--spec-augment", "--no-spec-augment", None):
+        given = _parsed("fit", needed + ([] if flag is None else [flag])).spec_augment
+        chosen = dataclasses.replace(options, spec_augment=given)
+        made = translators.for_run(task_run.task, chosen, model, tokenizer)
+        found[flag] = made.spec_augment
+    masks = SpecAugment()
+    assert found == {"--spec-augment": masks, "--no-spec-augment": None, None: masks}
+
+
 def test_features_are_masked_in_training_alone(task_run):
     """With a key, the model reads what SpecAugment leaves; without, all features."""
     batch = whole_batch(task_run)
@@ -231,13 +254,19 @@ def test_the_adapters_alone_move(task_run):
     """After training every leaf of the backbone is what it was, bit for bit."""
     flat = flatten_dict(task_run.params, sep="/")
     wanted = {path for path in flat if "/adapter/" in path}
-    assert len(wanted) > 4
+    # In both stacks, an adapter's two projections and its own norm, with biases.
+    assert len(wanted) == 2 * 6
     assert moved(task_run) == wanted
 
 
-def test_cross_attention_moves_as_well(task_run, with_cross_attention):
-    """With --trained-sites the changes of these sites move beside the adapters, nothing else."""
-    adapters = {path for path in flatten_dict(task_run.params, sep="/") if "/adapter/" in path}
+def test_cross_attention_moves_as_well(with_cross_attention):
+    """With --trained-sites the changes of these sites move beside the adapters, nothing else.
+
+    The rule, which all adapters of a language share, moves as they do.
+    """
+    flat = flatten_dict(with_cross_attention.params, sep="/")
+    adapters = {path for path in flat if "/fc2/adapter/" in path} | {"phm_rule"}
+    assert {path.split("/")[0] for path in adapters} == {"encoder", "decoder", "phm_rule"}
     hosts = [f"decoder/layers/0/encoder_attn/{name}_proj" for name in ("q", "k", "v", "out")]
     found = moved(with_cross_attention)
     assert adapters < found
