@@ -11,62 +11,93 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import compacter_jax as cj
-from tests.helpers import adapted_shapes, quick_jit, random_tree
+from tests.helpers import adapted_shapes, quick_jit, quick_key, random_tree
 from tests.seq2seq_models import CONFIGS, inputs_of, small_backbone, torch_model
 
 MAX_NEW_TOKENS = 9
-FORCED = {"m2m_100": None, "mbart": 2, "bart": 2, "marian": 0}
+FORCED = {"m2m_100": None, "mbart": 2, "bart": 2, "marian": 0, "unshared marian": 0}
+# The first token that greedy search is made to write; BART's is that of the configuration.
+FIRST = {"mbart": 7, "bart": 5, "unshared marian": 28}
+# Penalties that change the tokens; mBART and BART write the ends of their configurations too late.
+PENALTIES = {"m2m_100": 1.7, "mbart": 0.4, "bart": 1.7, "marian": -0.8, "unshared marian": 2.5}
+ENDS = {"mbart": {"eos_token_id": 14}, "bart": {"eos_token_id": 9}}
 
 
 @functools.cache
 def backbone(model_type):
     """Returns a module and parameters whose generated text depends on the input."""
-    forced = {"forced_eos_token_id": FORCED[model_type]}
-    ours = small_backbone(dataclasses.replace(CONFIGS[model_type], **forced), seed=4)
+    changes = {"forced_eos_token_id": FORCED[model_type]}
+    changes |= {"forced_bos_token_id": FIRST["bart"]} if model_type == "bart" else {}
+    ours = small_backbone(dataclasses.replace(CONFIGS[model_type], **changes), seed=4)
     flat = flatten_dict(ours.params, sep="/")
     for path in flat:
-        flat[path] *= 0.5 if path == "shared/embedding" else 1 if path.endswith("scale") else 2
+        is_table = path in ("shared/embedding", "decoder_embed_tokens/embedding")
+        flat[path] *= 0.5 if is_table else 1 if path.endswith("scale") else 2
     return types.SimpleNamespace(module=ours.module, params=unflatten_dict(flat, sep="/"))
 
 
-def generated(model_type, seed, **settings):
-    """Returns the tokens of this library and those of transformers."""
+def torch_tokens(model_type, seed, **settings):
+    """Returns the tokens of transformers."""
     torch = pytest.importorskip("torch")
     ours = backbone(model_type)
     config = ours.module.config
     ids, mask = inputs_of(config, seed)[:2]
     settings = {"max_new_tokens": MAX_NEW_TOKENS, **settings}
-    actual = cj.generate(ours.module, ours.params, ids, mask, **settings)
-    never = {"bad_words_ids": [[config.pad_token_id]]} if model_type == "marian" else {}
-    expected = torch_model(ours).generate(
+    never = {"bad_words_ids": [[config.pad_token_id]]} if "marian" in model_type else {}
+    model = torch_model(ours)
+    # Its beam search takes the encoder's vocabulary for that of the logits.
+    model.config.vocab_size = config.target_vocab_size
+    expected = model.generate(
         torch.tensor(ids), attention_mask=torch.tensor(mask), do_sample=False, **settings, **never
     )
-    return np.asarray(actual), expected.numpy()
+    return expected.numpy()
+
+
+def our_tokens(model_type, seed, **settings):
+    """Returns the tokens of this library."""
+    ours = backbone(model_type)
+    ids, mask = inputs_of(ours.module.config, seed)[:2]
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, **settings}
+    return np.asarray(cj.generate(ours.module, ours.params, ids, mask, **settings))
 
 
 @pytest.mark.parametrize("model_type", FORCED)
 def test_greedy_equals_pytorch(model_type):
-    """Greedy search gives PyTorch's tokens, with the end forced where the configuration says so."""
+    """Greedy search gives PyTorch's tokens, with the end forced where the configuration says so.
+
+    Some types have a first token forced, as an argument or by the configuration.
+    """
+    given = {"bart": {}}.get(model_type, {"forced_bos_token_id": FIRST.get(model_type)})
     rows = []
     for seed in range(3):
-        actual, expected = generated(model_type, seed)
-        np.testing.assert_array_equal(actual, expected)
+        actual = our_tokens(model_type, seed, **given)
+        np.testing.assert_array_equal(actual, torch_tokens(model_type, seed, **given))
         rows += [row.tobytes() for row in actual]
     assert len(set(rows)) > 2
     config = backbone(model_type).module.config
     assert (actual[:, 0] == config.decoder_start_token_id).all()
+    assert model_type not in FIRST or (actual[:, 1] == FIRST[model_type]).all()
 
 
 @pytest.mark.parametrize("model_type", FORCED)
 def test_beams_equal_pytorch_with_a_forced_first_token_and_a_length_penalty(model_type):
     """Four beams give PyTorch's tokens, and every row has the forced token in front."""
-    penalties = {"length_penalty": 1.7, "early_stopping": model_type == "bart"}
+    settings = {"num_beams": 4, "forced_bos_token_id": 7, "early_stopping": model_type == "bart"}
+    settings |= {"length_penalty": PENALTIES[model_type], **ENDS.get(model_type, {})}
     for seed in range(3):
-        actual, expected = generated(
-            model_type, seed, num_beams=4, forced_bos_token_id=7, **penalties
-        )
-        np.testing.assert_array_equal(actual, expected)
+        actual = our_tokens(model_type, seed, **settings)
+        np.testing.assert_array_equal(actual, torch_tokens(model_type, seed, **settings))
         assert (actual[:, 1] == 7).all()
+
+
+def test_sampling_with_a_forced_first_token():
+    """Samples begin with it, and are greedy search's where one token alone is left to draw."""
+    settings = {"do_sample": True, "top_k": 1, "num_return_sequences": 2, "key": quick_key(0)}
+    given = {"forced_bos_token_id": FIRST["mbart"]}
+    actual = our_tokens("mbart", 1, **settings, **given)
+    expected = np.repeat(our_tokens("mbart", 1, **given), 2, axis=0)
+    np.testing.assert_array_equal(actual, expected)
+    assert (actual[:, 1] == FIRST["mbart"]).all()
 
 
 def test_marian_never_generates_its_padding():
@@ -104,8 +135,8 @@ METHOD = cj.CombinedConfig(
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *(("m2m_100", METHOD), ("mbart", None), ("bart", METHOD), ("unshared marian", None)),
-        *(("m2m_100", cj.preset("ciat")), ("bart", cj.preset("serial-ciat"))),
+        *(("m2m_100", METHOD), ("m2m_100", None), ("unshared marian", METHOD)),
+        *(("mbart", cj.preset("ciat")), ("bart", None), ("bart", cj.preset("serial-ciat"))),
         ("m2m_100", cj.preset("compacter-ciat")),
     ],
 )
@@ -174,16 +205,17 @@ def test_adapted_greedy_tokens_are_the_most_probable_of_the_whole_decoder():
 def test_each_row_has_its_forced_first_token(num_beams):
     """A token for each row gives each row what PyTorch gives it where all rows have its token."""
     first = np.array([7, 3, 11])
-    actual, _ = generated("m2m_100", 1, num_beams=num_beams, forced_bos_token_id=7)
     ids, mask = inputs_of(CONFIGS["m2m_100"], 1)[:2]
     ours = backbone("m2m_100")
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": num_beams}
     found = cj.generate(ours.module, ours.params, ids, mask, forced_bos_token_id=first, **settings)
     for row, token in enumerate(first):
-        _, wanted = generated("m2m_100", 1, num_beams=num_beams, forced_bos_token_id=int(token))
+        wanted = torch_tokens("m2m_100", 1, num_beams=num_beams, forced_bos_token_id=int(token))
         wanted = wanted[row][: found.shape[1]]
         np.testing.assert_array_equal(found[row, : len(wanted)], wanted)
         assert found[row, 1] == token
+    # A token for all rows is what the array is for a row that has it.
+    actual = our_tokens("m2m_100", 1, num_beams=num_beams, forced_bos_token_id=7)
     np.testing.assert_array_equal(found[0, : actual.shape[1]], actual[0, : found.shape[1]])
     with pytest.raises(ValueError, match=r"forced_bos_token_id has shape \(2,\)"):
         cj.generate(ours.module, ours.params, ids, mask, forced_bos_token_id=first[:2], **settings)

@@ -64,8 +64,13 @@ def test_the_count_of_trained_parameters(tmp_path, capsys):
     assert found["trained"] == found["groups"]["adapters"]["total"] == 6_837_760
 
 
-@pytest.mark.parametrize("name", ["ciat", "serial-ciat"])
-@pytest.mark.parametrize("model_type", ["m2m_100", "bart"])
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        *(("ciat", name) for name in ("m2m_100", "mbart", "bart", "unshared marian")),
+        *(("serial-ciat", name) for name in ("m2m_100", "bart")),
+    ],
+)
 def test_the_start_is_the_frozen_model_bit_for_bit(name, model_type):
     """A fresh adapter leaves every logit of the frozen model as it was."""
     backbone = small_backbone(CONFIGS[model_type])

@@ -20,6 +20,7 @@ from compacter_jax.models.seq2seq.model import Seq2Seq
 from tests.helpers import assert_equal_trees
 from tests.methods.sizes import m2m_sizes
 from tests.seq2seq_models import CONFIGS, UNSHARED, small_backbone, tiny, torch_config, torch_model
+from tests.train.cli.test_cli import refusal
 
 SAVED = CONFIGS | {
     # transformers itself cannot read decoders with a vocabulary of another size.
@@ -58,6 +59,21 @@ def test_checkpoints_there_and_back_bit_for_bit(name, head, tmp_path):
     assert stored.keys() <= expected.keys()
     back = seq2seq_from_hugging_face(stored, model_type=SAVED[name].model_type)
     assert_equal_trees(back, jax.device_get(ours.params))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_vocabularies_of_two_sizes_are_saved_and_loaded(head, tmp_path):
+    """A model whose decoder has a vocabulary of its own size keeps every bit and its settings."""
+    config = CONFIGS["unshared marian"]
+    assert config.vocab_size != config.target_vocab_size
+    ours = small_backbone(config, head)
+    cj.save_backbone(tmp_path, ours.module, ours.params, torch_config(config))
+    read = cj.load_backbone(tmp_path, head=head)
+    assert read.module == ours.module
+    assert read.new_parameters == ()
+    assert_equal_trees(read.params, ours.params)
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(read.params) if leaf.shape[-1:] == (24,)}
+    assert {config.vocab_size, config.target_vocab_size} <= sizes
 
 
 def written(folder, config, tensors, **settings):
@@ -129,6 +145,22 @@ def test_related_types_are_refused_by_name(model_type, family, tmp_path):
     message = rf"says model_type='{model_type}' \(it resembles '{family}', but .*'marian'"
     with pytest.raises(ValueError, match=message):
         cj.load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["pegasus", "blenderbot"])
+def test_related_types_are_refused_by_commands(model_type, tmp_path, capsys):
+    """Commands end with one line that names the type, and write nothing."""
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    (backbone / "config.json").write_text(json.dumps({"model_type": model_type}))
+    pair = {"source": "a", "target": "b", "source_language": "en", "target_language": "de"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(pair))
+    fit = ["fit", "--backbone", backbone, "--train-file", tmp_path / "train.jsonl"]
+    fit += ["--method", "ciat", "--output-dir", tmp_path / "run"]
+    params = ["params", "--backbone-config", backbone, "--method", "ciat"]
+    for command in (fit, params):
+        assert f"model_type={model_type!r} (it resembles" in refusal(capsys, *command)
+    assert not (tmp_path / "run").exists()
 
 
 BAD = {

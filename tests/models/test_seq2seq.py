@@ -31,6 +31,7 @@ from tests.helpers import (
 from tests.reference import Reference
 from tests.seq2seq_models import (
     CONFIGS,
+    UNSHARED,
     inputs_of,
     small_backbone,
     tiny,
@@ -113,43 +114,60 @@ WIDE = {
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 8,
 }
-WIDER = {
-    "m2m_100": (
-        {"encoder_layers": 1, "decoder_layers": 3, "tie_word_embeddings": False},
-        "conditional_generation",
-    ),
-    "mbart": (
-        {"encoder_layers": 2, "decoder_layers": 2, "activation_function": "gelu"},
-        "conditional_generation",
-    ),
-    "bart": (
-        {"encoder_layers": 3, "activation_function": "gelu", "scale_embedding": False},
-        None,
-    ),
-    "marian": ({"encoder_layers": 2, "activation_function": "swish"}, "conditional_generation"),
+GELU = {"activation_function": "gelu"}
+SWISH = {"activation_function": "swish"}
+# In both dtypes all types, shared and unshared, have logits, and there are both widths, one to
+# three layers, and odd and even lengths of both stacks.
+CASES = {
+    "float64": {
+        "m2m_100": (WIDE, (9, 7)),
+        "mbart": (GELU | {"encoder_layers": 3}, (5, 8)),
+        "bart": (GELU | WIDE | {"decoder_layers": 2, "scale_embedding": False}, (13, 11)),
+        "marian": (SWISH, (10, 9)),
+        "unshared marian": (UNSHARED | WIDE, (7, 5)),
+    },
+    "float32": {
+        "m2m_100": ({"decoder_layers": 3, "tie_word_embeddings": False}, (13, 11)),
+        "mbart": (GELU | WIDE, (7, 9)),
+        "bart": (GELU | {"encoder_layers": 2, "scale_embedding": False}, (11, 6)),
+        "marian": (SWISH | WIDE | {"encoder_layers": 2}, (9, 13)),
+        "unshared marian": (UNSHARED, (8, 5)),
+    },
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def config_of(name, changes):
+    return tiny(name.removeprefix("unshared "), **changes)
+
+
+@pytest.mark.parametrize("name", CASES["float64"])
 def test_logits_and_gradients_equal_pytorch_in_float64(name):
-    """Logits and all gradients of width 24 are PyTorch's to 1e-10 in float64."""
+    """Logits and all gradients are PyTorch's to 1e-10 in float64."""
+    changes, lengths = CASES["float64"][name]
     with jax.enable_x64(True):
-        backbone = small_backbone(CONFIGS[name])
+        backbone = small_backbone(config_of(name, changes))
         backbone.module = backbone.module.clone(param_dtype=jnp.float64)
         backbone.params = jax.tree.map(lambda x: np.asarray(x, np.float64), backbone.params)
-        check_against_torch(backbone, inputs_of(CONFIGS[name], 1), 1e-10, exact=True)
+        inputs = inputs_of(backbone.module.config, 1, lengths)
+        check_against_torch(backbone, inputs, 1e-10, exact=True)
 
 
-@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize("name", CASES["float32"])
 def test_logits_and_gradients_equal_pytorch_in_float32(name):
-    """Logits or states and all gradients of width 64 are PyTorch's to 1e-5 in float32."""
-    changes, head = WIDER[name]
-    backbone = small_backbone(tiny(name, **WIDE, **changes), head, seed=2)
-    # Random kernels of this width would make scores large, and their rounding with them.
+    """Logits and all gradients are PyTorch's to 1e-5 in float32."""
+    changes, lengths = CASES["float32"][name]
+    backbone = small_backbone(config_of(name, changes), seed=2)
+    # Random kernels of these widths would make scores large, and their rounding with them.
     flat = flatten_dict(backbone.params, sep="/")
     flat = {path: leaf * 0.4 if path.endswith("kernel") else leaf for path, leaf in flat.items()}
     backbone.params = unflatten_dict(flat, sep="/")
-    check_against_torch(backbone, inputs_of(backbone.module.config, 2, (13, 11)), 1e-5)
+    check_against_torch(backbone, inputs_of(backbone.module.config, 2, lengths), 1e-5)
+
+
+def test_states_equal_pytorch_without_a_head():
+    """States of both stacks and all gradients are PyTorch's to 1e-5 where there are no logits."""
+    backbone = small_backbone(CONFIGS["bart"], None, seed=3)
+    check_against_torch(backbone, inputs_of(backbone.module.config, 3), 1e-5)
 
 
 # --- positions ----------------------------------------------------------------------------------

@@ -131,23 +131,43 @@ def test_positions_of_other_padding_tokens_are_those_of_pytorch(pad):
 
 
 def test_lengths_through_the_convolutions_equal_pytorch():
-    """From 1 to 40 frames, the states and their mask are as long as PyTorch's."""
+    """From 1 to 40 frames, the states after the convolutions and their mask are PyTorch's.
+
+    The values are those of each length alone, to 1e-10 in float64: as a row of a batch of all
+    lengths, beyond whose end the convolutions set zeros, and alone where an end may lie within a
+    kernel of stride 2 (every remainder, and shorter than the kernel).
+    """
     torch = pytest.importorskip("torch")
     backbone = speech_backbone(tiny_speech())
     module, model = backbone.module, torch_speech_model(backbone)
     mask = np.tril(np.ones((40, 40), np.int64))  # row i has i + 1 frames
     theirs = model._get_feature_vector_attention_mask(10, torch.tensor(mask))
     np.testing.assert_array_equal(module.mask_of_states(mask), theirs.numpy())
-    for length in range(1, 41):
-        features = torch.zeros(1, length, 7)
-        states = model.get_encoder().conv(features).shape[1]
-        layer = Convolutions(module.config)
-        ours, _ = jax.eval_shape(
-            lambda x, layer=layer: layer.init_with_output(jax.random.key(0), x, None),
-            jax.ShapeDtypeStruct((1, length, 7), jnp.float32),
-        )
-        assert ours.shape == (1, states, 24)
-        assert shortened(length, 2) == states == int(theirs[length - 1].sum())
+    features = np.random.default_rng(0).normal(size=(40, 40, 7))
+    few = (1, 2, 37, 38, 39, 40)
+    with jax.enable_x64(True), torch.no_grad():
+        layer = Convolutions(module.config, param_dtype=jnp.float64)
+        params = jax.tree.map(np.float64, backbone.params["encoder_conv"])
+
+        @quick_jit
+        def states(params, features):
+            def call(*args):
+                return layer.apply({"params": params}, *args)
+
+            alone = {length: call(features[length - 1, None, :length], None) for length in few}
+            return call(features, jnp.arange(1, 41)), alone
+
+        together, alone = states(params, features)
+        assert together.dtype == np.float64
+        convolutions = model.double().get_encoder().conv
+        for length in range(1, 41):
+            expected = convolutions(torch.tensor(features[length - 1, None, :length])).numpy()[0]
+            assert shortened(length, 2) == len(expected) == int(theirs[length - 1].sum())
+            found = [together[length - 1, : len(expected)]]
+            found += [alone[length][0]] if length in few else []
+            for ours in found:
+                bound = 1e-10 * np.abs(expected).max()
+                np.testing.assert_allclose(ours, expected, atol=bound, rtol=0)
 
 
 def test_rows_do_not_depend_on_their_padding():
