@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from train.compare.summaries import Summary, grouped
 from train.figures import colour_of, marker_of, new_figure
@@ -109,18 +110,15 @@ def _side_by_side(found: Sequence[Summary]) -> list[float]:
     The places are in the order of the shares, at least a certain distance apart on a logarithmic
     axis, and as near to the shares as that allows (the sum of squares is least).
     """
+    from scipy.optimize import isotonic_regression  # noqa: PLC0415 - slow to import
+
     exact = [math.log10(s.percent) for s in found]
     gap = _APART * max(max(exact) - min(exact), 1.0)
     order = sorted(range(len(found)), key=lambda i: (exact[i], found[i].mean))
-    # Less the gaps, the places must not decrease: blocks of one place are pooled until they do not.
-    blocks: list[list[float]] = []
-    for rank, i in enumerate(order):
-        blocks.append([exact[i] - rank * gap])
-        while len(blocks) > 1 and statistics.mean(blocks[-2]) >= statistics.mean(blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
-    flat = [statistics.mean(block) for block in blocks for _ in block]
-    places = dict(zip(order, (10 ** (z + rank * gap) for rank, z in enumerate(flat)), strict=True))
+    # Less the gaps, the places must not decrease.
+    gaps = gap * np.arange(len(order))
+    moved = 10 ** (isotonic_regression(np.array(exact)[order] - gaps).x + gaps)
+    places = dict(zip(order, moved.tolist(), strict=True))
     return [places[i] for i in range(len(found))]
 
 
