@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,9 +75,9 @@ class ToLanguages(Seq2Seq):
         )
         return {"ids": ids, **found}
 
+    @abc.abstractmethod
     def names_of(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
         """Returns the name of each row's direction."""
-        raise NotImplementedError
 
     def of_file(self, path: Path, folder: Path) -> ToLanguages:
         """Returns the objective for a file of inputs, after a look at all its rows.

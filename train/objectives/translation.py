@@ -24,8 +24,7 @@ class Translation(ToLanguages):
 
     def names_of(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
         """Returns the name of each row's direction, source first."""
-        pairs = zip(*(columns[name] for name in parallel.PAIR[2:]), strict=True)
-        return [f"{source}-{target}" for source, target in pairs]
+        return parallel.names_of(columns)
 
     def encode(self, rows: Any) -> data_tokens.Encoded:
         """Tokenises sentences, with a token of their language before them.
@@ -35,7 +34,7 @@ class Translation(ToLanguages):
             language without a token.
         """
         from_each, to_each = (list(rows[name][:]) for name in parallel.PAIR[2:])
-        names = self.names_of(dict(zip(parallel.PAIR[2:], (from_each, to_each), strict=True)))
+        names = self.names_of(rows)
         directions = self.places(names)
         tokens = languages.language_tokens(dict.fromkeys([*from_each, *to_each]), self.tokenizer)
         first = tokens.before_target(to_each)
