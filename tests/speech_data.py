@@ -53,6 +53,14 @@ def write_split(folder, name, number, seed=0, languages=("de", "fr"), **more):
     return write_jsonl(folder / f"{name}.jsonl", rows)
 
 
+def write_files(folder):
+    """Writes the files of training and validation of a short run; returns split -> file."""
+    return {
+        "train": write_split(folder, "train", 12),
+        "validation": write_split(folder, "validation", 4, seed=1),
+    }
+
+
 def as_bytes(rows, seed=0):
     """Returns the rows of `write_split` with samples in place of names of files."""
     symbols = utterances(len(rows), seed)

@@ -14,7 +14,7 @@ from transformers import Speech2TextFeatureExtractor
 
 import compacter_jax as cj
 from tests.parallel_data import SIZES, write_jsonl
-from tests.speech_data import speech_flags, write_speech_model, write_split
+from tests.speech_data import speech_flags, write_files, write_speech_model, write_split
 from tests.tones import RATE, tone
 from tests.train.cli.test_cli import refusal
 from train.__main__ import main
@@ -125,11 +125,7 @@ def test_one_checkpoint_alone(folders, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        "train": write_split(folder, "train", 12),
-        "validation": write_split(folder, "validation", 4, seed=1),
-    }
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tests.speech_data import (
     said,
     speech_flags,
     utterances,
+    write_files,
     write_speech_model,
     write_split,
 )
@@ -38,11 +39,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        "train": write_split(folder, "train", 12),
-        "validation": write_split(folder, "validation", 4, seed=1),
-    }
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
